@@ -1,0 +1,147 @@
+"""Judge finished policies by gold, side by side. The only study of trained policies that may look at gold.
+
+RUN/results.json   per arm: gold, proxy, KL and heads per step; final gold with intervals; differences between
+                   arms; completions, most over-scored first
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy import ndarray
+
+from poise.errors import PoiseError
+from poise.gold import gold_rewards
+from poise.metrics import bootstrap_interval
+from poise.models import Prompt
+from poise.runs import Json, Run, load_config_file, read_jsonl
+
+NUM_SHOWN = 24
+
+
+@dataclass(frozen=True)
+class Config:
+    """Judge finished policies by gold, side by side."""
+
+    arms: tuple[str, ...]
+    """`poise train-policy` run folders of the same evaluation prompts; differences are taken against the first."""
+    labels: tuple[str, ...] = ()
+    """What to call each arm; default: its folder's name."""
+    pool: str = ""
+    """A `poise best-of-n` run on the evaluation prompts: the initial policy's gold."""
+    output: str = "runs/comparison"
+    """Run folder to write."""
+
+
+def run(config: Config) -> Run:
+    """Read the arms' completions, score them by gold, compare. Takes seconds; always done anew."""
+    if len(config.arms) < 2:
+        raise PoiseError("a comparison needs at least two arms")
+    if config.labels and len(config.labels) != len(config.arms):
+        raise PoiseError(f"{len(config.labels)} labels for {len(config.arms)} arms")
+    out = Run.open(config.output, config)
+    labels = config.labels or tuple(Path(arm).name for arm in config.arms)
+    initial = None
+    if config.pool:
+        initial = float(np.mean([row["gold"] for row in read_jsonl(Path(config.pool) / "pool.jsonl")]))
+    finals = [_final(Path(arm)) for arm in config.arms]
+    by_prompt = [_gold_by_prompt(rows) for rows in finals]
+    if any(golds.keys() != by_prompt[0].keys() for golds in by_prompt):
+        raise PoiseError("the arms were not evaluated on the same prompts")
+    arms = [_arm(Path(arm), label, rows) for arm, label, rows in zip(config.arms, labels, finals, strict=True)]
+    for arm in arms:
+        arm["initial_gold"] = initial if initial is not None else arm["steps"][0]["gold"]
+    differences = []
+    for arm, golds in zip(arms[1:], by_prompt[1:], strict=True):
+        paired = np.array([golds[prompt] - by_prompt[0][prompt] for prompt in golds])
+        difference: Json = {"arm": arm["name"], "against": arms[0]["name"], "num_prompts": len(paired)}
+        differences.append(difference | {"gold": float(paired.mean()), "interval": bootstrap_interval(paired)})
+    names = [arm["name"] for arm in arms]
+    out.finish({"arms": arms, "differences": differences, "completions": _side_by_side(names, finals)})
+    return out
+
+
+def _final(arm: Path) -> list[Json]:
+    path = arm / "final.jsonl"
+    if not path.exists():
+        raise PoiseError(f"{arm} is not a finished policy run: it has no final.jsonl")
+    rows = list(read_jsonl(path))
+    for row, gold in zip(rows, gold_rewards([row["completion"] for row in rows]), strict=True):
+        row["gold"] = float(gold)
+    return rows
+
+
+def _gold_by_prompt(rows: list[Json]) -> dict[str, float]:
+    golds: dict[str, list[float]] = {}
+    for row in rows:
+        golds.setdefault(prompt_label(row["prompt"]), []).append(row["gold"])
+    return {prompt: float(np.mean(values)) for prompt, values in golds.items()}
+
+
+def _arm(folder: Path, label: str, final: list[Json]) -> Json:
+    settings, metrics = load_config_file(folder / "config.yaml"), list(read_jsonl(folder / "metrics.jsonl"))
+    samples = list(read_jsonl(folder / "samples.jsonl"))
+    golds: dict[int, list[float]] = {}
+    for row, gold in zip(samples, gold_rewards([row["completion"] for row in samples]), strict=True):
+        golds.setdefault(row["step"], []).append(float(gold))
+    steps = [
+        {
+            "step": step["step"], "kl": step["kl"], "proxy": step["reward"],
+            "gold": float(np.mean(golds[step["step"]])), "disagreement": step["disagreement"],
+            "gap": step["gap"], "routing_std": step["routing_std"], "heads": step["heads"],
+        }
+        for step in metrics
+    ]  # fmt: skip
+    by_prompt = np.array(list(_gold_by_prompt(final).values()))
+    final_gold = float(by_prompt.mean())
+    # Peak of a moving average: single steps of a few dozen completions are too noisy to name a peak.
+    peak = max(final_gold, float(_moving_average(np.array([step["gold"] for step in steps])).max()))
+    laps = ("sample", "score", "reference", "update")
+    return {
+        "name": folder.name.removeprefix("policy-"), "label": label, "objective": settings["objective"],
+        "reward": Path(settings["reward"]).name, "kl_coef": settings["kl_coef"], "steps": steps,
+        "final": {
+            "gold": final_gold, "interval": bootstrap_interval(by_prompt),
+            "proxy": float(np.mean([row["reward"] for row in final])),
+            "kl": float(np.mean([row["kl"] for row in final])),
+        },
+        "peak_gold": peak, "drawdown": peak - final_gold,
+        "seconds": sum(step[f"{lap}_seconds"] for step in metrics for lap in laps),
+        "step_seconds": {lap: float(np.median([step[f"{lap}_seconds"] for step in metrics])) for lap in laps},
+    }  # fmt: skip
+
+
+def _moving_average(values: ndarray, width: int = 3) -> ndarray:
+    return np.convolve(values, np.ones(width) / width, "valid") if len(values) >= width else values
+
+
+def _side_by_side(names: list[str], finals: list[list[Json]]) -> list[Json]:
+    """One completion of each arm per evaluation prompt, sorted by how much the first arm's proxy over-scores its own.
+
+    over_scored: standardised proxy less standardised gold, both over all final completions of the arm and, for the
+    comparison to mean something, of the other arms too.
+    """
+    gold = np.array([row["gold"] for rows in finals for row in rows])
+    rows = finals[0]
+    proxy = np.array([row["reward"] for row in rows])
+    gap = (proxy - proxy.mean()) / max(proxy.std(), 1e-9) - (
+        np.array([row["gold"] for row in rows]) - gold.mean()
+    ) / max(gold.std(), 1e-9)
+    shown: dict[str, Json] = {}
+    for i in np.argsort(-gap):
+        label = prompt_label(rows[i]["prompt"])
+        if label not in shown and len(shown) < NUM_SHOWN:
+            shown[label] = {
+                "prompt": label, "over_scored": float(gap[i]),
+                "arms": {name: _opinion(arm[i]) for name, arm in zip(names, finals, strict=True)},
+            }  # fmt: skip
+    return list(shown.values())
+
+
+def _opinion(row: Json) -> Json:
+    return {"completion": row["completion"], "proxy": row["reward"], "gold": row["gold"], "heads": row["mean"]}
+
+
+def prompt_label(prompt: Prompt) -> str:
+    """A prompt as one line: its last user turn."""
+    return prompt if isinstance(prompt, str) else next(t["content"] for t in reversed(prompt) if t["role"] == "user")

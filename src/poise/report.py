@@ -1,0 +1,256 @@
+"""The report: one self-contained HTML page from the JSON of a finished quickstart. No model, no torch, no network.
+
+    FOLDER/comparison/results.json   the arms trained by PPO and their differences: the one file that must be there
+    FOLDER/pool/results.json         best-of-n study of the initial policy
+    FOLDER/reward/results.json       reward models
+    FOLDER/results.json              seconds per stage
+    FOLDER/config.yaml, FOLDER/environment.json
+
+Whatever else is missing leaves its section out. All text from the runs is escaped by the template; the only markup
+let through is what `plots` drew.
+"""
+
+import json
+import shlex
+from importlib import resources
+from math import sqrt
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jinja2
+from markupsafe import Markup
+
+from poise import plots
+from poise.errors import PoiseError
+from poise.runs import Json, write_atomic
+
+NUM_COMPLETIONS = 12
+PPO_PHASES = ("sample", "score", "reference", "update")
+REWARD_MODELS = {
+    "single": "conventional: one head",
+    "brme": "BRME: Gaussian heads",
+    "posterior": "posterior: heads drawn from the Laplace posterior",
+}
+
+
+class Study(NamedTuple):
+    """What a quickstart folder holds; None for what it does not."""
+
+    comparison: Json
+    pool: Json | None
+    reward: Json | None
+    timing: Json | None
+    environment: Json | None
+    config: str | None
+
+
+class Verdict(NamedTuple):
+    """What one difference between two arms says, as a sentence."""
+
+    kind: Literal["better", "worse", "unclear"]
+    text: str
+
+
+def build(folder: str | Path) -> Path:
+    """Write FOLDER/report.html and return its path. PoiseError if the folder is not a finished quickstart."""
+    study = read_study(folder)
+    page = _template().render(_page(study))
+    path = Path(folder) / "report.html"
+    write_atomic(path, page)
+    path.chmod(0o644)
+    return path
+
+
+def save_png(folder: str | Path, path: str | Path) -> None:
+    """Write the report's first figure, gold and proxy against √KL, as a PNG for a README."""
+    study = read_study(folder)
+    plots.save_over_optimisation(study.comparison, study.pool, path)
+
+
+def read_study(folder: str | Path) -> Study:
+    """Read a quickstart folder. PoiseError, one line, if the comparison is missing or a file is damaged."""
+    folder = Path(folder)
+    comparison = _read_json(folder / "comparison" / "results.json")
+    if comparison is None:
+        raise PoiseError(
+            f"{folder} has no comparison/results.json: not a finished quickstart; run poise quickstart --output {folder}"
+        )
+    if not comparison.get("arms"):
+        raise PoiseError(f"{folder}/comparison/results.json lists no arms: there is nothing to report")
+    config = folder / "config.yaml"
+    return Study(
+        comparison,
+        pool=_read_json(folder / "pool" / "results.json"),
+        reward=_read_json(folder / "reward" / "results.json"),
+        timing=_read_json(folder / "results.json"),
+        environment=_read_json(folder / "environment.json"),
+        config=config.read_text(encoding="utf-8") if config.exists() else None,
+    )
+
+
+def _read_json(path: Path) -> Json | None:
+    if not path.exists():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PoiseError(f"cannot read {path}: {error}") from None
+    if not isinstance(value, dict):
+        raise PoiseError(f"cannot read {path}: a JSON object was expected")
+    return value
+
+
+# ---- the answer ----
+
+
+def verdict(difference: Json, comparison: Json) -> Verdict:
+    """One difference in final gold as a sentence that does not claim more than its interval."""
+    ends = {arm["name"]: signed((arm.get("final") or {}).get("gold")) for arm in comparison["arms"]}
+    arm, against, gold = difference["arm"], difference["against"], difference["gold"]
+    ended = f"ended at gold {ends[arm]}, the {_spoken(against)} one at {ends[against]}"
+    interval = difference.get("interval")
+    if gold is None or not interval or None in interval:
+        return Verdict(
+            "unclear", f"The {_spoken(arm)} policy {ended}: {signed(gold)}, without an interval to judge it by."
+        )
+    low, high = interval
+    count = difference.get("num_prompts")
+    digits = 3 if min(abs(gold), abs(low), abs(high)) < 0.005 else 2  # no "+0.00" that is said not to be zero
+    over = f"over {count} held-out prompts" if count else "over the held-out prompts"
+    shown = f"95 % interval {signed(low, digits)} to {signed(high, digits)} {over}"
+    if low <= 0.0 <= high:
+        text = f"The {_spoken(arm)} policy {ended}: {signed(gold, digits)}, not distinguishable from zero ({shown})."
+        return Verdict("unclear", text)
+    if gold < 0.0:
+        text = f"The {_spoken(arm)} policy did worse: it {ended}, a difference of {signed(gold, digits)} ({shown})."
+        return Verdict("worse", text)
+    return Verdict("better", f"The {_spoken(arm)} policy {ended}: {signed(gold, digits)} ({shown}).")
+
+
+def _verdicts(comparison: Json) -> list[Verdict]:
+    found = [verdict(difference, comparison) for difference in comparison.get("differences") or []]
+    if found:
+        return found
+    arm = comparison["arms"][0]
+    gold = signed((arm.get("final") or {}).get("gold"))
+    return [
+        Verdict("unclear", f"The {_spoken(arm['name'])} policy ended at gold {gold}; it was compared with no other.")
+    ]
+
+
+def _spoken(name: str) -> str:
+    return name.replace("_", " ")
+
+
+# ---- the page ----
+
+
+def _page(study: Study) -> Json:
+    """What the template is given."""
+    comparison, reward, timing = study.comparison, study.reward or {}, study.timing or {}
+    arms = comparison["arms"]
+    styles = plots.arm_styles(comparison, study.pool)
+    history = reward.get("stage2_history")
+    environment = study.environment or {}
+    return {
+        "verdicts": _verdicts(comparison),
+        "arms": arms,
+        "colours": {name: style.colour for name, style in styles.items()},
+        "curves_svg": Markup(plots.over_optimisation(comparison, study.pool)),
+        "pool": study.pool,
+        "heads_svgs": [
+            (arm, Markup(plots.heads(arm, styles[arm["name"]], f"heads{i}")))
+            for i, arm in enumerate(arms)
+            if any(len(row.get("heads") or []) > 1 for row in arm["steps"])
+        ],
+        "stage2_svg": Markup(plots.stage2(history)) if history else None,
+        "reward": reward,
+        "reward_models": _reward_models(reward, study.pool),
+        "completions": [_completion(item, arms) for item in (comparison.get("completions") or [])[:NUM_COMPLETIONS]],
+        "timing": timing,
+        "step_costs": [(arm, arm["step_seconds"]) for arm in arms if arm.get("step_seconds")],
+        "phases": PPO_PHASES,
+        "config": study.config,
+        "environment": environment,
+        "command": shlex.join(environment.get("command") or []),
+    }
+
+
+def _reward_models(reward: Json, pool: Json | None) -> list[Json]:
+    """Rows of the reward-model table."""
+    spread = {item["reward"]: item for item in (pool or {}).get("head_spread") or []}
+    count = reward.get("num_validation")
+    rows = []
+    for name, model in (reward.get("models") or {}).items():
+        accuracy = model.get("validation_accuracy")
+        error = sqrt(accuracy * (1 - accuracy) / count) if accuracy is not None and count else None
+        rows.append(
+            {
+                "name": name, "label": REWARD_MODELS.get(name, name), "num_heads": model.get("num_heads"),
+                "accuracy": accuracy, "error": error, "auroc": model.get("auroc_wrong_order") or {},
+                "spread": spread.get(name, {}) if model.get("num_heads", 1) > 1 else {},
+            }
+        )  # fmt: skip
+    return rows
+
+
+def _completion(item: Json, arms: list[Json]) -> Json:
+    """One prompt and what every arm wrote for it, in the order of the arms."""
+    answers = [(arm, item["arms"][arm["name"]]) for arm in arms if arm["name"] in item["arms"]]
+    return {"prompt": item["prompt"], "over_scored": item.get("over_scored"), "answers": answers}
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"number": number, "signed": signed, "percent": percent, "duration": duration}
+    return environment.from_string(resources.files("poise").joinpath("report.html.j2").read_text(encoding="utf-8"))
+
+
+# ---- numbers as text; what is missing is a dash ----
+
+_MISSING = "–"
+
+
+def number(value: Any, digits: int = 2) -> str:
+    """
+    >>> number(-0.5), number(None)
+    ('−0.50', '–')
+    """
+    return _MISSING if _is_missing(value) else f"{value:.{digits}f}".replace("-", "−")
+
+
+def signed(value: Any, digits: int = 2) -> str:
+    """
+    >>> signed(0.5), signed(-0.5), signed(0)
+    ('+0.50', '−0.50', '0.00')
+    """
+    if _is_missing(value):
+        return _MISSING
+    return number(value, digits) if value == 0 else f"{value:+.{digits}f}".replace("-", "−")
+
+
+def percent(value: Any, digits: int = 1) -> str:
+    """
+    >>> percent(0.694)
+    '69.4\\xa0%'
+    """
+    return _MISSING if _is_missing(value) else f"{100 * value:.{digits}f}\xa0%"
+
+
+def duration(seconds: Any) -> str:
+    """
+    >>> duration(41.2), duration(210), duration(3700)
+    ('41\\xa0s', '3\\xa0min 30\\xa0s', '1\\xa0h 1\\xa0min')
+    """
+    if _is_missing(seconds):
+        return _MISSING
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}\xa0s"
+    if whole < 3600:
+        return f"{whole // 60}\xa0min {whole % 60}\xa0s"
+    return f"{whole // 3600}\xa0h {whole % 3600 // 60}\xa0min"
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or isinstance(value, jinja2.Undefined)

@@ -1,0 +1,144 @@
+"""The reward model: a stock sequence classifier whose 2K labels are K means and K raw stds.
+
+A checkpoint is a plain `AutoModelForSequenceClassification` folder (safetensors): a decoder trunk, one bias-free
+`score` layer, labels laid out [K means | K raw stds], and a `poise` block in config.json that says how to read them:
+
+    mean_k = logit_k - offset_k           in units of the standardised training reward
+    std_k  = floor + softplus(logit_{K+k} - offset_{K+k})
+
+A conventional (Bradley-Terry) reward model is the same with K point heads: K labels, std 0. This file is the only
+place that knows the layout.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+import transformers
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from poise.errors import PoiseError
+from poise.models import device, frozen_dtype, load_tokenizer, pad_apart, quiet_loading, resolve_model
+from poise.objectives import HeadRewards
+from poise.runs import write_folder_atomic
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """The `poise` block of a checkpoint's config.json.
+
+    kind: "gaussian" (K means and K raw stds) or "point" (K means).
+    offset: one number per label, subtracted from its logit; the `score` layer itself has no bias.
+    floor: smallest std a head can report, in units of the standardised reward.
+    """
+
+    num_heads: int
+    kind: Literal["gaussian", "point"]
+    offset: tuple[float, ...]
+    floor: float = 1e-3
+
+    @property
+    def num_labels(self) -> int:
+        return self.num_heads * (2 if self.kind == "gaussian" else 1)
+
+    def decode(self, logits: Float[Tensor, "*batch labels"]) -> HeadRewards:
+        """Raw logits, from any backend, as rewards. Raises PoiseError if their number does not fit."""
+        if logits.shape[-1] != self.num_labels:
+            raise PoiseError(
+                f"the checkpoint has {logits.shape[-1]} labels but its poise block says {self.num_heads} "
+                f"{self.kind} heads, which need {self.num_labels}"
+            )
+        logits = logits - torch.tensor(self.offset, dtype=logits.dtype, device=logits.device)
+        if self.kind == "point":
+            return HeadRewards(logits, torch.zeros_like(logits))
+        mean, raw = logits.split(self.num_heads, -1)
+        return HeadRewards(mean, self.floor + F.softplus(raw))
+
+
+def load_trunk(model: str, num_layers: int) -> tuple[nn.Module, Any, int]:
+    """(classifier with one fresh label, tokenizer, layers kept): the first `num_layers` layers (0: all) of `model`."""
+    folder = resolve_model(model)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    depth = config.num_hidden_layers
+    if num_layers > depth:
+        raise PoiseError(f"{model} has {depth} layers, --num-layers asks for {num_layers}")
+    if num_layers:
+        config.num_hidden_layers = num_layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:num_layers]
+    config.num_labels = 1
+    tokenizer = load_tokenizer(folder)
+    classifier = _load_classifier(folder, config)
+    pad_apart(tokenizer, classifier)
+    return classifier, tokenizer, num_layers or depth
+
+
+def _load_classifier(folder: str, config: Any) -> nn.Module:
+    with quiet_loading():
+        try:
+            classifier = transformers.AutoModelForSequenceClassification.from_pretrained(
+                folder, config=config, dtype=frozen_dtype()
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise PoiseError(f"cannot load {folder} as a reward model: {str(error).strip().splitlines()[0]}") from None
+    score = getattr(classifier, "score", None)
+    if not isinstance(score, nn.Linear):
+        raise PoiseError(f"{type(classifier).__name__} is no decoder with a linear `score` layer")
+    return classifier.to(device()).eval()
+
+
+def save_reward_model(
+    folder: Path, classifier: nn.Module, tokenizer: Any, weight: Float[Tensor, "labels hidden"], layout: HeadLayout
+) -> None:
+    """Write a checkpoint, whole or not at all: the trunk of `classifier` with `weight` as its `score` layer."""
+    score = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=classifier.dtype)
+    score.weight.data.copy_(weight)
+    previous = classifier.score
+    classifier.score = score
+    classifier.num_labels = classifier.config.num_labels = layout.num_labels
+    classifier.config.problem_type = "regression"
+    classifier.config.poise = asdict(layout)
+    try:
+        with write_folder_atomic(folder) as scratch, quiet_loading():
+            classifier.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
+    finally:
+        classifier.score = previous
+
+
+def checkpoint_folder(path: str) -> str:
+    """A checkpoint as given, or the BRME inside a `poise train-reward` run folder."""
+    if not (Path(path) / "config.json").exists() and (Path(path) / "brme" / "config.json").exists():
+        return str(Path(path) / "brme")
+    return path
+
+
+def load_reward_model(path: str) -> tuple[nn.Module, Any, HeadLayout]:
+    """(classifier, tokenizer, layout) of a checkpoint.
+
+    Any one-label classifier of the hub works as a conventional reward model. Raises PoiseError for several labels
+    without a `poise` block, or a block that does not fit the labels.
+    """
+    folder = resolve_model(checkpoint_folder(path))
+    config = transformers.AutoConfig.from_pretrained(folder)
+    block = getattr(config, "poise", None)
+    if block is None and config.num_labels != 1:
+        raise PoiseError(
+            f"{path} has {config.num_labels} labels and no `poise` block in its config.json: not a reward model of ours"
+        )
+    try:
+        layout = HeadLayout(1, "point", (0.0,)) if block is None else HeadLayout(**block)
+    except TypeError:
+        raise PoiseError(f"{path}: the `poise` block of config.json is not one this version reads") from None
+    if layout.num_labels != config.num_labels or len(layout.offset) != layout.num_labels:
+        raise PoiseError(
+            f"{path}: config.json has {config.num_labels} labels but its poise block says {layout.num_heads} "
+            f"{layout.kind} heads, which need {layout.num_labels}"
+        )
+    tokenizer = load_tokenizer(folder)
+    classifier = _load_classifier(folder, config)
+    pad_apart(tokenizer, classifier)
+    return classifier, tokenizer, layout
