@@ -7,7 +7,8 @@ scores, shape (P, N).
 import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
-from scipy.special import gammaln
+from scipy.special import gammaln, xlogy
+from scipy.stats import rankdata
 
 
 def best_of_n_kl(n: Int[ndarray, " sizes"]) -> Float[ndarray, " sizes"]:
@@ -51,8 +52,7 @@ def tilted(
     logits = logits - logits.max(-1, keepdims=True)
     weight = np.exp(logits)
     weight = weight / weight.sum(-1, keepdims=True)
-    with np.errstate(divide="ignore"):
-        kl = np.where(weight > 0, weight * (np.log(weight) + np.log(proxy.shape[-1])), 0.0).sum(-1)
+    kl = xlogy(weight, weight * proxy.shape[-1]).sum(-1)
     return (weight * score).sum(-1), kl
 
 
@@ -68,8 +68,6 @@ def bootstrap_interval(
 
 def auroc(positive: Float[ndarray, " n"], negative: Float[ndarray, " m"]) -> float:
     """P(a random positive scores above a random negative), ties counted half."""
-    from scipy.stats import rankdata
-
     ranks = rankdata(np.concatenate([positive, negative]))
     n, m = len(positive), len(negative)
     return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * m))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 
 from poise.errors import PoiseError
@@ -129,7 +130,7 @@ def load_policy(model: str) -> tuple[nn.Module, Any]:
     with _quiet():
         try:
             policy = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=frozen_dtype())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise PoiseError(f"cannot load {model} as a language model: {_first_line(error)}") from None
     pad_apart(tokenizer, policy)
     return policy.to(device()).eval(), tokenizer

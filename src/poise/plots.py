@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import matplotlib.style
 import numpy as np
@@ -25,7 +25,7 @@ class Style(NamedTuple):
     """How an arm looks in every figure: told apart by colour, and without colour by dash and marker."""
 
     colour: str
-    dash: str
+    dash: Literal["-", "--", "-.", ":"]
     marker: str
 
 
@@ -151,7 +151,7 @@ def _over_optimisation(comparison: Json, pool: Json | None) -> Figure:
 def _draw_points(ax: Axes, points: Sequence[Json], quantity: str, style: Style) -> None:
     """A line through independent points, with its interval as a band."""
     root_kl = _root(_column(points, "kl"))
-    line = {"color": style.colour, "linestyle": style.dash, "marker": style.marker, "markersize": 3.5}
+    line: Json = {"color": style.colour, "linestyle": style.dash, "marker": style.marker, "markersize": 3.5}
     ax.plot(root_kl, _column(points, quantity), **line)
     low, high = _column(points, f"{quantity}_low"), _column(points, f"{quantity}_high")
     ax.fill_between(root_kl, low, high, color=style.colour, alpha=0.12, linewidth=0)
@@ -169,7 +169,7 @@ def _draw_training(ax: Axes, arm: Json, quantity: str, style: Style) -> None:
     interval = final.get("interval") if quantity == "gold" else None
     if interval and None not in interval:
         ax.vlines(end, interval[0], interval[1], color=style.colour, linewidth=1.4)
-    edge = {"markeredgecolor": "white", "markeredgewidth": 1.2, "markersize": 9}
+    edge: Json = {"markeredgecolor": "white", "markeredgewidth": 1.2, "markersize": 9}
     ax.plot(end, [value], color=style.colour, marker=style.marker, zorder=5, **edge)
 
 
@@ -180,7 +180,7 @@ def _legend(figure: Figure, comparison: Json, pool: Json | None, styles: dict[st
         for name, style in styles.items()
     ]
     handles.append(Line2D([], [], color=_GREY, linewidth=0.9, linestyle=(0, (2, 2)), label="initial policy"))
-    figure.legend(handles=handles, loc="outside upper left", ncols=min(4, len(handles)), fontsize=10)
+    figure.legend(handles=handles, loc="outside upper left", ncols=2, fontsize=10)
 
 
 # ---- numbers ----
@@ -206,7 +206,7 @@ def _initial_gold(comparison: Json, pool: Json | None) -> float | None:
     return None if start is None else float(start)
 
 
-def _floats(values: Sequence[float | None]) -> ndarray:
+def _floats(values: Sequence[Any]) -> ndarray:
     return np.array([np.nan if value is None else value for value in values], dtype=float)
 
 

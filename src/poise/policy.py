@@ -57,6 +57,7 @@ class Policy(nn.Module):
         config = peft.LoraConfig(
             r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM",
             target_modules=_linear_maps(model, self._first_adapted),
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         )  # fmt: skip
         self.model = peft.get_peft_model(model, config)
         for parameter in self.model.parameters():

@@ -27,9 +27,9 @@ from poise.runs import Json, write_atomic
 NUM_COMPLETIONS = 12
 PPO_PHASES = ("sample", "score", "reference", "update")
 REWARD_MODELS = {
-    "single": "conventional: one head",
-    "brme": "BRME: Gaussian heads",
-    "posterior": "posterior: heads drawn from the Laplace posterior",
+    "single": "one Bradley–Terry head",
+    "brme": "Gaussian heads fitted to it",
+    "posterior": "heads drawn from its posterior",
 }
 
 
@@ -73,7 +73,8 @@ def read_study(folder: str | Path) -> Study:
     comparison = _read_json(folder / "comparison" / "results.json")
     if comparison is None:
         raise PoiseError(
-            f"{folder} has no comparison/results.json: not a finished quickstart; run poise quickstart --output {folder}"
+            f"{folder} has no comparison/results.json: not a finished quickstart; "
+            f"run poise quickstart --output {folder}"
         )
     if not comparison.get("arms"):
         raise PoiseError(f"{folder}/comparison/results.json lists no arms: there is nothing to report")
@@ -105,26 +106,24 @@ def _read_json(path: Path) -> Json | None:
 
 def verdict(difference: Json, comparison: Json) -> Verdict:
     """One difference in final gold as a sentence that does not claim more than its interval."""
-    ends = {arm["name"]: signed((arm.get("final") or {}).get("gold")) for arm in comparison["arms"]}
-    arm, against, gold = difference["arm"], difference["against"], difference["gold"]
-    ended = f"ended at gold {ends[arm]}, the {_spoken(against)} one at {ends[against]}"
-    interval = difference.get("interval")
+    arms = {arm["name"]: arm for arm in comparison["arms"]}
+    arm, against = arms[difference["arm"]], arms[difference["against"]]
+    gold, interval = difference["gold"], difference.get("interval")
+    who = f"The {_spoken(arm)} policy"
+    ended = f"ended at gold {_final_gold(arm)}, the {_spoken(against)} one at {_final_gold(against)}"
     if gold is None or not interval or None in interval:
-        return Verdict(
-            "unclear", f"The {_spoken(arm)} policy {ended}: {signed(gold)}, without an interval to judge it by."
-        )
+        return Verdict("unclear", f"{who} {ended}: {signed(gold)}, with no interval to judge it by.")
     low, high = interval
-    count = difference.get("num_prompts")
     digits = 3 if min(abs(gold), abs(low), abs(high)) < 0.005 else 2  # no "+0.00" that is said not to be zero
-    over = f"over {count} held-out prompts" if count else "over the held-out prompts"
-    shown = f"95 % interval {signed(low, digits)} to {signed(high, digits)} {over}"
+    count = difference.get("num_prompts")
+    prompts = f"{count} held-out prompts" if count else "the held-out prompts"
+    shown = f"(95\xa0% interval {signed(low, digits)} to {signed(high, digits)} over {prompts})"
     if low <= 0.0 <= high:
-        text = f"The {_spoken(arm)} policy {ended}: {signed(gold, digits)}, not distinguishable from zero ({shown})."
+        text = f"{who} {ended}: {signed(gold, digits)}, not distinguishable from zero {shown}."
         return Verdict("unclear", text)
     if gold < 0.0:
-        text = f"The {_spoken(arm)} policy did worse: it {ended}, a difference of {signed(gold, digits)} ({shown})."
-        return Verdict("worse", text)
-    return Verdict("better", f"The {_spoken(arm)} policy {ended}: {signed(gold, digits)} ({shown}).")
+        return Verdict("worse", f"{who} did worse: it {ended}, a difference of {signed(gold, digits)} {shown}.")
+    return Verdict("better", f"{who} {ended}: {signed(gold, digits)} {shown}.")
 
 
 def _verdicts(comparison: Json) -> list[Verdict]:
@@ -132,14 +131,18 @@ def _verdicts(comparison: Json) -> list[Verdict]:
     if found:
         return found
     arm = comparison["arms"][0]
-    gold = signed((arm.get("final") or {}).get("gold"))
-    return [
-        Verdict("unclear", f"The {_spoken(arm['name'])} policy ended at gold {gold}; it was compared with no other.")
-    ]
+    text = f"The {_spoken(arm)} policy ended at gold {_final_gold(arm)}; it was compared with no other."
+    return [Verdict("unclear", text)]
 
 
-def _spoken(name: str) -> str:
-    return name.replace("_", " ")
+def _spoken(arm: Json) -> str:
+    """What a sentence calls an arm: its label up to a colon (`robust: lower bound of …`), else its name."""
+    short, colon, _ = (arm.get("label") or "").partition(":")
+    return short if colon else arm["name"].replace("_", " ")
+
+
+def _final_gold(arm: Json) -> str:
+    return signed((arm.get("final") or {}).get("gold"))
 
 
 # ---- the page ----
@@ -212,7 +215,8 @@ _MISSING = "–"
 
 
 def number(value: Any, digits: int = 2) -> str:
-    """
+    """A number with a proper minus sign.
+
     >>> number(-0.5), number(None)
     ('−0.50', '–')
     """
@@ -220,7 +224,8 @@ def number(value: Any, digits: int = 2) -> str:
 
 
 def signed(value: Any, digits: int = 2) -> str:
-    """
+    """A number that always says its sign.
+
     >>> signed(0.5), signed(-0.5), signed(0)
     ('+0.50', '−0.50', '0.00')
     """
@@ -230,7 +235,8 @@ def signed(value: Any, digits: int = 2) -> str:
 
 
 def percent(value: Any, digits: int = 1) -> str:
-    """
+    """A share as a percentage.
+
     >>> percent(0.694)
     '69.4\\xa0%'
     """
@@ -238,7 +244,8 @@ def percent(value: Any, digits: int = 1) -> str:
 
 
 def duration(seconds: Any) -> str:
-    """
+    """Seconds as a person would say them.
+
     >>> duration(41.2), duration(210), duration(3700)
     ('41\\xa0s', '3\\xa0min 30\\xa0s', '1\\xa0h 1\\xa0min')
     """

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from poise.errors import PoiseError
@@ -82,7 +83,7 @@ def _load_classifier(folder: str, config: Any) -> nn.Module:
             classifier = transformers.AutoModelForSequenceClassification.from_pretrained(
                 folder, config=config, dtype=frozen_dtype()
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise PoiseError(f"cannot load {folder} as a reward model: {str(error).strip().splitlines()[0]}") from None
     score = getattr(classifier, "score", None)
     if not isinstance(score, nn.Linear):
@@ -130,8 +131,8 @@ def load_reward_model(path: str) -> tuple[nn.Module, Any, HeadLayout]:
             f"{path} has {config.num_labels} labels and no `poise` block in its config.json: not a reward model of ours"
         )
     try:
-        layout = HeadLayout(1, "point", (0.0,)) if block is None else HeadLayout(**block)
-    except TypeError:
+        layout = HeadLayout(1, "point", (0.0,)) if block is None else HeadLayout(**{**block, "offset": tuple(block["offset"])})
+    except (TypeError, KeyError):
         raise PoiseError(f"{path}: the `poise` block of config.json is not one this version reads") from None
     if layout.num_labels != config.num_labels or len(layout.offset) != layout.num_labels:
         raise PoiseError(

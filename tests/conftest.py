@@ -1,0 +1,97 @@
+"""Tiny models built on the spot: no download, no cache, a fraction of a second each."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from hypothesis import settings
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+settings.register_profile("poise", deadline=None)  # a loaded machine is no failure
+settings.load_profile("poise")
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+WORDS = "good bad fine awful film phone great poor a the this is was really not love hate it . ,".split()
+
+
+def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Byte-level BPE without merges: every text has tokens, every token is text."""
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*specials, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(specials)
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", bos_token="<|im_start|>", unk_token="<|endoftext|>",
+        pad_token="<|im_end|>", clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def make_model(folder: Path, architecture: str = "llama") -> str:
+    """A three-layer language model of random weights, saved as a user's model would be; pad = eos, as in the wild."""
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    common = {"vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    if architecture == "llama":
+        config = transformers.LlamaConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=256, tie_word_embeddings=True, **common,
+        )  # fmt: skip
+    elif architecture == "qwen3":
+        config = transformers.Qwen3Config(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=8, max_position_embeddings=256, **common,
+        )  # fmt: skip
+    else:
+        config = transformers.GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=256, **common)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():  # default initialisation is so small that every text scores alike
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_model(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="session", params=["llama", "qwen3", "gpt2"])
+def any_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_model(tmp_path_factory.mktemp("models") / request.param, request.param)
+
+
+@pytest.fixture(scope="session")
+def preferences_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty pairs in which a good word beats a bad one."""
+    import json
+    import random
+
+    generator = random.Random(0)
+    path = tmp_path_factory.mktemp("data") / "preferences.jsonl"
+    rows = []
+    for i in range(40):
+        filler = " ".join(generator.choices(WORDS[4:], k=4))
+        good, bad = generator.choice(["good", "great", "fine"]), generator.choice(["bad", "awful", "poor"])
+        prompt = "Review a film." if i % 2 else [{"role": "user", "content": "Review a phone."}]
+        rows.append({"prompt": prompt, "chosen": f"{filler} {good} {i}", "rejected": f"{filler} {bad} {i}"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
+    path.write_text("".join(f'{{"prompt": "Review the {thing}."}}\n' for thing in ("film", "phone", "pan", "kettle")))
+    return path

@@ -1,0 +1,95 @@
+"""The architecture, enforced: imports only go down, and gold never reaches what trains or chooses."""
+
+import ast
+from pathlib import Path
+
+import poise
+
+ROOT = Path(poise.__file__).parent
+
+LAYERS = [
+    {"errors", "objectives", "losses", "metrics", "runs", "progress"},
+    {"registry", "models", "data", "reward_model", "scorer", "ppo", "policy", "gold"},
+    {"train_reward", "train_policy", "best_of_n", "compare", "score"},
+    {"plots", "report", "recipes", "cli"},
+]
+STUDIES = LAYERS[2]
+LAYER = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
+MAY_SEE_GOLD = {"gold", "best_of_n", "compare", "recipes"}
+
+
+def imports(module: str) -> set[str]:
+    """Every poise module named in an import anywhere in the file, also inside functions."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse((ROOT / f"{module}.py").read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("poise.")}
+        elif isinstance(node, ast.ImportFrom) and node.module == "poise":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("poise."):
+            found.add((node.module or "").split(".")[1])
+    return found & LAYER.keys()
+
+
+def reachable(module: str) -> set[str]:
+    seen, queue = set(), [module]
+    while queue:
+        for name in imports(queue.pop()) - seen:
+            seen.add(name)
+            queue.append(name)
+    return seen
+
+
+def test_every_module_has_a_layer() -> None:
+    assert {path.stem for path in ROOT.glob("*.py")} - {"__init__"} == LAYER.keys()
+
+
+def test_imports_only_go_down() -> None:
+    upward = [(a, b) for a in LAYER for b in imports(a) if LAYER[b] > LAYER[a]]
+    assert upward == []
+
+
+def test_studies_do_not_import_one_another() -> None:
+    assert [(a, b) for a in STUDIES for b in imports(a) & STUDIES] == []
+
+
+def test_no_training_code_path_reaches_gold() -> None:
+    for module in LAYER.keys() - MAY_SEE_GOLD - {"cli"}:
+        assert "gold" not in reachable(module), module
+    assert "gold" in reachable("compare")  # the walk does see gold where it is
+
+
+def test_training_does_not_load_gold_at_run_time() -> None:
+    import subprocess
+    import sys
+
+    program = "import sys, poise.train_reward, poise.train_policy; print('poise.gold' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_confined_libraries() -> None:
+    homes = {"matplotlib": {"plots"}, "jinja2": {"report"}, "vaderSentiment": {"gold"}, "peft": {"policy"}}
+    for path in ROOT.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                assert path.stem in homes.get(name.split(".")[0], {path.stem}), f"{path.stem} imports {name}"
+
+
+def test_pickle_and_remote_code_are_nowhere() -> None:
+    for path in ROOT.rglob("*.py"):
+        text = path.read_text()
+        assert "import pickle" not in text, path.name
+        assert "torch.load" not in text, path.name
+        assert "trust_remote_code" not in text, path.name
+
+
+def test_import_is_light() -> None:
+    import subprocess
+    import sys
+
+    program = "import sys, poise, poise.cli; print(sorted({'torch', 'transformers', 'tyro'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
