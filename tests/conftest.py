@@ -16,7 +16,28 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = "good bad fine awful film phone great poor a the this is was really not love hate it . ,".split()
+WORDS = [
+    "good",
+    "bad",
+    "fine",
+    "awful",
+    "film",
+    "phone",
+    "great",
+    "poor",
+    "a",
+    "the",
+    "this",
+    "is",
+    "was",
+    "really",
+    "not",
+    "love",
+    "hate",
+    "it",
+    ".",
+    ",",
+]
 
 
 def make_tokenizer() -> transformers.PreTrainedTokenizerFast:

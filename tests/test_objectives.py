@@ -151,7 +151,9 @@ def test_uncertainties_by_hand() -> None:
     assert routing_std(HEADS).item() == pytest.approx(0.2)
 
 
-@pytest.mark.parametrize("spec", ["best", "tradeoff(1.5)", "tradeoff(-0.1)", "tradeoff(x)", "mean(2)", "soft_min(0)", ""])
+@pytest.mark.parametrize(
+    "spec", ["best", "tradeoff(1.5)", "tradeoff(-0.1)", "tradeoff(x)", "mean(2)", "soft_min(0)", ""]
+)
 def test_bad_specs_are_refused_before_anything_runs(spec: str) -> None:
     with pytest.raises(PoiseError):
         parse_objective(spec)

@@ -16,6 +16,7 @@ def make_policy(model: str, adapted_layers: int) -> Policy:
     for name, parameter in policy.trained_parameters().items():
         if "lora_B" in name:  # zero at first: an untrained adapter would hide every mistake
             torch.nn.init.normal_(parameter, std=0.05)
+    torch.nn.init.normal_(policy.value_head.weight)
     return policy
 
 
@@ -44,9 +45,10 @@ def test_logprobs_kept_recomputed_and_naive_agree(any_model: str, adapted_layers
     policy = make_policy(any_model, adapted_layers)
     rollout = sample(policy)
     naive = naive_logprobs(policy, rollout)
-    recomputed, _ = policy.evaluate(rollout)
+    recomputed, values = policy.evaluate(rollout)
     torch.testing.assert_close(rollout.logprob_PMT, naive, rtol=0, atol=2e-5)
     torch.testing.assert_close(recomputed * rollout.mask_PMT, naive, rtol=0, atol=2e-5)
+    torch.testing.assert_close(values * rollout.mask_PMT, rollout.value_PMT, rtol=0, atol=2e-5)
 
 
 def test_lower_layers_are_kept_where_they_can_be(any_model: str) -> None:
@@ -126,7 +128,7 @@ def test_nothing_follows_the_end_of_turn(tiny_model: str) -> None:
 def test_packed_attention_by_hand() -> None:
     rollout = Rollout(
         torch.tensor([[0, 5]]), torch.tensor([[0, 1]]), torch.tensor([[[6, 7], [8, 0]]]),
-        torch.tensor([[[1.0, 1.0], [1.0, 0.0]]]), torch.zeros(1, 2, 2), None,
+        torch.tensor([[[1.0, 1.0], [1.0, 0.0]]]), torch.zeros(1, 2, 2), torch.zeros(1, 2, 2), None,
     )  # fmt: skip
     sees, positions = packed_attention(rollout)
     # columns: pad, prompt, a1, a2, b1, padding of b

@@ -273,8 +273,11 @@ def test_curves_take_the_colour_of_the_arm_they_belong_to():
     assert [arm and arm["name"] for arm in arms] == ["conventional", "brme", "robust", None]
 
 
-def test_the_figure_as_png(quickstart: Path, tmp_path: Path):
-    report.save_png(quickstart, tmp_path / "curves.png")
+def test_the_command_writes_the_page_and_the_figure(
+    quickstart: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    report.run(report.Config(folder=str(quickstart), png=str(tmp_path / "curves.png")))
+    assert capsys.readouterr().out == f"{quickstart}/report.html\n"
     with Image.open(tmp_path / "curves.png") as image:
         assert image.width > 1200
 

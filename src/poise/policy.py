@@ -2,7 +2,7 @@
 
 The lower layers are frozen and shared by the policy, its reference (adapters off) and the value head. What enters the
 first adapted layer is kept while sampling, so that neither the reference nor any PPO epoch runs the lower layers
-again; nor are log-probabilities of the sampled tokens computed a second time.
+again; nor are log-probabilities and values of the sampled tokens computed a second time.
 
 A prompt's M completions lie in one row with it, [prompt | completion 1 | … | completion M]: each completion attends
 to the prompt and to itself, at positions that continue the prompt's. So a prompt is encoded once, however many
@@ -35,6 +35,7 @@ class Rollout:
     completion_ids_PMT: Tensor
     mask_PMT: Tensor  # 1.0 for sampled tokens, the end-of-turn token included
     logprob_PMT: Tensor
+    value_PMT: Tensor
     hidden_PLH: Tensor | None  # input of the first adapted layer; None if the model cannot be split
 
     def rows(self, index: Tensor) -> "Rollout":
@@ -96,10 +97,11 @@ class Policy(nn.Module):
         ids = torch.full((num_rows, max_tokens), self.tokenizer.pad_token_id, device=device)
         logprob = torch.zeros(num_rows, max_tokens, device=device)
         mask = torch.zeros(num_rows, max_tokens, device=device)
+        value = torch.zeros(num_rows, max_tokens, device=device)
         position = prompt_mask.sum(-1).repeat_interleave(per_prompt)
         row_mask = prompt_mask.repeat_interleave(per_prompt, 0)
 
-        with self._merged(), self._captured_hidden() as captured:
+        with self._merged(), self._captured() as (captured, last_hidden):
             cache = DynamicCache(config=self.model.config)
             positions = (prompt_mask.cumsum(-1) - 1).clamp_min(0)
             out = self._base(
@@ -112,6 +114,7 @@ class Policy(nn.Module):
                 hidden = prompt_hidden.new_zeros(num_rows, max_tokens, prompt_hidden.shape[-1])
             cache.batch_repeat_interleave(per_prompt)
             logits = out.logits[:, -1].repeat_interleave(per_prompt, 0)
+            predicting = last_hidden.pop()[:, -1].repeat_interleave(per_prompt, 0)
             alive = torch.arange(num_rows, device=device)  # rows still in the batch
             for step in range(max_tokens):
                 logprobs = torch.log_softmax(logits.float(), -1)
@@ -119,6 +122,7 @@ class Policy(nn.Module):
                 ids[alive, step] = drawn[:, 0]
                 logprob[alive, step] = logprobs.gather(-1, drawn)[:, 0]
                 mask[alive, step] = 1.0
+                value[alive, step] = self.value_head(predicting.float()).squeeze(-1)
                 going = drawn[:, 0] != end
                 if step + 1 == max_tokens or not going.any():
                     break
@@ -130,7 +134,7 @@ class Policy(nn.Module):
                     input_ids=ids[alive, step, None], attention_mask=seen,
                     position_ids=position[alive, None] + step, past_key_values=cache, use_cache=True,
                 )  # fmt: skip
-                logits = out.logits[:, -1]
+                logits, predicting = out.logits[:, -1], last_hidden.pop()[:, -1]
                 if hidden is not None:
                     hidden[alive, step] = captured.pop()[:, 0]
 
@@ -138,7 +142,9 @@ class Policy(nn.Module):
         if hidden is not None and prompt_hidden is not None:
             packed = torch.cat([prompt_hidden, hidden.view(num_prompts, -1, hidden.shape[-1])], 1)
         shape = (num_prompts, per_prompt, max_tokens)
-        return Rollout(prompt_ids, prompt_mask, ids.view(shape), mask.view(shape), logprob.view(shape), packed)
+        return Rollout(
+            prompt_ids, prompt_mask, ids.view(shape), mask.view(shape), logprob.view(shape), value.view(shape), packed
+        )
 
     def evaluate(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """(log-probabilities, values), each (P, M, T), of the sampled tokens under the present policy.
@@ -228,18 +234,19 @@ class Policy(nn.Module):
                 decoder.layers = layers
 
     @contextlib.contextmanager
-    def _captured_hidden(self) -> Iterator[list[Tensor]]:
-        """Collect what enters the first adapted layer, forward after forward."""
-        captured: list[Tensor] = []
-        if self._first_adapted == 0:
-            yield captured
-            return
-        layer = self._decoder[0].layers[self._first_adapted]
-        handle = layer.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
+    def _captured(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """Collect, forward after forward, what enters the first adapted layer and what enters the output layer."""
+        entering: list[Tensor] = []
+        leaving: list[Tensor] = []
+        hooks = [self._base.get_output_embeddings().register_forward_pre_hook(lambda _, x: leaving.append(x[0]))]
+        if self._first_adapted:
+            layer = self._decoder[0].layers[self._first_adapted]
+            hooks.append(layer.register_forward_pre_hook(lambda _, x: entering.append(x[0])))
         try:
-            yield captured
+            yield entering, leaving
         finally:
-            handle.remove()
+            for hook in hooks:
+                hook.remove()
 
     @contextlib.contextmanager
     def _merged(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ let through is what `plots` drew.
 
 import json
 import shlex
+from dataclasses import dataclass
 from importlib import resources
 from math import sqrt
 from pathlib import Path
@@ -31,6 +32,23 @@ REWARD_MODELS = {
     "brme": "Gaussian heads fitted to it",
     "posterior": "heads drawn from its posterior",
 }
+
+
+@dataclass(frozen=True)
+class Config:
+    """Rebuild the page of a quickstart folder."""
+
+    folder: str = "runs/quickstart"
+    """A finished `poise quickstart`."""
+    png: str = ""
+    """Also write the first figure to this PNG file."""
+
+
+def run(config: Config) -> None:
+    """Build the page and say where it is."""
+    print(build(config.folder))
+    if config.png:
+        save_png(config.folder, config.png)
 
 
 class Study(NamedTuple):

@@ -131,7 +131,11 @@ def load_reward_model(path: str) -> tuple[nn.Module, Any, HeadLayout]:
             f"{path} has {config.num_labels} labels and no `poise` block in its config.json: not a reward model of ours"
         )
     try:
-        layout = HeadLayout(1, "point", (0.0,)) if block is None else HeadLayout(**{**block, "offset": tuple(block["offset"])})
+        layout = (
+            HeadLayout(1, "point", (0.0,))
+            if block is None
+            else HeadLayout(**{**block, "offset": tuple(block["offset"])})
+        )
     except (TypeError, KeyError):
         raise PoiseError(f"{path}: the `poise` block of config.json is not one this version reads") from None
     if layout.num_labels != config.num_labels or len(layout.offset) != layout.num_labels:

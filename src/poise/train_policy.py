@@ -246,15 +246,9 @@ def improve(
     config: Config, state: "State", policy: Policy, rollout: Rollout, score: Tensor, reference: Tensor
 ) -> dict[str, float]:
     """PPO epochs over one rollout (score (P * M,), reference log-probabilities (P, M, T)); mean losses."""
-    rewards, old_values, advantages, returns = (torch.empty(0),) * 4
     parameters = list(policy.trained_parameters().values())
-    device = rollout.mask_PMT.device
-    shape = rollout.mask_PMT.shape
-    mask = rollout.mask_PMT.flatten(0, 1)
-    with torch.no_grad():
-        # Values before the update, one minibatch at a time like the update itself.
-        parts = torch.arange(shape[0], device=device).chunk(config.num_minibatches)
-        old_values = torch.cat([policy.evaluate(rollout.rows(part))[1] for part in parts]).flatten(0, 1) * mask
+    device, shape = rollout.mask_PMT.device, rollout.mask_PMT.shape
+    mask, old_values = rollout.mask_PMT.flatten(0, 1), rollout.value_PMT.flatten(0, 1)
     rewards = ppo.token_rewards(
         score.to(device), rollout.logprob_PMT.flatten(0, 1), reference.flatten(0, 1), mask, config.kl_coef
     )
