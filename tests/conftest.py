@@ -17,26 +17,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 WORDS = [
-    "good",
-    "bad",
-    "fine",
-    "awful",
-    "film",
-    "phone",
-    "great",
-    "poor",
-    "a",
-    "the",
-    "this",
-    "is",
-    "was",
-    "really",
-    "not",
-    "love",
-    "hate",
-    "it",
-    ".",
-    ",",
+    *("good", "bad", "fine", "awful", "film", "phone", "great", "poor", "a", "the", "this", "is", "was"),
+    *("really", "not", "love", "hate", "it", ".", ","),
 ]
 
 

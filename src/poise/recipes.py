@@ -5,6 +5,7 @@ where it was. Nothing here computes; it chooses configs. The choices were fixed 
 and none was made on gold.
 """
 
+import functools
 import resource
 import time
 from collections.abc import Callable
@@ -46,6 +47,9 @@ def review_prompt(subject: str) -> Prompt:
         {"role": "user", "content": f"Write a one-sentence review of {subject}."},
     ]
 
+
+# Of the model's 30 layers: fast, and as good on generated text as more (LOG.md).
+NUM_LAYERS = 8
 
 # The human texts answer the same question, without a subject: it is not known what film a snippet is about.
 RATED_DOMAINS = {"movieReviewSnippets": review_prompt("a film"), "amazonReviewSnippets": review_prompt("a product")}
@@ -94,7 +98,7 @@ def run(config: Config) -> Run:
     _stage(out, "model and data", lambda: _prepare(config, folder))
     reward = train_reward.Config(
         preferences=str(folder / "preferences.jsonl"), output=str(folder / "reward"), model=config.model,
-        seed=config.seed,
+        num_layers=NUM_LAYERS, seed=config.seed,
     )  # fmt: skip
     _stage(out, "reward models", lambda: train_reward.run(reward))
     pool = best_of_n.Config(
@@ -109,7 +113,7 @@ def run(config: Config) -> Run:
             model=config.model, objective=arm.objective, kl_coef=config.kl_coef, num_steps=config.num_steps,
             seed=config.seed,
         )  # fmt: skip
-        _stage(out, f"PPO, {arm.name}", lambda policy=policy: train_policy.run(policy))
+        _stage(out, f"PPO, {arm.name}", functools.partial(train_policy.run, policy))
     comparison = compare.Config(
         arms=tuple(str(folder / f"policy-{arm.name}") for arm in ARMS), labels=tuple(arm.label for arm in ARMS),
         pool=str(folder / "pool"), output=str(folder / "comparison"),

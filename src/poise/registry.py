@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import platformdirs
@@ -33,7 +33,7 @@ def cached(name: str, build: Callable[[Path], None]) -> Path:
 
 
 @contextlib.contextmanager
-def package_file(requirement: str, sha256: str, *, source: bool = False):
+def package_file(requirement: str, sha256: str, *, source: bool = False) -> Iterator[Path]:
     """Download one package file, `requirement` as in `name==1.2`, and yield its path until the block ends.
 
     source: the source distribution instead of the wheel.

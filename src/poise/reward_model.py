@@ -22,7 +22,16 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from poise.errors import PoiseError
-from poise.models import device, frozen_dtype, load_tokenizer, pad_apart, quiet_loading, resolve_model
+from poise.models import (
+    HfModel,
+    HfTokenizer,
+    device,
+    frozen_dtype,
+    load_tokenizer,
+    pad_apart,
+    quiet_loading,
+    resolve_model,
+)
 from poise.objectives import HeadRewards
 from poise.runs import write_folder_atomic
 
@@ -59,7 +68,7 @@ class HeadLayout:
         return HeadRewards(mean, self.floor + F.softplus(raw))
 
 
-def load_trunk(model: str, num_layers: int) -> tuple[nn.Module, Any, int]:
+def load_trunk(model: str, num_layers: int) -> tuple[HfModel, HfTokenizer, int]:
     """(classifier with one fresh label, tokenizer, layers kept): the first `num_layers` layers (0: all) of `model`."""
     folder = resolve_model(model)
     config = transformers.AutoConfig.from_pretrained(folder)
@@ -77,7 +86,7 @@ def load_trunk(model: str, num_layers: int) -> tuple[nn.Module, Any, int]:
     return classifier, tokenizer, num_layers or depth
 
 
-def _load_classifier(folder: str, config: Any) -> nn.Module:
+def _load_classifier(folder: str, config: Any) -> HfModel:
     with quiet_loading():
         try:
             classifier = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -92,7 +101,11 @@ def _load_classifier(folder: str, config: Any) -> nn.Module:
 
 
 def save_reward_model(
-    folder: Path, classifier: nn.Module, tokenizer: Any, weight: Float[Tensor, "labels hidden"], layout: HeadLayout
+    folder: Path,
+    classifier: HfModel,
+    tokenizer: HfTokenizer,
+    weight: Float[Tensor, "labels hidden"],
+    layout: HeadLayout,
 ) -> None:
     """Write a checkpoint, whole or not at all: the trunk of `classifier` with `weight` as its `score` layer."""
     score = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=classifier.dtype)
@@ -117,7 +130,7 @@ def checkpoint_folder(path: str) -> str:
     return path
 
 
-def load_reward_model(path: str) -> tuple[nn.Module, Any, HeadLayout]:
+def load_reward_model(path: str) -> tuple[HfModel, HfTokenizer, HeadLayout]:
     """(classifier, tokenizer, layout) of a checkpoint.
 
     Any one-label classifier of the hub works as a conventional reward model. Raises PoiseError for several labels

@@ -4,15 +4,14 @@ A score does not depend on the batch it is computed in, nor on padding (tested t
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from poise.data import Sample
 from poise.errors import PoiseError
-from poise.models import completion_text, encode, prompt_text
+from poise.models import HfModel, HfTokenizer, completion_text, encode, prompt_text
 from poise.objectives import HeadRewards
 from poise.reward_model import HeadLayout, load_reward_model
 
@@ -22,7 +21,7 @@ TOKENS_PER_BATCH = 4096
 class FeatureExtractor:
     """The trunk alone: the last hidden state at a sample's last token, where the `score` layer reads."""
 
-    def __init__(self, classifier: nn.Module, tokenizer: Any, max_length: int = 0):
+    def __init__(self, classifier: HfModel, tokenizer: HfTokenizer, max_length: int = 0):
         """max_length: longest sample in tokens; 0 takes the model's context."""
         self.classifier, self.tokenizer = classifier, tokenizer
         context = classifier.config.max_position_embeddings
@@ -102,7 +101,7 @@ class Scorer:
 
 
 def pooled_features(
-    classifier: nn.Module, ids: Int[Tensor, "batch tokens"], mask: Int[Tensor, "batch tokens"]
+    classifier: HfModel, ids: Int[Tensor, "batch tokens"], mask: Int[Tensor, "batch tokens"]
 ) -> Float[Tensor, "batch hidden"]:
     """Last hidden state at each row's last real token, whichever side the padding is on, float32."""
     positions = (mask.cumsum(-1) - 1).clamp_min(0)

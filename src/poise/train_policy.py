@@ -158,7 +158,7 @@ def run(config: Config) -> Run:
 
     final = _sample_final(config, state, policy, scorer, objective, eval_prompts)
     write_jsonl(out.folder / "final.jsonl", final)
-    policy.model.save_pretrained(out.folder / "policy")
+    policy.model.save_pretrained(str(out.folder / "policy"))
     out.finish(
         {
             "reward": sum(row["reward"] for row in final) / len(final),

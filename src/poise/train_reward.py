@@ -113,7 +113,7 @@ def run(config: Config) -> Run:
         "prior_precision": precision, "stage1_reward_mean": shift.item(), "stage1_reward_std": spread.item(),
         "stage2_history": history, "std_collapsed": std_collapsed(history), "models": {},
     }  # fmt: skip
-    checkpoints = {
+    checkpoints: dict[str, tuple[Tensor, Tensor, Literal["gaussian", "point"]]] = {
         "single": (single_1H, single_offset, "point"),
         "posterior": (posterior_KH, posterior_offset, "point"),
         "brme": (brme_2KH, brme_offset, "gaussian"),
