@@ -4,6 +4,7 @@ RUN/results.json   per arm: gold, proxy, KL and heads per step; final gold with 
                    arms; completions, most over-scored first
 """
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,24 +42,35 @@ def run(config: Config) -> Run:
         raise PoiseError(f"{len(config.labels)} labels for {len(config.arms)} arms")
     out = Run.open(config.output, config)
     labels = config.labels or tuple(Path(arm).name for arm in config.arms)
-    initial = None
-    if config.pool:
-        initial = float(np.mean([row["gold"] for row in read_jsonl(Path(config.pool) / "pool.jsonl")]))
     finals = [_final(Path(arm)) for arm in config.arms]
     by_prompt = [_gold_by_prompt(rows) for rows in finals]
     if any(golds.keys() != by_prompt[0].keys() for golds in by_prompt):
         raise PoiseError("the arms were not evaluated on the same prompts")
     arms = [_arm(Path(arm), label, rows) for arm, label, rows in zip(config.arms, labels, finals, strict=True)]
+    initial = _initial(Path(config.pool), len(finals[0]) // len(by_prompt[0])) if config.pool else {}
     for arm in arms:
-        arm["initial_gold"] = initial if initial is not None else arm["steps"][0]["gold"]
+        arm["initial_gold"] = initial.get("gold", arm["steps"][0]["gold"])
     differences = []
     for arm, golds in zip(arms[1:], by_prompt[1:], strict=True):
         paired = np.array([golds[prompt] - by_prompt[0][prompt] for prompt in golds])
         difference: Json = {"arm": arm["name"], "against": arms[0]["name"], "num_prompts": len(paired)}
         differences.append(difference | {"gold": float(paired.mean()), "interval": bootstrap_interval(paired)})
     names = [arm["name"] for arm in arms]
-    out.finish({"arms": arms, "differences": differences, "completions": _side_by_side(names, finals)})
+    out.finish({"initial": initial, "arms": arms, "differences": differences, "completions": _side_by_side(names, finals)})
     return out
+
+
+def _initial(pool: Path, per_prompt: int) -> Json:
+    """The initial policy on the same prompts; variety is counted on as many completions as the arms have."""
+    rows = list(read_jsonl(pool / "pool.jsonl"))
+    seen: dict[str, int] = {}
+    texts = []
+    for row in rows:
+        label = prompt_label(row["prompt"])
+        seen[label] = seen.get(label, 0) + 1
+        if seen[label] <= per_prompt:
+            texts.append(row["completion"])
+    return {"gold": float(np.mean([row["gold"] for row in rows])), "distinct_bigrams": distinct_bigrams(texts)}
 
 
 def _final(arm: Path) -> list[Json]:
@@ -104,6 +116,7 @@ def _arm(folder: Path, label: str, final: list[Json]) -> Json:
             "gold": final_gold, "interval": bootstrap_interval(by_prompt),
             "proxy": float(np.mean([row["reward"] for row in final])),
             "kl": float(np.mean([row["kl"] for row in final])),
+            "distinct_bigrams": distinct_bigrams([row["completion"] for row in final]),
         },
         "peak_gold": peak, "drawdown": peak - final_gold,
         "seconds": sum(step[f"{lap}_seconds"] for step in metrics for lap in laps),
@@ -140,6 +153,19 @@ def _side_by_side(names: list[str], finals: list[list[Json]]) -> list[Json]:
 
 def _opinion(row: Json) -> Json:
     return {"completion": row["completion"], "proxy": row["reward"], "gold": row["gold"], "heads": row["mean"]}
+
+
+def distinct_bigrams(texts: list[str]) -> float:
+    """Distinct word pairs as a share of all word pairs: low when a policy says the same of everything.
+
+    Gold reads one text at a time and cannot see this.
+
+    >>> distinct_bigrams(["a fine film", "a fine phone"])
+    0.75
+    """
+    words = [text.lower().split() for text in texts]
+    pairs = [pair for row in words for pair in itertools.pairwise(row)]
+    return len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
 def prompt_label(prompt: Prompt) -> str:

@@ -121,7 +121,8 @@ class Policy(nn.Module):
             alive = torch.arange(num_rows, device=device)  # rows still in the batch
             for step in range(max_tokens):
                 logprobs = torch.log_softmax(logits.float(), -1)
-                drawn = torch.multinomial(logprobs.exp(), 1, generator=generator)
+                # Drawn where the generator lives, so that a checkpoint repeats on any device.
+                drawn = torch.multinomial(logprobs.exp().to(generator.device), 1, generator=generator).to(device)
                 ids[alive, step] = drawn[:, 0]
                 logprob[alive, step] = logprobs.gather(-1, drawn)[:, 0]
                 mask[alive, step] = 1.0

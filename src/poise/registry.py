@@ -15,6 +15,7 @@ from pathlib import Path
 import platformdirs
 
 from poise.errors import PoiseError
+from poise.progress import console
 from poise.runs import write_folder_atomic
 
 
@@ -27,7 +28,7 @@ def cached(name: str, build: Callable[[Path], None]) -> Path:
     """The cache folder `name`, built once by `build(empty_folder)`; a killed build leaves nothing behind."""
     folder = cache_folder() / name
     if not folder.exists():
-        with write_folder_atomic(folder) as scratch:
+        with console.status(f"fetching {name} (once)"), write_folder_atomic(folder) as scratch:
             build(scratch)
     return folder
 

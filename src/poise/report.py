@@ -75,7 +75,6 @@ def build(folder: str | Path) -> Path:
     page = _template().render(_page(study))
     path = Path(folder) / "report.html"
     write_atomic(path, page)
-    path.chmod(0o644)
     return path
 
 
@@ -176,6 +175,7 @@ def _page(study: Study) -> Json:
     return {
         "verdicts": _verdicts(comparison),
         "arms": arms,
+        "initial_variety": (comparison.get("initial") or {}).get("distinct_bigrams"),
         "colours": {name: style.colour for name, style in styles.items()},
         "curves_svg": Markup(plots.over_optimisation(comparison, study.pool)),
         "pool": study.pool,
