@@ -16,8 +16,8 @@ quickstart: $(VENV)/installed
 	$(BIN)/poise quickstart
 
 test: $(VENV)/installed
-	$(BIN)/ruff format --check src tests
-	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 

@@ -56,7 +56,9 @@ def run(config: Config) -> Run:
         difference: Json = {"arm": arm["name"], "against": arms[0]["name"], "num_prompts": len(paired)}
         differences.append(difference | {"gold": float(paired.mean()), "interval": bootstrap_interval(paired)})
     names = [arm["name"] for arm in arms]
-    out.finish({"initial": initial, "arms": arms, "differences": differences, "completions": _side_by_side(names, finals)})
+    out.finish(
+        {"initial": initial, "arms": arms, "differences": differences, "completions": _side_by_side(names, finals)}
+    )
     return out
 
 

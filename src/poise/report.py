@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jinja2
+import tyro
 from markupsafe import Markup
 
 from poise import plots
@@ -38,7 +39,7 @@ REWARD_MODELS = {
 class Config:
     """Rebuild the page of a quickstart folder."""
 
-    folder: str = "runs/quickstart"
+    folder: tyro.conf.Positional[str] = "runs/quickstart"
     """A finished `poise quickstart`."""
     png: str = ""
     """Also write the first figure to this PNG file."""
