@@ -1,16 +1,15 @@
 """Reading what users have, and saying clearly what is wrong with it."""
 
-import io
 import json
-import tarfile
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from poise import data
-from poise.data import Preference, Rated, Sample, is_held_out, preference_pairs, read_preferences, read_prompts
+from poise.data import Preference, Sample, read_preferences, read_prompts
 from poise.errors import PoiseError
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
 def write(folder: Path, *lines: str) -> Path:
@@ -61,7 +60,7 @@ def test_bad_rows_can_be_set_aside_and_are_counted(tmp_path: Path, capsys: pytes
     aside = [json.loads(line) for line in (tmp_path / "rows.bad.jsonl").read_text().splitlines()]
     assert [row["line"] for row in aside] == list(range(2, 2 + len(BAD)))
     assert [row["row"] for row in aside] == list(BAD)
-    assert f"{len(BAD)} bad rows of {len(BAD) + 1}" in capsys.readouterr().out
+    assert f"{len(BAD)} bad rows of {len(BAD) + 1}" in " ".join(capsys.readouterr().err.split())
 
 
 def test_missing_and_empty_files(tmp_path: Path) -> None:
@@ -74,67 +73,97 @@ def test_missing_and_empty_files(tmp_path: Path) -> None:
         read_preferences(tmp_path / "binary")
 
 
-def rated_texts(count: int = 60) -> list[Rated]:
-    return [
-        Rated(("film", "phone")[i % 2], f"text {i}", tuple(min(4, max(-4, i % 9 - 4 + d)) for d in (-1, 0, 1)))
-        for i in range(count)
-    ]
+CONVERSATION = [{"role": "user", "content": "hi"}]
 
 
-def test_pairs_stay_in_their_domain_and_repeat_with_their_seed() -> None:
-    texts = rated_texts()
-    domain = {rated.text: rated.domain for rated in texts}
-    pairs = preference_pairs(texts, lambda name: f"about a {name}", 300, seed=1)
-    assert len(pairs) == 300
-    assert all(domain[p.chosen] == domain[p.rejected] == p.source for p in pairs)
-    assert all(p.prompt == f"about a {p.source}" for p in pairs)
-    assert pairs == preference_pairs(texts, lambda name: f"about a {name}", 300, seed=1)
-    assert pairs != preference_pairs(texts, lambda name: f"about a {name}", 300, seed=2)
+def reply(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
 
 
-def test_noise_is_the_raters_own_and_flips_add_to_it() -> None:
-    texts = rated_texts()
-    mean = {rated.text: rated.mean for rated in texts}
+CONVENTIONS = {
+    "transcripts": (
+        {"prompt": "\n\nHuman: hi\n\nAssistant:", "chosen": " yes", "rejected": " no"},
+        [Preference(CONVERSATION, " yes", " no")],
+    ),
+    "implicit transcripts": (
+        {"chosen": "\n\nHuman: hi\n\nAssistant: yes", "rejected": "\n\nHuman: hi\n\nAssistant: no"},
+        [Preference(CONVERSATION, "yes", "no")],
+    ),
+    "conversations": (
+        {"prompt": CONVERSATION, "chosen": [reply("yes")], "rejected": [reply("no")]},
+        [Preference(CONVERSATION, "yes", "no")],
+    ),
+    "implicit conversations": (
+        {"chosen": [*CONVERSATION, reply("yes")], "rejected": [*CONVERSATION, reply("no")]},
+        [Preference(CONVERSATION, "yes", "no")],
+    ),
+    "implicit text": (
+        {"chosen": "the film was good", "rejected": "the film was gory"},
+        [Preference("the film was ", "good", "gory")],
+    ),
+    "votes": (
+        {"prompt": "p", "response_1": "a", "response_2": "b", "annotators": [1, 2, 0, 1]},
+        [Preference("p", "a", "b"), Preference("p", "b", "a"), Preference("p", "a", "b")],
+    ),
+}
 
-    def wrong(flip: float) -> float:
-        pairs = preference_pairs(texts, str, 4000, seed=0, flip=flip)
-        return sum(mean[p.chosen] < mean[p.rejected] for p in pairs) / len(pairs)
 
-    assert 0.0 < wrong(0.0) < 0.15
-    assert wrong(0.25) == pytest.approx(0.25 + wrong(0.0) * 0.5, abs=0.04)
-    assert wrong(1.0) > 0.8
+@pytest.mark.parametrize("name", CONVENTIONS)
+def test_conventions(tmp_path: Path, name: str) -> None:
+    row, expected = CONVENTIONS[name]
+    assert read_preferences(write(tmp_path, json.dumps(row))) == expected
 
 
-def test_held_out_share_is_fixed() -> None:
-    share = sum(is_held_out(f"some text {i}") for i in range(20_000)) / 20_000
-    assert share == pytest.approx(51 / 256, abs=0.01)
-    assert [is_held_out(t) for t in ("a", "b", "c", "d", "e")] == [False, False, True, True, False]
+def test_conversations_that_part_before_the_last_turn_are_refused(tmp_path: Path) -> None:
+    one, other = [*CONVERSATION, reply("a"), reply("b")], [*CONVERSATION, reply("c"), reply("d")]
+    with pytest.raises(PoiseError, match="last turn only"):
+        read_preferences(write(tmp_path, json.dumps({"chosen": one, "rejected": other})))
 
 
-def test_ratings_are_read_from_the_nested_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real layout in miniature: byte order mark, HTML entities, a rating without its text."""
-    inner = tmp_path / "inner.tar.gz"
-    files = {}
-    for domain in data.DOMAINS:
-        files[f"hutto_ICWSM_2014/{domain}_GroundTruth.txt"] = "1_1\t-0.9\tgood &amp; bad\n1_2\t0.5\tfine\n"
-        files[f"hutto_ICWSM_2014/{domain}_anonDataRatings.txt"] = (
-            "\ufeff1_1\t-0.9\t0.76\t[0, -1, 2]\n9\t1\t1\t[1]\n1_2\t0.5\t0.1\t[1, 0]\n"
-        )
-    with tarfile.open(inner, "w:gz") as archive:
-        for name, text in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(text.encode())
-            archive.addfile(info, io.BytesIO(text.encode()))
-    outer = tmp_path / "package.tar.gz"
-    with tarfile.open(outer, "w:gz") as archive:
-        archive.add(inner, "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
+def test_ties_and_repeats_are_left_out_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tie = json.dumps({"prompt": "p", "response_1": "a", "response_2": "b", "annotators": [0, 0]})
+    assert len(read_preferences(write(tmp_path, GOOD, tie, GOOD))) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "1 rows in which nobody preferred either and 1 repeated ones left out" in said
 
-    import contextlib
 
-    monkeypatch.setenv("POISE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(data, "package_file", lambda *_, **__: contextlib.nullcontext(outer))
-    ratings = data.human_ratings()
-    assert Counter(r.domain for r in ratings) == dict.fromkeys(data.DOMAINS, 2)
-    assert ratings[0] == Rated("movieReviewSnippets", "good & bad", (0, -1, 2))
-    monkeypatch.delattr(data, "package_file")
-    assert data.human_ratings() == ratings  # from the cache
+def test_other_formats_hold_the_same_rows(tmp_path: Path) -> None:
+    import csv
+    import gzip
+
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"prompt": f"p{i}", "chosen": f"a, {i}", "rejected": "b"} for i in range(3)]
+    expected = [Preference(**row) for row in rows]
+    with (tmp_path / "x.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    with gzip.open(tmp_path / "x.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "folder"))
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(str(tmp_path / "splits"))
+    for name in ("x.csv", "x.jsonl.gz", "x.parquet", "folder", "splits"):
+        assert read_preferences(tmp_path / name) == expected, name
+
+
+def test_damaged_files_are_one_line(tmp_path: Path) -> None:
+    for name in ("x.parquet", "x.jsonl.gz"):
+        (tmp_path / name).write_bytes(b"nothing of the kind")
+        with pytest.raises(PoiseError) as caught:
+            read_preferences(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(not (SHARED / "preferences").exists(), reason="the development data are not on this machine")
+@pytest.mark.parametrize(
+    ("name", "count"), [("hh_rlhf", 3737), ("pandalm_annotators", 999), ("ultrafeedback_sample", 1000)]
+)
+def test_real_preference_data_are_read_whole(name: str, count: int) -> None:
+    preferences = read_preferences(SHARED / "preferences" / f"{name}.jsonl.gz", "skip")
+    assert len(preferences) > 0.95 * count
+    if name == "hh_rlhf":
+        assert all(isinstance(p.prompt, list) and p.prompt[-1]["role"] == "user" for p in preferences)

@@ -9,7 +9,7 @@ ROOT = Path(poise.__file__).parent
 
 LAYERS = [
     {"errors", "objectives", "losses", "metrics", "runs", "progress"},
-    {"registry", "models", "data", "reward_model", "scorer", "ppo", "policy", "gold"},
+    {"registry", "models", "data", "ratings", "reward_model", "scorer", "ppo", "policy", "gold"},
     {"train_reward", "train_policy", "best_of_n", "compare", "score"},
     {"plots", "report", "recipes", "cli"},
 ]

