@@ -104,6 +104,17 @@ def test_heads_learn_the_stage_one_reward_and_std_shrinks_where_there_is_data() 
     assert history[-1]["mse"] < 0.01
 
 
+@pytest.mark.parametrize("loss", ["gaussian_nll", "beta_nll", "crps", "probit_pairs"])
+def test_other_losses_learn_the_order_too(loss: str) -> None:
+    features, weight = synthetic(400)
+    held, true = synthetic(200, seed=1)
+    config = Config(preferences="", num_heads=2, head_steps=400, head_lr=0.02, head_loss=loss)  # type: ignore[arg-type]
+    zero = torch.zeros((), dtype=torch.float64)
+    heads, _, _ = train_reward.train_heads(features, held, weight, zero, config, torch.Generator().manual_seed(0))
+    for head in heads[:2]:
+        assert torch.cosine_similarity(head, true, dim=0) > 0.9
+
+
 def test_alarm_when_std_collapses_while_error_stands_still() -> None:
     flat = [{"mse": 0.3, "std": 1.0}, {"mse": 0.299, "std": 0.3}, {"mse": 0.298, "std": 0.09}]
     falling = [{"mse": 0.3, "std": 1.0}, {"mse": 0.1, "std": 0.3}, {"mse": 0.03, "std": 0.09}]
@@ -166,7 +177,7 @@ def test_too_little_data_and_bad_settings(tmp_path: Path, tiny_model: str) -> No
     path.write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n' * 2)
     with pytest.raises(PoiseError, match="too few"):
         train_reward.run(Config(preferences=str(path), output=str(tmp_path / "x"), model=tiny_model))
-    path.write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n' * 9)
+    path.write_text("".join(f'{{"prompt": "p", "chosen": "a{i}", "rejected": "b"}}\n' for i in range(9)))
     with pytest.raises(PoiseError, match="has 3 layers"):
         train_reward.run(Config(str(path), str(tmp_path / "y"), model=tiny_model, num_layers=9))
     with pytest.raises(PoiseError, match="num-heads"):

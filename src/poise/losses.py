@@ -1,5 +1,19 @@
-"""Losses for reward models: pure functions of rewards, no models inside."""
+"""Losses for reward models: pure functions of rewards, no models inside.
 
+The losses of Gaussian heads share one signature, `loss(mean, std, noise, target, mask)`:
+
+    mean, std  (batch, heads)  what the heads say, std > 0
+    noise      (batch, heads)  one independent N(0, 1) draw per sample *and* head; only `sampled_mse` looks at it
+    target     (batch,)        the standardised stage-1 reward
+    mask       (batch, heads)  1 where a head is trained on a sample, else 0
+
+and all return the sum over heads of the mean over each head's own samples.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -18,20 +32,72 @@ def bradley_terry(
     return (-F.logsigmoid(chosen - rejected) + centring * (chosen + rejected).square()).mean()
 
 
-def sampled_mse(
-    mean: Float[Tensor, "batch heads"],
-    std: Float[Tensor, "batch heads"],
-    noise: Float[Tensor, "batch heads"],
-    target: Float[Tensor, " batch"],
-    mask: Float[Tensor, "batch heads"],
-) -> Float[Tensor, ""]:
-    """Sum over heads of the mean squared error of the sampled reward mean + std * noise (arXiv 2409.15360, stage 2).
+BatchHeads = Float[Tensor, "batch heads"]
+Batch = Float[Tensor, " batch"]
+Scalar = Float[Tensor, ""]
 
-    noise: one independent N(0, 1) draw per sample *and* head.
-    mask:  1 where a head is trained on a sample, else 0; each head's error is averaged over its own samples.
+
+def sampled_mse(mean: BatchHeads, std: BatchHeads, noise: BatchHeads, target: Batch, mask: BatchHeads) -> Scalar:
+    """(mean + std * noise - target)^2, the squared error of the sampled reward (arXiv 2409.15360, stage 2).
 
     Its expectation is (mean - target)^2 + std^2: std only ever shrinks where there is data. It counts coverage;
     it is not an error bar.
     """
-    error = (mean + std * noise - target.unsqueeze(-1)).square() * mask
-    return (error.sum(0) / mask.sum(0).clamp_min(1.0)).sum()
+    return _over_heads((mean + std * noise - target.unsqueeze(-1)).square(), mask)
+
+
+def gaussian_nll(mean: BatchHeads, std: BatchHeads, noise: BatchHeads, target: Batch, mask: BatchHeads) -> Scalar:
+    """-log N(target; mean, std^2): a proper score, minimal at the true mean and std."""
+    return _over_heads(_nll(mean, std, target), mask)
+
+
+def beta_nll(
+    mean: BatchHeads, std: BatchHeads, noise: BatchHeads, target: Batch, mask: BatchHeads, beta: float = 0.5
+) -> Scalar:
+    """Negative log-likelihood weighted by std^(2 beta), held constant (arXiv 2203.09168).
+
+    beta: 0 is `gaussian_nll`, 1 gives the mean the gradient of plain squared error. Same minimum for constant noise.
+    """
+    return _over_heads(std.detach() ** (2 * beta) * _nll(mean, std, target), mask)
+
+
+def crps(mean: BatchHeads, std: BatchHeads, noise: BatchHeads, target: Batch, mask: BatchHeads) -> Scalar:
+    """Continuous ranked probability score of a Gaussian (Gneiting et al. 2005): proper, in units of the reward.
+
+    std * (z (2 Phi(z) - 1) + 2 phi(z) - 1 / sqrt(pi)),  z = (target - mean) / std
+    """
+    z = (target.unsqueeze(-1) - mean) / std
+    density = torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
+    return _over_heads(std * (z * torch.erf(z / math.sqrt(2)) + 2 * density - 1 / math.sqrt(math.pi)), mask)
+
+
+HeadLoss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+HEAD_LOSSES: dict[str, HeadLoss] = {
+    function.__name__: function for function in (sampled_mse, gaussian_nll, beta_nll, crps)
+}
+
+
+def probit_pairs(
+    chosen_mean: BatchHeads,
+    chosen_std: BatchHeads,
+    rejected_mean: BatchHeads,
+    rejected_std: BatchHeads,
+    mask: BatchHeads,
+) -> Scalar:
+    """-log Phi((mu+ - mu-) / sqrt(1 + std+^2 + std-^2)), on preferences directly, no stage-1 reward.
+
+    From pairs alone only this ratio is identified, not its numerator and denominator (arXiv 2605.11865): a std learned
+    so says how decided a preference is, not how large a reward's error.
+    """
+    ratio = (chosen_mean - rejected_mean) / (1 + chosen_std.square() + rejected_std.square()).sqrt()
+    return _over_heads(-torch.special.log_ndtr(ratio), mask)
+
+
+def _nll(mean: Tensor, std: Tensor, target: Tensor) -> Tensor:
+    z = (target.unsqueeze(-1) - mean) / std
+    return 0.5 * z.square() + std.log() + 0.5 * math.log(2 * math.pi)
+
+
+def _over_heads(loss: Tensor, mask: Tensor) -> Tensor:
+    return ((loss * mask).sum(0) / mask.sum(0).clamp_min(1.0)).sum()

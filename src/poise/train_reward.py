@@ -18,7 +18,7 @@ from torch import Tensor
 
 from poise.data import OnBadRow, Preference, Sample, read_preferences
 from poise.errors import PoiseError
-from poise.losses import bradley_terry, sampled_mse
+from poise.losses import HEAD_LOSSES, bradley_terry, probit_pairs
 from poise.metrics import auroc
 from poise.models import DEFAULT_MODEL
 from poise.objectives import HeadRewards, disagreement, routing_std
@@ -51,6 +51,10 @@ class Config:
     shards: Literal["disjoint", "cluster", "bootstrap", "same"] = "cluster"
     """Which pairs each BRME head is trained on: its own part (`disjoint` at random, `cluster` by content), a random
     80 % of all (`bootstrap`), or all (`same`)."""
+    head_loss: Literal["sampled_mse", "gaussian_nll", "beta_nll", "crps", "probit_pairs"] = "sampled_mse"
+    """Loss of stage 2. `sampled_mse` is the paper's: its std counts coverage. The next three are proper scores: their
+    std is an error bar, but the head with the lowest is then the least noisy one, not the most knowing. The last
+    fits the preferences themselves."""
     head_steps: int = 600
     """Most optimiser steps of stage 2; it stops early when validation error rises."""
     head_lr: float = 3e-3
@@ -249,7 +253,7 @@ def train_heads(
     config: Config,
     generator: torch.Generator,
 ) -> tuple[Float[Tensor, "labels hidden"], Float[Tensor, " labels"], list[Json]]:
-    """(weights (2K, H), offsets (2K,), history): K Gaussian heads by sampled MSE to the standardised stage-1 reward.
+    """(weights (2K, H), offsets (2K,), history): K Gaussian heads fitted to the standardised stage-1 reward.
 
     Means start at the prior's own scale, so that what a head's shard does not determine stays as it was drawn: the
     heads agree where they have data. Stops when validation error has not improved for ten evaluations.
@@ -258,6 +262,7 @@ def train_heads(
     mask = shard_mask(fit, num_heads, config.shards, generator).repeat(2, 1).double()
     texts, target = fit.texts_NH, fit.texts_NH @ single_H - single_offset
     held_texts, held_target = held.texts_NH, held.texts_NH @ single_H - single_offset
+    head_loss = _pair_loss if config.head_loss == "probit_pairs" else HEAD_LOSSES[config.head_loss]
     weight = torch.randn(2 * num_heads, hidden, generator=generator, dtype=texts.dtype) * single_H.std()
     weight[num_heads:] = 0.0  # stds start equal everywhere
     weight.requires_grad_()
@@ -271,7 +276,7 @@ def train_heads(
         for step in range(config.head_steps):
             heads = layout.decode(texts @ weight.T + bias)
             noise = torch.randn(heads.mean.shape, generator=generator, dtype=texts.dtype)
-            loss = sampled_mse(heads.mean, heads.std, noise, target, mask)
+            loss = head_loss(heads.mean, heads.std, noise, target, mask)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -279,14 +284,22 @@ def train_heads(
             if step % 20 == 19 or step + 1 == config.head_steps:
                 with torch.no_grad():
                     heads = layout.decode(held_texts @ weight.T + bias)
+                nothing, everything = torch.zeros_like(heads.mean), torch.ones_like(heads.mean)
+                value = head_loss(heads.mean, heads.std, nothing, held_target, everything).item()
                 error = (heads.mean - held_target.unsqueeze(-1)).square().mean().item()
-                history.append({"step": step + 1, "mse": error, "std": heads.std.median().item()})
-                stale = 0 if error < best[0] else stale + 1
-                if error < best[0]:
-                    best = (error, weight.detach().clone(), bias.detach().clone())
+                history.append({"step": step + 1, "loss": value, "mse": error, "std": heads.std.median().item()})
+                stale = 0 if value < best[0] else stale + 1
+                if value < best[0]:
+                    best = (value, weight.detach().clone(), bias.detach().clone())
                 if stale == 10:
                     break
     return best[1], -best[2], history
+
+
+def _pair_loss(mean: Tensor, std: Tensor, _noise: Tensor, _target: Tensor, mask: Tensor) -> Tensor:
+    """`probit_pairs` in the form of the other losses: the first half of the rows are chosen, the second rejected."""
+    (chosen_mean, rejected_mean), (chosen_std, rejected_std) = mean.chunk(2), std.chunk(2)
+    return probit_pairs(chosen_mean, chosen_std, rejected_mean, rejected_std, mask.chunk(2)[0])
 
 
 def std_collapsed(history: list[Json]) -> bool:
