@@ -11,7 +11,7 @@ from poise.data import Sample
 from poise.errors import PoiseError
 from poise.objectives import disagreement
 from poise.scorer import Scorer
-from poise.train_reward import Config, Features, draw_posterior, fit_bradley_terry, shard_mask, std_collapsed
+from poise.train_reward import Config, Features, Heads, draw_posterior, fit_bradley_terry, shard_mask, std_collapsed
 
 
 def synthetic(count: int, hidden: int = 6, seed: int = 0) -> tuple[Features, torch.Tensor]:
@@ -87,18 +87,21 @@ def test_clusters_follow_the_content() -> None:
     assert len({(int(r), int(o)) for r, o in zip(region, owner, strict=True)}) == 3
 
 
-def trained_heads(steps: int, shards: str = "same") -> tuple[torch.Tensor, torch.Tensor, list]:
+def single_head(weight: torch.Tensor) -> Heads:
+    return Heads(weight.unsqueeze(0), torch.zeros(1, dtype=torch.float64), "point")
+
+
+def trained_heads(steps: int, shards: str = "same") -> tuple[Heads, list]:
     features, weight = synthetic(400)
     held, _ = synthetic(200, seed=1)
     config = Config(preferences="", num_heads=3, head_steps=steps, head_lr=0.02, shards=shards)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(0)
-    zero = torch.zeros((), dtype=torch.float64)
-    return train_reward.train_heads(features, held, weight, zero, config, generator)
+    return train_reward.train_heads(features, held, single_head(weight), config, generator)
 
 
 def test_heads_learn_the_stage_one_reward_and_std_shrinks_where_there_is_data() -> None:
-    weight, _offset, history = trained_heads(1500)
-    for head in weight[:3]:
+    heads, history = trained_heads(1500)
+    for head in heads.weight_LH[:3]:
         torch.testing.assert_close(head, torch.linspace(-1, 1, 6, dtype=torch.float64), rtol=0, atol=0.1)
     assert history[-1]["std"] < history[0]["std"] / 5
     assert history[-1]["mse"] < 0.01
@@ -109,9 +112,8 @@ def test_other_losses_learn_the_order_too(loss: str) -> None:
     features, weight = synthetic(400)
     held, true = synthetic(200, seed=1)
     config = Config(preferences="", num_heads=2, head_steps=400, head_lr=0.02, head_loss=loss)  # type: ignore[arg-type]
-    zero = torch.zeros((), dtype=torch.float64)
-    heads, _, _ = train_reward.train_heads(features, held, weight, zero, config, torch.Generator().manual_seed(0))
-    for head in heads[:2]:
+    heads, _ = train_reward.train_heads(features, held, single_head(weight), config, torch.Generator().manual_seed(0))
+    for head in heads.weight_LH[:2]:
         assert torch.cosine_similarity(head, true, dim=0) > 0.9
 
 

@@ -85,6 +85,22 @@ class Features(NamedTuple):
         return torch.cat(self)
 
 
+class Heads(NamedTuple):
+    """Linear heads on centred and scaled features: rewards are features @ weight.T - offset. _L labels."""
+
+    weight_LH: Float[Tensor, "labels hidden"]
+    offset_L: Float[Tensor, " labels"]
+    kind: Literal["gaussian", "point"]
+
+    def on_raw_features(
+        self, centre: Float[Tensor, " hidden"], scale: Float[Tensor, " hidden"]
+    ) -> tuple[Float[Tensor, "labels hidden"], HeadLayout]:
+        """The same heads for features as the trunk gives them, float32: w.(x - c)/s - o = (w/s).x - (o + (w/s).c)."""
+        weight = self.weight_LH / scale
+        num_heads = len(weight) // (2 if self.kind == "gaussian" else 1)
+        return weight.float(), HeadLayout(num_heads, self.kind, tuple((self.offset_L + weight @ centre).tolist()))
+
+
 def run(config: Config) -> Run:
     """Train, evaluate and save; a finished run is returned as it is."""
     _check(config)
@@ -103,43 +119,36 @@ def run(config: Config) -> Run:
     fit, held = features.rows(train), features.rows(validation)
 
     precision, weight_H = choose_prior(fit, held)
-    shift, spread = _standardisation(fit.texts_NH @ weight_H)
+    rewards = fit.texts_NH @ weight_H
+    mean, std = rewards.mean(), rewards.std().clamp_min(1e-12)
     # From here on the stage-1 reward is standardised: mean 0, std 1 over the training texts.
-    single_1H = (weight_H / spread).unsqueeze(0)
-    single_offset = shift.unsqueeze(0) / spread
-    brme_2KH, brme_offset, history = train_heads(fit, held, single_1H[0], single_offset[0], config, generator)
-    posterior_KH = draw_posterior(fit, weight_H, precision, config.posterior_heads, generator) / spread
-    posterior_offset = single_offset.expand(config.posterior_heads)
+    single = Heads((weight_H / std).unsqueeze(0), (mean / std).unsqueeze(0), "point")
+    brme, history = train_heads(fit, held, single, config, generator)
+    draws = draw_posterior(fit, weight_H, precision, config.posterior_heads, generator) / std
+    posterior = Heads(draws, single.offset_L.expand(len(draws)), "point")
 
-    results: Json = {
-        "num_preferences": len(preferences), "num_train": len(train), "num_validation": len(validation),
-        "num_truncated": extract.num_truncated, "num_layers": num_layers,
-        "prior_precision": precision, "stage1_reward_mean": shift.item(), "stage1_reward_std": spread.item(),
-        "stage2_history": history, "std_collapsed": std_collapsed(history), "models": {},
-    }  # fmt: skip
-    checkpoints: dict[str, tuple[Tensor, Tensor, Literal["gaussian", "point"]]] = {
-        "single": (single_1H, single_offset, "point"),
-        "posterior": (posterior_KH, posterior_offset, "point"),
-        "brme": (brme_2KH, brme_offset, "gaussian"),
-    }
-    for name, (weight, offset, kind) in checkpoints.items():
-        # Back to raw features: w.(x - centre)/scale - offset = (w/scale).x - (offset + (w/scale).centre)
-        raw_weight = weight / scale
-        raw_offset = offset + raw_weight @ centre
-        num_heads = len(weight) // (2 if kind == "gaussian" else 1)
-        layout = HeadLayout(num_heads, kind, tuple(raw_offset.tolist()))
-        raw_weight = raw_weight.float()
-        save_reward_model(out.folder / name, classifier, tokenizer, raw_weight, layout)
-        scorer = Scorer(extract, raw_weight, layout)
-        results["models"][name] = {"num_heads": num_heads, **_evaluate(scorer, raw.rows(validation))}
+    models: Json = {}
+    for name, heads in {"single": single, "posterior": posterior, "brme": brme}.items():
+        weight, layout = heads.on_raw_features(centre, scale)
+        save_reward_model(out.folder / name, classifier, tokenizer, weight, layout)
+        scorer = Scorer(extract, weight, layout)
+        models[name] = {"num_heads": layout.num_heads, **_evaluate(scorer, raw.rows(validation))}
+    collapsed = std_collapsed(history)
     if extract.num_truncated:
         console.print(f"{extract.num_truncated} prompts lost their oldest tokens (longer than {extract.max_length})")
-    if results["std_collapsed"]:
+    if collapsed:
         console.print(
             "[bold red]std collapse:[/] the heads' std fell more than 10x while validation error stood still; "
             "do not read it as an error bar"
         )
-    out.finish(results)
+    out.finish(
+        {
+            "num_preferences": len(preferences), "num_train": len(train), "num_validation": len(validation),
+            "num_truncated": extract.num_truncated, "num_layers": num_layers, "prior_precision": precision,
+            "stage1_reward_mean": mean.item(), "stage1_reward_std": std.item(), "stage2_history": history,
+            "std_collapsed": collapsed, "models": models,
+        }
+    )  # fmt: skip
     return out
 
 
@@ -218,10 +227,6 @@ def draw_posterior(
     return weight + draws
 
 
-def _standardisation(rewards: Float[Tensor, " texts"]) -> tuple[Tensor, Tensor]:
-    return rewards.mean(), rewards.std().clamp_min(1e-12)
-
-
 # ---- stage 2: the BRME heads ----
 
 
@@ -246,22 +251,18 @@ def shard_mask(
 
 
 def train_heads(
-    fit: Features,
-    held: Features,
-    single_H: Float[Tensor, " hidden"],
-    single_offset: Float[Tensor, ""],
-    config: Config,
-    generator: torch.Generator,
-) -> tuple[Float[Tensor, "labels hidden"], Float[Tensor, " labels"], list[Json]]:
-    """(weights (2K, H), offsets (2K,), history): K Gaussian heads fitted to the standardised stage-1 reward.
+    fit: Features, held: Features, single: Heads, config: Config, generator: torch.Generator
+) -> tuple[Heads, list[Json]]:
+    """(K Gaussian heads, history): fitted to the standardised stage-1 reward, that of `single`.
 
     Means start at the prior's own scale, so that what a head's shard does not determine stays as it was drawn: the
     heads agree where they have data. Stops when validation error has not improved for ten evaluations.
     """
     num_heads, hidden = config.num_heads, fit.chosen_NH.shape[1]
     mask = shard_mask(fit, num_heads, config.shards, generator).repeat(2, 1).double()
-    texts, target = fit.texts_NH, fit.texts_NH @ single_H - single_offset
-    held_texts, held_target = held.texts_NH, held.texts_NH @ single_H - single_offset
+    single_H = single.weight_LH[0]
+    texts, target = fit.texts_NH, fit.texts_NH @ single_H - single.offset_L
+    held_texts, held_target = held.texts_NH, held.texts_NH @ single_H - single.offset_L
     head_loss = _pair_loss if config.head_loss == "probit_pairs" else HEAD_LOSSES[config.head_loss]
     weight = torch.randn(2 * num_heads, hidden, generator=generator, dtype=texts.dtype) * single_H.std()
     weight[num_heads:] = 0.0  # stds start equal everywhere
@@ -293,7 +294,7 @@ def train_heads(
                     best = (value, weight.detach().clone(), bias.detach().clone())
                 if stale == 10:
                     break
-    return best[1], -best[2], history
+    return Heads(best[1], -best[2], "gaussian"), history
 
 
 def _pair_loss(mean: Tensor, std: Tensor, _noise: Tensor, _target: Tensor, mask: Tensor) -> Tensor:
