@@ -195,3 +195,20 @@ def test_a_policy_with_another_tokenizer_than_the_reward_model_is_said(
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
     train_policy.run(dataclasses.replace(config, model=str(model), num_steps=1))
     assert "re-tokenised as text" in " ".join(capsys.readouterr().err.split())
+
+
+def test_bfloat16_weights_as_on_a_gpu(
+    config: Config, preferences_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The frozen weights in bfloat16, adapters and heads in float32; on a CPU only slower."""
+    from poise import models, reward_model
+
+    for module in (models, reward_model):
+        monkeypatch.setattr(module, "frozen_dtype", lambda: torch.bfloat16)
+    reward = train_reward.run(
+        train_reward.Config(str(preferences_file), str(tmp_path / "reward"), model=config.model, num_layers=2)
+    )
+    out = train_policy.run(dataclasses.replace(config, reward=str(reward.folder), num_steps=2))
+    assert all(abs(row["kl"]) < 5 for row in out.metrics())
+    saved = load_file(out.folder / "checkpoint.safetensors")
+    assert all(value.dtype == torch.float32 for name, value in saved.items() if name.startswith("weight."))
