@@ -26,7 +26,7 @@ class Config:
     output: str = ""
     """File to write; default: FILE with .scored.jsonl."""
     max_length: int = 0
-    """Longest sample in tokens; longer prompts lose their oldest tokens. 0: the model's context."""
+    """Longest sample in tokens; longer ones lose their oldest tokens. 0: the model's context."""
     on_bad_row: OnBadRow = "error"
     """`skip` sets bad rows aside in a file beside the data."""
 
@@ -43,7 +43,7 @@ def run(config: Config) -> Path:
         heads = scorer(samples, advance)
     if scorer.extract.num_truncated:
         console.print(
-            f"{scorer.extract.num_truncated} of {len(samples)} prompts lost their oldest tokens "
+            f"{scorer.extract.num_truncated} of {len(samples)} samples lost their oldest tokens "
             f"(longer than {scorer.extract.max_length})"
         )
     columns = {

@@ -35,8 +35,8 @@ class FeatureExtractor:
         """Features in the order of `samples`, float32, on the model's device.
 
         progress: told after each batch how many samples it finished.
-        Long prompts lose their oldest tokens; `num_truncated` counts them. A completion too long for the context by
-        itself is a PoiseError, as is an empty one.
+        Samples that are too long lose their oldest tokens, the prompt's first; `num_truncated` counts them. An empty
+        completion is a PoiseError.
         """
         device = self.classifier.score.weight.device
         tokens = [self._encode(sample) for sample in samples]
@@ -58,13 +58,9 @@ class FeatureExtractor:
             raise PoiseError("an empty completion cannot be scored")
         prompt = encode(self.tokenizer, prompt_text(self.tokenizer, sample.prompt))
         completion = encode(self.tokenizer, completion_text(self.tokenizer, sample.prompt, sample.completion))
-        room = self.max_length - len(completion)
-        if room < 1:
-            raise PoiseError(f"a completion of {len(completion)} tokens exceeds the limit of {self.max_length}")
-        if len(prompt) > room:
-            self.num_truncated += 1
-            prompt = prompt[-room:]
-        return prompt + completion
+        tokens = prompt + completion
+        self.num_truncated += len(tokens) > self.max_length
+        return tokens[-self.max_length :]
 
 
 class Scorer:

@@ -43,7 +43,7 @@ class Config:
     num_layers: int = 8
     """Layers of the model to keep as trunk; 0 keeps all."""
     max_length: int = 1024
-    """Longest sample in tokens; longer prompts lose their oldest tokens, which is reported."""
+    """Longest sample in tokens; longer ones lose their oldest tokens, which is reported."""
     validation_share: float = 0.2
     """Share of the preferences held out to choose the prior and to report accuracy."""
     num_heads: int = 5
@@ -135,7 +135,7 @@ def run(config: Config) -> Run:
         models[name] = {"num_heads": layout.num_heads, **_evaluate(scorer, raw.rows(validation))}
     collapsed = std_collapsed(history)
     if extract.num_truncated:
-        console.print(f"{extract.num_truncated} prompts lost their oldest tokens (longer than {extract.max_length})")
+        console.print(f"{extract.num_truncated} samples lost their oldest tokens (longer than {extract.max_length})")
     if collapsed:
         console.print(
             "[bold red]std collapse:[/] the heads' std fell more than 10x while validation error stood still; "
