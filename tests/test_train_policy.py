@@ -152,6 +152,7 @@ BAD = {
     "unknown objective": {"objective": "best"},
     "--kl-coef must be at least 0": {"kl_coef": -1.0},
     "--num-steps must be at least 1": {"num_steps": 0},
+    "--num-minibatches must be at least 1": {"num_minibatches": 0},
 }
 
 

@@ -175,13 +175,14 @@ def run(config: Config) -> Run:
 def _check(config: Config) -> Objective:
     """Everything that can be wrong before a model is loaded."""
     objective = parse_objective(config.objective)
+    counts = ("num_steps", "prompts_per_step", "completions_per_prompt", "max_tokens", "num_epochs", "num_minibatches")
+    for name in (*counts, "lora_rank", "baseline_completions", "eval_completions", "save_every"):
+        if getattr(config, name) < 1:
+            raise PoiseError(f"--{name.replace('_', '-')} must be at least 1")
     if config.prompts_per_step % config.num_minibatches:
         raise PoiseError(
             f"--num-minibatches {config.num_minibatches} does not divide --prompts-per-step {config.prompts_per_step}"
         )
-    for name in ("num_steps", "prompts_per_step", "completions_per_prompt", "max_tokens", "num_epochs", "save_every"):
-        if getattr(config, name) < 1:
-            raise PoiseError(f"--{name.replace('_', '-')} must be at least 1")
     if config.kl_coef < 0:
         raise PoiseError(f"--kl-coef must be at least 0, got {config.kl_coef}")
     return objective
