@@ -74,7 +74,7 @@ def save_over_optimisation(comparison: Json, pool: Json | None, path: str | Path
 
 
 def heads(arm: Json, style: Style, identifier: str) -> str:
-    """One arm's heads over training: mean rewards, gap and disagreement, and routing std where there is one.
+    """One arm's heads over training: mean rewards and disagreement; with stds also the gap and the routing std.
 
     identifier: unique on the page; it goes before every id in the SVG.
     """
@@ -87,7 +87,8 @@ def heads(arm: Json, style: Style, identifier: str) -> str:
         axes = figure.subplots(1, 3 if has_std else 2, squeeze=False)[0]
         for values in zip(*(row["heads"] for row in steps), strict=True):
             axes[0].plot(step, _floats(values), color=style.colour, linewidth=1, alpha=0.7)
-        axes[1].plot(step, _column(steps, "gap"), color=style.colour, label="gap: nominal − worst case")
+        if has_std:  # point heads have no std to choose a nominal head by
+            axes[1].plot(step, _column(steps, "gap"), color=style.colour, label="gap: nominal − worst case")
         axes[1].plot(step, _column(steps, "disagreement"), color=_GREY, linestyle="--", label="disagreement")
         axes[1].set_ylim(bottom=0)
         axes[1].legend(loc="best")
