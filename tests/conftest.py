@@ -1,5 +1,6 @@
 """Tiny models built on the spot: no download, no cache, a fraction of a second each."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 import transformers
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from poise import train_reward
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 settings.register_profile("poise", deadline=None)  # a loaded machine is no failure
@@ -91,6 +94,25 @@ def preferences_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows.append({"prompt": prompt, "chosen": f"{filler} {good} {i}", "rejected": f"{filler} {bad} {i}"})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture(scope="session")
+def train_tiny_reward(preferences_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A `poise train-reward` run folder of a given tiny model."""
+
+    def train(model: str) -> Path:
+        output = str(tmp_path_factory.mktemp("run") / "reward")
+        config = train_reward.Config(
+            preferences=str(preferences_file),
+            output=output,
+            model=model,
+            num_layers=2,
+            posterior_heads=6,
+            head_steps=60,
+        )
+        return train_reward.run(config).folder
+
+    return train
 
 
 @pytest.fixture(scope="session")

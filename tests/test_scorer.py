@@ -2,13 +2,13 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
-from poise import train_reward
 from poise.data import Sample
 from poise.errors import PoiseError
 from poise.models import completion_text, encode, prompt_text
@@ -25,12 +25,8 @@ SAMPLES = [
 
 
 @pytest.fixture(scope="module")
-def reward_run(any_model: str, preferences_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = train_reward.Config(
-        preferences=str(preferences_file), output=str(tmp_path_factory.mktemp("run") / "reward"), model=any_model,
-        num_layers=2, posterior_heads=6, head_steps=60,
-    )  # fmt: skip
-    return train_reward.run(config).folder
+def reward_run(any_model: str, train_tiny_reward: Callable[[str], Path]) -> Path:
+    return train_tiny_reward(any_model)
 
 
 @pytest.mark.parametrize("name", ["single", "brme", "posterior"])

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,18 +16,14 @@ from safetensors.torch import load_file
 
 from poise import train_policy, train_reward
 from poise.errors import PoiseError
-from poise.objectives import HeadRewards, parse_objective
+from poise.objectives import HeadRewards, RewardScale, parse_objective
 from poise.runs import read_jsonl
-from poise.train_policy import Config, RewardScale
+from poise.train_policy import Config
 
 
 @pytest.fixture(scope="module")
-def reward_folder(tiny_model: str, preferences_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = train_reward.Config(
-        preferences=str(preferences_file), output=str(tmp_path_factory.mktemp("runs") / "reward"), model=tiny_model,
-        num_layers=2, posterior_heads=4, head_steps=40,
-    )  # fmt: skip
-    return train_reward.run(config).folder
+def reward_folder(tiny_model: str, train_tiny_reward: Callable[[str], Path]) -> Path:
+    return train_tiny_reward(tiny_model)
 
 
 @pytest.fixture

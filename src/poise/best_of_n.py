@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from numpy import ndarray
 
-from poise.data import OnBadRow, Sample, read_prompts
+from poise.data import OnBadRow, read_prompts
 from poise.errors import PoiseError
 from poise.gold import gold_rewards
 from poise.metrics import best_of_n, best_of_n_kl, bootstrap_interval, tilted
 from poise.models import DEFAULT_MODEL, load_policy
-from poise.objectives import HeadRewards, disagreement, parse_objective, routing_std
+from poise.objectives import HeadRewards, RewardScale, disagreement, mean, parse_objective, routing_std
 from poise.policy import Policy
 from poise.progress import progress
 from poise.runs import Json, Run, read_jsonl, write_jsonl
-from poise.scorer import Scorer
+from poise.scorer import Scorer, generated
 
 KL_COEFS = (2.0, 1.0, 0.7, 0.5, 0.35, 0.25, 0.17, 0.12)
 
@@ -76,11 +76,8 @@ def summarise(pool: list[Json], per_prompt: int, choices: tuple[str, ...]) -> Js
     curves = []
     for choice in choices:
         reward, spec = _parse_choice(choice)
-        heads = pool_heads(pool, reward)
-        # As in training: each head centred on the initial policy, the combined reward scaled to std 1.
-        centred = HeadRewards(heads.mean - heads.mean.mean(0), heads.std)
-        proxy = parse_objective(spec)(centred).numpy().reshape(shape)
-        proxy = (proxy - proxy.mean()) / max(proxy.std(), 1e-12)
+        heads, objective = pool_heads(pool, reward), parse_objective(spec)
+        proxy = RewardScale.fit(heads, objective).combine(heads, objective).numpy().reshape(shape)  # as in training
         golds, proxies = best_of_n(proxy, gold, sizes), best_of_n(proxy, proxy, sizes)
         curve: Json = {"name": choice, "label": choice, "reward": reward, "objective": spec, "tilted": []}
         curve["best_of_n"] = [
@@ -95,7 +92,7 @@ def summarise(pool: list[Json], per_prompt: int, choices: tuple[str, ...]) -> Js
     spread = []
     for reward in sorted({_parse_choice(choice)[0] for choice in choices}):
         heads = pool_heads(pool, reward)
-        heads = HeadRewards(heads.mean - heads.mean.mean(0), heads.std)
+        heads = RewardScale.fit(heads, mean).centred(heads)
         spread.append(
             {
                 "reward": reward,
@@ -142,7 +139,7 @@ def _make_pool(config: Config, rewards: list[str]) -> list[Json]:
             for prompt, texts in zip(batch, policy.texts(rollout), strict=True):
                 rows += [{"prompt": prompt, "completion": text} for text in texts]
             advance(len(batch) * config.per_prompt)
-    samples = [Sample(row["prompt"], row["completion"] if row["completion"].strip() else ".") for row in rows]
+    samples = [generated(row["prompt"], row["completion"]) for row in rows]
     with progress("best-of-n: scoring the pool", len(samples)) as advance:
         features = first.extract(samples, advance)
     heads = {name: scorer.decode(features) for name, scorer in scorers.items()}

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from poise.errors import PoiseError
+from poise.errors import PoiseError, first_line
 from poise.models import Prompt, quiet_loading
 from poise.progress import console
 from poise.runs import write_jsonl
@@ -49,22 +49,16 @@ class Sample:
 
 def read_preferences(path: str | Path, on_bad_row: OnBadRow = "error") -> list[Preference]:
     """Every preference of a file, folder or hub id; ties and repeated rows are left out and counted aloud."""
-    votes = _read(path, _preferences, on_bad_row)
-    preferences = [preference for row in votes for preference in row]
+    rows = _read(path, _preferences, on_bad_row)
+    decided = [row for row in rows if row]
     # Votes repeat a pair on purpose; the same row twice is an accident that would leak from training to validation.
-    seen: set[str] = set()
-    kept = []
-    for row in votes:
-        key = json.dumps([asdict(preference) for preference in row], sort_keys=True)
-        if key not in seen:
-            kept += row
-        seen.add(key)
-    ties, repeats = sum(not row for row in votes), len(preferences) - len(kept)
+    distinct = {json.dumps([asdict(vote) for vote in row], sort_keys=True): row for row in decided}
+    ties, repeats = len(rows) - len(decided), len(decided) - len(distinct)
     if ties or repeats:
         console.print(f"{path}: {ties} rows in which nobody preferred either and {repeats} repeated ones left out")
-    if not kept:
+    if not distinct:
         raise PoiseError(f"{path} has no usable row")
-    return kept
+    return [vote for row in distinct.values() for vote in row]
 
 
 def read_prompts(path: str | Path, on_bad_row: OnBadRow = "error") -> list[Prompt]:
@@ -99,10 +93,10 @@ def _read(path: str | Path, parse: Callable[[dict[str, Any]], Row], on_bad_row: 
         except ValueError as error:
             if on_bad_row == "error":
                 raise PoiseError(f"{path}:{number}: {error} (--on-bad-row skip sets bad rows aside)") from None
-            bad.append({"line": number, "reason": str(error), "row": raw if isinstance(raw, str) else str(raw)})
+            bad.append({"line": number, "reason": str(error), "row": str(raw)})
     if bad:
-        aside = Path(Path(path).name).with_suffix(".bad.jsonl") if not Path(path).is_file() else None
-        aside = aside or Path(path).with_suffix(".bad.jsonl")
+        beside = Path(path) if Path(path).is_file() else Path(Path(path).name)
+        aside = beside.with_suffix(".bad.jsonl")
         write_jsonl(aside, bad)
         console.print(f"{path}: {len(bad)} bad rows of {len(bad) + len(rows)} set aside in {aside}")
     if not rows:
@@ -133,7 +127,7 @@ def _rows(path: Path) -> Iterator[tuple[int, str | dict[str, Any]]]:
     except PoiseError:
         raise
     except (OSError, ValueError, EOFError, csv.Error) as error:  # Arrow's errors are ValueErrors
-        raise PoiseError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
+        raise PoiseError(f"cannot read {path}: {first_line(error)}") from None
 
 
 def _data_set(folder: Path) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The one exception a user is meant to see."""
+"""The one exception a user is meant to see, and how other errors become one line of it."""
 
 
 class PoiseError(ValueError):
@@ -6,3 +6,9 @@ class PoiseError(ValueError):
 
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, without the paragraphs after it; its kind if it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from poise.errors import PoiseError
+from poise.errors import PoiseError, first_line
 from poise.registry import cache_folder, cached, package_file
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -99,7 +99,7 @@ def load_tokenizer(folder: str) -> HfTokenizer:
     try:
         return transformers.AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise PoiseError(f"no usable tokenizer in {folder}: {_first_line(error)}") from None
+        raise PoiseError(f"no usable tokenizer in {folder}: {first_line(error)}") from None
 
 
 def pad_apart(tokenizer: HfTokenizer, model: HfModel) -> None:
@@ -130,7 +130,7 @@ def load_policy(model: str) -> tuple[HfModel, HfTokenizer]:
         try:
             policy: HfModel = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=frozen_dtype())
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise PoiseError(f"cannot load {model} as a language model: {_first_line(error)}") from None
+            raise PoiseError(f"cannot load {model} as a language model: {first_line(error)}") from None
     pad_apart(tokenizer, policy)
     return policy.to(device()).eval(), tokenizer
 
@@ -177,7 +177,3 @@ def quiet_loading() -> Iterator[None]:
         logger.setLevel(level)
         if bars:
             transformers.utils.logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -10,6 +10,7 @@ Variance is always the population variance (divided by K).
 import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -136,6 +137,36 @@ def total_std(heads: HeadRewards) -> Float[Tensor, "*batch"]:
 
 
 Objective = Callable[[HeadRewards], Tensor]
+
+
+@dataclass(frozen=True)
+class RewardScale:
+    """Fixed before step 0, on completions of the initial policy, and recorded with the run."""
+
+    head_baseline: tuple[float, ...]
+    mean: float
+    std: float
+
+    def combine(self, heads: HeadRewards, objective: Objective) -> Tensor:
+        """The reward PPO maximises, of any shape of heads (…, K)."""
+        return (objective(self.centred(heads)) - self.mean) / self.std
+
+    def centred(self, heads: HeadRewards) -> HeadRewards:
+        """Each head less its own mean on the initial policy: the heads then agree where training starts.
+
+        Preferences identify differences of rewards only; a head's constant says nothing, yet would decide which head
+        is the worst case.
+        """
+        return HeadRewards(heads.mean - torch.tensor(self.head_baseline, dtype=heads.mean.dtype), heads.std)
+
+    @classmethod
+    def fit(cls, heads: HeadRewards, objective: Objective) -> "RewardScale":
+        """From heads (N, K). A constant reward keeps scale 1."""
+        unscaled = cls(tuple(heads.mean.mean(0).tolist()), 0.0, 1.0)
+        combined = unscaled.combine(heads, objective)
+        std = combined.std().item()
+        return cls(unscaled.head_baseline, combined.mean().item(), std if std > 1e-6 else 1.0)
+
 
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {
     function.__name__: function

@@ -94,7 +94,7 @@ class Policy(nn.Module):
         Raises PoiseError if a prompt leaves no room for the completion in the model's context.
         """
         prompt_ids, prompt_mask = self._encode(prompts, max_tokens)
-        num_prompts, _prompt_length = prompt_ids.shape
+        num_prompts = len(prompt_ids)
         num_rows = num_prompts * per_prompt
         device, end = prompt_ids.device, self.tokenizer.eos_token_id
         ids = torch.full((num_rows, max_tokens), self.tokenizer.pad_token_id, device=device)
@@ -209,15 +209,14 @@ class Policy(nn.Module):
         predicts[:, 0] = prompt_length - 1
         if rollout.hidden_PLH is None:
             ids = torch.cat([rollout.prompt_ids_PL, rollout.completion_ids_PMT.flatten(1)], 1)
-            inputs = {"inputs_embeds": self._base.get_input_embeddings()(ids)}
+            entering = self._base.get_input_embeddings()(ids)
         else:
-            inputs = {"inputs_embeds": rollout.hidden_PLH}
-        scale = self._base.dtype
-        low = torch.finfo(scale).min
-        bias = torch.zeros_like(attention, dtype=scale).masked_fill_(~attention, low).unsqueeze(1)
+            entering = rollout.hidden_PLH
+        dtype = self._base.dtype
+        bias = torch.zeros_like(attention, dtype=dtype).masked_fill_(~attention, torch.finfo(dtype).min).unsqueeze(1)
         with self._upper_layers(split=rollout.hidden_PLH is not None):
             out = self._base(
-                **inputs, attention_mask=bias, position_ids=positions, use_cache=False,
+                inputs_embeds=entering, attention_mask=bias, position_ids=positions, use_cache=False,
                 output_hidden_states=True, logits_to_keep=predicts.flatten(),
             )  # fmt: skip
         shape = (num_prompts, per_prompt, max_tokens, -1)
@@ -290,7 +289,7 @@ def packed_attention(rollout: Rollout) -> tuple[Tensor, Tensor]:
 
     Every token sees itself, also padding: a softmax over nothing is NaN.
     """
-    _num_prompts, per_prompt, max_tokens = rollout.completion_ids_PMT.shape
+    per_prompt, max_tokens = rollout.completion_ids_PMT.shape[1:]
     prompt_mask = rollout.prompt_mask_PL.bool()
     prompt_length = prompt_mask.shape[1]
     device = prompt_mask.device

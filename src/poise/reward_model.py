@@ -21,7 +21,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from poise.errors import PoiseError
+from poise.errors import PoiseError, first_line
 from poise.models import (
     HfModel,
     HfTokenizer,
@@ -93,7 +93,7 @@ def _load_classifier(folder: str, config: Any) -> HfModel:
                 folder, config=config, dtype=frozen_dtype()
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise PoiseError(f"cannot load {folder} as a reward model: {str(error).strip().splitlines()[0]}") from None
+            raise PoiseError(f"cannot load {folder} as a reward model: {first_line(error)}") from None
     score = getattr(classifier, "score", None)
     if not isinstance(score, nn.Linear):
         raise PoiseError(f"{type(classifier).__name__} is no decoder with a linear `score` layer")

@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from poise.errors import PoiseError
+from poise.errors import PoiseError, first_line
 
 Json = dict[str, Any]
 
@@ -53,7 +53,8 @@ class Run:
                 )
         else:
             write_atomic(path, yaml.safe_dump(wanted, sort_keys=False))
-        write_atomic(run.folder / "environment.json", json.dumps(environment(), indent=2))
+        if run.results is None:  # a finished run keeps the record of what made it
+            write_atomic(run.folder / "environment.json", json.dumps(environment(), indent=2))
         return run
 
     @property
@@ -84,7 +85,7 @@ def load_config_file(path: str | Path) -> Json:
     except OSError as error:
         raise PoiseError(f"cannot read config {path}: {error.strerror}") from None
     except yaml.YAMLError as error:
-        raise PoiseError(f"config {path} is not valid YAML: {str(error).splitlines()[0]}") from None
+        raise PoiseError(f"config {path} is not valid YAML: {first_line(error)}") from None
     if not isinstance(loaded, dict):
         raise PoiseError(f"config {path} holds no settings")
     return loaded

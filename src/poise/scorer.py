@@ -11,7 +11,7 @@ from torch import Tensor
 
 from poise.data import Sample
 from poise.errors import PoiseError
-from poise.models import HfModel, HfTokenizer, completion_text, encode, prompt_text
+from poise.models import HfModel, HfTokenizer, Prompt, completion_text, encode, prompt_text
 from poise.objectives import HeadRewards
 from poise.reward_model import HeadLayout, load_reward_model
 
@@ -94,6 +94,11 @@ class Scorer:
         """Heads on features that the same trunk made."""
         heads = self.layout.decode(features @ self.weight.T)
         return HeadRewards(heads.mean.cpu(), heads.std.cpu())
+
+
+def generated(prompt: Prompt, completion: str) -> Sample:
+    """A policy's completion as a sample to score: one of no text at all counts as a full stop."""
+    return Sample(prompt, completion if completion.strip() else ".")
 
 
 def pooled_features(

@@ -23,14 +23,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from poise import ppo
-from poise.data import OnBadRow, Sample, read_prompts
+from poise.data import OnBadRow, read_prompts
 from poise.errors import PoiseError
 from poise.models import DEFAULT_MODEL, Prompt, load_policy
-from poise.objectives import HeadRewards, Objective, disagreement, nominal, parse_objective, routing_std, worst_case
+from poise.objectives import (
+    HeadRewards,
+    Objective,
+    RewardScale,
+    disagreement,
+    nominal,
+    parse_objective,
+    routing_std,
+    worst_case,
+)
 from poise.policy import Policy, Rollout
 from poise.progress import console, progress
 from poise.runs import Json, Run, append_jsonl, keep_rows_before, write_jsonl
-from poise.scorer import Scorer
+from poise.scorer import Scorer, generated
 
 
 @dataclass(frozen=True)
@@ -92,35 +101,6 @@ class Config:
     """`skip` sets bad rows aside in a file beside the data."""
     seed: int = 0
     """Of the prompts drawn, the sampling and the minibatches."""
-
-
-@dataclass(frozen=True)
-class RewardScale:
-    """Fixed before step 0, on completions of the initial policy, and recorded with the run."""
-
-    head_baseline: tuple[float, ...]
-    mean: float
-    std: float
-
-    def combine(self, heads: HeadRewards, objective: Objective) -> Tensor:
-        """The reward PPO maximises, of any shape of heads (…, K)."""
-        return (objective(self.centred(heads)) - self.mean) / self.std
-
-    def centred(self, heads: HeadRewards) -> HeadRewards:
-        """Each head less its own mean on the initial policy: the heads then agree where training starts.
-
-        Preferences identify differences of rewards only; a head's constant says nothing, yet would decide which head
-        is the worst case.
-        """
-        return HeadRewards(heads.mean - torch.tensor(self.head_baseline, dtype=heads.mean.dtype), heads.std)
-
-    @classmethod
-    def fit(cls, heads: HeadRewards, objective: Objective) -> "RewardScale":
-        """From heads (N, K). A constant reward keeps scale 1."""
-        unscaled = cls(tuple(heads.mean.mean(0).tolist()), 0.0, 1.0)
-        combined = unscaled.combine(heads, objective)
-        std = combined.std().item()
-        return cls(unscaled.head_baseline, combined.mean().item(), std if std > 1e-6 else 1.0)
 
 
 def run(config: Config) -> Run:
@@ -202,8 +182,7 @@ def ppo_step(
 ) -> Json:
     """Sample, score, improve; logs the completions and returns the step's metrics."""
     clock = _Clock()
-    drawn = torch.randperm(len(prompts), generator=state.generator)[: config.prompts_per_step]
-    batch = [prompts[i] for i in drawn]
+    batch = state.draw(prompts, config.prompts_per_step)
     rollout = policy.sample(batch, config.completions_per_prompt, config.max_tokens, state.generator)
     clock.lap("sample")
     heads = score_rollout(policy, scorer, rollout, batch)
@@ -237,10 +216,9 @@ def ppo_step(
 
 
 def score_rollout(policy: Policy, scorer: Scorer, rollout: Rollout, prompts: list[Prompt]) -> HeadRewards:
-    """Heads (P * M, K) of a rollout's completions, on the CPU. A completion of no text is scored as a full stop."""
+    """Heads (P * M, K) of a rollout's completions, on the CPU."""
     texts = policy.texts(rollout)
-    samples = [Sample(p, text if text.strip() else ".") for p, row in zip(prompts, texts, strict=True) for text in row]
-    return scorer(samples)
+    return scorer([generated(prompt, text) for prompt, row in zip(prompts, texts, strict=True) for text in row])
 
 
 def improve(
@@ -295,6 +273,10 @@ class State:
             [{"params": adapters, "lr": config.learning_rate}, {"params": value, "lr": config.value_learning_rate}]
         )
 
+    def draw(self, prompts: list[Prompt], count: int) -> list[Prompt]:
+        """`count` different prompts at random."""
+        return [prompts[i] for i in torch.randperm(len(prompts), generator=self.generator)[:count]]
+
     def save(self, path: Path, policy: Policy) -> None:
         """One safetensors file, replaced atomically."""
         tensors: dict[str, Tensor] = {"generator": self.generator.get_state()}
@@ -334,8 +316,7 @@ def _start(
     per_prompt = config.completions_per_prompt
     heads: list[HeadRewards] = []
     for _ in range(max(1, config.baseline_completions // (per_prompt * config.prompts_per_step))):
-        drawn = torch.randperm(len(prompts), generator=state.generator)[: config.prompts_per_step]
-        batch = [prompts[i] for i in drawn]
+        batch = state.draw(prompts, config.prompts_per_step)
         rollout = policy.sample(batch, per_prompt, config.max_tokens, state.generator)
         heads.append(score_rollout(policy, scorer, rollout, batch))
     state.scale = RewardScale.fit(HeadRewards(*(torch.cat(part) for part in zip(*heads, strict=True))), objective)
