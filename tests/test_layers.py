@@ -8,33 +8,40 @@ import poise
 ROOT = Path(poise.__file__).parent
 
 LAYERS = [
-    {"errors", "objectives", "losses", "metrics", "runs", "progress"},
+    {
+        "errors", "objectives", "losses", "metrics", "monitor", "runs", "progress",
+        "processes", "trackers", "controllers",
+    },
     {
         "registry", "models", "data", "ratings", "questions", "packing", "features", "reward_model", "heads", "scorer",
-        "finetune", "judgement", "ppo", "policy", "gold",
+        "finetune", "judgement", "ppo", "policy", "policy_config", "policy_reward", "learner", "training", "gold",
     },
+    {"adapters.trl", "adapters.trl_train"},
     {
         "train_reward", "evaluate_reward", "ensemble", "export", "push", "train_policy", "best_of_n", "compare",
         "score",
     },
     {"plots", "report", "evaluation_page", "model_card", "recipes", "cli"},
 ]  # fmt: skip
-STUDIES = LAYERS[2]
+STUDIES = LAYERS[3]
 LAYER = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
 MAY_SEE_GOLD = {"gold", "best_of_n", "compare", "recipes"}
+
+
+def name_of(path: Path) -> str:
+    """A file's module, seen from the package: `adapters.trl`."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
 def imports(module: str) -> set[str]:
     """Every poise module named in an import anywhere in the file, also inside functions."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse((ROOT / f"{module}.py").read_text())):
+    for node in ast.walk(ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("poise.")}
-        elif isinstance(node, ast.ImportFrom) and node.module == "poise":
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("poise."):
-            found.add((node.module or "").split(".")[1])
-    return found & LAYER.keys()
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name.removeprefix("poise.") for name in found if name.startswith("poise.")} & LAYER.keys()
 
 
 def reachable(module: str) -> set[str]:
@@ -47,7 +54,8 @@ def reachable(module: str) -> set[str]:
 
 
 def test_every_module_has_a_layer() -> None:
-    assert {path.stem for path in ROOT.glob("*.py")} - {"__init__"} == LAYER.keys()
+    modules = {name_of(path) for path in ROOT.rglob("*.py")}
+    assert modules - {"__init__", "adapters.__init__"} == LAYER.keys()
 
 
 def test_imports_only_go_down() -> None:
@@ -79,14 +87,16 @@ def test_confined_libraries() -> None:
         "matplotlib": {"plots"},
         "jinja2": {"report", "evaluation_page"},
         "vaderSentiment": {"gold"},
-        "peft": {"policy", "finetune", "reward_model"},
+        "peft": {"policy", "finetune", "reward_model", "adapters.trl_train"},
+        "trl": {"adapters.trl_train"},
     }
-    for path in ROOT.glob("*.py"):
+    for path in ROOT.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             for name in names:
-                assert path.stem in homes.get(name.split(".")[0], {path.stem}), f"{path.stem} imports {name}"
+                module = name_of(path)
+                assert module in homes.get(name.split(".")[0], {module}), f"{module} imports {name}"
 
 
 def test_pickle_and_remote_code_are_nowhere() -> None:

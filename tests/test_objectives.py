@@ -1,5 +1,6 @@
 """Objectives against hand values, an independent NumPy version, their laws, and Monte Carlo."""
 
+import json
 import math
 
 import numpy as np
@@ -13,11 +14,18 @@ from poise.errors import PoiseError
 from poise.objectives import (
     OBJECTIVES,
     HeadRewards,
+    RewardScale,
+    contrastive,
     disagreement,
+    expected_tradeoff,
+    expected_worst_case,
     lower_confidence,
     mean,
+    more_pessimistic,
     nominal,
+    parameter,
     parse_objective,
+    preference_as_reward,
     routing_std,
     soft_min,
     total_std,
@@ -41,6 +49,11 @@ HAND_VALUES = {
     "lower_confidence(2)": 3.0 - 2 * math.sqrt(14 / 3),
     "soft_min": -math.log((math.exp(-1) + math.exp(-2) + math.exp(-6)) / 3),
     "soft_min(2)": -2 * math.log((math.exp(-0.5) + math.exp(-1) + math.exp(-3)) / 3),
+    "median": 2.0,
+    "quantile": 1.5,  # a quarter of the way through three: half-way from the first to the second
+    "quantile(0)": 1.0,
+    "expected_worst_case": 1.0,  # a batch of one
+    "expected_tradeoff": 1.4,
     "constant": 0.0,
     "constant(-1.5)": -1.5,
 }
@@ -68,6 +81,8 @@ def numpy_objectives(mu: np.ndarray, sd: np.ndarray) -> dict[str, float]:
         "uncertainty_weighted(0.7)": average - 0.7 * variance,
         "lower_confidence(1.3)": average - 1.3 * variance**0.5,
         "soft_min(0.8)": -0.8 * (np.logaddexp.reduce(-mu / 0.8) - np.log(len(mu))),
+        "median": float(np.median(mu)),
+        "quantile(0.3)": float(np.quantile(mu, 0.3)),
         "constant(2)": 2.0,
     }
 
@@ -163,3 +178,73 @@ def test_objectives_survive_pickling() -> None:
     import pickle
 
     assert pickle.loads(pickle.dumps(parse_objective("tradeoff(0.2)")))(HEADS).item() == pytest.approx(1.2)
+
+
+@given(arrays, st.floats(0, 1))
+def test_expected_tradeoff_is_the_equation_and_bounds_the_per_sample_form(values: np.ndarray, weight: float) -> None:
+    """Its mean over a batch is lambda E[nominal] + (1 - lambda) min_k E[mean_k] >= the mean of the per-sample form."""
+    heads = make_heads(values)
+    equation = weight * nominal(heads).mean() + (1 - weight) * heads.mean.mean(0).min()
+    found = expected_tradeoff(heads, weight).mean()
+    assert found.item() == pytest.approx(equation.item(), abs=1e-4)
+    assert found >= tradeoff(heads, weight).mean() - 1e-4
+
+
+def test_gradient_of_the_expected_worst_case_is_that_of_one_head() -> None:
+    """In a bandit, d/dlogits min_k E[r_k] is the policy gradient with the rewards this objective gives (exactly)."""
+    torch.manual_seed(0)
+    logits = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    rewards = torch.randn(6, 3, dtype=torch.float64)  # responses, heads
+    policy = logits.softmax(0)
+    (exact,) = torch.autograd.grad((policy @ rewards).min(), logits)
+    # every response as often as the policy draws it, so that the batch mean is the expectation
+    counts = (policy.detach() * 100_000).round().long()
+    drawn = torch.arange(6).repeat_interleave(counts)
+    policy = logits.softmax(0)
+    given_rewards = expected_worst_case(HeadRewards(rewards[drawn], torch.zeros(len(drawn), 3)))
+    (estimate,) = torch.autograd.grad((policy[drawn].log() * given_rewards).mean(), logits)
+    torch.testing.assert_close(estimate, exact, rtol=0, atol=1e-4)
+
+
+@given(arrays, st.integers(1, 4), st.integers(0, 1000))
+def test_shaping_against_numpy(values: np.ndarray, count: int, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    baseline = generator.normal(size=(len(values), count, values.shape[1]))
+    heads = HeadRewards(torch.from_numpy(values), torch.ones(values.shape, dtype=torch.float64))
+    others = HeadRewards(torch.from_numpy(baseline), torch.ones(baseline.shape, dtype=torch.float64))
+    for row in range(len(values)):
+        for head in range(values.shape[1]):
+            differences = [values[row, head] - baseline[row, m, head] for m in range(count)]
+            won = sum(1 / (1 + math.exp(-d)) for d in differences) / count
+            assert contrastive(heads, others).mean[row, head].item() == pytest.approx(sum(differences) / count)
+            assert preference_as_reward(heads, others).mean[row, head].item() == pytest.approx(won)
+    assert torch.equal(contrastive(heads, others).std, heads.std)
+
+
+def test_a_ceiling_and_a_floor_bound_the_scaled_reward() -> None:
+    heads = HeadRewards(torch.arange(10.0).unsqueeze(-1), torch.zeros(10, 1))
+    scale = RewardScale.fit(heads, mean, floor=-0.5, ceiling=1.0)
+    free = RewardScale.fit(heads, mean)
+    assert (scale.mean, scale.std) == (free.mean, free.std)  # the unit does not depend on the bounds
+    assert scale.combine(heads, mean).tolist() == pytest.approx(free.combine(heads, mean).clamp(-0.5, 1.0).tolist())
+    assert RewardScale.from_json(json.loads(json.dumps(scale.to_json()))) == scale
+    assert RewardScale.from_json(json.loads(json.dumps(free.to_json()))) == free
+
+
+@pytest.mark.parametrize(
+    ("spec", "more"),
+    [
+        ("tradeoff(0.4)", 0.2),
+        ("lower_confidence(1)", 2.0),
+        ("soft_min(2)", 1.0),
+        ("quantile(0.5)", 0.25),
+        ("mean", None),
+    ],
+)
+def test_more_pessimistic_never_raises_a_reward(spec: str, more: float | None) -> None:
+    torch.manual_seed(0)
+    heads = HeadRewards(torch.randn(50, 5), torch.rand(50, 5))
+    objective = parse_objective(spec)
+    lower = more_pessimistic(objective)
+    assert parameter(lower) == more
+    assert (lower(heads) <= objective(heads) + 1e-6).all()

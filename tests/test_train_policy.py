@@ -1,6 +1,7 @@
 """PPO's loop: it learns, it stands still on a constant, and a kill changes nothing."""
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -9,15 +10,21 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file
 
-from poise import train_policy, train_reward
+from poise import processes, train_policy, train_reward, training
+from poise.data import Sample
 from poise.errors import PoiseError
+from poise.monitor import Monitor, Reading
 from poise.objectives import HeadRewards, RewardScale, parse_objective
-from poise.runs import read_jsonl
+from poise.runs import Run, config_dict, read_jsonl
+from poise.scorer import Scorer, generated
 from poise.train_policy import Config
 
 
@@ -51,7 +58,7 @@ def test_a_run_leaves_what_it_says(config: Config) -> None:
     assert not list(out.folder.rglob("*.pt")) + list(out.folder.rglob("*.bin"))
     # What is logged is what the objective makes of the logged heads and constants.
     assert out.results is not None
-    scale = RewardScale(**(out.results["scale"] | {"head_baseline": tuple(out.results["scale"]["head_baseline"])}))
+    scale = RewardScale.from_json(out.results["scale"])
     heads = HeadRewards(*(torch.tensor([row[part] for row in samples]) for part in ("mean", "std")))
     expected = scale.combine(heads, parse_objective(config.objective))
     torch.testing.assert_close(torch.tensor([row["reward"] for row in samples]), expected, rtol=0, atol=1e-4)
@@ -83,14 +90,12 @@ def test_a_killed_run_ends_bitwise_as_an_undisturbed_one(config: Config, tmp_pat
     config = dataclasses.replace(config, num_steps=12, save_every=1)
     program = "from poise.cli import main; import sys, torch; torch.set_num_threads(1); sys.exit(main(sys.argv[1:]))"
 
+    settings = tmp_path / "config.yaml"
+    settings.write_text(yaml.safe_dump(config_dict(config)))
+
     def start(output: Path) -> subprocess.Popen[bytes]:
-        options = [
-            argument
-            for field in dataclasses.fields(config)
-            for argument in (f"--{field.name.replace('_', '-')}", str(getattr(config, field.name)))
-            if field.name != "output"
-        ]
-        command = [sys.executable, "-c", program, "train-policy", *options, "--output", str(output)]
+        options = ["train-policy", "--config", str(settings), "--output", str(output)]
+        command = [sys.executable, "-c", program, *options]
         return subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
 
     calm, stormy = tmp_path / "calm", tmp_path / "stormy"
@@ -125,11 +130,16 @@ def test_ppo_raises_the_reward_it_is_given(config: Config) -> None:
     assert sum(rewards[-5:]) / 5 > sum(rewards[:3]) / 3 + 0.5
 
 
-def test_constant_reward_with_kl_stays_at_the_reference(config: Config) -> None:
-    config = dataclasses.replace(config, num_steps=15, objective="constant(3)", kl_coef=1.0, save_every=15)
+@pytest.mark.parametrize("tune", ["lora", "full"])
+@pytest.mark.parametrize("kl_coef", [0.0, 0.05])
+def test_a_constant_reward_leaves_the_policy_at_the_reference(config: Config, tune: str, kl_coef: float) -> None:
+    config = dataclasses.replace(
+        config, num_steps=200, objective="constant(3)", kl_coef=kl_coef, save_every=200, tune=tune,
+        learning_rate=1e-3 if tune == "lora" else 1e-5, num_epochs=1,
+    )  # fmt: skip
     rows = train_policy.run(config).metrics()
     assert all(row["reward"] == 0.0 for row in rows)  # the baseline takes the constant away
-    assert rows[-1]["kl_k3"] < 0.05
+    assert max(abs(row["kl_k3"]) for row in rows) <= 1e-3
 
 
 def test_reward_scale_by_hand() -> None:
@@ -150,6 +160,15 @@ BAD = {
     "--kl-coef must be at least 0": {"kl_coef": -1.0},
     "--num-steps must be at least 1": {"num_steps": 0},
     "--num-minibatches must be at least 1": {"num_minibatches": 0},
+    "--clip must be above 0": {"clip": 0.0},
+    r"--trace must be in \[0, 1\]": {"trace": 1.5},
+    "--entropy-coef must be at least 0": {"entropy_coef": -1.0},
+    "--max-step-kl must be above 0": {"max_step_kl": 0.0},
+    "--kl-target needs": {"kl_target": 0.0},
+    "--reward-floor must be below": {"reward_floor": 1.0, "reward_ceiling": 1.0},
+    "has no parameter to move": {"objective": "mean", "final_parameter": 1.0},
+    "nominal weight must be in .* got 1.5": {"final_parameter": 1.5},
+    "--baselines is only read with": {"baselines": "x.jsonl"},
 }
 
 
@@ -157,8 +176,8 @@ BAD = {
 def test_bad_configs_are_refused_before_a_model_is_loaded(
     config: Config, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(train_policy, "load_policy")
-    monkeypatch.delattr(train_policy, "Scorer")
+    monkeypatch.delattr(training, "load_policy")
+    monkeypatch.delattr(training, "Scorer")
     with pytest.raises(PoiseError, match=message):
         train_policy.run(dataclasses.replace(config, **BAD[message]))
 
@@ -171,10 +190,10 @@ def test_a_gradient_that_is_not_finite_stops_and_keeps_the_checkpoint(
 
     def poisoned(self: RewardScale, heads: HeadRewards, objective: object) -> torch.Tensor:
         calls.append(1)
-        return combine(self, heads, objective) * (float("nan") if len(calls) > 4 else 1.0)  # type: ignore[arg-type]
+        return combine(self, heads, objective) * (float("nan") if len(calls) > 2 else 1.0)  # type: ignore[arg-type]
 
     monkeypatch.setattr(RewardScale, "combine", poisoned)
-    with pytest.raises(PoiseError, match=r"step \d: the gradient is not finite"):
+    with pytest.raises(PoiseError, match=r"step \d: the loss is not finite; the last checkpoint is kept"):
         train_policy.run(config)
     saved = load_file(Path(config.output) / "checkpoint.safetensors")
     assert all(value.isfinite().all() for value in saved.values())
@@ -210,3 +229,278 @@ def test_bfloat16_weights_as_on_a_gpu(
     assert all(abs(row["kl"]) < 5 for row in out.metrics())
     saved = load_file(out.folder / "checkpoint.safetensors")
     assert all(value.dtype == torch.float32 for name, value in saved.items() if name.startswith("weight."))
+
+
+# ---- the reward ----
+
+
+def losses_of(out: Run) -> list[list[float]]:
+    return [[row[key] for key in ("reward", "kl", "policy_loss", "value_loss", "grad_norm")] for row in out.metrics()]
+
+
+def test_parts_of_a_minibatch_add_up(config: Config, tmp_path: Path) -> None:
+    config = dataclasses.replace(config, prompts_per_step=4, num_minibatches=1)
+    whole = train_policy.run(config)
+    parts = train_policy.run(dataclasses.replace(config, accumulation=4, output=str(tmp_path / "parts")))
+    assert losses_of(parts) == [pytest.approx(row, abs=2e-5) for row in losses_of(whole)]
+
+
+def test_two_processes_compute_what_one_does(config: Config, tmp_path: Path) -> None:
+    """accelerate launch, gloo on the CPU: the same rewards and losses, with an objective that couples the batch."""
+    config = dataclasses.replace(
+        config, prompts_per_step=4, num_minibatches=2, objective="expected_tradeoff(0.4)", shaping="contrastive",
+        num_steps=3,
+    )  # fmt: skip
+    one = train_policy.run(config)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--main_process_port", "0", "-m", "poise.cli"]
+    command = [*launch, "train-policy", "--config", str(one.folder / "config.yaml"), "--output", str(tmp_path / "two")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = Run(tmp_path / "two")
+    samples = [list(read_jsonl(run.folder / "samples.jsonl")) for run in (one, two)]
+    assert [row["completion"] for row in samples[1][:16]] == [row["completion"] for row in samples[0][:16]]
+    for mine, theirs in zip(samples[0][:16], samples[1][:16], strict=True):
+        assert theirs["reward"] == pytest.approx(mine["reward"], abs=1e-5)
+    assert losses_of(two)[0] == pytest.approx(losses_of(one)[0], abs=1e-5)
+    assert losses_of(two)[2] == pytest.approx(losses_of(one)[2], abs=1e-2)  # rounding grows, slowly
+    assert len(list(read_jsonl(two.folder / "final.jsonl"))) == 4 * 2
+
+
+def test_processes_must_share_a_step_evenly(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "num_processes", lambda: 2)
+    with pytest.raises(PoiseError, match=r"2 × 2 processes does not divide --prompts-per-step 2"):
+        config.check()
+
+
+@pytest.mark.parametrize("shaping", ["contrastive", "par"])
+def test_rewards_against_baselines_by_hand(config: Config, tmp_path: Path, shaping: str) -> None:
+    given = tmp_path / "baselines.jsonl"
+    texts = ["a fine film", "an awful phone", "it was good"]
+    prompts = [json.loads(line)["prompt"] for line in Path(config.prompts).read_text().splitlines()]
+    given.write_text("".join(json.dumps({"prompt": p, "completion": t}) + "\n" for p in prompts for t in texts))
+    config = dataclasses.replace(
+        config, shaping=shaping, baselines=str(given), objective="mean", num_steps=1, reward_ceiling=-0.3
+    )
+    out = train_policy.run(config)
+    scorer = Scorer.load(config.reward)
+    assert out.results is not None
+    scale = out.results["scale"]
+    rows = list(read_jsonl(out.folder / "samples.jsonl"))
+    assert len(rows) == 8
+    clipped = 0
+    for row in rows:
+        heads = scorer([generated(row["prompt"], row["completion"])]).mean[0].double() * scorer.layout.reward_scale
+        others = scorer([Sample(row["prompt"], text) for text in texts]).mean.double() * scorer.layout.reward_scale
+        shaped = heads - others.mean(0) if shaping == "contrastive" else torch.sigmoid(heads - others).mean(0)
+        expected = ((shaped - torch.tensor(scale["head_baseline"])).mean().item() - scale["mean"]) / scale["std"]
+        clipped += expected > -0.3
+        assert row["reward"] == pytest.approx(min(expected, -0.3), abs=1e-4)
+    assert 0 < clipped < 8
+
+
+def test_baselines_are_sampled_once_for_each_prompt(config: Config) -> None:
+    out = train_policy.run(dataclasses.replace(config, shaping="par", num_steps=6))
+    rows = list(read_jsonl(out.folder / "baselines.jsonl"))
+    assert len(rows) == len({row["key"] for row in rows}) == 4
+    assert all(len(row["completions"]) == 4 for row in rows)
+
+
+def test_a_prompt_without_baselines_is_named(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "b.jsonl").write_text('{"prompt": "Review the film.", "completion": "good"}\n')
+    with pytest.raises(PoiseError, match=r"no completion of the prompt 'Review the phone\.'"):
+        train_policy.run(dataclasses.replace(config, shaping="par", baselines=str(tmp_path / "b.jsonl")))
+
+
+def test_what_never_ended_is_penalised(config: Config, tmp_path: Path) -> None:
+    plain = train_policy.run(dataclasses.replace(config, num_steps=1))
+    strict = train_policy.run(
+        dataclasses.replace(config, num_steps=1, missing_eos_penalty=3.0, output=str(tmp_path / "strict"))
+    )
+    before, after = (list(read_jsonl(run.folder / "samples.jsonl")) for run in (plain, strict))
+    lowered = [one["reward"] - other["reward"] for one, other in zip(before, after, strict=True)]
+    assert sorted({round(value, 4) for value in lowered}) in ([3.0], [0.0, 3.0])
+    assert sum(lowered) / 24 == pytest.approx(1 - strict.metrics()[0]["ended"])
+
+
+def test_constants_of_the_scale_are_recorded(config: Config, tmp_path: Path) -> None:
+    rows = {}
+    for norm in ("initial", "running", "batch"):
+        rows[norm] = train_policy.run(
+            dataclasses.replace(config, reward_norm=norm, output=str(tmp_path / norm), learning_rate=1e-2)
+        ).metrics()
+    assert len({row["scale_std"] for row in rows["initial"]}) == 1
+    assert len({row["scale_std"] for row in rows["running"]}) == 4
+    for row in rows["batch"]:
+        assert row["reward"] == pytest.approx(0, abs=1e-5)
+        assert row["reward_std"] == pytest.approx(1, abs=1e-5)
+
+
+def test_running_scale_is_that_of_everything_so_far() -> None:
+    batches = [HeadRewards(torch.randn(n, 3) * n + n, torch.ones(n, 3)) for n in (5, 8, 3)]
+    objective = parse_objective("mean")
+    scale = RewardScale.fit(batches[0], objective)
+    for batch in batches[1:]:
+        scale = scale.updated(batch, objective)
+    everything = objective(scale.centred(HeadRewards(*(torch.cat(part) for part in zip(*batches, strict=True)))))
+    assert scale.count == 16
+    assert scale.mean == pytest.approx(everything.mean().item(), abs=1e-5)
+    assert scale.std == pytest.approx(everything.std().item(), abs=1e-5)
+
+
+# ---- what moves during a run ----
+
+
+def test_parameter_moves_linearly(config: Config) -> None:
+    rows = train_policy.run(dataclasses.replace(config, objective="tradeoff(0.9)", final_parameter=0.0)).metrics()
+    assert [row["parameter"] for row in rows] == pytest.approx([0.9, 0.6, 0.3, 0.0])
+
+
+def test_kl_coefficient_adapts_to_its_target(config: Config) -> None:
+    rows = train_policy.run(dataclasses.replace(config, kl_target=0.01, kl_horizon=80.0, learning_rate=1e-2)).metrics()
+    # A step of 8 completions moves it by at most .2 * 8 / 80.
+    for row, following in itertools.pairwise(rows):
+        error = min(max(row["kl"] / 0.01 - 1, -0.2), 0.2)
+        assert following["kl_coef"] == pytest.approx(row["kl_coef"] * (1 + error * 8 / 80))
+    assert any(row["kl"] > 0.012 for row in rows[:-1])
+
+
+def test_a_step_ends_when_it_has_moved_far_enough(config: Config) -> None:
+    rows = train_policy.run(dataclasses.replace(config, max_step_kl=1e-9, learning_rate=1e-2)).metrics()
+    assert all(row["updates"] < 4 for row in rows)
+
+
+def test_an_entropy_bonus_raises_entropy(config: Config, tmp_path: Path) -> None:
+    config = dataclasses.replace(config, objective="constant(0)", kl_coef=0.0, num_steps=15, learning_rate=1e-2)
+    plain = train_policy.run(config).metrics()
+    bonus = train_policy.run(dataclasses.replace(config, entropy_coef=1.0, output=str(tmp_path / "bonus"))).metrics()
+    assert bonus[-1]["entropy"] > plain[-1]["entropy"] + 0.1
+
+
+@pytest.mark.parametrize("options", [{"tune": "full", "learning_rate": 1e-3}, {"value_trunk": "own"}], ids=str)
+def test_other_trunks_learn_and_resume(config: Config, tmp_path: Path, options: dict[str, Any]) -> None:
+    config = dataclasses.replace(config, num_steps=4, **options)
+    whole = train_policy.run(config)
+    again = dataclasses.replace(config, output=str(tmp_path / "again"))
+
+    class StopError(Exception):
+        pass
+
+    def stop_after_two(self: training.Training) -> dict[str, Any]:
+        if self.step == 2:
+            raise StopError
+        return one_step(self)
+
+    one_step = training.Training.one_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.Training, "one_step", stop_after_two)
+        with pytest.raises(StopError):
+            train_policy.run(again)
+    train_policy.run(again)
+    assert same_end(whole.folder, tmp_path / "again")
+    if config.tune == "full":
+        assert (whole.folder / "policy" / "model.safetensors").exists()
+        assert (whole.folder / "policy" / "tokenizer.json").exists()
+
+
+# ---- alarms ----
+
+
+def alarmed_at(*steps: int) -> Callable[..., Reading]:
+    def update(self: Monitor, _stats: object) -> Reading:
+        self._steps += 1
+        fires = self._steps - 1 in steps
+        return Reading(2.0 if fires else 0.1, fires, {})
+
+    return update
+
+
+def test_actions_on_an_alarm(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(config, num_steps=8, save_every=2)
+    monkeypatch.setattr(Monitor, "update", alarmed_at(5, 6))
+    found = {
+        action: train_policy.run(dataclasses.replace(config, on_alarm=action, output=str(tmp_path / action)))
+        for action in ("log", "stop", "rollback", "pessimism")
+    }
+    results = {action: out.results or {} for action, out in found.items()}
+    assert results["log"]["steps"] == 8
+    assert [alarm["step"] for alarm in results["log"]["alarms"]] == [5]  # the next one within the pause
+    assert results["stop"]["steps"] == 6
+    assert results["rollback"]["steps"] == 4
+    saved, plain = (load_file(found[action].folder / "checkpoint.safetensors") for action in ("rollback", "log"))
+    safe = load_file(found["rollback"].folder / "safe.safetensors")
+    assert all(torch.equal(saved[name], safe[name]) for name in safe)
+    assert any(not torch.equal(saved[name], plain[name]) for name in safe)
+    rows = found["pessimism"].metrics()
+    assert [row["kl_coef"] for row in rows] == [0.05] * 6 + [0.1] * 2
+    assert [row["parameter"] for row in rows] == [0.4] * 6 + [0.2] * 2
+
+
+# ---- what can go wrong ----
+
+
+def test_a_reward_that_is_not_finite_stops_and_names_it(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = Scorer.decode
+    calls = []
+
+    def poisoned(self: Scorer, features: torch.Tensor) -> HeadRewards:
+        calls.append(1)
+        heads = decode(self, features)
+        return heads if len(calls) < 4 else HeadRewards(heads.mean / 0, heads.std)
+
+    monkeypatch.setattr(Scorer, "decode", poisoned)
+    with pytest.raises(PoiseError, match=r"step \d: the reward of '.*' is not finite; the last checkpoint is kept"):
+        train_policy.run(config)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(config: Config) -> None:
+    """A limit on the size of files stands in for a full disk: writing fails half-way."""
+    settings = Path(config.output).parent / "config.yaml"
+    settings.write_text(yaml.safe_dump(config_dict(dataclasses.replace(config, save_every=1))))
+    program = """
+import resource, signal, sys, torch
+from poise import training
+from poise.cli import main
+torch.set_num_threads(1)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+save = training.Training.save
+def limited(self):
+    if self.step == 2:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    save(self)
+training.Training.save = limited
+sys.exit(main(sys.argv[1:]))
+"""
+    command = [sys.executable, "-c", program, "train-policy", "--config", str(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "cannot write" in done.stderr
+    assert "the last checkpoint is kept" in done.stderr
+    folder = Path(config.output)
+    with safe_open(folder / "checkpoint.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["run"])["step"] == 1
+    assert not list(folder.glob(".*partial"))
+
+
+def test_ctrl_c_finishes_the_step_and_saves(config: Config) -> None:
+    settings = Path(config.output).parent / "config.yaml"
+    settings.write_text(yaml.safe_dump(config_dict(dataclasses.replace(config, num_steps=500, save_every=500))))
+    command = [sys.executable, "-m", "poise.cli", "train-policy", "--config", str(settings)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    metrics = Path(config.output) / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 3:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "goes on from the last checkpoint" in said
+    with safe_open(Path(config.output) / "checkpoint.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["run"])["step"] == metrics.read_bytes().count(b"\n")
+
+
+def test_unknown_and_missing_trackers_are_said(config: Config) -> None:
+    with pytest.raises(PoiseError, match="no tracker 'tensorbored'"):
+        dataclasses.replace(config, trackers=("tensorbored",)).check()
+    with pytest.raises(PoiseError, match="--trackers comet_ml: its package is not installed"):
+        dataclasses.replace(config, trackers=("comet_ml",)).check()

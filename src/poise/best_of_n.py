@@ -20,7 +20,7 @@ from poise.gold import gold_rewards
 from poise.metrics import best_of_n, best_of_n_kl, bootstrap_interval, tilted
 from poise.models import DEFAULT_MODEL, load_policy
 from poise.objectives import HeadRewards, RewardScale, disagreement, mean, parse_objective, routing_std
-from poise.policy import Policy
+from poise.policy import Policy, uniforms
 from poise.progress import progress
 from poise.runs import Json, Run, read_jsonl, write_jsonl
 from poise.scorer import Scorer, generated
@@ -135,7 +135,7 @@ def _make_pool(config: Config, rewards: list[str]) -> list[Json]:
     with progress("best-of-n: sampling the pool", len(prompts) * config.per_prompt) as advance:
         for start in range(0, len(prompts), 8):
             batch = prompts[start : start + 8]
-            rollout = policy.sample(batch, config.per_prompt, config.max_tokens, generator)
+            rollout = policy.sample(batch, uniforms(len(batch), config.per_prompt, config.max_tokens, generator))
             for prompt, texts in zip(batch, policy.texts(rollout), strict=True):
                 rows += [{"prompt": prompt, "completion": text} for text in texts]
             advance(len(batch) * config.per_prompt)

@@ -137,19 +137,21 @@ def load_policy(model: str) -> tuple[HfModel, HfTokenizer]:
     return policy.to(device()).eval(), tokenizer
 
 
+def decoder_layers(model: HfModel) -> tuple[str, nn.ModuleList]:
+    """(full name, layers) of the stack of decoder layers."""
+    count = model.config.num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return name, module
+    raise PoiseError(f"{type(model).__name__} has no stack of {count} decoder layers to adapt")
+
+
 def linear_maps(model: HfModel, first_layer: int = 0) -> list[str]:
     """Full names of the linear maps in the decoder layers from `first_layer` on."""
-    count = model.config.num_hidden_layers
-    stack = next(
-        (name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count),
-        None,
-    )
-    if stack is None:
-        raise PoiseError(f"{type(model).__name__} has no stack of {count} decoder layers to adapt")
-    layers = model.get_submodule(stack)
+    stack, layers = decoder_layers(model)
     return [
         f"{stack}.{index}.{name}"
-        for index in range(first_layer, count)
+        for index in range(first_layer, len(layers))
         for name, module in layers[index].named_modules()
         if isinstance(module, (nn.Linear, Conv1D))
     ]

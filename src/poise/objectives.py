@@ -7,12 +7,13 @@ the report all call these functions; none has a second copy of a formula.
 Variance is always the population variance (divided by K).
 """
 
+import inspect
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -112,6 +113,51 @@ def soft_min(heads: HeadRewards, temperature: float = 1.0) -> Float[Tensor, "*ba
     return -temperature * (torch.logsumexp(-heads.mean / temperature, dim=-1) - math.log(num_heads))
 
 
+def quantile(heads: HeadRewards, level: float = 0.25) -> Float[Tensor, "*batch"]:
+    """The `level` quantile of the head means, linear between them: 0 is `worst_case`, .5 is `median`.
+
+    >>> quantile(HeadRewards(torch.tensor([1.0, 2.0, 4.0]), torch.zeros(3)), 0.25).item()
+    1.5
+    """
+    if not 0.0 <= level <= 1.0:
+        raise PoiseError(f"quantile's level must be in [0, 1], got {level}")
+    return heads.mean.quantile(level, dim=-1)
+
+
+def median(heads: HeadRewards) -> Float[Tensor, "*batch"]:
+    """Middle head; the mean of the middle two if their number is even.
+
+    >>> median(HeadRewards(torch.tensor([1.0, 2.0, 9.0, 4.0]), torch.zeros(4))).item()
+    3.0
+    """
+    return quantile(heads, 0.5)
+
+
+def expected_tradeoff(heads: HeadRewards, nominal_weight: float = 0.4) -> Float[Tensor, "*batch"]:
+    """As `tradeoff`, the worst case being one head for the whole batch: the one whose *mean over the batch* is lowest.
+
+    Its batch mean is lambda E[nominal] + (1 - lambda) min_k E[mean_k], the objective of arXiv 2409.15360 as written;
+    the per-sample form is a lower bound, E[min_k] <= min_k E. It couples what is in one call: give it whole batches.
+
+    >>> heads = HeadRewards(torch.tensor([[0.0, 3.0], [4.0, 0.0]]), torch.tensor([[0.1, 0.2], [0.1, 0.2]]))
+    >>> expected_tradeoff(heads, 0.0).tolist()  # head 1 has the lower mean, 1.5 against 2
+    [3.0, 0.0]
+    """
+    if not 0.0 <= nominal_weight <= 1.0:
+        raise PoiseError(f"expected_tradeoff's nominal weight must be in [0, 1], got {nominal_weight}")
+    least_favourable = heads.mean.flatten(0, -2).mean(0).argmin() if heads.mean.dim() > 1 else heads.mean.argmin()
+    return nominal_weight * nominal(heads) + (1.0 - nominal_weight) * heads.mean[..., least_favourable]
+
+
+def expected_worst_case(heads: HeadRewards) -> Float[Tensor, "*batch"]:
+    """`expected_tradeoff` with lambda = 0: the head whose mean over the batch is lowest, min_k E[mean_k].
+
+    >>> expected_worst_case(HeadRewards(torch.tensor([[0.0, 3.0], [4.0, 0.0]]), torch.zeros(2, 2))).tolist()
+    [3.0, 0.0]
+    """
+    return expected_tradeoff(heads, 0.0)
+
+
 def constant(heads: HeadRewards, value: float = 0.0) -> Float[Tensor, "*batch"]:
     """The control: the same reward for everything. Its expected policy gradient is zero.
 
@@ -139,17 +185,66 @@ def total_std(heads: HeadRewards) -> Float[Tensor, "*batch"]:
 Objective = Callable[[HeadRewards], Tensor]
 
 
+# ---- against other completions of the same prompt ----
+
+
+def contrastive(heads: HeadRewards, baseline: HeadRewards) -> HeadRewards:
+    """Each head less its mean over baseline completions of the same prompt (arXiv 2403.07708).
+
+    heads: (..., K); baseline: (..., baselines, K), of the initial policy, say. Takes away what a head thinks of the
+    prompt. Stds stay.
+
+    >>> one = HeadRewards(torch.tensor([3.0]), torch.zeros(1))
+    >>> contrastive(one, HeadRewards(torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1))).mean.item()
+    1.5
+    """
+    return HeadRewards(heads.mean - baseline.mean.mean(-2), heads.std)
+
+
+def preference_as_reward(heads: HeadRewards, baseline: HeadRewards) -> HeadRewards:
+    """mean over baselines m of sigmoid(r - r_m), per head: the probability of being preferred (arXiv 2502.18770).
+
+    Shapes as in `contrastive`. Bounded by 0 and 1: what already beats the baselines has little left to gain. Heads in
+    Bradley-Terry units. Stds stay.
+
+    >>> one = HeadRewards(torch.tensor([2.0]), torch.zeros(1))
+    >>> preference_as_reward(one, HeadRewards(torch.tensor([[2.0]]), torch.zeros(1, 1))).mean.item()
+    0.5
+    """
+    return HeadRewards(torch.sigmoid(heads.mean.unsqueeze(-2) - baseline.mean).mean(-2), heads.std)
+
+
+Shaping = Literal["none", "contrastive", "par"]
+SHAPINGS: dict[str, Callable[[HeadRewards, HeadRewards], HeadRewards]] = {
+    "contrastive": contrastive, "par": preference_as_reward,
+}  # fmt: skip
+
+
+# ---- from heads to the number PPO maximises ----
+
+
 @dataclass(frozen=True)
 class RewardScale:
-    """Fixed before step 0, on completions of the initial policy, and recorded with the run."""
+    """Constants that put the combined reward on a scale, recorded with the run.
+
+    By default fixed on completions of the initial policy, so that the KL coefficient means the same from the first step
+    to the last. `std` and what bounds the reward are those of the *unbounded* combined reward.
+
+    floor, ceiling: bounds of the scaled reward: a completion beyond them counts as one at them. A ceiling of 2 asks for
+    what the best fortieth of the initial policy's completions gets, and trusts no reward beyond it.
+    count: completions that `mean` and `std` come from.
+    """
 
     head_baseline: tuple[float, ...]
     mean: float
     std: float
+    floor: float = -math.inf
+    ceiling: float = math.inf
+    count: int = 0
 
     def combine(self, heads: HeadRewards, objective: Objective) -> Tensor:
         """The reward PPO maximises, of any shape of heads (…, K)."""
-        return (objective(self.centred(heads)) - self.mean) / self.std
+        return ((objective(self.centred(heads)) - self.mean) / self.std).clamp(self.floor, self.ceiling)
 
     def centred(self, heads: HeadRewards) -> HeadRewards:
         """Each head less its own mean on the initial policy: the heads then agree where training starts.
@@ -160,18 +255,45 @@ class RewardScale:
         return HeadRewards(heads.mean - torch.tensor(self.head_baseline, dtype=heads.mean.dtype), heads.std)
 
     @classmethod
-    def fit(cls, heads: HeadRewards, objective: Objective) -> "RewardScale":
+    def fit(
+        cls, heads: HeadRewards, objective: Objective, floor: float = -math.inf, ceiling: float = math.inf
+    ) -> "RewardScale":
         """From heads (N, K). A constant reward keeps scale 1."""
-        unscaled = cls(tuple(heads.mean.mean(0).tolist()), 0.0, 1.0)
-        combined = unscaled.combine(heads, objective)
+        start = cls(tuple(heads.mean.mean(0).tolist()), 0.0, 1.0, floor, ceiling)
+        return start.refitted(heads, objective)
+
+    def refitted(self, heads: HeadRewards, objective: Objective) -> "RewardScale":
+        """Mean and std of this batch of heads (N, K) alone; the heads' baselines stay."""
+        combined = objective(self.centred(heads))
         std = combined.std().item()
-        return cls(unscaled.head_baseline, combined.mean().item(), std if std > 1e-6 else 1.0)
+        std = std if std > 1e-6 else 1.0
+        return replace(self, mean=combined.mean().item(), std=std, count=combined.numel())
+
+    def updated(self, heads: HeadRewards, objective: Objective) -> "RewardScale":
+        """Mean and std of every completion so far, this batch of heads (N, K) included."""
+        new = self.refitted(heads, objective)
+        count, shift = self.count + new.count, new.mean - self.mean
+        squares = self.std**2 * max(self.count - 1, 0) + new.std**2 * (new.count - 1)
+        squares += shift**2 * self.count * new.count / count
+        return replace(
+            self, mean=self.mean + shift * new.count / count, std=math.sqrt(squares / (count - 1)), count=count
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Without infinities, which JSON has not."""
+        return {name: value for name, value in vars(self).items() if value not in (math.inf, -math.inf)}
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> "RewardScale":
+        """Inverse of `to_json`."""
+        return cls(**(saved | {"head_baseline": tuple(saved["head_baseline"])}))
 
 
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {
     function.__name__: function
     for function in (
-        nominal, worst_case, tradeoff, mean, uncertainty_weighted, lower_confidence, soft_min, constant,
+        nominal, worst_case, tradeoff, mean, median, quantile, uncertainty_weighted, lower_confidence, soft_min,
+        expected_worst_case, expected_tradeoff, constant,
     )
 }  # fmt: skip
 
@@ -197,6 +319,42 @@ def parse_objective(spec: str) -> Objective:
             raise PoiseError(f"objective {spec!r}: {match[1]} takes no parameter {argument!r}") from None
     function(HeadRewards(torch.zeros(1), torch.zeros(1)))  # a parameter out of range is said now, not an hour in
     return function
+
+
+def with_parameter(objective: Objective, value: float) -> Objective:
+    """The same objective with another parameter: tradeoff(0.4) -> tradeoff(0.2).
+
+    >>> with_parameter(parse_objective("lower_confidence"), 2.0)(HeadRewards(torch.tensor([1.0, 3.0]), torch.zeros(2)))
+    tensor(0.)
+    """
+    function = objective.func if isinstance(objective, partial) else objective
+    return partial(function, **{_parameter_name(function): value})
+
+
+def more_pessimistic(objective: Objective) -> Objective:
+    """The same objective with more weight on the worst case: c doubled; lambda, level and temperature halved.
+
+    Without a parameter it stays as it is.
+    """
+    function = objective.func if isinstance(objective, partial) else objective
+    value = parameter(objective)
+    if value is None or function is constant:
+        return objective
+    return with_parameter(objective, value * (2.0 if function in (uncertainty_weighted, lower_confidence) else 0.5))
+
+
+def parameter(objective: Objective) -> float | None:
+    """The value of an objective's parameter; None if it has none.
+
+    >>> parameter(parse_objective("tradeoff(0.4)"))
+    0.4
+    """
+    function = objective.func if isinstance(objective, partial) else objective
+    names = [name for name in function.__annotations__ if name not in ("heads", "return")]
+    if not names:
+        return None
+    given = objective.keywords if isinstance(objective, partial) else {}
+    return float(given.get(names[0], inspect.signature(function).parameters[names[0]].default))
 
 
 def _parameter_name(function: Callable[..., Tensor]) -> str:

@@ -1,8 +1,8 @@
 """A language model as a policy: sampling, log-probabilities and values, with nothing computed twice.
 
-The lower layers are frozen and shared by the policy, its reference (adapters off) and the value head. What enters the
-first adapted layer is kept while sampling, so that neither the reference nor any PPO epoch runs the lower layers
-again; nor are log-probabilities and values of the sampled tokens computed a second time.
+The lower layers are frozen and shared by the policy, its reference and its values. What enters the first trained layer
+is kept while sampling, so that neither the reference nor any PPO epoch runs the lower layers again; nor are
+log-probabilities and values of the sampled tokens computed a second time.
 
 A prompt's M completions lie in one row with it, [prompt | completion 1 | … | completion M]: each completion attends
 to the prompt and to itself, at positions that continue the prompt's. So a prompt is encoded once, however many
@@ -12,19 +12,35 @@ Shapes: _P prompts, _M completions per prompt, _T tokens of a completion, _L row
 """
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import peft
 import torch
+from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from poise import ppo
 from poise.errors import PoiseError
-from poise.models import HfModel, HfTokenizer, Prompt, encode, has_conv1d, linear_maps, prompt_text, quiet_loading
+from poise.models import (
+    HfModel,
+    HfTokenizer,
+    Prompt,
+    decoder_layers,
+    encode,
+    has_conv1d,
+    linear_maps,
+    prompt_text,
+    quiet_loading,
+)
 from poise.packing import PADDING, additive, attends
+
+Tune = Literal["lora", "full"]
+ValueTrunk = Literal["shared", "own"]
 
 
 @dataclass
@@ -48,51 +64,96 @@ class Rollout:
         return Rollout(**chosen)
 
 
-class Policy(nn.Module):
-    """A causal language model with LoRA on its upper layers and a value head on its last hidden state."""
+class Evaluation(NamedTuple):
+    """What a policy says of the sampled tokens of a rollout, each (P, M, T)."""
 
-    def __init__(self, model: HfModel, tokenizer: HfTokenizer, *, adapted_layers: int, rank: int):
-        """adapted_layers: how many of the top layers get LoRA (0 = all); rank: of the LoRA, on all linear maps."""
+    logprob: Tensor
+    value: Tensor
+    entropy: Tensor | None  # of the whole distribution at each token, in nats; if asked for
+
+
+class Policy(nn.Module):
+    """A causal language model whose upper layers are trained, its frozen reference, and a value head.
+
+    tune: `lora` (the reference is the model with its adapters off) or `full` (the reference keeps copies of the trained
+    weights, and of those alone).
+    adapted_layers: how many of the top layers are trained; 0 trains all, with `full` the embeddings too.
+    value_trunk: `shared` (a linear function of the policy's last hidden states, whose fit does not move the policy) or
+    `own` (trained layers of its own over the same frozen ones).
+    """
+
+    def __init__(
+        self,
+        model: HfModel,
+        tokenizer: HfTokenizer,
+        *,
+        adapted_layers: int,
+        rank: int,
+        tune: Tune = "lora",
+        value_trunk: ValueTrunk = "shared",
+    ):
         super().__init__()
-        self.tokenizer = tokenizer
+        self.tokenizer, self.tune = tokenizer, tune
         num_layers = model.config.num_hidden_layers
         self._first_adapted = max(num_layers - adapted_layers, 0) if adapted_layers else 0
+        device = next(model.parameters()).device
+        trained = _upper_parameters(model, self._first_adapted)
+        twins = [_twin(model, trained) for _ in range((tune == "full") + (value_trunk == "own"))]
+        self.model = self._trainable(model, trained, rank)
+        self.value_model = self._trainable(twins.pop(), None, rank) if value_trunk == "own" else None
+        # In a list, so that it is not registered: it is neither trained nor saved.
+        self._reference = [twins.pop().requires_grad_(False)] if twins else []
+        # Rows of hidden states can re-enter a decoder only if positions come in through rotary embeddings and all
+        # layers are of one kind; otherwise the whole model runs each time, and only speed is lost.
+        uniform = len(set(getattr(model.config, "layer_types", None) or ["full_attention"])) == 1
+        decoder = self._base.base_model
+        if not (hasattr(decoder, "rotary_emb") and hasattr(decoder, "layers") and uniform):
+            self._first_adapted = 0
+        self.value_head = nn.Linear(model.config.hidden_size, 1, device=device)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+    def _trainable(self, model: HfModel, trained: list[nn.Parameter] | None, rank: int) -> HfModel:
+        """The model with what is to be trained, in float32, and nothing else asking for gradients."""
+        if trained is None:
+            trained = _upper_parameters(model, self._first_adapted)
+        model.requires_grad_(False)
+        if self.tune == "full":
+            for parameter in trained:
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
+            return model
         config = peft.LoraConfig(
             r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM",
             target_modules=linear_maps(model, self._first_adapted),
             fan_in_fan_out=has_conv1d(model),
         )  # fmt: skip
         with quiet_loading():
-            self.model: HfModel = peft.get_peft_model(model, config)
-        for parameter in self.model.parameters():
+            adapted: HfModel = peft.get_peft_model(model, config)
+        for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-        decoder = model.base_model
-        # Rows of hidden states can re-enter a decoder only if positions come in through rotary embeddings and all
-        # layers are of one kind; otherwise the whole model runs each time, and only speed is lost.
-        uniform = len(set(getattr(model.config, "layer_types", None) or ["full_attention"])) == 1
-        if not (hasattr(decoder, "rotary_emb") and hasattr(decoder, "layers") and uniform):
-            self._first_adapted = 0
-        self._decoder: list[HfModel] = [decoder]  # in a list, so that it is not registered twice
-        device = next(model.parameters()).device
-        self.value_head = nn.Linear(model.config.hidden_size, 1, device=device)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
+        return adapted
 
     @property
     def context_length(self) -> int:
         return self.model.config.max_position_embeddings
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """Adapters and value head: all that training changes and a checkpoint must hold."""
+        """All that training changes and a checkpoint must hold: adapters or upper layers, and the values' own."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     @torch.no_grad()
-    def sample(self, prompts: list[Prompt], per_prompt: int, max_tokens: int, generator: torch.Generator) -> Rollout:
+    def sample(self, prompts: list[Prompt], uniform: Float[Tensor, "prompts completions tokens"]) -> Rollout:
         """Sample at temperature 1 from the full distribution, so that the kept log-probabilities are exact.
+
+        uniform: numbers in [0, 1), one for each token that may be drawn: how many completions of each prompt, how long
+        at most, and which. A completion depends on its own numbers only, not on what it is sampled together with (up to
+        rounding), so that one process and several draw the same; see `uniforms`.
 
         Raises PoiseError if a prompt leaves no room for the completion in the model's context.
         """
+        per_prompt, max_tokens = uniform.shape[1:]
         prompt_ids, prompt_mask = self._encode(prompts, max_tokens)
         num_prompts = len(prompt_ids)
         num_rows = num_prompts * per_prompt
@@ -101,6 +162,7 @@ class Policy(nn.Module):
         logprob = torch.zeros(num_rows, max_tokens, device=device)
         mask = torch.zeros(num_rows, max_tokens, device=device)
         value = torch.zeros(num_rows, max_tokens, device=device)
+        drawn_at = uniform.flatten(0, 1).to(device)
         position = prompt_mask.sum(-1).repeat_interleave(per_prompt)
         row_mask = prompt_mask.repeat_interleave(per_prompt, 0)
 
@@ -121,12 +183,11 @@ class Policy(nn.Module):
             alive = torch.arange(num_rows, device=device)  # rows still in the batch
             for step in range(max_tokens):
                 logprobs = torch.log_softmax(logits.float(), -1)
-                # Drawn where the generator lives, so that a checkpoint repeats on any device.
-                drawn = torch.multinomial(logprobs.exp().to(generator.device), 1, generator=generator).to(device)
+                drawn = _draw(logprobs, drawn_at[alive, step])
                 ids[alive, step] = drawn[:, 0]
                 logprob[alive, step] = logprobs.gather(-1, drawn)[:, 0]
                 mask[alive, step] = 1.0
-                value[alive, step] = self.value_head(predicting.float()).squeeze(-1)
+                value[alive, step] = self._value_of(predicting)
                 going = drawn[:, 0] != end
                 if step + 1 == max_tokens or not going.any():
                     break
@@ -146,24 +207,45 @@ class Policy(nn.Module):
         if hidden is not None and prompt_hidden is not None:
             packed = torch.cat([prompt_hidden, hidden.view(num_prompts, -1, hidden.shape[-1])], 1)
         shape = (num_prompts, per_prompt, max_tokens)
-        return Rollout(
+        rollout = Rollout(
             prompt_ids, prompt_mask, ids.view(shape), mask.view(shape), logprob.view(shape), value.view(shape), packed
         )
+        if self.value_model is not None:
+            rollout.value_PMT = self._own_values(rollout) * rollout.mask_PMT
+        return rollout
 
-    def evaluate(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """(log-probabilities, values), each (P, M, T), of the sampled tokens under the present policy.
-
-        Values are a linear function of detached hidden states: fitting them does not move the policy.
-        """
-        logits, hidden = self._forward(rollout)
-        return self._chosen(logits, rollout), self.value_head(hidden.detach().float()).squeeze(-1)
+    def evaluate(self, rollout: Rollout, *, entropy: bool = False) -> Evaluation:
+        """Log-probabilities, values and, if asked for, entropies at the sampled tokens, under the present policy."""
+        logits, hidden = self._forward(self._base, rollout)
+        value = self._own_values(rollout) if self.value_model is not None else self._value_of(hidden.detach())
+        spread = ppo.token_entropy(logits.float()) if entropy else None
+        return Evaluation(self._chosen(logits, rollout), value, spread)
 
     @torch.no_grad()
     def reference_logprobs(self, rollout: Rollout) -> Tensor:
-        """Log-probabilities (P, M, T) under the initial policy: the same weights with the adapters off."""
-        with self.model.disable_adapter():
-            logits, _ = self._forward(rollout)
+        """Log-probabilities (P, M, T) under the initial policy."""
+        with self.as_reference():
+            logits, _ = self._forward(self._reference[0] if self._reference else self._base, rollout)
         return self._chosen(logits, rollout)
+
+    @contextlib.contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Be the initial policy for a while."""
+        if self.tune == "lora":
+            with self.model.disable_adapter():
+                yield
+            return
+        trained, self.model = self.model, self._reference[0]
+        try:
+            yield
+        finally:
+            self.model = trained
+
+    def save(self, folder: str) -> None:
+        """PEFT adapters, or with `full` the whole model; the tokenizer too."""
+        with quiet_loading():
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
 
     def texts(self, rollout: Rollout) -> list[list[str]]:
         """Decoded completions, per prompt, without special tokens."""
@@ -183,7 +265,13 @@ class Policy(nn.Module):
 
     @property
     def _base(self) -> HfModel:
-        return self.model.get_base_model()
+        return _without_adapters(self.model)
+
+    def _value_of(self, hidden: Tensor) -> Tensor:
+        return self.value_head(hidden.float()).squeeze(-1)
+
+    def _own_values(self, rollout: Rollout) -> Tensor:
+        return self._value_of(self._forward(_without_adapters(self.value_model), rollout, logits=False)[1])
 
     def _encode(self, prompts: list[Prompt], max_tokens: int) -> tuple[Tensor, Tensor]:
         rows = [encode(self.tokenizer, prompt_text(self.tokenizer, prompt)) for prompt in prompts]
@@ -198,8 +286,11 @@ class Policy(nn.Module):
         mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
-    def _forward(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """(logits (P, M, T, vocabulary), last hidden states (P, M, T, H)) at the positions that predict each token."""
+    def _forward(self, base: HfModel, rollout: Rollout, *, logits: bool = True) -> tuple[Tensor, Tensor]:
+        """(logits (P, M, T, vocabulary), last hidden states (P, M, T, H)) at the positions that predict each token.
+
+        logits: whether they are wanted; if not, they are of no use.
+        """
         num_prompts, per_prompt, max_tokens = rollout.completion_ids_PMT.shape
         prompt_length = rollout.prompt_ids_PL.shape[1]
         attention, positions = packed_attention(rollout)
@@ -209,23 +300,23 @@ class Policy(nn.Module):
         predicts[:, 0] = prompt_length - 1
         if rollout.hidden_PLH is None:
             ids = torch.cat([rollout.prompt_ids_PL, rollout.completion_ids_PMT.flatten(1)], 1)
-            entering = self._base.get_input_embeddings()(ids)
+            entering = base.get_input_embeddings()(ids)
         else:
             entering = rollout.hidden_PLH
-        bias = additive(attention, self._base.dtype)
-        with self._upper_layers(split=rollout.hidden_PLH is not None):
-            out = self._base(
-                inputs_embeds=entering, attention_mask=bias, position_ids=positions, use_cache=False,
-                output_hidden_states=True, logits_to_keep=predicts.flatten(),
+        kept = predicts.flatten()
+        with self._upper_layers(base, split=rollout.hidden_PLH is not None):
+            out = base(
+                inputs_embeds=entering, attention_mask=additive(attention, entering.dtype), position_ids=positions,
+                use_cache=False, output_hidden_states=True, logits_to_keep=kept if logits else kept[:1],
             )  # fmt: skip
         shape = (num_prompts, per_prompt, max_tokens, -1)
-        hidden = out.hidden_states[-1][:, predicts.flatten()]
-        return out.logits.view(shape), hidden.view(shape)
+        hidden = out.hidden_states[-1][:, kept].view(shape)
+        return out.logits.view(shape) if logits else hidden, hidden
 
     @contextlib.contextmanager
-    def _upper_layers(self, *, split: bool) -> Iterator[None]:
-        """Let hidden states enter at the first adapted layer."""
-        decoder = self._decoder[0]
+    def _upper_layers(self, base: HfModel, *, split: bool) -> Iterator[None]:
+        """Let hidden states enter at the first trained layer."""
+        decoder = base.base_model
         layers = decoder.layers if split else None
         if layers is not None:
             decoder.layers = layers[self._first_adapted :]
@@ -242,7 +333,7 @@ class Policy(nn.Module):
         leaving: list[Tensor] = []
         hooks = [self._base.get_output_embeddings().register_forward_pre_hook(lambda _, x: leaving.append(x[0]))]
         if self._first_adapted:
-            layer = self._decoder[0].layers[self._first_adapted]
+            layer = self._base.base_model.layers[self._first_adapted]
             hooks.append(layer.register_forward_pre_hook(lambda _, x: entering.append(x[0])))
         try:
             yield entering, leaving
@@ -253,7 +344,9 @@ class Policy(nn.Module):
     @contextlib.contextmanager
     def _merged(self) -> Iterator[None]:
         """Fold the adapters into the weights while sampling; afterwards the weights are bitwise what they were."""
-        layers: list[Any] = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+        layers: list[Any] = [
+            module for module in self.model.modules() if isinstance(module, LoraLayer) and not module.disable_adapters
+        ]
         kept = [layer.get_base_layer().weight.data.clone() for layer in layers]
         for layer in layers:
             layer.merge()
@@ -263,6 +356,38 @@ class Policy(nn.Module):
             for layer, weight in zip(layers, kept, strict=True):
                 layer.unmerge()
                 layer.get_base_layer().weight.data.copy_(weight)
+
+
+def uniforms(
+    num_prompts: int, per_prompt: int, max_tokens: int, generator: torch.Generator
+) -> Float[Tensor, "prompts completions tokens"]:
+    """Numbers for `Policy.sample`, float64, made where the generator lives."""
+    return torch.rand(num_prompts, per_prompt, max_tokens, generator=generator, dtype=torch.float64)
+
+
+def _draw(logprobs: Float[Tensor, "rows vocabulary"], uniform: Float[Tensor, " rows"]) -> Tensor:
+    """Token ids (rows, 1): where the cumulated probabilities pass `uniform` of their sum, in float64."""
+    cumulated = logprobs.double().exp().cumsum(-1)
+    drawn = torch.searchsorted(cumulated, uniform.unsqueeze(-1) * cumulated[:, -1:], right=True)
+    return drawn.clamp_max(logprobs.shape[-1] - 1)
+
+
+def _without_adapters(model: HfModel) -> HfModel:
+    return model.get_base_model() if isinstance(model, peft.PeftModel) else model
+
+
+def _upper_parameters(model: HfModel, first: int) -> list[nn.Parameter]:
+    """Of the decoder layers from `first` on; all parameters, embeddings too, if `first` is 0."""
+    if first == 0:
+        return list(model.parameters())
+    _, layers = decoder_layers(model)
+    return [parameter for layer in layers[first:] for parameter in layer.parameters()]
+
+
+def _twin(model: HfModel, trained: list[nn.Parameter]) -> HfModel:
+    """A copy of a model with its own copies of the parameters to be trained; all others are the same tensors."""
+    kept = {id(parameter) for parameter in trained}
+    return copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in kept})
 
 
 def packed_attention(rollout: Rollout) -> tuple[Tensor, Tensor]:

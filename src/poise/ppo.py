@@ -3,7 +3,12 @@
 Shapes: _N rows (completions), _T tokens of a completion. `mask` is 1 for the tokens the policy wrote, its end-of-turn
 token included, and 0 for padding after them. Rewards and KL are in the units of the (normalised) reward; log
 probabilities in nats.
+
+Means are over tokens. Where a batch is computed in parts, or by several processes, `count` is the number of tokens of
+the whole: the parts' losses then add up to the loss of the whole, and so do their gradients.
 """
+
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -11,6 +16,7 @@ from torch import Tensor
 
 Tokens = Float[Tensor, "rows tokens"]
 Rows = Float[Tensor, " rows"]
+Scalar = Float[Tensor, ""]
 
 
 def token_rewards(score: Rows, logprob: Tokens, reference_logprob: Tokens, mask: Tokens, kl_coef: float) -> Tokens:
@@ -36,31 +42,50 @@ def gae(rewards: Tokens, values: Tokens, mask: Tokens, discount: float, trace: f
     return advantages, (advantages + values) * mask
 
 
-def whiten(values: Tokens, mask: Tokens) -> Tokens:
-    """Zero mean and unit variance over the unmasked entries; masked ones become 0."""
-    mean = masked_mean(values, mask)
-    variance = masked_mean((values - mean).square(), mask)
+def whiten(values: Tokens, mask: Tokens, total: Callable[[Tensor], Tensor] = lambda part: part) -> Tokens:
+    """Zero mean and unit variance over the unmasked entries; masked ones become 0.
+
+    total: sums a tensor over all processes, for moments of the whole batch.
+    """
+    count = total(mask.sum()).clamp_min(1.0)
+    mean = total((values * mask).sum()) / count
+    variance = total(((values - mean).square() * mask).sum()) / count
     return (values - mean) * torch.rsqrt(variance + 1e-8) * mask
 
 
-def masked_mean(values: Tokens, mask: Tokens) -> Float[Tensor, ""]:
-    """Mean over unmasked tokens."""
-    return (values * mask).sum() / mask.sum().clamp_min(1.0)
+def masked_mean(values: Tokens, mask: Tokens, count: Scalar | None = None) -> Scalar:
+    """Sum over unmasked tokens, divided by their number, or by `count`."""
+    return (values * mask).sum() / (mask.sum() if count is None else count).clamp_min(1.0)
 
 
 def policy_loss(
-    logprob: Tokens, old_logprob: Tokens, advantages: Tokens, mask: Tokens, clip: float
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    logprob: Tokens, old_logprob: Tokens, advantages: Tokens, mask: Tokens, clip: float, count: Scalar | None = None
+) -> tuple[Scalar, Scalar]:
     """(loss, clipped share): mean of -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A) over tokens."""
     ratio = (logprob - old_logprob).exp()
     loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
-    return masked_mean(loss, mask), masked_mean(((ratio - 1).abs() > clip).to(loss.dtype), mask)
+    clipped = ((ratio - 1).abs() > clip).to(loss.dtype)
+    return masked_mean(loss, mask, count), masked_mean(clipped, mask, count)
 
 
-def value_loss(values: Tokens, old_values: Tokens, returns: Tokens, mask: Tokens, clip: float) -> Float[Tensor, ""]:
+def value_loss(
+    values: Tokens, old_values: Tokens, returns: Tokens, mask: Tokens, clip: float, count: Scalar | None = None
+) -> Scalar:
     """Half the mean of the larger of the plain and the clipped squared error (values move by at most `clip`)."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
-    return 0.5 * masked_mean(torch.maximum((values - returns).square(), (clipped - returns).square()), mask)
+    worse = torch.maximum((values - returns).square(), (clipped - returns).square())
+    return 0.5 * masked_mean(worse, mask, count)
+
+
+def token_entropy(logits: Float[Tensor, "*tokens vocabulary"]) -> Float[Tensor, "*tokens"]:
+    """-sum_v p_v log p_v, in nats: log sum_v e^{l_v} - sum_v p_v l_v."""
+    return logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
+
+
+def step_kl(logprob: Tokens, old_logprob: Tokens, mask: Tokens, count: Scalar | None = None) -> Scalar:
+    """KL(pi_old || pi) per token, in nats, from tokens that pi_old drew: mean of ratio - 1 - log ratio, never < 0."""
+    difference = logprob - old_logprob
+    return masked_mean(difference.exp() - 1 - difference, mask, count)
 
 
 def sequence_kl(logprob: Tokens, reference_logprob: Tokens, mask: Tokens) -> Rows:

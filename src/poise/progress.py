@@ -1,6 +1,8 @@
-"""Progress bars with time left, one look for every long stage."""
+"""Long stages: progress bars with time left, one look for all; and stopping without losing what was done."""
 
 import contextlib
+import signal
+import threading
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
@@ -25,3 +27,29 @@ def progress(label: str, total: int, done: int = 0) -> Iterator[Callable[..., No
                 bar.update(task, note=note)
 
         yield advance
+
+
+@contextlib.contextmanager
+def finish_the_step() -> Iterator[Callable[[], bool]]:
+    """Yield `asked_to_stop()`. Ctrl-C or a termination request is noted, so that a step can end and be saved.
+
+    The second one is obeyed at once. Outside the main thread, where signals do not arrive, nothing changes.
+    """
+    asked: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        console.print("stopping after this step; once more to stop at once")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(kind, note) for kind in kinds]
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for kind, handler in zip(kinds, before, strict=True):
+            signal.signal(kind, handler)

@@ -1,0 +1,141 @@
+"""Does a policy's gold hold under long optimisation at next to no KL? Arms side by side, over seeds.
+
+    python benchmarks/holds.py train --seeds 31 32 33 34 35 --output runs/holds      # hours on a laptop; resumable
+    python benchmarks/holds.py report --output runs/holds > results/holds-DATE.json
+
+Setting of the quickstart (400 human preference pairs, 8 frozen layers, β = 0.01), trained longer. A seed draws other
+pairs and raters, other heads, other prompts and samples. Gold is read by `report` alone.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from poise import compare, recipes, train_policy, train_reward
+from poise.data import write_preferences
+from poise.metrics import bootstrap_interval
+from poise.ratings import human_ratings, is_held_out, preference_pairs
+from poise.runs import Json, environment, load_config_file, write_jsonl
+
+ARMS: dict[str, tuple[str, str, float | None]] = {  # name -> reward model, objective, ceiling
+    "conventional": ("single", "nominal", None),
+    "brme": ("brme", "tradeoff(0.4)", None),
+    "worst_case": ("brme", "worst_case", None),
+    "lower_bound": ("posterior", "lower_confidence(1)", None),
+    "ceiling_single": ("single", "nominal", 2.0),
+    "ceiling": ("posterior", "lower_confidence(1)", 2.0),
+}
+
+
+def prepare(folder: Path, seed: int) -> None:
+    """Preferences, prompts and reward models of a seed."""
+    if not (folder / "eval_prompts.jsonl").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        rated = [
+            text for text in human_ratings() if text.domain in recipes.RATED_DOMAINS and not is_held_out(text.text)
+        ]
+        write_preferences(
+            folder / "preferences.jsonl", preference_pairs(rated, recipes.RATED_DOMAINS.__getitem__, 400, seed)
+        )
+        for name, films, products in (
+            ("prompts", recipes.TRAIN_FILMS, recipes.TRAIN_PRODUCTS),
+            ("eval_prompts", recipes.EVAL_FILMS, recipes.EVAL_PRODUCTS),
+        ):
+            subjects = [f"a film about {film}" for film in films] + [f"a {product}" for product in products]
+            write_jsonl(folder / f"{name}.jsonl", [{"prompt": recipes.review_prompt(subject)} for subject in subjects])
+    train_reward.run(
+        train_reward.Config(
+            preferences=str(folder / "preferences.jsonl"),
+            output=str(folder / "reward"),
+            num_layers=recipes.NUM_LAYERS,
+            seed=seed,
+        )
+    )
+
+
+def train(folder: Path, seed: int, arm: str, steps: int, kl_coef: float) -> None:
+    reward, objective, ceiling = ARMS[arm]
+    train_policy.run(
+        train_policy.Config(
+            prompts=str(folder / "prompts.jsonl"),
+            eval_prompts=str(folder / "eval_prompts.jsonl"),
+            reward=str(folder / "reward" / reward),
+            output=str(folder / arm),
+            objective=objective,
+            reward_ceiling=ceiling,
+            kl_coef=kl_coef,
+            num_steps=steps,
+            seed=seed,
+            save_every=10,
+        )
+    )
+
+
+def report(root: Path) -> Json:
+    """Per arm and seed: gold over the steps, at the peak, at the end; differences over seeds with intervals."""
+    seeds: list[Json] = []
+    for folder in sorted(root.glob("seed-*")):
+        names = [name for name in ARMS if (folder / name / "results.json").exists()]
+        if len(names) < 2:
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            out = compare.run(compare.Config(arms=tuple(str(folder / name) for name in names), output=scratch))
+        arms = {}
+        for arm in (out.results or {})["arms"]:
+            gold = np.array([step["gold"] for step in arm["steps"]])
+            alarms = json.loads((folder / arm["name"] / "results.json").read_text())["alarms"]
+            arms[arm["name"]] = {
+                "final_gold": arm["final"]["gold"], "interval_over_prompts": arm["final"]["interval"],
+                "peak_gold": arm["peak_gold"], "drawdown": arm["drawdown"], "mean_gold": float(gold.mean()),
+                "last_quarter_gold": float(gold[-len(gold) // 4 :].mean()), "kl": arm["final"]["kl"],
+                "proxy": arm["final"]["proxy"], "distinct_bigrams": arm["final"]["distinct_bigrams"],
+                "first_alarm": alarms[0]["step"] if alarms else None,
+                "gold": gold.round(3).tolist(), "kl_by_step": [round(step["kl"], 2) for step in arm["steps"]],
+                "hours": round(arm["seconds"] / 3600, 3),
+            }  # fmt: skip
+        seeds.append({"seed": int(folder.name.removeprefix("seed-")), "arms": arms})
+    return {"summary": summary(seeds), "seeds": seeds, "environment": environment()}
+
+
+def summary(seeds: list[Json]) -> Json:
+    """Means over seeds with 95 % bootstrap intervals; differences to the first arm, paired by seed."""
+    found: Json = {}
+    names = [name for name in ARMS if all(name in seed["arms"] for seed in seeds)]
+    for name in names:
+        part: Json = {"seeds": len(seeds)}
+        for key in ("final_gold", "last_quarter_gold", "peak_gold", "drawdown", "kl", "distinct_bigrams"):
+            values = np.array([seed["arms"][name][key] for seed in seeds])
+            part[key] = {"mean": values.mean(), "interval": bootstrap_interval(values), "worst": float(values.min())}
+            if name != names[0]:
+                difference = values - np.array([seed["arms"][names[0]][key] for seed in seeds])
+                part[key] |= {"less_first": difference.mean(), "less_first_interval": bootstrap_interval(difference)}
+        found[name] = part
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("train", "report"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[31, 32, 33, 34, 35])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["conventional", "brme", "ceiling"])
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--kl-coef", type=float, default=0.01)
+    parser.add_argument("--output", type=Path, default=Path("runs/holds"))
+    options = parser.parse_args()
+    if options.what == "report":
+        settings = load_config_file(next(options.output.glob("seed-*/*/checkpoint.safetensors")).parent / "config.yaml")
+        kept = {k: v for k, v in settings.items() if k not in ("prompts", "eval_prompts", "reward", "output", "seed")}
+        print(json.dumps(report(options.output) | {"settings": kept}, indent=1, default=float))
+        return
+    for seed in options.seeds:
+        folder = options.output / f"seed-{seed}"
+        prepare(folder, seed)
+        for arm in options.arms:
+            train(folder, seed, arm, options.steps, options.kl_coef)
+
+
+if __name__ == "__main__":
+    main()
