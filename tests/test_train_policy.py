@@ -169,6 +169,10 @@ BAD = {
     "has no parameter to move": {"objective": "mean", "final_parameter": 1.0},
     "nominal weight must be in .* got 1.5": {"final_parameter": 1.5},
     "--baselines is only read with": {"baselines": "x.jsonl"},
+    "--shaping is for --algorithm ppo, not grpo": {"algorithm": "grpo", "shaping": "par"},
+    "--tune is for --algorithm ppo, not rloo": {"algorithm": "rloo", "tune": "full"},
+    "--on-alarm rollback is for --algorithm ppo": {"algorithm": "rloo", "on_alarm": "rollback"},
+    "tokens and 300 new ones exceed the model's context of 256": {"max_tokens": 300},
 }
 
 
@@ -347,6 +351,30 @@ def test_running_scale_is_that_of_everything_so_far() -> None:
     assert scale.count == 16
     assert scale.mean == pytest.approx(everything.mean().item(), abs=1e-5)
     assert scale.std == pytest.approx(everything.std().item(), abs=1e-5)
+
+
+# ---- RLOO and GRPO ----
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
+def test_other_algorithms_leave_the_same_folder(config: Config, algorithm: str) -> None:
+    config = dataclasses.replace(config, algorithm=algorithm, num_steps=2, reward_ceiling=0.2)
+    out = train_policy.run(config)
+    assert [row["step"] for row in out.metrics()] == [0, 1]
+    assert all({"reward", "kl", "heads", "gap", "monitor_score"} <= row.keys() for row in out.metrics())
+    assert out.results is not None
+    scale = RewardScale.from_json(out.results["scale"])
+    objective, scorer = parse_objective(config.objective), Scorer.load(config.reward)
+    samples = list(read_jsonl(out.folder / "samples.jsonl"))
+    assert len(samples) == 2 * 8
+    for row in samples:
+        heads = scorer([generated(row["prompt"], row["completion"])])
+        assert row["reward"] == pytest.approx(scale.combine(heads, objective).item(), abs=1e-4)
+    final = list(read_jsonl(out.folder / "final.jsonl"))
+    assert len(final) == 4 * 2
+    assert any(abs(row["kl"]) > 1e-4 for row in final)  # sampled from what was trained, not from where it began
+    assert train_policy.run(config).results == out.results  # a finished run is left alone
 
 
 # ---- what moves during a run ----

@@ -137,6 +137,23 @@ def load_policy(model: str) -> tuple[HfModel, HfTokenizer]:
     return policy.to(device()).eval(), tokenizer
 
 
+def check_room(model: str, prompts: list[Prompt], max_tokens: int) -> None:
+    """Raise PoiseError if a prompt leaves no room for `max_tokens` in a model's context; reads no weights."""
+    folder = resolve_model(model)
+    tokenizer = load_tokenizer(folder)
+    longest = max(len(encode(tokenizer, prompt_text(tokenizer, prompt))) for prompt in prompts)
+    room_or_raise(longest, max_tokens, transformers.AutoConfig.from_pretrained(folder).max_position_embeddings)
+
+
+def room_or_raise(longest: int, max_tokens: int, context: int) -> None:
+    """The one line that `check_room` raises, for a longest prompt whose length in tokens is known."""
+    if longest + max_tokens > context:
+        raise PoiseError(
+            f"a prompt of {longest} tokens and {max_tokens} new ones exceed the model's context of {context}; "
+            f"shorten the prompt or --max-tokens"
+        )
+
+
 def decoder_layers(model: HfModel) -> tuple[str, nn.ModuleList]:
     """(full name, layers) of the stack of decoder layers."""
     count = model.config.num_hidden_layers

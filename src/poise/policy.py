@@ -21,6 +21,7 @@ import peft
 import torch
 from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -36,6 +37,7 @@ from poise.models import (
     linear_maps,
     prompt_text,
     quiet_loading,
+    room_or_raise,
 )
 from poise.packing import PADDING, additive, attends
 
@@ -247,6 +249,12 @@ class Policy(nn.Module):
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
 
+    def load_adapters(self, folder: str) -> None:
+        """Take the adapters that `save` (or another trainer of the same layers) wrote."""
+        loaded: Any = peft.set_peft_model_state_dict(self.model, load_file(f"{folder}/adapter_model.safetensors"))
+        if loaded.unexpected_keys:
+            raise PoiseError(f"{folder} holds adapters of other layers: {loaded.unexpected_keys[0]}")
+
     def texts(self, rollout: Rollout) -> list[list[str]]:
         """Decoded completions, per prompt, without special tokens."""
         flat = rollout.completion_ids_PMT.flatten(0, 1)
@@ -276,11 +284,7 @@ class Policy(nn.Module):
     def _encode(self, prompts: list[Prompt], max_tokens: int) -> tuple[Tensor, Tensor]:
         rows = [encode(self.tokenizer, prompt_text(self.tokenizer, prompt)) for prompt in prompts]
         longest = max(map(len, rows))
-        if longest + max_tokens > self.context_length:
-            raise PoiseError(
-                f"a prompt of {longest} tokens and {max_tokens} new ones exceed the model's context of "
-                f"{self.context_length}; shorten the prompt or --max-tokens"
-            )
+        room_or_raise(longest, max_tokens, self.context_length)
         device = next(self.model.parameters()).device
         ids = [[self.tokenizer.pad_token_id] * (longest - len(row)) + row for row in rows]
         mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]

@@ -1,7 +1,7 @@
 """The settings of policy optimisation: the one place for their defaults, their help texts and what may be wrong."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from poise import processes
@@ -12,6 +12,12 @@ from poise.monitor import MonitorConfig
 from poise.objectives import Shaping, parameter, parse_objective
 from poise.policy import Tune, ValueTrunk
 from poise.trackers import check_trackers
+
+PPO_ONLY = {
+    "value_learning_rate", "accumulation", "value_clip", "discount", "trace", "whiten_advantages", "entropy_coef",
+    "max_step_kl", "tune", "value_trunk", "final_parameter", "reward_norm", "shaping", "baselines", "kl_target",
+    "missing_eos_penalty",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +88,8 @@ class Config(PpoConfig):
     """Run folder to write."""
     model: str = DEFAULT_MODEL
     """Local folder or hub id of the language model to train."""
+    algorithm: Literal["ppo", "rloo", "grpo"] = "ppo"
+    """`ppo` is our own; `rloo` and `grpo` (no values) are TRL's, with this reward: pip install 'poise-rlhf[trl]'."""
     objective: str = "tradeoff(0.4)"
     """How the heads become one reward: nominal, worst_case, tradeoff(λ), mean, median, quantile(q),
     uncertainty_weighted(c), lower_confidence(c), soft_min(t), expected_worst_case, expected_tradeoff(λ),
@@ -166,4 +174,14 @@ class Config(PpoConfig):
             parse_objective(f"{self.objective.partition('(')[0]}({self.final_parameter})")
         if self.baselines and self.shaping == "none":
             raise PoiseError("--baselines is only read with --shaping contrastive or par")
+        if self.algorithm != "ppo":
+            self._check_without_ppo()
         check_trackers(self.trackers)
+
+    def _check_without_ppo(self) -> None:
+        """Refuse what TRL's trainers would silently do without."""
+        for field in fields(self):
+            if field.name in PPO_ONLY and getattr(self, field.name) != field.default:
+                raise PoiseError(f"--{field.name.replace('_', '-')} is for --algorithm ppo, not {self.algorithm}")
+        if self.on_alarm in ("rollback", "pessimism"):
+            raise PoiseError(f"--on-alarm {self.on_alarm} is for --algorithm ppo; {self.algorithm} takes log or stop")

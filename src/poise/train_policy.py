@@ -1,4 +1,4 @@
-"""`poise train-policy`: PPO against a reward model, conventional or robust.
+"""`poise train-policy`: PPO against a reward model, conventional or robust; or RLOO and GRPO, through TRL.
 
     RUN/metrics.jsonl     per step: reward, every head, gap, disagreement, KL, lengths, losses, the monitor's signs
     RUN/samples.jsonl     every completion of every step with what each head said
@@ -14,6 +14,8 @@ Under `accelerate launch` or `torchrun` every process takes its share of a step'
 process would.
 """
 
+import dataclasses
+import math
 import time
 from pathlib import Path
 
@@ -22,11 +24,16 @@ import torch
 from poise import processes
 from poise.data import read_prompts
 from poise.errors import PoiseError
+from poise.models import Prompt, check_room, load_policy
+from poise.monitor import Monitor, MonitorConfig
+from poise.objectives import parse_objective
+from poise.policy import Policy
 from poise.policy_config import Config
+from poise.policy_reward import PolicyReward
 from poise.progress import finish_the_step, progress
-from poise.runs import Run, config_dict, is_main_process, write_jsonl
-from poise.trackers import tracked
-from poise.training import Training
+from poise.runs import Json, Run, append_jsonl, config_dict, is_main_process, keep_rows_before, write_jsonl
+from poise.trackers import Track, tracked
+from poise.training import Training, sample_policy
 
 __all__ = ["Config", "run"]
 
@@ -44,9 +51,36 @@ def run(config: Config) -> Run:
         raise PoiseError(
             f"{config.prompts} has {len(prompts)} prompts, --prompts-per-step is {config.prompts_per_step}"
         )
-    training = Training(config, out, prompts)
+    check_room(config.model, [*prompts, *eval_prompts], config.max_tokens)
     started = time.monotonic()
-    with finish_the_step() as asked_to_stop, tracked(config.trackers, out.folder, config_dict(config)) as track:
+    train = _ppo if config.algorithm == "ppo" else _by_trl
+    with tracked(config.trackers, out.folder, config_dict(config)) as track:
+        policy, reward, results = train(config, out, prompts, track)
+    final = sample_policy(
+        policy, reward, eval_prompts, config.eval_completions, config.max_tokens, config.seed, results["steps"]
+    )
+    if is_main_process():
+        write_jsonl(out.folder / "final.jsonl", final)
+        policy.save(str(out.folder / "policy"))
+        out.finish(
+            {
+                "reward": sum(row["reward"] for row in final) / len(final),
+                "kl": sum(row["kl"] for row in final) / len(final),
+                "num_heads": reward.scorer.layout.num_heads,
+                "num_truncated": reward.scorer.num_truncated,
+                "scale": reward.scale.to_json(),
+                **results,
+                "seconds": round(time.monotonic() - started, 1),
+            }
+        )
+    processes.wait()
+    return out
+
+
+def _ppo(config: Config, out: Run, prompts: list[Prompt], track: Track) -> tuple[Policy, PolicyReward, Json]:
+    """Our own loop."""
+    training = Training(config, out, prompts)
+    with finish_the_step() as asked_to_stop:
         with progress(f"PPO on {config.objective}", config.num_steps, training.step) as advance:
             while training.step < config.num_steps and not training.ended:
                 metrics = training.one_step()
@@ -56,24 +90,49 @@ def run(config: Config) -> Run:
                     training.save()
                     raise KeyboardInterrupt
         training.save()
-    final = training.sample(eval_prompts, config.eval_completions)
+    return training.policy, training.reward, {"steps": training.step, "alarms": training.alarms}
+
+
+def _by_trl(config: Config, out: Run, prompts: list[Prompt], track: Track) -> tuple[Policy, PolicyReward, Json]:
+    """RLOO and GRPO: the same reward, prompts and adapters in TRL's trainers."""
+    from poise.adapters import trl, trl_train
+
+    names = {field.name for field in dataclasses.fields(trl_train.TrlSettings)}
+    settings = trl_train.TrlSettings(**{name: getattr(config, name) for name in names})
+    reward = trl.RobustReward.load(
+        config.reward, config.objective, scale=str(out.folder / "scale.json"),
+        floor=-math.inf if config.reward_floor is None else config.reward_floor,
+        ceiling=math.inf if config.reward_ceiling is None else config.reward_ceiling,
+    )  # fmt: skip
+    step = trl_train.steps_kept(settings, out.folder)
     if is_main_process():
-        write_jsonl(out.folder / "final.jsonl", final)
-        training.policy.save(str(out.folder / "policy"))
-        out.finish(
-            {
-                "reward": sum(row["reward"] for row in final) / len(final),
-                "kl": sum(row["kl"] for row in final) / len(final),
-                "num_heads": training.reward.scorer.layout.num_heads,
-                "num_truncated": training.reward.scorer.num_truncated,
-                "scale": training.reward.scale.to_json(),
-                "steps": training.step,
-                "alarms": training.alarms,
-                "seconds": round(time.monotonic() - started, 1),
-            }
-        )
-    processes.wait()
-    return out
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            keep_rows_before(out.folder / name, step)
+    callback = trl.MonitorCallback(
+        Monitor(MonitorConfig(threshold=config.alarm_threshold)), "stop" if config.on_alarm == "stop" else "log"
+    )
+    steps: list[int] = []
+    with progress(f"{config.algorithm.upper()} on {config.objective}", config.num_steps, step) as advance:
+
+        def on_step(metrics: Json) -> None:
+            samples = metrics.pop("samples")
+            append_jsonl(out.folder / "samples.jsonl", [{"step": metrics["step"], **row} for row in samples])
+            score, alarm, signs = callback.reading
+            metrics |= {"monitor_score": score, "alarm": alarm, "signs": signs}
+            out.log(**metrics)
+            track(metrics, metrics["step"])
+            steps.append(metrics["step"])
+            advance(1, f"reward {metrics['reward']:+.2f}  KL {metrics.get('kl', 0.0):.1f}")
+
+        torch.manual_seed(config.seed)  # initial adapters
+        trl_train.train(settings, reward, *load_policy(config.model), prompts, out.folder, on_step, [callback])
+    policy = Policy(*load_policy(config.model), adapted_layers=config.adapted_layers, rank=config.lora_rank)
+    policy.load_adapters(str(out.folder / "policy"))
+    scale = reward.fitted
+    assert scale is not None  # it has been called
+    done = PolicyReward(reward.scorer, parse_objective(config.objective), scale=scale)
+    alarms = [{"step": row["step"], "score": row["monitor_score"]} for row in out.metrics() if row["alarm"]]
+    return policy, done, {"steps": len(out.metrics()), "alarms": alarms}
 
 
 def _open(config: Config) -> Run:

@@ -142,7 +142,7 @@ class Training:
 
     def _metrics(self, heads: HeadRewards, score: Tensor, facts: Tensor) -> Json:
         centred, means = self.reward.scale.centred(heads), dict(zip(_FACTS, facts.mean(0).tolist(), strict=True))
-        chosen = nominal_head(centred)
+        chosen = nominal_head(centred).view(self.config.prompts_per_step, -1)
         return {
             "reward": score.mean().item(),
             "reward_std": score.std().item(),
@@ -154,7 +154,8 @@ class Training:
             "gap": (nominal(centred) - worst_case(centred)).mean().item(),
             "disagreement": disagreement(centred).mean().item(),
             "routing_std": routing_std(centred).mean().item(),
-            "nominal_switches": (chosen != chosen.mode().values).float().mean().item(),
+            # completions whose nominal head is not the most frequent one among their prompt's
+            "switches": (chosen != chosen.mode(-1, keepdim=True).values).float().mean().item(),
             "kl_coef": self.kl_coef,
             "parameter": parameter(self.reward.objective),
             "scale_mean": self.reward.scale.mean,
@@ -269,28 +270,30 @@ class Training:
         )
         self.reward.scale = RewardScale.fit(heads, self._objective(), floor, ceiling)
 
-    # ---- afterwards ----
 
-    def sample(self, prompts: list[Prompt], per_prompt: int) -> list[Json]:
-        """Completions of the present policy, with rewards and KL; arms of one seed share their random numbers."""
-        generator = torch.Generator().manual_seed(self.config.seed)
-        numbers = uniforms(len(prompts), per_prompt, self.config.max_tokens, generator)
-        rows: list[Json] = []
-        with progress("sampling the trained policy", len(prompts)) as advance:
-            starts = range(0, len(prompts), 16)
-            for start in starts[processes.process_index() :: processes.num_processes()]:
-                batch = prompts[start : start + 16]
-                rollout = self.policy.sample(batch, numbers[start : start + 16])
-                texts = self.policy.texts(rollout)
-                heads = self.reward.heads(self.policy, batch, texts, self.step)
-                kl = ppo.sequence_kl(
-                    rollout.logprob_PMT.flatten(0, 1), self.policy.reference_logprobs(rollout).flatten(0, 1),
-                    rollout.mask_PMT.flatten(0, 1),
-                )  # fmt: skip
-                rows += _rows(start, batch, texts, heads, self.reward.combine(heads), kl)
-                advance(len(batch) * processes.num_processes())
-        rows = sorted(processes.gathered_rows(rows), key=lambda row: row["step"])
-        return [row | {"step": self.step} for row in rows]
+def sample_policy(
+    policy: Policy, reward: PolicyReward, prompts: list[Prompt], per_prompt: int, max_tokens: int, seed: int, step: int
+) -> list[Json]:
+    """Completions of a policy, with rewards and KL; policies sampled with one seed share their random numbers.
+
+    Every process takes its share of the prompts and returns all rows.
+    """
+    numbers = uniforms(len(prompts), per_prompt, max_tokens, torch.Generator().manual_seed(seed))
+    rows: list[Json] = []
+    with progress("sampling the trained policy", len(prompts)) as advance:
+        for start in range(0, len(prompts), 16)[processes.process_index() :: processes.num_processes()]:
+            batch = prompts[start : start + 16]
+            rollout = policy.sample(batch, numbers[start : start + 16])
+            texts = policy.texts(rollout)
+            heads = reward.heads(policy, batch, texts, step)
+            kl = ppo.sequence_kl(
+                rollout.logprob_PMT.flatten(0, 1), policy.reference_logprobs(rollout).flatten(0, 1),
+                rollout.mask_PMT.flatten(0, 1),
+            )  # fmt: skip
+            rows += _rows(start, batch, texts, heads, reward.combine(heads), kl)
+            advance(len(batch) * processes.num_processes())
+    rows = sorted(processes.gathered_rows(rows), key=lambda row: row["step"])
+    return [row | {"step": step} for row in rows]
 
 
 _FACTS = ("kl", "kl_k3", "logprob", "tokens", "ended")

@@ -1,0 +1,1 @@
+"""Other projects' contracts, each confined to its own file."""
