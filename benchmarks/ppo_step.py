@@ -1,11 +1,12 @@
 """What a PPO step costs, phase by phase, against the plain way of doing the same work and against its floor.
 
-    python benchmarks/ppo_step.py [--model MODEL] [--repeats 5]
+    python benchmarks/ppo_step.py [--layers 10|0] [--repeats 5]      # 0: adapters in all layers
 
 The plain way: `generate` on every row with its own copy of the prompt, then full forward passes of padded rows for the
 sampled tokens' log-probabilities, for the reference and for each update. The same model, adapters, prompts, number of
 completions, completion length (no row ends early, for both), epochs and minibatches. Prints JSON; dated results lie
-beside this file. Floor: the FLOPs that the shared way cannot avoid, over the GEMM rate measured in the same run.
+beside this file. Floor: the larger of the FLOPs that cannot be avoided over the GEMM rate, and the bytes of weights
+that must be read over the memory bandwidth, both measured in the same run.
 """
 
 import argparse
@@ -18,10 +19,12 @@ import torch
 
 from poise import recipes
 from poise.models import DEFAULT_MODEL, encode, load_policy, prompt_text
-from poise.policy import Policy, Rollout
+from poise.policy import Policy, Rollout, uniforms
+from poise.reward_model import HeadLayout, load_trunk
 from poise.runs import environment
+from poise.scorer import FeatureExtractor, Scorer, generated
 
-PROMPTS, COMPLETIONS, TOKENS, EPOCHS, MINIBATCHES, LAYERS, RANK = 4, 8, 20, 2, 2, 10, 16
+PROMPTS, COMPLETIONS, TOKENS, EPOCHS, MINIBATCHES, RANK, REWARD_LAYERS = 4, 8, 24, 4, 2, 16, 8
 
 
 def median_seconds(work: Callable[[], object], repeats: int) -> float:
@@ -40,6 +43,12 @@ def gemm_rate() -> float:
     return 2 * 512 * 576 * 1536 * 50 / median_seconds(lambda: [a @ b for _ in range(50)], 5)
 
 
+def bandwidth() -> float:
+    """Bytes per second of reading memory that no cache holds."""
+    much = torch.randn(2**26)
+    return 4 * 2**26 / median_seconds(lambda: much.sum(), 5)
+
+
 def update(policy: Policy, losses: list[Callable[[], torch.Tensor]]) -> None:
     for _ in range(EPOCHS):
         for loss in losses:
@@ -50,10 +59,16 @@ def update(policy: Policy, losses: list[Callable[[], torch.Tensor]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--layers", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     model, tokenizer = load_policy(options.model)
-    policy = Policy(model, tokenizer, adapted_layers=LAYERS, rank=RANK)
+    depth = model.config.num_hidden_layers
+    adapted = options.layers or depth
+    policy = Policy(model, tokenizer, adapted_layers=options.layers, rank=RANK)
+    trunk, trunk_tokenizer = load_trunk(options.model, REWARD_LAYERS)
+    layout = HeadLayout(5, "gaussian", (0.0,) * 10)
+    scorer = Scorer(FeatureExtractor(trunk, trunk_tokenizer), torch.randn(10, trunk.config.hidden_size), layout)
     end = tokenizer.eos_token_id
     prompts = [recipes.review_prompt(f"a film about {film}") for film in recipes.TRAIN_FILMS[:PROMPTS]]
 
@@ -63,7 +78,10 @@ def main() -> None:
 
     handle = model.lm_head.register_forward_hook(block_end)
     generator = torch.Generator().manual_seed(0)
-    rollout = policy.sample(prompts, COMPLETIONS, TOKENS, generator)
+    numbers = uniforms(PROMPTS, COMPLETIONS, TOKENS, generator)
+    rollout = policy.sample(prompts, numbers)
+    texts = policy.texts(rollout)
+    samples = [generated(prompt, text) for prompt, row in zip(prompts, texts, strict=True) for text in row]
     parts = torch.arange(PROMPTS).chunk(MINIBATCHES)
 
     ids = [encode(tokenizer, prompt_text(tokenizer, prompt)) for prompt in prompts for _ in range(COMPLETIONS)]
@@ -86,8 +104,11 @@ def main() -> None:
             input_ids=padded, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=TOKENS, min_new_tokens=TOKENS
         )
 
+    def plain_scoring() -> list[object]:
+        return [scorer([sample]) for sample in samples]  # no prompt shared; one by one, so that no padding is paid for
+
     def shared_loss(part: Rollout) -> torch.Tensor:
-        return policy.evaluate(part)[0].sum()
+        return policy.evaluate(part).logprob.sum()
 
     def plain_loss(index: torch.Tensor) -> torch.Tensor:
         return plain_logprobs(index).sum()
@@ -99,8 +120,12 @@ def main() -> None:
         plain_old = median_seconds(lambda: plain_logprobs(torch.arange(len(rows))), options.repeats)
     phases = {
         "sample": (
-            median_seconds(lambda: policy.sample(prompts, COMPLETIONS, TOKENS, generator), options.repeats),
+            median_seconds(lambda: policy.sample(prompts, numbers), options.repeats),
             median_seconds(plain_sampling, options.repeats),
+        ),
+        "score": (
+            median_seconds(lambda: scorer(samples), options.repeats),
+            median_seconds(plain_scoring, options.repeats),
         ),
         "old log-probabilities": (0.0, plain_old),
         "reference": (
@@ -114,28 +139,42 @@ def main() -> None:
     }
     handle.remove()
 
-    rate = gemm_rate()
+    rate, speed = gemm_rate(), bandwidth()
     layer = sum(p.numel() for n, p in model.named_parameters() if ".layers.0." in n and "lora" not in n)
     head = model.get_output_embeddings().weight.numel()
-    depth, written, packed = model.config.num_hidden_layers, PROMPTS * COMPLETIONS * TOKENS, rollout.hidden_PLH.shape
-    prompt_tokens, row_tokens = PROMPTS * longest, packed[0] * packed[1]
-    upper = LAYERS * layer * row_tokens + head * written  # multiply-adds of one pass over the adapted layers
-    floors = {
-        "sample": 2 * (depth * layer * (prompt_tokens + written) + head * written),
+    written, packed = PROMPTS * COMPLETIONS * TOKENS, PROMPTS * (longest + COMPLETIONS * TOKENS)
+    upper = adapted * layer * packed + head * written  # multiply-adds of one pass over the trained layers
+    flops = {
+        "sample": 2 * (depth * layer * (PROMPTS * longest + written) + head * written),
+        "score": 2 * REWARD_LAYERS * layer * packed,
         "old log-probabilities": 0,
         "reference": 2 * upper,
         "update": EPOCHS * 2 * 2 * upper,  # forward, and backward to the inputs; frozen weights need no gradient
     }
+    passes = {
+        "sample": TOKENS,
+        "score": 1,
+        "old log-probabilities": 0,
+        "reference": 1,
+        "update": 2 * EPOCHS * MINIBATCHES,
+    }
+    weights = {"sample": depth * layer + head, "score": REWARD_LAYERS * layer}
+    floors = {
+        name: max(flops[name] / rate, passes[name] * 4 * weights.get(name, adapted * layer + head) / speed)
+        for name in flops
+    }
     shared, plain = (sum(pair[i] for pair in phases.values()) for i in (0, 1))
     report = {
         "gemm_gflops": round(rate / 1e9),
+        "bandwidth_gb_s": round(speed / 1e9, 1),
         "phases": {
-            name: {"shared_s": round(a, 2), "plain_s": round(b, 2), "floor_s": round(floors[name] / rate, 2)}
+            name: {"shared_s": round(a, 2), "plain_s": round(b, 2), "floor_s": round(floors[name], 2)}
             for name, (a, b) in phases.items()
         },
         "step": {"shared_s": round(shared, 2), "plain_s": round(plain, 2), "ratio": round(plain / shared, 2)},
         "setting": f"{PROMPTS} prompts x {COMPLETIONS} completions x {TOKENS} tokens, {longest}-token prompts, "
-        f"{EPOCHS} epochs x {MINIBATCHES} minibatches, LoRA r{RANK} in the upper {LAYERS} layers, without scoring",
+        f"{EPOCHS} epochs x {MINIBATCHES} minibatches, LoRA r{RANK} in the upper {adapted} of {depth} layers, "
+        f"reward of {REWARD_LAYERS} layers",
         "environment": environment(),
     }
     print(json.dumps(report, indent=1))

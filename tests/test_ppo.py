@@ -97,6 +97,48 @@ def test_whitened_entries_have_zero_mean_and_unit_variance() -> None:
     assert (whitened[~mask.bool()] == 0).all()
 
 
+@given(st.integers(0, 10_000))
+def test_step_kl_and_entropy(seed: int) -> None:
+    case = example(seed)
+    new, old = 0.3 * case["new"], 0.3 * case["old"]
+    got = ppo.step_kl(torch.from_numpy(new), torch.from_numpy(old), *tensors(case, "mask")).item()
+    difference = (new - old)[case["mask"] > 0]
+    assert got == pytest.approx(np.mean(np.exp(difference) - 1 - difference), abs=1e-12)
+    assert got >= 0
+    logits = np.random.default_rng(seed).normal(size=(2, 3, 7)) * 5
+    shifted = np.exp(logits - logits.max(-1, keepdims=True))
+    probability = shifted / shifted.sum(-1, keepdims=True)
+    entropy = ppo.token_entropy(torch.from_numpy(logits)).numpy()
+    assert entropy == pytest.approx(-(probability * np.log(probability)).sum(-1))
+
+
+@given(st.integers(0, 10_000))
+def test_losses_of_parts_add_up_to_that_of_the_whole(seed: int) -> None:
+    case = example(seed)
+    new, old, values, mask = tensors(case, "new", "old", "values", "mask")
+    count = mask.sum()
+    for equation in (
+        lambda rows, n: ppo.policy_loss(new[rows], old[rows], values[rows], mask[rows], 0.2, n)[0],
+        lambda rows, n: ppo.policy_loss(new[rows], old[rows], values[rows], mask[rows], 0.2, n)[1],
+        lambda rows, n: ppo.value_loss(new[rows], old[rows], values[rows], mask[rows], 0.2, n),
+        lambda rows, n: ppo.step_kl(new[rows], old[rows], mask[rows], n),
+    ):
+        parts = sum(equation(slice(i, i + 1), count) for i in range(len(mask)))
+        torch.testing.assert_close(parts, equation(slice(None), None))
+
+
+def test_whitening_over_processes_takes_the_moments_of_all() -> None:
+    case = example(5)
+    values, mask = tensors(case, "values", "mask")
+    others = 2 * values + 1
+    whole = ppo.whiten(torch.cat([values, others]), torch.cat([mask, mask]))
+    mean = ppo.masked_mean(torch.cat([values, others]), torch.cat([mask, mask]))
+    # what the other process adds: its tokens, their sum, their squared deviations from the common mean
+    sums = iter([mask.sum(), (others * mask).sum(), ((others - mean).square() * mask).sum()])
+    mine = ppo.whiten(values, mask, lambda part: part + next(sums))
+    torch.testing.assert_close(mine, whole[: len(mask)])
+
+
 def test_kl_estimators_agree_with_the_exact_kl() -> None:
     torch.manual_seed(0)
     policy, reference = torch.randn(6).log_softmax(-1), torch.randn(6).log_softmax(-1)
