@@ -9,7 +9,8 @@ update on all of them, KL to the reference, float32, no gradient checkpointing. 
 row, so their rows repeat the prompt, and they have no value head. Log-probabilities before the update are those of the
 reference and, for RLOO only, of the policy that sampled.
 
-Each run in a process of its own, sides in turn; medians over steps, the first of each run left out.
+Each run in a process of its own, sides in turn; medians over steps, the first of each run left out. `cpu_s` are seconds
+of all threads: what to compare where the machine does other work, too.
 """
 
 import argparse
@@ -51,11 +52,12 @@ class Clock(transformers.TrainerCallback):
         self._phases: dict[str, float] = defaultdict(float)
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self._started = time.perf_counter()
+        self._started = time.perf_counter(), time.process_time()
         self._phases.clear()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.steps.append({**self._phases, "step": time.perf_counter() - self._started})
+        step, cpu = time.perf_counter() - self._started[0], time.process_time() - self._started[1]
+        self.steps.append({**self._phases, "step": step, "cpu": cpu})
 
     def timed(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, its time counted to `phase`."""
@@ -134,13 +136,13 @@ def poise_side(options: argparse.Namespace, scratch: Path) -> tuple[Steps, float
     training = Training(config, Run.open(config.output, config), prompts())
     never_end(training.policy.model, training.policy.tokenizer)
     laps = {"generation": "sample", "scoring": "score", "logprobs": "reference", "update": "update"}
-    steps = []
+    clock = Clock()
     for _ in range(options.steps):
-        start = time.perf_counter()
+        clock.on_step_begin()
         metrics = training.one_step()
-        phases = {phase: metrics[f"{lap}_seconds"] for phase, lap in laps.items()}
-        steps.append({**phases, "step": time.perf_counter() - start})
-    return steps, metrics["tokens"]
+        clock.on_step_end()
+        clock.steps[-1] |= {phase: metrics[f"{lap}_seconds"] for phase, lap in laps.items()}
+    return clock.steps, metrics["tokens"]
 
 
 SIDES = {"grpo": trl_side, "rloo": trl_side, "poise": poise_side}
@@ -157,6 +159,7 @@ def measure(options: argparse.Namespace) -> Json:
         "layers": options.layers,
         "step_s": round(statistics.median(step["step"] for step in steps[1:]), 2),
         "phases_s": {name: round(statistics.median(step.get(name, 0.0) for step in steps[1:]), 2) for name in PHASES},
+        "cpu_s": round(statistics.median(step["cpu"] for step in steps[1:]), 2),
         "steps_s": [round(step["step"], 2) for step in steps],
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }
@@ -179,6 +182,7 @@ def compare(options: argparse.Namespace) -> Json:
                 "phases_s": {
                     name: round(statistics.median(run["phases_s"][name] for run in found), 2) for name in PHASES
                 },
+                "cpu_s": round(statistics.median(run["cpu_s"] for run in found), 2),
                 "runs_step_s": [run["step_s"] for run in found],
                 "peak_mib": max(run["peak_mib"] for run in found),
             }

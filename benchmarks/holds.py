@@ -83,8 +83,9 @@ def report(root: Path) -> Json:
             continue
         with tempfile.TemporaryDirectory() as scratch:
             out = compare.run(compare.Config(arms=tuple(str(folder / name) for name in names), output=scratch))
+            compared = out.results or {}
         arms = {}
-        for arm in (out.results or {})["arms"]:
+        for arm in compared["arms"]:
             gold = np.array([step["gold"] for step in arm["steps"]])
             alarms = json.loads((folder / arm["name"] / "results.json").read_text())["alarms"]
             arms[arm["name"]] = {

@@ -19,9 +19,9 @@ LAYERS = [
     {"adapters.trl", "adapters.trl_train"},
     {
         "train_reward", "evaluate_reward", "ensemble", "export", "push", "train_policy", "best_of_n", "compare",
-        "score",
+        "score", "merge",
     },
-    {"plots", "report", "evaluation_page", "model_card", "recipes", "cli"},
+    {"plots", "report", "evaluation_page", "model_card", "policy_card", "recipes", "cli"},
 ]  # fmt: skip
 STUDIES = LAYERS[3]
 LAYER = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
@@ -87,7 +87,7 @@ def test_confined_libraries() -> None:
         "matplotlib": {"plots"},
         "jinja2": {"report", "evaluation_page"},
         "vaderSentiment": {"gold"},
-        "peft": {"policy", "finetune", "reward_model", "adapters.trl_train"},
+        "peft": {"policy", "finetune", "reward_model", "merge", "adapters.trl_train"},
         "trl": {"adapters.trl_train"},
     }
     for path in ROOT.rglob("*.py"):

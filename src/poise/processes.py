@@ -3,22 +3,36 @@
 Every process takes an equal share of each batch and computes the same as all others from what was summed or gathered.
 """
 
+import os
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from poise.errors import PoiseError
 
 Row = TypeVar("Row")
 
 
 def join() -> None:
     """Meet the other processes, if this run has several; a GPU each, or gloo on the CPU."""
-    import os
-
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not _several():
         from accelerate import PartialState
 
         PartialState(cpu=not torch.cuda.is_available())
+
+
+def refuse_sharding() -> None:
+    """Raise PoiseError if `accelerate launch` was asked for FSDP or DeepSpeed, for what must have its weights whole.
+
+    Reads the environment only: to be called first, before `join` and before a model is loaded.
+    """
+    for name in ("FSDP", "DeepSpeed"):
+        if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true":
+            raise PoiseError(
+                f"{name} was asked for, but PPO, RLOO and GRPO are data-parallel here: launch with "
+                f"accelerate_configs/ddp.yaml, or give RobustReward (poise.adapters.trl) to a TRL script of your own"
+            )
 
 
 def num_processes() -> int:

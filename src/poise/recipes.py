@@ -64,6 +64,7 @@ class Arm:
     label: str
     reward: str
     objective: str
+    ceiling: float | None = None
 
 
 ARMS = (
@@ -111,8 +112,8 @@ def run(config: Config) -> Run:
         policy = train_policy.Config(
             prompts=str(folder / "prompts.jsonl"), eval_prompts=str(folder / "eval_prompts.jsonl"),
             reward=str(folder / "reward" / arm.reward), output=str(folder / f"policy-{arm.name}"),
-            model=config.model, objective=arm.objective, kl_coef=config.kl_coef, num_steps=config.num_steps,
-            seed=config.seed,
+            model=config.model, objective=arm.objective, reward_ceiling=arm.ceiling, kl_coef=config.kl_coef,
+            num_steps=config.num_steps, seed=config.seed,
         )  # fmt: skip
         _stage(out, f"PPO, {arm.name}", functools.partial(train_policy.run, policy))
     comparison = compare.Config(

@@ -115,7 +115,7 @@ class RobustReward:
         """One reward per completion. Text and conversations both; of `columns`, only TRL's own three are used."""
         own = [as_sample(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         before = self.scorer.num_truncated
-        part = (own, self.scorer(own), self._saved_scale() if self.fitted is None else None)
+        part = (own, self.scorer(own), self.saved_scale() if self.fitted is None else None)
         parts = gathered_rows([part])
         samples = [sample for there, _, _ in parts for sample in there]
         heads = HeadRewards(*(torch.cat(said) for said in zip(*(said for _, said, _ in parts), strict=True)))
@@ -148,7 +148,8 @@ class RobustReward:
             write_json(Path(self.scale), {"objective": self.objective, **scale.to_json()})
         return scale
 
-    def _saved_scale(self) -> RewardScale | None:
+    def saved_scale(self) -> RewardScale | None:
+        """The constants in the file `scale`, if there are any; PoiseError for those of another reward."""
         if not self.scale or not Path(self.scale).exists():
             return None
         try:

@@ -118,6 +118,7 @@ def train(
             trainer.add_callback(callback)
         checkpoint = latest_checkpoint(output / "trainer")
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        reward.fitted = reward.fitted or reward.saved_scale()  # if there was nothing left to do
         if is_main_process():
             with write_folder_atomic(output / "policy") as scratch:
                 trainer.accelerator.unwrap_model(trainer.model).save_pretrained(str(scratch))
