@@ -39,12 +39,12 @@ def test_every_option_of_every_command_is_explained(command: str, capsys: pytest
     assert caught.value.code == 0
     out = capsys.readouterr().out
     config = importlib.import_module(COMMANDS[command][0]).Config
-    names = [field.name for field in dataclasses.fields(config)]
-    source = inspect.getsource(config)
-    for name, following in zip(names, [*names[1:], ""], strict=True):
-        assert name.replace("_", "-") in out.lower()
-        text = source.split(f"\n    {name}:")[1].split(f"\n    {following}:")[0]
-        assert '"""' in text, f"{command} --{name} has no help"
+    for part in (part for part in config.__mro__ if dataclasses.is_dataclass(part)):
+        names, source = list(inspect.get_annotations(part)), inspect.getsource(part)
+        for name, following in zip(names, [*names[1:], ""], strict=True):
+            assert name.replace("_", "-") in out.lower()
+            text = source.split(f"\n    {name}:")[1].split(f"\n    {following}:")[0]
+            assert '"""' in text, f"{command} --{name} has no help"
 
 
 def test_console_script_runs() -> None:

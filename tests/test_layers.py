@@ -15,11 +15,12 @@ LAYERS = [
     {
         "registry", "models", "data", "ratings", "questions", "packing", "features", "reward_model", "heads", "scorer",
         "finetune", "judgement", "ppo", "policy", "policy_config", "policy_reward", "learner", "training", "gold",
+        "bandit", "blind_spots",
     },
     {"adapters.trl", "adapters.trl_train"},
     {
         "train_reward", "evaluate_reward", "ensemble", "export", "push", "train_policy", "best_of_n", "compare",
-        "score", "merge",
+        "score", "merge", "toy",
     },
     {"plots", "report", "evaluation_page", "model_card", "policy_card", "recipes", "cli"},
 ]  # fmt: skip

@@ -8,11 +8,10 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import make_model
 from safetensors.torch import load_file
 
+from conftest import make_model
 from poise import cli, merge
-from poise.errors import PoiseError
 from poise.merge import Config
 from poise.models import load_policy
 from poise.policy import Policy, Tune

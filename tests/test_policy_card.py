@@ -226,7 +226,7 @@ def test_alarms_come_first_and_plainly() -> None:
     assert "Training ended there." in text
     assert "| alarms of the monitor | 13, the first at step 11 |" in text
     assert "the last policy that looked safe, which is this one." in text_of({"on_alarm": "rollback"}, many)
-    assert "Each time the weight of the KL was doubled" in text_of({"on_alarm": "pessimism"}, many)
+    assert "each time with twice the KL penalty" in text_of({"on_alarm": "pessimism"}, many)
 
 
 @pytest.mark.parametrize("algorithm", ["rloo", "grpo"])

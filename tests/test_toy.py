@@ -8,7 +8,7 @@ import pytest
 from poise import toy
 from poise.errors import PoiseError
 
-SMALL = {"num_seeds": 3, "num_steps": 120, "samples_per_prompt": 48}
+SMALL = {"num_seeds": 3, "num_steps": 100, "samples_per_prompt": 48}
 
 
 @pytest.fixture(scope="module")

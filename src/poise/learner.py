@@ -21,7 +21,6 @@ from poise.policy import Policy, Rollout
 from poise.policy_config import PpoConfig
 from poise.runs import Json
 
-
 # Log-probabilities of one token, computed while sampling and in packed rows, differ by so much in float32 (nats). It is
 # not KL; whitened, and stepped along by Adam, it would lead a policy away from a reference that nothing draws it from.
 ROUNDING = 5e-5

@@ -16,11 +16,11 @@ statistic that is not logged, is not finite, or cannot vary (the gap of a single
 monitor reads heads of any number, and runs without texts.
 
 What an alarm means: the policy now looks less like the one it started from than any policy did whose gold was still
-rising, or never fell, in twelve calibration runs of three seeds (benchmarks/monitor.py; each limit also holds for the
-runs of every seed when it is set by the other two). It does not say that gold has turned. On nine runs of three other
-seeds it fired in all five that fell, 4 steps after the peak (median) and before gold was .25 below it, and in two of
-the four that did not fall. All runs are of one task, one model and one length of text: set `limits` by `highest` on
-runs of your own that people found good.
+rising, or never fell, in twelve calibration runs of three seeds, by as much again as the runs of one seed went beyond
+those of the others (benchmarks/monitor.py). It does not say that gold has turned. On nine runs of three other seeds it
+fired in all five that fell, 4 steps after the peak (median) and before gold was .25 below it, and in two of the four
+that did not fall, whose texts had become nearly one text for every prompt. All runs are of one task, one model and one
+length of text: set `limits` by `highest` on runs of your own that people found good.
 """
 
 import itertools
@@ -44,7 +44,8 @@ BOUNDS = ("worst_case", "lower_bound")
 STATISTICS = (*DRIFTS, "reward", "reward_std", "kl", "nominal", *BOUNDS)
 
 # Measured on 32 completions of at most 20 tokens a step. A sign has a limit if, in the calibration runs, it told steps
-# past the peak of gold better than the mere number of the step did. On the other seeds repetition alone still did.
+# past the peak of gold better than the mere number of the step did. Of the four, on the other seeds, only repetition
+# still did; and that is partly gold's own definition, which has a penalty for repeated words.
 LIMITS = {"repetition": 3.42, "variety": 9.75, "kl": 10.9, "reward": 3.61}
 
 

@@ -21,7 +21,7 @@ AFTER_ALARM = {
     "log": "Training went on all the same",
     "stop": "Training ended there",
     "rollback": "Training ended there, and went back to the last policy that looked safe, which is this one",
-    "pessimism": "Each time the weight of the KL was doubled and the objective made more pessimistic, and training went on",
+    "pessimism": "Training went on, each time with twice the KL penalty and a more pessimistic objective",
 }
 SCALE_FROM = {
     "initial": "of {count} completions of the initial policy, fixed from the first step to the last",

@@ -69,7 +69,10 @@ class Arm:
 
 ARMS = (
     Arm("conventional", "conventional: one Bradley–Terry head", "single", "nominal"),
-    Arm("robust", "robust: lower bound of posterior heads", "posterior", "lower_confidence(1)"),
+    # The ceiling: no reward is trusted beyond what one in forty of the initial policy's completions gets.
+    Arm(
+        "robust", "robust: lower bound of posterior heads, at most +2", "posterior", "lower_confidence(1)", ceiling=2.0
+    ),
     Arm("brme", "BRME: nominal and worst case of Gaussian heads", "brme", "tradeoff(0.4)"),
 )
 
