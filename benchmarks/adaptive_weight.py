@@ -10,7 +10,9 @@ Bradley-Terry draws them, and a quarter of them flipped besides.
 What is chosen is chosen on the first seeds and without gold: by the reward that a second set of heads, from other
 first weights and shards, gives the trained policy (`held_out`, in stds under the reference policy), mean of both
 settings. Gold is reported for every arm on both sets of seeds, with 95 % bootstrap intervals over seeds, and paired
-against the fixed weight that the same criterion chose.
+against the fixed weight that the same criterion chose. A rule that only ends at a good weight is no better than that
+weight from the start, so every arm is also paired against a fixed weight equal to the mean one it ended at (gold
+interpolated between the fixed arms around it).
 """
 
 import argparse
@@ -33,7 +35,6 @@ from poise.runs import environment
 KL_COEF, STEPS, SAMPLES, PAIRS, HEADS = 0.25, 200, 64, 32, 5
 NOISES = (0.0, 0.25)
 FIXED = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-KL_SCALE = 1.0  # nats; the signal is KL_SCALE + KL, so that it has a value above 0 to be held against
 
 Rule = Callable[[float, float, float, float], float]  # (base, the last weight, signal, its first value) -> weight
 
@@ -57,10 +58,10 @@ RULES: dict[str, Rule] = {
     "integral to its first value": partial(integral, target=1.0),
     "integral to 0.7 of it": partial(integral, target=0.7),
 }
-KL_RULES: dict[str, Rule] = {
-    "proportional": proportional,
-    "exponential, rate 1": partial(exponential, rate=1.0),
-    "exponential, rate 0.5": partial(exponential, rate=0.5),
+KL_RULES: dict[str, Rule] = {  # the KL begins at 0: it is held against nats
+    "proportional, 1 nat": lambda base, _last, kl, _first: base / (1.0 + kl),
+    "exponential, 1 nat": lambda base, _last, kl, _first: controllers.nominal_weight(base, kl, 1.0),
+    "exponential, 2 nats": lambda base, _last, kl, _first: controllers.nominal_weight(base, kl, 2.0),
 }
 
 
@@ -84,7 +85,7 @@ class Arm:
             self.weights = [self.base] * num_worlds
         if self.rule is not None:
             now = signals[self.signal]
-            self.first = self.first or ([KL_SCALE] * num_worlds if self.signal == "KL" else now)
+            self.first = self.first or now
             triples = zip(self.weights, now, self.first, strict=True)
             self.weights = [self.rule(self.base, *triple) for triple in triples]
         elif self.end is not None:
@@ -141,7 +142,7 @@ def study(first_seed: int, num_seeds: int, noise: float) -> dict[str, dict[str, 
         ):
             signals = {name: table.gather(-1, shown).mean((1, 2)).tolist() for name, table in tables.items()}
             kl = (policy - reference).gather(-1, shown).mean((1, 2))
-            signals["KL"] = (KL_SCALE + kl.clamp_min(0.0)).tolist()
+            signals["KL"] = kl.clamp_min(0.0).tolist()
             weight = arm.update(signals, num_seeds)
             rewards.append((weight * high + (1 - weight) * low).gather(-1, shown))
         return torch.cat(rewards)
@@ -178,12 +179,27 @@ def table(settings: dict[float, dict[str, dict[str, np.ndarray]]], rival: str) -
         row["held_out"] = round(float(np.mean([found[name]["held_out"].mean() for found in settings.values()])), 4)
         gain = np.mean([found[name]["gold"] - found[rival]["gold"] for found in settings.values()], axis=0)
         row[f"gold less that of {rival}"] = interval(gain)
+        row["gold less that of a fixed weight where it ended"] = interval(
+            np.mean(
+                [
+                    found[name]["gold"] - of_fixed(found, found[name]["last_weight"].mean())
+                    for found in settings.values()
+                ],
+                axis=0,
+            )
+        )
         for noise, found in settings.items():
             arm = found[name]
             rest = {key: round(float(arm[key].mean()), 3) for key in ("held_out", "unseen", "kl", "last_weight")}
             row[f"{noise:.0%} flipped"] = {"gold": interval(arm["gold"]), **rest}
         rows.append(row)
     return sorted(rows, key=lambda row: -row["held_out"])
+
+
+def of_fixed(found: dict[str, dict[str, np.ndarray]], weight: float) -> np.ndarray:
+    """Gold per world of a fixed weight, linear between the fixed arms."""
+    gold = np.stack([found[f"fixed {each}"]["gold"] for each in FIXED])
+    return np.array([np.interp(weight, FIXED, world) for world in gold.T])
 
 
 def by_held_out_heads(found: dict[str, dict[str, np.ndarray]], names: list[str]) -> np.ndarray:

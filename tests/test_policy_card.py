@@ -143,7 +143,7 @@ def test_a_card_has_the_runs_numbers_and_names_no_machine(finished: Config) -> N
     text, results = ((folder / name).read_text() for name in ("policy/README.md", "results.json"))
     done = json.loads(results)
     for line in (
-        f"| reward (the initial policy: 0) | {done['reward']:+.2f} |",
+        f"| reward | {done['reward']:+.2f} |",
         f"| KL to the initial policy, nats per completion | {done['kl']:.2f} |",
         "| steps | 2 of 2 |",
         "| alarms of the monitor | none |",
@@ -153,7 +153,7 @@ def test_a_card_has_the_runs_numbers_and_names_no_machine(finished: Config) -> N
         "| learning_rate | 0.01 |",
     ):
         assert line in text.splitlines()
-    assert "of 8 completions of the initial policy, fixed" in text
+    assert "of 8 completions of the initial policy, which so gets 0" in text
     for path in (finished.prompts, finished.model, finished.reward, finished.output):
         assert str(Path(path).parent) not in text
     versions = json.loads((folder / "environment.json").read_text())["versions"]
@@ -178,10 +178,10 @@ def test_what_it_was_trained_with() -> None:
     assert "base_model" not in text_of({"model": "/models/mine"}).split("---\n")[1]
     assert (
         "LoRA adapters of rank 16 on the upper 10 layers of `user/model`, trained by PPO to please the reward model "
-        "`rm` (3 heads, objective `tradeoff(0.4)`)." in text
+        "`rm` (3 heads, objective `tradeoff(0.4)`, kl_coef 0.05)." in text
     )
     for line in (
-        "| reward (the initial policy: 0) | +0.51 |",
+        "| reward | +0.51 |",
         "| KL to the initial policy, nats per completion | 7.13 |",
         "| steps | 40 of 40 |",
         "| subtracted from each head | 0.5, -1.25, 2 |",
@@ -241,6 +241,6 @@ def test_other_algorithms_are_not_said_to_be_ppo(algorithm: str) -> None:
 
 
 def test_what_the_scale_was_taken_from() -> None:
-    assert "of 64 completions of the initial policy, fixed" in text_of()
+    assert "of 64 completions of the initial policy, which so gets 0" in text_of()
     assert "of the 64 completions up to the last step" in text_of({"reward_norm": "running"})
     assert "of the 64 completions of the last step" in text_of({"reward_norm": "batch"})

@@ -8,7 +8,7 @@ import pytest
 from poise import toy
 from poise.errors import PoiseError
 
-SMALL = {"num_seeds": 3, "num_steps": 100, "samples_per_prompt": 48}
+SMALL = {"num_seeds": 3, "num_steps": 150}
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +45,12 @@ def test_statements(results: dict[str, Any]) -> None:
     for statement, row in rows.items():
         if statement.endswith("from the optimum"):
             assert row["simulated"] < 0.04, statement
+        if statement.endswith("best response"):
+            assert row["simulated"] == pytest.approx(row["predicted"], abs=0.02), statement
         if statement.endswith("gold lost"):
             assert row["simulated"] == pytest.approx(row["predicted"], abs=0.01), statement
             assert row["predicted"] < row["bound"], statement
-    assert len(rows) == 8 + 3 + 8
+    assert len(rows) == 8 + 6 + 8
 
 
 def test_objectives(results: dict[str, Any]) -> None:

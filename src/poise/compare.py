@@ -4,7 +4,6 @@ RUN/results.json   per arm: gold, proxy, KL and heads per step; final gold with 
                    arms; completions, most over-scored first
 """
 
-import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from poise.errors import PoiseError
 from poise.gold import gold_rewards
 from poise.metrics import bootstrap_interval
 from poise.models import Prompt
+from poise.monitor import text_signs
 from poise.runs import Json, Run, load_config_file, read_jsonl
 
 NUM_SHOWN = 24
@@ -165,9 +165,7 @@ def distinct_bigrams(texts: list[str]) -> float:
     >>> distinct_bigrams(["a fine film", "a fine phone"])
     0.75
     """
-    words = [text.lower().split() for text in texts]
-    pairs = [pair for row in words for pair in itertools.pairwise(row)]
-    return len(set(pairs)) / len(pairs) if pairs else 0.0
+    return text_signs(texts)["variety"]
 
 
 def prompt_label(prompt: Prompt) -> str:

@@ -24,7 +24,7 @@ AFTER_ALARM = {
     "pessimism": "Training went on, each time with twice the KL penalty and a more pessimistic objective",
 }
 SCALE_FROM = {
-    "initial": "of {count} completions of the initial policy, fixed from the first step to the last",
+    "initial": "of {count} completions of the initial policy, which so gets 0 on average, fixed for the whole run",
     "running": "of the {count} completions up to the last step",
     "batch": "of the {count} completions of the last step",
 }
@@ -54,7 +54,8 @@ def card(tokenizer: HfTokenizer, settings: Json, results: Json, versions: Json) 
         f"# Policy trained by {algorithm}",
         _alarms(settings, results),
         f"{_what(settings)}, trained by {algorithm} to please the reward model {reward} "
-        f"({results['num_heads']} head{'s' * (results['num_heads'] > 1)}, objective {_code(settings['objective'])}).",
+        f"({results['num_heads']} head{'s' * (results['num_heads'] > 1)}, objective {_code(settings['objective'])}, "
+        f"kl_coef {settings['kl_coef']:g}).",
         "## What it is not",
         _limits(settings),
         "## Reading it",
@@ -111,11 +112,10 @@ def _limits(settings: Json) -> str:
     lines = [
         "The reward is a model's guess of what people prefer, not a person's judgement. A higher one is what it was "
         "trained for, and no evidence of better text.",
-        "No gold was seen, in training or for this card: nobody, and nothing that stands in for a person outside the "
-        "reward model, has judged what it writes.",
+        "No gold was seen, in training or for this card: whether people like what it writes is not known.",
         f"Trained on the prompts of {_code(public_name(settings['prompts']))}, on completions of at most "
-        f"{settings['max_tokens']} tokens, sampled at temperature 1 from the whole distribution; of other prompts, "
-        f"longer texts and greedy decoding it knows no more than the language model did.",
+        f"{settings['max_tokens']} tokens, sampled at temperature 1 from the whole distribution. What it writes "
+        f"to other prompts, at greater length or by greedy decoding was not looked at.",
         "That the monitor is silent proves nothing: it compares a run with its own first steps only.",
     ]
     return "\n".join(f"- {line}" for line in lines)
@@ -159,7 +159,7 @@ def _outcome(settings: Json, results: Json) -> str:
     steps = [alarm["step"] for alarm in results["alarms"]]
     rows = {
         "steps": f"{results['steps']} of {settings['num_steps']}",
-        "reward (the initial policy: 0)": _number(results["reward"], "+.2f"),
+        "reward": _number(results["reward"], "+.2f"),
         "KL to the initial policy, nats per completion": _number(results["kl"], ".2f"),
         "alarms of the monitor": f"{len(steps)}, the first at step {steps[0]}" if steps else "none",
     }

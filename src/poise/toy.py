@@ -229,12 +229,13 @@ def noise_rows(config: Config, train: Train, start: Policy, gold: Responses) -> 
         return torch.cat([none, shared, own + NOISE_STD * torch.randn(own.shape, generator=generator)])
 
     policies = train(stack([start] * 3), reference.repeat(3, 1, 1), score, config.kl_coef).chunk(3)
-    optimum = tilted(reference, gold, config.kl_coef)
-    distances = [total_variation(policy, optimum).mean(-1) for policy in policies]
-    return [
-        row(f"{name}: total variation from the optimum", torch.zeros(len(gold)), distance, worst=distance.max().item())
-        for name, distance in zip(("no noise", "noise by prompt", "noise by call"), distances, strict=True)
-    ]
+    optimum, best, rows = tilted(reference, gold, config.kl_coef), gold.argmax(-1, keepdim=True), []
+    for name, policy in zip(("no noise", "noise by prompt", "noise by call"), policies, strict=True):
+        aim, share = (logprob.exp().gather(-1, best).mean((1, 2)) for logprob in (optimum, policy))
+        rows.append(row(f"{name}: probability of the best response", aim, share))
+        distance = total_variation(policy, optimum).mean(-1)
+        rows.append(row(f"{name}: total variation from the optimum", torch.zeros_like(distance), distance))
+    return rows
 
 
 def misscoring_rows(config: Config, train: Train, start: Policy, gold: Responses) -> list[Json]:
@@ -280,13 +281,13 @@ def unseen_responses(config: Config, train: Train) -> Json:
     rows: dict[str, Json] = {name: {"name": name, "exact": []} for name in arms}
     for kl_coef in KL_COEFS:
         policies = {name: tilted(worlds.reference_WPA, table, kl_coef) for name, table in arms.items()}
-        for name, row in rows.items():
-            row["exact"].append({"kl_coef": kl_coef, **outcome(worlds, policies[name], policies["single"])})
+        for name, entry in rows.items():
+            entry["exact"].append({"kl_coef": kl_coef, **outcome(worlds, policies[name], policies["single"])})
     found = dict(zip(arms, ppo, strict=True))
-    for name, row in rows.items():
+    for name, entry in rows.items():
         optimum = tilted(worlds.reference_WPA, arms[name], config.heads_kl_coef)
         distance = total_variation(found[name], optimum).mean().item()
-        row["ppo"] = {**outcome(worlds, found[name], found["single"]), "total_variation": distance}
+        entry["ppo"] = {**outcome(worlds, found[name], found["single"]), "total_variation": distance}
     return {"heads": what_heads_know(worlds, heads), "objectives": list(rows.values())}
 
 
