@@ -20,13 +20,16 @@ from poise.metrics import bootstrap_interval
 from poise.ratings import human_ratings, is_held_out, preference_pairs
 from poise.runs import Json, environment, load_config_file, write_jsonl
 
-ARMS: dict[str, tuple[str, str, float | None]] = {  # name -> reward model, objective, ceiling
-    "conventional": ("single", "nominal", None),
-    "brme": ("brme", "tradeoff(0.4)", None),
-    "worst_case": ("brme", "worst_case", None),
-    "lower_bound": ("posterior", "lower_confidence(1)", None),
-    "ceiling_single": ("single", "nominal", 2.0),
-    "ceiling": ("posterior", "lower_confidence(1)", 2.0),
+ARMS: dict[str, tuple[str, str, float | None, bool]] = {  # name -> reward model, objective, ceiling, settle
+    "conventional": ("single", "nominal", None, False),
+    "brme": ("brme", "tradeoff(0.4)", None, False),
+    "worst_case": ("brme", "worst_case", None, False),
+    "lower_bound": ("posterior", "lower_confidence(1)", None, False),
+    "ceiling_single": ("single", "nominal", 2.0, False),
+    "ceiling": ("posterior", "lower_confidence(1)", 2.0, False),
+    "settle_single": ("single", "nominal", 2.0, True),
+    "settle_brme": ("brme", "tradeoff(0.4)", 2.0, True),
+    "settle": ("posterior", "lower_confidence(1)", 2.0, True),
 }
 
 
@@ -57,7 +60,7 @@ def prepare(folder: Path, seed: int) -> None:
 
 
 def train(folder: Path, seed: int, arm: str, steps: int, kl_coef: float) -> None:
-    reward, objective, ceiling = ARMS[arm]
+    reward, objective, ceiling, settle = ARMS[arm]
     train_policy.run(
         train_policy.Config(
             prompts=str(folder / "prompts.jsonl"),
@@ -66,6 +69,7 @@ def train(folder: Path, seed: int, arm: str, steps: int, kl_coef: float) -> None
             output=str(folder / arm),
             objective=objective,
             reward_ceiling=ceiling,
+            settle=settle,
             kl_coef=kl_coef,
             num_steps=steps,
             seed=seed,

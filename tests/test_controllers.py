@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from poise.controllers import adaptive_kl_coef, linear, nominal_weight
+from poise.controllers import adaptive_kl_coef, headroom, linear, nominal_weight
 from poise.errors import PoiseError
 
 
@@ -14,6 +14,12 @@ def test_linear() -> None:
     assert [linear(1.0, 0.2, p) for p in (0.0, 0.25, 1.0)] == pytest.approx([1.0, 0.8, 0.2])
     assert linear(1.0, 0.2, -0.5) == 1.0  # held at both ends
     assert linear(1.0, 0.2, 1.5) == pytest.approx(0.2)
+
+
+def test_headroom_by_hand() -> None:
+    assert [headroom(r, ceiling=2.0) for r in (0.0, 0.5, 1.9, 2.0)] == pytest.approx([1.0, 0.75, 0.05, 0.0])
+    assert headroom(-0.4, ceiling=2.0) == 1.0  # below the initial policy: at most the full rate
+    assert headroom(2.1, ceiling=2.0) == 0.0
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,8 @@ def test_saved_adapters_are_the_trained_policy(config: Config) -> None:
     model = peft.PeftModel.from_pretrained(
         transformers.AutoModelForCausalLM.from_pretrained(config.model), str(out.folder / "policy")
     )
+    adapters = json.loads((out.folder / "policy" / "adapter_config.json").read_text())
+    assert adapters["base_model_name_or_path"] == config.model  # as it was asked for, not where it was found
     saved = load_file(out.folder / "checkpoint.safetensors")
     loaded = {name.replace(".default", ""): value for name, value in model.state_dict().items()}
     weights = {n.removeprefix("weight.model.").replace(".default", ""): v for n, v in saved.items() if "lora" in n}
@@ -165,6 +167,8 @@ BAD = {
     "--entropy-coef must be at least 0": {"entropy_coef": -1.0},
     "--max-step-kl must be above 0": {"max_step_kl": 0.0},
     "--kl-target needs": {"kl_target": 0.0},
+    "--kl-horizon 7 must hold": {"kl_target": 6.0, "kl_horizon": 7.0},
+    "--settle needs a --reward-ceiling": {"settle": True},
     "--reward-floor must be below": {"reward_floor": 1.0, "reward_ceiling": 1.0},
     "has no parameter to move": {"objective": "mean", "final_parameter": 1.0},
     "nominal weight must be in .* got 1.5": {"final_parameter": 1.5},
@@ -383,6 +387,22 @@ def test_other_algorithms_leave_the_same_folder(config: Config, algorithm: str) 
 def test_parameter_moves_linearly(config: Config) -> None:
     rows = train_policy.run(dataclasses.replace(config, objective="tradeoff(0.9)", final_parameter=0.0)).metrics()
     assert [row["parameter"] for row in rows] == pytest.approx([0.9, 0.6, 0.3, 0.0])
+
+
+def test_a_policy_settles_at_the_ceiling(config: Config, tmp_path: Path) -> None:
+    """At the ceiling nothing of the policy moves; the value head still learns what the policy is worth."""
+    config = dataclasses.replace(config, reward_ceiling=1.5, reward_floor=1.5 - 1e-6, settle=True, num_steps=2)
+    rows = train_policy.run(config).metrics()
+    assert all(row["pace"] == pytest.approx(0.0, abs=1e-6) for row in rows)
+    assert all(row["kl"] == pytest.approx(0.0, abs=1e-5) for row in rows)
+    weights = load_file(Path(config.output) / "checkpoint.safetensors")
+    value = [tensor for name, tensor in weights.items() if name.startswith("weight.value")]
+    assert any(tensor.abs().sum() > 0 for tensor in value)
+    # far from it the rate is in proportion to what is missing
+    config = dataclasses.replace(config, reward_ceiling=2.0, reward_floor=None, output=str(tmp_path / "far"))
+    for row in train_policy.run(config).metrics():
+        assert row["pace"] == pytest.approx(min(1.0, 1 - row["reward"] / 2), abs=1e-6)
+        assert row["kl"] < 1
 
 
 def test_kl_coefficient_adapts_to_its_target(config: Config) -> None:

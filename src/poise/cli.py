@@ -55,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise PoiseError(f"no command {command!r}; choose from {', '.join(COMMANDS)}")
         study = importlib.import_module(COMMANDS[command][0])  # only now: torch takes seconds to import
         study.run(parse_config(study.Config, f"poise {command}", rest))
+        importlib.import_module("poise.processes").leave()
     except PoiseError as error:
         print(f"poise: {error}", file=sys.stderr)
         return 2

@@ -17,6 +17,21 @@ def linear(start: float, end: float, progress: float) -> float:
     return start + (end - start) * min(max(progress, 0.0), 1.0)
 
 
+def headroom(reward: float, ceiling: float) -> float:
+    """(ceiling - reward) / ceiling, held to [0, 1]: what is left of the way from the initial policy's reward, 0.
+
+    reward: mean of a step's completions, on the scale on which the initial policy has 0.
+    ceiling: what rewards are bounded by, > 0.
+
+    Ours: a learning rate in proportion to it lets a policy rest that has all the reward there is to get; at full rate
+    it walks on among texts of equal reward, driven by nothing but noise (LOG.md, 2026-11-24).
+
+    >>> headroom(1.5, ceiling=2.0)
+    0.25
+    """
+    return min(max((ceiling - reward) / ceiling, 0.0), 1.0)
+
+
 def adaptive_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, num_samples: int) -> float:
     """beta * (1 + clip(kl / target - 1, -.2, .2) * num_samples / horizon) (arXiv 1909.08593, section 2.2).
 

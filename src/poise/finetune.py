@@ -123,6 +123,7 @@ class PairModel(nn.Module):
         super().__init__()
         self.classifier = classifier
         self.packed = packed
+        self._no_split_modules = classifier._no_split_modules  # the layers, for those who shard the model
 
     def forward(
         self, ids_BL: Tensor, position_BL: Tensor, group_BL: Tensor, part_BL: Tensor, last_C2: Tensor

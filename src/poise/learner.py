@@ -50,14 +50,15 @@ class Learner:
         )
         self._parameters = own + value
 
-    def improve(self, rollout: Rollout, score: Tensor, reference: Tensor, kl_coef: float) -> Json:
+    def improve(self, rollout: Rollout, score: Tensor, reference: Tensor, kl_coef: float, pace: float = 1.0) -> Json:
         """PPO epochs over one rollout; returns mean losses.
 
         rollout: this process's share of the step's prompts; score (P * M,): its rewards; reference (P, M, T): its log
-        probabilities under the initial policy.
+        probabilities under the initial policy; pace: share of the policy's learning rate to use.
         Raises PoiseError for a loss or gradient that is not finite, before any weight is touched by it.
         """
         config = self.config
+        self.optimiser.param_groups[0]["lr"] = pace * config.learning_rate
         mask, shape = rollout.mask_PMT.flatten(0, 1), rollout.mask_PMT.shape
         old_logprob, old_values = rollout.logprob_PMT.flatten(0, 1), rollout.value_PMT.flatten(0, 1)
         reference = reference.flatten(0, 1)

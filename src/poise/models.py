@@ -133,6 +133,7 @@ def load_policy(model: str) -> tuple[HfModel, HfTokenizer]:
             policy: HfModel = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=frozen_dtype())
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise PoiseError(f"cannot load {model} as a language model: {first_line(error)}") from None
+    policy.name_or_path = model  # what its adapters will say they belong to
     pad_apart(tokenizer, policy)
     return policy.to(device()).eval(), tokenizer
 

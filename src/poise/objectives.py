@@ -145,7 +145,9 @@ def expected_tradeoff(heads: HeadRewards, nominal_weight: float = 0.4) -> Float[
     """
     if not 0.0 <= nominal_weight <= 1.0:
         raise PoiseError(f"expected_tradeoff's nominal weight must be in [0, 1], got {nominal_weight}")
-    least_favourable = heads.mean.flatten(0, -2).mean(0).argmin() if heads.mean.dim() > 1 else heads.mean.argmin()
+    expected = heads.mean.flatten(0, -2).mean(0) if heads.mean.dim() > 1 else heads.mean
+    # Centred heads are equal on the batch they were centred on, but for rounding: ties go to the first head.
+    least_favourable = (expected <= expected.min() + 1e-5).int().argmax()
     return nominal_weight * nominal(heads) + (1.0 - nominal_weight) * heads.mean[..., least_favourable]
 
 

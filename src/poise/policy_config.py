@@ -16,7 +16,7 @@ from poise.trackers import check_trackers
 PPO_ONLY = {
     "value_learning_rate", "accumulation", "value_clip", "discount", "trace", "whiten_advantages", "entropy_coef",
     "max_step_kl", "tune", "value_trunk", "final_parameter", "reward_norm", "shaping", "baselines", "kl_target",
-    "missing_eos_penalty",
+    "missing_eos_penalty", "settle",
 }  # fmt: skip
 
 
@@ -101,6 +101,9 @@ class Config(PpoConfig):
     reward_ceiling: float | None = None
     """Completions above it count as it, in stds of the reward's scale: 2 trusts no reward beyond what one in forty of
     the initial policy's completions gets."""
+    settle: bool = False
+    """Lower the learning rate in proportion to what a step's mean reward lacks to --reward-ceiling: a policy that has
+    what there is to get stays where it is."""
     reward_floor: float | None = None
     """Completions below it count as it."""
     shaping: Shaping = "none"
@@ -166,8 +169,12 @@ class Config(PpoConfig):
                 raise PoiseError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(self, name)}")
         if self.kl_target is not None and (self.kl_target <= 0 or self.kl_horizon <= 0 or self.kl_coef <= 0):
             raise PoiseError("--kl-target needs --kl-target, --kl-horizon and --kl-coef above 0")
+        if self.kl_target is not None and self.kl_horizon < self.prompts_per_step * self.completions_per_prompt:
+            raise PoiseError(f"--kl-horizon {self.kl_horizon:g} must hold the completions of a step")
         if (self.reward_floor or -math.inf) >= (math.inf if self.reward_ceiling is None else self.reward_ceiling):
             raise PoiseError("--reward-floor must be below --reward-ceiling")
+        if self.settle and (self.reward_ceiling is None or self.reward_ceiling <= 0):
+            raise PoiseError("--settle needs a --reward-ceiling above 0, the initial policy's mean reward")
         if self.final_parameter is not None:
             if parameter(objective) is None:
                 raise PoiseError(f"--final-parameter: {self.objective} has no parameter to move")

@@ -22,6 +22,12 @@ def join() -> None:
         PartialState(cpu=not torch.cuda.is_available())
 
 
+def leave() -> None:
+    """Part from the other processes, if there are any; a process that ends without it can abort in gloo's threads."""
+    if _several():
+        torch.distributed.destroy_process_group()
+
+
 def refuse_sharding() -> None:
     """Raise PoiseError if `accelerate launch` was asked for FSDP or DeepSpeed, for what must have its weights whole.
 

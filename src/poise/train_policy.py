@@ -40,6 +40,7 @@ __all__ = ["Config", "run"]
 
 def run(config: Config) -> Run:
     """Train to the end, from the last checkpoint if there is one; a finished run is returned as it is."""
+    processes.refuse_sharding()
     processes.join()
     config.check()
     out = _open(config)

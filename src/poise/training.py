@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from poise import ppo, processes
-from poise.controllers import adaptive_kl_coef, linear
+from poise.controllers import adaptive_kl_coef, headroom, linear
 from poise.errors import PoiseError
 from poise.learner import Learner
 from poise.models import Prompt, load_policy
@@ -85,7 +85,7 @@ class Training:
         clock.lap("score")
         mine = processes.share(len(score))
         with self._naming_the_step():
-            losses = self.learner.improve(rollout, score[mine], reference, self.kl_coef)
+            losses = self.learner.improve(rollout, score[mine], reference, self.kl_coef, self._pace(score))
         clock.lap("update")
 
         part = HeadRewards(heads.mean[mine], heads.std[mine])
@@ -140,6 +140,12 @@ class Training:
             objective = more_pessimistic(objective)
         return objective
 
+    def _pace(self, score: Tensor) -> float:
+        """Share of the learning rate to use in this step."""
+        if not self.config.settle or self.config.reward_ceiling is None:
+            return 1.0
+        return headroom(score.mean().item(), self.config.reward_ceiling)
+
     def _metrics(self, heads: HeadRewards, score: Tensor, facts: Tensor) -> Json:
         centred, means = self.reward.scale.centred(heads), dict(zip(_FACTS, facts.mean(0).tolist(), strict=True))
         chosen = nominal_head(centred).view(self.config.prompts_per_step, -1)
@@ -158,6 +164,7 @@ class Training:
             "switches": (chosen != chosen.mode(-1, keepdim=True).values).float().mean().item(),
             "kl_coef": self.kl_coef,
             "parameter": parameter(self.reward.objective),
+            "pace": self._pace(score),
             "scale_mean": self.reward.scale.mean,
             "scale_std": self.reward.scale.std,
         }
@@ -280,8 +287,9 @@ def sample_policy(
     """
     numbers = uniforms(len(prompts), per_prompt, max_tokens, torch.Generator().manual_seed(seed))
     rows: list[Json] = []
-    with progress("sampling the trained policy", len(prompts)) as advance:
-        for start in range(0, len(prompts), 16)[processes.process_index() :: processes.num_processes()]:
+    mine = range(0, len(prompts), 16)[processes.process_index() :: processes.num_processes()]
+    with progress("sampling the trained policy", len(mine)) as advance:
+        for start in mine:
             batch = prompts[start : start + 16]
             rollout = policy.sample(batch, numbers[start : start + 16])
             texts = policy.texts(rollout)
@@ -291,7 +299,7 @@ def sample_policy(
                 rollout.mask_PMT.flatten(0, 1),
             )  # fmt: skip
             rows += _rows(start, batch, texts, heads, reward.combine(heads), kl)
-            advance(len(batch) * processes.num_processes())
+            advance()
     rows = sorted(processes.gathered_rows(rows), key=lambda row: row["step"])
     return [row | {"step": step} for row in rows]
 
