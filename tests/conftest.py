@@ -57,6 +57,11 @@ def make_model(folder: Path, architecture: str = "llama") -> str:
             hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
             head_dim=8, max_position_embeddings=256, **common,
         )  # fmt: skip
+    elif architecture == "gemma2":  # its logits are capped, its layers of two kinds
+        config = transformers.Gemma2Config(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=8, max_position_embeddings=256, final_logit_softcapping=1.0, **common,
+        )  # fmt: skip
     else:
         config = transformers.GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=256, **common)
     model = transformers.AutoModelForCausalLM.from_config(config)

@@ -111,6 +111,7 @@ class Policy(nn.Module):
         decoder = self._base.base_model
         if not (hasattr(decoder, "rotary_emb") and hasattr(decoder, "layers") and uniform):
             self._first_adapted = 0
+        self._plain_head = self._has_plain_head()
         self.value_head = nn.Linear(model.config.hidden_size, 1, device=device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
@@ -218,17 +219,15 @@ class Policy(nn.Module):
 
     def evaluate(self, rollout: Rollout, *, entropy: bool = False) -> Evaluation:
         """Log-probabilities, values and, if asked for, entropies at the sampled tokens, under the present policy."""
-        logits, hidden = self._forward(self._base, rollout)
+        logprob, hidden, spread = self._read(self._base, rollout, entropy=entropy)
         value = self._own_values(rollout) if self.value_model is not None else self._value_of(hidden.detach())
-        spread = ppo.token_entropy(logits.float()) if entropy else None
-        return Evaluation(self._chosen(logits, rollout), value, spread)
+        return Evaluation(logprob, value, spread)
 
     @torch.no_grad()
     def reference_logprobs(self, rollout: Rollout) -> Tensor:
         """Log-probabilities (P, M, T) under the initial policy."""
         with self.as_reference():
-            logits, _ = self._forward(self._reference[0] if self._reference else self._base, rollout)
-        return self._chosen(logits, rollout)
+            return self._read(self._reference[0] if self._reference else self._base, rollout)[0]
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[None]:
@@ -264,12 +263,28 @@ class Policy(nn.Module):
 
     # ---- inside ----
 
-    @staticmethod
-    def _chosen(logits: Tensor, rollout: Rollout) -> Tensor:
-        # Not log_softmax: it would write the whole (tokens, vocabulary) table once more for one entry a row.
+    def _read(self, base: HfModel, rollout: Rollout, *, entropy: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(log-probabilities, last hidden states, entropies if asked for) at the sampled tokens."""
+        head = base.get_output_embeddings()
+        if self._plain_head and not entropy and not head.weight.requires_grad:
+            hidden = self._forward(base, rollout, logits=False)[1]
+            sampled = rollout.mask_PMT.bool()
+            logprob = hidden.new_zeros(sampled.shape, dtype=torch.float32)
+            logprob[sampled] = ChosenLogprob.apply(hidden[sampled], head.weight, rollout.completion_ids_PMT[sampled])
+            return logprob, hidden, None
+        logits, hidden = self._forward(base, rollout)
         logits = logits.float()
         chosen = logits.gather(-1, rollout.completion_ids_PMT.unsqueeze(-1)).squeeze(-1)
-        return chosen - logits.logsumexp(-1)
+        return chosen - logits.logsumexp(-1), hidden, ppo.token_entropy(logits) if entropy else None
+
+    @torch.no_grad()
+    def _has_plain_head(self) -> bool:
+        """Are the logits nothing but head @ last hidden state? Tried, not guessed: some models cap or scale them."""
+        head = self._base.get_output_embeddings()
+        if not isinstance(head, nn.Linear) or head.bias is not None:
+            return False
+        out = self._base(input_ids=torch.arange(4, device=head.weight.device)[None], output_hidden_states=True)
+        return bool((out.logits == head(out.hidden_states[-1])).all())  # bitwise: it would be the same operation
 
     @property
     def _base(self) -> HfModel:
@@ -360,6 +375,37 @@ class Policy(nn.Module):
             for layer, weight in zip(layers, kept, strict=True):
                 layer.unmerge()
                 layer.get_base_layer().weight.data.copy_(weight)
+
+
+class ChosenLogprob(torch.autograd.Function):
+    """log softmax(W h)_y for rows of hidden states h (N, H), a frozen output matrix W (V, H) and token ids y (N,).
+
+    Its gradient to h, W_y - softmax(W h) W, is known as soon as the value is, up to a factor for each row. So both are
+    made in one pass over a few rows at a time, and the (N, V) table, by far the largest tensor of an update, never is.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
+        rows = 128 if hidden.device.type == "cpu" else 2048  # fits a CPU's cache; keeps a GPU busy
+        logprob = torch.empty(len(hidden), device=hidden.device)
+        pull = torch.empty_like(hidden) if hidden.requires_grad else None
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            logits = (hidden[part] @ weight.T).float()
+            highest = logits.amax(-1, keepdim=True)
+            own = logits.gather(-1, chosen[part, None])
+            mass = logits.sub_(highest).exp_()
+            total = mass.sum(-1, keepdim=True)
+            logprob[part] = (own - highest - total.log()).squeeze(-1)
+            if pull is not None:
+                pull[part] = weight[chosen[part]] - (mass.div_(total).to(weight.dtype) @ weight)
+        ctx.save_for_backward(pull)
+        return logprob
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (pull,) = ctx.saved_tensors
+        return grads[0].unsqueeze(-1).to(pull.dtype) * pull, None, None
 
 
 def uniforms(
