@@ -9,7 +9,7 @@ import torch
 from conftest import make_model
 from poise.errors import PoiseError
 from poise.models import load_policy
-from poise.policy import ChosenLogprob, Policy, Rollout, _draw, packed_attention, uniforms
+from poise.policy import Policy, Rollout, _draw, packed_attention, uniforms
 
 PROMPTS = ["Review a film.", [{"role": "user", "content": "And now review a phone, please."}]]
 
@@ -109,29 +109,6 @@ def test_entropy_is_that_of_the_distribution(tiny_model: str) -> None:
     ids = rollout.prompt_ids_PL[1][rollout.prompt_mask_PL[1].bool()]
     probability = policy.model(input_ids=ids[None]).logits[0, -1].softmax(-1)
     assert entropy[1, 0, 0].item() == pytest.approx(-(probability * probability.log()).sum().item(), abs=1e-4)
-
-
-def test_chosen_logprob_is_log_softmax_with_its_gradient() -> None:
-    torch.manual_seed(0)
-    weight, chosen = torch.randn(50, 8, dtype=torch.float64), torch.randint(50, (300,))  # rows: two blocks and a part
-    ours = torch.randn(300, 8, dtype=torch.float64, requires_grad=True)
-    naive = ours.detach().clone().requires_grad_()
-    value = ChosenLogprob.apply(ours, weight, chosen)
-    expected = (naive @ weight.T).log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
-    torch.testing.assert_close(value.double(), expected, rtol=0, atol=2e-6)  # kept in float32
-    outer = torch.randn(300, dtype=torch.float64)
-    (value * outer).sum().backward()
-    (expected * outer).sum().backward()
-    torch.testing.assert_close(ours.grad, naive.grad, rtol=0, atol=2e-5)
-
-
-def test_chosen_logprob_survives_large_logits() -> None:
-    hidden = torch.tensor([[1.0]], requires_grad=True)
-    value = ChosenLogprob.apply(hidden, torch.tensor([[1000.0], [0.0]]), torch.tensor([1]))
-    value.sum().backward()
-    assert value.item() == -1000
-    assert hidden.grad is not None
-    assert hidden.grad.item() == -1000
 
 
 def test_capped_logits_are_seen(tmp_path: Path, tiny_model: str) -> None:

@@ -46,7 +46,8 @@ class Learner:
         value = [parameter for name, parameter in named.items() if name.startswith("value")]
         own = [parameter for name, parameter in named.items() if not name.startswith("value")]
         self.optimiser = torch.optim.Adam(
-            [{"params": own, "lr": config.learning_rate}, {"params": value, "lr": config.value_learning_rate}]
+            [{"params": own, "lr": config.learning_rate}, {"params": value, "lr": config.value_learning_rate}],
+            fused=True,
         )
         self._parameters = own + value
 

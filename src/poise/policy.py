@@ -27,6 +27,7 @@ from transformers import DynamicCache
 
 from poise import ppo
 from poise.errors import PoiseError
+from poise.fused import AdaptedLinear, ChosenLogprob
 from poise.models import (
     HfModel,
     HfTokenizer,
@@ -131,6 +132,7 @@ class Policy(nn.Module):
             target_modules=linear_maps(model, self._first_adapted),
             fan_in_fan_out=has_conv1d(model),
         )  # fmt: skip
+        config._register_custom_module({nn.Linear: AdaptedLinear})
         with quiet_loading():
             adapted: HfModel = peft.get_peft_model(model, config)
         for parameter in adapted.parameters():
@@ -362,50 +364,19 @@ class Policy(nn.Module):
 
     @contextlib.contextmanager
     def _merged(self) -> Iterator[None]:
-        """Fold the adapters into the weights while sampling; afterwards the weights are bitwise what they were."""
+        """Sample from weights with the adapters folded in; afterwards the weights are bitwise what they were."""
         layers: list[Any] = [
             module for module in self.model.modules() if isinstance(module, LoraLayer) and not module.disable_adapters
         ]
-        kept = [layer.get_base_layer().weight.data.clone() for layer in layers]
-        for layer in layers:
-            layer.merge()
-        try:
-            yield
-        finally:
-            for layer, weight in zip(layers, kept, strict=True):
-                layer.unmerge()
-                layer.get_base_layer().weight.data.copy_(weight)
-
-
-class ChosenLogprob(torch.autograd.Function):
-    """log softmax(W h)_y for rows of hidden states h (N, H), a frozen output matrix W (V, H) and token ids y (N,).
-
-    Its gradient to h, W_y - softmax(W h) W, is known as soon as the value is, up to a factor for each row. So both are
-    made in one pass over a few rows at a time, and the (N, V) table, by far the largest tensor of an update, never is.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
-        rows = 128 if hidden.device.type == "cpu" else 2048  # fits a CPU's cache; keeps a GPU busy
-        logprob = torch.empty(len(hidden), device=hidden.device)
-        pull = torch.empty_like(hidden) if hidden.requires_grad else None
-        for start in range(0, len(hidden), rows):
-            part = slice(start, start + rows)
-            logits = (hidden[part] @ weight.T).float()
-            highest = logits.amax(-1, keepdim=True)
-            own = logits.gather(-1, chosen[part, None])
-            mass = logits.sub_(highest).exp_()
-            total = mass.sum(-1, keepdim=True)
-            logprob[part] = (own - highest - total.log()).squeeze(-1)
-            if pull is not None:
-                pull[part] = weight[chosen[part]] - (mass.div_(total).to(weight.dtype) @ weight)
-        ctx.save_for_backward(pull)
-        return logprob
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (pull,) = ctx.saved_tensors
-        return grads[0].unsqueeze(-1).to(pull.dtype) * pull, None, None
+        kept = [layer.get_base_layer().weight.data for layer in layers]
+        with self.as_reference() if layers else contextlib.nullcontext():
+            try:
+                for layer, weight in zip(layers, kept, strict=True):
+                    layer.get_base_layer().weight.data = weight + layer.get_delta_weight("default").to(weight.dtype)
+                yield
+            finally:
+                for layer, weight in zip(layers, kept, strict=True):
+                    layer.get_base_layer().weight.data = weight
 
 
 def uniforms(

@@ -13,6 +13,7 @@ from torch import Tensor
 from poise import ppo, processes
 from poise.controllers import adaptive_kl_coef, headroom, linear
 from poise.errors import PoiseError
+from poise.fused import keep_freed_memory
 from poise.learner import Learner
 from poise.models import Prompt, load_policy
 from poise.monitor import Monitor, MonitorConfig, text_signs
@@ -44,6 +45,7 @@ class Training:
     """A run between two steps: what it has, and what it must remember to go on."""
 
     def __init__(self, config: Config, out: Run, prompts: list[Prompt]):
+        keep_freed_memory()
         self.config, self.out, self.prompts = config, out, prompts
         scorer = Scorer.load(config.reward)
         torch.manual_seed(config.seed)  # initial adapters
