@@ -60,8 +60,8 @@ RULES: dict[str, Rule] = {
 }
 KL_RULES: dict[str, Rule] = {  # the KL begins at 0: it is held against nats
     "proportional, 1 nat": lambda base, _last, kl, _first: base / (1.0 + kl),
-    "exponential, 1 nat": lambda base, _last, kl, _first: controllers.nominal_weight(base, kl, 1.0),
-    "exponential, 2 nats": lambda base, _last, kl, _first: controllers.nominal_weight(base, kl, 2.0),
+    "exponential, 1 nat": lambda base, _last, kl, _first: base * math.exp(-max(kl, 0.0)),
+    "exponential, 2 nats": lambda base, _last, kl, _first: base * math.exp(-max(kl, 0.0) / 2.0),
 }
 
 

@@ -1,12 +1,8 @@
 """Controllers against hand values, the laws they obey, and a plant they must hold."""
 
-import math
-
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from poise.controllers import adaptive_kl_coef, headroom, linear, nominal_weight
+from poise.controllers import adaptive_kl_coef, headroom, linear
 from poise.errors import PoiseError
 
 
@@ -47,21 +43,3 @@ def test_adaptive_kl_coef_refuses_what_it_cannot_do() -> None:
         adaptive_kl_coef(0.1, 1.0, target=0.0, horizon=100.0, num_samples=10)
     with pytest.raises(PoiseError, match="must hold a step's 64"):
         adaptive_kl_coef(0.1, 1.0, target=6.0, horizon=10.0, num_samples=64)
-
-
-def test_nominal_weight_by_hand() -> None:
-    assert nominal_weight(0.6, kl=0.0, scale=2.0) == 0.6
-    assert nominal_weight(0.6, kl=-0.3, scale=2.0) == 0.6  # an estimate of 0
-    assert nominal_weight(0.6, kl=4.0, scale=2.0) == pytest.approx(0.6 / math.e**2)
-
-
-@given(st.floats(0, 1), st.floats(-1, 100), st.floats(0, 100), st.floats(0.1, 10))
-def test_nominal_weight_falls_and_stays_within_its_base(base: float, kl: float, more: float, scale: float) -> None:
-    assert 0.0 <= nominal_weight(base, kl + more, scale) <= nominal_weight(base, kl, scale) <= base
-
-
-def test_nominal_weight_refuses_what_it_cannot_do() -> None:
-    with pytest.raises(PoiseError, match=r"must be in \[0, 1\], got 1.5"):
-        nominal_weight(1.5, 1.0, 1.0)
-    with pytest.raises(PoiseError, match="a scale > 0 nats, got 0"):
-        nominal_weight(0.5, 1.0, 0.0)

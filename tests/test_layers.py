@@ -10,7 +10,7 @@ ROOT = Path(poise.__file__).parent
 LAYERS = [
     {
         "errors", "objectives", "losses", "metrics", "monitor", "runs", "progress",
-        "processes", "trackers", "controllers",
+        "processes", "trackers", "controllers", "fused",
     },
     {
         "registry", "models", "data", "ratings", "questions", "packing", "features", "reward_model", "heads", "scorer",
@@ -88,7 +88,7 @@ def test_confined_libraries() -> None:
         "matplotlib": {"plots"},
         "jinja2": {"report", "evaluation_page"},
         "vaderSentiment": {"gold"},
-        "peft": {"policy", "finetune", "reward_model", "merge", "adapters.trl_train"},
+        "peft": {"policy", "fused", "finetune", "reward_model", "merge", "adapters.trl_train"},
         "trl": {"adapters.trl_train"},
     }
     for path in ROOT.rglob("*.py"):

@@ -1,9 +1,8 @@
 """Controllers: coefficients that change while a policy is trained. Pure functions of numbers, one call per step.
 
-kl_coef is beta, the price of a nat of KL to the initial policy; nominal_weight is lambda of `objectives.tradeoff`.
+kl_coef is beta, the price of a nat of KL to the initial policy. There is no rule here by which lambda of
+`objectives.tradeoff` follows the policy: of 44 tried none beat a constant (benchmarks/adaptive_weight.py, LOG.md).
 """
-
-import math
 
 from poise.errors import PoiseError
 
@@ -48,23 +47,3 @@ def adaptive_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, n
         raise PoiseError(f"the horizon of the KL coefficient, {horizon}, must hold a step's {num_samples} completions")
     error = min(max(kl / target - 1.0, -0.2), 0.2)
     return kl_coef * (1.0 + error * num_samples / horizon)
-
-
-def nominal_weight(base: float, kl: float, scale: float) -> float:
-    """base * exp(-kl / scale), in [0, base]: lambda falls, and the worst case gains weight, as the policy leaves home.
-
-    base: lambda at the initial policy.
-    kl: KL of the policy to the initial one, nats per completion; below 0, as estimates can be, counts as 0.
-    scale: KL over which lambda falls by a factor of e.
-
-    Ours; chosen without gold among rules on the KL, the gap, the routing std and the disagreement of the heads
-    (benchmarks/adaptive_weight.py). None of them was better than the constant lambda it ended at.
-
-    >>> round(nominal_weight(0.6, kl=2.0, scale=2.0), 4)
-    0.2207
-    """
-    if not 0.0 <= base <= 1.0:
-        raise PoiseError(f"the nominal weight must be in [0, 1], got {base}")
-    if scale <= 0.0:
-        raise PoiseError(f"a nominal weight that falls with the KL needs a scale > 0 nats, got {scale}")
-    return base * math.exp(-max(kl, 0.0) / scale)
