@@ -1,6 +1,7 @@
 """Does the monitor fire when gold turns? Its signs, its alarm and trivial rules, on finished policy runs.
 
     python benchmarks/monitor.py RUN_FOLDERS... [--calibrate 0 1 2] > results/monitor.json
+    python benchmarks/monitor.py RUN_FOLDERS... --calibrate > results/monitor.json      # the limits that are shipped
 
 RUN_FOLDERS are those of `poise train-policy`. Runs whose seed is in --calibrate set every limit; the others are only
 reported. Gold, which the monitor never sees, is scored from samples.jsonl and smoothed over 5 steps. A run fell if its
@@ -164,7 +165,7 @@ def summary(rule: Rule, threshold: float, runs: list[Trajectory]) -> Json:
         "saved": saved.mean(), "saved_interval": bootstrap_interval(saved),
         "saved_against_held_out_end": held_out.mean(),
         "saved_against_held_out_end_interval": bootstrap_interval(held_out),
-        "saved_where_it_fell": saved[fell].mean(),
+        "saved_where_it_fell": saved[fell].mean() if fell.any() else None,
         "saved_where_it_did_not": saved[~fell].mean() if (~fell).any() else None,
     }  # fmt: skip
 
@@ -225,11 +226,11 @@ def rounded(value: object) -> object:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path)
-    parser.add_argument("--calibrate", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--calibrate", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--only-calibration", action="store_true", help="do not look at the other seeds")
     options = parser.parse_args()
-    if len(set(options.calibrate)) < 2:
-        parser.error("--calibrate needs at least two seeds")
+    if len(set(options.calibrate)) == 1:
+        parser.error("--calibrate needs at least two seeds, or none for the limits that are shipped")
     every = distinct(
         read(folder)
         for folder in options.folders
@@ -237,7 +238,7 @@ def main() -> None:
     )
     fit = [run for run in every if run.seed in options.calibrate]
     test = [run for run in every if run.seed not in options.calibrate]
-    limits = {name: limit_of(sign(name), fit) for name in LIMITS}
+    limits = {name: limit_of(sign(name), fit) for name in LIMITS} if fit else LIMITS
     without_texts = {name: limits[name] for name in ("kl", "reward")}
     names = sorted({name for run in every for signs in run.signs for name in signs})
     rules: dict[str, Rule] = {"score": score(limits), "score without texts": score(without_texts), "step": clock}
@@ -256,11 +257,13 @@ def main() -> None:
         if part:
             table: Json = {}
             for name, rule in rules.items():
-                table[name] = {
-                    "knows": knowledge(rule, part),
-                    "alarm": summary(rule, 1.0 if name.startswith("score") else limit_of(rule, fit), part),
-                    "alarm, threshold best for gold in calibration": summary(rule, best_for_gold(rule, fit), part),
-                }
+                table[name] = {"knows": knowledge(rule, part)}
+                if fit or name.startswith("score"):
+                    limit = 1.0 if name.startswith("score") else limit_of(rule, fit)
+                    table[name]["alarm"] = summary(rule, limit, part)
+                if fit:
+                    best = best_for_gold(rule, fit)
+                    table[name]["alarm, threshold best for gold in calibration"] = summary(rule, best, part)
             result[label] = table
             result[f"{label}: alarms of the score"] = [judge(rules["score"], 1.0, run) for run in part]
             result[f"{label}: score by threshold"] = [

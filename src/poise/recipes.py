@@ -69,7 +69,8 @@ class Arm:
 
 ARMS = (
     Arm("conventional", "conventional: one Bradley–Terry head", "single", "nominal"),
-    # The ceiling: no reward is trusted beyond what one in forty of the initial policy's completions gets.
+    # The ceiling: no reward is trusted beyond what one in forty of the initial policy's completions gets; the policy
+    # settles where it is reached.
     Arm(
         "robust", "robust: lower bound of posterior heads, at most +2", "posterior", "lower_confidence(1)", ceiling=2.0
     ),
@@ -115,8 +116,8 @@ def run(config: Config) -> Run:
         policy = train_policy.Config(
             prompts=str(folder / "prompts.jsonl"), eval_prompts=str(folder / "eval_prompts.jsonl"),
             reward=str(folder / "reward" / arm.reward), output=str(folder / f"policy-{arm.name}"),
-            model=config.model, objective=arm.objective, reward_ceiling=arm.ceiling, kl_coef=config.kl_coef,
-            num_steps=config.num_steps, seed=config.seed,
+            model=config.model, objective=arm.objective, reward_ceiling=arm.ceiling,
+            settle=arm.ceiling is not None, kl_coef=config.kl_coef, num_steps=config.num_steps, seed=config.seed,
         )  # fmt: skip
         _stage(out, f"PPO, {arm.name}", functools.partial(train_policy.run, policy))
     comparison = compare.Config(
