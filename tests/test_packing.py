@@ -5,13 +5,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from transformers import AttentionInterface
 
-from poise.models import has_conv1d, linear_maps, quiet_loading
+from poise.models import has_conv1d, linear_maps, load_policy, quiet_loading
 from poise.packing import (
+    EQUAL_COMPLETIONS,
     PADDING,
     Family,
+    additive,
     attends,
     cached_hidden,
+    equal_completions,
     num_tokens,
     pack,
     packed_hidden,
@@ -141,3 +145,45 @@ def test_a_bidirectional_trunk_is_found_out(tiny_model: str, monkeypatch: pytest
     monkeypatch.setattr(classifier.base_model, "forward", forward)
     assert not takes_packed_rows(classifier)
     assert not shares_prompts(classifier)
+
+
+@pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (6, 2)])
+def test_attention_taken_apart_is_attention(tiny_model: str, heads: int, key_heads: int) -> None:
+    """Outputs and gradients of the masked whole, written out; prompts and completions are padded."""
+    prompt, per_prompt, size, channels = 5, 3, 4, 8
+    number = torch.arange(1, per_prompt + 1).repeat_interleave(size)
+    part = torch.cat([torch.zeros(prompt, dtype=torch.long), number]).expand(2, -1)
+    group = torch.zeros_like(part)
+    group[0, :2] = group[1, prompt + 2 : prompt + size] = group[1, -1] = PADDING
+    sees = attends(group, part)
+    draw = torch.Generator().manual_seed(0)
+    query, key, value, direction = (
+        torch.randn(2, part.shape[1], count, channels, generator=draw).transpose(1, 2).requires_grad_()
+        for count in (heads, key_heads, key_heads, heads)
+    )
+    with equal_completions(load_policy(tiny_model)[0], per_prompt, size):
+        attend = AttentionInterface()[EQUAL_COMPLETIONS]
+    found, _ = attend(nn.Module(), query, key, value, additive(sees, query.dtype), scaling=0.3)
+    owner = torch.arange(heads) // (heads // key_heads)
+    scores = (query @ key[:, owner].transpose(-1, -2) * 0.3).masked_fill(~sees.unsqueeze(1), -torch.inf)
+    wanted = (scores.softmax(-1) @ value[:, owner]).transpose(1, 2)
+    torch.testing.assert_close(found, wanted)
+    for one, other in zip(
+        torch.autograd.grad((found * direction.transpose(1, 2)).sum(), (query, key, value)),
+        torch.autograd.grad((wanted * direction.transpose(1, 2)).sum(), (query, key, value)),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_attention_is_taken_apart_where_it_can_be_and_only_there(tiny_model: str) -> None:
+    model, _ = load_policy(tiny_model)
+    with equal_completions(model, 2, 3):
+        assert model.config._attn_implementation == EQUAL_COMPLETIONS
+    assert model.config._attn_implementation == "sdpa"
+    with pytest.raises(RuntimeError), equal_completions(model, 2, 3):
+        raise RuntimeError("in the middle of a forward pass")
+    assert model.config._attn_implementation == "sdpa"
+    model.config._attn_implementation = "eager"
+    with equal_completions(model, 2, 3):
+        assert model.config._attn_implementation == "eager"

@@ -8,19 +8,25 @@ loss and gradient). A stock model takes such rows through a 4-D attention mask a
 The cache holds a prompt's keys and values, and rows of completions go on from there. It is how texts are scored: no
 gradient, and however many the completions, hardly any attention that is masked away again.
 
+Where all completions have room for equally many tokens, as those of a policy do, attention over packed rows is taken
+apart again (`equal_completions`), so that what would be masked away is not computed.
+
 Shapes: _B rows, _L row length, _C completions.
 """
 
+import contextlib
 import copy
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache
+from transformers import AttentionInterface, DynamicCache
 
 from poise.models import HfModel
 
@@ -119,6 +125,87 @@ def attends(
 def additive(sees: Bool[Tensor, "rows tokens keys"], dtype: torch.dtype) -> Float[Tensor, "rows 1 tokens keys"]:
     """The mask as attention layers add it to their scores."""
     return torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min).unsqueeze(1)
+
+
+# ---- rows [prompt | completion | … | completion] with equally many tokens in each completion ----
+
+EQUAL_COMPLETIONS = "poise_equal_completions"
+
+
+@contextlib.contextmanager
+def equal_completions(model: HfModel, per_prompt: int, tokens: int) -> Iterator[None]:
+    """Within it, attention layers of `model` take every row for a prompt and `per_prompt` completions of `tokens` each.
+
+    Masks say what they always said; only what they would mask for all such rows, one completion for another, is not
+    computed. Models that do not attend through torch's scaled_dot_product_attention stay as they are.
+    """
+    before = model.config._attn_implementation
+    if before != "sdpa" or not model._supports_attention_backend or per_prompt == 1:
+        yield
+        return
+    AttentionInterface.register(EQUAL_COMPLETIONS, functools.partial(_attend_apart, per_prompt, tokens))
+    model.config._attn_implementation = EQUAL_COMPLETIONS
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+
+
+def _attend_apart(
+    per_prompt: int,
+    tokens: int,
+    module: nn.Module,
+    query: Float[Tensor, "rows heads tokens channels"],
+    key: Float[Tensor, "rows key_heads tokens channels"],
+    value: Float[Tensor, "rows key_heads tokens channels"],
+    attention_mask: Float[Tensor, "rows 1 tokens tokens"],
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **others: Any,
+) -> tuple[Float[Tensor, "rows tokens heads channels"], None]:
+    """Attention of the prompt to itself, and of all completions, side by side, to [prompt | completion]."""
+    if others.get("position_bias") is not None:
+        whole: Any = AttentionInterface()["sdpa"]
+        found: tuple[Tensor, None] = whole(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
+        )
+        return found
+    start = query.shape[2] - per_prompt * tokens
+
+    def split(states: Tensor, dim: int) -> Tensor:
+        return states.unflatten(dim, (per_prompt, tokens))
+
+    def apart(states: Tensor) -> Tensor:  # (rows, per_prompt, heads, tokens, channels)
+        return split(states[:, :, start:], 2).transpose(1, 2)
+
+    def with_prompt(states: Tensor) -> Tensor:
+        prompt = states[:, None, :, :start].expand(-1, per_prompt, -1, -1, -1)
+        return torch.cat([prompt, apart(states)], 3).flatten(0, 1)
+
+    to_prompt = split(attention_mask[:, 0, start:, :start], 1)
+    to_own = split(split(attention_mask[:, 0, start:, start:], 2), 1).diagonal(dim1=1, dim2=3).movedim(-1, 1)
+    mask = torch.cat([to_prompt, to_own], -1).flatten(0, 1).unsqueeze(1)
+    prompt = _attend(
+        query[:, :, :start], key[:, :, :start], value[:, :, :start], attention_mask[:, :, :start, :start],
+        dropout, scaling,
+    )  # fmt: skip
+    own = _attend(apart(query).flatten(0, 1), with_prompt(key), with_prompt(value), mask, dropout, scaling)
+    return torch.cat([prompt, own.unflatten(0, (-1, per_prompt)).flatten(1, 2)], 1), None
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float, scaling: float | None
+) -> Float[Tensor, "rows tokens heads channels"]:
+    """Heads that share keys are queries of the same head: keys need not be repeated."""
+    shared = query.shape[1] // key.shape[1]
+    queries = query.unflatten(1, (-1, shared)).flatten(2, 3)
+    out = F.scaled_dot_product_attention(
+        queries, key, value, attn_mask=mask.repeat(1, 1, shared, 1), dropout_p=dropout, scale=scaling
+    )
+    return out.unflatten(2, (shared, -1)).flatten(1, 2).transpose(1, 2)
+
+
+# ---- reading packed rows ----
 
 
 def packed_hidden(classifier: HfModel, rows: PackedRows) -> Float[Tensor, "completions hidden"]:

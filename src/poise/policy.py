@@ -40,7 +40,7 @@ from poise.models import (
     quiet_loading,
     room_or_raise,
 )
-from poise.packing import PADDING, additive, attends
+from poise.packing import PADDING, additive, attends, equal_completions
 
 Tune = Literal["lora", "full"]
 ValueTrunk = Literal["shared", "own"]
@@ -325,7 +325,8 @@ class Policy(nn.Module):
         else:
             entering = rollout.hidden_PLH
         kept = predicts.flatten()
-        with self._upper_layers(base, split=rollout.hidden_PLH is not None):
+        apart = equal_completions(base, per_prompt, max_tokens)
+        with apart, self._upper_layers(base, split=rollout.hidden_PLH is not None):
             out = base(
                 inputs_embeds=entering, attention_mask=additive(attention, entering.dtype), position_ids=positions,
                 use_cache=False, output_hidden_states=True, logits_to_keep=kept if logits else kept[:1],
