@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from poise import toy
+from poise import toy, toy_figure
 from poise.errors import PoiseError
 
 SMALL = {"num_seeds": 3, "num_steps": 150}
@@ -18,6 +18,15 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     assert results is not None
     assert toy.run(config).results == results  # a finished run is left alone: `seconds` would differ
     return results
+
+
+def test_the_figure_shows_finished_tables(tmp_path: Path) -> None:
+    config = toy.Config(output=str(tmp_path / "run"), num_seeds=2, num_steps=2)
+    picture = toy_figure.run(config).folder / "toy.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    picture.unlink()
+    toy_figure.run(config)  # a finished run is drawn again
+    assert picture.exists()
 
 
 @pytest.mark.parametrize("policy", ["table", "network"])

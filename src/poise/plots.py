@@ -237,6 +237,50 @@ def _calibration(pairs: Json) -> Figure:
     return figure
 
 
+# ---- the toy ----
+
+
+def save_toy(results: Json, path: str | Path) -> None:
+    """`poise toy`: gold lost to one wrong score, predicted and simulated; what objectives gain on one head. PNG."""
+    with _look("toy"):
+        _toy(results).savefig(path, format="png", dpi=160, metadata={"Software": None})
+
+
+def _toy(results: Json) -> Figure:
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for statement, style in zip(
+        ("worst response scored too high", "best response scored too low"), _STYLES, strict=False
+    ):
+        rows = [row for row in results["statements"] if row["statement"].startswith(statement)]
+        error = _floats([row["statement"].split(" by ")[1].split(":")[0] for row in rows])
+        line: Json = {"color": style.colour, "linestyle": style.dash}
+        left.plot(error, _column(rows, "predicted"), label=f"{statement}: predicted", **line)
+        low, high = (
+            _column(rows, "predicted") + _floats([row["difference"][end] for row in rows]) for end in ("low", "high")
+        )
+        middle = _column(rows, "simulated")
+        bars = np.abs(np.stack([low, high]) - middle)
+        left.errorbar(error, middle, bars, color=style.colour, marker=style.marker, linestyle="none")
+        left.plot(error, _column(rows, "bound"), color=_GREY, linewidth=0.9, linestyle=(0, (2, 2)))
+    left.plot([], [], color=_GREY, linestyle="none", marker="o", label="… simulated, 95 % intervals")
+    left.plot([], [], color=_GREY, linewidth=0.9, linestyle=(0, (2, 2)), label="the most an error can cost")
+    left.set(xlabel="error of the score (std of gold 1)", ylabel="gold lost")
+    left.set_ylim(bottom=0)
+    left.legend(loc="best", fontsize=8)
+    arms = [row for row in results["objectives"] if row["name"] not in ("reference", "gold", "single")][::-1]
+    gain = [row["ppo"]["against_single"] for row in arms]
+    mean = _column(gain, "mean")
+    bars = np.abs(np.stack([_column(gain, "low"), _column(gain, "high")]) - mean)
+    right.errorbar(mean, range(len(arms)), xerr=bars, color=_STYLES[0].colour, marker="o", linestyle="none")
+    right.axvline(0, color=_GREY, linewidth=0.9, linestyle=(0, (2, 2)))
+    right.set_yticks(range(len(arms)), [row["name"] for row in arms])
+    right.set(xlabel="gold after PPO, less that of the single head")
+    for ax, title in ((left, "One wrong score"), (right, "Responses no preference shows")):
+        ax.set_title(title, loc="left")
+    return figure
+
+
 # ---- numbers ----
 
 

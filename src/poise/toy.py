@@ -5,6 +5,7 @@ What PPO reaches, by the equations that train language models, is held against i
 it, with one response scored wrongly, and with the heads of a reward model that has never seen some of the responses.
 
     RUN/results.json   every table: exactness, constant, statements, heads, objectives
+    RUN/toy.png        wrong scores and unseen responses as a picture (toy_figure.py)
 
 Shapes: _W worlds (one per seed), _P prompts, _A responses.
 """
