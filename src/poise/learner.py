@@ -150,7 +150,7 @@ class Learner:
                 for name, parameter in self.policy.trained_parameters().items():
                     parameter.data.copy_(file.get_tensor(f"weight.{name}"))
                     self.optimiser.state[parameter] = {
-                        key: file.get_tensor(f"{key}.{name}").to("cpu" if key == "step" else parameter.device)
+                        key: file.get_tensor(f"{key}.{name}").to(parameter.device)  # the step too: Adam is fused
                         for key in ("step", "exp_avg", "exp_avg_sq")
                         if f"{key}.{name}" in file.keys()  # noqa: SIM118  not a dict
                     }
