@@ -22,11 +22,11 @@ LAYERS = [
         "train_reward", "evaluate_reward", "ensemble", "export", "push", "train_policy", "best_of_n", "compare",
         "score", "merge", "toy",
     },
-    {"plots", "report", "evaluation_page", "model_card", "policy_card", "toy_figure", "recipes", "cli"},
+    {"plots", "report", "evaluation_page", "model_card", "policy_card", "toy_figure", "recipes", "study", "cli"},
 ]  # fmt: skip
 STUDIES = LAYERS[3]
 LAYER = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
-MAY_SEE_GOLD = {"gold", "best_of_n", "compare", "recipes"}
+MAY_SEE_GOLD = {"gold", "best_of_n", "compare", "recipes", "study"}
 
 
 def name_of(path: Path) -> str:
