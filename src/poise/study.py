@@ -5,7 +5,8 @@
     RUN/results.json                        every cell, and per arm means over seeds with intervals; what is missing
 
 A cell runs in a process of its own, `--jobs` of them at a time. A study stopped at any moment goes on where it was, and
-one with more arms or seeds keeps the cells it has. Gold is read when all cells are done, by `compare` alone.
+one with more arms or seeds keeps the cells it has. Gold is read when all cells are done, by `compare` alone; it is the
+package's own stand-in for a person (gold.py), made for reviews of films and products.
 
 Intervals are 95 % bootstrap intervals over reward-model seeds, policy seeds averaged within each: policies that share a
 reward model are not independent. Differences are paired by seeds.
@@ -269,7 +270,7 @@ def _judged(config: Config) -> Iterator[Json]:
             if len(done) < 2:
                 continue
             output = str(_world(config, noise, seed) / f"policy-{policy_seed}" / "comparison")
-            (Path(output) / "config.yaml").unlink(missing_ok=True)  # more arms may be done than last time
+            (Path(output) / "config.yaml").unlink(missing_ok=True)  # done anew: there may be more arms than last time
             for arm in (compare.run(compare.Config(arms=tuple(done), output=output)).results or {})["arms"]:
                 yield {
                     "noise": noise, "reward_seed": seed, "policy_seed": policy_seed, "arm": arm["name"],
