@@ -106,16 +106,17 @@ def report(root: Path) -> Json:
 
 
 def summary(seeds: list[Json]) -> Json:
-    """Means over seeds with 95 % bootstrap intervals; differences to the first arm, paired by seed."""
+    """Means over the seeds an arm has with 95 % bootstrap intervals; differences to the first arm, paired by seed."""
     found: Json = {}
-    names = [name for name in ARMS if all(name in seed["arms"] for seed in seeds)]
+    names = [name for name in ARMS if any(name in seed["arms"] for seed in seeds)]
     for name in names:
-        part: Json = {"seeds": len(seeds)}
+        own = [seed["arms"] for seed in seeds if name in seed["arms"]]
+        part: Json = {"seeds": len(own)}
         for key in ("final_gold", "last_quarter_gold", "peak_gold", "drawdown", "kl", "distinct_bigrams"):
-            values = np.array([seed["arms"][name][key] for seed in seeds])
+            values = np.array([arms[name][key] for arms in own])
             part[key] = {"mean": values.mean(), "interval": bootstrap_interval(values), "worst": float(values.min())}
             if name != names[0]:
-                difference = values - np.array([seed["arms"][names[0]][key] for seed in seeds])
+                difference = values - np.array([arms[names[0]][key] for arms in own])
                 part[key] |= {"less_first": difference.mean(), "less_first_interval": bootstrap_interval(difference)}
         found[name] = part
     return found
