@@ -19,6 +19,7 @@ from poise.data import write_preferences
 from poise.metrics import bootstrap_interval
 from poise.ratings import human_ratings, is_held_out, preference_pairs
 from poise.runs import Json, environment, load_config_file, write_jsonl
+from poise.study import measured
 
 ARMS: dict[str, tuple[str, str, float | None, bool]] = {  # name -> reward model, objective, ceiling, settle
     "conventional": ("single", "nominal", None, False),
@@ -92,11 +93,8 @@ def report(root: Path) -> Json:
         for arm in compared["arms"]:
             gold = np.array([step["gold"] for step in arm["steps"]])
             alarms = json.loads((folder / arm["name"] / "results.json").read_text())["alarms"]
-            arms[arm["name"]] = {
-                "final_gold": arm["final"]["gold"], "interval_over_prompts": arm["final"]["interval"],
-                "peak_gold": arm["peak_gold"], "drawdown": arm["drawdown"], "mean_gold": float(gold.mean()),
-                "last_quarter_gold": float(gold[-len(gold) // 4 :].mean()), "kl": arm["final"]["kl"],
-                "proxy": arm["final"]["proxy"], "distinct_bigrams": arm["final"]["distinct_bigrams"],
+            arms[arm["name"]] = measured(arm) | {
+                "last_quarter_gold": float(gold[-len(gold) // 4 :].mean()),
                 "first_alarm": alarms[0]["step"] if alarms else None,
                 "gold": gold.round(3).tolist(), "kl_by_step": [round(step["kl"], 2) for step in arm["steps"]],
                 "hours": round(arm["seconds"] / 3600, 3),
@@ -116,7 +114,8 @@ def summary(seeds: list[Json]) -> Json:
             values = np.array([arms[name][key] for arms in own])
             part[key] = {"mean": values.mean(), "interval": bootstrap_interval(values), "worst": float(values.min())}
             if name != names[0]:
-                difference = values - np.array([arms[names[0]][key] for arms in own])
+                both = [arms for arms in own if names[0] in arms]
+                difference = np.array([arms[name][key] - arms[names[0]][key] for arms in both])
                 part[key] |= {"less_first": difference.mean(), "less_first_interval": bootstrap_interval(difference)}
         found[name] = part
     return found

@@ -256,12 +256,9 @@ def _toy(results: Json) -> Figure:
         error = _floats([row["statement"].split(" by ")[1].split(":")[0] for row in rows])
         line: Json = {"color": style.colour, "linestyle": style.dash}
         left.plot(error, _column(rows, "predicted"), label=f"{statement}: predicted", **line)
-        low, high = (
-            _column(rows, "predicted") + _floats([row["difference"][end] for row in rows]) for end in ("low", "high")
-        )
-        middle = _column(rows, "simulated")
-        bars = np.abs(np.stack([low, high]) - middle)
-        left.errorbar(error, middle, bars, color=style.colour, marker=style.marker, linestyle="none")
+        bars = _bars([row["difference"] for row in rows])
+        points: Json = {"color": style.colour, "marker": style.marker, "linestyle": "none"}
+        left.errorbar(error, _column(rows, "simulated"), bars, **points)
         left.plot(error, _column(rows, "bound"), color=_GREY, linewidth=0.9, linestyle=(0, (2, 2)))
     left.plot([], [], color=_GREY, linestyle="none", marker="o", label="… simulated, 95 % intervals")
     left.plot([], [], color=_GREY, linewidth=0.9, linestyle=(0, (2, 2)), label="the most an error can cost")
@@ -270,9 +267,8 @@ def _toy(results: Json) -> Figure:
     left.legend(loc="best", fontsize=8)
     arms = [row for row in results["objectives"] if row["name"] not in ("reference", "gold", "single")][::-1]
     gain = [row["ppo"]["against_single"] for row in arms]
-    mean = _column(gain, "mean")
-    bars = np.abs(np.stack([_column(gain, "low"), _column(gain, "high")]) - mean)
-    right.errorbar(mean, range(len(arms)), xerr=bars, color=_STYLES[0].colour, marker="o", linestyle="none")
+    points = {"color": _STYLES[0].colour, "marker": "o", "linestyle": "none"}
+    right.errorbar(_column(gain, "mean"), range(len(arms)), xerr=_bars(gain), **points)
     right.axvline(0, color=_GREY, linewidth=0.9, linestyle=(0, (2, 2)))
     right.set_yticks(range(len(arms)), [row["name"] for row in arms])
     right.set(xlabel="gold after PPO, less that of the single head")
@@ -310,6 +306,11 @@ def _floats(values: Sequence[Any]) -> ndarray:
 
 def _column(rows: Sequence[Json], key: str) -> ndarray:
     return _floats([row.get(key) for row in rows])
+
+
+def _bars(intervals: Sequence[Json]) -> ndarray:
+    """(2, N): how far intervals of mean, low and high reach below and above their means."""
+    return np.abs(np.stack([_column(intervals, "low"), _column(intervals, "high")]) - _column(intervals, "mean"))
 
 
 def _root(kl: ndarray) -> ndarray:

@@ -272,14 +272,19 @@ def _judged(config: Config) -> Iterator[Json]:
             output = str(_world(config, noise, seed) / f"policy-{policy_seed}" / "comparison")
             (Path(output) / "config.yaml").unlink(missing_ok=True)  # done anew: there may be more arms than last time
             for arm in (compare.run(compare.Config(arms=tuple(done), output=output)).results or {})["arms"]:
-                yield {
-                    "noise": noise, "reward_seed": seed, "policy_seed": policy_seed, "arm": arm["name"],
-                    "final_gold": arm["final"]["gold"], "interval_over_prompts": arm["final"]["interval"],
-                    "peak_gold": arm["peak_gold"], "drawdown": arm["drawdown"],
-                    "mean_gold": float(np.mean([step["gold"] for step in arm["steps"]])), "kl": arm["final"]["kl"],
-                    "proxy": arm["final"]["proxy"], "distinct_bigrams": arm["final"]["distinct_bigrams"],
-                    "hours": arm["seconds"] / 3600,
-                }  # fmt: skip
+                at = {"noise": noise, "reward_seed": seed, "policy_seed": policy_seed, "arm": arm["name"]}
+                yield at | measured(arm) | {"hours": arm["seconds"] / 3600}
+
+
+def measured(arm: Json) -> Json:
+    """MEASURES of one arm of a comparison, and the interval of its final gold over prompts."""
+    final = arm["final"]
+    return {
+        "final_gold": final["gold"], "interval_over_prompts": final["interval"],
+        "peak_gold": arm["peak_gold"], "drawdown": arm["drawdown"],
+        "mean_gold": float(np.mean([step["gold"] for step in arm["steps"]])),
+        "kl": final["kl"], "proxy": final["proxy"], "distinct_bigrams": final["distinct_bigrams"],
+    }  # fmt: skip
 
 
 def summary(cells: Iterable[Json], arms: tuple[str, ...]) -> Json:
