@@ -54,6 +54,7 @@ HAND_VALUES = {
     "quantile(0)": 1.0,
     "expected_worst_case": 1.0,  # a batch of one
     "expected_tradeoff": 1.4,
+    "random_head": 1.0,  # 9000 modulo 3
     "constant": 0.0,
     "constant(-1.5)": -1.5,
 }
@@ -83,6 +84,7 @@ def numpy_objectives(mu: np.ndarray, sd: np.ndarray) -> dict[str, float]:
         "soft_min(0.8)": -0.8 * (np.logaddexp.reduce(-mu / 0.8) - np.log(len(mu))),
         "median": float(np.median(mu)),
         "quantile(0.3)": float(np.quantile(mu, 0.3)),
+        "random_head": mu[int(1000 * mu.sum() % len(mu)) % len(mu)],
         "constant(2)": 2.0,
     }
 
@@ -124,6 +126,15 @@ def test_shift_equivariance(values: np.ndarray, shift: float) -> None:
     for spec in SPECS:
         shifted = parse_objective(spec)(HeadRewards(heads.mean + shift, heads.std))
         torch.testing.assert_close(shifted, parse_objective(spec)(heads) + shift, rtol=1e-9, atol=1e-8)
+
+
+def test_random_head_takes_every_head_as_often() -> None:
+    mean = torch.randn(20_000, 5, generator=torch.Generator().manual_seed(0))
+    picked = (parse_objective("random_head")(HeadRewards(mean, torch.zeros_like(mean))).unsqueeze(-1) == mean).int()
+    shares = torch.bincount(picked.argmax(-1), minlength=5) / len(mean)
+    assert (shares - 0.2).abs().max() < 0.012  # four standard errors
+    # and which one it takes has nothing to do with what it says
+    assert abs(mean.gather(-1, picked.argmax(-1, keepdim=True)).mean().item()) < 0.03
 
 
 @given(arrays)

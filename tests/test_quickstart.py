@@ -67,9 +67,9 @@ def test_arms_start_from_the_same_policy_and_prompts(finished: Path) -> None:
 
 
 def test_starting_again_does_nothing_twice(finished: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from poise import best_of_n, train_policy, train_reward
+    from poise import pool, train_policy, train_reward
 
-    for module, name in ((train_policy, "load_policy"), (train_reward, "load_trunk"), (best_of_n, "load_policy")):
+    for module, name in ((train_policy, "load_policy"), (train_reward, "load_trunk"), (pool, "load_policy")):
         monkeypatch.delattr(module, name)
     monkeypatch.setattr(recipes, "human_ratings", None)
     shorten(monkeypatch)

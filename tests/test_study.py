@@ -5,9 +5,12 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from poise import study, train_policy, train_reward
+from poise import best_of_n, cells, study, study_pool, train_policy, train_reward
+from poise.arms import ARMS as ALL_ARMS
 from poise.data import Preference
 from poise.errors import PoiseError
 from poise.runs import Run
@@ -16,15 +19,18 @@ ARMS = ("single", "brme_0.4")
 
 
 def config(tmp_path: Path, preferences: Path, prompts: Path, model: str, **changes: Any) -> study.Config:
-    settings = {"arms": ARMS, "reward_seeds": 1, "num_layers": 2, "num_steps": 2, "max_tokens": 4} | changes
+    settings = {
+        "arms": ARMS, "reward_seeds": 1, "num_layers": 2, "num_steps": 2, "max_tokens": 4, "num_preferences": 0,
+        "label_noise": ("0",), "pool_size": 0,
+    } | changes  # fmt: skip
     return study.Config(
         preferences=str(preferences), prompts=str(prompts), eval_prompts=str(prompts), output=str(tmp_path / "study"),
         model=model, **settings,
     )  # fmt: skip
 
 
-def in_this_process(cell: study.Cell, _jobs: int = 1) -> str:
-    """`study.run_cell` without starting an interpreter."""
+def in_this_process(cell: cells.Cell, _jobs: int = 1) -> str:
+    """`cells.run_cell` without starting an interpreter."""
     try:
         (train_reward if cell.command == "train-reward" else train_policy).run(cell.config)
     except PoiseError as error:
@@ -37,18 +43,26 @@ def test_a_study_grows_and_repeats_nothing(
 ) -> None:
     ran: list[str] = []
 
-    def note(cell: study.Cell, _jobs: int = 1) -> str:
+    def note(cell: cells.Cell, _jobs: int = 1) -> str:
         ran.append(str(cell.folder.relative_to(tmp_path / "study")))
         return in_this_process(cell)
 
-    monkeypatch.setattr(study, "run_cell", note)
+    monkeypatch.setattr(cells, "run_cell", note)
     first = study.run(config(tmp_path, preferences_file, prompts_file, tiny_model)).results
     assert ran == ["noise-0/reward-0/reward", *(f"noise-0/reward-0/policy-0/{arm}" for arm in ARMS)]
     assert first["missing"] == {}
     assert {cell["arm"] for cell in first["cells"]} == set(ARMS)
     ran.clear()
     grown = study.run(
-        config(tmp_path, preferences_file, prompts_file, tiny_model, label_noise=(0.0, 0.25), arms=(*ARMS, "constant"))
+        config(
+            tmp_path,
+            preferences_file,
+            prompts_file,
+            tiny_model,
+            label_noise=("0", "0.25"),
+            policy_noise=("0", "0.25"),
+            arms=(*ARMS, "constant"),
+        )
     ).results
     assert ran[0] == "noise-0.25/reward-0/reward"
     assert sorted(ran[1:]) == [
@@ -64,15 +78,15 @@ def test_a_study_grows_and_repeats_nothing(
 def test_a_cell_that_fails_is_named_and_the_others_go_on(
     tmp_path: Path, preferences_file: Path, prompts_file: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail_once(cell: study.Cell, _jobs: int = 1) -> str:
+    def fail_once(cell: cells.Cell, _jobs: int = 1) -> str:
         return "out of memory" if cell.folder.name == "constant" else in_this_process(cell)
 
-    monkeypatch.setattr(study, "run_cell", fail_once)
+    monkeypatch.setattr(cells, "run_cell", fail_once)
     wanted = config(tmp_path, preferences_file, prompts_file, tiny_model, arms=(*ARMS, "constant"))
     results = study.run(wanted).results
     assert results["missing"] == {"noise-0/reward-0/policy-0/constant": "out of memory"}
     assert results["summary"]["0"].keys() == set(ARMS)
-    monkeypatch.setattr(study, "run_cell", in_this_process)
+    monkeypatch.setattr(cells, "run_cell", in_this_process)
     again = study.run(wanted).results
     assert again["missing"] == {}
     assert again["summary"]["0"].keys() == {*ARMS, "constant"}
@@ -83,12 +97,12 @@ def test_a_cell_in_a_process_of_its_own(tmp_path: Path, tiny_model: str, prompts
         prompts=str(prompts_file), reward=str(tmp_path / "nowhere"), output=str(tmp_path / "cell"), model=tiny_model,
         num_steps=1,
     )  # fmt: skip
-    why = study.run_cell(study.Cell("train-policy", bad))
+    why = cells.run_cell(cells.Cell("train-policy", bad))
     assert "nowhere" in why
     assert "Traceback" not in why
     assert why in (tmp_path / "cell" / "error.txt").read_text()
     Run(tmp_path / "cell").finish({})  # as if another process had finished it while this one waited for the lock
-    assert study.run_cell(study.Cell("train-policy", bad)) == ""
+    assert cells.run_cell(cells.Cell("train-policy", bad)) == ""
 
 
 def test_flipped_by_hand() -> None:
@@ -100,13 +114,82 @@ def test_flipped_by_hand() -> None:
     assert found != study.flipped(pairs, 0.25, seed=1)
 
 
+def test_a_part_of_the_preferences_is_a_seeds_own() -> None:
+    pairs = [Preference("p", f"good {i}", f"bad {i}") for i in range(50)]
+    drawn = study.part(pairs, 20, seed=3)
+    assert len({pair.chosen for pair in drawn}) == 20
+    assert drawn == study.part(pairs, 20, seed=3) != study.part(pairs, 20, seed=4)
+    assert study.part(pairs, 0, seed=3) == pairs
+    with pytest.raises(PoiseError, match="--num-preferences 51, but there are 50"):
+        study.part(pairs, 51, seed=3)
+
+
+def test_best_of_n_alone_and_what_is_kept_of_it(
+    tmp_path: Path, preferences_file: Path, prompts_file: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = config(
+        tmp_path, preferences_file, prompts_file, tiny_model, pool_size=6, pool_seeds=3, policy_seeds=0,
+        label_noise=("0", "0.25"),
+    )  # fmt: skip
+    # a reader of reviews thinks all alike of what a random model writes
+    monkeypatch.setattr(best_of_n, "judged", lambda rows, _: np.sin(np.arange(len(rows))))
+    results = study.run(wanted).results
+    assert results["cells"] == []
+    assert results["best_of_n"].keys() == {"0", "0.25"}
+    of_arms = results["best_of_n"]["0.25"]
+    assert of_arms.keys() == {name for name, arm in ALL_ARMS.items() if not arm.only_policy}
+    assert of_arms["single"]["seeds"] == 3
+    assert of_arms["brme_0.4"]["measures"].keys() >= {"gain", "drawdown", "accuracy"}
+    # What must be equal is: a constant reward chooses at random, and lambda = 1 is the nominal head.
+    assert of_arms["constant"]["measures"]["accuracy"]["mean"] == 0.5
+    assert of_arms["contrastive"]["best_of_n"][-1]["gold"] == pytest.approx(of_arms["single"]["best_of_n"][-1]["gold"])
+    same = results["instability"]["0, same preferences, other seeds"]["single"]
+    assert -1 <= same["rank_correlation"]["mean"] <= 1
+    page = json.loads((tmp_path / "study" / "page-pool.json").read_text())
+    assert page["per_prompt"] == 6
+    assert page["rewards"]["0"][0]["posterior"]["kind"] == "moments"
+    assert (tmp_path / "study" / "report.html").exists()
+
+    monkeypatch.setattr(study_pool, "_score_one", None)  # nothing is trained or sampled again
+    assert study.run(wanted).results["best_of_n"] == results["best_of_n"]
+    file = tmp_path / "study" / "noise-0" / "reward-1" / "preferences.jsonl"
+    file.write_text(file.read_text() + file.read_text().splitlines()[0] + "\n")
+    with pytest.raises(PoiseError, match="another reward model; delete it"):
+        study.run(wanted)
+
+
+def test_a_reward_model_in_memory_is_the_one_a_run_saves(
+    tmp_path: Path, preferences_file: Path, tiny_model: str
+) -> None:
+    from poise.reward_model import load_trunk
+    from poise.scorer import FeatureExtractor, Scorer
+
+    settings = train_reward.Config(
+        preferences=str(preferences_file), output=str(tmp_path / "run"), model=tiny_model, num_layers=2
+    )
+    train_reward.run(settings)
+    models = train_reward.heads_in_memory(settings, FeatureExtractor(*load_trunk(tiny_model, 2), settings.max_length))
+    for name, model in models.items():
+        assert torch.equal(model.weight, Scorer.load(str(tmp_path / "run" / name)).weight), name
+
+
+def test_a_cell_counts_its_processor_time(tmp_path: Path, tiny_model: str, preferences_file: Path) -> None:
+    settings = train_reward.Config(
+        preferences=str(preferences_file), output=str(tmp_path / "cell"), model=tiny_model, num_layers=2
+    )
+    assert cells.cpu_hours(tmp_path / "cell") == 0.0
+    assert cells.run_cell(cells.Cell("train-reward", settings)) == ""
+    assert 0.3 < cells.cpu_hours(tmp_path / "cell") * 3600 < 120  # seconds: importing torch alone takes some
+    assert not (tmp_path / "cell" / "error.txt").exists()
+
+
 def cell(arm: str, reward_seed: int, policy_seed: int, gold: float) -> dict[str, Any]:
     return {
-        "noise": 0.25,
+        "noise": "0.25",
         "arm": arm,
         "reward_seed": reward_seed,
         "policy_seed": policy_seed,
-        "hours": 0.5,
+        "cpu_hours": 0.5,
     } | dict.fromkeys(study.MEASURES, gold)
 
 
@@ -122,7 +205,7 @@ def test_summary_by_hand() -> None:
     assert "less_first" not in single["final_gold"]
     assert brme["final_gold"]["mean"] == (2.0 + 9.0) / 2
     assert brme["final_gold"]["less_first"] == 0.5  # seeds that both have: (1 + 0) / 2
-    assert (brme["reward_seeds"], brme["policies"], brme["hours"]) == (2, 3, 1.5)
+    assert (brme["reward_seeds"], brme["policies"], brme["cpu_hours"]) == (2, 3, 1.5)
     assert json.dumps(found)
 
 
@@ -131,7 +214,12 @@ def test_summary_by_hand() -> None:
     [
         ({"arms": ("single", "nonsense")}, "no arm 'nonsense'; choose from single"),
         ({"arms": ("single",)}, "at least two"),
-        ({"label_noise": (0.7,)}, r"shares in \[0, 0.5\]"),
+        ({"label_noise": ("0.7",)}, r"shares in \[0, 0.5\]"),
+        ({"label_noise": ("much",)}, r"shares in \[0, 0.5\]"),
+        ({"label_noise": ("raters",), "policy_noise": ("raters",)}, "needs --raters"),
+        ({"policy_noise": ("0.25",)}, "--policy-noise 0.25 is not among --label-noise 0"),
+        ({"pool_size": 1}, "--pool-size must be at least 2"),
+        ({"policy_seeds": 0}, "leave nothing to study"),
         ({"reward_seeds": 0}, "--reward-seeds must be at least 1"),
         ({"num_steps": 0}, "--num-steps must be at least 1"),
     ],

@@ -23,7 +23,7 @@ def finished(tiny_model: str, preferences_file: Path, tmp_path_factory: pytest.T
 def test_the_whole_run_learns_good_from_bad(finished: train_reward.Run) -> None:
     results = finished.results
     assert results is not None
-    assert set(results["models"]) == {"single", "brme", "posterior"}
+    assert set(results["models"]) == {"single", "ensemble", "brme", "posterior"}
     assert results["num_train"] + results["num_validation"] == 40
     scorer = Scorer.load(str(finished.folder))  # a run folder stands for its BRME
     assert scorer.layout.kind == "gaussian"

@@ -11,7 +11,7 @@ import numpy as np
 from numpy import ndarray
 
 from poise.errors import PoiseError
-from poise.gold import gold_rewards
+from poise.gold import judged
 from poise.metrics import bootstrap_interval
 from poise.models import Prompt
 from poise.monitor import text_signs
@@ -30,6 +30,8 @@ class Config:
     """What to call each arm; default: its folder's name."""
     pool: str = ""
     """A `poise best-of-n` run on the evaluation prompts: the initial policy's gold."""
+    gold: str = ""
+    """Reward model that plays the human, trained on data no arm has seen; default: a reader of short reviews."""
     output: str = "runs/comparison"
     """Run folder to write."""
 
@@ -42,11 +44,13 @@ def run(config: Config) -> Run:
         raise PoiseError(f"{len(config.labels)} labels for {len(config.arms)} arms")
     out = Run.open(config.output, config)
     labels = config.labels or tuple(Path(arm).name for arm in config.arms)
-    finals = [_final(Path(arm)) for arm in config.arms]
+    finals = [_final(Path(arm), config.gold) for arm in config.arms]
     by_prompt = [_gold_by_prompt(rows) for rows in finals]
     if any(golds.keys() != by_prompt[0].keys() for golds in by_prompt):
         raise PoiseError("the arms were not evaluated on the same prompts")
-    arms = [_arm(Path(arm), label, rows) for arm, label, rows in zip(config.arms, labels, finals, strict=True)]
+    arms = [
+        _arm(Path(arm), label, rows, config.gold) for arm, label, rows in zip(config.arms, labels, finals, strict=True)
+    ]
     initial = _initial(Path(config.pool), len(finals[0]) // len(by_prompt[0])) if config.pool else {}
     for arm in arms:
         arm["initial_gold"] = initial.get("gold", arm["steps"][0]["gold"])
@@ -75,13 +79,13 @@ def _initial(pool: Path, per_prompt: int) -> Json:
     return {"gold": float(np.mean([row["gold"] for row in rows])), "distinct_bigrams": distinct_bigrams(texts)}
 
 
-def _final(arm: Path) -> list[Json]:
+def _final(arm: Path, gold: str) -> list[Json]:
     path = arm / "final.jsonl"
     if not path.exists():
         raise PoiseError(f"{arm} is not a finished policy run: it has no final.jsonl")
     rows = list(read_jsonl(path))
-    for row, gold in zip(rows, gold_rewards([row["completion"] for row in rows]), strict=True):
-        row["gold"] = float(gold)
+    for row, value in zip(rows, judged(rows, gold), strict=True):
+        row["gold"] = float(value)
     return rows
 
 
@@ -92,12 +96,12 @@ def _gold_by_prompt(rows: list[Json]) -> dict[str, float]:
     return {prompt: float(np.mean(values)) for prompt, values in golds.items()}
 
 
-def _arm(folder: Path, label: str, final: list[Json]) -> Json:
+def _arm(folder: Path, label: str, final: list[Json], gold: str) -> Json:
     settings, metrics = load_config_file(folder / "config.yaml"), list(read_jsonl(folder / "metrics.jsonl"))
     samples = list(read_jsonl(folder / "samples.jsonl"))
     golds: dict[int, list[float]] = {}
-    for row, gold in zip(samples, gold_rewards([row["completion"] for row in samples]), strict=True):
-        golds.setdefault(row["step"], []).append(float(gold))
+    for row, value in zip(samples, judged(samples, gold), strict=True):
+        golds.setdefault(row["step"], []).append(float(value))
     steps = [
         {
             "step": step["step"], "kl": step["kl"], "proxy": step["reward"],
@@ -121,6 +125,7 @@ def _arm(folder: Path, label: str, final: list[Json]) -> Json:
             "distinct_bigrams": distinct_bigrams([row["completion"] for row in final]),
         },
         "peak_gold": peak, "drawdown": peak - final_gold,
+        "alarms": [{"step": step["step"], "score": step["monitor_score"]} for step in metrics if step.get("alarm")],
         "seconds": sum(step[f"{lap}_seconds"] for step in metrics for lap in laps),
         "step_seconds": {lap: float(np.median([step[f"{lap}_seconds"] for step in metrics])) for lap in laps},
     }  # fmt: skip

@@ -7,6 +7,9 @@ VADER (Hutto & Gilbert 2014) is a rule and lexicon model fitted to ratings of ~2
 repetition, words that are not words, too short, no text at all. So a high gold means: positive, and
 still a readable sentence.
 
+That is a reader of short reviews. For other texts a reward model plays the human (`judged`): one trained on data that
+no proxy has seen.
+
 No module that trains or chooses may import this one (tests/test_layers.py).
 """
 
@@ -20,8 +23,26 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
+from poise.objectives import mean
+from poise.progress import progress
+from poise.runs import Json
+from poise.scorer import Scorer, generated
+
 MIN_WORDS = 4
 _WORD = re.compile(r"[^\W\d_]+(?:['’\-][^\W\d_]+)*")
+
+
+def judged(rows: Sequence[Json], gold: str = "") -> Float[ndarray, " rows"]:
+    """Gold of rows of `prompt` and `completion`.
+
+    gold: a reward model to be the human (the mean of its heads); default: `gold_rewards`.
+    """
+    if not gold:
+        return gold_rewards([row["completion"] for row in rows])
+    scorer = Scorer.load(gold, cached=True)
+    with progress("gold", len(rows)) as advance:
+        heads = scorer([generated(row["prompt"], row["completion"]) for row in rows], advance)
+    return mean(heads).double().numpy()
 
 
 def gold_rewards(texts: Sequence[str]) -> Float[ndarray, " texts"]:

@@ -83,6 +83,19 @@ def fit_bradley_terry(pairs: Pairs, precision: float, label_smoothing: float = 0
     return weight.detach()
 
 
+def fit_ensemble(
+    pairs: Pairs, precision: float, num_heads: int, generator: torch.Generator, label_smoothing: float = 0.0
+) -> Float[Tensor, "heads hidden"]:
+    """K Bradley-Terry heads, each on a bootstrap of the pairs (as many, drawn with replacement).
+
+    The ensemble of arXiv 2310.02743 for linear heads, whose loss has one minimum: other seeds on the same pairs would
+    be the same head.
+    """
+    count = len(pairs.chosen_NH)
+    drawn = [torch.randint(count, (count,), generator=generator) for _ in range(num_heads)]
+    return torch.stack([fit_bradley_terry(pairs.rows(rows), precision, label_smoothing) for rows in drawn])
+
+
 def choose_prior(fit: Pairs, held: Pairs, label_smoothing: float = 0.0) -> tuple[float, Float[Tensor, " hidden"]]:
     """(precision, weights): of a grid of priors, the one with the lowest validation loss on preferences."""
     candidates = [10.0 ** (power / 2) for power in range(9)]

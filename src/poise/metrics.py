@@ -31,13 +31,19 @@ def best_of_n(
     Unbiased over the pool, no resampling: the completion of (ascending) rank i of N wins with probability
     C(i-1, n-1) / C(N, n). Ties in `proxy` are ordered by position. Every n must be in 1..N.
     """
-    size = proxy.shape[-1]
+    return np.take_along_axis(score, np.argsort(proxy, axis=-1, kind="stable"), -1) @ rank_weights(proxy.shape[-1], n)
+
+
+def rank_weights(size: int, n: Int[ndarray, " sizes"]) -> Float[ndarray, "{size} sizes"]:
+    """[i - 1, j]: probability that the completion of rank i among `size` is the best of n_j drawn without replacement.
+
+    >>> rank_weights(3, np.array([1, 2])).round(3).tolist()
+    [[0.333, 0.0], [0.333, 0.333], [0.333, 0.667]]
+    """
     rank = np.arange(1, size + 1)[:, None]
     with np.errstate(invalid="ignore"):
         log_weight = _log_binomial(rank - 1, n[None] - 1) - _log_binomial(np.array(size), n[None])
-    weight = np.where(rank >= n[None], np.exp(log_weight), 0.0)
-    order = np.argsort(proxy, axis=-1, kind="stable")
-    return np.take_along_axis(score, order, -1) @ weight
+    return np.where(rank >= n[None], np.exp(log_weight), 0.0)
 
 
 def _log_binomial(total: ndarray, chosen: ndarray) -> ndarray:
@@ -51,12 +57,63 @@ def tilted(
 
     Self-normalised over the pool, so the KL cannot exceed log N; read it as exact well below that.
     """
+    weight, kl = tilted_weights(proxy, kl_coef)
+    return (weight * score).sum(-1), kl
+
+
+def tilted_weights(
+    proxy: Float[ndarray, "prompts pool"], kl_coef: float
+) -> tuple[Float[ndarray, "prompts pool"], Float[ndarray, " prompts"]]:
+    """(weights, KL in nats) of `tilted`: w = exp(proxy / kl_coef) / sum, KL = sum w log(N w).
+
+    >>> [part.round(3).tolist() for part in tilted_weights(np.array([[0.0, 0.0]]), 1.0)]
+    [[[0.5, 0.5]], [0.0]]
+    """
     logits = proxy / kl_coef
     logits = logits - logits.max(-1, keepdims=True)
     weight = np.exp(logits)
-    weight = weight / weight.sum(-1, keepdims=True)
-    kl = xlogy(weight, weight * proxy.shape[-1]).sum(-1)
-    return (weight * score).sum(-1), kl
+    total = weight.sum(-1, keepdims=True)
+    weight /= total
+    return weight, (weight * logits).sum(-1) - np.log(total[..., 0]) + np.log(proxy.shape[-1])
+
+
+# ---- laws of over-optimisation ----
+
+
+class Law(NamedTuple):
+    """A fitted law of the gain in gold over d = sqrt(KL), and the share of its variance it explains."""
+
+    alpha: float
+    beta: float
+    r2: float
+
+
+def fit_best_of_n(root_kl: Float[ndarray, " n"], gain: Float[ndarray, " n"]) -> Law:
+    """gain = d (alpha - beta d), by least squares (arXiv 2210.10760, for best-of-n).
+
+    >>> fit_best_of_n(np.array([0.0, 1.0, 2.0]), np.array([0.0, 1.5, 2.0]))
+    Law(alpha=2.0, beta=0.5, r2=1.0)
+    """
+    return _fit_law(np.stack([root_kl, -np.square(root_kl)], -1), gain)
+
+
+def fit_rl(root_kl: Float[ndarray, " n"], gain: Float[ndarray, " n"]) -> Law:
+    """gain = d (alpha - beta log d), by least squares (arXiv 2210.10760, for reinforcement learning); 0 at d = 0.
+
+    >>> fit_rl(np.array([0.0, 1.0, np.e]), np.array([0.0, 2.0, np.e]))
+    Law(alpha=2.0, beta=1.0, r2=1.0)
+    """
+    return _fit_law(np.stack([root_kl, -xlogy(root_kl, root_kl)], -1), gain)
+
+
+def _fit_law(terms: ndarray, gain: ndarray) -> Law:
+    (alpha, beta), *_ = np.linalg.lstsq(terms, gain)
+    spread = np.square(gain - gain.mean()).sum()
+    missed = np.square(gain - terms @ [alpha, beta]).sum()
+    return Law(*(float(round(value, 12)) for value in (alpha, beta, 1 - missed / spread if spread > 0 else np.nan)))
+
+
+# ---- intervals ----
 
 
 def bootstrap_interval(
@@ -67,6 +124,13 @@ def bootstrap_interval(
     index = generator.integers(len(values), size=(draws, len(values)))
     low, high = np.quantile(values[index].mean(-1), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def resampled_counts(num_units: int, draws: int, seed: int) -> Float[ndarray, "draws {num_units}"]:
+    """Bootstrap resamples of units as shares that sum to 1: `counts @ values` are their means."""
+    drawn = np.random.default_rng(seed).integers(num_units, size=(draws, num_units))
+    drawn += num_units * np.arange(draws)[:, None]
+    return np.bincount(drawn.ravel(), minlength=draws * num_units).reshape(draws, num_units) / num_units
 
 
 def auroc(positive: Float[ndarray, " n"], negative: Float[ndarray, " m"]) -> float:

@@ -28,6 +28,10 @@ WHAT = {
         "trained on are among the settings below. Poise weighs the mean of the head with the lowest std against the "
         "lowest mean.",
     ),
+    "ensemble": (
+        "Reward model of {num_heads} Bradley–Terry heads",
+        "{num_heads} linear heads, each fitted by Bradley–Terry maximum likelihood to a bootstrap of the preferences.",
+    ),
     "posterior": (
         "Reward model of {num_heads} posterior heads",
         "{num_heads} linear heads drawn from the Laplace posterior of a conventional Bradley–Terry head. Their mean is "

@@ -79,6 +79,21 @@ def mean(heads: HeadRewards) -> Float[Tensor, "*batch"]:
     return heads.mean.mean(-1)
 
 
+def random_head(heads: HeadRewards) -> Float[Tensor, "*batch"]:
+    """Mean of one head, picked per sample as if at random: the control for `nominal`, which picks by the lowest std.
+
+    The head is the one that 1000 times the sum of the means, modulo K, falls on: a completion keeps its head whatever
+    it is scored with.
+
+    >>> random_head(HeadRewards(torch.tensor([0.0, 1.0015]), torch.zeros(2))).item()
+    1.0015000104904175
+    """
+    num_heads = heads.mean.shape[-1]
+    # The remainder of a float can round up to K itself.
+    picked = (1000.0 * heads.mean.double().sum(-1)).remainder(num_heads).floor().long().clamp_max(num_heads - 1)
+    return heads.mean.gather(-1, picked.unsqueeze(-1)).squeeze(-1)
+
+
 def uncertainty_weighted(heads: HeadRewards, coefficient: float = 0.5) -> Float[Tensor, "*batch"]:
     """mean - c * Var_k mean_k; "uncertainty-weighted optimisation" of arXiv 2310.02743.
 
@@ -294,8 +309,8 @@ class RewardScale:
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {
     function.__name__: function
     for function in (
-        nominal, worst_case, tradeoff, mean, median, quantile, uncertainty_weighted, lower_confidence, soft_min,
-        expected_worst_case, expected_tradeoff, constant,
+        nominal, worst_case, tradeoff, mean, median, random_head, quantile, uncertainty_weighted, lower_confidence,
+        soft_min, expected_worst_case, expected_tradeoff, constant,
     )
 }  # fmt: skip
 

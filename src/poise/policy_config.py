@@ -16,7 +16,7 @@ from poise.trackers import check_trackers
 PPO_ONLY = {
     "value_learning_rate", "accumulation", "value_clip", "discount", "trace", "whiten_advantages", "entropy_coef",
     "max_step_kl", "tune", "value_trunk", "final_parameter", "reward_norm", "shaping", "baselines", "kl_target",
-    "missing_eos_penalty", "settle",
+    "missing_eos_penalty", "settle", "eval_every", "eval_tasks", "eval_data", "eval_rows",
 }  # fmt: skip
 
 
@@ -91,7 +91,7 @@ class Config(PpoConfig):
     algorithm: Literal["ppo", "rloo", "grpo"] = "ppo"
     """`ppo` is our own; `rloo` and `grpo` (no values) are TRL's, with this reward: pip install 'poise-rlhf[trl]'."""
     objective: str = "tradeoff(0.4)"
-    """How the heads become one reward: nominal, worst_case, tradeoff(λ), mean, median, quantile(q),
+    """How the heads become one reward: nominal, worst_case, tradeoff(λ), mean, median, random_head, quantile(q),
     uncertainty_weighted(c), lower_confidence(c), soft_min(t), expected_worst_case, expected_tradeoff(λ),
     constant(v)."""
     final_parameter: float | None = None
@@ -135,6 +135,15 @@ class Config(PpoConfig):
     """Prompts for the completions in final.jsonl; default: the training prompts."""
     eval_completions: int = 4
     """Completions of each evaluation prompt."""
+    eval_every: int = 0
+    """Ask benchmarks every so many steps, at step 0 and at the end (benchmarks.jsonl); 0 never does. Needs
+    pip install 'poise-rlhf[eval]'."""
+    eval_tasks: tuple[str, ...] = ("lambada",)
+    """Which benchmarks, of those that `poise evaluate-policy` knows."""
+    eval_data: str = ""
+    """Folder of their rows (NAME.jsonl or .jsonl.gz); default: from the model hub."""
+    eval_rows: int = 100
+    """Rows of each benchmark, at most."""
     on_alarm: Literal["log", "stop", "rollback", "pessimism"] = "log"
     """When the monitor sees signs of over-optimisation: say so, end the run, end it with the last policy that looked
     safe, or go on with a doubled β and a more pessimistic objective."""
@@ -154,7 +163,7 @@ class Config(PpoConfig):
         super().check()
         objective = parse_objective(self.objective)
         counts = ("num_steps", "prompts_per_step", "completions_per_prompt", "max_tokens", "baseline_completions")
-        for name in (*counts, "eval_completions", "save_every", "baselines_per_prompt"):
+        for name in (*counts, "eval_completions", "eval_rows", "save_every", "baselines_per_prompt"):
             if getattr(self, name) < 1:
                 raise PoiseError(f"--{name.replace('_', '-')} must be at least 1")
         shares = self.num_minibatches * processes.num_processes()
@@ -167,6 +176,8 @@ class Config(PpoConfig):
         for name in ("kl_coef", "missing_eos_penalty"):
             if getattr(self, name) < 0:
                 raise PoiseError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(self, name)}")
+        if self.eval_every < 0 or (self.eval_every and not self.eval_tasks):
+            raise PoiseError("--eval-every must be at least 0, and needs --eval-tasks")
         if self.kl_target is not None and (self.kl_target <= 0 or self.kl_horizon <= 0 or self.kl_coef <= 0):
             raise PoiseError("--kl-target needs --kl-target, --kl-horizon and --kl-coef above 0")
         if self.kl_target is not None and self.kl_horizon < self.prompts_per_step * self.completions_per_prompt:

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from poise.processes import process_index
 
 console = Console(stderr=True, highlight=False)
+_parts_of_another = 0
 
 
 @contextlib.contextmanager
@@ -23,7 +24,7 @@ def progress(label: str, total: int, done: int = 0) -> Iterator[Callable[..., No
         TextColumn("{task.description}"), BarColumn(bar_width=10), MofNCompleteColumn(), TimeRemainingColumn(),
         TextColumn("left"), TextColumn("{task.fields[note]}"),
     )  # fmt: skip
-    with Progress(*columns, console=console, disable=process_index() > 0) as bar:
+    with Progress(*columns, console=console, disable=process_index() > 0 or _parts_of_another > 0) as bar:
         task = bar.add_task(label, total=total, completed=done, note="")
 
         def advance(count: int = 1, note: str = "") -> None:
@@ -32,6 +33,17 @@ def progress(label: str, total: int, done: int = 0) -> Iterator[Callable[..., No
                 bar.update(task, note=note)
 
         yield advance
+
+
+@contextlib.contextmanager
+def parts_of_another() -> Iterator[None]:
+    """No bars within: their stages are parts of one whose own bar is shown."""
+    global _parts_of_another
+    _parts_of_another += 1
+    try:
+        yield
+    finally:
+        _parts_of_another -= 1
 
 
 @contextlib.contextmanager

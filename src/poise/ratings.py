@@ -10,7 +10,7 @@ import json
 import random
 import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +103,15 @@ def preference_pairs(
         chosen, rejected = (first, second) if (one > two) != (generator.random() < flip) else (second, first)
         pairs.append(Preference(prompt(domain), chosen.text, rejected.text, domain))
     return pairs
+
+
+def judged_by_all(pairs: list[Preference], ratings: list[Rated]) -> list[Preference]:
+    """The pairs, the text with the higher mean rating chosen: the labels without the noise of single raters.
+
+    Pairs of equal means stay as they are.
+    """
+    mean = {rated.text: rated.mean for rated in ratings}
+    return [
+        replace(pair, chosen=pair.rejected, rejected=pair.chosen) if mean[pair.chosen] < mean[pair.rejected] else pair
+        for pair in pairs
+    ]

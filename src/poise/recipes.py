@@ -16,7 +16,7 @@ from poise import best_of_n, compare, report, train_policy, train_reward
 from poise.data import write_preferences
 from poise.models import DEFAULT_MODEL, Prompt, resolve_model
 from poise.progress import console
-from poise.ratings import human_ratings, is_held_out, preference_pairs
+from poise.ratings import Rated, human_ratings, is_held_out, judged_by_all, preference_pairs
 from poise.runs import Run, write_jsonl
 
 # What the reviews are about. Policies are trained on one half and judged on the other.
@@ -108,7 +108,7 @@ def run(config: Config) -> Run:
     )  # fmt: skip
     _stage(out, "reward models", lambda: train_reward.run(reward))
     pool = best_of_n.Config(
-        prompts=str(folder / "eval_prompts.jsonl"), reward=str(folder / "reward"), output=str(folder / "pool"),
+        prompts=str(folder / "eval_prompts.jsonl"), reward=(str(folder / "reward"),), output=str(folder / "pool"),
         model=config.model, objectives=tuple(f"{arm.reward}:{arm.objective}" for arm in ARMS), seed=config.seed,
     )  # fmt: skip
     _stage(out, "best-of-n pool", lambda: best_of_n.run(pool))
@@ -141,11 +141,28 @@ def run(config: Config) -> Run:
 
 def _prepare(config: Config, folder: Path) -> None:
     resolve_model(config.model)
-    if (folder / "eval_prompts.jsonl").exists():
-        return
-    rated = [text for text in human_ratings() if text.domain in RATED_DOMAINS and not is_held_out(text.text)]
-    pairs = preference_pairs(rated, RATED_DOMAINS.__getitem__, config.num_preferences, config.seed)
-    write_preferences(folder / "preferences.jsonl", pairs)
+    if not (folder / "eval_prompts.jsonl").exists():
+        pairs = preference_pairs(_rated(), RATED_DOMAINS.__getitem__, config.num_preferences, config.seed)
+        write_preferences(folder / "preferences.jsonl", pairs)
+        _write_prompts(folder)
+
+
+def study_files(folder: Path, num_pairs: int = 4000) -> None:
+    """Files of the standard study: raters.jsonl, pairs as single raters judged them; preferences.jsonl, the same by
+    the mean of all raters; and the quickstart's prompts."""
+    if not (folder / "eval_prompts.jsonl").exists():
+        rated = _rated()
+        pairs = preference_pairs(rated, RATED_DOMAINS.__getitem__, num_pairs, seed=0)
+        write_preferences(folder / "raters.jsonl", pairs)
+        write_preferences(folder / "preferences.jsonl", judged_by_all(pairs, rated))
+        _write_prompts(folder)
+
+
+def _rated() -> list[Rated]:
+    return [text for text in human_ratings() if text.domain in RATED_DOMAINS and not is_held_out(text.text)]
+
+
+def _write_prompts(folder: Path) -> None:
     for name, films, products in (
         ("prompts", TRAIN_FILMS, TRAIN_PRODUCTS),
         ("eval_prompts", EVAL_FILMS, EVAL_PRODUCTS),

@@ -29,6 +29,7 @@ NUM_COMPLETIONS = 12
 PPO_PHASES = ("sample", "score", "reference", "update")
 REWARD_MODELS = {
     "single": "one Bradley–Terry head",
+    "ensemble": "the same head on bootstraps of the preferences",
     "brme": "Gaussian heads fitted to it",
     "posterior": "heads drawn from its posterior",
 }

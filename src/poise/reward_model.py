@@ -10,6 +10,7 @@ A conventional (Bradley-Terry) reward model is the same with K point heads: K la
 place that knows the layout.
 """
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from jaxtyping import Float
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -179,6 +180,21 @@ def checkpoint_folder(path: str) -> str:
     if not (Path(path) / "config.json").exists() and (Path(path) / "brme" / "config.json").exists():
         return str(Path(path) / "brme")
     return path
+
+
+def heads_fingerprint(path: str) -> str:
+    """A hash of what a checkpoint's heads are: its config.json and `score` weights, or its ensemble.json."""
+    folder = Path(resolve_model(checkpoint_folder(path)))
+    state = hashlib.blake2b(digest_size=16)
+    for name in ("config.json", "ensemble.json"):
+        if (folder / name).exists():
+            state.update((folder / name).read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in sorted(tensors.keys()):
+                if name.split(".")[-2:] == ["score", "weight"]:
+                    state.update(tensors.get_tensor(name).float().numpy().tobytes())
+    return state.hexdigest()
 
 
 def load_last_layer(path: str) -> LastLayer | None:

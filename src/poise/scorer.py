@@ -150,11 +150,12 @@ class Scorer:
         Raises PoiseError unless the two trunks hold the same weights.
         """
         other = Scorer.load(path, self.extract.max_length)
-        if not self._shares_trunk_with(other):
+        if not self.shares_trunk_with(other):
             raise PoiseError(f"{path} does not share its trunk with the other reward models of the run")
         return Scorer(self.extract, other.weight, other.layout, other.last_layer)
 
-    def _shares_trunk_with(self, other: "Scorer") -> bool:
+    def shares_trunk_with(self, other: "Scorer") -> bool:
+        """Would the other's trunk make the same features?"""
         mine, theirs = (scorer.extract.classifier.base_model.state_dict() for scorer in (self, other))
         return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
@@ -253,7 +254,7 @@ def _load_members(paths: Sequence[str], max_length: int, *, cached: bool = False
         member = Scorer.load(path, max_length, cached=cached)
         if isinstance(member, Ensemble):
             raise PoiseError(f"{path} is itself an ensemble; name its members")
-        twin = next((other for other in members if other._shares_trunk_with(member)), None)
+        twin = next((other for other in members if other.shares_trunk_with(member)), None)
         if twin is not None:
             member = Scorer(twin.extract, member.weight, member.layout, member.last_layer)
         members.append(member)

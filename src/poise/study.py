@@ -1,94 +1,84 @@
-"""`poise study`: arms x reward-model seeds x policy seeds x label noise, each cell a run folder of its own.
+"""`poise study`: does a robust reward help? Arms x reward-model seeds x policy seeds x label noise.
 
+    RUN/pool/                               best-of-n: one pool, judged by many reward models (study_pool.py)
     RUN/noise-0.25/reward-1/                the preferences, flipped; what `poise train-reward` makes of them
     RUN/noise-0.25/reward-1/policy-0/ARM/   a `poise train-policy` run; error.txt says why a cell failed
-    RUN/results.json                        every cell, and per arm means over seeds with intervals; what is missing
+    RUN/benchmarks/                         `poise evaluate-policy` on some of these policies, if it was run
+    RUN/results.json                        curves, cells, means over seeds with intervals; what is missing
+    RUN/report.html                         all of it, to explore
 
 A cell runs in a process of its own, `--jobs` of them at a time. A study stopped at any moment goes on where it was, and
-one with more arms or seeds keeps the cells it has. Gold is read when all cells are done, by `compare` alone; it is the
-package's own stand-in for a person (gold.py), made for reviews of films and products.
+one with more arms, seeds or noise keeps the cells it has. Gold is read when all cells are done, by `compare` and
+`best_of_n` alone.
 
-Intervals are 95 % bootstrap intervals over reward-model seeds, policy seeds averaged within each: policies that share a
-reward model are not independent. Differences are paired by seeds.
+Intervals are 95 % bootstrap intervals: of policies over reward-model seeds, policy seeds averaged within each (policies
+that share a reward model are not independent); of best-of-n over reward models and prompts. Differences are paired.
 """
 
-import fcntl
 import itertools
 import json
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
+import yaml
 
-from poise import compare, train_policy, train_reward
+from poise import best_of_n, claims, compare, recipes, study_page, study_pool, train_policy, train_reward
+from poise.arms import ARMS
+from poise.cells import Cell, cpu_hours, run_cells
 from poise.data import Preference, read_preferences, write_preferences
 from poise.errors import PoiseError
 from poise.metrics import bootstrap_interval
 from poise.models import DEFAULT_MODEL
-from poise.progress import console, progress
-from poise.runs import Json, Run, config_dict, write_json
+from poise.progress import console
+from poise.runs import Json, Run, config_dict, environment, write_atomic, write_json
 
 MEASURES = ("final_gold", "peak_gold", "drawdown", "mean_gold", "kl", "proxy", "distinct_bigrams")
-LARGE_KL = 20.0  # times --kl-coef
-
-
-class Arm(NamedTuple):
-    """What one policy of the study is trained on, and how far from the study's settings."""
-
-    reward: str
-    objective: str
-    changes: Json = {}  # noqa: RUF012  of the policy's config
-    kl_factor: float = 1.0
-
-
-ARMS: dict[str, Arm] = {
-    "single": Arm("single", "nominal"),
-    "single_large_kl": Arm("single", "nominal", kl_factor=LARGE_KL),
-    "mean": Arm("brme", "mean"),
-    "worst_case": Arm("brme", "worst_case"),
-    "uncertainty_weighted": Arm("brme", "uncertainty_weighted(0.1)"),
-    "soft_min": Arm("brme", "soft_min(0.5)"),
-    "contrastive": Arm("single", "nominal", {"shaping": "contrastive"}),
-    "par": Arm("single", "nominal", {"shaping": "par"}),
-    "lower_confidence": Arm("posterior", "lower_confidence(1)"),
-    "settle": Arm("posterior", "lower_confidence(1)", {"reward_ceiling": 2.0, "settle": True}),
-    **{f"brme_{weight:g}": Arm("brme", f"tradeoff({weight:g})") for weight in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)},
-    "constant": Arm("single", "constant(0)"),
-}
+VERSION = 1  # of results.json
+GROWS = {
+    "output", "arms", "reward_seeds", "policy_seeds", "pool_seeds", "pool_size", "label_noise", "policy_noise", "jobs",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Config:
     """Arms × seeds × label noise, side by side: does a robust reward help, and by how much?"""
 
-    preferences: str
-    """Preferences: a file (JSON lines, Parquet, CSV), a folder saved by `datasets`, or a hub id."""
-    prompts: str
-    """JSON lines with `prompt`, to train the policies on."""
-    eval_prompts: str
-    """Other prompts, to judge them on."""
     output: str = "runs/study"
     """Folder to write; start again with the same one to go on, or with more arms, seeds or noise to extend it."""
+    preferences: str = ""
+    """Preferences: a file (JSON lines, Parquet, CSV), a folder saved by `datasets`, or a hub id. Default, for all
+    files: the standard study, on 4,000 pairs of reviews that people rated."""
+    raters: str = ""
+    """The same pairs with the labels of single raters, for the noise level `raters`."""
+    prompts: str = ""
+    """JSON lines with `prompt`, to train the policies on."""
+    eval_prompts: str = ""
+    """Other prompts, to judge them on."""
+    num_preferences: int = 400
+    """Preferences each reward model is trained on, drawn from the file by its seed; 0 takes all."""
     model: str = DEFAULT_MODEL
     """Language model: local folder or hub id."""
     arms: tuple[str, ...] = (
         "single", "single_large_kl", "mean", "worst_case", "uncertainty_weighted", "brme_0.4", "brme_1",
     )  # fmt: skip
-    """Differences are taken against the first. Also: soft_min, contrastive, par, lower_confidence, settle, brme_0,
-    brme_0.2, brme_0.6, brme_0.8, constant."""
+    """Differences are taken against the first. Also: lower_confidence, soft_min, contrastive, par, bayesian, settle,
+    brme_0, brme_0.2, brme_0.6, brme_0.8, brme_mean, brme_random, brme_adaptive, constant."""
+    label_noise: tuple[str, ...] = ("0", "0.25")
+    """Shares of the preferences to flip; 0 leaves them as they are; `raters` takes those of --raters."""
+    pool_seeds: int = 20
+    """Reward models of each noise for best-of-n, each of a seed of its own, which also decides whose labels are
+    flipped; all objectives are tried on them."""
+    pool_size: int = 64
+    """Completions of each evaluation prompt to choose from; 0 leaves best-of-n out."""
+    policy_noise: tuple[str, ...] = ("0",)
+    """Of the label noise, what policies are trained on."""
     reward_seeds: int = 3
-    """Reward models, each of a seed of its own, which also decides whose labels are flipped."""
+    """Reward models, of the first seeds, that policies are trained on."""
     policy_seeds: int = 1
-    """Policies trained on each."""
-    label_noise: tuple[float, ...] = (0.0,)
-    """Shares of the preferences to flip, e.g. 0 0.25; 0 leaves them as people gave them."""
+    """Policies of every arm trained on each; 0 trains none."""
     num_layers: int = 8
     """Layers of the model that the reward models read; 0 keeps all."""
     num_steps: int = 40
@@ -97,28 +87,52 @@ class Config:
     """β; `single_large_kl` has twenty times as much."""
     max_tokens: int = 20
     """Longest completion, in tokens."""
+    gold: str = ""
+    """Reward model that plays the human, trained on data none of these preferences are from; default: a reader of
+    short reviews."""
     jobs: int = 1
     """Cells at a time; the processor's cores are shared out among them."""
 
 
-class Cell(NamedTuple):
-    """One training: of a reward model, or of a policy."""
-
-    command: str
-    config: Any
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.config.output)
-
-
 def run(config: Config) -> Run:
     """Train what is missing, then judge all that is there; a cell that fails is named and left out."""
+    config = _with_files(config)
     _check(config)
     out = _open(config)
-    preferences = read_preferences(config.preferences)
-    rewards = [_reward_cell(config, preferences, *at) for at in _worlds(config)]
-    failed = run_cells(rewards, config.jobs, "reward models")
+    _write_preferences(config)
+    of_pool = _judge_pool(config, out.folder) if config.pool_size else {}
+    failed = _train(config)
+    for folder, why in failed.items():
+        console.print(f"[bold red]failed:[/] {folder.relative_to(out.folder)}: {why}", soft_wrap=True)
+    comparisons: list[str] = []
+    cells = list(_judged(config, comparisons))
+    results: Json = {
+        "version": VERSION,
+        "settings": config_dict(config),
+        "arms": {
+            name: {"reward": arm.reward, "objective": arm.objective, "label": arm.label} for name, arm in ARMS.items()
+        },
+        "missing": {str(folder.relative_to(out.folder)): why for folder, why in failed.items()},
+        "cells": cells,
+        "summary": summary(cells, config.arms),
+        "comparisons": comparisons,
+        "benchmarks": _benchmarks(out.folder),
+        **of_pool,
+    }  # fmt: skip
+    out.finish(results | {"published": claims.published(results)})
+    write_atomic(out.folder / "environment.json", json.dumps(environment(), indent=2))
+    write_atomic(out.folder / "config.yaml", yaml.safe_dump(config_dict(config), sort_keys=False))
+    _say(results)
+    console.print(f"[bold]Report:[/] {study_page.build(out.folder)}")
+    return out
+
+
+def _train(config: Config) -> dict[Path, str]:
+    """Reward models and policies; returns what failed, and why."""
+    if not config.policy_seeds:
+        return {}
+    rewards = [_reward_cell(config, *at) for at in _worlds(config)]
+    failed = run_cells(rewards, config.jobs, "study: reward models of the policies")
     policies = [
         _policy_cell(config, arm, seed, *at)
         for at, reward in zip(_worlds(config), rewards, strict=True)
@@ -126,43 +140,119 @@ def run(config: Config) -> Run:
         for arm in config.arms
         if reward.folder not in failed
     ]
-    failed |= run_cells(policies, config.jobs, "policies")
-    for folder, why in failed.items():
-        console.print(f"[bold red]failed:[/] {folder.relative_to(out.folder)}: {why}", soft_wrap=True)
-    cells = list(_judged(config))
-    missing = {str(folder.relative_to(out.folder)): why for folder, why in failed.items()}
-    out.finish({"summary": summary(cells, config.arms), "cells": cells, "missing": missing})
-    for noise, arms in (out.results or {})["summary"].items():
+    return failed | run_cells(policies, config.jobs, "study: policies")
+
+
+def _judge_pool(config: Config, folder: Path) -> Json:
+    """Best-of-n of every arm over many reward models, and how far those are apart."""
+    settings = best_of_n.Config(
+        prompts=config.eval_prompts, reward=(), model=config.model, per_prompt=config.pool_size,
+        max_tokens=config.max_tokens, gold=config.gold,
+    )  # fmt: skip
+    (folder / "pool").mkdir(exist_ok=True)
+    rows = best_of_n.make_pool(folder / "pool", settings)
+    labels = list(dict.fromkeys(compare.prompt_label(row["prompt"]) for row in rows))
+    if len(rows) != len(labels) * config.pool_size:
+        raise PoiseError(f"{folder}/pool is not of {config.pool_size} completions a prompt; delete it to sample again")
+    pool = study_pool.Pool(folder / "pool", rows, config.pool_size)
+    seeds = range(config.pool_seeds)
+    configs = {
+        f"noise-{noise}/reward-{s}": _reward_config(config, noise, s) for noise in config.label_noise for s in seeds
+    }
+    # The same preferences, other seeds: the other seeds of the first part of the data.
+    again = {
+        f"noise-{noise}/reward-0-seed-{s}": replace(_reward_config(config, noise, 0), seed=s)
+        for noise in config.label_noise
+        for s in seeds
+    }
+    scored = study_pool.score(pool, configs | again)
+    of_noise = {noise: [scored[f"noise-{noise}/reward-{s}"] for s in seeds] for noise in config.label_noise}
+    choices = {name: arm.choice() for name, arm in ARMS.items() if not arm.only_policy}
+    study_pool.write_page_pool(folder / "page-pool.json", pool, labels, of_noise)
+    unstable: Json = {}
+    if config.pool_seeds > 1:
+        for noise, heads in of_noise.items():
+            same = [scored[f"noise-{noise}/reward-0-seed-{s}"] for s in seeds]
+            unstable[f"{noise}, other preferences"] = study_pool.instability(pool, heads)
+            unstable[f"{noise}, same preferences, other seeds"] = study_pool.instability(pool, same)
+    return {
+        "best_of_n": {noise: study_pool.judge_choices(pool, heads, choices) for noise, heads in of_noise.items()},
+        "instability": unstable,
+    }
+
+
+def _benchmarks(folder: Path) -> Json | None:
+    """What `poise evaluate-policy --output RUN/benchmarks` found, without the single rows."""
+    found = Run(folder / "benchmarks").results
+    for policy in (found or {}).get("policies", ()):
+        for task in policy["tasks"].values():
+            task.pop("outcomes", None)
+    return found
+
+
+def _say(results: Json) -> None:
+    for noise, arms in results["summary"].items():
         for name, measured in arms.items():
             gold = measured["final_gold"]["mean"]
             low, high = measured["final_gold"]["interval"]
             console.print(f"noise {noise}, {name}: final gold {gold:+.2f} ({low:+.2f} to {high:+.2f})", highlight=False)
-    return out
 
 
 def _check(config: Config) -> None:
-    for name in ("reward_seeds", "policy_seeds", "jobs"):
+    for name in ("reward_seeds", "pool_seeds", "jobs"):
         if getattr(config, name) < 1:
             raise PoiseError(f"--{name.replace('_', '-')} must be at least 1")
+    if config.pool_size == 1 or min(config.pool_size, config.policy_seeds) < 0:
+        raise PoiseError("--pool-size must be at least 2, or 0 for no best-of-n; --policy-seeds at least 0")
+    if not config.pool_size and not config.policy_seeds:
+        raise PoiseError("--pool-size 0 and --policy-seeds 0 leave nothing to study")
     if unknown := [arm for arm in config.arms if arm not in ARMS]:
         raise PoiseError(f"no arm {unknown[0]!r}; choose from {', '.join(ARMS)}")
     if len(set(config.arms)) < max(len(config.arms), 2):
         raise PoiseError("--arms needs at least two, each once")
-    if len(set(config.label_noise)) < len(config.label_noise) or not all(0 <= x <= 0.5 for x in config.label_noise):
-        raise PoiseError("--label-noise takes shares in [0, 0.5], each once")
+    if len(set(config.label_noise)) < len(config.label_noise) or not all(map(_is_noise, config.label_noise)):
+        raise PoiseError("--label-noise takes shares in [0, 0.5] or `raters`, each once")
+    if unknown := [noise for noise in config.policy_noise if noise not in config.label_noise]:
+        raise PoiseError(f"--policy-noise {unknown[0]} is not among --label-noise {' '.join(config.label_noise)}")
+    if "raters" in config.label_noise and not config.raters:
+        raise PoiseError("--label-noise raters needs --raters: the same pairs with the labels of single raters")
     for arm in config.arms:  # what a policy's config refuses is said before anything is trained
-        _policy_cell(config, arm, 0, 0.0, 0).config.check()
+        _policy_cell(config, arm, 0, "0", 0).config.check()
+
+
+def _is_noise(label: str) -> bool:
+    try:
+        return label == "raters" or 0 <= float(label) <= 0.5
+    except ValueError:
+        return False
+
+
+def _with_files(config: Config) -> Config:
+    """The config with all its files named: those of the standard study, if none is."""
+    files = (config.preferences, config.prompts, config.eval_prompts)
+    if all(files):
+        return config
+    if any(files) or config.raters:
+        raise PoiseError(
+            "--preferences, --prompts and --eval-prompts belong together; leave out all for the standard study"
+        )
+    folder = Path(config.output) / "data"
+    recipes.study_files(folder)
+    return replace(
+        config, preferences=str(folder / "preferences.jsonl"), raters=str(folder / "raters.jsonl"),
+        prompts=str(folder / "prompts.jsonl"), eval_prompts=str(folder / "eval_prompts.jsonl"),
+    )  # fmt: skip
 
 
 def _open(config: Config) -> Run:
     """The study's folder. Arms, seeds and noise may grow; all else must be what it was."""
-    folder, grows = Path(config.output), ("arms", "reward_seeds", "policy_seeds", "label_noise", "jobs")
+    folder = Path(config.output)
     path = folder / "study.json"
-    fixed = {key: value for key, value in config_dict(config).items() if key not in (*grows, "output")}
+    fixed = {key: value for key, value in config_dict(config).items() if key not in GROWS}
     out = Run(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if path.exists():
-        before = json.loads(path.read_text())
+        before = config_dict(Config()) | json.loads(path.read_text())  # it may be of a time with fewer settings
         if changed := sorted(key for key in fixed if before.get(key) != fixed[key]):
             raise PoiseError(f"{folder} holds a study of other settings (differs in {', '.join(changed)})")
     write_json(path, fixed)
@@ -172,27 +262,49 @@ def _open(config: Config) -> Run:
 # ---- cells ----
 
 
-def _worlds(config: Config) -> Iterator[tuple[float, int]]:
-    """(label noise, reward seed)"""
-    return itertools.product(config.label_noise, range(config.reward_seeds))
+def _worlds(config: Config) -> Iterator[tuple[str, int]]:
+    """(label noise, reward seed) that policies are trained on."""
+    return itertools.product(config.policy_noise, range(config.reward_seeds))
 
 
-def _world(config: Config, noise: float, seed: int) -> Path:
-    return Path(config.output) / f"noise-{noise:g}" / f"reward-{seed}"
+def _world(config: Config, noise: str, seed: int) -> Path:
+    return Path(config.output) / f"noise-{noise}" / f"reward-{seed}"
 
 
-def _reward_cell(config: Config, preferences: list[Preference], noise: float, seed: int) -> Cell:
-    world = _world(config, noise, seed)
-    file = world / "preferences.jsonl"
-    if not file.exists():
+def _write_preferences(config: Config) -> None:
+    """What each reward model is trained on: a seed's part of the pairs is the same at every noise."""
+    sources: dict[str, list[Preference]] = {}
+    count = max(config.pool_seeds, config.reward_seeds)
+    for noise, seed in itertools.product(config.label_noise, range(count)):
+        file = _world(config, noise, seed) / "preferences.jsonl"
+        if file.exists():
+            continue
+        source = config.raters if noise == "raters" else config.preferences
+        if source not in sources:
+            sources[source] = read_preferences(source)
+        drawn = part(sources[source], config.num_preferences, seed)
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_preferences(file, flipped(preferences, noise, seed))
-    return Cell(
-        "train-reward",
-        train_reward.Config(
-            preferences=str(file), output=str(world / "reward"), model=config.model, num_layers=config.num_layers,
-            seed=seed,
-        ),
+        write_preferences(file, drawn if noise == "raters" else flipped(drawn, float(noise), seed))
+
+
+def part(preferences: list[Preference], count: int, seed: int) -> list[Preference]:
+    """`count` of the preferences at random, in their order; all if `count` is 0."""
+    if not count:
+        return preferences
+    if count > len(preferences):
+        raise PoiseError(f"--num-preferences {count}, but there are {len(preferences)}; 0 takes all for every seed")
+    return [preferences[i] for i in sorted(random.Random(seed).sample(range(len(preferences)), count))]
+
+
+def _reward_cell(config: Config, noise: str, seed: int) -> Cell:
+    return Cell("train-reward", _reward_config(config, noise, seed))
+
+
+def _reward_config(config: Config, noise: str, seed: int) -> train_reward.Config:
+    world = _world(config, noise, seed)
+    return train_reward.Config(
+        preferences=str(world / "preferences.jsonl"), output=str(world / "reward"), model=config.model,
+        num_layers=config.num_layers, seed=seed,
     )  # fmt: skip
 
 
@@ -205,7 +317,7 @@ def flipped(preferences: list[Preference], share: float, seed: int) -> list[Pref
     ]
 
 
-def _policy_cell(config: Config, name: str, policy_seed: int, noise: float, seed: int) -> Cell:
+def _policy_cell(config: Config, name: str, policy_seed: int, noise: str, seed: int) -> Cell:
     arm, world = ARMS[name], _world(config, noise, seed)
     return Cell(
         "train-policy",
@@ -218,62 +330,25 @@ def _policy_cell(config: Config, name: str, policy_seed: int, noise: float, seed
     )  # fmt: skip
 
 
-def run_cells(cells: list[Cell], jobs: int, label: str) -> dict[Path, str]:
-    """Run what is not finished, `jobs` at a time; returns the folders of those that failed, and why."""
-    todo = [cell for cell in cells if Run(cell.folder).results is None]
-    failed: dict[Path, str] = {}
-    with progress(label, len(cells), len(cells) - len(todo)) as advance, ThreadPoolExecutor(jobs) as pool:
-        running = {pool.submit(run_cell, cell, jobs): cell for cell in todo}
-        try:
-            for done in as_completed(running):
-                if why := done.result():
-                    failed[running[done].folder] = why
-                advance()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return failed
-
-
-def run_cell(cell: Cell, jobs: int = 1) -> str:
-    """One cell in a process of its own; returns what went wrong, or nothing."""
-    run = Run.open(cell.folder, cell.config)
-    error = cell.folder / "error.txt"
-    with (cell.folder / ".lock").open("w") as lock, (cell.folder / "log.txt").open("a") as log:
-        # The process holds the lock, too: one that outlived a killed study is waited for, not doubled.
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if run.results is not None:
-            return ""
-        threads = str(max((os.cpu_count() or 1) // jobs, 1))
-        done = subprocess.run(
-            [sys.executable, "-m", "poise.cli", cell.command, "--config", str(cell.folder / "config.yaml")],
-            stdout=log, stderr=subprocess.PIPE, text=True, pass_fds=[lock.fileno()],
-            env={"OMP_NUM_THREADS": threads, **os.environ},
-        )  # fmt: skip
-    if done.returncode == 0 and run.results is not None:
-        error.unlink(missing_ok=True)
-        return ""
-    why = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1].removeprefix("poise: ")
-    error.write_text(done.stderr or why)
-    return why
-
-
 # ---- judging ----
 
 
-def _judged(config: Config) -> Iterator[Json]:
-    """Every finished policy, by gold."""
+def _judged(config: Config, comparisons: list[str]) -> Iterator[Json]:
+    """Every finished policy, by gold; `comparisons` gets the folders of `compare`'s runs."""
     for noise, seed in _worlds(config):
         for policy_seed in range(config.policy_seeds):
             cells = [_policy_cell(config, arm, policy_seed, noise, seed) for arm in config.arms]
             done = [str(cell.folder) for cell in cells if Run(cell.folder).results is not None]
             if len(done) < 2:
                 continue
-            output = str(_world(config, noise, seed) / f"policy-{policy_seed}" / "comparison")
-            (Path(output) / "config.yaml").unlink(missing_ok=True)  # done anew: there may be more arms than last time
-            for arm in (compare.run(compare.Config(arms=tuple(done), output=output)).results or {})["arms"]:
+            output = _world(config, noise, seed) / f"policy-{policy_seed}" / "comparison"
+            (output / "config.yaml").unlink(missing_ok=True)  # done anew: there may be more arms than last time
+            settings = compare.Config(arms=tuple(done), output=str(output), gold=config.gold)
+            comparisons.append(str(output.relative_to(config.output)))
+            for arm in (compare.run(settings).results or {})["arms"]:
                 at = {"noise": noise, "reward_seed": seed, "policy_seed": policy_seed, "arm": arm["name"]}
-                yield at | measured(arm) | {"hours": arm["seconds"] / 3600}
+                folder = _policy_cell(config, arm["name"], policy_seed, noise, seed).folder
+                yield at | measured(arm) | {"cpu_hours": cpu_hours(folder)}
 
 
 def measured(arm: Json) -> Json:
@@ -289,15 +364,13 @@ def measured(arm: Json) -> Json:
 
 def summary(cells: Iterable[Json], arms: tuple[str, ...]) -> Json:
     """Per noise and arm: each measure over reward seeds, and less the first arm's where both are there."""
-    by_seed: dict[tuple[float, str, int], list[Json]] = {}
+    by_seed: dict[tuple[str, str, int], list[Json]] = {}
     for cell in cells:
         by_seed.setdefault((cell["noise"], cell["arm"], cell["reward_seed"]), []).append(cell)
     found: Json = {}
     for noise in sorted({noise for noise, _, _ in by_seed}):
         seeds = {arm: {s: by_seed[n, a, s] for n, a, s in by_seed if (n, a) == (noise, arm)} for arm in arms}
-        found[f"{noise:g}"] = {
-            arm: _arm_summary(own, seeds[arms[0]], arm != arms[0]) for arm, own in seeds.items() if own
-        }
+        found[noise] = {arm: _arm_summary(own, seeds[arms[0]], arm != arms[0]) for arm, own in seeds.items() if own}
     return found
 
 
@@ -318,5 +391,5 @@ def _arm_summary(own: dict[int, list[Json]], first: dict[int, list[Json]], diffe
         paired = np.array([np.mean(differences) for differences in both if differences])
         if differs and len(paired):
             part[key] |= {"less_first": float(paired.mean()), "less_first_interval": bootstrap_interval(paired)}
-    part["hours"] = sum(cell["hours"] for cells in own.values() for cell in cells)
+    part["cpu_hours"] = sum(cell["cpu_hours"] for cells in own.values() for cell in cells)
     return part

@@ -38,6 +38,7 @@ from poise.heads import (
     Targets,
     choose_prior,
     draw_posterior,
+    fit_ensemble,
     fit_std_scale,
     make_shards,
     posterior_factor,
@@ -158,6 +159,18 @@ def run(config: Config) -> Run:
         for folder in (out.folder / "trainer", out.folder / "stage2" / "trainer"):
             shutil.rmtree(folder, ignore_errors=True)  # checkpoints of trunks that are finished
     return out
+
+
+def heads_in_memory(config: Config, extract: FeatureExtractor) -> "dict[str, Model]":
+    """The reward models of a config with a frozen trunk, by name, without writing a run.
+
+    extract: of that trunk, which several configs may share.
+    """
+    _check(config)
+    if config.trunk != "frozen" or config.stage2_trunk != "frozen":
+        raise PoiseError("reward models with a trunk of their own are trained as runs")
+    data = Data.read(config)
+    return _train(config, extract, data, pair_features(extract, data.preferences)).models
 
 
 def _check(config: Config) -> None:
@@ -288,11 +301,13 @@ def _train(config: Config, extract: FeatureExtractor, data: Data, raw: Pairs) ->
     factor = posterior_factor(fit, weight_H, precision)
     draws = draw_posterior(weight_H, factor, config.posterior_heads, data.generator) / std
     posterior = Heads(draws, single.offset_L.expand(len(draws)), "point")
+    members = fit_ensemble(fit, precision, config.num_heads, data.generator, config.label_smoothing) / std
+    ensemble = Heads(members, (fit.texts_NH @ members.T).mean(0), "point")
     # A draw moves a reward by (F z).x; on features as the trunk gives them, in units of the standardised reward, F is
     # F / (scale std).
     last_layers = {"posterior": LastLayer(factor / scale.unsqueeze(-1) / std, centre)}
     models = {}
-    for name, heads in {"single": single, "posterior": posterior, "brme": brme}.items():
+    for name, heads in {"single": single, "ensemble": ensemble, "posterior": posterior, "brme": brme}.items():
         weight, layout = heads.on_raw_features(centre, scale, std.item())
         models[name] = Model(weight, layout, last_layers.get(name), extract)
     models["brme"] = _calibrated(models["brme"], raw.rows(data.validation), targets)

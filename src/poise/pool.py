@@ -1,0 +1,113 @@
+"""A pool: completions of one policy, sampled once, and what reward models say of them, kept beside it.
+
+FOLDER/pool.jsonl               prompt, completion; rows grouped by prompt, equally many of each
+FOLDER/heads/NAME.safetensors   every head's mean and std of each row, by one reward model
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from poise.data import Sample
+from poise.errors import PoiseError, first_line
+from poise.models import Prompt, load_policy
+from poise.objectives import HeadRewards
+from poise.policy import Policy, uniforms
+from poise.progress import progress
+from poise.reward_model import heads_fingerprint
+from poise.runs import Json
+from poise.scorer import Ensemble, Scorer, generated
+
+ROWS_PER_BATCH = 256
+
+
+@dataclass(frozen=True)
+class PoolHeads:
+    """What one reward model says of a pool.
+
+    heads: (rows, K). unit: Bradley-Terry log odds per unit of its rewards.
+    fingerprint: of the checkpoint that said it.
+    """
+
+    heads: HeadRewards
+    unit: float
+    fingerprint: str
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        about = {"unit": repr(self.unit), "fingerprint": self.fingerprint}
+        parts = {"mean": self.heads.mean.float().contiguous(), "std": self.heads.std.float().contiguous()}
+        save_file(parts, partial, about)
+        partial.replace(path)
+
+    @staticmethod
+    def load(path: Path, fingerprint: str, num_rows: int) -> "PoolHeads":
+        """PoiseError unless this reward model wrote it, about a pool of so many rows."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata()
+                heads = HeadRewards(file.get_tensor("mean"), file.get_tensor("std"))
+        except (SafetensorError, OSError) as error:
+            raise PoiseError(f"cannot read {path}: {first_line(error)}; delete it to score again") from None
+        if about["fingerprint"] != fingerprint:
+            raise PoiseError(f"{path} holds rewards of another reward model; delete it to score again")
+        if len(heads.mean) != num_rows:
+            raise PoiseError(f"{path} is about {len(heads.mean)} completions, the pool has {num_rows}; delete it")
+        return PoolHeads(heads, float(about["unit"]), fingerprint)
+
+
+def sample_pool(model: str, prompts: Sequence[Prompt], per_prompt: int, max_tokens: int, seed: int) -> list[Json]:
+    """Rows of prompt and completion, `per_prompt` of each prompt, at temperature 1 from the whole distribution."""
+    policy = Policy(*load_policy(model), adapted_layers=1, rank=1)
+    generator = torch.Generator().manual_seed(seed)
+    rows: list[Json] = []
+    size = max(1, ROWS_PER_BATCH // per_prompt)
+    with progress("pool: sampling", len(prompts) * per_prompt) as advance:
+        for start in range(0, len(prompts), size):
+            batch = list(prompts[start : start + size])
+            rollout = policy.sample(batch, uniforms(len(batch), per_prompt, max_tokens, generator))
+            for prompt, texts in zip(batch, policy.texts(rollout), strict=True):
+                rows += [{"prompt": prompt, "completion": text} for text in texts]
+            advance(len(batch) * per_prompt)
+    return rows
+
+
+def samples_of(rows: Sequence[Json]) -> list[Sample]:
+    """A pool's rows as a reward model reads them."""
+    return [generated(row["prompt"], row["completion"]) for row in rows]
+
+
+def score_pool(folder: Path, rows: Sequence[Json], checkpoints: dict[str, str]) -> dict[str, PoolHeads]:
+    """What every checkpoint (name -> folder or hub id) says of the rows: read where it was kept, computed elsewhere.
+
+    Checkpoints with equal trunks read the texts once. PoiseError where what was kept is another checkpoint's.
+    """
+    found: dict[str, PoolHeads] = {}
+    read: list[tuple[Scorer, Tensor]] = []
+    for name, path in checkpoints.items():
+        file, fingerprint = folder / "heads" / f"{name}.safetensors", heads_fingerprint(path)
+        if not file.exists():
+            scorer = Scorer.load(path)
+            PoolHeads(_heads(scorer, rows, read), scorer.layout.reward_scale, fingerprint).save(file)
+        found[name] = PoolHeads.load(file, fingerprint, len(rows))
+    return found
+
+
+def _heads(scorer: Scorer, rows: Sequence[Json], read: list[tuple[Scorer, Tensor]]) -> HeadRewards:
+    """By a scorer; `read` remembers each trunk's features."""
+    samples = samples_of(rows)
+    if isinstance(scorer, Ensemble):
+        with progress("pool: scoring", len(samples)) as advance:
+            return scorer(samples, advance)
+    features = next((features for other, features in read if other.shares_trunk_with(scorer)), None)
+    if features is None:
+        with progress("pool: scoring", len(samples)) as advance:
+            features = scorer.extract(samples, advance)
+        read.append((scorer, features))
+    return scorer.decode(features)
