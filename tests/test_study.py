@@ -206,6 +206,7 @@ def test_summary_by_hand() -> None:
     assert brme["final_gold"]["mean"] == (2.0 + 9.0) / 2
     assert brme["final_gold"]["less_first"] == 0.5  # seeds that both have: (1 + 0) / 2
     assert (brme["reward_seeds"], brme["policies"], brme["cpu_hours"]) == (2, 3, 1.5)
+    assert single["final_gold"]["std"] == pytest.approx(2.5 / 2**0.5)
     assert json.dumps(found)
 
 

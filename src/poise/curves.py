@@ -60,8 +60,8 @@ class Choice:
             others = HeadRewards(*(part.unsqueeze(1) for part in by_prompt))
             heads = HeadRewards(*(part.flatten(0, 1) for part in SHAPINGS[self.shaping](by_prompt, others)))
         objective = parse_objective(self.objective)
-        scale = RewardScale.fit(heads, objective, ceiling=self.ceiling)
-        return scale.combine(heads, objective).double().numpy().reshape(-1, per_prompt)
+        _, reward = RewardScale.fit_and_combine(heads, objective, ceiling=self.ceiling)
+        return reward.double().numpy().reshape(-1, per_prompt)
 
 
 def sizes(per_prompt: int) -> ndarray:

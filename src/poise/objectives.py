@@ -261,7 +261,10 @@ class RewardScale:
 
     def combine(self, heads: HeadRewards, objective: Objective) -> Tensor:
         """The reward PPO maximises, of any shape of heads (…, K)."""
-        return ((objective(self.centred(heads)) - self.mean) / self.std).clamp(self.floor, self.ceiling)
+        return self._scaled(objective(self.centred(heads)))
+
+    def _scaled(self, combined: Tensor) -> Tensor:
+        return ((combined - self.mean) / self.std).clamp(self.floor, self.ceiling)
 
     def centred(self, heads: HeadRewards) -> HeadRewards:
         """Each head less its own mean on the initial policy: the heads then agree where training starts.
@@ -276,12 +279,23 @@ class RewardScale:
         cls, heads: HeadRewards, objective: Objective, floor: float = -math.inf, ceiling: float = math.inf
     ) -> "RewardScale":
         """From heads (N, K). A constant reward keeps scale 1."""
+        return cls.fit_and_combine(heads, objective, floor, ceiling)[0]
+
+    @classmethod
+    def fit_and_combine(
+        cls, heads: HeadRewards, objective: Objective, floor: float = -math.inf, ceiling: float = math.inf
+    ) -> "tuple[RewardScale, Tensor]":
+        """The scale of heads (N, K), and their rewards (N,) on it."""
         start = cls(tuple(heads.mean.mean(0).tolist()), 0.0, 1.0, floor, ceiling)
-        return start.refitted(heads, objective)
+        combined = objective(start.centred(heads))
+        scale = start._of(combined)
+        return scale, scale._scaled(combined)
 
     def refitted(self, heads: HeadRewards, objective: Objective) -> "RewardScale":
         """Mean and std of this batch of heads (N, K) alone; the heads' baselines stay."""
-        combined = objective(self.centred(heads))
+        return self._of(objective(self.centred(heads)))
+
+    def _of(self, combined: Tensor) -> "RewardScale":
         std = combined.std().item()
         std = std if std > 1e-6 else 1.0
         return replace(self, mean=combined.mean().item(), std=std, count=combined.numel())

@@ -119,6 +119,7 @@ def run(config: Config) -> Run:
         "benchmarks": _benchmarks(out.folder),
         **of_pool,
     }  # fmt: skip
+    results.setdefault("instability", {}).update(_unstable_policies(results["summary"]))
     out.finish(results | {"published": claims.published(results)})
     write_atomic(out.folder / "environment.json", json.dumps(environment(), indent=2))
     write_atomic(out.folder / "config.yaml", yaml.safe_dump(config_dict(config), sort_keys=False))
@@ -178,6 +179,19 @@ def _judge_pool(config: Config, folder: Path) -> Json:
     return {
         "best_of_n": {noise: study_pool.judge_choices(pool, heads, choices) for noise, heads in of_noise.items()},
         "instability": unstable,
+    }
+
+
+def _unstable_policies(of_noise: Json) -> Json:
+    """How far apart policies end that differ in the seed of their reward model."""
+    return {
+        f"{noise}, policies": {
+            name: {"seeds": arm["reward_seeds"], "gold_std": arm["final_gold"]["std"], "kl_std": arm["kl"]["std"]}
+            for name, arm in arms.items()
+            if arm["reward_seeds"] > 1
+        }
+        for noise, arms in of_noise.items()
+        if any(arm["reward_seeds"] > 1 for arm in arms.values())
     }
 
 
@@ -379,6 +393,8 @@ def _arm_summary(own: dict[int, list[Json]], first: dict[int, list[Json]], diffe
     for key in MEASURES:
         values = np.array([np.mean([cell[key] for cell in cells]) for cells in own.values()])
         part[key] = {"mean": float(values.mean()), "interval": bootstrap_interval(values)}
+        if len(values) > 1:
+            part[key]["std"] = float(values.std(ddof=1))
         both = [
             [
                 one[key] - other[key]
