@@ -9,20 +9,20 @@ ROOT = Path(poise.__file__).parent
 
 LAYERS = [
     {
-        "errors", "objectives", "losses", "metrics", "monitor", "runs", "progress",
-        "processes", "trackers", "controllers", "fused",
+        "errors", "objectives", "losses", "metrics", "monitor", "runs", "progress", "claims",
+        "processes", "trackers", "controllers", "fused", "cells",
     },
     {
         "registry", "models", "data", "ratings", "questions", "packing", "features", "reward_model", "heads", "scorer",
         "finetune", "judgement", "ppo", "policy", "policy_config", "policy_reward", "learner", "training", "gold",
-        "bandit", "blind_spots",
+        "bandit", "blind_spots", "pool", "curves", "arms",
     },
-    {"adapters.trl", "adapters.trl_train"},
+    {"adapters.trl", "adapters.trl_train", "adapters.harness"},
     {
         "train_reward", "evaluate_reward", "ensemble", "export", "push", "train_policy", "best_of_n", "compare",
-        "score", "merge", "toy",
+        "score", "merge", "toy", "evaluate_policy",
     },
-    {"plots", "report", "evaluation_page", "model_card", "policy_card", "toy_figure", "recipes", "study", "cli"},
+    {"plots", "report", "evaluation_page", "model_card", "policy_card", "toy_figure", "recipes", "study", "study_page", "study_pool", "cli"},
 ]  # fmt: skip
 STUDIES = LAYERS[3]
 LAYER = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
@@ -86,7 +86,8 @@ def test_training_does_not_load_gold_at_run_time() -> None:
 def test_confined_libraries() -> None:
     homes = {
         "matplotlib": {"plots"},
-        "jinja2": {"report", "evaluation_page"},
+        "jinja2": {"report", "evaluation_page", "study_page"},
+        "lm_eval": {"adapters.harness"},
         "vaderSentiment": {"gold"},
         "peft": {"policy", "fused", "finetune", "reward_model", "merge", "adapters.trl_train"},
         "trl": {"adapters.trl_train"},

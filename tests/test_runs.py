@@ -1,7 +1,7 @@
 """Run folders: whole or absent, never mixed."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -34,6 +34,29 @@ def test_another_config_is_refused_but_a_moved_folder_is_not(tmp_path: Path) -> 
     Run.open(tmp_path, Config(output="elsewhere"))
     with pytest.raises(PoiseError, match="differs in size"):
         Run.open(tmp_path, Config(size=4))
+
+
+def test_a_setting_that_an_old_run_lacks_had_its_default(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Newer(Config):
+        tasks: tuple[str, ...] = ("lambada",)
+        limits: dict[str, float] = field(default_factory=lambda: {"kl": 1.0})
+
+    @dataclass(frozen=True, kw_only=True)
+    class Needier(Config):
+        prompts: str
+
+    Run.open(tmp_path, Config())
+    Run.open(tmp_path, Newer(output="elsewhere"))
+    with pytest.raises(PoiseError, match=r"differs in tasks\)"):
+        Run.open(tmp_path, Newer(tasks=("race",)))
+    with pytest.raises(PoiseError, match=r"differs in limits\)"):
+        Run.open(tmp_path, Newer(limits={}))
+    with pytest.raises(PoiseError, match=r"differs in prompts\)"):
+        Run.open(tmp_path, Needier(prompts="some"))
+    Run.open(tmp_path / "new", Newer())
+    with pytest.raises(PoiseError, match=r"differs in limits, tasks\)"):  # settings that are no more still count
+        Run.open(tmp_path / "new", Config())
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ COMMANDS = {
     "train-policy": ("poise.policy_card", "PPO against a reward model, conventional or robust"),
     "best-of-n": ("poise.best_of_n", "what each objective would select, before any RL"),
     "compare": ("poise.compare", "judge finished policies by gold, side by side"),
+    "evaluate-policy": ("poise.evaluate_policy", "the 16 benchmarks of the paper, before and after training"),
     "study": ("poise.study", "arms x seeds x label noise: does a robust reward help, and by how much?"),
     "toy": ("poise.toy_figure", "PPO and robust rewards where the optimum is known"),
     "score": ("poise.score", "every head's opinion of given completions"),

@@ -38,6 +38,7 @@ class Run:
     def open(cls, folder: str | Path, config: Any) -> "Run":
         """Open `folder` for `config` (a dataclass), creating it if need be.
 
+        A setting that the folder's config.yaml lacks, being of an earlier version, had the default it has now.
         Raises PoiseError if the folder already holds a run of another config: results never mix.
         """
         run = cls(Path(folder))
@@ -45,7 +46,7 @@ class Run:
         wanted = config_dict(config)
         path = run.folder / "config.yaml"
         if path.exists():
-            changed = _changed_fields(yaml.safe_load(path.read_text()) or {}, wanted)
+            changed = _changed_fields(_defaults(config) | (yaml.safe_load(path.read_text()) or {}), wanted)
             if changed:
                 raise PoiseError(
                     f"{run.folder} holds a run of another config (differs in {', '.join(changed)}); "
@@ -94,6 +95,18 @@ def load_config_file(path: str | Path) -> Json:
 def config_dict(config: Any) -> Json:
     """A dataclass config as plain YAML/JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def _defaults(config: Any) -> Json:
+    """Settings of the config's class that have a default, with it, as plain values."""
+    defaults = {}
+    for field in dataclasses.fields(config):
+        if field.default is not dataclasses.MISSING:
+            defaults[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            defaults[field.name] = field.default_factory()
+    as_default = config_dict(dataclasses.replace(config, **defaults))
+    return {name: as_default[name] for name in defaults}
 
 
 def _changed_fields(old: Json, new: Json) -> list[str]:

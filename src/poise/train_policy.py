@@ -2,6 +2,7 @@
 
     RUN/metrics.jsonl     per step: reward, every head, gap, disagreement, KL, lengths, losses, the monitor's signs
     RUN/samples.jsonl     every completion of every step with what each head said
+    RUN/benchmarks.jsonl  with --eval-every: mean and stderr of each benchmark, after so many steps
     RUN/final.jsonl       completions of the trained policy on the evaluation prompts
     RUN/policy/           LoRA adapters (PEFT format), or the whole model with --tune full
     RUN/checkpoint.safetensors   everything needed to go on after a kill, to the same result
@@ -22,6 +23,7 @@ from pathlib import Path
 import torch
 
 from poise import processes
+from poise.adapters.harness import Task, evaluate, read_tasks
 from poise.data import read_prompts
 from poise.errors import PoiseError
 from poise.models import Prompt, check_room, load_policy
@@ -31,7 +33,16 @@ from poise.policy import Policy
 from poise.policy_config import Config
 from poise.policy_reward import PolicyReward
 from poise.progress import finish_the_step, progress
-from poise.runs import Json, Run, append_jsonl, config_dict, is_main_process, keep_rows_before, write_jsonl
+from poise.runs import (
+    Json,
+    Run,
+    append_jsonl,
+    config_dict,
+    is_main_process,
+    keep_rows_before,
+    read_jsonl,
+    write_jsonl,
+)
 from poise.trackers import Track, tracked
 from poise.training import Training, sample_policy
 
@@ -80,10 +91,14 @@ def run(config: Config) -> Run:
 
 def _ppo(config: Config, out: Run, prompts: list[Prompt], track: Track) -> tuple[Policy, PolicyReward, Json]:
     """Our own loop."""
+    tasks = read_tasks(config.eval_tasks, config.eval_data, config.eval_rows) if config.eval_every else []
     training = Training(config, out, prompts)
     with finish_the_step() as asked_to_stop:
         with progress(f"PPO on {config.objective}", config.num_steps, training.step) as advance:
             while training.step < config.num_steps and not training.ended:
+                if tasks and training.step % config.eval_every == 0:
+                    advance(0, "benchmarks")
+                    _ask_benchmarks(training, tasks)
                 metrics = training.one_step()
                 track(metrics, training.step - 1)
                 advance(1, f"reward {metrics['reward']:+.2f}  KL {metrics['kl']:.1f}")
@@ -91,7 +106,25 @@ def _ppo(config: Config, out: Run, prompts: list[Prompt], track: Track) -> tuple
                     training.save()
                     raise KeyboardInterrupt
         training.save()
+    if tasks:
+        _ask_benchmarks(training, tasks)
     return training.policy, training.reward, {"steps": training.step, "alarms": training.alarms}
+
+
+def _ask_benchmarks(training: Training, tasks: list[Task]) -> None:
+    """Log what the policy makes of benchmarks after `training.step` steps; the training goes on as if nothing had been.
+
+    A run that went back to an earlier policy (--on-alarm rollback) does not ask that one again.
+    """
+    path, policy = training.out.folder / "benchmarks.jsonl", training.policy
+    if is_main_process() and not (path.exists() and any(row["step"] == training.step for row in read_jsonl(path))):
+        rows = []
+        for task in tasks:
+            found = evaluate(policy.model, policy.tokenizer, task)
+            score = {"metric": found.metric, "mean": found.mean, "stderr": found.stderr, "rows": len(found.outcomes)}
+            rows.append({"step": training.step, "task": task.name, **score})
+        append_jsonl(path, rows)
+    processes.wait()
 
 
 def _by_trl(config: Config, out: Run, prompts: list[Prompt], track: Track) -> tuple[Policy, PolicyReward, Json]:

@@ -255,7 +255,7 @@ class Training:
         self.monitor = Monitor.restore(saved["monitor"], monitoring)
         if is_main_process():
             console.print(f"going on from step {self.step} of {self.out.folder}")
-            for name in ("metrics.jsonl", "samples.jsonl"):
+            for name in ("metrics.jsonl", "samples.jsonl", "benchmarks.jsonl"):
                 keep_rows_before(self.out.folder / name, self.step)
         if self.reward.baselines:
             self.reward.baselines.resume(self.step)
