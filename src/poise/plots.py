@@ -5,6 +5,7 @@ influence of the user's matplotlibrc. The same input gives the same bytes. A nul
 """
 
 import io
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -275,6 +276,79 @@ def _toy(results: Json) -> Figure:
     for ax, title in ((left, "One wrong score"), (right, "Responses no preference shows")):
         ax.set_title(title, loc="left")
     return figure
+
+
+# ---- the study ----
+
+
+def save_study(results: Json, path: str | Path) -> None:
+    """`poise study`: what best-of-n gains over the first arm, and where every arm's policies end. PNG."""
+    with _look("study"):
+        _study(results).savefig(path, format="png", dpi=160, metadata={"Software": None})
+
+
+def _study(results: Json) -> Figure:
+    noises = dict.fromkeys([*(results.get("best_of_n") or {}), *(results.get("summary") or {})])
+    styles = dict(zip(noises, itertools.cycle(_STYLES), strict=False))
+    panels = [panel for panel, key in ((_gains, "best_of_n"), (_endings, "cells")) if results.get(key)]
+    figure = Figure(figsize=(5.4 * len(panels), 5.2), layout="constrained")
+    for ax, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        names = panel(ax, results, styles)
+        ax.set_yticks(range(len(names)), names)
+        ax.set_ylim(-0.6, len(names) - 0.4)
+    handles = [
+        Line2D([], [], color=style.colour, marker=style.marker, label=_noise_label(noise))
+        for noise, style in styles.items()
+    ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles))
+    return figure
+
+
+def _gains(ax: Axes, results: Json, styles: dict[str, Style]) -> list[str]:
+    """Gain of best-of-N in gold, as a share of the first arm's, by arm and noise; the arms, from below."""
+    of_noise = results["best_of_n"]
+    arms = next(iter(of_noise.values()))
+    first = next(iter(arms))
+    # The control gains nothing: on the axis it would leave no room for the others.
+    names = [name for name in arms if name not in (first, "constant")][::-1]
+    for i, (noise, found) in enumerate(of_noise.items()):
+        gains = {row: found[name]["measures"].get("relative_gain") for row, name in enumerate(names)}
+        known = {row + 0.24 * (1 - i): gain for row, gain in gains.items() if gain}
+        points: Json = {"color": styles[noise].colour, "marker": styles[noise].marker, "markersize": 4}
+        ends = _ends(list(known.values()))
+        ax.errorbar(100 * _column(ends, "mean"), list(known), xerr=100 * _bars(ends), linestyle="none", **points)
+    ax.axvline(0, color=_GREY, linewidth=0.9, linestyle=(0, (2, 2)))
+    ax.set(xlabel=f"gold gained by best-of-n, less {first}'s, in % of it")
+    ax.set_title("Best-of-n", loc="left")
+    return names
+
+
+def _endings(ax: Axes, results: Json, styles: dict[str, Style]) -> list[str]:
+    """Final gold of every policy, faint, and the mean of its arm with an interval; the arms, from below."""
+    names = list(dict.fromkeys(cell["arm"] for cell in results["cells"]))[::-1]
+    for noise, arms in results["summary"].items():
+        style = styles[noise]
+        cells = [cell for cell in results["cells"] if cell["noise"] == noise]
+        golds, rows = [cell["final_gold"] for cell in cells], [names.index(cell["arm"]) for cell in cells]
+        faint: Json = {"color": style.colour, "marker": style.marker, "markersize": 4, "alpha": 0.35}
+        ax.plot(golds, rows, linestyle="none", **faint)
+        ends, at = _ends([arm["final_gold"] for arm in arms.values()]), [names.index(name) for name in arms]
+        points: Json = {"color": style.colour, "marker": style.marker, "markersize": 7}
+        ax.errorbar(_column(ends, "mean"), at, xerr=_bars(ends), linestyle="none", **points)
+    for arms in (results.get("best_of_n") or {}).values():  # one pool: the same initial policy for all
+        start = next(iter(arms.values()))["initial_gold"]
+        ax.axvline(start, color=_GREY, linewidth=0.9, linestyle=(0, (2, 2)))
+    ax.set(xlabel="gold on held-out prompts, after training; dashed: before")
+    ax.set_title("PPO", loc="left")
+    return names
+
+
+def _ends(measures: Sequence[Json]) -> list[Json]:
+    return [{"mean": m["mean"], "low": m["interval"][0], "high": m["interval"][1]} for m in measures]
+
+
+def _noise_label(noise: str) -> str:
+    return {"0": "labels as they are", "raters": "labels of single raters"}.get(noise) or f"{float(noise):.0%} flipped"
 
 
 # ---- numbers ----

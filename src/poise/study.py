@@ -5,7 +5,7 @@
     RUN/noise-0.25/reward-1/policy-0/ARM/   a `poise train-policy` run; error.txt says why a cell failed
     RUN/benchmarks/                         `poise evaluate-policy` on some of these policies, if it was run
     RUN/results.json                        curves, cells, means over seeds with intervals; what is missing
-    RUN/report.html                         all of it, to explore
+    RUN/report.html, RUN/study.png          all of it, to explore; the main figure
 
 A cell runs in a process of its own, `--jobs` of them at a time. A study stopped at any moment goes on where it was, and
 one with more arms, seeds or noise keeps the cells it has. Gold is read when all cells are done, by `compare` and
@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from poise import best_of_n, claims, compare, recipes, study_page, study_pool, train_policy, train_reward
+from poise import best_of_n, claims, compare, plots, recipes, study_page, study_pool, train_policy, train_reward
 from poise.arms import ARMS
 from poise.cells import Cell, cpu_hours, run_cells
 from poise.data import Preference, read_preferences, write_preferences
@@ -123,6 +123,7 @@ def run(config: Config) -> Run:
     out.finish(results | {"published": claims.published(results)})
     write_atomic(out.folder / "environment.json", json.dumps(environment(), indent=2))
     write_atomic(out.folder / "config.yaml", yaml.safe_dump(config_dict(config), sort_keys=False))
+    plots.save_study(results, out.folder / "study.png")
     _say(results)
     console.print(f"[bold]Report:[/] {study_page.build(out.folder)}")
     return out
