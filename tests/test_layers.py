@@ -22,7 +22,10 @@ LAYERS = [
         "train_reward", "evaluate_reward", "ensemble", "export", "push", "train_policy", "best_of_n", "compare",
         "score", "merge", "toy", "evaluate_policy",
     },
-    {"plots", "report", "evaluation_page", "model_card", "policy_card", "toy_figure", "recipes", "study", "study_page", "study_pool", "cli"},
+    {
+        "plots", "report", "evaluation_page", "model_card", "policy_card", "toy_figure", "recipes",
+        "study", "study_page", "study_pool", "cli",
+    },
 ]  # fmt: skip
 STUDIES = LAYERS[3]
 LAYER = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}

@@ -17,17 +17,18 @@ from numpy import ndarray
 
 from poise.errors import PoiseError
 from poise.metrics import (
+    KL_COEFS,
     best_of_n_kl,
     fit_best_of_n,
     fit_rl,
     rank_weights,
     resampled_counts,
+    sizes,
     tilted_weights,
 )
 from poise.objectives import SHAPINGS, HeadRewards, RewardScale, Shaping, parse_objective
 from poise.runs import Json
 
-KL_COEFS = (2.0, 1.0, 0.7, 0.5, 0.35, 0.25, 0.17, 0.12)
 DRAWS = 1000
 
 
@@ -62,11 +63,6 @@ class Choice:
         objective = parse_objective(self.objective)
         _, reward = RewardScale.fit_and_combine(heads, objective, ceiling=self.ceiling)
         return reward.double().numpy().reshape(-1, per_prompt)
-
-
-def sizes(per_prompt: int) -> ndarray:
-    """The n of best-of-n that curves show, 1 to all."""
-    return np.unique(np.geomspace(1, per_prompt, 9).round().astype(int))
 
 
 class Curves(NamedTuple):

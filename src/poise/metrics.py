@@ -13,6 +13,18 @@ from numpy import ndarray
 from scipy.special import entr, gammaln, xlogy
 from scipy.stats import rankdata
 
+# Of the tilted policies that curves show: from next to no KL to where a pool of a hundred ends.
+KL_COEFS = (2.0, 1.0, 0.7, 0.5, 0.35, 0.25, 0.17, 0.12)
+
+
+def sizes(per_prompt: int) -> Int[ndarray, " sizes"]:
+    """The n of best-of-n that curves show, 1 to all.
+
+    >>> sizes(24).tolist()
+    [1, 2, 3, 5, 7, 11, 16, 24]
+    """
+    return np.unique(np.geomspace(1, per_prompt, 9).round().astype(int))
+
 
 def best_of_n_kl(n: Int[ndarray, " sizes"]) -> Float[ndarray, " sizes"]:
     """KL(best-of-n || initial policy) = log n - (n - 1) / n, in nats (arXiv 2210.10760).

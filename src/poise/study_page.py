@@ -24,11 +24,11 @@ import numpy as np
 from markupsafe import Markup
 
 from poise.errors import PoiseError
+from poise.metrics import KL_COEFS, sizes
 from poise.report import REWARD_MODELS, Verdict, page_template, percent, read_json, signed
 from poise.runs import Json, write_atomic
 
 VERSION = 1  # of results.json
-KL_COEFS = (2.0, 1.0, 0.7, 0.5, 0.35, 0.25, 0.17, 0.12)  # of the tilted policies, as in `poise best-of-n`
 NUM_COMPLETIONS = 10
 MAX_STEPS = 200  # of a run's steps that the page has
 NUM_NAMED = 6  # differences or claims that one sentence names
@@ -482,7 +482,7 @@ def _pool(pool: Json) -> Json:
     return {
         "num_prompts": len(pool["prompts"]), "per_prompt": per_prompt, "gold": pool["gold"],
         "rewards": pool["rewards"], "reward_labels": labels,
-        "sizes": np.unique(np.geomspace(1, per_prompt, 9).round().astype(int)).tolist(), "kl_coefs": KL_COEFS,
+        "sizes": sizes(per_prompt).tolist(), "kl_coefs": KL_COEFS,
         "initial_gold": float(gold.mean()),
     }  # fmt: skip
 
