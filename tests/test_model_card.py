@@ -23,7 +23,7 @@ from poise.runs import Json, config_dict
 from poise.scorer import Scorer
 
 SAMPLE = Sample("Review a film.", "A warm, funny film.")
-NAMES = ("single", "brme", "posterior")
+NAMES = ("single", "ensemble", "brme", "posterior")
 BINS = [{"confidence": 0.6, "accuracy": 0.5, "count": 3}, {"confidence": 0.9, "accuracy": 1.0, "count": 5}]
 SETTINGS = config_dict(Config(preferences="/home/me/pairs.jsonl", output="/home/me/run", model="user/model"))
 RESULTS: Json = {
