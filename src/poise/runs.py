@@ -130,7 +130,7 @@ def environment() -> Json:
         "system": f"{platform.system()} {platform.machine()}",
         "device": device,
         "versions": versions,
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": ["poise" if Path(sys.argv[0]).name == "cli.py" else Path(sys.argv[0]).name, *sys.argv[1:]],
         "date": time.strftime("%Y-%m-%d"),
     }
 
