@@ -158,6 +158,28 @@ def test_best_of_n_alone_and_what_is_kept_of_it(
         study.run(wanted)
 
 
+def test_benchmarks_asked_in_training_and_afterwards_are_gathered(tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    wanted = config(tmp_path, tmp_path / "p", tmp_path / "q", "model", policy_noise=("0",))
+    assert study._benchmarks(wanted, folder) is None
+    cell_folder = folder / "noise-0" / "reward-0" / "policy-0" / "brme_0.4"
+    cell_folder.mkdir(parents=True)
+    rows = [{"step": i, "task": "lambada", "mean": mean} for i, mean in enumerate([0.5, 0.25, 0.5])]
+    (cell_folder / "benchmarks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = study._benchmarks(wanted, folder)
+    assert found is not None
+    assert found["fluctuation"]["noise-0/reward-0/policy-0/brme_0.4"]["lambada"]["largest_drop"] == 0.25
+    of_policies = [{"name": "single", "tasks": {"race": {"mean": 0.5, "outcomes": "01"}}}]
+    (folder / "benchmarks").mkdir()
+    (folder / "benchmarks" / "results.json").write_text(
+        json.dumps({"tasks": ["race"], "policies": of_policies, "fluctuation": {}})
+    )
+    both = study._benchmarks(wanted, folder)
+    assert both is not None
+    assert both["policies"][0]["tasks"]["race"] == {"mean": 0.5}
+    assert len(both["fluctuation"]) == 1
+
+
 def test_a_reward_model_in_memory_is_the_one_a_run_saves(
     tmp_path: Path, preferences_file: Path, tiny_model: str
 ) -> None:

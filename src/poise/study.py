@@ -30,15 +30,17 @@ from poise.arms import ARMS
 from poise.cells import Cell, cpu_hours, run_cells
 from poise.data import Preference, read_preferences, write_preferences
 from poise.errors import PoiseError
+from poise.evaluate_policy import fluctuation
 from poise.metrics import bootstrap_interval
 from poise.models import DEFAULT_MODEL
 from poise.progress import console
-from poise.runs import Json, Run, config_dict, environment, write_atomic, write_json
+from poise.runs import Json, Run, config_dict, environment, read_jsonl, write_atomic, write_json
 
 MEASURES = ("final_gold", "peak_gold", "drawdown", "mean_gold", "kl", "proxy", "distinct_bigrams")
 VERSION = 1  # of results.json
 GROWS = {
     "output", "arms", "reward_seeds", "policy_seeds", "pool_seeds", "pool_size", "label_noise", "policy_noise", "jobs",
+    "eval_every", "eval_data", "eval_tasks",
 }  # fmt: skip
 
 
@@ -90,6 +92,12 @@ class Config:
     gold: str = ""
     """Reward model that plays the human, trained on data none of these preferences are from; default: a reader of
     short reviews."""
+    eval_every: int = 0
+    """PPO steps between benchmarks asked during training, for how much they move over checkpoints; 0 asks none."""
+    eval_data: str = ""
+    """Folder of their rows; default: the harness's own tasks, from the model hub."""
+    eval_tasks: tuple[str, ...] = ("lambada",)
+    """Which benchmarks."""
     jobs: int = 1
     """Cells at a time; the processor's cores are shared out among them."""
 
@@ -116,7 +124,7 @@ def run(config: Config) -> Run:
         "cells": cells,
         "summary": summary(cells, config.arms),
         "comparisons": comparisons,
-        "benchmarks": _benchmarks(out.folder),
+        "benchmarks": _benchmarks(config, out.folder),
         **of_pool,
     }  # fmt: skip
     results.setdefault("instability", {}).update(_unstable_policies(results["summary"]))
@@ -196,13 +204,19 @@ def _unstable_policies(of_noise: Json) -> Json:
     }
 
 
-def _benchmarks(folder: Path) -> Json | None:
-    """What `poise evaluate-policy --output RUN/benchmarks` found, without the single rows."""
-    found = Run(folder / "benchmarks").results
-    for policy in (found or {}).get("policies", ()):
+def _benchmarks(config: Config, folder: Path) -> Json | None:
+    """What `poise evaluate-policy --output RUN/benchmarks` found, without the single rows; and what policies were asked
+    while they trained."""
+    found = Run(folder / "benchmarks").results or {"tasks": [], "policies": [], "fluctuation": {}}
+    for policy in found["policies"]:
         for task in policy["tasks"].values():
             task.pop("outcomes", None)
-    return found
+    for (noise, reward_seed), seed, arm in itertools.product(_worlds(config), range(config.policy_seeds), config.arms):
+        cell = _policy_cell(config, arm, seed, noise, reward_seed).folder
+        if (cell / "benchmarks.jsonl").exists():
+            rows = list(read_jsonl(cell / "benchmarks.jsonl"))
+            found["fluctuation"][str(cell.relative_to(folder))] = fluctuation(rows)
+    return found if found["policies"] or found["fluctuation"] else None
 
 
 def _say(results: Json) -> None:
@@ -340,7 +354,8 @@ def _policy_cell(config: Config, name: str, policy_seed: int, noise: str, seed: 
             prompts=config.prompts, eval_prompts=config.eval_prompts, reward=str(world / "reward" / arm.reward),
             output=str(world / f"policy-{policy_seed}" / name), model=config.model, objective=arm.objective,
             kl_coef=config.kl_coef * arm.kl_factor, num_steps=config.num_steps, max_tokens=config.max_tokens,
-            seed=1000 * seed + policy_seed, **arm.changes,
+            seed=1000 * seed + policy_seed, eval_every=config.eval_every, eval_data=config.eval_data,
+            eval_tasks=config.eval_tasks, **arm.changes,
         ),
     )  # fmt: skip
 
