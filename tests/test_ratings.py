@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from poise import ratings as ratings_module
-from poise.ratings import Rated, is_held_out, preference_pairs
+from poise.data import Preference
+from poise.ratings import Rated, is_held_out, judged_by_all, preference_pairs
 
 
 def rated_texts(count: int = 60) -> list[Rated]:
@@ -74,3 +75,14 @@ def test_ratings_are_read_from_the_nested_archive(tmp_path: Path, monkeypatch: p
     assert ratings[0] == Rated("movieReviewSnippets", "good & bad", (0, -1, 2))
     monkeypatch.delattr(ratings_module, "package_file")
     assert ratings_module.human_ratings() == ratings  # from the cache
+
+
+def test_judged_by_all_turns_what_a_single_rater_saw_differently() -> None:
+    ratings = [Rated("d", "liked", (4, 3)), Rated("d", "disliked", (-1, -3)), Rated("d", "as much", (3, 4))]
+    as_seen = [
+        Preference("p", "disliked", "liked"),
+        Preference("p", "liked", "disliked"),
+        Preference("p", "as much", "liked"),
+    ]
+    found = [(pair.chosen, pair.rejected) for pair in judged_by_all(as_seen, ratings)]
+    assert found == [("liked", "disliked"), ("liked", "disliked"), ("as much", "liked")]

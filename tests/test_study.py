@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from poise import best_of_n, cells, study, study_pool, train_policy, train_reward
+from poise import best_of_n, cells, recipes, study, study_pool, train_policy, train_reward
 from poise.arms import ARMS as ALL_ARMS
-from poise.data import Preference
+from poise.data import Preference, read_preferences
 from poise.errors import PoiseError
 from poise.runs import Run
 
@@ -243,10 +244,27 @@ def test_summary_by_hand() -> None:
         ({"policy_noise": ("0.25",)}, "--policy-noise 0.25 is not among --label-noise 0"),
         ({"pool_size": 1}, "--pool-size must be at least 2"),
         ({"policy_seeds": 0}, "leave nothing to study"),
+        ({"prompts": ""}, "--preferences, --prompts and --eval-prompts belong together"),
         ({"reward_seeds": 0}, "--reward-seeds must be at least 1"),
         ({"num_steps": 0}, "--num-steps must be at least 1"),
     ],
 )
 def test_bad_settings_are_one_line(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(PoiseError, match=message):
-        study.run(config(tmp_path, tmp_path / "p", tmp_path / "q", "model", **changes))
+        study.run(replace(config(tmp_path, tmp_path / "p", tmp_path / "q", "model"), **changes))
+    assert not (tmp_path / "study").exists()  # nothing is written for a study that cannot be
+
+
+def test_the_standard_study_has_files_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_quickstart import fake_ratings, shorten
+
+    monkeypatch.setattr(recipes, "human_ratings", fake_ratings)
+    shorten(monkeypatch)
+    with pytest.raises(PoiseError, match="no arm 'nonsense'"):
+        study.run(study.Config(output=str(tmp_path / "study"), arms=("single", "nonsense")))
+    assert not (tmp_path / "study").exists()
+    recipes.study_files(tmp_path / "data", num_pairs=60)
+    raters, means = (read_preferences(str(tmp_path / "data" / f"{name}.jsonl")) for name in ("raters", "preferences"))
+    assert len(raters) == len(means) > 40  # the ratings are few texts: some pairs are drawn twice
+    rating = {rated.text: rated.mean for rated in fake_ratings()}
+    assert all(rating[pair.chosen] >= rating[pair.rejected] for pair in means)

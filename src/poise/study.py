@@ -104,8 +104,11 @@ class Config:
 
 def run(config: Config) -> Run:
     """Train what is missing, then judge all that is there; a cell that fails is named and left out."""
-    config = _with_files(config)
+    standard = not any((config.preferences, config.raters, config.prompts, config.eval_prompts))
+    config = _standard(config) if standard else config
     _check(config)
+    if standard:
+        recipes.study_files(Path(config.preferences).parent)
     out = _open(config)
     _write_preferences(config)
     of_pool = _judge_pool(config, out.folder) if config.pool_size else {}
@@ -228,6 +231,10 @@ def _say(results: Json) -> None:
 
 
 def _check(config: Config) -> None:
+    if not all((config.preferences, config.prompts, config.eval_prompts)):
+        raise PoiseError(
+            "--preferences, --prompts and --eval-prompts belong together; leave out all for the standard study"
+        )
     for name in ("reward_seeds", "pool_seeds", "jobs"):
         if getattr(config, name) < 1:
             raise PoiseError(f"--{name.replace('_', '-')} must be at least 1")
@@ -256,17 +263,9 @@ def _is_noise(label: str) -> bool:
         return False
 
 
-def _with_files(config: Config) -> Config:
-    """The config with all its files named: those of the standard study, if none is."""
-    files = (config.preferences, config.prompts, config.eval_prompts)
-    if all(files):
-        return config
-    if any(files) or config.raters:
-        raise PoiseError(
-            "--preferences, --prompts and --eval-prompts belong together; leave out all for the standard study"
-        )
+def _standard(config: Config) -> Config:
+    """The config with the files of the standard study."""
     folder = Path(config.output) / "data"
-    recipes.study_files(folder)
     return replace(
         config, preferences=str(folder / "preferences.jsonl"), raters=str(folder / "raters.jsonl"),
         prompts=str(folder / "prompts.jsonl"), eval_prompts=str(folder / "eval_prompts.jsonl"),
