@@ -300,7 +300,7 @@ def fine_tune(
             _load_trained(PairModel(classifier, packed=packed), trained, "the gathered model")
     if adapters is not None:
         if is_main_process():
-            adapters.save_pretrained(str(folder / "adapter"))
+            adapters.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
         classifier = adapters.merge_and_unload()
     return classifier.eval()
 

@@ -246,8 +246,10 @@ class Policy(nn.Module):
 
     def save(self, folder: str) -> None:
         """PEFT adapters, or with `full` the whole model; the tokenizer too."""
+        # Embeddings are never adapted: peft need not ask the hub whether the vocabulary has grown.
+        about: dict[str, Any] = {"save_embedding_layers": False} if isinstance(self.model, peft.PeftModel) else {}
         with quiet_loading():
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(folder, **about)
             self.tokenizer.save_pretrained(folder)
 
     def load_adapters(self, folder: str) -> None:
