@@ -15,9 +15,8 @@ class Arm(NamedTuple):
     label: str
     changes: Json = {}  # noqa: RUF012  of the policy's config
     kl_factor: float = 1.0
-    only_policy: bool = (
-        False  # it differs from another arm in how a policy is trained: best-of-n cannot tell them apart
-    )
+    # Such an arm differs from another in how a policy is trained: best-of-n cannot tell them apart.
+    only_policy: bool = False
 
     def choice(self) -> Choice:
         """The same reward for best-of-n."""

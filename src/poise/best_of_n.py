@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
-from poise.curves import Choice, Curves, Resamples, compare_with, judge, stacked
+from poise.curves import Choice
 from poise.data import OnBadRow, read_prompts
 from poise.errors import PoiseError
 from poise.gold import judged
 from poise.models import DEFAULT_MODEL
 from poise.objectives import RewardScale, disagreement, mean, routing_std
-from poise.pool import PoolHeads, sample_pool, score_pool
+from poise.pool import PoolHeads, judge_choices, sample_pool, score_pool
 from poise.runs import Json, Run, read_jsonl, write_jsonl
 
 
@@ -95,14 +95,10 @@ def summarise(
     heads: per run, what each of its reward models says.
     """
     gold = np.array([row["gold"] for row in pool]).reshape(-1, per_prompt)
-    resamples = Resamples.draw(len(gold), len(heads))
-    found, curves = {}, []
-    for name, choice in choices.items():
-        models = [(run[choice.reward].heads, run[choice.reward].unit) for run in heads]
-        found[name] = judge(Curves.of(stacked(choice, models, per_prompt), gold), resamples)
-        measures = compare_with(found[name], found[next(iter(choices))]) if len(found) > 1 else {}
-        about = {"name": name, "label": name, "reward": choice.reward, "objective": choice.objective}
-        curves.append(about | found[name].json | ({"measures": measures} if measures else {}))
+    curves = [
+        {"name": name, "label": name, "reward": choices[name].reward, "objective": choices[name].objective} | judged
+        for name, judged in judge_choices(gold, heads, choices).items()
+    ]
     spread = []
     for reward in sorted({choice.reward for choice in choices.values()}):
         centred = [RewardScale.fit(run[reward].heads, mean).centred(run[reward].heads) for run in heads]

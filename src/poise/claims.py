@@ -31,12 +31,12 @@ def _best_of_n(results: Json) -> list[Json]:
                 what = {"0": "clean labels", "0.25": "25 % flipped", "raters": "labels of single raters"}[noise]
                 claim = f"best-of-n, {what}: gold gained by an ensemble ({name}) over one reward model (2310.02743)"
                 rows.append(_row(claim, f"+{target:.0%}", target, gain["mean"], gain["interval"], "{:+.0%}"))
-        for name, against in (("brme_1", "one Bradley–Terry head"),):
-            accuracy = (arms.get(name) or {}).get("measures", {}).get("accuracy", {})
-            if "less_first" in accuracy:
-                claim = f"accuracy of the BRME's nominal head, less that of {against}, noise {noise} (2409.15360)"
-                interval = accuracy["less_first_interval"]
-                rows.append(_row(claim, "+1.1 points", 0.011, accuracy["less_first"], interval, "{:+.1%}"))
+        accuracy = (arms.get("brme_1") or {}).get("measures", {}).get("accuracy", {})
+        if "less_first" in accuracy:
+            head = "the BRME's nominal head, less that of one Bradley–Terry head"
+            claim = f"accuracy of {head}, noise {noise} (2409.15360)"
+            interval = accuracy["less_first_interval"]
+            rows.append(_row(claim, "+1.1 points", 0.011, accuracy["less_first"], interval, "{:+.1%}"))
     return rows
 
 

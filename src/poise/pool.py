@@ -4,15 +4,17 @@ FOLDER/pool.jsonl               prompt, completion; rows grouped by prompt, equa
 FOLDER/heads/NAME.safetensors   every head's mean and std of each row, by one reward model
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from numpy import ndarray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from poise.curves import Choice, Curves, Judged, Resamples, compare_with, judge, stacked
 from poise.data import Sample
 from poise.errors import PoiseError, first_line
 from poise.models import Prompt, load_policy
@@ -111,3 +113,29 @@ def _heads(scorer: Scorer, rows: Sequence[Json], read: list[tuple[Scorer, Tensor
             features = scorer.extract(samples, advance)
         read.append((scorer, features))
     return scorer.decode(features)
+
+
+def proxies(choice: Choice, heads: Sequence[Mapping[str, PoolHeads]], per_prompt: int) -> ndarray:
+    """Rewards (S, P, N) of one choice; heads: per run, what each of its reward models says."""
+    return stacked(choice, [(run[choice.reward].heads, run[choice.reward].unit) for run in heads], per_prompt)
+
+
+def judge_choices(
+    gold_PN: ndarray,
+    heads: Sequence[Mapping[str, PoolHeads]],
+    choices: Mapping[str, Choice],
+    advance: Callable[[], object] = lambda: None,
+) -> dict[str, Json]:
+    """Every choice over the same runs: curves, laws, measures, and what they are less those of the first.
+
+    advance: told after each choice.
+    """
+    resamples = Resamples.draw(len(gold_PN), len(heads))
+    first: Judged | None = None
+    found: dict[str, Json] = {}
+    for name, choice in choices.items():
+        judged = judge(Curves.of(proxies(choice, heads, gold_PN.shape[1]), gold_PN), resamples)
+        found[name] = judged.json | ({"measures": compare_with(judged, first)} if first else {})
+        first = first or judged
+        advance()
+    return found

@@ -33,7 +33,8 @@ from poise.errors import PoiseError
 from poise.evaluate_policy import fluctuation
 from poise.metrics import bootstrap_interval
 from poise.models import DEFAULT_MODEL
-from poise.progress import console
+from poise.pool import judge_choices
+from poise.progress import console, progress
 from poise.runs import Json, Run, config_dict, environment, read_jsonl, write_atomic, write_json
 
 MEASURES = ("final_gold", "peak_gold", "drawdown", "mean_gold", "kl", "proxy", "distinct_bigrams")
@@ -188,10 +189,9 @@ def _judge_pool(config: Config, folder: Path) -> Json:
             same = [scored[f"noise-{noise}/reward-0-seed-{s}"] for s in seeds]
             unstable[f"{noise}, other preferences"] = study_pool.instability(pool, heads)
             unstable[f"{noise}, same preferences, other seeds"] = study_pool.instability(pool, same)
-    return {
-        "best_of_n": {noise: study_pool.judge_choices(pool, heads, choices) for noise, heads in of_noise.items()},
-        "instability": unstable,
-    }
+    with progress("study: best-of-n", len(of_noise) * len(choices)) as advance:
+        curves = {noise: judge_choices(pool.gold_PN, heads, choices, advance) for noise, heads in of_noise.items()}
+    return {"best_of_n": curves, "instability": unstable}
 
 
 def _unstable_policies(of_noise: Json) -> Json:

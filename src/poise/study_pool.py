@@ -19,10 +19,10 @@ from numpy import ndarray
 from scipy.stats import rankdata
 
 from poise import train_reward
-from poise.curves import Choice, Curves, Judged, Resamples, compare_with, interval, judge, stacked
+from poise.curves import Choice, interval
 from poise.metrics import resampled_counts
 from poise.objectives import HeadRewards, RewardScale, disagreement, mean
-from poise.pool import PoolHeads, samples_of
+from poise.pool import PoolHeads, proxies, samples_of
 from poise.progress import parts_of_another, progress
 from poise.reward_model import load_trunk
 from poise.runs import Json, config_dict, write_json
@@ -96,23 +96,6 @@ def fingerprint(config: train_reward.Config) -> str:
     return state.hexdigest()
 
 
-def judge_choices(pool: Pool, heads: Sequence[ByReward], choices: Mapping[str, Choice]) -> Json:
-    """Every choice over the same reward models: curves, laws, measures, and what they are less those of the first."""
-    gold = pool.gold_PN
-    resamples = Resamples.draw(len(gold), len(heads))
-    found: dict[str, Judged] = {}
-    with progress("study: best-of-n", len(choices)) as advance:
-        for name, choice in choices.items():
-            models = [(one[choice.reward].heads, one[choice.reward].unit) for one in heads]
-            found[name] = judge(Curves.of(stacked(choice, models, pool.per_prompt), gold), resamples)
-            advance()
-    first = next(iter(found))
-    return {
-        name: judged.json | ({"measures": compare_with(judged, found[first])} if name != first else {})
-        for name, judged in found.items()
-    }
-
-
 # ---- how far reward models of different seeds are apart ----
 
 
@@ -128,8 +111,7 @@ def instability(pool: Pool, heads: Sequence[ByReward]) -> Json:
     result: Json = {}
     first: dict[str, tuple[float, ndarray]] = {}
     for name, choice in UNSTABLE.items():
-        models = [(one[choice.reward].heads, one[choice.reward].unit) for one in heads]
-        proxy = stacked(choice, models, pool.per_prompt)
+        proxy = proxies(choice, heads, pool.per_prompt)
         ranks = np.stack([rankdata(one) for one in proxy.reshape(len(heads), -1)])
         best = proxy.argmax(-1)
         gold = np.take_along_axis(pool.gold_PN[None], best[..., None], -1)[..., 0].mean(-1)
