@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from poise.claims import paired, published
+from poise.claims import published
 
 
 def results(gain: tuple[float, float, float], drawdown: tuple[float, float, float]) -> dict[str, Any]:
@@ -38,15 +38,30 @@ def test_less_drawdown_is_the_good_side(fall: tuple[float, float, float], kind: 
     assert row["replicated"] == kind
 
 
+def test_a_single_seed_replicates_nothing() -> None:
+    found = results((0.1, 0.2, 0.3), (0.0, 0.0, 0.0))
+    found["summary"]["0"]["brme_0.4"]["drawdown"]["less_first_interval"] = None
+    assert not [row for row in published(found) if "falls less" in row["claim"]]
+
+
 def test_failures_come_first() -> None:
     kinds = [row["replicated"] for row in published(results((0.1, 0.2, 0.3), (0.1, 0.2, 0.3)))]
     assert kinds == ["no", "yes"]
 
 
-def test_paired_by_reward_seed() -> None:
+def test_policies_are_compared_where_both_arms_were_trained() -> None:
+    golds = {"mean": (0.1, 0.2, 0.9), "single_large_kl": (0.4, 0.5), "brme_large_kl": (0.5, 0.5)}
     cells = [
-        {"noise": "0", "arm": arm, "reward_seed": seed, "final_gold": gold}
-        for arm, seed, gold in (("a", 0, 1.0), ("a", 0, 3.0), ("a", 1, 5.0), ("b", 0, 1.5), ("b", 2, 9.0))
+        {"noise": "raters", "arm": arm, "reward_seed": seed, "policy_seed": 0, "final_gold": gold}
+        for arm, of_arm in golds.items()
+        for seed, gold in enumerate(of_arm)
     ]
-    assert paired(cells, "0", "a", "b", "final_gold").tolist() == [0.5]
-    assert paired(cells, "0.25", "a", "b", "final_gold").tolist() == []
+    std = {"less_first": -0.02, "less_first_interval": [-0.03, -0.01]}
+    arms = {"brme_0.4": {"checkpoints": {"lambada": {"std": std}}}}
+    rows = published({"cells": cells, "summary": {"raters": arms}})
+    assert [(row["replicated"], row["here"]) for row in rows] == [
+        ("no", "-0.30 gold (-0.30 to -0.30)"),  # the mean's third seed has no partner
+        ("unclear", "+0.05 (+0.00 to +0.10)"),
+        ("yes", "-0.02 (-0.03 to -0.01)"),
+    ]
+    assert all("single raters’ labels" in row["claim"] for row in rows)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from poise.adapters import harness
+from poise.adapters import benchmarks, harness
 from poise.errors import PoiseError
 from poise.models import HfModel, HfTokenizer, load_policy
 
@@ -303,9 +303,9 @@ def test_rows_are_the_first_and_the_identity_knows_them(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the samples lie outside the repository")
 def test_all_samples_are_readable() -> None:
-    tasks = harness.read_tasks(tuple(harness.BENCHMARKS), str(SHARED), 0)
+    tasks = harness.read_tasks(tuple(benchmarks.BENCHMARKS), str(SHARED), 0)
     assert len(tasks) == 17
-    assert len(harness.DEFAULT_TASKS) == 16
+    assert len(benchmarks.DEFAULT_TASKS) == 16
     assert {len(task.docs) for task in tasks} == {100}
     assert all(len(task.requests()) >= 100 for task in tasks)
 
@@ -325,7 +325,7 @@ def task_manager() -> Iterator[Any]:
 
 
 def test_every_benchmark_has_a_task_of_the_harness(task_manager: Any) -> None:
-    assert {benchmark.hub for benchmark in harness.BENCHMARKS.values()} <= set(task_manager.all_tasks)
+    assert {benchmark.hub for benchmark in benchmarks.BENCHMARKS.values()} <= set(task_manager.all_tasks)
 
 
 @pytest.mark.usefixtures("task_manager")

@@ -10,21 +10,21 @@ ROOT = Path(poise.__file__).parent
 LAYERS = [
     {
         "errors", "objectives", "losses", "metrics", "monitor", "runs", "progress", "claims",
-        "processes", "trackers", "controllers", "fused", "cells",
+        "processes", "trackers", "controllers", "fused", "cells", "study_summary",
     },
     {
         "registry", "models", "data", "ratings", "questions", "packing", "features", "reward_model", "heads", "scorer",
         "finetune", "judgement", "ppo", "policy", "policy_config", "policy_reward", "learner", "training", "gold",
         "bandit", "blind_spots", "pool", "curves", "arms",
     },
-    {"adapters.trl", "adapters.trl_train", "adapters.harness"},
+    {"adapters.trl", "adapters.trl_train", "adapters.benchmarks", "adapters.harness"},
     {
         "train_reward", "evaluate_reward", "ensemble", "export", "push", "train_policy", "best_of_n", "compare",
         "score", "merge", "toy", "evaluate_policy",
     },
     {
         "plots", "report", "evaluation_page", "model_card", "policy_card", "toy_figure", "recipes",
-        "study", "study_page", "study_pool", "cli",
+        "study", "study_page", "study_pool", "study_verdicts", "cli",
     },
 ]  # fmt: skip
 STUDIES = LAYERS[3]

@@ -19,7 +19,7 @@ import pytest
 import torch
 from numpy import ndarray
 
-from poise import metrics, study_page
+from poise import metrics, study_page, study_verdicts
 from poise.errors import PoiseError
 from poise.objectives import HeadRewards, RewardScale, parse_objective
 from poise.report import Verdict
@@ -32,6 +32,7 @@ ARMS = {
     "brme_0.4": ("brme", "tradeoff(0.4)"), "bayesian": ("posterior", "lower_confidence(1)"),
 }  # fmt: skip
 NOISES = ("0", "raters", "0.25")
+CHECKED = ("single", "brme_0.4")  # benchmarks were asked while they trained
 
 
 # ---- a finished study, made up ----
@@ -53,6 +54,7 @@ def make_summary(less: dict[str, float], seeds: int = 3) -> Json:
         name: {
             "reward_seeds": seeds, "policies": seeds, "cpu_hours": 1.5 + len(name) / 7,
             **{key: make_measure(0.3 + less.get(name, 0.0), None if name == "single" else less[name]) for key in keys},
+            **({"checkpoints": make_checkpoints(0.2, None if name == "single" else -0.1)} if name in CHECKED else {}),
         }
         for name in ("single", *less)
     }  # fmt: skip
@@ -86,8 +88,15 @@ def make_benchmarks() -> Json:
         against = {"difference": 0.012, "interval": [-0.004, 0.028], "p_value": 0.031} if i else {}
         scores = {"metric": "acc", "mean": 0.51 + i / 50, "stderr": 0.011, "rows": 500, **against}
         policies.append({"name": name, "tasks": dict.fromkeys(tasks, scores), "average": scores})
-    steps = {"steps": [0, 10, 20], "mean": [0.5, 0.52, 0.47], "std": 0.02, "range": 0.05, "largest_drop": 0.05}
-    return {"tasks": list(tasks), "policies": policies, "fluctuation": {"single": {"lambada": steps}}}
+    return {"tasks": list(tasks), "policies": policies, "fluctuation": {}}
+
+
+def make_checkpoints(fall: float, less: float | None) -> Json:
+    """LAMBADA at three checkpoints."""
+    means = [0.41, 0.41 - fall / 2, 0.41 - fall]
+    band = {"low": [mean - 0.03 for mean in means], "high": [mean + 0.03 for mean in means]}
+    moves = {key: make_measure(fall, less) for key in ("std", "range", "largest_drop")}
+    return {"lambada": {"reward_seeds": 3, "steps": [0, 10, 20], "mean": means, **band, **moves}}
 
 
 def make_results() -> Json:
@@ -216,12 +225,12 @@ def test_the_answer_counts_and_failures_come_first(folder: Path):
     counts = (
         "of 12 comparisons of final gold with single, 3 are worse, 6 are not distinguishable from it and 3 are better"
     )
-    assert texts(study_page.headlines(results)) == [
+    assert texts(study_verdicts.headlines(results)) == [
         ("worse", f"After PPO, {counts}."),
         ("worse", f"At best-of-n, {counts}."),
     ]
     assert "best-of-n has 1 more, in its table" in page.text  # `constant`, which no policy was trained on
-    found = texts(study_page.findings(results))
+    found = texts(study_verdicts.findings(results))
     assert [kind for kind, _ in found] == sorted((kind for kind, _ in found), key=("worse", "unclear", "better").index)
     assert found[0] == (
         "worse",
@@ -256,7 +265,7 @@ def test_the_answer_counts_and_failures_come_first(folder: Path):
 def test_a_verdict_claims_no_more_than_its_interval(less: float, interval: Any, seeds: int, kind: str):
     results: Json = {"settings": {"arms": ["single", "mean"]}, "summary": {"0": make_summary({"mean": less}, seeds)}}
     results["summary"]["0"]["mean"]["final_gold"] |= {"less_first": less, "less_first_interval": interval}
-    [headline], [finding] = study_page.headlines(results), study_page.findings(results)
+    [headline], [finding] = study_verdicts.headlines(results), study_verdicts.findings(results)
     assert finding.kind == kind
     assert ("1 is not distinguishable" in headline.text) == (kind == "unclear")
 
@@ -271,7 +280,8 @@ def test_every_section_is_there(folder: Path):
     text = Page(study_page.build(folder)).text
     for words in (
         "Explore: which objective", "Gold and proxy against distance", "Arms after PPO", "One run, step by step",
-        "Fluctuation over checkpoints", "How far reward models of different seeds are apart", "Published figures",
+        "While policies train", "Largest drop", "−0.100 (−0.200 to 0.000)",
+        "How far reward models of different seeds are apart", "Published figures",
         "over-scored by 4.0", "heads +2.90, −0.30", "0.410", "+31 %", "p 0.031", "Of 3 tests of single tasks 3 have p",
         "0.610 to 0.810", "no labels flipped, other preferences", "ran out of memory", "poise study --output 'a b'",
         "torch 2.6.0", "Method and limits",
@@ -285,8 +295,8 @@ def test_every_section_is_there(folder: Path):
     ("absent", "says", "heading"),
     [
         (["best_of_n"], "best-of-n", "Fitted gain"),
-        (["summary", "cells", "comparisons"], "policies trained by PPO", "Arms after PPO"),
-        (["benchmarks"], "benchmarks", "Fluctuation over checkpoints"),
+        (["summary", "cells", "comparisons"], "policies trained by PPO", "While policies train"),
+        (["benchmarks"], "benchmarks", "tests of single tasks"),
         (["instability"], "disagreement between reward models of different seeds", "are apart"),
         (["published", "missing", "arms"], "", "beside ours"),
     ],
@@ -414,6 +424,30 @@ def test_long_runs_are_thinned_out_and_their_alarms_stay():
     assert {len(arm["step"]) for arm in run["arms"]} == {study_page.MAX_STEPS}
     assert run["arms"][1]["step"][:3] == [0, 3, 6]
     assert [alarm["step"] for alarm in run["arms"][1]["alarms"]] == [23, 24, 31]
+
+
+def test_mean_runs_by_hand():
+    def one(reward_seed: int, policy_seed: int, gold: float, length: int = 3) -> Json:
+        steps = [{"step": i, "kl": 2.0 * i, "proxy": 1.0, "gold": gold} for i in range(length)]
+        place = {"noise": "0", "reward_seed": reward_seed, "policy_seed": policy_seed}
+        return place | {"arms": [{"name": "single", "steps": steps}]}
+
+    # Policies of one reward model are averaged first; the run that stopped early ends the mean.
+    runs = [one(0, 0, 1.0), one(0, 1, 3.0), one(1, 0, 5.0, length=2)]
+    found = study_page._trained(runs)["0"]["single"]
+    assert found["gold"] == [3.5, 3.5]
+    assert found["kl"] == [1.0, 1.0]
+    assert (found["gold_low"], found["gold_high"]) == ([2.0, 2.0], [5.0, 5.0])
+    assert found["proxy_low"] == found["proxy_high"] == [1.0, 1.0]
+
+
+def test_fitted_laws_by_hand():
+    arm = {
+        "initial_gold": 0.5, "fits": {key: {"alpha": 2.0, "beta": 0.5, "r2": 1.0} for key in ("best_of_n", "tilted")},
+        "best_of_n": [{"kl": 0.0}, {"kl": 4.0}], "tilted": [{"kl": -1e-12}, {"kl": 1.0}],
+    }  # fmt: skip
+    assert study_page._laws(arm) == {"best_of_n": [0.5, 0.5 + 2 * (2 - 0.5 * 2)], "tilted": [0.5, 2.5]}
+    assert study_page._laws({"initial_gold": 0.5}) == {}
 
 
 def test_a_page_of_the_standard_study_is_small_and_soon_made():
@@ -562,7 +596,7 @@ def test_a_browser_shows_the_page_and_nothing_else_runs_or_is_fetched(folder: Pa
     assert "<b>" not in tags
     assert seen.dom.count("<script") == 3
     # Best-of-n, tilted and PPO for three noises each, and those of the other sections: drawn, with lines in them.
-    assert seen.dom.count('<svg viewBox="0 0 ') >= 4 + 3 * 6 + 2 + 4
+    assert seen.dom.count('<svg viewBox="0 0 ') >= 4 + 3 * 6 + 3 + 2 + 4
     assert "NaN" not in tags
     assert "undefined" not in tags
 

@@ -47,6 +47,9 @@ ARMS: dict[str, Arm] = {
         f"brme_{weight:g}": Arm("brme", f"tradeoff({weight:g})", f"BRME, λ = {weight:g}")
         for weight in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
     },
+    "brme_large_kl": Arm(
+        "brme", "tradeoff(0.4)", "BRME, λ = 0.4, with twenty times the KL coefficient", kl_factor=20.0, only_policy=True
+    ),
     "brme_mean": Arm("brme", "mean", "BRME heads: mean instead of the lowest std"),
     "brme_random": Arm("brme", "random_head", "BRME heads: a random one instead of the lowest std"),
     "brme_adaptive": Arm(

@@ -6,10 +6,12 @@ ends short of the published figure, `unclear` otherwise.
 
 from collections.abc import Sequence
 
-import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
 
 from poise.metrics import bootstrap_interval
 from poise.runs import Json
+from poise.study_summary import difference, noise_label, values
 
 ENSEMBLES = ("mean", "worst_case", "uncertainty_weighted")
 
@@ -28,13 +30,13 @@ def _best_of_n(results: Json) -> list[Json]:
         for name in ENSEMBLES:
             gain = (arms.get(name) or {}).get("measures", {}).get("relative_gain")
             if gain:
-                what = {"0": "clean labels", "0.25": "25 % flipped", "raters": "labels of single raters"}[noise]
-                claim = f"best-of-n, {what}: gold gained by an ensemble ({name}) over one reward model (2310.02743)"
+                what = f"gold gained by an ensemble ({name}) over one reward model (2310.02743)"
+                claim = f"best-of-n, {noise_label(noise)}: {what}"
                 rows.append(_row(claim, f"+{target:.0%}", target, gain["mean"], gain["interval"], "{:+.0%}"))
         accuracy = (arms.get("brme_1") or {}).get("measures", {}).get("accuracy", {})
         if "less_first" in accuracy:
             head = "the BRME's nominal head, less that of one Bradley–Terry head"
-            claim = f"accuracy of {head}, noise {noise} (2409.15360)"
+            claim = f"accuracy of {head}, {noise_label(noise)} (2409.15360)"
             interval = accuracy["less_first_interval"]
             rows.append(_row(claim, "+1.1 points", 0.011, accuracy["less_first"], interval, "{:+.1%}"))
     return rows
@@ -43,23 +45,27 @@ def _best_of_n(results: Json) -> list[Json]:
 def _policies(results: Json) -> list[Json]:
     rows = []
     for noise, arms in (results.get("summary") or {}).items():
+        where = f"PPO, {noise_label(noise)}"
         for name in ENSEMBLES:
-            both = paired(results["cells"], noise, name, "single_large_kl", "final_gold")
-            if len(both) > 1:
-                low, high = bootstrap_interval(both)
-                here = f"{both.mean():+.2f} gold ({low:+.2f} to {high:+.2f})"
-                claim = f"PPO, noise {noise}: {name} at small KL against one reward model at large KL (2310.02743)"
-                kind = "yes" if low >= 0 else "no" if high < 0 else "unclear"
-                rows.append({"claim": claim, "published": "as good", "here": here, "replicated": kind})
+            less = _less(results["cells"], noise, name, "single_large_kl")
+            if len(less) > 1:
+                claim = f"{where}: {name} at small KL against one reward model at large KL (2310.02743)"
+                interval = bootstrap_interval(less)
+                kind = "yes" if interval[0] >= 0 else "no" if interval[1] < 0 else "unclear"
+                rows.append(_answer(claim, "as good", less.mean(), interval, kind, " gold"))
+        of_brme = arms.get("brme_0.4") or {}
         for measure, sign, what in (("final_gold", 1, "ends with more gold"), ("drawdown", -1, "falls less")):
-            entry = (arms.get("brme_0.4") or {}).get(measure, {})
-            if "less_first" in entry:
-                low, high = sorted(sign * x for x in entry["less_first_interval"])
-                value, interval = entry["less_first"], entry["less_first_interval"]
-                here = f"{value:+.2f} ({interval[0]:+.2f} to {interval[1]:+.2f})"
-                claim = f"PPO, noise {noise}: BRME with the robust term {what} than one head (2409.15360)"
-                kind = "yes" if low > 0 else "no" if high < 0 else "unclear"
-                rows.append({"claim": claim, "published": "yes", "here": here, "replicated": kind})
+            claim = f"{where}: BRME with the robust term {what} than one head (2409.15360)"
+            rows += _less_first(claim, of_brme.get(measure) or {}, sign)
+        less = _less(results["cells"], noise, "brme_large_kl", "single_large_kl")
+        if len(less) > 1:
+            claim = f"{where}: the same with both at twenty times the KL coefficient: more gold (2409.15360)"
+            rows.append(_signed(claim, less.mean(), bootstrap_interval(less), 1))
+        for task, moves in (of_brme.get("checkpoints") or {}).items():
+            claim = (
+                f"{where}: the score on {task} moves less over checkpoints of BRME than of one head: std (2409.15360)"
+            )
+            rows += _less_first(claim, moves.get("std") or {}, -1)
     return rows
 
 
@@ -81,11 +87,27 @@ def _row(claim: str, said: str, target: float, value: float, interval: Sequence[
     return {"claim": claim, "published": said, "here": here, "replicated": kind}
 
 
-def paired(cells: Sequence[Json], noise: str, one: str, other: str, measure: str) -> np.ndarray:
-    """Differences of a measure between two arms, one per reward seed that both have (policy seeds averaged)."""
-    values: dict[str, dict[int, list[float]]] = {one: {}, other: {}}
-    for cell in cells:
-        if cell["noise"] == noise and cell["arm"] in values:
-            values[cell["arm"]].setdefault(cell["reward_seed"], []).append(cell[measure])
-    seeds = sorted(values[one].keys() & values[other].keys())
-    return np.array([np.mean(values[one][seed]) - np.mean(values[other][seed]) for seed in seeds])
+def _less_first(claim: str, measure: Json, sign: int) -> list[Json]:
+    """A claim that a measure is higher (sign 1) or lower (-1) than the first arm's; none of fewer than two seeds."""
+    if not measure.get("less_first_interval"):
+        return []
+    return [_signed(claim, measure["less_first"], measure["less_first_interval"], sign)]
+
+
+def _signed(claim: str, value: float, interval: Sequence[float], sign: int) -> Json:
+    low, high = sorted(sign * bound for bound in interval)
+    return _answer(claim, "yes", value, interval, "yes" if low > 0 else "no" if high < 0 else "unclear")
+
+
+def _answer(claim: str, said: str, value: float, interval: Sequence[float], kind: str, unit: str = "") -> Json:
+    here = f"{value:+.2f}{unit} ({interval[0]:+.2f} to {interval[1]:+.2f})"
+    return {"claim": claim, "published": said, "here": here, "replicated": kind}
+
+
+def _less(cells: Sequence[Json], noise: str, one: str, other: str) -> Float[ndarray, " reward_seeds"]:
+    """Final gold of an arm less another's, of each reward model that both have."""
+    of_arm = [
+        values((cell for cell in cells if (cell["noise"], cell["arm"]) == (noise, arm)), "final_gold")
+        for arm in (one, other)
+    ]
+    return difference(*of_arm)

@@ -145,17 +145,13 @@ def judge(curves: Curves, resamples: Resamples) -> Judged:
     """Points with 95 % intervals over prompts and reward models, fitted laws, peak, final and drawdown of gold."""
     gold_DSM = resamples.by_seed(curves.best_of_n_gold_SPM)
     kls, tilted_kls = best_of_n_kl(curves.n), curves.tilted_kl_SPM.mean((0, 1))
-    best = [
-        {"n": int(n), "kl": float(kl)} | point
-        for n, kl, point in zip(
-            curves.n, kls, _points(curves.best_of_n_gold_SPM, curves.best_of_n_proxy_SPM, resamples), strict=True
-        )
-    ]
+    points = _points(curves.best_of_n_gold_SPM, gold_DSM, curves.best_of_n_proxy_SPM, resamples)
+    best = [{"n": int(n), "kl": float(kl)} | point for n, kl, point in zip(curves.n, kls, points, strict=True)]
+    tilted_gold_DSM = resamples.by_seed(curves.tilted_gold_SPM)
+    points = _points(curves.tilted_gold_SPM, tilted_gold_DSM, curves.tilted_proxy_SPM, resamples)
     tilted = [
         {"kl_coef": kl_coef, "kl": float(kl)} | point
-        for kl_coef, kl, point in zip(
-            KL_COEFS, tilted_kls, _points(curves.tilted_gold_SPM, curves.tilted_proxy_SPM, resamples), strict=True
-        )
+        for kl_coef, kl, point in zip(KL_COEFS, tilted_kls, points, strict=True)
     ]
     initial = best[0]["gold"]
     laws = {
@@ -200,10 +196,11 @@ def compare_with(own: Judged, first: Judged) -> Json:
     return measures
 
 
-def _points(gold_SPM: ndarray, proxy_SPM: ndarray, resamples: Resamples) -> list[Json]:
+def _points(gold_SPM: ndarray, gold_DSM: ndarray, proxy_SPM: ndarray, resamples: Resamples) -> list[Json]:
+    """Means with intervals, of gold and proxy; gold_DSM: gold's means over resampled prompts."""
     columns: dict[str, ndarray] = {}
-    for name, values in (("gold", gold_SPM), ("proxy", proxy_SPM)):
-        drawn = resamples.over_seeds(resamples.by_seed(values))
+    for name, values, by_seed in (("gold", gold_SPM, gold_DSM), ("proxy", proxy_SPM, resamples.by_seed(proxy_SPM))):
+        drawn = resamples.over_seeds(by_seed)
         low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
         columns |= {name: values.mean((0, 1)), f"{name}_low": low, f"{name}_high": high}
     return [dict(zip(columns, map(float, row), strict=True)) for row in zip(*columns.values(), strict=True)]

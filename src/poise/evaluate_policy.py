@@ -29,7 +29,8 @@ from rich.table import Table
 from safetensors import SafetensorError
 from scipy.stats import binomtest
 
-from poise.adapters.harness import DEFAULT_TASKS, MAX_TOKENS, Answers, Task, evaluate, read_tasks
+from poise.adapters.benchmarks import DEFAULT_TASKS
+from poise.adapters.harness import MAX_TOKENS, Answers, Task, evaluate, read_tasks
 from poise.errors import PoiseError, first_line
 from poise.models import DEFAULT_MODEL, HfModel, HfTokenizer, frozen_dtype, load_policy, resolve_model
 from poise.policy import Policy

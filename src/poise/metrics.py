@@ -106,7 +106,7 @@ def fit_best_of_n(root_kl: Float[ndarray, " n"], gain: Float[ndarray, " n"]) -> 
     >>> fit_best_of_n(np.array([0.0, 1.0, 2.0]), np.array([0.0, 1.5, 2.0]))
     Law(alpha=2.0, beta=0.5, r2=1.0)
     """
-    return _fit_law(np.stack([root_kl, -np.square(root_kl)], -1), gain)
+    return _fit_law(best_of_n_terms(root_kl), gain)
 
 
 def fit_rl(root_kl: Float[ndarray, " n"], gain: Float[ndarray, " n"]) -> Law:
@@ -115,7 +115,17 @@ def fit_rl(root_kl: Float[ndarray, " n"], gain: Float[ndarray, " n"]) -> Law:
     >>> fit_rl(np.array([0.0, 1.0, np.e]), np.array([0.0, 2.0, np.e]))
     Law(alpha=2.0, beta=1.0, r2=1.0)
     """
-    return _fit_law(np.stack([root_kl, -xlogy(root_kl, root_kl)], -1), gain)
+    return _fit_law(rl_terms(root_kl), gain)
+
+
+def best_of_n_terms(root_kl: Float[ndarray, " n"]) -> Float[ndarray, "n 2"]:
+    """What alpha and beta of the law of best-of-n multiply: `terms @ [alpha, beta]` is its gain."""
+    return np.stack([root_kl, -np.square(root_kl)], -1)
+
+
+def rl_terms(root_kl: Float[ndarray, " n"]) -> Float[ndarray, "n 2"]:
+    """The same of the law of reinforcement learning."""
+    return np.stack([root_kl, -xlogy(root_kl, root_kl)], -1)
 
 
 def _fit_law(terms: ndarray, gain: ndarray) -> Law:
@@ -123,6 +133,22 @@ def _fit_law(terms: ndarray, gain: ndarray) -> Law:
     spread = np.square(gain - gain.mean()).sum()
     missed = np.square(gain - terms @ [alpha, beta]).sum()
     return Law(*(float(round(value, 12)) for value in (alpha, beta, 1 - missed / spread if spread > 0 else np.nan)))
+
+
+# ---- steps ----
+
+
+def smoothed(values: Float[ndarray, " steps"], width: int = 3) -> Float[ndarray, " steps"]:
+    """Centred moving average of the values that are there (not NaN); over fewer at the ends and beside gaps.
+
+    >>> smoothed(np.array([0.0, 3.0, np.nan, 1.0])).tolist()
+    [1.5, 1.5, 2.0, 1.0]
+    """
+    known, kernel = ~np.isnan(values), np.ones(width)
+    reach = slice(width // 2, width // 2 + len(values))
+    total = np.convolve(np.where(known, values, 0.0), kernel)[reach]
+    count = np.convolve(known.astype(float), kernel)[reach]
+    return np.where(count > 0, total / np.maximum(count, 1.0), np.nan)
 
 
 # ---- intervals ----

@@ -19,7 +19,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy import ndarray
 
+from poise.metrics import smoothed
 from poise.runs import Json
+from poise.study_summary import noise_label
 
 
 class Style(NamedTuple):
@@ -45,7 +47,6 @@ UNCERTAINTY_STYLES = dict(
 )
 _GREY = "#666666"
 _FEWEST_PAIRS = 10  # whose error rate is worth a point of a curve
-_WINDOW = 3  # PPO steps that one point of a smoothed line averages
 
 _LOOK = {
     "font.family": "sans-serif", "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold",
@@ -184,7 +185,7 @@ def _draw_training(ax: Axes, arm: Json, quantity: str, style: Style) -> None:
     """PPO steps, raw (faint) and smoothed, and the trained policy on held-out prompts as a large marker."""
     kl, values = _column(arm["steps"], "kl"), _column(arm["steps"], quantity)
     ax.plot(_root(kl), values, linestyle="none", color=style.colour, marker=style.marker, markersize=3, alpha=0.22)
-    ax.plot(_root(_smooth(kl)), _smooth(values), color=style.colour, linestyle=style.dash)
+    ax.plot(_root(smoothed(kl)), smoothed(values), color=style.colour, linestyle=style.dash)
     final = arm.get("final") or {}
     if final.get("kl") is None or final.get(quantity) is None:
         return
@@ -297,7 +298,7 @@ def _study(results: Json) -> Figure:
         ax.set_yticks(range(len(names)), names)
         ax.set_ylim(-0.6, len(names) - 0.4)
     handles = [
-        Line2D([], [], color=style.colour, marker=style.marker, label=_noise_label(noise))
+        Line2D([], [], color=style.colour, marker=style.marker, label=noise_label(noise))
         for noise, style in styles.items()
     ]
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles))
@@ -347,10 +348,6 @@ def _ends(measures: Sequence[Json]) -> list[Json]:
     return [{"mean": m["mean"], "low": m["interval"][0], "high": m["interval"][1]} for m in measures]
 
 
-def _noise_label(noise: str) -> str:
-    return {"0": "labels as they are", "raters": "labels of single raters"}.get(noise) or f"{float(noise):.0%} flipped"
-
-
 # ---- numbers ----
 
 
@@ -390,16 +387,6 @@ def _bars(intervals: Sequence[Json]) -> ndarray:
 def _root(kl: ndarray) -> ndarray:
     """√KL; an estimate from few samples can be a little below zero, and counts as zero."""
     return np.sqrt(np.maximum(kl, 0.0))
-
-
-def _smooth(values: ndarray) -> ndarray:
-    """Centred moving average over _WINDOW values, over fewer at the ends and beside gaps."""
-    known = ~np.isnan(values)
-    kernel = np.ones(_WINDOW)
-    reach = slice(_WINDOW // 2, _WINDOW // 2 + len(values))
-    total = np.convolve(np.where(known, values, 0.0), kernel)[reach]
-    count = np.convolve(known.astype(float), kernel)[reach]
-    return np.where(count > 0, total / np.maximum(count, 1.0), np.nan)
 
 
 # ---- output ----

@@ -592,12 +592,19 @@
         return {
           title: `${capital(quantity)}, ${label}`,
           level: quantity === 'gold' ? found[0]?.initial_gold : 0,
-          series: arms.map((arm, i) => ({
-            style: styleOf(arm.name),
-            kind: 'thick',
-            points: found[i][policy].map((point) => [root(point.kl), point[quantity], studyTip(arm.name, quantity, point)]),
-            band: found[i][policy].map((point) => [root(point.kl), ...boundsOf(quantity, point)]),
-          })),
+          series: arms.flatMap((arm, i) => {
+            const [style, points, law] = [styleOf(arm.name), found[i][policy], found[i].laws[policy]];
+            return [
+              ...(law && quantity === 'gold'
+                ? [{ style, kind: 'thin', points: points.map((point, at) => [root(point.kl), law[at]]) }] : []),
+              {
+                style,
+                kind: 'thick',
+                points: points.map((point) => [root(point.kl), point[quantity], studyTip(arm.name, quantity, point)]),
+                band: points.map((point) => [root(point.kl), ...boundsOf(quantity, point)]),
+              },
+            ];
+          }),
         };
       });
     }
@@ -606,23 +613,28 @@
       rowsOfCharts($('curves-ppo'), noises, (quantity, { name, label }) => ({
         title: `${capital(quantity)}, ${label}`,
         level: quantity === 'proxy' ? 0 : null,
-        series: visible(STUDY.arms).flatMap((arm) => {
+        series: visible(STUDY.arms).filter((arm) => STUDY.trained[name][arm.name]).flatMap((arm) => {
+          const style = styleOf(arm.name);
           const lines = STUDY.runs.filter((run) => run.noise === name)
             .flatMap((run) => run.arms.filter((other) => other.name === arm.name))
-            .map((one) => one.kl.map((_, i) => [smooth(one.kl)[i], smooth(one[quantity])[i]]));
-          if (!lines.length) return [];
-          const length = Math.min(...lines.map((line) => line.length));
-          const over = (i, axis) => mean(lines.map((line) => line[i][axis]));
-          const style = styleOf(arm.name);
-          const thin = (line) => ({ style, kind: 'thin', points: line.map(([kl, value]) => [root(kl), value]) });
+            .map((one) => [smooth(one.kl), smooth(one[quantity])]);
+          const thin = ([kl, values]) => ({ style, kind: 'thin', points: kl.map((at, i) => [root(at), values[i]]) });
+          const average = STUDY.trained[name][arm.name];
+          const at = average.kl.map(root);
           return [
             ...(lines.length > 1 ? lines.map(thin) : []),
-            { style, kind: 'thick', points: Array.from({ length }, (_, i) => [root(over(i, 0)), over(i, 1)]) },
+            {
+              style,
+              kind: 'thick',
+              points: at.map((x, i) => [x, average[quantity][i]]),
+              band: lines.length > 1
+                ? at.map((x, i) => [x, average[`${quantity}_low`][i], average[`${quantity}_high`][i]]) : [],
+            },
           ];
         }),
       }));
     }
-    if ($('curves-fluctuation')) showFluctuation();
+    if ($('curves-checkpoints')) showCheckpoints();
   }
 
   // One row of charts for each quantity, with one y axis for the whole row.
@@ -647,15 +659,19 @@
     });
   }
 
-  function showFluctuation() {
-    const tasks = [...new Set(Object.values(STUDY.fluctuation).flatMap(Object.keys))];
-    charts($('curves-fluctuation'), tasks.map((task) => ({
-      title: task,
+  function showCheckpoints() {
+    charts($('curves-checkpoints'), STUDY.checkpoints.map(({ task, noise_label: label, arms }) => ({
+      title: `${capital(task)}, ${label}`,
       x: 'PPO step',
-      series: visible(STUDY.arms).filter((arm) => STUDY.fluctuation[arm.name]?.[task]).map((arm) => {
-        const { steps, mean: scores } = STUDY.fluctuation[arm.name][task];
-        const points = steps.map((step, i) => [step, scores[i], `${arm.name}, step ${step}: ${number(scores[i], 3)}`]);
-        return { style: styleOf(arm.name), kind: 'thick', points };
+      series: visible(STUDY.arms).filter(({ name }) => arms[name]).map(({ name }) => {
+        const { steps, mean: scores, low, high } = arms[name];
+        const tip = (i) => `${name}, step ${steps[i]}: ${number(scores[i], 3)} (${number(low[i], 3)} to ${number(high[i], 3)})`;
+        return {
+          style: styleOf(name),
+          kind: 'thick',
+          points: steps.map((step, i) => [step, scores[i], tip(i)]),
+          band: steps.map((step, i) => [step, low[i], high[i]]),
+        };
       }),
     })));
   }

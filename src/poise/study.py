@@ -11,18 +11,17 @@ A cell runs in a process of its own, `--jobs` of them at a time. A study stopped
 one with more arms, seeds or noise keeps the cells it has. Gold is read when all cells are done, by `compare` and
 `best_of_n` alone.
 
-Intervals are 95 % bootstrap intervals: of policies over reward-model seeds, policy seeds averaged within each (policies
-that share a reward model are not independent); of best-of-n over reward models and prompts. Differences are paired.
+Intervals are 95 % bootstrap intervals: of policies over reward models (study_summary.py), of best-of-n over reward
+models and prompts (curves.py). Differences are paired.
 """
 
 import itertools
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import yaml
 
 from poise import best_of_n, claims, compare, plots, recipes, study_page, study_pool, train_policy, train_reward
@@ -31,17 +30,16 @@ from poise.cells import Cell, cpu_hours, run_cells
 from poise.data import Preference, read_preferences, write_preferences
 from poise.errors import PoiseError
 from poise.evaluate_policy import fluctuation
-from poise.metrics import bootstrap_interval
 from poise.models import DEFAULT_MODEL
 from poise.pool import judge_choices
 from poise.progress import console, progress
 from poise.runs import Json, Run, config_dict, environment, read_jsonl, write_atomic, write_json
+from poise.study_summary import measured, summary
 
-MEASURES = ("final_gold", "peak_gold", "drawdown", "mean_gold", "kl", "proxy", "distinct_bigrams")
 VERSION = 1  # of results.json
 GROWS = {
     "output", "arms", "reward_seeds", "policy_seeds", "pool_seeds", "pool_size", "label_noise", "policy_noise", "jobs",
-    "eval_every", "eval_data", "eval_tasks",
+    "eval_every", "eval_data", "eval_tasks", "eval_rows",
 }  # fmt: skip
 
 
@@ -68,7 +66,7 @@ class Config:
         "single", "single_large_kl", "mean", "worst_case", "uncertainty_weighted", "brme_0.4", "brme_1",
     )  # fmt: skip
     """Differences are taken against the first. Also: lower_confidence, soft_min, contrastive, par, bayesian, settle,
-    brme_0, brme_0.2, brme_0.6, brme_0.8, brme_mean, brme_random, brme_adaptive, constant."""
+    brme_0, brme_0.2, brme_0.6, brme_0.8, brme_large_kl, brme_mean, brme_random, brme_adaptive, constant."""
     label_noise: tuple[str, ...] = ("0", "0.25")
     """Shares of the preferences to flip; 0 leaves them as they are; `raters` takes those of --raters."""
     pool_seeds: int = 20
@@ -87,7 +85,7 @@ class Config:
     num_steps: int = 40
     """PPO steps of every policy."""
     kl_coef: float = 0.01
-    """β; `single_large_kl` has twenty times as much."""
+    """β; the arms called `large_kl` have twenty times as much."""
     max_tokens: int = 20
     """Longest completion, in tokens."""
     gold: str = ""
@@ -99,6 +97,8 @@ class Config:
     """Folder of their rows; default: the harness's own tasks, from the model hub."""
     eval_tasks: tuple[str, ...] = ("lambada",)
     """Which benchmarks."""
+    eval_rows: int = train_policy.Config.eval_rows
+    """Rows of each, the same ones every time."""
     jobs: int = 1
     """Cells at a time; the processor's cores are shared out among them."""
 
@@ -128,7 +128,7 @@ def run(config: Config) -> Run:
         "cells": cells,
         "summary": summary(cells, config.arms),
         "comparisons": comparisons,
-        "benchmarks": _benchmarks(config, out.folder),
+        "benchmarks": _benchmarks(out.folder),
         **of_pool,
     }  # fmt: skip
     results.setdefault("instability", {}).update(_unstable_policies(results["summary"]))
@@ -207,26 +207,20 @@ def _unstable_policies(of_noise: Json) -> Json:
     }
 
 
-def _benchmarks(config: Config, folder: Path) -> Json | None:
-    """What `poise evaluate-policy --output RUN/benchmarks` found, without the single rows; and what policies were asked
-    while they trained."""
-    found = Run(folder / "benchmarks").results or {"tasks": [], "policies": [], "fluctuation": {}}
-    for policy in found["policies"]:
+def _benchmarks(folder: Path) -> Json | None:
+    """What `poise evaluate-policy --output RUN/benchmarks` found, without the single rows."""
+    found = Run(folder / "benchmarks").results
+    for policy in found["policies"] if found else []:
         for task in policy["tasks"].values():
             task.pop("outcomes", None)
-    for (noise, reward_seed), seed, arm in itertools.product(_worlds(config), range(config.policy_seeds), config.arms):
-        cell = _policy_cell(config, arm, seed, noise, reward_seed).folder
-        if (cell / "benchmarks.jsonl").exists():
-            rows = list(read_jsonl(cell / "benchmarks.jsonl"))
-            found["fluctuation"][str(cell.relative_to(folder))] = fluctuation(rows)
-    return found if found["policies"] or found["fluctuation"] else None
+    return found
 
 
 def _say(results: Json) -> None:
     for noise, arms in results["summary"].items():
-        for name, measured in arms.items():
-            gold = measured["final_gold"]["mean"]
-            low, high = measured["final_gold"]["interval"]
+        for name, arm in arms.items():
+            gold = arm["final_gold"]["mean"]
+            low, high = arm["final_gold"]["interval"]
             console.print(f"noise {noise}, {name}: final gold {gold:+.2f} ({low:+.2f} to {high:+.2f})", highlight=False)
 
 
@@ -354,7 +348,7 @@ def _policy_cell(config: Config, name: str, policy_seed: int, noise: str, seed: 
             output=str(world / f"policy-{policy_seed}" / name), model=config.model, objective=arm.objective,
             kl_coef=config.kl_coef * arm.kl_factor, num_steps=config.num_steps, max_tokens=config.max_tokens,
             seed=1000 * seed + policy_seed, eval_every=config.eval_every, eval_data=config.eval_data,
-            eval_tasks=config.eval_tasks, **arm.changes,
+            eval_tasks=config.eval_tasks, eval_rows=config.eval_rows, **arm.changes,
         ),
     )  # fmt: skip
 
@@ -377,50 +371,7 @@ def _judged(config: Config, comparisons: list[str]) -> Iterator[Json]:
             for arm in (compare.run(settings).results or {})["arms"]:
                 at = {"noise": noise, "reward_seed": seed, "policy_seed": policy_seed, "arm": arm["name"]}
                 folder = _policy_cell(config, arm["name"], policy_seed, noise, seed).folder
-                yield at | measured(arm) | {"cpu_hours": cpu_hours(folder)}
-
-
-def measured(arm: Json) -> Json:
-    """MEASURES of one arm of a comparison, and the interval of its final gold over prompts."""
-    final = arm["final"]
-    return {
-        "final_gold": final["gold"], "interval_over_prompts": final["interval"],
-        "peak_gold": arm["peak_gold"], "drawdown": arm["drawdown"],
-        "mean_gold": float(np.mean([step["gold"] for step in arm["steps"]])),
-        "kl": final["kl"], "proxy": final["proxy"], "distinct_bigrams": final["distinct_bigrams"],
-    }  # fmt: skip
-
-
-def summary(cells: Iterable[Json], arms: tuple[str, ...]) -> Json:
-    """Per noise and arm: each measure over reward seeds, and less the first arm's where both are there."""
-    by_seed: dict[tuple[str, str, int], list[Json]] = {}
-    for cell in cells:
-        by_seed.setdefault((cell["noise"], cell["arm"], cell["reward_seed"]), []).append(cell)
-    found: Json = {}
-    for noise in sorted({noise for noise, _, _ in by_seed}):
-        seeds = {arm: {s: by_seed[n, a, s] for n, a, s in by_seed if (n, a) == (noise, arm)} for arm in arms}
-        found[noise] = {arm: _arm_summary(own, seeds[arms[0]], arm != arms[0]) for arm, own in seeds.items() if own}
-    return found
-
-
-def _arm_summary(own: dict[int, list[Json]], first: dict[int, list[Json]], differs: bool) -> Json:
-    part: Json = {"reward_seeds": len(own), "policies": sum(map(len, own.values()))}
-    for key in MEASURES:
-        values = np.array([np.mean([cell[key] for cell in cells]) for cells in own.values()])
-        part[key] = {"mean": float(values.mean()), "interval": bootstrap_interval(values)}
-        if len(values) > 1:
-            part[key]["std"] = float(values.std(ddof=1))
-        both = [
-            [
-                one[key] - other[key]
-                for one in own[s]
-                for other in first[s]
-                if one["policy_seed"] == other["policy_seed"]
-            ]
-            for s in own.keys() & first.keys()
-        ]
-        paired = np.array([np.mean(differences) for differences in both if differences])
-        if differs and len(paired):
-            part[key] |= {"less_first": float(paired.mean()), "less_first_interval": bootstrap_interval(paired)}
-    part["cpu_hours"] = sum(cell["cpu_hours"] for cells in own.values() for cell in cells)
-    return part
+                cell = at | measured(arm) | {"cpu_hours": cpu_hours(folder)}
+                if (folder / "benchmarks.jsonl").exists():
+                    cell["checkpoints"] = fluctuation(list(read_jsonl(folder / "benchmarks.jsonl")))
+                yield cell

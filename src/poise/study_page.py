@@ -18,24 +18,23 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
 from poise.errors import PoiseError
-from poise.metrics import KL_COEFS, sizes
-from poise.report import REWARD_MODELS, Verdict, page_template, percent, read_json, signed
+from poise.metrics import KL_COEFS, best_of_n_terms, resampled_counts, rl_terms, sizes, smoothed
+from poise.report import REWARD_MODELS, page_template, read_json
 from poise.runs import Json, write_atomic
+from poise.study_summary import noise_label, over_policies
+from poise.study_verdicts import caveats, compared_arms, findings, headlines, published
 
 VERSION = 1  # of results.json
 NUM_COMPLETIONS = 10
 MAX_STEPS = 200  # of a run's steps that the page has
-NUM_NAMED = 6  # differences or claims that one sentence names
-ENOUGH_SEEDS = 5
+DRAWS = 1000  # of the bootstrap of mean runs
 DIGITS = 4  # significant, of what charts show
-Kind = Literal["worse", "unclear", "better"]
-_ORDER: tuple[Kind, ...] = ("worse", "unclear", "better")
 _COLUMNS = ("step", "kl", "proxy", "gold", "disagreement", "gap", "routing_std")
 
 
@@ -77,16 +76,19 @@ def render(
     curves = results.get("best_of_n") or {}
     benchmarks = results.get("benchmarks") or {}
     runs = [_run(comparison) for comparison in comparisons]
-    fluctuation = _drawn_fluctuation(benchmarks.get("fluctuation") or {})
-    study = {"arms": arms, "noises": noises, "best_of_n": _curves(curves), "runs": runs, "fluctuation": fluctuation}
+    checkpoints = list(_checkpoints(results))
+    study = {
+        "arms": arms, "noises": noises, "best_of_n": _curves(curves), "runs": runs, "trained": _trained(comparisons),
+        "checkpoints": checkpoints,
+    }  # fmt: skip
     return page_template("study.html.j2").render(
         results=results,
         settings=results.get("settings") or {},
-        first_trained=_compared(results)[0].first,
-        first_selected=_compared(results)[1].first,
+        first_trained=compared_arms(results)[0].first,
+        first_selected=compared_arms(results)[1].first,
         headlines=headlines(results),
         findings=findings(results),
-        caveats=_caveats(results),
+        caveats=caveats(results),
         absent=_absent(results, comparisons, pool),
         missing=results.get("missing") or {},
         arms={arm["name"]: arm for arm in arms},
@@ -99,10 +101,10 @@ def render(
         pool=pool,
         benchmarks=benchmarks,
         p_values=_p_values(benchmarks),
-        fluctuation=fluctuation,
+        checkpoints=checkpoints,
         instability=list(_instability_rows(results)),
         instability_keys=_instability_keys(results),
-        published=_published(results),
+        published=published(results),
         completions=_completions(comparisons),
         environment=environment,
         command=command,
@@ -114,198 +116,7 @@ def render(
     )
 
 
-# ---- the answer ----
-
-
-class Difference(NamedTuple):
-    """Final gold of one arm less that of the first, under one label noise, over seeds."""
-
-    noise: str
-    arm: str
-    gold: float
-    interval: tuple[float, float] | None
-    kind: Kind
-
-    @property
-    def text(self) -> str:
-        """Where, and unless it may be zero how much, with its interval."""
-        if self.interval is None or self.kind == "unclear":  # the interval is in the tables: it holds zero
-            return noise_label(self.noise)
-        smallest = min(abs(value) for value in (self.gold, *self.interval))
-        digits = 3 if smallest < 0.005 else 2  # no "+0.00" that is said not to be zero
-        low, high = (signed(bound, digits) for bound in self.interval)
-        return f"{signed(self.gold, digits)} with {noise_label(self.noise)} ({low} to {high})"
-
-
-def headlines(results: Json) -> list[Verdict]:
-    """What the differences come to: trained policies first, then best-of-n."""
-    found = [_counted(*compared) for compared in _compared(results) if compared.differences]
-    return found or [Verdict("unclear", "There is nothing to compare: no arm has a difference.")]
-
-
-def findings(results: Json) -> list[Verdict]:
-    """What is behind them, failures before successes."""
-    found = [finding for compared in _compared(results) for finding in _named(*compared)]
-    found += [*_of_benchmarks(results), *_of_published(results)]
-    return sorted(found, key=lambda verdict: _ORDER.index(verdict.kind))
-
-
-class Compared(NamedTuple):
-    """Differences of one kind of policy, and the arm that they are taken from."""
-
-    what: str
-    first: str
-    differences: list[Difference]
-
-
-def _compared(results: Json) -> list[Compared]:
-    """Of the study's own arms; best-of-n tries all there are, and the rest are in its table."""
-    own = (results.get("settings") or {}).get("arms")
-    selected = {noise: _measures(arms) for noise, arms in (results.get("best_of_n") or {}).items()}
-    found = []
-    for what, summary in (("After PPO", results.get("summary") or {}), ("At best-of-n", selected)):
-        differences = [one for one in _differences(summary) if own is None or one.arm in own]
-        found.append(Compared(what, _reference(summary), differences))
-    return found
-
-
-def _reference(summary: Json) -> str:
-    """The arm that has no difference from the first, being it."""
-    names = [
-        name
-        for arms in summary.values()
-        for name, arm in arms.items()
-        if "less_first" not in (arm.get("final_gold") or {})
-    ]
-    return names[0] if names else "the first arm"
-
-
-def _measures(arms: Json) -> Json:
-    """A best-of-n study's arms in the form of the summary of trained policies."""
-    return {name: {"reward_seeds": arm.get("seeds"), **(arm.get("measures") or {})} for name, arm in arms.items()}
-
-
-def _differences(summary: Json) -> Iterator[Difference]:
-    for noise, arms in summary.items():
-        for name, arm in arms.items():
-            gold = (arm.get("final_gold") or {}).get("less_first")
-            if gold is None:
-                continue
-            interval = arm["final_gold"].get("less_first_interval")
-            # Of a single seed the bootstrap draws that seed again and again: an interval of no width, and no evidence.
-            if not interval or None in interval or (arm.get("reward_seeds") or 0) < 2:
-                yield Difference(noise, name, gold, None, "unclear")
-                continue
-            low, high = interval
-            kind: Kind = "unclear" if low <= 0 <= high else "better" if gold > 0 else "worse"
-            yield Difference(noise, name, gold, (low, high), kind)
-
-
-def _counted(what: str, first: str, differences: list[Difference]) -> Verdict:
-    """How many are what, in one sentence."""
-    count = {kind: sum(one.kind == kind for one in differences) for kind in _ORDER}
-    says = {"worse": "worse", "unclear": "not distinguishable from it", "better": "better"}
-    kind: Kind = "worse" if count["worse"] else "better" if count["better"] else "unclear"
-    listed = [f"{number} {'is' if number == 1 else 'are'} {says[kind]}" for kind, number in count.items()]
-    number_of = f"{len(differences)} comparison{'s' if len(differences) > 1 else ''}"
-    text = f"{what}, of {number_of} of final gold with {first}, {listed[0]}, {listed[1]} and {listed[2]}."
-    return Verdict(kind, text)
-
-
-def _named(what: str, first: str, differences: list[Difference]) -> Iterator[Verdict]:
-    """The arms behind the count, one sentence for each kind."""
-    says: dict[Kind, str] = {
-        "worse": f"{what}, worse than {first}",
-        "unclear": f"{what}, not distinguishable from {first}",
-        "better": f"{what}, better than {first}",
-    }
-    for kind, text in says.items():
-        found = [one for one in differences if one.kind == kind]
-        found.sort(key=lambda one: 0.0 if kind == "unclear" else -abs(one.gold))
-        named = found[:NUM_NAMED]
-        by_arm = {arm: ", ".join(o.text for o in named if o.arm == arm) for arm in dict.fromkeys(o.arm for o in named)}
-        parts = [f"{arm} ({where})" if kind == "unclear" else f"{arm} {where}" for arm, where in by_arm.items()]
-        if parts:
-            more = f"; and {len(found) - NUM_NAMED} more" if len(found) > NUM_NAMED else ""
-            yield Verdict(kind, f"{text}: {'; '.join(parts)}{more}.")
-
-
-def _of_published(results: Json) -> Iterator[Verdict]:
-    claims = _published(results)
-    if not claims:
-        return
-    failed = [claim for claim in claims if claim["replicated"] == "no"]
-    if failed:
-        listed = "; ".join(f"{c['claim']}: published {c['published']}, here {c['here']}" for c in failed[:NUM_NAMED])
-        more = f"; and {len(failed) - NUM_NAMED} more" if len(failed) > NUM_NAMED else ""
-        yield Verdict("worse", f"Of {len(claims)} published figures {len(failed)} not found here: {listed}{more}.")
-    says: tuple[tuple[Kind, str, str], ...] = (
-        ("unclear", "unclear", "undecided here"),
-        ("better", "yes", "found here too"),
-    )
-    for kind, answer, text in says:
-        if count := sum(claim["replicated"] == answer for claim in claims):
-            yield Verdict(kind, f"Of {len(claims)} published figures {count} {text}.")
-
-
-def _of_benchmarks(results: Json) -> Iterator[Verdict]:
-    policies = (results.get("benchmarks") or {}).get("policies") or []
-    averages = [(policy["name"], policy.get("average") or {}) for policy in policies]
-    compared = [
-        (name, average)
-        for name, average in averages
-        if average.get("difference") is not None and None not in (average.get("interval") or [None])
-    ]
-    directions: tuple[tuple[Kind, str], ...] = (("worse", "below"), ("better", "above"))
-    for kind, says in directions:
-        found = [
-            f"{name} {signed(average['difference'], 3)} ({signed(average['interval'][0], 3)} to "
-            f"{signed(average['interval'][1], 3)})"
-            for name, average in compared
-            if (average["interval"][1] < 0 if kind == "worse" else average["interval"][0] > 0)
-        ]
-        if found:
-            yield Verdict(kind, f"On the average of the benchmarks, {says} {policies[0]['name']}: {'; '.join(found)}.")
-    unclear = [name for name, average in compared if average["interval"][0] <= 0 <= average["interval"][1]]
-    if unclear:
-        text = (
-            f"On the average of the benchmarks, not distinguishable from {policies[0]['name']}: {', '.join(unclear)}."
-        )
-        yield Verdict("unclear", text)
-
-
-def _caveats(results: Json) -> list[str]:
-    """What the intervals do not count."""
-    summary, pools = results.get("summary") or {}, results.get("best_of_n") or {}
-    seeds = [arm.get("reward_seeds") for arms in summary.values() for arm in arms.values()]
-    fewest = min((count for count in seeds if count), default=None)
-    pool_seeds = [arm.get("seeds") for arms in pools.values() for arm in arms.values()]
-    fewest_of_pool = min((count for count in pool_seeds if count), default=None)
-    text = "Intervals are 95\xa0% bootstrap intervals over reward models of different seeds"
-    text += " (of best-of-n over prompts too)" if pools else ""
-    over = [
-        f"{count} {what}"
-        for count, what in ((fewest, "after PPO"), (fewest_of_pool, "at best-of-n"))
-        if count is not None
-    ]
-    found = [f"{text}, at fewest {' and '.join(over)}." if over else f"{text}."]
-    if fewest == 1:
-        found.append("One reward model decides nothing: nothing after PPO is called a difference.")
-    elif fewest is not None and fewest < ENOUGH_SEEDS:
-        found.append(
-            f"{fewest} seeds are few, and such intervals too narrow: where there is no difference at all, {fewest} "
-            f"seeds agree on its sign one time in {2 ** (fewest - 1)}."
-        )
-    own = (results.get("settings") or {}).get("arms") or []
-    if others := {arm for arms in pools.values() for arm in arms} - {*own} if own else set():
-        found.append(
-            f"The sentences above are of the study’s own arms; best-of-n has {len(others)} more, in its table."
-        )
-    found.append(
-        "Each interval stands for itself, with no correction for there being many: one in twenty would leave out a "
-        "difference of zero by chance."
-    )
-    return found
+# ---- the page ----
 
 
 def _absent(results: Json, comparisons: list[Json], pool: Json | None) -> list[str]:
@@ -322,24 +133,6 @@ def _absent(results: Json, comparisons: list[Json], pool: Json | None) -> list[s
     return [part for part, there in parts.items() if not there]
 
 
-# ---- the page ----
-
-
-def noise_label(noise: str) -> str:
-    """Label noise in words.
-
-    >>> noise_label("0"), noise_label("raters"), noise_label("0.25")
-    ('no labels flipped', 'single raters’ labels', '25\\xa0% of labels flipped')
-    """
-    if noise == "raters":
-        return "single raters’ labels"
-    try:
-        share = float(noise)
-    except ValueError:
-        return noise
-    return "no labels flipped" if share == 0 else f"{percent(share, 0)} of labels flipped"
-
-
 def _arms(results: Json, comparisons: list[Json]) -> list[Json]:
     """Every arm that there is something of, those of the settings first; its place decides its colour and dash.
 
@@ -348,7 +141,6 @@ def _arms(results: Json, comparisons: list[Json]) -> list[Json]:
     described = results.get("arms") or {}
     trained = [arm for arms in (results.get("summary") or {}).values() for arm in arms]
     trained += [arm["name"] for comparison in comparisons for arm in comparison["arms"]]
-    trained += list((results.get("benchmarks") or {}).get("fluctuation") or {})
     selected = [arm for arms in (results.get("best_of_n") or {}).values() for arm in arms]
     there = {*trained, *selected}
     chosen = [name for name in (results.get("settings") or {}).get("arms") or [] if name in there] + trained
@@ -372,12 +164,6 @@ def _arm_rows(results: Json) -> Iterator[Json]:
     for noise, arms in (results.get("summary") or {}).items():
         for name, measured in arms.items():
             yield {"noise": noise, "noise_label": noise_label(noise), "arm": name, **measured}
-
-
-def _published(results: Json) -> list[Json]:
-    """Published figures, those that did not replicate first."""
-    order = {"no": 0, "unclear": 1, "yes": 2}
-    return sorted(results.get("published") or [], key=lambda claim: order.get(claim.get("replicated"), 1))
 
 
 def _instability_rows(results: Json) -> Iterator[Json]:
@@ -453,25 +239,57 @@ def _steps(arm: Json) -> Json:
     }  # fmt: skip
 
 
+def _trained(comparisons: list[Json]) -> Json:
+    """Per noise and arm, its policies at equal steps: means and intervals over reward models, of smoothed steps."""
+    runs: dict[tuple[str, str], dict[tuple[int, int], Json]] = {}
+    for one in comparisons:
+        for arm in one["arms"]:
+            of_arm = runs.setdefault((one["noise"], arm["name"]), {})
+            of_arm[one["reward_seed"], one["policy_seed"]] = _steps(arm)
+    found: Json = {}
+    for (noise, name), of_arm in runs.items():
+        length = min(len(run["step"]) for run in of_arm.values())
+        mean, line = {}, {}
+        for key in ("kl", "gold", "proxy"):
+            steps = {at: smoothed(np.array(run[key][:length], dtype=float)) for at, run in of_arm.items()}
+            by_reward = over_policies(steps)
+            mean[key] = by_reward.mean(0)
+            resampled = resampled_counts(len(by_reward), DRAWS, seed=0) @ by_reward
+            line[f"{key}_low"], line[f"{key}_high"] = np.quantile(resampled, [0.025, 0.975], axis=0)
+        found.setdefault(noise, {})[name] = {key: _shortened(values.tolist()) for key, values in (mean | line).items()}
+    return found
+
+
 def _curves(by_noise: Json) -> Json:
     kept = ("initial_gold", "best_of_n", "tilted")
     return {
-        noise: {name: {key: _shortened(arm.get(key)) for key in kept} for name, arm in arms.items()}
+        noise: {
+            name: {key: _shortened(arm.get(key)) for key in kept} | {"laws": _shortened(_laws(arm))}
+            for name, arm in arms.items()
+        }
         for noise, arms in by_noise.items()
     }
 
 
-def _drawn_fluctuation(fluctuation: Json) -> Json:
-    """Policies' scores checkpoint by checkpoint, where they are recorded so."""
-    found = {
-        policy: {
-            task: {"steps": scores["steps"], "mean": _shortened(scores["mean"])}
-            for task, scores in tasks.items()
-            if isinstance(scores.get("steps"), list) and isinstance(scores.get("mean"), list)
-        }
-        for policy, tasks in fluctuation.items()
-    }
-    return {policy: tasks for policy, tasks in found.items() if tasks}
+def _laws(arm: Json) -> Json:
+    """Gold by the fitted laws, at the KL of the points that they were fitted to."""
+    found: Json = {}
+    for policy, terms in (("best_of_n", best_of_n_terms), ("tilted", rl_terms)):
+        if fit := (arm.get("fits") or {}).get(policy):
+            root_kl = np.sqrt(np.maximum([point["kl"] for point in arm[policy]], 0.0))
+            found[policy] = (arm["initial_gold"] + terms(root_kl) @ [fit["alpha"], fit["beta"]]).tolist()
+    return found
+
+
+def _checkpoints(results: Json) -> Iterator[Json]:
+    """What benchmarks said while policies trained: one item a noise and task."""
+    for noise, arms in (results.get("summary") or {}).items():
+        tasks = dict.fromkeys(task for arm in arms.values() for task in arm.get("checkpoints") or {})
+        for task in tasks:
+            of_task = {
+                name: arm["checkpoints"][task] for name, arm in arms.items() if task in arm.get("checkpoints", {})
+            }
+            yield {"task": task, "noise_label": noise_label(noise), "arms": _shortened(of_task)}
 
 
 def _pool(pool: Json) -> Json:
