@@ -143,6 +143,30 @@ class Page(HTMLParser):
     def text(self) -> str:
         return " ".join("".join(self._text).split())
 
+    @property
+    def security_policy(self) -> str:
+        content = next(tag["content"] for name, tag in self.tags if name == "meta" and "http-equiv" in tag)
+        assert content
+        return content
+
+    def assert_fetches_nothing(self) -> None:
+        links = [
+            value for _, attributes in self.tags for name, value in attributes.items()
+            if name in ("src", "href", "xlink:href", "action", "data", "srcset")
+        ]  # fmt: skip
+        assert all(link and link.startswith(("#", "data:")) for link in links)
+        assert "@import" not in self.html
+
+    def assert_accessible(self) -> None:
+        """Identifiers are unique, no heading is skipped, every column and row of a table is named."""
+        identifiers = [attributes["id"] for _, attributes in self.tags if "id" in attributes]
+        assert len(identifiers) == len(set(identifiers)) > 0
+        levels = [int(tag[1]) for tag, _ in self.tags if re.fullmatch(r"h\d", tag)]
+        assert levels[0] == 1
+        assert levels.count(1) == 1
+        assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+        assert all("scope" in attributes for tag, attributes in self.tags if tag == "th")
+
 
 # ---- what it says ----
 
@@ -235,26 +259,14 @@ def test_generated_text_stays_text(quickstart: Path):
 
 def test_nothing_on_the_page_points_outside(quickstart: Path):
     page = Page(report.build(quickstart))
-    links = [
-        value for _, attributes in page.tags for name, value in attributes.items()
-        if name in ("src", "href", "xlink:href", "action", "data", "srcset")
-    ]  # fmt: skip
-    assert all(link and link.startswith(("#", "data:")) for link in links)
-    assert "@import" not in page.html
+    page.assert_fetches_nothing()
     assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)", page.html))
-    policy = next(tag["content"] for name, tag in page.tags if name == "meta" and "http-equiv" in tag)
-    assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    assert page.security_policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def test_the_page_is_accessible(quickstart: Path):
     page = Page(report.build(quickstart))
-    identifiers = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
-    assert len(identifiers) == len(set(identifiers)) > 0
-    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h\d", tag)]
-    assert levels[0] == 1
-    assert levels.count(1) == 1
-    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
-    assert all("scope" in attributes for tag, attributes in page.tags if tag == "th")
+    page.assert_accessible()
     cards = [attributes for _, attributes in page.tags if attributes.get("class") == "card"]
     assert len(cards) == sum(tag == "svg" for tag, _ in page.tags) == 4
     assert all(card["role"] == "img" and card["aria-label"] for card in cards)
