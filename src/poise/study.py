@@ -63,7 +63,8 @@ class Config:
     model: str = DEFAULT_MODEL
     """Language model: local folder or hub id."""
     arms: tuple[str, ...] = (
-        "single", "single_large_kl", "mean", "worst_case", "uncertainty_weighted", "brme_0.4", "brme_1", "brme_large_kl",
+        "single", "single_large_kl", "mean", "worst_case", "uncertainty_weighted", "brme_0.4", "brme_1",
+        "brme_large_kl",
     )  # fmt: skip
     """Differences are taken against the first. Also: lower_confidence, soft_min, contrastive, par, bayesian, settle,
     brme_0, brme_0.2, brme_0.6, brme_0.8, brme_mean, brme_random, brme_adaptive, constant."""
