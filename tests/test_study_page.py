@@ -23,6 +23,7 @@ from poise.errors import PoiseError
 from poise.objectives import HeadRewards, RewardScale, parse_objective
 from poise.report import Verdict
 from poise.runs import Json, write_json
+from poise.study_summary import MEASURES
 from test_report import CHROMIUM, Page, needs_chromium
 
 HOSTILE = '</script><script>document.title="pwned"</script><img src=x onerror="document.title=1"><!--<script>'
@@ -48,12 +49,11 @@ def make_measure(value: float, less: float | None, width: float = 0.1) -> Json:
 
 def make_summary(less: dict[str, float], seeds: int = 3) -> Json:
     """One noise: arms whose final gold is .3 and what `less` adds."""
-    keys = ("final_gold", "peak_gold", "drawdown", "mean_gold", "kl", "proxy", "distinct_bigrams")
     return {
         name: {
             "reward_seeds": seeds, "policies": seeds, "cpu_hours": 1.5 + len(name) / 7,
-            **{key: make_measure(0.3 + less.get(name, 0.0), None if name == "single" else less[name]) for key in keys},
-            **({"checkpoints": make_checkpoints(0.2, None if name == "single" else -0.1)} if name in CHECKED else {}),
+            **dict.fromkeys(MEASURES, make_measure(0.3 + less.get(name, 0.0), less.get(name))),
+            **({"checkpoints": make_checkpoints(0.2, -0.1 if name in less else None)} if name in CHECKED else {}),
         }
         for name in ("single", *less)
     }  # fmt: skip

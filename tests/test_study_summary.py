@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from poise.study_summary import MEASURES, summary
+from poise.study_summary import MEASURES, measured, summary
 
 
 def cell(arm: str, reward_seed: int, policy_seed: int, gold: float) -> dict[str, Any]:
@@ -17,6 +17,20 @@ def cell(arm: str, reward_seed: int, policy_seed: int, gold: float) -> dict[str,
         "policy_seed": policy_seed,
         "cpu_hours": 0.5,
     } | dict.fromkeys(MEASURES, gold)
+
+
+def test_measures_by_hand() -> None:
+    arm = {
+        "steps": [{"gold": gold} for gold in (0.0, 1.0, 0.5, 0.5, 1.5)], "initial_gold": 0.2, "initial_gold_std": 0.5,
+        "peak_gold": 1.0, "drawdown": 0.4,
+        "final": {"gold": 0.7, "interval": [0.6, 0.8], "proxy": 3.0, "kl": 9.0, "distinct_bigrams": 0.5},
+    }  # fmt: skip
+    found = measured(arm)
+    assert found.keys() == {*MEASURES, "interval_over_prompts"}
+    assert found["mean_gold"] == pytest.approx(0.7)
+    assert found["gold_std"] == pytest.approx(1 / 3**0.5)  # of .5, .5 and 1.5
+    assert found["over_scoring"] == pytest.approx(3.0 - 0.5 / 0.5)  # gold has gained one std
+    assert measured(arm | {"steps": [{"gold": 1.0}]})["gold_std"] == 0.0
 
 
 def test_summary_by_hand() -> None:

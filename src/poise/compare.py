@@ -52,8 +52,8 @@ def run(config: Config) -> Run:
         _arm(Path(arm), label, rows, config.gold) for arm, label, rows in zip(config.arms, labels, finals, strict=True)
     ]
     initial = _initial(Path(config.pool), len(finals[0]) // len(by_prompt[0])) if config.pool else {}
-    for arm in arms:
-        arm["initial_gold"] = initial.get("gold", arm["steps"][0]["gold"])
+    for arm in arms if initial else []:
+        arm |= {"initial_gold": initial["gold"], "initial_gold_std": initial["gold_std"]}
     differences = []
     for arm, golds in zip(arms[1:], by_prompt[1:], strict=True):
         paired = np.array([golds[prompt] - by_prompt[0][prompt] for prompt in golds])
@@ -76,7 +76,8 @@ def _initial(pool: Path, per_prompt: int) -> Json:
         seen[label] = seen.get(label, 0) + 1
         if seen[label] <= per_prompt:
             texts.append(row["completion"])
-    return {"gold": float(np.mean([row["gold"] for row in rows])), "distinct_bigrams": distinct_bigrams(texts)}
+    golds = np.array([row["gold"] for row in rows])
+    return {"gold": float(golds.mean()), "gold_std": _std(golds), "distinct_bigrams": distinct_bigrams(texts)}
 
 
 def _final(arm: Path, gold: str) -> list[Json]:
@@ -114,6 +115,7 @@ def _arm(folder: Path, label: str, final: list[Json], gold: str) -> Json:
     final_gold = float(by_prompt.mean())
     # Peak of a moving average: single steps of a few dozen completions are too noisy to name a peak.
     peak = max(final_gold, float(_moving_average(np.array([step["gold"] for step in steps])).max()))
+    first = np.array(golds[metrics[0]["step"]])  # the initial policy's
     laps = ("sample", "score", "reference", "update")
     return {
         "name": folder.name.removeprefix("policy-"), "label": label, "objective": settings["objective"],
@@ -125,10 +127,17 @@ def _arm(folder: Path, label: str, final: list[Json], gold: str) -> Json:
             "distinct_bigrams": distinct_bigrams([row["completion"] for row in final]),
         },
         "peak_gold": peak, "drawdown": peak - final_gold,
+        "initial_gold": float(first.mean()), "initial_gold_std": _std(first),
         "alarms": [{"step": step["step"], "score": step["monitor_score"]} for step in metrics if step.get("alarm")],
         "seconds": sum(step[f"{lap}_seconds"] for step in metrics for lap in laps),
         "step_seconds": {lap: float(np.median([step[f"{lap}_seconds"] for step in metrics])) for lap in laps},
     }  # fmt: skip
+
+
+def _std(values: ndarray) -> float:
+    """Sample std, as a unit: like a RewardScale's, 1 for a constant."""
+    std = values.std(ddof=1) if len(values) > 1 else 0.0
+    return float(std) if std > 1e-6 else 1.0
 
 
 def _moving_average(values: ndarray, width: int = 3) -> ndarray:

@@ -367,7 +367,8 @@ def _judged(config: Config, comparisons: list[str]) -> Iterator[Json]:
                 continue
             output = _world(config, noise, seed) / f"policy-{policy_seed}" / "comparison"
             (output / "config.yaml").unlink(missing_ok=True)  # done anew: there may be more arms than last time
-            settings = compare.Config(arms=tuple(done), output=str(output), gold=config.gold)
+            pool = str(Path(config.output) / "pool") if config.pool_size else ""
+            settings = compare.Config(arms=tuple(done), output=str(output), gold=config.gold, pool=pool)
             comparisons.append(str(output.relative_to(config.output)))
             for arm in (compare.run(settings).results or {})["arms"]:
                 at = {"noise": noise, "reward_seed": seed, "policy_seed": policy_seed, "arm": arm["name"]}

@@ -16,7 +16,9 @@ from numpy import ndarray
 from poise.metrics import bootstrap_interval
 from poise.runs import Json
 
-MEASURES = ("final_gold", "peak_gold", "drawdown", "mean_gold", "kl", "proxy", "distinct_bigrams")
+MEASURES = (
+    "final_gold", "peak_gold", "drawdown", "mean_gold", "gold_std", "kl", "proxy", "over_scoring", "distinct_bigrams",
+)  # fmt: skip
 MOVEMENTS = ("std", "range", "largest_drop")  # of a benchmark's means over checkpoints
 Values = dict[tuple[int, int], float]  # of one arm, by reward seed and policy seed
 
@@ -37,13 +39,20 @@ def noise_label(noise: str) -> str:
 
 
 def measured(arm: Json) -> Json:
-    """MEASURES of one arm of a comparison, and the interval of its final gold over prompts."""
-    final = arm["final"]
+    """MEASURES of one arm of a comparison, and the interval of its final gold over prompts.
+
+    gold_std: over the second half of the steps, how unsteady it is once learned. over_scoring: proxy less what gold has
+    gained, each in stds of the initial policy's completions; 0 for a reward that gold agrees with.
+    """
+    final, gold = arm["final"], np.array([step["gold"] for step in arm["steps"]])
+    late = gold[len(gold) // 2 :]
     return {
         "final_gold": final["gold"], "interval_over_prompts": final["interval"],
         "peak_gold": arm["peak_gold"], "drawdown": arm["drawdown"],
-        "mean_gold": float(np.mean([step["gold"] for step in arm["steps"]])),
-        "kl": final["kl"], "proxy": final["proxy"], "distinct_bigrams": final["distinct_bigrams"],
+        "mean_gold": float(gold.mean()), "gold_std": float(late.std(ddof=1)) if len(late) > 1 else 0.0,
+        "kl": final["kl"], "proxy": final["proxy"],
+        "over_scoring": final["proxy"] - (final["gold"] - arm["initial_gold"]) / arm["initial_gold_std"],
+        "distinct_bigrams": final["distinct_bigrams"],
     }  # fmt: skip
 
 
