@@ -89,14 +89,26 @@ def test_measures_by_hand() -> None:
     judged = judge(curves, Resamples.draw(PROMPTS, 3))
     by_seed = curves.best_of_n_gold_SPM.mean(1)
     assert judged.means["final_gold"] == pytest.approx(by_seed[:, -1].mean())
-    assert judged.means["peak_gold"] == pytest.approx(by_seed.max(-1).mean())
-    assert judged.means["drawdown"] == pytest.approx((by_seed.max(-1) - by_seed[:, -1]).mean())
+    mean = by_seed.mean(0)
+    assert judged.means["peak_gold"] == pytest.approx(mean.max())
+    assert judged.means["drawdown"] == pytest.approx(mean.max() - mean[-1])
     assert judged.means["gain"] == pytest.approx((by_seed[:, -1] - gold.mean()).mean())
     right = (proxy[..., 1::2] > proxy[..., ::2]) == (gold[..., 1::2] > gold[..., ::2])
     assert judged.means["accuracy"] == pytest.approx(right.mean())
-    for entry in judged.json["measures"].values():
-        assert entry["interval"][0] < entry["interval"][1]
+    for name, entry in judged.json["measures"].items():
+        at_the_end = name == "drawdown" and entry["mean"] == 0  # there is no fall from a peak at the end
+        assert entry["interval"][0] < entry["interval"][1] or at_the_end
     assert judged.json["best_of_n"][0]["gold"] == pytest.approx(gold.mean())
+
+
+def test_a_fall_is_not_made_of_noise() -> None:
+    """Gold that does not depend on n but for noise: the intervals of most falls from the peak hold zero."""
+    generator = np.random.default_rng(0)
+    found = []
+    for _ in range(40):
+        proxy, gold = generator.normal(size=(6, 20, 8)), generator.normal(size=(20, 8))
+        found.append(judge(Curves.of(proxy, gold), Resamples.draw(20, 6, 200)).json["measures"]["drawdown"]["interval"])
+    assert sum(low > 0 for low, _ in found) <= 8  # it is the worst of nine, so more than one in forty
 
 
 def test_pairs_that_gold_ties_do_not_count() -> None:
@@ -107,6 +119,10 @@ def test_pairs_that_gold_ties_do_not_count() -> None:
     assert math.isnan(found[0, 1])
     judged = judge(Curves.of(proxy, gold), Resamples.draw(2, 1, 50))
     assert judged.means["accuracy"] == 0.0
+    # Resamples without the first prompt know nothing of accuracy; in the others it is 0.
+    assert judged.json["measures"]["accuracy"]["interval"] == (0.0, 0.0)
+    right = judge(Curves.of(-proxy, gold), Resamples.draw(2, 1, 50))
+    assert right.json["measures"]["accuracy"]["interval"] == (right.means["accuracy"],) * 2
     assert "accuracy" not in judge(Curves.of(proxy, np.zeros((2, 4))), Resamples.draw(2, 1, 50)).means
 
 

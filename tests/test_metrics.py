@@ -30,21 +30,31 @@ from poise.metrics import (
     spearman,
     style_matrix,
     style_scores,
+    t_interval,
     tilted,
     weighted_auroc,
 )
 
 
-@given(st.integers(2, 7), st.integers(0, 1000))
-def test_best_of_n_equals_the_average_over_all_subsets(size: int, seed: int) -> None:
+@given(st.integers(2, 7), st.integers(1, 3), st.integers(0, 1000))
+def test_best_of_n_equals_the_average_over_all_subsets(size: int, levels: int, seed: int) -> None:
+    """Among those of equal proxy, which there are many of, each is as likely to be picked."""
     generator = np.random.default_rng(seed)
-    proxy, gold = generator.normal(size=(2, 1, size))
+    proxy, gold = generator.integers(levels * size, size=(1, size)) / 7, generator.normal(size=(1, size))
     sizes = np.arange(1, size + 1)
-    expected = [
-        np.mean([gold[0, max(subset, key=lambda i: proxy[0, i])] for subset in itertools.combinations(range(size), n)])
-        for n in sizes
-    ]
+
+    def picked(subset: tuple[int, ...]) -> float:
+        best = max(proxy[0, i] for i in subset)
+        return float(np.mean([gold[0, i] for i in subset if proxy[0, i] == best]))
+
+    expected = [np.mean([picked(subset) for subset in itertools.combinations(range(size), n)]) for n in sizes]
     np.testing.assert_allclose(best_of_n(proxy, gold, sizes)[0], expected, atol=1e-9)
+
+
+def test_a_constant_reward_selects_nothing() -> None:
+    gold = np.random.default_rng(0).normal(size=(5, 16))
+    found = best_of_n(np.zeros((5, 16)), gold, np.array([1, 4, 16]))
+    np.testing.assert_allclose(found, np.repeat(gold.mean(-1, keepdims=True), 3, -1), atol=1e-12)
 
 
 def test_best_of_n_kl_by_hand() -> None:
@@ -85,6 +95,12 @@ def test_bootstrap_interval_covers_the_mean_as_often_as_it_says() -> None:
         low, high = bootstrap_interval(generator.normal(size=40), draws=500)
         covered += low <= 0.0 <= high
     assert 0.90 <= covered / 300 <= 0.98
+
+
+def test_t_interval_of_few_covers_the_mean_as_often_as_it_says() -> None:
+    low, high = t_interval(np.random.default_rng(0).normal(size=(3, 2000)))
+    assert 0.935 <= ((low <= 0) & (high >= 0)).mean() <= 0.965
+    assert np.isnan(t_interval(np.ones((1, 4)))).all()
 
 
 def test_auroc_by_hand() -> None:

@@ -23,6 +23,7 @@ from poise.metrics import (
     fit_rl,
     rank_weights,
     resampled_counts,
+    shared_by_ties,
     sizes,
     tilted_weights,
 )
@@ -85,7 +86,9 @@ class Curves(NamedTuple):
         n = sizes(shape[-1])
         weights = rank_weights(shape[-1], n)
         order = np.argsort(proxy, axis=-1, kind="stable")
-        selected = [np.take_along_axis(score, order, -1) @ weights for score in (gold, proxy)]
+        ordered = np.take_along_axis(proxy, order, -1)
+        best_gold = shared_by_ties(np.take_along_axis(gold, order, -1), ordered)
+        selected = [score @ weights for score in (best_gold, ordered)]
         points = []
         for kl_coef in KL_COEFS:
             weight, kl = tilted_weights(proxy, kl_coef)
@@ -158,14 +161,17 @@ def judge(curves: Curves, resamples: Resamples) -> Judged:
         "best_of_n": fit_best_of_n(np.sqrt(kls), np.array([point["gold"] - initial for point in best])),
         "tilted": fit_rl(np.sqrt(np.maximum(tilted_kls, 0)), np.array([point["gold"] - initial for point in tilted])),
     }
-    own, drawn = _measures(curves.best_of_n_gold_SPM.mean(1)[None]), _measures(gold_DSM)
+    # The peak is where the mean curve has it: a peak of its own for each resample would find a fall in any noise.
+    peak = int(np.argmax([point["gold"] for point in best]))
+    own, drawn = _measures(curves.best_of_n_gold_SPM.mean(1)[None], peak), _measures(gold_DSM, peak)
     known = ~np.isnan(curves.accuracy_SP[0])  # prompts of which gold does not tie every pair
     if known.any():
         right_SP1 = np.where(known, curves.accuracy_SP, 0.0)[..., None]
         count_SP1 = np.broadcast_to(known[None, :, None], right_SP1.shape).astype(float)
         own["accuracy"] = right_SP1.sum(1) / count_SP1.sum(1)
-        # A resample that draws no such prompt has no accuracy: so few prompts are no sample to speak of.
-        drawn["accuracy"] = (resamples.by_seed(right_SP1) / resamples.by_seed(count_SP1).clip(1e-9))[..., 0]
+        counted_DS1 = resamples.by_seed(count_SP1)
+        counted_DS1[counted_DS1 == 0] = np.nan  # a resample that drew no such prompt
+        drawn["accuracy"] = (resamples.by_seed(right_SP1) / counted_DS1)[..., 0]
     means = {name: float(value.mean()) for name, value in own.items()}
     draws = {name: resamples.over_seeds(value) for name, value in drawn.items()}
     measures = {name: {"mean": means[name], "interval": interval(draws[name])} for name in means}
@@ -206,15 +212,15 @@ def _points(gold_SPM: ndarray, gold_DSM: ndarray, proxy_SPM: ndarray, resamples:
     return [dict(zip(columns, map(float, row), strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def _measures(gold_DSM: ndarray) -> dict[str, ndarray]:
-    """Of each reward model's mean curve over n: where it ends, its peak, the fall from there, the gain over n = 1."""
-    final, peak = gold_DSM[..., -1], gold_DSM.max(-1)
-    return {"final_gold": final, "peak_gold": peak, "drawdown": peak - final, "gain": final - gold_DSM[..., 0]}
+def _measures(gold_DSM: ndarray, peak: int) -> dict[str, ndarray]:
+    """Of curves over n: where they end, their height at the peak, the fall from there, the gain over n = 1."""
+    final, highest = gold_DSM[..., -1], gold_DSM[..., peak]
+    return {"final_gold": final, "peak_gold": highest, "drawdown": highest - final, "gain": final - gold_DSM[..., 0]}
 
 
 def interval(draws: Float[ndarray, " draws"]) -> tuple[float, float]:
-    """The middle 95 % of bootstrap draws."""
-    low, high = np.quantile(draws, [0.025, 0.975])
+    """The middle 95 % of bootstrap draws that are there (not NaN)."""
+    low, high = np.nanquantile(draws, [0.025, 0.975])
     return float(low), float(high)
 
 

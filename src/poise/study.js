@@ -120,13 +120,24 @@
     return weights;
   }
 
+  // Scores in rising order of the proxy; those of equal proxy share their mean: ties are broken at random.
+  function inOrder(proxy, scores) {
+    const order = [...proxy.keys()].sort((a, b) => proxy[a] - proxy[b]);
+    const ordered = order.map((i) => scores[i]);
+    for (let start = 0, end; start < order.length; start = end) {
+      end = start + 1;
+      while (end < order.length && proxy[order[end]] === proxy[order[start]]) end++;
+      if (end > start + 1) ordered.fill(mean(ordered.slice(start, end)), start, end);
+    }
+    return ordered;
+  }
+
   function bestOfN(prompts, gold, sizes) {
-    const orders = prompts.map((proxy) => [...proxy.keys()].sort((a, b) => proxy[a] - proxy[b]));
+    const [proxies, golds] = [prompts, gold].map((scores) => prompts.map((proxy, p) => inOrder(proxy, scores[p])));
     return sizes.map((n) => {
       const weights = bestWeights(n, prompts[0].length);
-      const ofPrompt = (order, scores) => sum(order.map((i, rank) => weights[rank] * scores[i]));
-      const expected = (scores) => mean(orders.map((order, p) => ofPrompt(order, scores[p])));
-      return { at: n, kl: Math.log(n) - (n - 1) / n, proxy: expected(prompts), gold: expected(gold) };
+      const expected = (scores) => mean(scores.map((ordered) => sum(ordered.map((score, rank) => weights[rank] * score))));
+      return { at: n, kl: Math.log(n) - (n - 1) / n, proxy: expected(proxies), gold: expected(golds) };
     });
   }
 
