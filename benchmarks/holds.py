@@ -16,10 +16,9 @@ import numpy as np
 
 from poise import compare, recipes, train_policy, train_reward
 from poise.data import write_preferences
-from poise.metrics import bootstrap_interval
 from poise.ratings import human_ratings, is_held_out, preference_pairs
 from poise.runs import Json, environment, load_config_file, write_jsonl
-from poise.study import measured
+from poise.study_summary import measured, seed_interval
 
 ARMS: dict[str, tuple[str, str, float | None, bool]] = {  # name -> reward model, objective, ceiling, settle
     "conventional": ("single", "nominal", None, False),
@@ -104,7 +103,7 @@ def report(root: Path) -> Json:
 
 
 def summary(seeds: list[Json]) -> Json:
-    """Means over the seeds an arm has with 95 % bootstrap intervals; differences to the first arm, paired by seed."""
+    """Means over the seeds an arm has with Student's 95 % intervals; differences to the first arm, paired by seed."""
     found: Json = {}
     names = [name for name in ARMS if any(name in seed["arms"] for seed in seeds)]
     for name in names:
@@ -112,11 +111,11 @@ def summary(seeds: list[Json]) -> Json:
         part: Json = {"seeds": len(own)}
         for key in ("final_gold", "last_quarter_gold", "peak_gold", "drawdown", "kl", "distinct_bigrams"):
             values = np.array([arms[name][key] for arms in own])
-            part[key] = {"mean": values.mean(), "interval": bootstrap_interval(values), "worst": float(values.min())}
+            part[key] = {"mean": values.mean(), "interval": seed_interval(values), "worst": float(values.min())}
             if name != names[0]:
                 both = [arms for arms in own if names[0] in arms]
                 difference = np.array([arms[name][key] - arms[names[0]][key] for arms in both])
-                part[key] |= {"less_first": difference.mean(), "less_first_interval": bootstrap_interval(difference)}
+                part[key] |= {"less_first": difference.mean(), "less_first_interval": seed_interval(difference)}
         found[name] = part
     return found
 

@@ -7,61 +7,74 @@ import pytest
 from poise.claims import published
 
 
-def results(gain: tuple[float, float, float], drawdown: tuple[float, float, float]) -> dict[str, Any]:
-    measure = {"mean": gain[1], "interval": [gain[0], gain[2]]}
-    return {
-        "best_of_n": {"0": {"mean": {"measures": {"relative_gain": measure}}}},
-        "cells": [],
-        "summary": {
-            "0": {
-                "brme_0.4": {"drawdown": {"less_first": drawdown[1], "less_first_interval": [drawdown[0], drawdown[2]]}}
-            }
-        },
-    }
+def cells(noise: str = "0", measure: str = "final_gold", **of_arm: tuple[float, ...]) -> list[dict[str, Any]]:
+    """One policy for each reward model of each arm; `brme` stands for brme_0.4."""
+    return [
+        {"noise": noise, "arm": "brme_0.4" if arm == "brme" else arm, "reward_seed": seed, "policy_seed": 0}
+        | {"final_gold": 0.0, "drawdown": 0.0, measure: value}
+        for arm, values in of_arm.items()
+        for seed, value in enumerate(values)
+    ]
+
+
+def gained(low: float, mean: float, high: float, seeds: int = 20) -> dict[str, Any]:
+    measure = {"relative_gain": {"mean": mean, "interval": [low, high]}}
+    return {"best_of_n": {"0": {"mean": {"seeds": seeds, "measures": measure}}}}
 
 
 @pytest.mark.parametrize(
     ("gain", "kind"),
-    [((0.1, 0.2, 0.3), "yes"), ((-0.1, 0.1, 0.2), "no"), ((-0.1, 0.3, 0.7), "unclear"), ((-0.5, -0.4, -0.1), "no")],
-)
+    [
+        ((0.1, 0.2, 0.35), "yes"), ((0.1, 0.2, 0.25), "smaller"), ((-0.1, 0.1, 0.2), "no"),
+        ((-0.1, 0.3, 0.7), "unclear"), ((-0.5, -0.4, -0.1), "no"),
+    ],
+)  # fmt: skip
 def test_an_interval_decides(gain: tuple[float, float, float], kind: str) -> None:
-    row = next(row for row in published(results(gain, (0.0, 0.0, 0.0))) if "best-of-n" in row["claim"])
-    assert row["replicated"] == kind
-    assert row["published"] == "+30%"
+    [row] = published(gained(*gain))
+    assert (row["replicated"], row["published"]) == (kind, "+30%")
+
+
+def test_a_single_reward_model_answers_nothing() -> None:
+    assert published(gained(0.1, 0.2, 0.4, seeds=1)) == []
+    assert published({"cells": cells(single=(0.0,), brme=(0.5,))}) == []
 
 
 @pytest.mark.parametrize(
-    ("fall", "kind"), [((-0.4, -0.2, -0.1), "yes"), ((0.1, 0.2, 0.3), "no"), ((-0.1, 0.0, 0.1), "unclear")]
+    ("fall", "kind"), [((-0.3, -0.2, -0.25), "yes"), ((0.3, 0.2, 0.25), "no"), ((-0.1, 0.1, 0.05), "unclear")]
 )
-def test_less_drawdown_is_the_good_side(fall: tuple[float, float, float], kind: str) -> None:
-    row = next(row for row in published(results((0.0, 0.0, 0.0), fall)) if "falls less" in row["claim"])
-    assert row["replicated"] == kind
-
-
-def test_a_single_seed_replicates_nothing() -> None:
-    found = results((0.1, 0.2, 0.3), (0.0, 0.0, 0.0))
-    found["summary"]["0"]["brme_0.4"]["drawdown"]["less_first_interval"] = None
-    assert not [row for row in published(found) if "falls less" in row["claim"]]
+def test_less_drawdown_is_the_good_side(fall: tuple[float, ...], kind: str) -> None:
+    found = published({"cells": cells(measure="drawdown", mean=(9.0,), single=(0.0, 0.0, 0.0), brme=fall)})
+    assert [row["replicated"] for row in found if "falls less" in row["claim"]] == [kind]
 
 
 def test_failures_come_first() -> None:
-    kinds = [row["replicated"] for row in published(results((0.1, 0.2, 0.3), (0.1, 0.2, 0.3)))]
-    assert kinds == ["no", "yes"]
+    rising = cells(single=(0.0, 0.0, 0.0), brme=(0.1, 0.2, 0.15))
+    kinds = [row["replicated"] for row in published(gained(-0.1, 0.1, 0.2) | {"cells": rising})]
+    assert kinds == ["no", "unclear", "yes"]  # nothing fell more or less
 
 
 def test_policies_are_compared_where_both_arms_were_trained() -> None:
-    golds = {"mean": (0.1, 0.2, 0.9), "single_large_kl": (0.4, 0.5), "brme_large_kl": (0.5, 0.5)}
-    cells = [
-        {"noise": "raters", "arm": arm, "reward_seed": seed, "policy_seed": 0, "final_gold": gold}
-        for arm, of_arm in golds.items()
-        for seed, gold in enumerate(of_arm)
-    ]
-    std = {"less_first": -0.02, "less_first_interval": [-0.03, -0.01]}
-    arms = {"brme_0.4": {"checkpoints": {"lambada": {"std": std}}}}
-    rows = published({"cells": cells, "summary": {"raters": arms}})
+    """With the arm that the claim names, whichever the study's first is."""
+    of_arm: dict[str, tuple[float, ...]] = {"mean": (0.1, 0.2, 0.9), "single_large_kl": (0.4, 0.5)}
+    rows = published({"cells": cells("raters", **of_arm, brme_large_kl=(0.5, 0.8))})
     assert [(row["replicated"], row["here"]) for row in rows] == [
-        ("no", "-0.30 gold (-0.30 to -0.30)"),  # the mean's third seed has no partner
-        ("unclear", "+0.05 (+0.00 to +0.10)"),
-        ("yes", "-0.02 (-0.03 to -0.01)"),
-    ]
+        ("unclear", "+0.20 (-1.07 to +1.47)"),
+        ("no", "-0.30 (-0.30 to -0.30)"),  # the mean's third reward model has no partner
+    ][::-1]
     assert all("single raters’ labels" in row["claim"] for row in rows)
+
+
+def test_steadiness_of_a_benchmark() -> None:
+    policies = cells(single=(0.0, 0.0), brme=(0.0, 0.0))
+    for cell, fall in zip(policies, (0.4, 0.3, 0.1, 0.02), strict=True):
+        cell["checkpoints"] = {"lambada": {"steps": [0, 10], "mean": [0.4, 0.4 - fall]}}
+    [row] = [row for row in published({"cells": policies}) if "lambada" in row["claim"]]
+    assert row["here"].startswith("-0.21 (")  # std of two checkpoints: their difference over the root of 2
+    assert row["replicated"] == "yes"
+
+
+def test_benchmarks_against_one_head_and_not_against_the_start() -> None:
+    contrast = {"difference": 0.012, "interval": [-0.02, 0.04], "against": "single"}
+    [row] = published({"benchmarks": {"contrasts": {"0": {"brme_0.4": contrast}}}})
+    assert (row["replicated"], row["here"]) == ("unclear", "+1.2% (-2.0% to +4.0%)")
+    assert published({"benchmarks": {"contrasts": {"0": {"brme_0.4": contrast | {"against": "mean"}}}}}) == []

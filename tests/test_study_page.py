@@ -93,9 +93,9 @@ def make_benchmarks() -> Json:
 def make_checkpoints(fall: float, less: float | None) -> Json:
     """LAMBADA at three checkpoints."""
     means = [0.41, 0.41 - fall / 2, 0.41 - fall]
-    band = {"low": [mean - 0.03 for mean in means], "high": [mean + 0.03 for mean in means]}
+    intervals = [None, *(around(mean, 0.03) for mean in means[1:])]
     moves = {key: make_measure(fall, less) for key in ("std", "range", "largest_drop")}
-    return {"lambada": {"reward_seeds": 3, "steps": [0, 10, 20], "mean": means, **band, **moves}}
+    return {"lambada": {"reward_seeds": 3, "steps": [0, 10, 20], "mean": means, "interval": intervals, **moves}}
 
 
 def make_results() -> Json:
@@ -249,8 +249,10 @@ def test_the_answer_counts_and_failures_come_first(folder: Path):
     ]
     places = [page.text.index(words) for words in order]
     assert places == sorted(places)
-    assert "3 seeds are few" in page.text
-    assert "one time in 4" in page.text
+    caveat = (
+        "95 % intervals: after PPO Student’s, over 3 reward models at fewest; at best-of-n by bootstrap, over prompts"
+    )
+    assert f"{caveat} and 20 reward models at fewest. 3 are few" in page.text.replace("\xa0", " ")
 
 
 @pytest.mark.parametrize(
@@ -267,6 +269,19 @@ def test_a_verdict_claims_no_more_than_its_interval(less: float, interval: Any, 
     [headline], [finding] = study_verdicts.headlines(results), study_verdicts.findings(results)
     assert finding.kind == kind
     assert ("1 is not distinguishable" in headline.text) == (kind == "unclear")
+
+
+def test_differences_are_from_the_arm_that_the_settings_name_first():
+    results = make_results()
+    del results["summary"]["0"]["single"]  # no policy of it was trained there
+    assert {one.first for one in study_verdicts.compared_arms(results)} == {"single"}
+
+
+def test_no_difference_is_shown_as_zero():
+    near = {"less_first": -0.19, "less_first_interval": [-0.461, -0.0003]}
+    summary = {"0": {"mean": {"reward_seeds": 3, "final_gold": near}}}
+    [found] = study_verdicts.findings({"settings": {"arms": ["single", "mean"]}, "summary": summary})
+    assert "(−0.4610 to −0.0003)" in found.text
 
 
 def test_one_seed_is_said_to_decide_nothing(folder: Path):
@@ -424,8 +439,10 @@ def test_mean_runs_by_hand():
     found = study_page._trained(runs)["0"]["single"]
     assert found["gold"] == [3.5, 3.5]
     assert found["kl"] == [1.0, 1.0]
-    assert (found["gold_low"], found["gold_high"]) == ([2.0, 2.0], [5.0, 5.0])
+    reach = 12.706 * 1.5  # Student's, one degree of freedom; the std of 2 and 5 over the root of 2 is 1.5
+    assert found["gold_low"] == pytest.approx([3.5 - reach] * 2, rel=1e-3)
     assert found["proxy_low"] == found["proxy_high"] == [1.0, 1.0]
+    assert study_page._trained(runs[:1])["0"]["single"]["gold_low"] == [None] * 3
 
 
 def test_fitted_laws_by_hand():

@@ -1,12 +1,15 @@
 """Means over seeds and differences between arms: by hand."""
 
+import itertools
 import json
 import random
 from typing import Any
 
+import numpy as np
 import pytest
+from scipy import stats
 
-from poise.study_summary import MEASURES, measured, summary
+from poise.study_summary import MEASURES, contrasts, measured, summary
 
 
 def cell(arm: str, reward_seed: int, policy_seed: int, gold: float) -> dict[str, Any]:
@@ -51,32 +54,69 @@ def test_summary_by_hand() -> None:
     assert json.dumps(found)
 
 
-def checked(arm: str, reward_seed: int, means: list[float]) -> dict[str, Any]:
-    """A cell that was asked LAMBADA at steps 0, 10, …"""
-    std = (means[1] - means[0]) / 2 if len(means) > 1 else None
-    moves = {"std": std, "range": abs(means[-1] - means[0]), "largest_drop": max(means[0] - means[-1], 0.0)}
-    asked = {"lambada": {"steps": [10 * i for i in range(len(means))], "mean": means, **moves}}
+def checked(arm: str, reward_seed: int, means: list[float], every: int = 10) -> dict[str, Any]:
+    """A cell that was asked LAMBADA at steps 0, `every`, …"""
+    asked = {"lambada": {"steps": [every * i for i in range(len(means))], "mean": means}}
     return cell(arm, reward_seed, 0, 0.0) | {"checkpoints": asked}
 
 
 def test_checkpoints_by_hand() -> None:
     cells = [
-        checked("single", 0, [0.4, 0.2]), checked("single", 1, [0.4, 0.0]), cell("single", 2, 0, 1.0),
+        checked("single", 0, [0.4, 0.3, 0.2], every=5), checked("single", 1, [0.4, 0.0]), cell("single", 2, 0, 1.0),
         checked("brme_0.4", 1, [0.4, 0.3, 0.2]), checked("brme_0.4", 2, [0.4, 0.1]), cell("mean", 0, 0, 1.0),
     ]  # fmt: skip
     found = summary(cells, ("single", "brme_0.4", "mean"))["0.25"]
     assert "checkpoints" not in found["mean"]
     single, brme = found["single"]["checkpoints"]["lambada"], found["brme_0.4"]["checkpoints"]["lambada"]
     assert (single["reward_seeds"], single["steps"], single["mean"]) == (2, [0, 10], [0.4, 0.1])
-    assert (single["low"], single["high"]) == ([0.4, 0.0], [0.4, 0.2])
-    assert brme["steps"] == [0, 10]  # that all cells have
+    assert single["interval"][0] == [0.4, 0.4]
+    assert brme["steps"] == [0, 10]  # that all cells have, of whichever arm
     assert brme["mean"] == [0.4, pytest.approx(0.2)]
-    assert brme["range"]["mean"] == pytest.approx((0.2 + 0.3) / 2)
-    assert brme["range"]["less_first"] == pytest.approx(0.2 - 0.4)  # seed 1, the only one that both have
+    assert brme["range"]["mean"] == pytest.approx((0.1 + 0.3) / 2)
+    assert brme["range"]["less_first"] == pytest.approx(0.1 - 0.4)  # seed 1, the only one that both have
+    assert brme["largest_drop"]["less_first_interval"] is None
     assert json.dumps(found)
 
 
-def test_a_single_checkpoint_has_no_std() -> None:
+def test_one_checkpoint_does_not_move() -> None:
     found = summary([checked("single", 0, [0.4])], ("single",))["0.25"]["single"]["checkpoints"]["lambada"]
     assert "std" not in found
-    assert found["range"]["mean"] == 0.0
+    assert found["interval"] == [None]
+
+
+def test_contrasts_of_benchmarks_by_hand() -> None:
+    def policy(arm: str, seed: int, **tasks: str) -> dict[str, Any]:
+        outcomes = {task: {"outcomes": text} for task, text in tasks.items()}
+        return {"name": f"runs/study/noise-0/reward-{seed}/policy-0/{arm}", "tasks": outcomes}
+
+    policies = [
+        {"name": "SmolLM2-135M-Instruct", "tasks": {}},
+        policy("single", 0, race="0011", piqa="01"), policy("brme_0.4", 0, race="0111", piqa="01"),
+        policy("single", 1, race="0011", piqa="11"), policy("brme_0.4", 1, race="0011", piqa="11"),
+        policy("mean", 0, race="0011", piqa="01"),
+    ]  # fmt: skip
+    found = contrasts(policies, ("single", "brme_0.4", "mean"))
+    assert found.keys() == {"0"}
+    assert found["0"].keys() == {"brme_0.4"}  # the mean has one reward model
+    one = found["0"]["brme_0.4"]
+    assert (one["against"], one["reward_seeds"], one["rows"]) == ("single", 2, 6)
+    assert one["difference"] == (0.125 + 0.0) / 2
+    # Rows: race differs by 0, .5, 0, 0, of variance 1/16; piqa by nothing. Reward models: .125 and 0.
+    over_rows, over_rewards = 1 / 16 / 4 / 4, 0.125**2 / 2 / 2
+    freedom = (over_rows + over_rewards) ** 2 / (over_rewards**2 + over_rows**2 / 5)
+    reach = stats.t.ppf(0.975, freedom) * (over_rows + over_rewards) ** 0.5
+    assert one["interval"] == pytest.approx([0.0625 - reach, 0.0625 + reach])
+
+
+def test_contrasts_cover_as_often_as_they_say() -> None:
+    """Nothing differs: rows and reward models both add noise, and the interval holds zero about 95 times in 100."""
+    generator, hits = np.random.default_rng(0), 0
+    for _ in range(200):
+        policies = []
+        for seed, arm in itertools.product(range(3), ("single", "brme_0.4")):
+            skill = 0.4 + 0.05 * generator.normal()
+            tasks = {f"t{i}": {"outcomes": "".join(map(str, generator.binomial(1, skill, 25)))} for i in range(8)}
+            policies.append({"name": f"noise-0/reward-{seed}/policy-0/{arm}", "tasks": tasks})
+        low, high = contrasts(policies, ("single", "brme_0.4"))["0"]["brme_0.4"]["interval"]
+        hits += low <= 0 <= high
+    assert hits >= 184

@@ -1,113 +1,99 @@
 """What the literature reports, beside what a study found. Pure: a study's results in, rows of a table out.
 
-`replicated` claims no more than the interval: `yes` where all of it is on the published side of zero, `no` where it
-ends short of the published figure, `unclear` otherwise.
+`replicated` claims no more than the interval: `yes` where all of it is on the published side of zero and it reaches the
+published figure, `smaller` where it ends short of that, `no` where it holds zero or less and ends short of the figure,
+`unclear` otherwise. A single reward model answers nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from jaxtyping import Float
-from numpy import ndarray
-
-from poise.metrics import bootstrap_interval
 from poise.runs import Json
-from poise.study_summary import difference, noise_label, values
+from poise.study_summary import difference, noise_label, over_checkpoints, seed_interval, values
 
+ANSWERS = ("no", "smaller", "unclear", "yes")
 ENSEMBLES = ("mean", "worst_case", "uncertainty_weighted")
 
 
 def published(results: Json) -> list[Json]:
     """Rows of claim, published figure, what came out here, and whether that replicates it; failures first."""
     rows = [*_best_of_n(results), *_policies(results), *_benchmarks(results)]
-    order = ("no", "unclear", "yes")
-    return sorted(rows, key=lambda row: order.index(row["replicated"]))
+    return sorted(rows, key=lambda row: ANSWERS.index(row["replicated"]))
 
 
-def _best_of_n(results: Json) -> list[Json]:
-    rows = []
+def _best_of_n(results: Json) -> Iterator[Json]:
     for noise, target in (("0", 0.30), ("0.25", 0.75), ("raters", 0.30)):
+        where = f"best-of-n, {noise_label(noise)}"
         arms = (results.get("best_of_n") or {}).get(noise) or {}
+        arms = {name: arm.get("measures") or {} for name, arm in arms.items() if arm["seeds"] > 1}
         for name in ENSEMBLES:
-            gain = (arms.get(name) or {}).get("measures", {}).get("relative_gain")
-            if gain:
-                what = f"gold gained by an ensemble ({name}) over one reward model (2310.02743)"
-                claim = f"best-of-n, {noise_label(noise)}: {what}"
-                rows.append(_row(claim, f"+{target:.0%}", target, gain["mean"], gain["interval"], "{:+.0%}"))
-        accuracy = (arms.get("brme_1") or {}).get("measures", {}).get("accuracy", {})
+            if gain := (arms.get(name) or {}).get("relative_gain"):
+                claim = f"{where}: gold gained by an ensemble ({name}) over one reward model (2310.02743)"
+                yield _figure(claim, f"+{target:.0%}", target, gain["mean"], gain["interval"], "{:+.0%}")
+        accuracy = (arms.get("brme_1") or {}).get("accuracy") or {}
         if "less_first" in accuracy:
-            head = "the BRME's nominal head, less that of one Bradley–Terry head"
-            claim = f"accuracy of {head}, {noise_label(noise)} (2409.15360)"
+            claim = f"{where}: accuracy of the BRME's nominal head, less that of one Bradley–Terry head (2409.15360)"
             interval = accuracy["less_first_interval"]
-            rows.append(_row(claim, "+1.1 points", 0.011, accuracy["less_first"], interval, "{:+.1%}"))
-    return rows
+            yield _figure(claim, "+1.1 points", 0.011, accuracy["less_first"], interval, "{:+.1%}")
 
 
-def _policies(results: Json) -> list[Json]:
-    rows = []
-    for noise, arms in (results.get("summary") or {}).items():
+def _policies(results: Json) -> Iterator[Json]:
+    cells = results.get("cells") or []
+    for noise in dict.fromkeys(cell["noise"] for cell in cells):
+        of_arm = {
+            arm: [cell for cell in cells if (cell["noise"], cell["arm"]) == (noise, arm)]
+            for arm in (*ENSEMBLES, "single", "single_large_kl", "brme_0.4", "brme_large_kl")
+        }
         where = f"PPO, {noise_label(noise)}"
         for name in ENSEMBLES:
-            less = _less(results["cells"], noise, name, "single_large_kl")
-            if len(less) > 1:
-                claim = f"{where}: {name} at small KL against one reward model at large KL (2310.02743)"
-                interval = bootstrap_interval(less)
-                kind = "yes" if interval[0] >= 0 else "no" if interval[1] < 0 else "unclear"
-                rows.append(_answer(claim, "as good", less.mean(), interval, kind, " gold"))
-        of_brme = arms.get("brme_0.4") or {}
+            claim = f"{where}: {name} at small KL against one reward model at large KL (2310.02743)"
+            less = _less(of_arm[name], of_arm["single_large_kl"], "final_gold")
+            if less["interval"]:
+                low, high = less["interval"]
+                yield _answer(claim, "as good", less, "yes" if low >= 0 else "no" if high < 0 else "unclear")
+        brme, single = of_arm["brme_0.4"], of_arm["single"]
         for measure, sign, what in (("final_gold", 1, "ends with more gold"), ("drawdown", -1, "falls less")):
             claim = f"{where}: BRME with the robust term {what} than one head (2409.15360)"
-            rows += _less_first(claim, of_brme.get(measure) or {}, sign)
-        less = _less(results["cells"], noise, "brme_large_kl", "single_large_kl")
-        if len(less) > 1:
-            claim = f"{where}: the same with both at twenty times the KL coefficient: more gold (2409.15360)"
-            rows.append(_signed(claim, less.mean(), bootstrap_interval(less), 1))
-        for task, moves in (of_brme.get("checkpoints") or {}).items():
-            claim = (
-                f"{where}: the score on {task} moves less over checkpoints of BRME than of one head: std (2409.15360)"
-            )
-            rows += _less_first(claim, moves.get("std") or {}, -1)
-    return rows
+            yield from _direction(claim, _less(brme, single, measure), sign)
+        claim = f"{where}: BRME with the robust term ends with more gold than one head, both at large KL (2409.15360)"
+        yield from _direction(claim, _less(of_arm["brme_large_kl"], of_arm["single_large_kl"], "final_gold"), 1)
+        for task in dict.fromkeys(task for cell in brme for task in cell.get("checkpoints") or {}):
+            claim = f"{where}: the std of {task} over checkpoints is smaller with BRME than with one head (2409.15360)"
+            std = over_checkpoints({"single": single, "brme_0.4": brme}, task).get("brme_0.4", {}).get("std") or {}
+            less = {"value": std.get("less_first"), "interval": std.get("less_first_interval")}
+            yield from _direction(claim, less, -1)
 
 
-def _benchmarks(results: Json) -> list[Json]:
-    rows = []
-    for policy in ((results.get("benchmarks") or {}).get("policies") or [])[1:]:
-        average = policy.get("average") or {}
-        if average.get("difference") is not None and "brme_0.4" in policy["name"]:
-            claim = f"{policy['name']}: mean accuracy over the benchmarks, less that of the start (2409.15360)"
-            interval = average["interval"]
-            rows.append(_row(claim, "+1 to 4 points", 0.01, average["difference"], interval, "{:+.1%}"))
-    return rows
+def _benchmarks(results: Json) -> Iterator[Json]:
+    for noise, arms in ((results.get("benchmarks") or {}).get("contrasts") or {}).items():
+        found = arms.get("brme_0.4")
+        if found and found["against"] == "single":
+            what = "mean accuracy over the benchmarks with BRME, less that with one head (2409.15360)"
+            claim, interval = f"PPO, {noise_label(noise)}: {what}", found["interval"]
+            yield _figure(claim, "+1 to 4 points", 0.01, found["difference"], interval, "{:+.1%}")
 
 
-def _row(claim: str, said: str, target: float, value: float, interval: Sequence[float], form: str) -> Json:
+def _less(own: Sequence[Json], other: Sequence[Json], measure: str) -> Json:
+    """A measure of one arm's cells less another's: mean over reward models, and interval (None for fewer than two)."""
+    less = difference(values(own, measure), values(other, measure))
+    return {"value": float(less.mean()) if len(less) else None, "interval": seed_interval(less)}
+
+
+def _figure(claim: str, said: str, target: float, value: float, interval: Sequence[float], form: str) -> Json:
+    """A claim of a size."""
     low, high = interval
-    kind = "yes" if low > 0 else "no" if high < target else "unclear"
+    kind = ("yes" if high >= target else "smaller") if low > 0 else "no" if high < target else "unclear"
     here = f"{form.format(value)} ({form.format(low)} to {form.format(high)})"
     return {"claim": claim, "published": said, "here": here, "replicated": kind}
 
 
-def _less_first(claim: str, measure: Json, sign: int) -> list[Json]:
-    """A claim that a measure is higher (sign 1) or lower (-1) than the first arm's; none of fewer than two seeds."""
-    if not measure.get("less_first_interval"):
-        return []
-    return [_signed(claim, measure["less_first"], measure["less_first_interval"], sign)]
+def _direction(claim: str, less: Json, sign: int) -> Iterator[Json]:
+    """A claim that something is higher (sign 1) or lower (-1); none without an interval."""
+    if less["interval"]:
+        low, high = sorted(sign * bound for bound in less["interval"])
+        yield _answer(claim, "yes", less, "yes" if low > 0 else "no" if high < 0 else "unclear")
 
 
-def _signed(claim: str, value: float, interval: Sequence[float], sign: int) -> Json:
-    low, high = sorted(sign * bound for bound in interval)
-    return _answer(claim, "yes", value, interval, "yes" if low > 0 else "no" if high < 0 else "unclear")
-
-
-def _answer(claim: str, said: str, value: float, interval: Sequence[float], kind: str, unit: str = "") -> Json:
-    here = f"{value:+.2f}{unit} ({interval[0]:+.2f} to {interval[1]:+.2f})"
+def _answer(claim: str, said: str, less: Json, kind: str) -> Json:
+    low, high = less["interval"]
+    here = f"{less['value']:+.2f} ({low:+.2f} to {high:+.2f})"
     return {"claim": claim, "published": said, "here": here, "replicated": kind}
-
-
-def _less(cells: Sequence[Json], noise: str, one: str, other: str) -> Float[ndarray, " reward_seeds"]:
-    """Final gold of an arm less another's, of each reward model that both have."""
-    of_arm = [
-        values((cell for cell in cells if (cell["noise"], cell["arm"]) == (noise, arm)), "final_gold")
-        for arm in (one, other)
-    ]
-    return difference(*of_arm)

@@ -4,6 +4,7 @@ A *pool* is N completions sampled independently from one policy for each of P pr
 scores, shape (P, N).
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -161,14 +162,14 @@ def _fit_law(terms: ndarray, gain: ndarray) -> Law:
 # ---- steps ----
 
 
-def movement(means: Float[ndarray, " checkpoints"]) -> dict[str, float | None]:
-    """How much something moves over checkpoints: std (n - 1; None for one); range, highest less lowest; largest_drop,
+def movement(means: Float[ndarray, " checkpoints"]) -> dict[str, float]:
+    """How much something moves over checkpoints: std (n - 1; NaN for one); range, highest less lowest; largest_drop,
     from a checkpoint to any later one, 0 if it never falls.
 
     >>> movement(np.array([0.25, 0.75, 0.5]))
     {'std': 0.25, 'range': 0.5, 'largest_drop': 0.25}
     """
-    std = float(means.std(ddof=1)) if len(means) > 1 else None
+    std = float(means.std(ddof=1)) if len(means) > 1 else math.nan
     drop = float((np.maximum.accumulate(means) - means).max())
     return {"std": std, "range": float(np.ptp(means)), "largest_drop": drop}
 

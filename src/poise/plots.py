@@ -345,7 +345,8 @@ def _endings(ax: Axes, results: Json, styles: dict[str, Style]) -> list[str]:
 
 
 def _ends(measures: Sequence[Json]) -> list[Json]:
-    return [{"mean": m["mean"], "low": m["interval"][0], "high": m["interval"][1]} for m in measures]
+    bounds = [m["interval"] or (None, None) for m in measures]  # of a single reward model there are none
+    return [{"mean": m["mean"], "low": low, "high": high} for m, (low, high) in zip(measures, bounds, strict=True)]
 
 
 # ---- numbers ----

@@ -638,8 +638,7 @@
               style,
               kind: 'thick',
               points: at.map((x, i) => [x, average[quantity][i]]),
-              band: lines.length > 1
-                ? at.map((x, i) => [x, average[`${quantity}_low`][i], average[`${quantity}_high`][i]]) : [],
+              band: at.map((x, i) => [x, average[`${quantity}_low`][i], average[`${quantity}_high`][i]]),
             },
           ];
         }),
@@ -675,13 +674,15 @@
       title: `${capital(task)}, ${label}`,
       x: 'PPO step',
       series: visible(STUDY.arms).filter(({ name }) => arms[name]).map(({ name }) => {
-        const { steps, mean: scores, low, high } = arms[name];
-        const tip = (i) => `${name}, step ${steps[i]}: ${number(scores[i], 3)} (${number(low[i], 3)} to ${number(high[i], 3)})`;
+        const { steps, mean: scores, interval } = arms[name];
+        const bounds = interval.map((one) => one ?? [null, null]); // of a single reward model there is none
+        const between = ([low, high]) => (missing(low) ? '' : ` (${number(low, 3)} to ${number(high, 3)})`);
+        const tip = (i) => `${name}, step ${steps[i]}: ${number(scores[i], 3)}${between(bounds[i])}`;
         return {
           style: styleOf(name),
           kind: 'thick',
           points: steps.map((step, i) => [step, scores[i], tip(i)]),
-          band: steps.map((step, i) => [step, low[i], high[i]]),
+          band: steps.map((step, i) => [step, ...bounds[i]]),
         };
       }),
     })));

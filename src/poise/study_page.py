@@ -24,7 +24,7 @@ import numpy as np
 from markupsafe import Markup
 
 from poise.errors import PoiseError
-from poise.metrics import KL_COEFS, best_of_n_terms, resampled_counts, rl_terms, sizes, smoothed
+from poise.metrics import KL_COEFS, best_of_n_terms, rl_terms, sizes, smoothed, t_interval
 from poise.report import REWARD_MODELS, page_template, read_json
 from poise.runs import Json, write_atomic
 from poise.study_summary import noise_label, over_policies
@@ -33,7 +33,6 @@ from poise.study_verdicts import caveats, compared_arms, findings, headlines, pu
 VERSION = 1  # of results.json
 NUM_COMPLETIONS = 10
 MAX_STEPS = 200  # of a run's steps that the page has
-DRAWS = 1000  # of the bootstrap of mean runs
 DIGITS = 4  # significant, of what charts show
 _COLUMNS = ("step", "kl", "proxy", "gold", "disagreement", "gap", "routing_std")
 
@@ -254,8 +253,7 @@ def _trained(comparisons: list[Json]) -> Json:
             steps = {at: smoothed(np.array(run[key][:length], dtype=float)) for at, run in of_arm.items()}
             by_reward = over_policies(steps)
             mean[key] = by_reward.mean(0)
-            resampled = resampled_counts(len(by_reward), DRAWS, seed=0) @ by_reward
-            line[f"{key}_low"], line[f"{key}_high"] = np.quantile(resampled, [0.025, 0.975], axis=0)
+            line[f"{key}_low"], line[f"{key}_high"] = t_interval(by_reward)
         found.setdefault(noise, {})[name] = {key: _shortened(values.tolist()) for key, values in (mean | line).items()}
     return found
 

@@ -6,6 +6,7 @@ Pure: a study's results in, verdicts out. A sentence claims no more than its int
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
+from poise.claims import ANSWERS
 from poise.report import Verdict, signed
 from poise.runs import Json
 from poise.study_summary import noise_label
@@ -30,8 +31,9 @@ class Difference(NamedTuple):
         """Where, and unless it may be zero how much, with its interval."""
         if self.interval is None or self.kind == "unclear":  # the interval is in the tables: it holds zero
             return noise_label(self.noise)
-        smallest = min(abs(value) for value in (self.gold, *self.interval))
-        digits = 3 if smallest < 0.005 else 2  # no "+0.00" that is said not to be zero
+        smallest, digits = min(abs(value) for value in (self.gold, *self.interval)), 2
+        while smallest < 0.5 / 10**digits and digits < 6:  # no "+0.00" that is said not to be zero
+            digits += 1
         low, high = (signed(bound, digits) for bound in self.interval)
         return f"{signed(self.gold, digits)} with {noise_label(self.noise)} ({low} to {high})"
 
@@ -59,24 +61,15 @@ class Compared(NamedTuple):
 
 def compared_arms(results: Json) -> list[Compared]:
     """Of the study's own arms; best-of-n tries all there are, and the rest are in its table."""
-    own = (results.get("settings") or {}).get("arms")
-    selected = {noise: _measures(arms) for noise, arms in (results.get("best_of_n") or {}).items()}
+    own = (results.get("settings") or {}).get("arms") or []
+    trained, pools = results.get("summary") or {}, results.get("best_of_n") or {}
+    selected = {noise: _measures(arms) for noise, arms in pools.items()}
+    firsts = (own[:1], [name for arms in pools.values() for name in arms][:1])
     found = []
-    for what, summary in (("After PPO", results.get("summary") or {}), ("At best-of-n", selected)):
-        differences = [one for one in _differences(summary) if own is None or one.arm in own]
-        found.append(Compared(what, _reference(summary), differences))
+    for what, summary, first in zip(("After PPO", "At best-of-n"), (trained, selected), firsts, strict=True):
+        differences = [one for one in _differences(summary) if not own or one.arm in own]
+        found.append(Compared(what, first[0] if first else "the first arm", differences))
     return found
-
-
-def _reference(summary: Json) -> str:
-    """The arm that has no difference from the first, being it."""
-    names = [
-        name
-        for arms in summary.values()
-        for name, arm in arms.items()
-        if "less_first" not in (arm.get("final_gold") or {})
-    ]
-    return names[0] if names else "the first arm"
 
 
 def _measures(arms: Json) -> Json:
@@ -139,6 +132,7 @@ def _of_published(results: Json) -> Iterator[Verdict]:
         more = f"; and {len(failed) - NUM_NAMED} more" if len(failed) > NUM_NAMED else ""
         yield Verdict("worse", f"Of {len(claims)} published figures {len(failed)} not found here: {listed}{more}.")
     says: tuple[tuple[Kind, str, str], ...] = (
+        ("unclear", "smaller", "found here too, but smaller"),
         ("unclear", "unclear", "undecided here"),
         ("better", "yes", "found here too"),
     )
@@ -174,26 +168,24 @@ def _of_benchmarks(results: Json) -> Iterator[Verdict]:
 
 
 def caveats(results: Json) -> list[str]:
-    """What the intervals do not count."""
+    """What the intervals count, and what they do not."""
     summary, pools = results.get("summary") or {}, results.get("best_of_n") or {}
-    seeds = [arm.get("reward_seeds") for arms in summary.values() for arm in arms.values()]
-    fewest = min((count for count in seeds if count), default=None)
-    pool_seeds = [arm.get("seeds") for arms in pools.values() for arm in arms.values()]
-    fewest_of_pool = min((count for count in pool_seeds if count), default=None)
-    text = "Intervals are 95\xa0% bootstrap intervals over reward models of different seeds"
-    text += " (of best-of-n over prompts too)" if pools else ""
-    over = [
-        f"{count} {what}"
-        for count, what in ((fewest, "after PPO"), (fewest_of_pool, "at best-of-n"))
-        if count is not None
-    ]
-    found = [f"{text}, at fewest {' and '.join(over)}." if over else f"{text}."]
-    if fewest == 1:
+    kinds = (
+        ("after PPO Student’s, over", [arm.get("reward_seeds") for arms in summary.values() for arm in arms.values()]),
+        (
+            "at best-of-n by bootstrap, over prompts and",
+            [arm.get("seeds") for arms in pools.values() for arm in arms.values()],
+        ),
+    )
+    fewest = {how: min(count for count in counts if count) for how, counts in kinds if any(counts)}
+    over = [f"{how} {count} reward model{'s' if count > 1 else ''} at fewest" for how, count in fewest.items()]
+    found = [f"Intervals are 95\xa0% intervals: {'; '.join(over)}." if over else "There are no intervals."]
+    after_ppo = fewest.get(kinds[0][0])
+    if after_ppo == 1:
         found.append("One reward model decides nothing: nothing after PPO is called a difference.")
-    elif fewest is not None and fewest < ENOUGH_SEEDS:
+    elif after_ppo is not None and after_ppo < ENOUGH_SEEDS:
         found.append(
-            f"{fewest} seeds are few, and such intervals too narrow: where there is no difference at all, {fewest} "
-            f"seeds agree on its sign one time in {2 ** (fewest - 1)}."
+            f"{after_ppo} are few: such an interval is wide, and right if they differ about as a bell curve does."
         )
     own = (results.get("settings") or {}).get("arms") or []
     if others := {arm for arms in pools.values() for arm in arms} - {*own} if own else set():
@@ -209,5 +201,5 @@ def caveats(results: Json) -> list[str]:
 
 def published(results: Json) -> list[Json]:
     """Published figures, those that did not replicate first."""
-    order = {"no": 0, "unclear": 1, "yes": 2}
-    return sorted(results.get("published") or [], key=lambda claim: order.get(claim.get("replicated"), 1))
+    rows = results.get("published") or []
+    return sorted(rows, key=lambda row: ANSWERS.index(row["replicated"]))
