@@ -4,12 +4,14 @@ import dataclasses
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 from scipy.stats import norm
 
 from poise import cli, evaluate_policy, runs, train_policy
@@ -72,8 +74,34 @@ def test_the_sign_flip_test_is_that_of_every_assignment() -> None:
 def test_the_average_of_one_benchmark_is_that_benchmark() -> None:
     after, before = outcomes(20, 9, 2, 12)
     one, alone = paired_difference(after, before), average_difference([after], [before])
-    assert (alone.difference, *alone.interval) == pytest.approx((one.difference, *one.interval))
+    assert alone.difference == one.difference
     assert alone.p_value == pytest.approx(one.p_value, abs=5e-3)  # McNemar's test is the sign-flip test of 0 and 1
+    # Its centre is not drawn toward 0, and its half-width is per row, not per row and two more.
+    assert sum(alone.interval) / 2 == pytest.approx(alone.difference)
+    assert np.ptp(alone.interval) == pytest.approx(np.ptp(one.interval) * 45 / 43)
+
+
+def test_the_interval_of_an_average_by_hand() -> None:
+    after, before = zip(outcomes(10, 6, 1, 3), outcomes(2, 0, 0, 6), strict=True)
+    found = average_difference(after, before)
+    # Spreads 6.5 + 1.5 - 5²/22 and 0.5 + 0.5 - 0, of 20 and 8 rows.
+    half = norm.ppf(0.975) * math.sqrt((8 - 25 / 22) / 20**2 + 1 / 8**2) / 2
+    assert found.difference == 0.125
+    assert found.interval == pytest.approx((0.125 - half, 0.125 + half))
+    after, before = outcomes(0, 2, 0, 0)
+    assert average_difference([after] * 2, [before] * 2).interval[1] == 1.0
+
+
+@pytest.mark.parametrize("truth", [0.0, 0.1, 0.25])
+@pytest.mark.parametrize(("rows", "least", "most"), [(12, 0.93, 1.0), (100, 0.93, 0.99)])
+def test_the_interval_of_an_average_covers_as_it_says(truth: float, rows: int, least: float, most: float) -> None:
+    """16 benchmarks; a row is right only after with chance 0.1 + truth, only before with 0.1, in both with 0.3."""
+    coins = np.random.default_rng(0).random((500, 16, rows))
+    after, before = (right.astype(float) for right in (coins < 0.4 + truth, (coins < 0.3) | (coins >= 0.9)))
+    found = [average_difference([*one], [*other], draws=1) for one, other in zip(after, before, strict=True)]
+    assert np.mean([sum(one.interval) / 2 - one.difference for one in found]) == pytest.approx(0, abs=1e-12)
+    covered = np.mean([one.interval[0] <= truth <= one.interval[1] for one in found])
+    assert least <= covered <= most
 
 
 def test_benchmarks_count_equally_whatever_their_size() -> None:
@@ -317,10 +345,6 @@ def test_the_same_is_not_asked_twice(
     evaluate_policy.run(fewer)
     assert asked == ["piqa"]
     # One weight more in the same folder is another model.
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
     moved = tmp_path / "model"
     shutil.copytree(tiny_model, moved)
     evaluate_policy.run(dataclasses.replace(fewer, output=str(tmp_path / "moved"), model=str(moved)))

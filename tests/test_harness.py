@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from poise import cli
 from poise.adapters import benchmarks, harness
 from poise.errors import PoiseError
 from poise.models import HfModel, HfTokenizer, load_policy
@@ -299,6 +300,17 @@ def test_rows_are_the_first_and_the_identity_knows_them(tmp_path: Path) -> None:
     assert identity(2) == identity(2, tokens=9)  # nothing is written
     assert len({identity(2), identity(3), identity(6)}) == 3
     assert identity(0) == identity(6)
+
+
+def test_parts_share_the_rows_out_rounded_up_as_the_help_says(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate-policy", "--help"])
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for name, parts, total in [("mmlu", 57, 114), ("bbh", 27, 108)]:
+        task = harness.Task(name, loaded=dict.fromkeys(map(str, range(parts))), rows=100)
+        assert task.limit is not None
+        assert task.limit * parts == total
+        assert f"{total} of {name}, which has {parts}" in said
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the samples lie outside the repository")

@@ -1,15 +1,18 @@
 """The policy's short cuts (kept activations, packed rows, merged adapters) change nothing but speed."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from conftest import make_model
 from poise.errors import PoiseError
 from poise.models import load_policy
 from poise.policy import Policy, Rollout, _draw, packed_attention, uniforms
+from poise.reward_model import load_trunk
 
 PROMPTS = ["Review a film.", [{"role": "user", "content": "And now review a phone, please."}]]
 
@@ -242,3 +245,12 @@ def test_prompt_beyond_the_context_is_said_in_one_line(tiny_model: str) -> None:
     policy = make_policy(tiny_model, 1)
     with pytest.raises(PoiseError, match=r"context of 256.*--max-tokens"):
         policy.sample(["x" * 400], uniforms(1, 1, 8, torch.Generator()))
+
+
+def test_pickled_weights_are_refused(tiny_model: str, tmp_path: Path) -> None:
+    """A folder with pytorch_model.bin alone: unpickling could run anything."""
+    folder = shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(load_file(f"{tiny_model}/model.safetensors"), folder / "pytorch_model.bin")
+    for load in (load_policy, lambda path: load_trunk(path, 0)):
+        with pytest.raises(PoiseError, match=r"cannot load .*safetensors"):
+            load(str(folder))

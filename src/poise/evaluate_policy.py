@@ -4,7 +4,8 @@ lm-evaluation-harness asks and scores (adapters/harness.py); here its answers, r
 the model that training started from, on the same rows:
 
     one benchmark       exact McNemar test; interval of the difference after Agresti and Min
-    average of them     benchmarks count equally, rows within them are the random unit; sign-flip test
+    average of them     benchmarks count equally, rows within them are the random unit; sign-flip test, interval around
+                        the average itself
 
     RUN/results.json    tasks: their names; policies, the start first: per task and on average mean, stderr and, against
                         the start, difference, interval, p_value; of each row whether it was right (outcomes: a
@@ -32,6 +33,7 @@ from scipy.stats import binomtest
 from poise.adapters.benchmarks import DEFAULT_TASKS
 from poise.adapters.harness import MAX_TOKENS, Answers, Task, evaluate, read_tasks
 from poise.errors import PoiseError, first_line
+from poise.metrics import movement
 from poise.models import DEFAULT_MODEL, HfModel, HfTokenizer, frozen_dtype, load_policy, resolve_model
 from poise.policy import Policy
 from poise.progress import console, progress
@@ -56,7 +58,8 @@ class Config:
     tasks: tuple[str, ...] = DEFAULT_TASKS
     """Which benchmarks; bbh is a 17th."""
     rows: int = 100
-    """Rows of each benchmark, at most, from the beginning; 0: all."""
+    """Rows of each benchmark, at most, from the beginning; 0: all. Without --data each part of a benchmark is asked as
+    many, rounded up: 100 become 114 of mmlu, which has 57 parts, and 108 of bbh, which has 27."""
     batch_size: int = 8
     """Requests at a time; fewer where they are long."""
     max_tokens: int = MAX_TOKENS
@@ -118,7 +121,9 @@ def paired_difference(after: Float[ndarray, " rows"], before: Float[ndarray, " r
     """
     b, c = _discordant(after, before)
     p_value = float(binomtest(b, b + c).pvalue) if b + c else 1.0
-    return Paired((b - c) / len(after), _interval([(b, c, len(after))]), p_value)
+    n = len(after)
+    interval = _interval((b - c) / (n + 2), float(np.sqrt(_spread(b, c, n))) / (n + 2))
+    return Paired((b - c) / n, interval, p_value)
 
 
 def average_difference(
@@ -127,18 +132,23 @@ def average_difference(
     """Of the means of T tasks' means of 0/1 outcomes; the tasks are given, their rows are the random unit.
 
         difference = D = (1 / T) Σ_t (b_t - c_t) / n_t
-        interval   = mean of the tasks' centres d_t ± 1.96 sqrt(Σ_t variance_t) / T       (as in paired_difference)
+        interval   = D ± 1.96 sqrt(Σ_t (b'_t + c'_t - (b'_t - c'_t)² / n'_t) / n_t²) / T  (b', c', n' as in
+                     paired_difference)
         p_value    = (1 + #{|D*| >= |D|}) / (1 + draws)                                   (sign-flip test)
 
     Without a difference a row of which one side is right alone could as well be the other's: D* gives each such row to
     either at random, so b*_t ~ Binomial(b_t + c_t, 1/2).
+
+    The rows added to a task only widen the interval. As centres, d_t = D_t n_t / (n_t + 2) would all lean toward 0:
+    beside one task's width that is little, but it does not shrink with T as the width does.
     """
     counts = [(*_discordant(one, other), len(one)) for one, other in zip(after, before, strict=True)]
     b, c, n = np.array(counts).T
     difference = float(((b - c) / n).mean())
     flipped = np.random.default_rng(seed).binomial(b + c, 0.5, size=(draws, len(n)))
     as_far = np.abs(((2 * flipped - b - c) / n).mean(-1)) >= abs(difference) - 1e-12
-    return Paired(difference, _interval(counts), float((1 + as_far.sum()) / (1 + draws)))
+    stderr = float(np.sqrt((_spread(b, c, n) / n**2).sum())) / len(n)
+    return Paired(difference, _interval(difference, stderr), float((1 + as_far.sum()) / (1 + draws)))
 
 
 def _discordant(after: ndarray, before: ndarray) -> tuple[int, int]:
@@ -146,12 +156,14 @@ def _discordant(after: ndarray, before: ndarray) -> tuple[int, int]:
     return int((after > before).sum()), int((after < before).sum())
 
 
-def _interval(counts: Sequence[tuple[int, int, int]]) -> tuple[float, float]:
-    """95 % interval of the mean over tasks of (b - c) / n, from (b, c, n) of each; within [-1, 1]."""
-    b, c, n = np.array(counts).T + np.array([[0.5], [0.5], [2.0]])
-    centre, variance = (b - c) / n, (b + c - (b - c) ** 2 / n) / n**2
-    half = Z * np.sqrt(variance.sum()) / len(n)
-    return max(float(centre.mean() - half), -1.0), min(float(centre.mean() + half), 1.0)
+def _spread(b: ndarray | int, c: ndarray | int, n: ndarray | int) -> ndarray | float:
+    """Variance b' + c' - (b' - c')² / n' of the count b - c, by the primed counts of `paired_difference`; per task."""
+    return b + c + 1 - (b - c) ** 2 / (n + 2)
+
+
+def _interval(centre: float, stderr: float) -> tuple[float, float]:
+    """95 % interval of a difference of means, within [-1, 1]."""
+    return max(centre - Z * stderr, -1.0), min(centre + Z * stderr, 1.0)
 
 
 def average(answers: Sequence[Answers]) -> tuple[float, float]:
@@ -176,11 +188,10 @@ def fluctuation(rows: Sequence[Json]) -> Json:
     found: Json = {}
     for task, at in by_task.items():
         steps = sorted(at)
-        means = np.array([at[step] for step in steps])
-        found[task] = {
-            "steps": steps, "mean": means.tolist(), "std": float(means.std(ddof=1)) if len(means) > 1 else None,
-            "range": float(np.ptp(means)), "largest_drop": float((np.maximum.accumulate(means) - means).max()),
-        }  # fmt: skip
+        means = [at[step] for step in steps]
+        found[task] = {"steps": steps, "mean": means} | movement(np.array(means))
+        if len(steps) == 1:
+            found[task]["std"] = None
     return found
 
 

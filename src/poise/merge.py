@@ -62,7 +62,7 @@ def folded(base: str, adapters: Path) -> tuple[HfModel, HfTokenizer]:
     tokenizer = load_tokenizer(base)
     with quiet_loading():
         try:
-            model: HfModel = transformers.AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+            model: HfModel = transformers.AutoModelForCausalLM.from_pretrained(base, dtype="auto", use_safetensors=True)
             dtype = model.dtype
             pad_apart(tokenizer, model)
             adapted = peft.PeftModel.from_pretrained(model.float(), str(adapters), torch_device="cpu")

@@ -130,7 +130,9 @@ def load_policy(model: str) -> tuple[HfModel, HfTokenizer]:
     tokenizer = load_tokenizer(folder)
     with quiet_loading():
         try:
-            policy: HfModel = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=frozen_dtype())
+            policy: HfModel = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=frozen_dtype(), use_safetensors=True
+            )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise PoiseError(f"cannot load {model} as a language model: {first_line(error)}") from None
     policy.name_or_path = model  # what its adapters will say they belong to

@@ -143,7 +143,7 @@ class Config(PpoConfig):
     eval_data: str = ""
     """Folder of their rows (NAME.jsonl or .jsonl.gz); default: from the model hub."""
     eval_rows: int = 100
-    """Rows of each benchmark, at most."""
+    """Rows of each benchmark; of those that come in parts from the hub, a few more."""
     on_alarm: Literal["log", "stop", "rollback", "pessimism"] = "log"
     """When the monitor sees signs of over-optimisation: say so, end the run, end it with the last policy that looked
     safe, or go on with a doubled β and a more pessimistic objective."""

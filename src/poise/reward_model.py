@@ -132,7 +132,7 @@ def _load_classifier(folder: str, config: Any, dtype: torch.dtype) -> HfModel:
     with quiet_loading():
         try:
             classifier = transformers.AutoModelForSequenceClassification.from_pretrained(
-                folder, config=config, dtype=dtype
+                folder, config=config, dtype=dtype, use_safetensors=True
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise PoiseError(f"cannot load {folder} as a reward model: {first_line(error)}") from None

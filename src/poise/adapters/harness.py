@@ -86,7 +86,7 @@ class Task:
 
     @property
     def limit(self) -> int | None:
-        """Most rows of each part; None for all."""
+        """Most rows of each part, so that all together are `rows` or, rounded up, some more; None for all."""
         return -(-self.rows // len(self.parts)) if self.rows else None
 
     def identity(self, max_tokens: int) -> str:
@@ -117,7 +117,8 @@ class Task:
 def read_tasks(names: tuple[str, ...], data: str, rows: int) -> list[Task]:
     """The named benchmarks, with at most `rows` rows (0: all) each: the first ones of the files in folder `data`.
 
-    data="": the harness's own, from the model hub; a benchmark of several parts shares `rows` out among them.
+    data="": the harness's own, from the model hub; one of several parts takes the first ceil(rows / parts) of each,
+    which may be more than `rows` (see Task.limit).
     Raises PoiseError, one line, for an unknown name, a missing or empty file, a bad or repeated row, no harness, or a
     hub that cannot be reached. Touches the network only without `data`, and no model.
     """
