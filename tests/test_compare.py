@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from poise import compare
+from poise import compare, gold
 from poise.errors import PoiseError
-from poise.runs import Json
+from poise.runs import Json, read_jsonl
 
 PROMPTS = ("a film", "a phone")
 
@@ -37,8 +37,9 @@ def make_arm(folder: Path, steps: list[tuple[float, float]], final: dict[str, fl
 
 
 @pytest.fixture(autouse=True)
-def gold(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare, "judged", lambda rows, _: np.array([float(row["completion"]) for row in rows]))
+def gold_is_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (compare, gold):
+        monkeypatch.setattr(module, "judged", lambda rows, _: np.array([float(row["completion"]) for row in rows]))
 
 
 def test_peak_end_and_fall_by_hand(tmp_path: Path) -> None:
@@ -64,7 +65,8 @@ def test_peak_end_and_fall_by_hand(tmp_path: Path) -> None:
 def test_the_pool_says_where_the_policy_began(tmp_path: Path) -> None:
     arms = tuple(make_arm(tmp_path / name, [(9.0, 9.0)], {"gold": 0.0, "proxy": 2.0}) for name in ("a", "b"))
     (tmp_path / "pool").mkdir()
-    rows = [{"prompt": p, "completion": "a fine film", "gold": gold} for p in PROMPTS for gold in (0.0, 1.0)]
+    # What another gold said of them does not count.
+    rows = [{"prompt": p, "completion": gold, "gold": 7.0} for p in PROMPTS for gold in ("0.0", "1.0")]
     write_rows(tmp_path / "pool" / "pool.jsonl", rows)
     settings = compare.Config(arms=arms, output=str(tmp_path / "out"), pool=str(tmp_path / "pool"))
     found = compare.run(settings).results or {}
@@ -72,6 +74,25 @@ def test_the_pool_says_where_the_policy_began(tmp_path: Path) -> None:
     assert [arm["initial_gold_std"] for arm in found["arms"]] == [pytest.approx(1 / 3**0.5)] * 2
     alone = compare.run(compare.Config(arms=arms, output=str(tmp_path / "alone"))).results or {}
     assert {(arm["initial_gold"], arm["initial_gold_std"]) for arm in alone["arms"]} == {(9.0, 1.0)}  # a constant
+
+
+def test_conversations_that_share_their_last_turn_are_prompts_of_their_own(tmp_path: Path) -> None:
+    prompts = [[{"role": "user", "content": f"{i}"}, {"role": "user", "content": "Go on."}] for i in range(3)]
+    arms = []
+    for name, order in (("one", prompts), ("other", prompts[::-1])):
+        arms.append(make_arm(tmp_path / name, [(0.0, 0.0)], {"gold": len(arms), "proxy": 0.0}, prompts=order))
+        rows = list(read_jsonl(tmp_path / name / "final.jsonl"))
+        write_rows(
+            tmp_path / name / "final.jsonl", [row | {"reward": int(row["prompt"][0]["content"])} for row in rows]
+        )
+    found = compare.run(compare.Config(arms=tuple(arms), output=str(tmp_path / "out"))).results or {}
+    assert found["differences"][0]["num_prompts"] == 3
+    assert [row["prompt"] for row in found["completions"]] == ["Go on."] * 3
+    shown = [tuple(opinion["proxy"] for opinion in row["arms"].values()) for row in found["completions"]]
+    assert sorted(shown) == [(0, 0), (1, 1), (2, 2)]  # each beside the other's of the same prompt
+    fewer = make_arm(tmp_path / "fewer", [(0.0, 0.0)], {"gold": 2.0, "proxy": 0.0}, prompts=prompts[:2])
+    with pytest.raises(PoiseError, match="not evaluated on the same prompts"):
+        compare.run(compare.Config(arms=(arms[0], fewer), output=str(tmp_path / "again")))
 
 
 def test_arms_of_other_prompts_are_not_compared(tmp_path: Path) -> None:

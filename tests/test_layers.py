@@ -24,7 +24,7 @@ LAYERS = [
     },
     {
         "plots", "report", "evaluation_page", "model_card", "policy_card", "toy_figure", "recipes",
-        "study", "study_page", "study_pool", "study_verdicts", "cli",
+        "study", "study_config", "study_page", "study_pool", "study_verdicts", "cli",
     },
 ]  # fmt: skip
 STUDIES = LAYERS[3]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from poise import best_of_n, cells, recipes, study, study_pool, train_policy, train_reward
+from poise import cells, gold, recipes, study, study_pool, train_policy, train_reward
 from poise.arms import ARMS as ALL_ARMS
 from poise.data import Preference, read_preferences
 from poise.errors import PoiseError
@@ -92,6 +92,15 @@ def test_a_cell_that_fails_is_named_and_the_others_go_on(
     assert again["summary"]["0"].keys() == {*ARMS, "constant"}
 
 
+def test_a_study_of_which_every_cell_fails_says_so(
+    tmp_path: Path, preferences_file: Path, prompts_file: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cells, "run_cell", lambda _cell, _jobs: "out of memory")
+    results = study.run(config(tmp_path, preferences_file, prompts_file, tiny_model)).results
+    assert results["missing"] == {"noise-0/reward-0/reward": "out of memory"}
+    assert "1 run is missing" in (tmp_path / "study" / "report.html").read_text()
+
+
 def test_a_cell_in_a_process_of_its_own(tmp_path: Path, tiny_model: str, prompts_file: Path) -> None:
     bad = train_policy.Config(
         prompts=str(prompts_file), reward=str(tmp_path / "nowhere"), output=str(tmp_path / "cell"), model=tiny_model,
@@ -103,6 +112,16 @@ def test_a_cell_in_a_process_of_its_own(tmp_path: Path, tiny_model: str, prompts
     assert why in (tmp_path / "cell" / "error.txt").read_text()
     Run(tmp_path / "cell").finish({})  # as if another process had finished it while this one waited for the lock
     assert cells.run_cell(cells.Cell("train-policy", bad)) == ""
+
+
+def test_a_cell_begun_with_other_settings_fails_alone(tmp_path: Path, tiny_model: str, prompts_file: Path) -> None:
+    begun = train_policy.Config(
+        prompts=str(prompts_file), reward=str(tmp_path), output=str(tmp_path / "cell"), model=tiny_model
+    )
+    Run.open(begun.output, begun)
+    failed = cells.run_cells([cells.Cell("train-policy", replace(begun, eval_every=10))], 1, "cells")
+    assert "differs in eval_every" in failed[tmp_path / "cell"]
+    assert "differs in eval_every" in (tmp_path / "cell" / "error.txt").read_text()
 
 
 def test_flipped_by_hand() -> None:
@@ -132,7 +151,7 @@ def test_best_of_n_alone_and_what_is_kept_of_it(
         label_noise=("0", "0.25"),
     )  # fmt: skip
     # a reader of reviews thinks all alike of what a random model writes
-    monkeypatch.setattr(best_of_n, "judged", lambda rows, _: np.sin(np.arange(len(rows))))
+    monkeypatch.setattr(gold, "judged", lambda rows, _: np.sin(np.arange(len(rows))))
     results = study.run(wanted).results
     assert results["cells"] == []
     assert results["best_of_n"].keys() == {"0", "0.25"}
@@ -159,11 +178,11 @@ def test_best_of_n_alone_and_what_is_kept_of_it(
 
 
 def test_benchmarks_of_trained_policies_are_gathered_without_their_rows(tmp_path: Path) -> None:
-    assert study._benchmarks(tmp_path) is None
+    assert study._benchmarks(study.Config(), tmp_path) is None
     of_policies = [{"name": "single", "tasks": {"race": {"mean": 0.5, "outcomes": "01"}}}]
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "results.json").write_text(json.dumps({"tasks": ["race"], "policies": of_policies}))
-    found = study._benchmarks(tmp_path)
+    found = study._benchmarks(study.Config(), tmp_path)
     assert found is not None
     assert found["policies"][0]["tasks"]["race"] == {"mean": 0.5}
 
@@ -200,6 +219,10 @@ def test_a_cell_counts_its_processor_time(tmp_path: Path, tiny_model: str, prefe
         ({"arms": ("single",)}, "at least two"),
         ({"label_noise": ("0.7",)}, r"shares in \[0, 0.5\]"),
         ({"label_noise": ("much",)}, r"shares in \[0, 0.5\]"),
+        ({"label_noise": ("nan",)}, r"shares in \[0, 0.5\]"),
+        ({"label_noise": ("0", "-0")}, "each once"),
+        ({"label_noise": (".25", "0.250")}, "each once"),
+        ({"label_noise": ("0.0", ".250"), "policy_noise": ("0.5",)}, "0.5 is not among --label-noise 0 0.25"),
         ({"label_noise": ("raters",), "policy_noise": ("raters",)}, "needs --raters"),
         ({"policy_noise": ("0.25",)}, "--policy-noise 0.25 is not among --label-noise 0"),
         ({"pool_size": 1}, "--pool-size must be at least 2"),
@@ -213,6 +236,71 @@ def test_bad_settings_are_one_line(tmp_path: Path, changes: dict[str, Any], mess
     with pytest.raises(PoiseError, match=message):
         study.run(replace(config(tmp_path, tmp_path / "p", tmp_path / "q", "model"), **changes))
     assert not (tmp_path / "study").exists()  # nothing is written for a study that cannot be
+
+
+def write_pairs(path: Path, *pairs: tuple[str, str]) -> Path:
+    rows = [{"prompt": "Review.", "chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_study_keeps_to_the_files_it_began_with(tmp_path: Path, prompts_file: Path) -> None:
+    pairs = write_pairs(tmp_path / "pairs.jsonl", ("a", "b"))
+    raters = write_pairs(tmp_path / "raters.jsonl", ("b", "a"))
+    wanted = config(tmp_path, pairs, prompts_file, "model", raters=str(raters))
+    study._open(wanted)
+    saved = tmp_path / "study" / "study.json"
+    without = json.loads(saved.read_text())
+    assert without.pop("digests").keys() == {"preferences", "prompts", "eval_prompts"}
+    write_pairs(raters, ("c", "d"))  # nothing was made of it yet
+    study._open(replace(wanted, label_noise=("0", "raters")))
+    write_pairs(raters, ("e", "f"))
+    with pytest.raises(PoiseError, match=r"differs in what raters holds\); choose another --output"):
+        study._open(replace(wanted, label_noise=("0", "raters")))
+    study._open(wanted)
+    assert "raters" in json.loads(saved.read_text())["digests"]  # not forgotten
+    write_pairs(pairs, ("a", "c"))
+    with pytest.raises(PoiseError, match=r"differs in what preferences holds"):
+        study._open(wanted)
+    saved.write_text(json.dumps(without))  # of a time before digests
+    study._open(wanted)
+    write_pairs(pairs, ("a", "d"))
+    with pytest.raises(PoiseError, match=r"differs in what preferences holds"):
+        study._open(wanted)
+    pairs.unlink()  # as may be once all is trained
+    study._open(wanted)
+
+
+def test_raters_are_of_the_same_pairs(tmp_path: Path, prompts_file: Path) -> None:
+    pairs = write_pairs(tmp_path / "pairs.jsonl", ("a", "b"), ("c", "d"), ("e", "f"))
+    raters = tmp_path / "raters.jsonl"
+    noise = ("0", "raters")
+    wanted = config(tmp_path, pairs, prompts_file, "model", raters=str(raters), label_noise=noise, policy_noise=noise)
+    write_pairs(raters, ("b", "a"), ("c", "f"), ("e", "d"))
+    with pytest.raises(PoiseError, match=r"pair 2 of .*raters\.jsonl is not pair 2 of .*pairs\.jsonl"):
+        study.run(wanted)
+    write_pairs(raters, ("b", "a"), ("c", "d"))
+    with pytest.raises(PoiseError, match=r"pair 3 of .*raters\.jsonl is not pair 3 of"):
+        study.run(wanted)
+    assert not (tmp_path / "study").exists()  # so that a better file may follow
+    write_pairs(raters, ("b", "a"), ("c", "d"), ("f", "e"))
+    assert [pair.chosen for pair in study._read(wanted)[str(raters)]] == ["b", "c", "f"]
+
+
+def test_conversations_that_share_their_last_turn_make_a_pool(
+    tmp_path: Path, preferences_file: Path, tiny_model: str
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    turns = [[{"role": "system", "content": who}, {"role": "user", "content": "Go on."}] for who in ("Kind.", "Rude.")]
+    prompts.write_text("".join(json.dumps({"prompt": one}) + "\n" for one in [*turns, turns[0]]))
+    wanted = config(tmp_path, preferences_file, prompts, tiny_model, pool_size=2, pool_seeds=1, policy_seeds=0)
+    with pytest.raises(PoiseError, match=r"prompts\.jsonl has a prompt twice: 'Go on\.'"):
+        study.run(wanted)
+    assert not (tmp_path / "study").exists()
+    prompts.write_text("".join(json.dumps({"prompt": one}) + "\n" for one in turns))
+    results = study.run(wanted).results
+    assert results["best_of_n"].keys() == {"0"}
+    assert json.loads((tmp_path / "study" / "page-pool.json").read_text())["prompts"] == ["Go on."] * 2
 
 
 def test_the_standard_study_has_files_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

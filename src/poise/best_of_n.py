@@ -4,7 +4,7 @@ One pool of the initial policy's completions is scored once by every reward mode
 runs; from those scores best-of-n and the exactly tilted policy pi ~ pi_0 exp(r / beta) follow for any objective in
 milliseconds.
 
-    RUN/pool.jsonl          prompt, completion, gold
+    RUN/pool.jsonl          prompt, completion, gold, judge: a fingerprint of what said the gold
     RUN/heads/…             every head's mean and std, per reward model
     RUN/results.json        per objective: gold and proxy against KL with 95 % intervals over prompts and reward-model
                             runs, fitted laws, peak, final and fall of gold, and what it is less the first objective's
@@ -13,16 +13,17 @@ milliseconds.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 
 from poise.curves import Choice
 from poise.data import OnBadRow, read_prompts
 from poise.errors import PoiseError
-from poise.gold import judged
-from poise.models import DEFAULT_MODEL
+from poise.gold import judge
+from poise.models import DEFAULT_MODEL, Prompt
 from poise.objectives import RewardScale, disagreement, mean, routing_std
-from poise.pool import PoolHeads, judge_choices, sample_pool, score_pool
+from poise.pool import PoolHeads, judge_choices, prompt_key, prompt_label, sample_pool, score_pool
 from poise.runs import Json, Run, read_jsonl, write_jsonl
 
 
@@ -74,17 +75,29 @@ def run(config: Config) -> Run:
 
 
 def make_pool(folder: Path, config: Config) -> list[Json]:
-    """Rows of the pool in `folder`, with gold; sampled if they are not there yet."""
+    """Rows of the pool in `folder`, with gold; sampled if they are not there yet, judged anew if by another gold."""
     path = folder / "pool.jsonl"
     if not path.exists():
-        prompts = read_prompts(config.prompts, config.on_bad_row)
-        if len(prompts) < 2:
-            raise PoiseError(f"{config.prompts} has one prompt; intervals over prompts need at least two")
-        rows = sample_pool(config.model, prompts, config.per_prompt, config.max_tokens, config.seed)
-        for row, gold in zip(rows, judged(rows, config.gold), strict=True):
-            row["gold"] = float(gold)
+        prompts = pool_prompts(config.prompts, config.on_bad_row)
+        write_jsonl(path, sample_pool(config.model, prompts, config.per_prompt, config.max_tokens, config.seed))
+    rows = list(read_jsonl(path))
+    if judge(rows, config.gold):
         write_jsonl(path, rows)
-    return list(read_jsonl(path))
+    return rows
+
+
+def pool_prompts(path: str, on_bad_row: OnBadRow = "error") -> list[Prompt]:
+    """Prompts to sample a pool of: at least two, each once."""
+    prompts = read_prompts(path, on_bad_row)
+    if len(prompts) < 2:
+        raise PoiseError(f"{path} has one prompt; intervals over prompts need at least two")
+    seen: set[str] = set()
+    for prompt in prompts:
+        if prompt_key(prompt) in seen:
+            label = shorten(prompt_label(prompt), 80, placeholder="…")
+            raise PoiseError(f"{path} has a prompt twice: {label!r}; leave each in once")
+        seen.add(prompt_key(prompt))
+    return prompts
 
 
 def summarise(

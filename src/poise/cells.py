@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from poise.errors import PoiseError
 from poise.progress import progress
 from poise.runs import Run, write_json
 
@@ -47,8 +48,12 @@ def run_cells(cells: list[Cell], jobs: int, label: str) -> dict[Path, str]:
 
 def run_cell(cell: Cell, jobs: int = 1) -> str:
     """One cell in a process of its own; returns what went wrong, or nothing."""
-    run = Run.open(cell.folder, cell.config)
     error = cell.folder / "error.txt"
+    try:
+        run = Run.open(cell.folder, cell.config)
+    except PoiseError as other:  # begun with other settings: it alone cannot go on
+        error.write_text(str(other))
+        return str(other)
     with (
         (cell.folder / ".lock").open("w") as lock,
         (cell.folder / "log.txt").open("a") as log,
@@ -78,7 +83,10 @@ def run_cell(cell: Cell, jobs: int = 1) -> str:
 
 
 def cpu_hours(folder: Path) -> float:
-    """Processor hours that a cell took so far, tries that failed included; 0 if nobody counted them."""
+    """Processor hours that a cell took so far, tries that failed included; 0 if nobody counted them.
+
+    The study counts them when a try ends: a try whose study was killed before that is not in it.
+    """
     path = folder / "cost.json"
     return float(json.loads(path.read_text())["cpu_hours"]) if path.exists() else 0.0
 

@@ -11,10 +11,10 @@ import numpy as np
 from numpy import ndarray
 
 from poise.errors import PoiseError
-from poise.gold import judged
+from poise.gold import judge, judged
 from poise.metrics import bootstrap_interval
-from poise.models import Prompt
 from poise.monitor import text_signs
+from poise.pool import prompt_key, prompt_label
 from poise.runs import Json, Run, load_config_file, read_jsonl
 
 NUM_SHOWN = 24
@@ -51,7 +51,8 @@ def run(config: Config) -> Run:
     arms = [
         _arm(Path(arm), label, rows, config.gold) for arm, label, rows in zip(config.arms, labels, finals, strict=True)
     ]
-    initial = _initial(Path(config.pool), len(finals[0]) // len(by_prompt[0])) if config.pool else {}
+    per_prompt = len(finals[0]) // len(by_prompt[0])
+    initial = _initial(Path(config.pool), per_prompt, config.gold) if config.pool else {}
     for arm in arms if initial else []:
         arm |= {"initial_gold": initial["gold"], "initial_gold_std": initial["gold_std"]}
     differences = []
@@ -66,16 +67,11 @@ def run(config: Config) -> Run:
     return out
 
 
-def _initial(pool: Path, per_prompt: int) -> Json:
+def _initial(pool: Path, per_prompt: int, gold: str) -> Json:
     """The initial policy on the same prompts; variety is counted on as many completions as the arms have."""
     rows = list(read_jsonl(pool / "pool.jsonl"))
-    seen: dict[str, int] = {}
-    texts = []
-    for row in rows:
-        label = prompt_label(row["prompt"])
-        seen[label] = seen.get(label, 0) + 1
-        if seen[label] <= per_prompt:
-            texts.append(row["completion"])
+    texts = [row["completion"] for part in _by_prompt(rows).values() for row in part[:per_prompt]]
+    judge(rows, gold)  # another gold may have judged the pool
     golds = np.array([row["gold"] for row in rows])
     return {"gold": float(golds.mean()), "gold_std": _std(golds), "distinct_bigrams": distinct_bigrams(texts)}
 
@@ -90,11 +86,16 @@ def _final(arm: Path, gold: str) -> list[Json]:
     return rows
 
 
-def _gold_by_prompt(rows: list[Json]) -> dict[str, float]:
-    golds: dict[str, list[float]] = {}
+def _by_prompt(rows: list[Json]) -> dict[str, list[Json]]:
+    """Rows of each whole prompt: conversations may share their last turn."""
+    found: dict[str, list[Json]] = {}
     for row in rows:
-        golds.setdefault(prompt_label(row["prompt"]), []).append(row["gold"])
-    return {prompt: float(np.mean(values)) for prompt, values in golds.items()}
+        found.setdefault(prompt_key(row["prompt"]), []).append(row)
+    return found
+
+
+def _gold_by_prompt(rows: list[Json]) -> dict[str, float]:
+    return {prompt: float(np.mean([row["gold"] for row in part])) for prompt, part in _by_prompt(rows).items()}
 
 
 def _arm(folder: Path, label: str, final: list[Json], gold: str) -> Json:
@@ -151,18 +152,21 @@ def _side_by_side(names: list[str], finals: list[list[Json]]) -> list[Json]:
     comparison to mean something, of the other arms too.
     """
     gold = np.array([row["gold"] for rows in finals for row in rows])
-    rows = finals[0]
+    by_prompt = [_by_prompt(rows) for rows in finals]
+    first = [(prompt, number) for prompt, rows in by_prompt[0].items() for number in range(len(rows))]
+    rows = [by_prompt[0][prompt][number] for prompt, number in first]
     proxy = np.array([row["reward"] for row in rows])
     gap = (proxy - proxy.mean()) / max(proxy.std(), 1e-9) - (
         np.array([row["gold"] for row in rows]) - gold.mean()
     ) / max(gold.std(), 1e-9)
     shown: dict[str, Json] = {}
     for i in np.argsort(-gap):
-        label = prompt_label(rows[i]["prompt"])
-        if label not in shown and len(shown) < NUM_SHOWN:
-            shown[label] = {
-                "prompt": label, "over_scored": float(gap[i]),
-                "arms": {name: _opinion(arm[i]) for name, arm in zip(names, finals, strict=True)},
+        prompt, number = first[i]
+        if prompt not in shown and len(shown) < NUM_SHOWN:
+            same = [rows[prompt] for rows in by_prompt]
+            shown[prompt] = {
+                "prompt": prompt_label(rows[i]["prompt"]), "over_scored": float(gap[i]),
+                "arms": {name: _opinion(arm[number % len(arm)]) for name, arm in zip(names, same, strict=True)},
             }  # fmt: skip
     return list(shown.values())
 
@@ -180,8 +184,3 @@ def distinct_bigrams(texts: list[str]) -> float:
     0.75
     """
     return text_signs(texts)["variety"]
-
-
-def prompt_label(prompt: Prompt) -> str:
-    """A prompt as one line: its last user turn."""
-    return prompt if isinstance(prompt, str) else next(t["content"] for t in reversed(prompt) if t["role"] == "user")

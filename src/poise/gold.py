@@ -14,17 +14,22 @@ No module that trains or chooses may import this one (tests/test_layers.py).
 """
 
 import functools
+import hashlib
 import itertools
 import re
 from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
+from poise.errors import PoiseError
 from poise.objectives import mean
 from poise.progress import progress
+from poise.reward_model import heads_fingerprint
 from poise.runs import Json
 from poise.scorer import Scorer, generated
 
@@ -36,13 +41,35 @@ def judged(rows: Sequence[Json], gold: str = "") -> Float[ndarray, " rows"]:
     """Gold of rows of `prompt` and `completion`.
 
     gold: a reward model to be the human (the mean of its heads); default: `gold_rewards`.
+    PoiseError where it says NaN or infinity.
     """
     if not gold:
         return gold_rewards([row["completion"] for row in rows])
     scorer = Scorer.load(gold, cached=True)
     with progress("gold", len(rows)) as advance:
         heads = scorer([generated(row["prompt"], row["completion"]) for row in rows], advance)
-    return mean(heads).double().numpy()
+    values = mean(heads).double().numpy()
+    if not np.isfinite(values).all():
+        raise PoiseError(f"gold {gold} says NaN or infinity of some completions; take another reward model")
+    return values
+
+
+def judge(rows: Sequence[Json], gold: str = "") -> bool:
+    """Give rows their `gold`, and as `judge` what said it, unless this gold has done so; returns whether it had not."""
+    by = fingerprint(gold)
+    if all(row.get("judge") == by for row in rows):
+        return False
+    for row, value in zip(rows, judged(rows, gold), strict=True):
+        row.update(gold=float(value), judge=by)
+    return True
+
+
+def fingerprint(gold: str = "") -> str:
+    """Of what judges: a reward model's heads, or the rules of this file and VADER's version."""
+    if gold:
+        return heads_fingerprint(gold)
+    rules = Path(__file__).read_bytes() + metadata.version("vaderSentiment").encode()
+    return hashlib.blake2b(rules, digest_size=16).hexdigest()
 
 
 def gold_rewards(texts: Sequence[str]) -> Float[ndarray, " texts"]:

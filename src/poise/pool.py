@@ -4,6 +4,7 @@ FOLDER/pool.jsonl               prompt, completion; rows grouped by prompt, equa
 FOLDER/heads/NAME.safetensors   every head's mean and std of each row, by one reward model
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,10 @@ class PoolHeads:
     fingerprint: str
 
     def save(self, path: Path) -> None:
+        """PoiseError, and nothing is written, where it says NaN or infinity."""
+        if not (self.heads.mean.isfinite().all() and self.heads.std.isfinite().all()):
+            name = path.with_suffix("")
+            raise PoiseError(f"the reward model of {name} says NaN or infinity of some completions; train it anew")
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         about = {"unit": repr(self.unit), "fingerprint": self.fingerprint}
@@ -78,6 +83,16 @@ def sample_pool(model: str, prompts: Sequence[Prompt], per_prompt: int, max_toke
                 rows += [{"prompt": prompt, "completion": text} for text in texts]
             advance(len(batch) * per_prompt)
     return rows
+
+
+def prompt_key(prompt: Prompt) -> str:
+    """The whole prompt as text: what tells prompts apart."""
+    return json.dumps(prompt, sort_keys=True)
+
+
+def prompt_label(prompt: Prompt) -> str:
+    """A prompt as one line, to be shown: its last user turn, which conversations may share."""
+    return prompt if isinstance(prompt, str) else next(t["content"] for t in reversed(prompt) if t["role"] == "user")
 
 
 def samples_of(rows: Sequence[Json]) -> list[Sample]:
