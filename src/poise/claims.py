@@ -33,7 +33,7 @@ def _best_of_n(results: Json) -> Iterator[Json]:
         if "less_first" in accuracy:
             claim = f"{where}: accuracy of the BRME's nominal head, less that of one Bradley–Terry head (2409.15360)"
             interval = accuracy["less_first_interval"]
-            yield _figure(claim, "+1.1 points", 0.011, accuracy["less_first"], interval, "{:+.1%}")
+            yield _figure(claim, "+1.1 %, read as points", 0.011, accuracy["less_first"], interval, "{:+.1%}")
 
 
 def _policies(results: Json) -> Iterator[Json]:
