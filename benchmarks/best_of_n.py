@@ -12,9 +12,10 @@ import time
 import numpy as np
 import torch
 
-from poise.curves import KL_COEFS, Choice, Curves, Resamples, compare_with, judge, stacked
+from poise.curves import Choice, Curves, Resamples, compare_with, judge, stacked
 from poise.objectives import HeadRewards
 from poise.runs import environment
+from poise.selection import KL_COEFS
 
 PROMPTS, PER_PROMPT, SEEDS, HEADS = 64, 256, 20, 5
 WEIGHTS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from poise.curves import KL_COEFS, Choice, Curves, Resamples, compare_with, judge, pair_accuracy, sizes, stacked
+from poise.curves import Choice, Curves, Resamples, compare_with, judge, pair_accuracy, stacked
 from poise.errors import PoiseError
-from poise.metrics import best_of_n, fit_best_of_n, fit_rl, rank_weights, resampled_counts, tilted
+from poise.metrics import resampled_counts
 from poise.objectives import HeadRewards
 from poise.pool import PoolHeads
+from poise.selection import KL_COEFS, best_of_n, sizes, tilted
 
 PROMPTS, PER_PROMPT, HEADS = 6, 16, 3
 
@@ -62,24 +63,6 @@ def test_par_is_the_chance_of_beating_the_prompts_own_completions() -> None:
     plain = Choice("single", "nominal").proxy(heads, PER_PROMPT)
     less = Choice("single", "nominal", "contrastive").proxy(heads, PER_PROMPT, unit)
     assert (plain.argsort(-1) == less.argsort(-1)).all()
-
-
-def test_rank_weights_are_probabilities_of_the_best() -> None:
-    weights = rank_weights(5, np.array([1, 3, 5]))
-    np.testing.assert_allclose(weights.sum(0), 1.0)
-    np.testing.assert_allclose(weights[:, 0], 0.2)
-    np.testing.assert_allclose(weights[:, 1], np.array([0, 0, 1, 3, 6]) / 10)
-    np.testing.assert_allclose(weights[:, 2], [0, 0, 0, 0, 1])
-
-
-def test_laws_are_recovered() -> None:
-    d = np.sqrt(np.linspace(0.0, 6.0, 9))
-    law = fit_best_of_n(d, d * (0.8 - 0.2 * d))
-    assert (law.alpha, law.beta, law.r2) == pytest.approx((0.8, 0.2, 1.0))
-    law = fit_rl(d, np.where(d > 0, d * (0.5 - 0.3 * np.log(np.maximum(d, 1e-12))), 0.0))
-    assert (law.alpha, law.beta, law.r2) == pytest.approx((0.5, 0.3, 1.0))
-    noisy = fit_best_of_n(d, np.random.default_rng(0).normal(size=9))
-    assert noisy.r2 < 0.9
 
 
 def test_measures_by_hand() -> None:

@@ -10,7 +10,7 @@ ROOT = Path(poise.__file__).parent
 LAYERS = [
     {
         "errors", "objectives", "losses", "metrics", "monitor", "runs", "progress", "claims",
-        "processes", "trackers", "controllers", "fused", "cells", "study_summary",
+        "processes", "trackers", "controllers", "fused", "cells", "study_summary", "selection",
     },
     {
         "registry", "models", "data", "ratings", "questions", "packing", "features", "reward_model", "heads", "scorer",

@@ -18,7 +18,7 @@ import pytest
 import torch
 from numpy import ndarray
 
-from poise import metrics, study_page, study_verdicts
+from poise import selection, study_page, study_verdicts
 from poise.errors import PoiseError
 from poise.objectives import HeadRewards, RewardScale, parse_objective
 from poise.report import Verdict
@@ -523,12 +523,14 @@ def reference(pool: Json, reward: str, spec: str, noise: str) -> tuple[ndarray, 
         objective = parse_objective(spec)
         centred = RewardScale((0.0,) * heads.mean.shape[-1], 0.0, 1.0)  # the pool's heads are centred already
         proxy = centred.refitted(heads, objective).combine(heads, objective).numpy().reshape(num_prompts, size)
-        best = [metrics.best_of_n(proxy, values, sizes).mean(0) for values in (proxy, gold)]
+        best = [selection.best_of_n(proxy, values, sizes).mean(0) for values in (proxy, gold)]
         tilted = []
         for kl_coef in study_page.KL_COEFS:
-            (tilted_gold, kl), (tilted_proxy, _) = (metrics.tilted(proxy, values, kl_coef) for values in (gold, proxy))
+            (tilted_gold, kl), (tilted_proxy, _) = (
+                selection.tilted(proxy, values, kl_coef) for values in (gold, proxy)
+            )
             tilted.append([kl.mean(), tilted_proxy.mean(), tilted_gold.mean()])
-        seeds.append((np.stack([metrics.best_of_n_kl(sizes), *best], -1), np.array(tilted)))
+        seeds.append((np.stack([selection.best_of_n_kl(sizes), *best], -1), np.array(tilted)))
     both = [np.stack(of_policy) for of_policy in zip(*seeds, strict=True)]
     best_of_n, tilted_policies = (
         np.concatenate([points.mean(0), points[..., 2:].min(0), points[..., 2:].max(0)], -1) for points in both

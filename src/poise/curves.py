@@ -16,19 +16,10 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from poise.errors import PoiseError
-from poise.metrics import (
-    KL_COEFS,
-    best_of_n_kl,
-    fit_best_of_n,
-    fit_rl,
-    rank_weights,
-    resampled_counts,
-    shared_by_ties,
-    sizes,
-    tilted_weights,
-)
+from poise.metrics import resampled_counts, shared_by_ties
 from poise.objectives import SHAPINGS, HeadRewards, RewardScale, Shaping, parse_objective
 from poise.runs import Json
+from poise.selection import KL_COEFS, best_of_n_kl, fit_best_of_n, fit_rl, rank_weights, sizes, tilted_weights
 
 DRAWS = 1000
 

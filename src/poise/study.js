@@ -1,6 +1,6 @@
 // The page of `poise study`: recomputes objectives over the pool of completions, and draws every chart.
 //
-// The equations are those of objectives.py, RewardScale and metrics.py, in double precision; tests/test_study_page.py
+// The equations are those of objectives.py, RewardScale and selection.py, in double precision; tests/test_study_page.py
 // compares the two. What a reader chose lives in the address after `#`, so a link brings it back. Text reaches the page
 // as text nodes only.
 'use strict';
@@ -110,7 +110,7 @@
     return rewards.map((reward) => (reward - centre) / (std > 1e-6 ? std : 1));
   }
 
-  // ---- best-of-n and tilting (metrics.py) ----
+  // ---- best-of-n and tilting (selection.py) ----
 
   // Of N completions in rising order, the chance of each to be the best of n drawn: C(i - 1, n - 1) / C(N, n).
   function bestWeights(n, size) {

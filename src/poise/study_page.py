@@ -24,9 +24,10 @@ import numpy as np
 from markupsafe import Markup
 
 from poise.errors import PoiseError
-from poise.metrics import KL_COEFS, best_of_n_terms, rl_terms, sizes, smoothed, t_interval
+from poise.metrics import smoothed, t_interval
 from poise.report import REWARD_MODELS, page_template, read_json
 from poise.runs import Json, write_atomic
+from poise.selection import KL_COEFS, best_of_n_terms, rl_terms, sizes
 from poise.study_summary import noise_label, over_policies
 from poise.study_verdicts import caveats, compared_arms, findings, headlines, published
 
