@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 import torch
 from numpy import ndarray
+from PIL import Image
 
-from poise import selection, study_page, study_verdicts
+from poise import plots, selection, study_page, study_verdicts
 from poise.errors import PoiseError
 from poise.objectives import HeadRewards, RewardScale, parse_objective
 from poise.report import Verdict
@@ -461,6 +462,21 @@ def test_a_page_of_the_standard_study_is_small_and_soon_made():
     html = study_page.render(make_results(), comparisons, pool, {}, "", None)
     assert time.monotonic() - start < 20
     assert len(html.encode()) < 5_000_000
+
+
+def test_the_figure_has_a_panel_for_all_that_was_measured(tmp_path: Path):
+    results = make_results()
+    results["cells"] = [{"noise": "0", "arm": name, "final_gold": 0.3} for name in results["summary"]["0"]]
+    widths = []
+    for left_out in ((), ("best_of_n",), ("best_of_n", "cells")):
+        plots.save_study({key: value for key, value in results.items() if key not in left_out}, tmp_path / "study.png")
+        with Image.open(tmp_path / "study.png") as image:
+            widths.append(image.width)
+    assert widths == sorted(widths, reverse=True)
+    assert len(set(widths)) == 3
+    single = results["summary"]["0"]["single"]["final_gold"]
+    single["interval"] = None  # of one reward model
+    plots.save_study(results, tmp_path / "study.png")
 
 
 # ---- in a browser ----

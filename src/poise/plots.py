@@ -283,7 +283,7 @@ def _toy(results: Json) -> Figure:
 
 
 def save_study(results: Json, path: str | Path) -> None:
-    """`poise study`: what best-of-n gains over the first arm, and where every arm's policies end. PNG."""
+    """`poise study`: what best-of-n gains over the first arm, where policies end, a benchmark while they train. PNG."""
     with _look("study"):
         _study(results).savefig(path, format="png", dpi=160, metadata={"Software": None})
 
@@ -292,11 +292,17 @@ def _study(results: Json) -> Figure:
     noises = dict.fromkeys([*(results.get("best_of_n") or {}), *(results.get("summary") or {})])
     styles = dict(zip(noises, itertools.cycle(_STYLES), strict=False))
     panels = [panel for panel, key in ((_gains, "best_of_n"), (_endings, "cells")) if results.get(key)]
-    figure = Figure(figsize=(5.4 * len(panels), 5.2), layout="constrained")
-    for ax, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    asked = [
+        arms for arms in (results.get("summary") or {}).values() if any("checkpoints" in arm for arm in arms.values())
+    ]
+    figure = Figure(figsize=(5.4 * len(panels) + 4.4 * bool(asked), 5.2), layout="constrained")
+    axes = figure.subplots(1, len(panels) + bool(asked), squeeze=False)[0]
+    for ax, panel in zip(axes, panels, strict=False):
         names = panel(ax, results, styles)
         ax.set_yticks(range(len(names)), names)
         ax.set_ylim(-0.6, len(names) - 0.4)
+    if asked:
+        _while_training(axes[-1], asked[0])
     handles = [
         Line2D([], [], color=style.colour, marker=style.marker, label=noise_label(noise))
         for noise, style in styles.items()
@@ -339,9 +345,27 @@ def _endings(ax: Axes, results: Json, styles: dict[str, Style]) -> list[str]:
     for arms in (results.get("best_of_n") or {}).values():  # one pool: the same initial policy for all
         start = next(iter(arms.values()))["initial_gold"]
         ax.axvline(start, color=_GREY, linewidth=0.9, linestyle=(0, (2, 2)))
+    golds = [cell["final_gold"] for cell in results["cells"]]
+    room = 0.1 * (max(golds) - min(golds)) + 0.1  # an interval of few seeds can reach far beyond every policy
+    ax.set_xlim(min(golds) - room, max(golds) + room)
     ax.set(xlabel="gold on held-out prompts, after training; dashed: before")
     ax.set_title("PPO", loc="left")
     return names
+
+
+def _while_training(ax: Axes, arms: Json) -> None:
+    """A benchmark over the checkpoints of every arm that was asked it: means over reward models."""
+    task = next(iter(next(arm["checkpoints"] for arm in arms.values() if "checkpoints" in arm)))
+    found = {name: arm["checkpoints"][task] for name, arm in arms.items() if task in arm.get("checkpoints", {})}
+    for i, (name, scores) in enumerate(found.items()):
+        again = (i + i // len(_STYLES)) % len(_STYLES)  # of two arms of one colour each has its own dash and marker
+        colour, style = _STYLES[i % len(_STYLES)].colour, _STYLES[again]
+        line: Json = {"color": colour, "linestyle": style.dash, "marker": style.marker, "markersize": 4}
+        ax.plot(scores["steps"], scores["mean"], label=f"{name} ({scores['reward_seeds']})", **line)
+    ax.set_ylim(bottom=0)
+    ax.legend(loc="best", fontsize=7.5)
+    ax.set(xlabel="PPO step; in brackets: reward models", ylabel=f"{task}, share right")
+    ax.set_title("While policies train", loc="left")
 
 
 def _ends(measures: Sequence[Json]) -> list[Json]:
