@@ -78,6 +78,13 @@ def test_checkpoints_by_hand() -> None:
     assert json.dumps(found)
 
 
+def test_without_the_first_arm_there_is_no_difference() -> None:
+    cells = [checked("brme_0.4", 0, [0.4, 0.3]), checked("mean", 0, [0.4, 0.1])]
+    found = summary(cells, ("single", "brme_0.4", "mean"))["0.25"]
+    assert "less_first" not in found["mean"]["checkpoints"]["lambada"]["std"]
+    assert "less_first" not in found["mean"]["final_gold"]
+
+
 def test_one_checkpoint_does_not_move() -> None:
     found = summary([checked("single", 0, [0.4])], ("single",))["0.25"]["single"]["checkpoints"]["lambada"]
     assert "std" not in found
@@ -95,6 +102,8 @@ def test_contrasts_of_benchmarks_by_hand() -> None:
         policy("single", 1, race="0011", piqa="11"), policy("brme_0.4", 1, race="0011", piqa="11"),
         policy("mean", 0, race="0011", piqa="01"),
     ]  # fmt: skip
+    for one in policies[1:]:
+        one["tasks"]["boolq"] = {"outcomes": "1"}  # of a single row nothing is known
     found = contrasts(policies, ("single", "brme_0.4", "mean"))
     assert found.keys() == {"0"}
     assert found["0"].keys() == {"brme_0.4"}  # the mean has one reward model

@@ -71,7 +71,7 @@ def summary(cells: Iterable[Json], arms: Sequence[str]) -> Json:
         for task in sorted(
             {task for own in of_noise.values() for cell in own for task in cell.get("checkpoints") or {}}
         ):
-            for arm, scores in over_checkpoints(of_noise, task).items():
+            for arm, scores in over_checkpoints(of_noise, task, arms[0]).items():
                 found[noise][arm].setdefault("checkpoints", {})[task] = scores
     return found
 
@@ -83,10 +83,10 @@ def _of_arm(own: Sequence[Json], first: Sequence[Json]) -> Json:
     return part | {"cpu_hours": sum(cell["cpu_hours"] for cell in own)}
 
 
-def over_checkpoints(of_noise: Mapping[str, Sequence[Json]], task: str) -> Json:
+def over_checkpoints(of_noise: Mapping[str, Sequence[Json]], task: str, first: str) -> Json:
     """Per arm, a benchmark at the steps at which all cells were asked it: means, and how much they move.
 
-    Only common steps: asked more often, the same fall has a smaller std. Differences are from the first of the arms.
+    Only common steps: asked more often, the same fall has a smaller std. Differences are from the arm `first`.
     """
     asked = {
         arm: {
@@ -103,7 +103,6 @@ def over_checkpoints(of_noise: Mapping[str, Sequence[Json]], task: str) -> Json:
         arm: {seeds: movement(np.array([scores[step] for step in steps])) for seeds, scores in of_arm.items()}
         for arm, of_arm in asked.items()
     }
-    first = next(iter(of_noise))
     found: Json = {}
     for arm, of_arm in asked.items():
         means = [estimate({seeds: scores[step] for seeds, scores in of_arm.items()}, {}) for step in steps]
@@ -157,20 +156,23 @@ def contrasts(policies: Sequence[Json], arms: Sequence[str]) -> Json:
     found: Json = {}
     for (noise, arm), own in of_cell.items():
         first = of_cell.get((noise, arms[0]), {})
-        if arm != arms[0] and len({reward_seed for reward_seed, _ in own.keys() & first.keys()}) > 1:
-            found.setdefault(noise, {})[arm] = {"against": arms[0]} | _contrast(own, first)
+        both = sorted(own.keys() & first.keys())
+        if arm == arms[0] or len({reward_seed for reward_seed, _ in both}) < 2:
+            continue
+        tasks = sorted(set.intersection(*(set(of[seeds]) for of in (own, first) for seeds in both)))
+        less = [
+            over_policies({seeds: _outcomes(own[seeds][task]) - _outcomes(first[seeds][task]) for seeds in both})
+            for task in tasks
+        ]
+        if less := [of_task for of_task in less if of_task.shape[1] > 1]:  # a single row has no variance
+            found.setdefault(noise, {})[arm] = {"against": arms[0]} | _contrast(less)
     return found
 
 
-def _contrast(own: Mapping[tuple[int, int], Json], first: Mapping[tuple[int, int], Json]) -> Json:
-    both = sorted(own.keys() & first.keys())
-    tasks = sorted(set.intersection(*(set(of[seeds]) for of in (own, first) for seeds in both)))
-    of_task = []  # (reward models, rows) each
-    for task in tasks:
-        less = {seeds: _outcomes(own[seeds][task]) - _outcomes(first[seeds][task]) for seeds in both}
-        of_task.append(over_policies(less))
+def _contrast(of_task: Sequence[Float[ndarray, "reward_seeds _"]]) -> Json:
+    """Of differences of outcomes, by benchmark."""
     by_reward = np.mean([less.mean(1) for less in of_task], axis=0)
-    over_rows = sum(less.mean(0).var(ddof=1) / less.shape[1] for less in of_task) / len(tasks) ** 2
+    over_rows = sum(less.mean(0).var(ddof=1) / less.shape[1] for less in of_task) / len(of_task) ** 2
     over_rewards, rows = by_reward.var(ddof=1) / len(by_reward), sum(less.shape[1] for less in of_task)
     total = over_rows + over_rewards
     freedom = total**2 / max(over_rewards**2 / (len(by_reward) - 1) + over_rows**2 / (rows - 1), 1e-300)
