@@ -18,7 +18,7 @@ from poise import compare, recipes, train_policy, train_reward
 from poise.data import write_preferences
 from poise.ratings import human_ratings, is_held_out, preference_pairs
 from poise.runs import Json, environment, load_config_file, write_jsonl
-from poise.study_summary import measured, seed_interval
+from poise.study_summary import estimate, measured
 
 ARMS: dict[str, tuple[str, str, float | None, bool]] = {  # name -> reward model, objective, ceiling, settle
     "conventional": ("single", "nominal", None, False),
@@ -107,15 +107,13 @@ def summary(seeds: list[Json]) -> Json:
     found: Json = {}
     names = [name for name in ARMS if any(name in seed["arms"] for seed in seeds)]
     for name in names:
-        own = [seed["arms"] for seed in seeds if name in seed["arms"]]
+        own, first = (
+            {seed["seed"]: seed["arms"][arm] for seed in seeds if arm in seed["arms"]} for arm in (name, names[0])
+        )
         part: Json = {"seeds": len(own)}
         for key in ("final_gold", "last_quarter_gold", "peak_gold", "drawdown", "kl", "distinct_bigrams"):
-            values = np.array([arms[name][key] for arms in own])
-            part[key] = {"mean": values.mean(), "interval": seed_interval(values), "worst": float(values.min())}
-            if name != names[0]:
-                both = [arms for arms in own if names[0] in arms]
-                difference = np.array([arms[name][key] - arms[names[0]][key] for arms in both])
-                part[key] |= {"less_first": difference.mean(), "less_first_interval": seed_interval(difference)}
+            values, of_first = ({(seed, 0): arm[key] for seed, arm in of.items()} for of in (own, first))
+            part[key] = estimate(values, of_first if name != names[0] else {}) | {"worst": min(values.values())}
         found[name] = part
     return found
 

@@ -436,7 +436,7 @@ def test_mean_runs_by_hand():
         return place | {"arms": [{"name": "single", "steps": steps}]}
 
     # Policies of one reward model are averaged first; the run that stopped early ends the mean.
-    runs = [one(0, 0, 1.0), one(0, 1, 3.0), one(1, 0, 5.0, length=2)]
+    runs = list(map(study_page._run, [one(0, 0, 1.0), one(0, 1, 3.0), one(1, 0, 5.0, length=2)]))
     found = study_page._trained(runs)["0"]["single"]
     assert found["gold"] == [3.5, 3.5]
     assert found["kl"] == [1.0, 1.0]

@@ -58,10 +58,8 @@ def _policies(results: Json) -> Iterator[Json]:
         yield from _direction(claim, _less(of_arm["brme_large_kl"], of_arm["single_large_kl"], "final_gold"), 1)
         for task in dict.fromkeys(task for cell in brme for task in cell.get("checkpoints") or {}):
             claim = f"{where}: the std of {task} over checkpoints is smaller with BRME than with one head (2409.15360)"
-            std = (
-                over_checkpoints({"single": single, "brme_0.4": brme}, task, "single").get("brme_0.4", {}).get("std")
-                or {}
-            )
+            of_both = over_checkpoints({"single": single, "brme_0.4": brme}, task, "single")
+            std = of_both.get("brme_0.4", {}).get("std", {})
             less = {"value": std.get("less_first"), "interval": std.get("less_first_interval")}
             yield from _direction(claim, less, -1)
 

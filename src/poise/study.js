@@ -120,20 +120,22 @@
     return weights;
   }
 
-  // Scores in rising order of the proxy; those of equal proxy share their mean: ties are broken at random.
-  function inOrder(proxy, scores) {
-    const order = [...proxy.keys()].sort((a, b) => proxy[a] - proxy[b]);
-    const ordered = order.map((i) => scores[i]);
-    for (let start = 0, end; start < order.length; start = end) {
+  // Each value replaced by the mean of those of equal key, in which the keys rise: ties are broken at random.
+  function sharedByTies(values, keys) {
+    const shared = [...values];
+    for (let start = 0, end; start < keys.length; start = end) {
       end = start + 1;
-      while (end < order.length && proxy[order[end]] === proxy[order[start]]) end++;
-      if (end > start + 1) ordered.fill(mean(ordered.slice(start, end)), start, end);
+      while (end < keys.length && keys[end] === keys[start]) end++;
+      if (end > start + 1) shared.fill(mean(values.slice(start, end)), start, end);
     }
-    return ordered;
+    return shared;
   }
 
   function bestOfN(prompts, gold, sizes) {
-    const [proxies, golds] = [prompts, gold].map((scores) => prompts.map((proxy, p) => inOrder(proxy, scores[p])));
+    const orders = prompts.map((proxy) => [...proxy.keys()].sort((a, b) => proxy[a] - proxy[b]));
+    const inOrder = (scores) => orders.map((order, p) => order.map((i) => scores[p][i]));
+    const proxies = inOrder(prompts);
+    const golds = inOrder(gold).map((scores, p) => sharedByTies(scores, proxies[p]));
     return sizes.map((n) => {
       const weights = bestWeights(n, prompts[0].length);
       const expected = (scores) => mean(scores.map((ordered) => sum(ordered.map((score, rank) => weights[rank] * score))));

@@ -70,7 +70,7 @@ class Config:
     """PPO steps between benchmarks asked during training, for how much they move over checkpoints; 0 asks none."""
     eval_data: str = ""
     """Folder of their rows; default: the harness's own tasks, from the model hub."""
-    eval_tasks: tuple[str, ...] = ("lambada",)
+    eval_tasks: tuple[str, ...] = train_policy.Config.eval_tasks
     """Which benchmarks."""
     eval_rows: int = train_policy.Config.eval_rows
     """Rows of each, the same ones every time."""

@@ -78,14 +78,15 @@ def render(
     runs = [_run(comparison) for comparison in comparisons]
     checkpoints = list(_checkpoints(results))
     study = {
-        "arms": arms, "noises": noises, "best_of_n": _curves(curves), "runs": runs, "trained": _trained(comparisons),
+        "arms": arms, "noises": noises, "best_of_n": _curves(curves), "runs": runs, "trained": _trained(runs),
         "checkpoints": checkpoints,
     }  # fmt: skip
+    trained, selected = compared_arms(results)
     return page_template("study.html.j2").render(
         results=results,
         settings=results.get("settings") or {},
-        first_trained=compared_arms(results)[0].first,
-        first_selected=compared_arms(results)[1].first,
+        first_trained=trained.first,
+        first_selected=selected.first,
         headlines=headlines(results),
         findings=findings(results),
         caveats=caveats(results),
@@ -223,7 +224,8 @@ def _run_label(comparison: Json) -> str:
 
 def _run(comparison: Json) -> Json:
     arms = [_steps(arm) for arm in comparison["arms"]]
-    return {"noise": comparison["noise"], "label": _run_label(comparison), "arms": arms}
+    place = {key: comparison[key] for key in ("noise", "reward_seed", "policy_seed")}
+    return place | {"label": _run_label(comparison), "arms": arms}
 
 
 def _steps(arm: Json) -> Json:
@@ -239,15 +241,14 @@ def _steps(arm: Json) -> Json:
     }  # fmt: skip
 
 
-def _trained(comparisons: list[Json]) -> Json:
+def _trained(runs: list[Json]) -> Json:
     """Per noise and arm, its policies at equal steps: means and intervals over reward models, of smoothed steps."""
-    runs: dict[tuple[str, str], dict[tuple[int, int], Json]] = {}
-    for one in comparisons:
-        for arm in one["arms"]:
-            of_arm = runs.setdefault((one["noise"], arm["name"]), {})
-            of_arm[one["reward_seed"], one["policy_seed"]] = _steps(arm)
+    policies: dict[tuple[str, str], dict[tuple[int, int], Json]] = {}
+    for run in runs:
+        for arm in run["arms"]:
+            policies.setdefault((run["noise"], arm["name"]), {})[run["reward_seed"], run["policy_seed"]] = arm
     found: Json = {}
-    for (noise, name), of_arm in runs.items():
+    for (noise, name), of_arm in policies.items():
         length = min(len(run["step"]) for run in of_arm.values())
         mean, line = {}, {}
         for key in ("kl", "gold", "proxy"):
