@@ -26,11 +26,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from poise import bandit, blind_spots, controllers
-from poise.metrics import bootstrap_interval
-from poise.objectives import HeadRewards, disagreement, mean, nominal, routing_std, tradeoff, worst_case
-from poise.progress import progress
-from poise.runs import environment
+from poise.functional import schedules as controllers
+from poise.functional.objectives import HeadRewards, disagreement, mean, nominal, routing_std, tradeoff, worst_case
+from poise.functional.statistics import bootstrap_interval
+from poise.runtime.progress import progress
+from poise.runtime.run_folder import environment
+from poise.toy import bandit
+from poise.toy import unseen_responses as blind_spots
 
 KL_COEF, STEPS, SAMPLES, PAIRS, HEADS = 0.25, 200, 64, 32, 5
 NOISES = (0.0, 0.25)

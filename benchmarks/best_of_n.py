@@ -12,10 +12,10 @@ import time
 import numpy as np
 import torch
 
-from poise.curves import Choice, Curves, Resamples, compare_with, judge, stacked
-from poise.objectives import HeadRewards
-from poise.runs import environment
-from poise.selection import KL_COEFS
+from poise.functional.best_of_n import KL_COEFS
+from poise.functional.objectives import HeadRewards
+from poise.functional.overoptimization import Choice, Curves, Resamples, compare_with, judge, stacked
+from poise.runtime.run_folder import environment
 
 PROMPTS, PER_PROMPT, SEEDS, HEADS = 64, 256, 20, 5
 WEIGHTS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)

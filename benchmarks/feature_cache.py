@@ -32,10 +32,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from poise.features import FeatureCache, row_keys, trunk_fingerprint
-from poise.models import DEFAULT_MODEL
-from poise.reward_model import load_trunk
-from poise.runs import environment
+from poise.models.feature_cache import FeatureCache, row_keys, trunk_fingerprint
+from poise.models.loading import DEFAULT_MODEL
+from poise.models.reward_model import load_trunk
+from poise.runtime.run_folder import environment
 
 PAIRS, HIDDEN, TOKENS, BATCH = 5000, 1024, 33, 64
 FIRST_ROW_ID = 200  # a text's largest token id, less this, is its row in the table

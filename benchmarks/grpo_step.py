@@ -31,12 +31,12 @@ from typing import Any
 import torch
 import transformers
 
-from poise.adapters.trl import RobustReward
-from poise.adapters.trl_train import TrlSettings, make_trainer
-from poise.models import DEFAULT_MODEL, HfModel, HfTokenizer, Prompt, load_policy
-from poise.policy_config import Config
-from poise.runs import Json, Run, environment, write_jsonl
-from poise.training import Training
+from poise.integrations.trl_reward import RobustReward
+from poise.integrations.trl_trainers import TrlSettings, make_trainer
+from poise.models.loading import DEFAULT_MODEL, HfModel, HfTokenizer, Prompt, load_policy
+from poise.policy.config import Config
+from poise.policy.loop import Training
+from poise.runtime.run_folder import Json, Run, environment, write_jsonl
 
 PROMPTS, COMPLETIONS, TOKENS, RANK, KL_COEF, LEARNING_RATE = 4, 8, 24, 16, 0.05, 1e-5
 OBJECTIVE = "tradeoff(0.4)"

@@ -14,13 +14,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from poise import study, train_reward
-from poise.data import Preference, read_preferences, write_preferences
-from poise.models import load_tokenizer, prompt_text, resolve_model
-from poise.objectives import mean
-from poise.progress import progress
-from poise.runs import write_jsonl
-from poise.scorer import Sample, Scorer
+from poise.data.preferences import Preference, read_preferences, write_preferences
+from poise.functional.objectives import mean
+from poise.models.loading import load_tokenizer, prompt_text, resolve_model
+from poise.models.scorer import Sample, Scorer
+from poise.reward import train as train_reward
+from poise.runtime.progress import progress
+from poise.runtime.run_folder import write_jsonl
+from poise.studies import study
 
 
 def part_of(preference: Preference) -> int:

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from poise import evaluate_reward, train_reward
-from poise.data import Preference, read_preferences, write_preferences
-from poise.metrics import bootstrap_interval
-from poise.models import DEFAULT_MODEL
-from poise.runs import environment, read_jsonl
+from poise.data.preferences import Preference, read_preferences, write_preferences
+from poise.functional.statistics import bootstrap_interval
+from poise.models.loading import DEFAULT_MODEL
+from poise.reward import evaluate as evaluate_reward
+from poise.reward import train as train_reward
+from poise.runtime.run_folder import environment, read_jsonl
 
 MODELS = ("single", "brme", "posterior")
 

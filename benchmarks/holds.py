@@ -14,11 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
-from poise import compare, recipes, train_policy, train_reward
-from poise.data import write_preferences
-from poise.ratings import human_ratings, is_held_out, preference_pairs
-from poise.runs import Json, environment, load_config_file, write_jsonl
-from poise.study_summary import estimate, measured
+from poise.data.human_ratings import human_ratings, is_held_out, preference_pairs
+from poise.data.preferences import write_preferences
+from poise.policy import train as train_policy
+from poise.reports.summary import estimate, measured
+from poise.reward import train as train_reward
+from poise.runtime.run_folder import Json, environment, load_config_file, write_jsonl
+from poise.studies import compare
+from poise.studies import quickstart as recipes
 
 ARMS: dict[str, tuple[str, str, float | None, bool]] = {  # name -> reward model, objective, ceiling, settle
     "conventional": ("single", "nominal", None, False),

@@ -22,11 +22,11 @@ import transformers
 import yaml
 from safetensors.torch import load_file
 
-from poise import recipes
-from poise.models import DEFAULT_MODEL, load_tokenizer, pad_apart, quiet_loading, resolve_model
-from poise.policy_config import Config
-from poise.reward_model import HeadLayout, load_trunk, save_reward_model
-from poise.runs import config_dict, environment, read_jsonl, write_jsonl
+from poise.models.loading import DEFAULT_MODEL, load_tokenizer, pad_apart, quiet_loading, resolve_model
+from poise.models.reward_model import HeadLayout, load_trunk, save_reward_model
+from poise.policy.config import Config
+from poise.runtime.run_folder import config_dict, environment, read_jsonl, write_jsonl
+from poise.studies import quickstart as recipes
 
 
 def write_models(folder: Path, layers: int) -> tuple[str, str]:

@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
-from poise.gold import gold_rewards
-from poise.metrics import bootstrap_interval, bootstrap_intervals, weighted_auroc
-from poise.monitor import LIMITS, Monitor, MonitorConfig, suspicion, text_signs
-from poise.runs import Json, environment, load_config_file, read_jsonl
+from poise.functional.monitor import LIMITS, Monitor, MonitorConfig, suspicion, text_signs
+from poise.functional.statistics import bootstrap_interval, bootstrap_intervals, weighted_auroc
+from poise.runtime.run_folder import Json, environment, load_config_file, read_jsonl
+from poise.studies.gold import gold_rewards
 
 WIDTH, FALL, MARGIN = 5, 0.25, 0.1
 START = MonitorConfig().baseline_steps

@@ -17,12 +17,12 @@ from collections.abc import Callable
 
 import torch
 
-from poise import recipes
-from poise.models import DEFAULT_MODEL, encode, load_policy, prompt_text
-from poise.policy import Policy, Rollout, uniforms
-from poise.reward_model import HeadLayout, load_trunk
-from poise.runs import environment
-from poise.scorer import FeatureExtractor, Scorer, generated
+from poise.models.loading import DEFAULT_MODEL, encode, load_policy, prompt_text
+from poise.models.policy import Policy, Rollout, uniforms
+from poise.models.reward_model import HeadLayout, load_trunk
+from poise.models.scorer import FeatureExtractor, Scorer, generated
+from poise.runtime.run_folder import environment
+from poise.studies import quickstart as recipes
 
 PROMPTS, COMPLETIONS, TOKENS, EPOCHS, MINIBATCHES, RANK, REWARD_LAYERS = 4, 8, 24, 4, 2, 16, 8
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from poise.metrics import bootstrap_interval
-from poise.runs import Json, load_config_file
+from poise.functional.statistics import bootstrap_interval
+from poise.runtime.run_folder import Json, load_config_file
 
 
 def read(folder: Path) -> Json:

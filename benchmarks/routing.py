@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from poise import train_reward
-from poise.data import read_preferences
-from poise.heads import Heads, Pairs, ShardKind, Targets, choose_prior, make_shards, train_heads
-from poise.metrics import bootstrap_interval
-from poise.objectives import HeadRewards, mean, nominal
-from poise.reward_model import HeadLayout, load_trunk
-from poise.runs import environment, load_config_file
-from poise.scorer import FeatureExtractor
+from poise.data.preferences import read_preferences
+from poise.functional.objectives import HeadRewards, mean, nominal
+from poise.functional.statistics import bootstrap_interval
+from poise.models.reward_model import HeadLayout, load_trunk
+from poise.models.scorer import FeatureExtractor
+from poise.reward import train as train_reward
+from poise.reward.heads import Heads, Pairs, ShardKind, Targets, choose_prior, make_shards, train_heads
+from poise.runtime.run_folder import environment, load_config_file
 
 HEADS, HIDDEN, PAIRS = 5, 16, 300
 SHARDS: tuple[ShardKind, ...] = ("same", "bootstrap", "disjoint", "cluster")

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from poise.packing import _attend_apart, additive, attends
-from poise.runs import Json, environment
+from poise.models.shared_prompt import _attend_apart, additive, attends
+from poise.runtime.run_folder import Json, environment
 
 ROWS, COMPLETIONS, HEADS, KEY_HEADS, CHANNELS, REPEATS = 2, 8, 9, 3, 64, 15
 SIZES = ((43, 24), (128, 128), (512, 64))  # tokens of the prompt, of each completion

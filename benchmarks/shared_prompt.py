@@ -14,10 +14,10 @@ import time
 
 import torch
 
-from poise.models import DEFAULT_MODEL
-from poise.reward_model import load_trunk
-from poise.runs import environment
-from poise.scorer import FeatureExtractor, Tokens
+from poise.models.loading import DEFAULT_MODEL
+from poise.models.reward_model import load_trunk
+from poise.models.scorer import FeatureExtractor, Tokens
+from poise.runtime.run_folder import environment
 
 COMPLETIONS = 64
 

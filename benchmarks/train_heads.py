@@ -2,7 +2,8 @@
 
     python benchmarks/train_heads.py [--repeats 5]
 
-`poise.heads.train_heads` trains 20 Gaussian heads together on 4,000 pairs of 576 cached features, float64, 200 steps.
+`poise.reward.heads.train_heads` trains 20 Gaussian heads together on 4,000 pairs of 576 cached features, float64, 200
+steps.
 The loop does the same work per head: same first weights, masks, loss, noise, steps and evaluations, an Adam for each.
 First it is checked that both end in the same weights. Prints JSON; dated results lie in results/.
 
@@ -20,11 +21,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from poise.heads import Heads, Pairs, Shards, Targets, make_shards, train_heads
-from poise.losses import sampled_mse
-from poise.progress import console
-from poise.reward_model import HeadLayout
-from poise.runs import environment
+from poise.functional.reward_losses import sampled_mse
+from poise.models.reward_model import HeadLayout
+from poise.reward.heads import Heads, Pairs, Shards, Targets, make_shards, train_heads
+from poise.runtime.progress import console
+from poise.runtime.run_folder import environment
 
 PAIRS, HELD, HIDDEN, HEADS, STEPS, RATE, INITIAL_STD, EVALUATE = 4000, 1000, 576, 20, 200, 3e-3, 0.1, 20
 

@@ -23,8 +23,11 @@ from typing import Any
 import torch
 import transformers
 
-from poise.data import read_preferences
-from poise.finetune import (
+from poise.data.preferences import read_preferences
+from poise.models.loading import DEFAULT_MODEL
+from poise.models.reward_model import load_trunk
+from poise.models.scorer import FeatureExtractor
+from poise.reward.trunk_training import (
     PairModel,
     PairTrainer,
     TrunkTraining,
@@ -32,10 +35,7 @@ from poise.finetune import (
     token_pairs,
     training_arguments,
 )
-from poise.models import DEFAULT_MODEL
-from poise.reward_model import load_trunk
-from poise.runs import environment
-from poise.scorer import FeatureExtractor
+from poise.runtime.run_folder import environment
 
 BATCH = 8
 

@@ -32,8 +32,7 @@ from typing import Any
 import torch
 import transformers
 
-from poise import train_policy
-from poise.models import (
+from poise.models.loading import (
     DEFAULT_MODEL,
     HfModel,
     HfTokenizer,
@@ -45,9 +44,10 @@ from poise.models import (
     prompt_text,
     resolve_model,
 )
-from poise.reward_model import load_trunk
-from poise.runs import Json, Run, environment, write_jsonl
-from poise.training import Training
+from poise.models.reward_model import load_trunk
+from poise.policy import train as train_policy
+from poise.policy.loop import Training
+from poise.runtime.run_folder import Json, Run, environment, write_jsonl
 
 PROMPTS, COMPLETIONS, PROMPT_TOKENS, TOKENS, EPOCHS, MINIBATCHES = 4, 8, 43, 24, 4, 2
 RANK, REWARD_LAYERS, LEARNING_RATE, KL_COEF = 16, 8, 1e-5, 0.05

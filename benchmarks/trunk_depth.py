@@ -15,18 +15,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from poise.data import Preference, read_preferences
-from poise.finetune import token_pairs
-from poise.heads import Heads, Pairs, choose_prior, draw_posterior, posterior_factor
-from poise.judgement import Opinions, judge_pairs, pairs_of
-from poise.models import DEFAULT_MODEL
-from poise.objectives import mean
-from poise.packing import additive, attends, num_tokens, pack
-from poise.progress import progress
-from poise.questions import Item, Questions
-from poise.reward_model import LastLayer, load_trunk
-from poise.runs import environment
-from poise.scorer import FeatureExtractor
+from poise.data.evaluation_sets import Item, Questions
+from poise.data.preferences import Preference, read_preferences
+from poise.functional.objectives import mean
+from poise.models.loading import DEFAULT_MODEL
+from poise.models.reward_model import LastLayer, load_trunk
+from poise.models.scorer import FeatureExtractor
+from poise.models.shared_prompt import additive, attends, num_tokens, pack
+from poise.reward.heads import Heads, Pairs, choose_prior, draw_posterior, posterior_factor
+from poise.reward.quality import Opinions, judge_pairs, pairs_of
+from poise.reward.trunk_training import token_pairs
+from poise.runtime.progress import progress
+from poise.runtime.run_folder import environment
 
 TOKENS_PER_BATCH = 4096
 

@@ -19,13 +19,13 @@ from numpy import ndarray
 from safetensors.torch import load_file
 from scipy.stats import rankdata
 
-from poise import train_reward
-from poise.curves import Choice, Curves, Resamples, compare_with, judge
-from poise.models import DEFAULT_MODEL
-from poise.objectives import HeadRewards
-from poise.pool import score_pool
-from poise.progress import parts_of_another, progress
-from poise.runs import Json, environment, read_jsonl, write_json
+from poise.functional.objectives import HeadRewards
+from poise.functional.overoptimization import Choice, Curves, Resamples, compare_with, judge
+from poise.models.loading import DEFAULT_MODEL
+from poise.reward import train as train_reward
+from poise.runtime.progress import parts_of_another, progress
+from poise.runtime.run_folder import Json, environment, read_jsonl, write_json
+from poise.studies.pool import score_pool
 
 ENSEMBLES = {
     "mean": "mean", "worst_case": "worst_case", "uncertainty_weighted": "uncertainty_weighted(0.5)",

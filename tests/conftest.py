@@ -9,7 +9,7 @@ import transformers
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from poise import train_reward
+from poise.reward import train as train_reward
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 settings.register_profile("poise", deadline=None)  # a loaded machine is no failure

@@ -9,13 +9,13 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "HeadRewards": "poise.objectives",
-    "parse_objective": "poise.objectives",
-    "Scorer": "poise.scorer",
-    "Sample": "poise.data",
-    "Preference": "poise.data",
-    "Policy": "poise.policy",
-    "Run": "poise.runs",
+    "HeadRewards": "poise.functional.objectives",
+    "parse_objective": "poise.functional.objectives",
+    "Scorer": "poise.models.scorer",
+    "Sample": "poise.data.preferences",
+    "Preference": "poise.data.preferences",
+    "Policy": "poise.models.policy",
+    "Run": "poise.runtime.run_folder",
     "PoiseError": "poise.errors",
 }
 

@@ -1,1 +1,0 @@
-"""Other projects' contracts, each confined to its own file."""

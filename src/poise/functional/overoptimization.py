@@ -1,0 +1,228 @@
+"""Over-optimisation read off a scored pool: gold and proxy against KL for best-of-n and exactly tilted policies.
+
+Everything here follows from the heads' opinions of a pool and the pool's gold, so an objective costs milliseconds.
+Gold comes in as numbers: nothing here trains or chooses.
+
+Shapes: _S reward models (seeds), _P prompts, _N completions of each, _M points of a curve, _D bootstrap draws.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
+
+from poise.errors import PoiseError
+from poise.functional.best_of_n import (
+    KL_COEFS,
+    best_of_n_kl,
+    fit_best_of_n,
+    fit_rl,
+    rank_weights,
+    sizes,
+    tilted_weights,
+)
+from poise.functional.objectives import SHAPINGS, HeadRewards, RewardScale, Shaping, parse_objective
+from poise.functional.statistics import resampled_counts, shared_by_ties
+from poise.runtime.run_folder import Json
+
+DRAWS = 1000
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to select by: a reward model of a run, the objective that combines its heads, and what is done to it."""
+
+    reward: str
+    objective: str
+    shaping: Shaping = "none"
+    ceiling: float = math.inf
+
+    @classmethod
+    def parse(cls, text: str) -> "Choice":
+        """REWARD:OBJECTIVE; PoiseError for another form or an objective that is not there."""
+        reward, colon, spec = text.partition(":")
+        if not colon:
+            raise PoiseError(f"{text!r}: REWARD:OBJECTIVE was expected, e.g. brme:tradeoff(0.4)")
+        parse_objective(spec)
+        return cls(reward, spec)
+
+    def proxy(self, heads: HeadRewards, per_prompt: int, unit: float = 1.0) -> Float[ndarray, "prompts pool"]:
+        """The reward PPO would be given, of heads (P * N, K): centred, combined, scaled on the pool itself.
+
+        unit: Bradley-Terry log odds per unit of the heads, which the shapings want. A completion is compared with all
+        of its prompt's, which are the initial policy's.
+        """
+        if self.shaping != "none":
+            by_prompt = HeadRewards(*(unit * part.unflatten(0, (-1, per_prompt)) for part in heads))
+            others = HeadRewards(*(part.unsqueeze(1) for part in by_prompt))
+            heads = HeadRewards(*(part.flatten(0, 1) for part in SHAPINGS[self.shaping](by_prompt, others)))
+        objective = parse_objective(self.objective)
+        _, reward = RewardScale.fit_and_combine(heads, objective, ceiling=self.ceiling)
+        return reward.double().numpy().reshape(-1, per_prompt)
+
+
+class Curves(NamedTuple):
+    """One objective on the pool, per reward model and prompt; the two kinds of policy side by side."""
+
+    n: ndarray
+    best_of_n_gold_SPM: ndarray
+    best_of_n_proxy_SPM: ndarray
+    tilted_gold_SPM: ndarray
+    tilted_proxy_SPM: ndarray
+    tilted_kl_SPM: ndarray
+    accuracy_SP: ndarray  # share of pairs of completions that the proxy orders as gold does; ties count half
+
+    @classmethod
+    def of(cls, proxy_SPN: ndarray, gold_PN: ndarray) -> "Curves":
+        """Best-of-n over `sizes` and tilted policies over KL_COEFS."""
+        shape = proxy_SPN.shape
+        proxy = proxy_SPN.reshape(-1, shape[-1])
+        gold = np.broadcast_to(gold_PN, shape).reshape(proxy.shape)
+        n = sizes(shape[-1])
+        weights = rank_weights(shape[-1], n)
+        order = np.argsort(proxy, axis=-1, kind="stable")
+        ordered = np.take_along_axis(proxy, order, -1)
+        best_gold = shared_by_ties(np.take_along_axis(gold, order, -1), ordered)
+        selected = [score @ weights for score in (best_gold, ordered)]
+        points = []
+        for kl_coef in KL_COEFS:
+            weight, kl = tilted_weights(proxy, kl_coef)
+            points.append(np.stack([(weight * gold).sum(-1), (weight * proxy).sum(-1), kl]))
+        best_gold, best_proxy, gold, proxy, kl = (
+            part.reshape(*shape[:2], -1) for part in (*selected, *np.stack(points, -1))
+        )
+        return cls(n, best_gold, best_proxy, gold, proxy, kl, pair_accuracy(proxy_SPN, gold_PN))
+
+
+def pair_accuracy(proxy_SPN: ndarray, gold_PN: ndarray) -> Float[ndarray, "seeds prompts"]:
+    """How often the proxy orders a prompt's first and second, third and fourth … completion as gold does.
+
+    Ties of the proxy count half; pairs that gold ties are left out (NaN for a prompt of nothing else).
+
+    >>> pair_accuracy(np.array([[[0.0, 1.0, 5.0, 5.0]]]), np.array([[1.0, 2.0, 3.0, 4.0]])).item()
+    0.75
+    """
+    even = gold_PN.shape[-1] // 2 * 2
+    truth = np.sign(gold_PN[:, 1:even:2] - gold_PN[:, 0:even:2])
+    said = np.sign(proxy_SPN[..., 1:even:2] - proxy_SPN[..., 0:even:2])
+    counts = np.broadcast_to(truth != 0, said.shape)
+    total = counts.sum(-1)
+    return np.where(total > 0, ((said * truth + 1) / 2 * counts).sum(-1) / np.maximum(total, 1), np.nan)
+
+
+class Resamples(NamedTuple):
+    """Bootstrap of prompts and of reward models, the same for every objective, so that differences are paired."""
+
+    prompts_DP: Float[ndarray, "draws prompts"]
+    seeds_DS: Float[ndarray, "draws seeds"]
+
+    @classmethod
+    def draw(cls, num_prompts: int, num_seeds: int, draws: int = DRAWS) -> "Resamples":
+        return cls(resampled_counts(num_prompts, draws, 0), resampled_counts(num_seeds, draws, 1))
+
+    def by_seed(self, values_SPM: ndarray) -> Float[ndarray, "draws seeds points"]:
+        """Means over resampled prompts, per reward model."""
+        seeds, prompts, points = values_SPM.shape
+        flat = np.moveaxis(values_SPM, 0, 1).reshape(prompts, seeds * points)
+        return (self.prompts_DP @ flat).reshape(-1, seeds, points)
+
+    def over_seeds(self, values_DS: ndarray) -> ndarray:
+        """Means over resampled reward models of (D, S) or (D, S, M)."""
+        return np.einsum("ds,ds...->d...", self.seeds_DS, values_DS)
+
+
+class Judged(NamedTuple):
+    """A choice's curves and measures as JSON, and its measures' draws for comparisons with others."""
+
+    json: Json
+    means: dict[str, float]
+    draws: dict[str, Float[ndarray, " draws"]]
+
+
+def judge(curves: Curves, resamples: Resamples) -> Judged:
+    """Points with 95 % intervals over prompts and reward models, fitted laws, peak, final and drawdown of gold."""
+    gold_DSM = resamples.by_seed(curves.best_of_n_gold_SPM)
+    kls, tilted_kls = best_of_n_kl(curves.n), curves.tilted_kl_SPM.mean((0, 1))
+    points = _points(curves.best_of_n_gold_SPM, gold_DSM, curves.best_of_n_proxy_SPM, resamples)
+    best = [{"n": int(n), "kl": float(kl)} | point for n, kl, point in zip(curves.n, kls, points, strict=True)]
+    tilted_gold_DSM = resamples.by_seed(curves.tilted_gold_SPM)
+    points = _points(curves.tilted_gold_SPM, tilted_gold_DSM, curves.tilted_proxy_SPM, resamples)
+    tilted = [
+        {"kl_coef": kl_coef, "kl": float(kl)} | point
+        for kl_coef, kl, point in zip(KL_COEFS, tilted_kls, points, strict=True)
+    ]
+    initial = best[0]["gold"]
+    laws = {
+        "best_of_n": fit_best_of_n(np.sqrt(kls), np.array([point["gold"] - initial for point in best])),
+        "tilted": fit_rl(np.sqrt(np.maximum(tilted_kls, 0)), np.array([point["gold"] - initial for point in tilted])),
+    }
+    # The peak is where the mean curve has it: a peak of its own for each resample would find a fall in any noise.
+    peak = int(np.argmax([point["gold"] for point in best]))
+    own, drawn = _measures(curves.best_of_n_gold_SPM.mean(1)[None], peak), _measures(gold_DSM, peak)
+    known = ~np.isnan(curves.accuracy_SP[0])  # prompts of which gold does not tie every pair
+    if known.any():
+        right_SP1 = np.where(known, curves.accuracy_SP, 0.0)[..., None]
+        count_SP1 = np.broadcast_to(known[None, :, None], right_SP1.shape).astype(float)
+        own["accuracy"] = right_SP1.sum(1) / count_SP1.sum(1)
+        counted_DS1 = resamples.by_seed(count_SP1)
+        counted_DS1[counted_DS1 == 0] = np.nan  # a resample that drew no such prompt
+        drawn["accuracy"] = (resamples.by_seed(right_SP1) / counted_DS1)[..., 0]
+    means = {name: float(value.mean()) for name, value in own.items()}
+    draws = {name: resamples.over_seeds(value) for name, value in drawn.items()}
+    measures = {name: {"mean": means[name], "interval": interval(draws[name])} for name in means}
+    return Judged(
+        {
+            "seeds": len(curves.best_of_n_gold_SPM), "initial_gold": initial, "best_of_n": best, "tilted": tilted,
+            "fits": {name: law._asdict() for name, law in laws.items()}, "measures": measures,
+        },
+        means,
+        draws,
+    )  # fmt: skip
+
+
+def compare_with(own: Judged, first: Judged) -> Json:
+    """The measures of `own` and what they are less those of `first`, paired; its gain also as a share of theirs."""
+    measures: Json = {}
+    for name, entry in own.json["measures"].items():
+        less = own.draws[name] - first.draws[name]
+        measures[name] = entry | {
+            "less_first": own.means[name] - first.means[name], "less_first_interval": interval(less),
+        }  # fmt: skip
+    if first.means["gain"] > 0:
+        shares = own.draws["gain"] / np.where(first.draws["gain"] > 0, first.draws["gain"], np.nan) - 1
+        measures["relative_gain"] = {
+            "mean": own.means["gain"] / first.means["gain"] - 1,
+            "interval": interval(shares[~np.isnan(shares)]),
+        }
+    return measures
+
+
+def _points(gold_SPM: ndarray, gold_DSM: ndarray, proxy_SPM: ndarray, resamples: Resamples) -> list[Json]:
+    """Means with intervals, of gold and proxy; gold_DSM: gold's means over resampled prompts."""
+    columns: dict[str, ndarray] = {}
+    for name, values, by_seed in (("gold", gold_SPM, gold_DSM), ("proxy", proxy_SPM, resamples.by_seed(proxy_SPM))):
+        drawn = resamples.over_seeds(by_seed)
+        low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+        columns |= {name: values.mean((0, 1)), f"{name}_low": low, f"{name}_high": high}
+    return [dict(zip(columns, map(float, row), strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _measures(gold_DSM: ndarray, peak: int) -> dict[str, ndarray]:
+    """Of curves over n: where they end, their height at the peak, the fall from there, the gain over n = 1."""
+    final, highest = gold_DSM[..., -1], gold_DSM[..., peak]
+    return {"final_gold": final, "peak_gold": highest, "drawdown": highest - final, "gain": final - gold_DSM[..., 0]}
+
+
+def interval(draws: Float[ndarray, " draws"]) -> tuple[float, float]:
+    """The middle 95 % of bootstrap draws that are there (not NaN)."""
+    low, high = np.nanquantile(draws, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def stacked(choice: Choice, models: Sequence[tuple[HeadRewards, float]], per_prompt: int) -> ndarray:
+    """Proxies (S, P, N) of one choice under several reward models, each (heads, Bradley-Terry unit)."""
+    return np.stack([choice.proxy(heads, per_prompt, unit) for heads, unit in models])

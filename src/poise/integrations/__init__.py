@@ -1,0 +1,1 @@
+"""Other projects contracts, one file a project: TRL, lm-evaluation-harness."""

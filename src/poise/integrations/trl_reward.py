@@ -1,0 +1,283 @@
+"""A robust reward, and an alarm for over-optimisation, for anybody's TRL script (RLOO, GRPO and what is like them).
+
+    from poise.integrations.trl_reward import MonitorCallback, RobustReward
+
+    reward = RobustReward.load("my-brme", objective="tradeoff(0.4)")
+    trainer = GRPOTrainer(model, reward_funcs=[reward], …)
+
+Pass this callable, never the reward model itself: of a classifier with several labels TRL reads `logits[:, 0]` without
+a word, which here is the first head's mean, uncentred, and no objective at all.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import transformers
+from transformers.trainer_callback import ExportableState
+
+from poise.data.preferences import Sample
+from poise.errors import PoiseError
+from poise.functional.monitor import Monitor, MonitorConfig, Reading, text_signs
+from poise.functional.objectives import (
+    HeadRewards,
+    RewardScale,
+    disagreement,
+    nominal,
+    nominal_head,
+    parse_objective,
+    routing_std,
+    worst_case,
+)
+from poise.models.loading import Prompt
+from poise.models.reward_model import read_layout
+from poise.models.scorer import ENSEMBLE_FILE, Scorer, generated
+from poise.runtime.distributed import gathered_rows, process_index
+from poise.runtime.progress import console
+from poise.runtime.run_folder import Json, is_main_process, write_json
+
+Completion = str | list[dict[str, Any]]  # text, or the turns that answered a conversation
+
+
+# ---- the reward ----
+
+
+class Scored(NamedTuple):
+    """One batch of all processes with what the heads said (N, K) and the reward that was given (N,)."""
+
+    samples: list[Sample]
+    heads: HeadRewards
+    reward: torch.Tensor
+
+
+class RobustReward:
+    """A multi-head reward model under an objective, as a function that TRL takes in `reward_funcs`.
+
+    Each head is centred, and the combined reward divided by its std, on the completions of the first call: those of
+    the initial policy. Preferences identify differences only; without centring a head's constant would decide which
+    head is the worst case. Given a file name, `scale` keeps these constants, so that a run that goes on, or another one
+    of the same reward, has the same reward.
+
+    Every process must call it at the same time, as TRL does: a batch is that of all of them together. Logged through
+    `log_metric`: poise/nominal, worst_case, gap, disagreement, routing_std, switches, repetition, variety, truncated,
+    and poise/head_0 … each head's centred mean; through `log_extra` the nominal head of each completion.
+
+    Picklable: the copy carries settings and scale, and loads the model where it is first called.
+    """
+
+    __name__ = "RobustReward"  # what TRL calls it in its logs
+
+    def __init__(self, path: str, objective: str, scale: str, max_length: int, floor: float, ceiling: float):
+        self.path, self.objective, self.scale, self.max_length = path, objective, scale, max_length
+        self.floor, self.ceiling = floor, ceiling
+        self.fitted: RewardScale | None = None
+        self.last: Scored | None = None
+        self._combine = parse_objective(objective)
+        self._scorer: Scorer | None = None
+
+    @staticmethod
+    def load(
+        path: str,
+        objective: str = "tradeoff(0.4)",
+        *,
+        scale: str = "",
+        max_length: int = 0,
+        floor: float = -math.inf,
+        ceiling: float = math.inf,
+    ) -> "RobustReward":
+        """From a checkpoint folder, a hub id, a `poise train-reward` run or an ensemble.
+
+        scale: JSON file with the reward's constants; written on the first call, read where it exists.
+        max_length: longest sample in tokens; 0 takes the reward model's context.
+        floor, ceiling: bounds of the reward, in stds of the initial policy's.
+        Raises PoiseError for an unknown objective, or a model of several labels without a `poise` block. The weights
+        are read on the first call, when the process knows its device.
+        """
+        if not (Path(path) / ENSEMBLE_FILE).exists():
+            read_layout(path)
+        return RobustReward(path, objective, scale, max_length, floor, ceiling)
+
+    @property
+    def scorer(self) -> Scorer:
+        if self._scorer is None:
+            self._scorer = Scorer.load(self.path, self.max_length)
+        return self._scorer
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_scorer": None, "last": None}
+
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], **columns: Any) -> list[float]:
+        """One reward per completion. Text and conversations both; of `columns`, only TRL's own three are used."""
+        own = [as_sample(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        before = self.scorer.num_truncated
+        part = (own, self.scorer(own), self.saved_scale() if self.fitted is None else None)
+        parts = gathered_rows([part])
+        samples = [sample for there, _, _ in parts for sample in there]
+        heads = HeadRewards(*(torch.cat(said) for said in zip(*(said for _, said, _ in parts), strict=True)))
+        if self.fitted is None:  # whoever sees the file sees it for all
+            step = getattr(columns.get("trainer_state"), "global_step", 0)
+            self.fitted = next((saved for _, _, saved in parts if saved), None) or self._fit(heads, step)
+        reward = self.fitted.combine(heads, self._combine)
+        if not reward.isfinite().all():
+            raise PoiseError(f"the reward of {samples[int((~reward.isfinite()).nonzero()[0])]} is not finite")
+        self.last = Scored(samples, heads, reward)
+        if log_metric := columns.get("log_metric"):
+            said = statistics(samples, self.fitted.centred(heads))
+            said["truncated"] = (self.scorer.num_truncated - before) / len(own)
+            for name, value in said.items():
+                log_metric(f"poise/{name}", value)
+        start = sum(len(there) for there, _, _ in parts[: process_index()])
+        mine = slice(start, start + len(own))
+        if log_extra := columns.get("log_extra"):
+            log_extra("nominal_head", nominal_head(heads)[mine].tolist())
+        return reward[mine].tolist()
+
+    def _fit(self, heads: HeadRewards, step: int) -> RewardScale:
+        if step > 0:
+            raise PoiseError(
+                f"training goes on from step {step}, but the reward's scale of step 0 was not kept; "
+                f'start with RobustReward.load(…, scale="scale.json")'
+            )
+        scale = RewardScale.fit(heads, self._combine, self.floor, self.ceiling)
+        if self.scale and is_main_process():
+            write_json(Path(self.scale), {"objective": self.objective, **scale.to_json()})
+        return scale
+
+    def saved_scale(self) -> RewardScale | None:
+        """The constants in the file `scale`, if there are any; PoiseError for those of another reward."""
+        if not self.scale or not Path(self.scale).exists():
+            return None
+        try:
+            saved = json.loads(Path(self.scale).read_text())
+            objective, scale = saved.pop("objective"), RewardScale.from_json(saved)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise PoiseError(f"{self.scale} does not hold the scale of a reward") from None
+        num_heads = self.scorer.layout.num_heads
+        found = (objective, len(scale.head_baseline), scale.floor, scale.ceiling)
+        if found != (self.objective, num_heads, self.floor, self.ceiling):
+            raise PoiseError(
+                f"{self.scale} holds the scale of {objective} of {len(scale.head_baseline)} heads from {scale.floor} "
+                f"to {scale.ceiling}, not of {self.objective} of {num_heads} from {self.floor} to {self.ceiling}"
+            )
+        return scale
+
+
+def as_sample(prompt: Prompt, completion: Completion) -> Sample:
+    """What TRL passes, as a sample: of an answer in several turns (tools), its last one is judged after the others."""
+    if isinstance(completion, str):
+        return generated(prompt, completion)
+    before, last = completion[:-1], completion[-1]
+    text = last.get("content") or ""
+    if last.get("role") != "assistant" or not isinstance(text, str):
+        raise PoiseError(f"a completion must end in text by the assistant, not in {last}")
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return generated([*turns, *before] if before else prompt, text)
+
+
+def statistics(samples: Sequence[Sample], centred: HeadRewards) -> dict[str, float]:
+    """Means over a batch of centred heads (N, K), under the names of a policy run's metrics."""
+    signals = {
+        "nominal": nominal(centred),
+        "worst_case": worst_case(centred),
+        "gap": nominal(centred) - worst_case(centred),
+        "disagreement": disagreement(centred),
+        "routing_std": routing_std(centred),
+    }
+    return {
+        **{name: signal.mean().item() for name, signal in signals.items()},
+        "switches": switches([sample.prompt for sample in samples], nominal_head(centred).tolist()),
+        **text_signs([sample.completion for sample in samples]),
+        **{f"head_{k}": value for k, value in enumerate(centred.mean.mean(0).tolist())},
+    }
+
+
+def switches(prompts: Sequence[Prompt], heads: Sequence[int]) -> float:
+    """Share of completions whose nominal head is not the most frequent one among their prompt's completions.
+
+    RLOO and GRPO compare a prompt's completions with one another; where the nominal head switches among them, part of
+    the difference is that of two heads.
+
+    >>> switches(["a", "a", "a", "b", "b"], [0, 0, 1, 2, 2])
+    0.2
+    """
+    groups: dict[str, Counter[int]] = {}
+    for prompt, head in zip(prompts, heads, strict=True):
+        groups.setdefault(json.dumps(prompt), Counter())[head] += 1
+    return (len(heads) - sum(max(counts.values()) for counts in groups.values())) / len(heads)
+
+
+# ---- what TRL logs ----
+
+_PLAIN = {
+    "reward": "reward", "reward_std": "reward_std", "entropy": "entropy", "tokens": "completions/mean_length",
+    "policy_loss": "loss", "grad_norm": "grad_norm", "clipped": "clip_ratio/region_mean",
+    **{
+        name: f"poise/{name}"
+        for name in (
+            "nominal", "worst_case", "gap", "disagreement", "routing_std", "switches", "repetition", "variety",
+            "truncated",
+        )
+    },
+}  # fmt: skip
+
+
+def policy_metrics(logs: Mapping[str, Any]) -> Json:
+    """What TRL logged, under the names of a policy run's metrics; what it did not log is left out.
+
+    kl: nats per completion, as in PPO: TRL's mean per token times the mean length. RLOO estimates it when it samples,
+    by log π − log π_ref; GRPO over its updates, by the estimator that is never negative.
+    """
+    found: Json = {ours: logs[theirs] for ours, theirs in _PLAIN.items() if logs.get(theirs) is not None}
+    if logs.get("kl") is not None and "tokens" in found:
+        found["kl"] = logs["kl"] * found["tokens"]
+    if logs.get("completions/clipped_ratio") is not None:
+        found["ended"] = 1 - logs["completions/clipped_ratio"]
+    num_heads = sum(name.startswith("poise/head_") for name in logs)
+    return found | ({"heads": [logs[f"poise/head_{k}"] for k in range(num_heads)]} if num_heads else {})
+
+
+class MonitorCallback(transformers.TrainerCallback, ExportableState):
+    """The alarm for over-optimisation, for a TRL trainer whose reward is a `RobustReward`.
+
+    action: "log" says so, once each time it starts; "stop" also ends the training.
+    Its state is kept in the Trainer's checkpoints.
+    """
+
+    def __init__(self, monitor: Monitor | None = None, action: Literal["log", "stop"] = "log"):
+        self.monitor, self.action = monitor or Monitor(), action
+        self.reading = Reading(0.0, False, {})
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if state.global_step and saved:
+            self.monitor = Monitor.restore(saved["attributes"]["monitor"], self.monitor.config)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if not logs or "reward" not in logs:  # evaluations, and the last line of a run
+            return
+        before, self.reading = self.reading, self.monitor.update(policy_metrics(logs))
+        if self.reading.alarm and not before.alarm and state.is_world_process_zero:
+            signs = ", ".join(f"{name} {value:+.2f}" for name, value in self.reading.signs.items())
+            console.print(
+                f"step {state.global_step}: signs of over-optimisation, score {self.reading.score:.2f} ({signs})"
+            )
+        if self.reading.alarm and self.action == "stop":
+            control.should_training_stop = True
+
+    def state(self) -> Json:
+        """For trainer_state.json."""
+        return {
+            "args": {"config": asdict(self.monitor.config), "action": self.action},
+            "attributes": {"monitor": self.monitor.state()},
+        }
+
+    @classmethod
+    def from_state(cls, state: Json) -> "MonitorCallback":
+        """Inverse of `state`."""
+        config = MonitorConfig(**state["args"]["config"])
+        return cls(Monitor.restore(state["attributes"]["monitor"], config), state["args"]["action"])

@@ -1,0 +1,241 @@
+"""RLOO and GRPO as `poise train-policy` runs them: TRL's trainers on our settings, models and rewards.
+
+A step of ours samples once; TRL counts updates, `updates_per_step` of them to a step. It logs once a step and saves at
+the end of one, so that a run that goes on has nothing half done.
+"""
+
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+import transformers
+
+from poise.errors import PoiseError
+from poise.integrations.trl_reward import RobustReward, Scored, policy_metrics
+from poise.models.loading import (
+    HfModel,
+    HfTokenizer,
+    Prompt,
+    encode,
+    has_conv1d,
+    linear_maps,
+    prompt_text,
+    quiet_loading,
+    room_or_raise,
+)
+from poise.reward.trunk_training import PairTrainer, latest_checkpoint
+from poise.runtime.distributed import num_processes
+from poise.runtime.run_folder import Json, is_main_process, write_folder_atomic
+
+
+@dataclass(frozen=True)
+class TrlSettings:
+    """A policy run's settings as far as RLOO and GRPO have them; see `train_policy.Config` for what they mean.
+
+    Raises PoiseError for what cannot be trained, before any model is loaded; the processes must have met
+    (`processes.join`).
+    """
+
+    algorithm: Literal["rloo", "grpo"]
+    kl_coef: float
+    num_steps: int
+    prompts_per_step: int
+    completions_per_prompt: int
+    max_tokens: int
+    learning_rate: float
+    num_epochs: int
+    num_minibatches: int
+    clip: float
+    max_grad_norm: float
+    adapted_layers: int
+    lora_rank: int
+    save_every: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if importlib.util.find_spec("trl") is None:
+            raise PoiseError(f"--algorithm {self.algorithm} needs TRL: pip install 'poise-rlhf[trl]'")
+        if self.completions_per_prompt < 2:
+            raise PoiseError(
+                f"--algorithm {self.algorithm} compares a prompt's completions: "
+                f"--completions-per-prompt must be at least 2"
+            )
+        rows, processes = self.prompts_per_step * self.completions_per_prompt, num_processes()
+        if rows % (self.num_minibatches * processes):
+            raise PoiseError(
+                f"{self.prompts_per_step} prompts with {self.completions_per_prompt} completions do not divide into "
+                f"--num-minibatches {self.num_minibatches} on {processes} processes"
+            )
+
+    @property
+    def updates_per_step(self) -> int:
+        """TRL counts updates; a step of ours samples once and makes this many."""
+        return self.num_epochs * self.num_minibatches
+
+    @property
+    def device_batch_size(self) -> int:
+        return self.prompts_per_step * self.completions_per_prompt // (self.num_minibatches * num_processes())
+
+
+def steps_kept(settings: TrlSettings, output: Path) -> int:
+    """Steps that the last whole checkpoint of a run knows: where `train` will go on."""
+    checkpoint = latest_checkpoint(output / "trainer")
+    return int(checkpoint.name.split("-")[-1]) // settings.updates_per_step if checkpoint else 0
+
+
+def train(
+    settings: TrlSettings,
+    reward: RobustReward,
+    model: HfModel,
+    tokenizer: HfTokenizer,
+    prompts: list[Prompt],
+    output: Path,
+    on_step: Callable[[Json], None],
+    callbacks: Sequence[transformers.TrainerCallback] = (),
+) -> None:
+    """Train LoRA adapters of `model` (as `load_policy` gives it; it is changed) by RLOO or GRPO.
+
+    Writes OUTPUT/policy (PEFT format), OUTPUT/trainer (checkpoints) and, if `reward` names no file of its own,
+    OUTPUT/scale.json. Goes on from the last checkpoint. After each step the main process calls `on_step` with its
+    number (from 0), `policy_metrics` and `samples`, rows of prompt, completion, reward, mean, std.
+    """
+    if settings.prompts_per_step > len(prompts):
+        raise PoiseError(f"{len(prompts)} prompts are fewer than --prompts-per-step {settings.prompts_per_step}")
+    longest = max(len(encode(tokenizer, prompt_text(tokenizer, prompt))) for prompt in prompts)
+    room_or_raise(longest, settings.max_tokens, model.config.max_position_embeddings)
+    reward.scale = reward.scale or str(output / "scale.json")
+    model.generation_config.eos_token_id = tokenizer.eos_token_id  # a completion ends where PPO's ends
+    with quiet_loading():
+        trainer = make_trainer(settings, reward, model, tokenizer, prompts, output / "trainer")
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise PoiseError("RLOO and GRPO train data-parallel here; for FSDP or DeepSpeed use RobustReward in TRL")
+        trainer.remove_callback(transformers.PrinterCallback)
+        for callback in (*callbacks, _Report(settings, reward, on_step)):
+            trainer.add_callback(callback)
+        checkpoint = latest_checkpoint(output / "trainer")
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        reward.fitted = reward.fitted or reward.saved_scale()  # if there was nothing left to do
+        if is_main_process():
+            with write_folder_atomic(output / "policy") as scratch:
+                trainer.accelerator.unwrap_model(trainer.model).save_pretrained(str(scratch))
+
+
+def make_trainer(
+    settings: TrlSettings,
+    reward: RobustReward,
+    model: HfModel,
+    tokenizer: HfTokenizer,
+    prompts: list[Prompt],
+    folder: Path,
+) -> Any:
+    """TRL's trainer for these settings, its checkpoints in `folder`."""
+    import datasets
+    import peft
+    import trl
+
+    kinds: dict[str, tuple[Any, Any]] = {
+        "rloo": (trl.RLOOTrainer, trl.RLOOConfig),
+        "grpo": (trl.GRPOTrainer, trl.GRPOConfig),
+    }
+    trainer_class, config_class = kinds[settings.algorithm]
+    # GRPO as published (arXiv 2402.03300), where TRL's default is a later form.
+    specific = {"loss_type": "grpo", "scale_rewards": "group"} if settings.algorithm == "grpo" else {}
+    first_adapted = model.config.num_hidden_layers - (settings.adapted_layers or model.config.num_hidden_layers)
+    adapters = peft.LoraConfig(
+        r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, task_type="CAUSAL_LM",
+        target_modules=linear_maps(model, max(first_adapted, 0)), fan_in_fan_out=has_conv1d(model),
+    )  # fmt: skip
+    rows = [{"prompt": _as_seen(tokenizer, prompt)} for prompt in _drawn(prompts, settings)]
+    return type(trainer_class.__name__, (_Ours, trainer_class), {})(
+        model=model, args=config_class(**_arguments(settings, folder), **specific), reward_funcs=[reward],
+        train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer, peft_config=adapters,
+    )  # fmt: skip
+
+
+def _arguments(settings: TrlSettings, folder: Path) -> Json:
+    """What RLOOConfig and GRPOConfig share."""
+    gpu = torch.cuda.is_available()
+    updates = settings.updates_per_step
+    return {
+        "output_dir": str(folder), "max_steps": settings.num_steps * updates,
+        "per_device_train_batch_size": settings.device_batch_size, "gradient_accumulation_steps": 1,
+        "steps_per_generation": settings.num_minibatches, "num_iterations": settings.num_epochs,
+        "num_generations": settings.completions_per_prompt, "max_completion_length": settings.max_tokens,
+        "temperature": 1.0, "top_p": 1.0, "top_k": 0,
+        # At exactly 0 TRL computes no reference, and nobody would see how far the policy has gone.
+        "beta": settings.kl_coef or 1e-9,
+        "epsilon": settings.clip, "max_grad_norm": settings.max_grad_norm, "disable_dropout": True,
+        "learning_rate": settings.learning_rate, "lr_scheduler_type": "constant", "weight_decay": 0.0,
+        "shuffle_dataset": False,  # `_drawn` has done it
+        "logging_steps": updates, "logging_nan_inf_filter": False, "report_to": "none", "disable_tqdm": True,
+        "save_strategy": "steps", "save_steps": settings.save_every * updates, "save_total_limit": 2,
+        "bf16": gpu, "gradient_checkpointing": gpu, "use_cpu": not gpu, "dataloader_pin_memory": gpu,
+        "ddp_find_unused_parameters": False, "seed": settings.seed,
+    }  # fmt: skip
+
+
+def _drawn(prompts: list[Prompt], settings: TrlSettings) -> list[Prompt]:
+    """The prompts of the whole run, step by step: a run that goes on finds its place in one list."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    steps = (torch.randperm(len(prompts), generator=generator) for _ in range(settings.num_steps))
+    return [prompts[i] for order in steps for i in order[: settings.prompts_per_step].tolist()]
+
+
+def _as_seen(tokenizer: HfTokenizer, prompt: Prompt) -> Prompt:
+    """A prompt that TRL will encode as `prompt_text` writes it."""
+    if tokenizer.chat_template is None:
+        return prompt_text(tokenizer, prompt)
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+class _Ours:
+    """Laid over a trainer of TRL: checkpoints in safetensors and JSON, as `PairTrainer` writes them, no model card of
+    TRL's beside them, and no message to its makers.
+    """
+
+    sharded = False
+    _save_optimizer_and_scheduler = PairTrainer._save_optimizer_and_scheduler
+    _load_optimizer_and_scheduler = PairTrainer._load_optimizer_and_scheduler
+    _save_rng_state = PairTrainer._save_rng_state
+    _load_rng_state = PairTrainer._load_rng_state
+    _rng_file = PairTrainer._rng_file
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        trainer = cast(Any, self)
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(output_dir)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def _send_telemetry(self) -> None:
+        pass
+
+
+class _Report(transformers.TrainerCallback):
+    """Hands each step on, and stops a run that has gone astray before it is saved."""
+
+    def __init__(self, settings: TrlSettings, reward: RobustReward, on_step: Callable[[Json], None]):
+        self._settings, self._reward, self._on_step = settings, reward, on_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if not logs or "reward" not in logs or self._reward.last is None:  # the last line of a run: seconds in all
+            return
+        step = state.global_step // self._settings.updates_per_step - 1
+        for name, what in (("loss", "loss"), ("grad_norm", "gradient")):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise PoiseError(f"step {step}: the {what} is not finite; the last checkpoint is kept")
+        if state.is_world_process_zero:
+            self._on_step({"step": step, **policy_metrics(logs), "samples": _rows(self._reward.last)})
+
+
+def _rows(scored: Scored) -> list[Json]:
+    return [
+        {**asdict(sample), "reward": reward, "mean": mean, "std": std}
+        for sample, reward, mean, std in zip(
+            scored.samples, scored.reward.tolist(), scored.heads.mean.tolist(), scored.heads.std.tolist(), strict=True
+        )
+    ]

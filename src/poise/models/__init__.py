@@ -1,0 +1,1 @@
+"""What text and weights become: loading, chat format, reward-model checkpoints, the scorer, the policy."""

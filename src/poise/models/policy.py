@@ -1,0 +1,427 @@
+"""A language model as a policy: sampling, log-probabilities and values, with nothing computed twice.
+
+The lower layers are frozen and shared by the policy, its reference and its values. What enters the first trained layer
+is kept while sampling, so that neither the reference nor any PPO epoch runs the lower layers again; nor are
+log-probabilities and values of the sampled tokens computed a second time.
+
+A prompt's M completions lie in one row with it, [prompt | completion 1 | … | completion M]: each completion attends
+to the prompt and to itself, at positions that continue the prompt's. So a prompt is encoded once, however many
+completions it has.
+
+Shapes: _P prompts, _M completions per prompt, _T tokens of a completion, _L row length (prompt + M * T), _H hidden.
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple
+
+import peft
+import torch
+from jaxtyping import Float
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from poise.errors import PoiseError
+from poise.functional import ppo
+from poise.models.fused_ops import AdaptedLinear, ChosenLogprob
+from poise.models.loading import (
+    HfModel,
+    HfTokenizer,
+    Prompt,
+    decoder_layers,
+    encode,
+    has_conv1d,
+    linear_maps,
+    prompt_text,
+    quiet_loading,
+    room_or_raise,
+)
+from poise.models.shared_prompt import PADDING, additive, attends, equal_completions
+
+Tune = Literal["lora", "full"]
+ValueTrunk = Literal["shared", "own"]
+
+
+@dataclass
+class Rollout:
+    """Completions as they were sampled. Prompts are padded on the left, completions on the right."""
+
+    prompt_ids_PL: Tensor
+    prompt_mask_PL: Tensor
+    completion_ids_PMT: Tensor
+    mask_PMT: Tensor  # 1.0 for sampled tokens, the end-of-turn token included
+    logprob_PMT: Tensor
+    value_PMT: Tensor
+    hidden_PLH: Tensor | None  # input of the first adapted layer; None if the model cannot be split
+
+    def rows(self, index: Tensor) -> "Rollout":
+        """The prompts at `index`, with their completions."""
+        chosen: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            chosen[field.name] = value if value is None else value[index]
+        return Rollout(**chosen)
+
+
+class Evaluation(NamedTuple):
+    """What a policy says of the sampled tokens of a rollout, each (P, M, T)."""
+
+    logprob: Tensor
+    value: Tensor
+    entropy: Tensor | None  # of the whole distribution at each token, in nats; if asked for
+
+
+class Policy(nn.Module):
+    """A causal language model whose upper layers are trained, its frozen reference, and a value head.
+
+    tune: `lora` (the reference is the model with its adapters off) or `full` (the reference keeps copies of the trained
+    weights, and of those alone).
+    adapted_layers: how many of the top layers are trained; 0 trains all, with `full` the embeddings too.
+    value_trunk: `shared` (a linear function of the policy's last hidden states, whose fit does not move the policy) or
+    `own` (trained layers of its own over the same frozen ones).
+    """
+
+    def __init__(
+        self,
+        model: HfModel,
+        tokenizer: HfTokenizer,
+        *,
+        adapted_layers: int,
+        rank: int,
+        tune: Tune = "lora",
+        value_trunk: ValueTrunk = "shared",
+    ):
+        super().__init__()
+        self.tokenizer, self.tune = tokenizer, tune
+        num_layers = model.config.num_hidden_layers
+        self._first_adapted = max(num_layers - adapted_layers, 0) if adapted_layers else 0
+        device = next(model.parameters()).device
+        trained = _upper_parameters(model, self._first_adapted)
+        twins = [_twin(model, trained) for _ in range((tune == "full") + (value_trunk == "own"))]
+        self.model = self._trainable(model, trained, rank)
+        self.value_model = self._trainable(twins.pop(), None, rank) if value_trunk == "own" else None
+        # In a list, so that it is not registered: it is neither trained nor saved.
+        self._reference = [twins.pop().requires_grad_(False)] if twins else []
+        # Rows of hidden states can re-enter a decoder only if positions come in through rotary embeddings and all
+        # layers are of one kind; otherwise the whole model runs each time, and only speed is lost.
+        uniform = len(set(getattr(model.config, "layer_types", None) or ["full_attention"])) == 1
+        decoder = self._base.base_model
+        if not (hasattr(decoder, "rotary_emb") and hasattr(decoder, "layers") and uniform):
+            self._first_adapted = 0
+        self._plain_head = self._has_plain_head()
+        self.value_head = nn.Linear(model.config.hidden_size, 1, device=device)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+    def _trainable(self, model: HfModel, trained: list[nn.Parameter] | None, rank: int) -> HfModel:
+        """The model with what is to be trained, in float32, and nothing else asking for gradients."""
+        if trained is None:
+            trained = _upper_parameters(model, self._first_adapted)
+        model.requires_grad_(False)
+        if self.tune == "full":
+            for parameter in trained:
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
+            return model
+        config = peft.LoraConfig(
+            r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM",
+            target_modules=linear_maps(model, self._first_adapted),
+            fan_in_fan_out=has_conv1d(model),
+        )  # fmt: skip
+        config._register_custom_module({nn.Linear: AdaptedLinear})
+        with quiet_loading():
+            adapted: HfModel = peft.get_peft_model(model, config)
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        return adapted
+
+    @property
+    def context_length(self) -> int:
+        return self.model.config.max_position_embeddings
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """All that training changes and a checkpoint must hold: adapters or upper layers, and the values' own."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    @torch.no_grad()
+    def sample(self, prompts: list[Prompt], uniform: Float[Tensor, "prompts completions tokens"]) -> Rollout:
+        """Sample at temperature 1 from the full distribution, so that the kept log-probabilities are exact.
+
+        uniform: numbers in [0, 1), one for each token that may be drawn: how many completions of each prompt, how long
+        at most, and which. A completion depends on its own numbers only, not on what it is sampled together with (up to
+        rounding), so that one process and several draw the same; see `uniforms`.
+
+        Raises PoiseError if a prompt leaves no room for the completion in the model's context.
+        """
+        per_prompt, max_tokens = uniform.shape[1:]
+        prompt_ids, prompt_mask = self._encode(prompts, max_tokens)
+        num_prompts = len(prompt_ids)
+        num_rows = num_prompts * per_prompt
+        device, end = prompt_ids.device, self.tokenizer.eos_token_id
+        ids = torch.full((num_rows, max_tokens), self.tokenizer.pad_token_id, device=device)
+        logprob = torch.zeros(num_rows, max_tokens, device=device)
+        mask = torch.zeros(num_rows, max_tokens, device=device)
+        value = torch.zeros(num_rows, max_tokens, device=device)
+        drawn_at = uniform.flatten(0, 1).to(device)
+        position = prompt_mask.sum(-1).repeat_interleave(per_prompt)
+        row_mask = prompt_mask.repeat_interleave(per_prompt, 0)
+
+        with self._merged(), self._captured() as (captured, last_hidden):
+            cache = DynamicCache(config=self.model.config)
+            positions = (prompt_mask.cumsum(-1) - 1).clamp_min(0)
+            out = self._base(
+                input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=positions,
+                past_key_values=cache, use_cache=True, logits_to_keep=1,
+            )  # fmt: skip
+            prompt_hidden = captured.pop() if captured else None
+            hidden = None
+            if prompt_hidden is not None:
+                hidden = prompt_hidden.new_zeros(num_rows, max_tokens, prompt_hidden.shape[-1])
+            cache.batch_repeat_interleave(per_prompt)
+            logits = out.logits[:, -1].repeat_interleave(per_prompt, 0)
+            predicting = last_hidden.pop()[:, -1].repeat_interleave(per_prompt, 0)
+            alive = torch.arange(num_rows, device=device)  # rows still in the batch
+            for step in range(max_tokens):
+                logprobs = torch.log_softmax(logits.float(), -1)
+                drawn = _draw(logprobs, drawn_at[alive, step])
+                ids[alive, step] = drawn[:, 0]
+                logprob[alive, step] = logprobs.gather(-1, drawn)[:, 0]
+                mask[alive, step] = 1.0
+                value[alive, step] = self._value_of(predicting)
+                going = drawn[:, 0] != end
+                if step + 1 == max_tokens or not going.any():
+                    break
+                if not going.all():  # finished rows leave the batch
+                    cache.batch_select_indices(going.nonzero()[:, 0])
+                    alive = alive[going]
+                seen = torch.cat([row_mask[alive], row_mask.new_ones(len(alive), step + 1)], -1)
+                out = self._base(
+                    input_ids=ids[alive, step, None], attention_mask=seen,
+                    position_ids=position[alive, None] + step, past_key_values=cache, use_cache=True,
+                )  # fmt: skip
+                logits, predicting = out.logits[:, -1], last_hidden.pop()[:, -1]
+                if hidden is not None:
+                    hidden[alive, step] = captured.pop()[:, 0]
+
+        packed = None
+        if hidden is not None and prompt_hidden is not None:
+            packed = torch.cat([prompt_hidden, hidden.view(num_prompts, -1, hidden.shape[-1])], 1)
+        shape = (num_prompts, per_prompt, max_tokens)
+        rollout = Rollout(
+            prompt_ids, prompt_mask, ids.view(shape), mask.view(shape), logprob.view(shape), value.view(shape), packed
+        )
+        if self.value_model is not None:
+            rollout.value_PMT = self._own_values(rollout) * rollout.mask_PMT
+        return rollout
+
+    def evaluate(self, rollout: Rollout, *, entropy: bool = False) -> Evaluation:
+        """Log-probabilities, values and, if asked for, entropies at the sampled tokens, under the present policy."""
+        logprob, hidden, spread = self._read(self._base, rollout, entropy=entropy)
+        value = self._own_values(rollout) if self.value_model is not None else self._value_of(hidden.detach())
+        return Evaluation(logprob, value, spread)
+
+    @torch.no_grad()
+    def reference_logprobs(self, rollout: Rollout) -> Tensor:
+        """Log-probabilities (P, M, T) under the initial policy."""
+        with self.as_reference():
+            return self._read(self._reference[0] if self._reference else self._base, rollout)[0]
+
+    @contextlib.contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Be the initial policy for a while."""
+        if self.tune == "lora":
+            with self.model.disable_adapter():
+                yield
+            return
+        trained, self.model = self.model, self._reference[0]
+        try:
+            yield
+        finally:
+            self.model = trained
+
+    def save(self, folder: str) -> None:
+        """PEFT adapters, or with `full` the whole model; the tokenizer too."""
+        # Embeddings are never adapted: peft need not ask the hub whether the vocabulary has grown.
+        about: dict[str, Any] = {"save_embedding_layers": False} if isinstance(self.model, peft.PeftModel) else {}
+        with quiet_loading():
+            self.model.save_pretrained(folder, **about)
+            self.tokenizer.save_pretrained(folder)
+
+    def load_adapters(self, folder: str) -> None:
+        """Take the adapters that `save` (or another trainer of the same layers) wrote."""
+        loaded: Any = peft.set_peft_model_state_dict(self.model, load_file(f"{folder}/adapter_model.safetensors"))
+        if loaded.unexpected_keys:
+            raise PoiseError(f"{folder} holds adapters of other layers: {loaded.unexpected_keys[0]}")
+
+    def texts(self, rollout: Rollout) -> list[list[str]]:
+        """Decoded completions, per prompt, without special tokens."""
+        flat = rollout.completion_ids_PMT.flatten(0, 1)
+        texts = self.tokenizer.batch_decode(flat, skip_special_tokens=True)
+        per_prompt = rollout.completion_ids_PMT.shape[1]
+        return [texts[i : i + per_prompt] for i in range(0, len(texts), per_prompt)]
+
+    # ---- inside ----
+
+    def _read(self, base: HfModel, rollout: Rollout, *, entropy: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(log-probabilities, last hidden states, entropies if asked for) at the sampled tokens."""
+        head = base.get_output_embeddings()
+        if self._plain_head and not entropy and not head.weight.requires_grad:
+            hidden = self._forward(base, rollout, logits=False)[1]
+            sampled = rollout.mask_PMT.bool()
+            logprob = hidden.new_zeros(sampled.shape, dtype=torch.float32)
+            logprob[sampled] = ChosenLogprob.apply(hidden[sampled], head.weight, rollout.completion_ids_PMT[sampled])
+            return logprob, hidden, None
+        logits, hidden = self._forward(base, rollout)
+        logits = logits.float()
+        chosen = logits.gather(-1, rollout.completion_ids_PMT.unsqueeze(-1)).squeeze(-1)
+        return chosen - logits.logsumexp(-1), hidden, ppo.token_entropy(logits) if entropy else None
+
+    @torch.no_grad()
+    def _has_plain_head(self) -> bool:
+        """Are the logits nothing but head @ last hidden state? Tried, not guessed: some models cap or scale them."""
+        head = self._base.get_output_embeddings()
+        if not isinstance(head, nn.Linear) or head.bias is not None:
+            return False
+        out = self._base(input_ids=torch.arange(4, device=head.weight.device)[None], output_hidden_states=True)
+        return bool((out.logits == head(out.hidden_states[-1])).all())  # bitwise: it would be the same operation
+
+    @property
+    def _base(self) -> HfModel:
+        return _without_adapters(self.model)
+
+    def _value_of(self, hidden: Tensor) -> Tensor:
+        return self.value_head(hidden.float()).squeeze(-1)
+
+    def _own_values(self, rollout: Rollout) -> Tensor:
+        return self._value_of(self._forward(_without_adapters(self.value_model), rollout, logits=False)[1])
+
+    def _encode(self, prompts: list[Prompt], max_tokens: int) -> tuple[Tensor, Tensor]:
+        rows = [encode(self.tokenizer, prompt_text(self.tokenizer, prompt)) for prompt in prompts]
+        longest = max(map(len, rows))
+        room_or_raise(longest, max_tokens, self.context_length)
+        device = next(self.model.parameters()).device
+        ids = [[self.tokenizer.pad_token_id] * (longest - len(row)) + row for row in rows]
+        mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+    def _forward(self, base: HfModel, rollout: Rollout, *, logits: bool = True) -> tuple[Tensor, Tensor]:
+        """(logits (P, M, T, vocabulary), last hidden states (P, M, T, H)) at the positions that predict each token.
+
+        logits: whether they are wanted; if not, they are of no use.
+        """
+        num_prompts, per_prompt, max_tokens = rollout.completion_ids_PMT.shape
+        prompt_length = rollout.prompt_ids_PL.shape[1]
+        attention, positions = packed_attention(rollout)
+        # Token t of a completion is predicted at its token t-1; every first token at the prompt's last position.
+        start = prompt_length + torch.arange(per_prompt, device=attention.device) * max_tokens
+        predicts = start[:, None] + torch.arange(max_tokens, device=attention.device) - 1
+        predicts[:, 0] = prompt_length - 1
+        if rollout.hidden_PLH is None:
+            ids = torch.cat([rollout.prompt_ids_PL, rollout.completion_ids_PMT.flatten(1)], 1)
+            entering = base.get_input_embeddings()(ids)
+        else:
+            entering = rollout.hidden_PLH
+        kept = predicts.flatten()
+        apart = equal_completions(base, per_prompt, max_tokens)
+        with apart, self._upper_layers(base, split=rollout.hidden_PLH is not None):
+            out = base(
+                inputs_embeds=entering, attention_mask=additive(attention, entering.dtype), position_ids=positions,
+                use_cache=False, output_hidden_states=True, logits_to_keep=kept if logits else kept[:1],
+            )  # fmt: skip
+        shape = (num_prompts, per_prompt, max_tokens, -1)
+        hidden = out.hidden_states[-1][:, kept].view(shape)
+        return out.logits.view(shape) if logits else hidden, hidden
+
+    @contextlib.contextmanager
+    def _upper_layers(self, base: HfModel, *, split: bool) -> Iterator[None]:
+        """Let hidden states enter at the first trained layer."""
+        decoder = base.base_model
+        layers = decoder.layers if split else None
+        if layers is not None:
+            decoder.layers = layers[self._first_adapted :]
+        try:
+            yield
+        finally:
+            if layers is not None:
+                decoder.layers = layers
+
+    @contextlib.contextmanager
+    def _captured(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """Collect, forward after forward, what enters the first adapted layer and what enters the output layer."""
+        entering: list[Tensor] = []
+        leaving: list[Tensor] = []
+        hooks = [self._base.get_output_embeddings().register_forward_pre_hook(lambda _, x: leaving.append(x[0]))]
+        if self._first_adapted:
+            layer = self._base.base_model.layers[self._first_adapted]
+            hooks.append(layer.register_forward_pre_hook(lambda _, x: entering.append(x[0])))
+        try:
+            yield entering, leaving
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @contextlib.contextmanager
+    def _merged(self) -> Iterator[None]:
+        """Sample from weights with the adapters folded in; afterwards the weights are bitwise what they were."""
+        layers: list[Any] = [
+            module for module in self.model.modules() if isinstance(module, LoraLayer) and not module.disable_adapters
+        ]
+        kept = [layer.get_base_layer().weight.data for layer in layers]
+        with self.as_reference() if layers else contextlib.nullcontext():
+            try:
+                for layer, weight in zip(layers, kept, strict=True):
+                    layer.get_base_layer().weight.data = weight + layer.get_delta_weight("default").to(weight.dtype)
+                yield
+            finally:
+                for layer, weight in zip(layers, kept, strict=True):
+                    layer.get_base_layer().weight.data = weight
+
+
+def uniforms(
+    num_prompts: int, per_prompt: int, max_tokens: int, generator: torch.Generator
+) -> Float[Tensor, "prompts completions tokens"]:
+    """Numbers for `Policy.sample`, float64, made where the generator lives."""
+    return torch.rand(num_prompts, per_prompt, max_tokens, generator=generator, dtype=torch.float64)
+
+
+def _draw(logprobs: Float[Tensor, "rows vocabulary"], uniform: Float[Tensor, " rows"]) -> Tensor:
+    """Token ids (rows, 1): where the cumulated probabilities pass `uniform` of their sum, in float64."""
+    cumulated = logprobs.double().exp().cumsum(-1)
+    drawn = torch.searchsorted(cumulated, uniform.unsqueeze(-1) * cumulated[:, -1:], right=True)
+    return drawn.clamp_max(logprobs.shape[-1] - 1)
+
+
+def _without_adapters(model: HfModel) -> HfModel:
+    return model.get_base_model() if isinstance(model, peft.PeftModel) else model
+
+
+def _upper_parameters(model: HfModel, first: int) -> list[nn.Parameter]:
+    """Of the decoder layers from `first` on; all parameters, embeddings too, if `first` is 0."""
+    if first == 0:
+        return list(model.parameters())
+    _, layers = decoder_layers(model)
+    return [parameter for layer in layers[first:] for parameter in layer.parameters()]
+
+
+def _twin(model: HfModel, trained: list[nn.Parameter]) -> HfModel:
+    """A copy of a model with its own copies of the parameters to be trained; all others are the same tensors."""
+    kept = {id(parameter) for parameter in trained}
+    return copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in kept})
+
+
+def packed_attention(rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """(who sees whom (P, L, L) as booleans, positions (P, L)) of rows [prompt | completion 1 | … | completion M]."""
+    per_prompt, max_tokens = rollout.completion_ids_PMT.shape[1:]
+    prompt_mask = rollout.prompt_mask_PL.bool()
+    number = 1 + torch.arange(per_prompt, device=prompt_mask.device).repeat_interleave(max_tokens)
+    part = torch.cat([torch.zeros_like(prompt_mask, dtype=torch.long), number.expand(len(prompt_mask), -1)], 1)
+    written = torch.cat([prompt_mask, rollout.mask_PMT.flatten(1).bool()], 1)
+    group = torch.where(written, 0, PADDING)
+    prompt_positions = (prompt_mask.long().cumsum(-1) - 1).clamp_min(0)
+    after = prompt_mask.sum(-1, keepdim=True) + torch.arange(max_tokens, device=prompt_mask.device)
+    return attends(group, part), torch.cat([prompt_positions, after.repeat(1, per_prompt)], 1)

@@ -1,0 +1,282 @@
+"""The reward model: a stock sequence classifier whose 2K labels are K means and K raw stds.
+
+A checkpoint is a plain `AutoModelForSequenceClassification` folder (safetensors): a decoder trunk, one bias-free
+`score` layer, labels laid out [K means | K raw stds], and a `poise` block in config.json that says how to read them:
+
+    mean_k = logit_k - offset_k           in units of the standardised training reward
+    std_k  = floor + softplus(logit_{K+k} - offset_{K+k})
+
+A conventional (Bradley-Terry) reward model is the same with K point heads: K labels, std 0. This file is the only
+place that knows the layout.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+import transformers
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from poise.errors import PoiseError, first_line
+from poise.functional.objectives import HeadRewards
+from poise.models.loading import (
+    HfModel,
+    HfTokenizer,
+    device,
+    frozen_dtype,
+    load_tokenizer,
+    pad_apart,
+    quiet_loading,
+    resolve_model,
+)
+from poise.runtime.run_folder import Json, write_folder_atomic
+
+_ADAPTER = "adapter_config.json"
+# In a folder of its own: vLLM takes every safetensors file beside config.json for weights.
+_LAST_LAYER = "poise/last_layer.safetensors"
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """The `poise` block of a checkpoint's config.json.
+
+    kind: "gaussian" (K means and K raw stds) or "point" (K means).
+    offset: one number per label, subtracted from its logit; the `score` layer itself has no bias.
+    floor: smallest std a head can report, in units of the standardised reward.
+    reward_scale: sigmoid(reward_scale * (mean+ - mean-)) is the Bradley-Terry probability of a preference.
+    std_scale: per head, what its std must be multiplied with to be an error bar on validation; () for ones.
+    """
+
+    num_heads: int
+    kind: Literal["gaussian", "point"]
+    offset: tuple[float, ...]
+    floor: float = 1e-3
+    reward_scale: float = 1.0
+    std_scale: tuple[float, ...] = ()
+
+    @property
+    def num_labels(self) -> int:
+        return self.num_heads * (2 if self.kind == "gaussian" else 1)
+
+    def decode(self, logits: Float[Tensor, "*batch labels"]) -> HeadRewards:
+        """Raw logits, from any backend, as rewards. Raises PoiseError if their number does not fit."""
+        if logits.shape[-1] != self.num_labels:
+            raise PoiseError(
+                f"the checkpoint has {logits.shape[-1]} labels but its poise block says {self.num_heads} "
+                f"{self.kind} heads, which need {self.num_labels}"
+            )
+        logits = logits - torch.tensor(self.offset, dtype=logits.dtype, device=logits.device)
+        if self.kind == "point":
+            return HeadRewards(logits, torch.zeros_like(logits))
+        mean, raw = logits.split(self.num_heads, -1)
+        return HeadRewards(mean, self.floor + F.softplus(raw))
+
+    def calibrated(self, heads: HeadRewards) -> HeadRewards:
+        """The same rewards with stds as error bars. Not for routing: the scale would change which head is lowest."""
+        if not self.std_scale:
+            return heads
+        return HeadRewards(heads.mean, heads.std * torch.tensor(self.std_scale, dtype=heads.std.dtype))
+
+
+@dataclass(frozen=True)
+class LastLayer:
+    """The Bayesian last layer: the exact std, over the Laplace posterior, of what drawn heads can only sample.
+
+    std(x) = |F^T (x - centre)|, with F F^T the covariance of the weights, in units of the standardised reward.
+    Features are as the trunk gives them; `centre` is the mean feature of the training texts, whose reward is 0 whatever
+    the weights.
+    """
+
+    factor_HH: Float[Tensor, "hidden hidden"]
+    centre_H: Float[Tensor, " hidden"]
+
+    def std(self, features: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch"]:
+        """Std of a text's reward, float64, on the CPU."""
+        return self.difference_std(features.cpu().double() - self.centre_H.double())
+
+    def difference_std(self, difference: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch"]:
+        """Std of the reward difference of two texts, from the difference of their features."""
+        return (difference.cpu().double() @ self.factor_HH.double()).norm(dim=-1)
+
+
+def load_trunk(model: str, num_layers: int, *, dtype: torch.dtype | None = None) -> tuple[HfModel, HfTokenizer]:
+    """(classifier with one fresh label, tokenizer): the first `num_layers` layers (0: all) of `model`.
+
+    dtype: of the weights; default `frozen_dtype`.
+    """
+    folder = resolve_model(model)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    depth = config.num_hidden_layers
+    if num_layers > depth:
+        raise PoiseError(f"{model} has {depth} layers, --num-layers asks for {num_layers}")
+    if num_layers:
+        config.num_hidden_layers = num_layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:num_layers]
+    config.num_labels = 1
+    tokenizer = load_tokenizer(folder)
+    classifier = _load_classifier(folder, config, dtype or frozen_dtype())
+    _check_vocabulary(model, tokenizer, classifier)
+    pad_apart(tokenizer, classifier)
+    return classifier, tokenizer
+
+
+def _load_classifier(folder: str, config: Any, dtype: torch.dtype) -> HfModel:
+    with quiet_loading():
+        try:
+            classifier = transformers.AutoModelForSequenceClassification.from_pretrained(
+                folder, config=config, dtype=dtype, use_safetensors=True
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise PoiseError(f"cannot load {folder} as a reward model: {first_line(error)}") from None
+    score = getattr(classifier, "score", None)
+    if not isinstance(score, nn.Linear):
+        raise PoiseError(f"{type(classifier).__name__} is no decoder with a linear `score` layer")
+    return classifier.to(device()).eval()
+
+
+def with_heads(classifier: HfModel, weight: Float[Tensor, "labels hidden"]) -> None:
+    """Put a `score` layer of these weights on a classifier, in place."""
+    where = {"device": classifier.score.weight.device, "dtype": classifier.dtype}
+    classifier.score = nn.Linear(weight.shape[1], weight.shape[0], bias=False, **where)
+    classifier.score.weight.data.copy_(weight)
+    classifier.num_labels = classifier.config.num_labels = len(weight)
+
+
+def save_reward_model(
+    folder: Path,
+    classifier: HfModel,
+    tokenizer: HfTokenizer,
+    weight: Float[Tensor, "labels hidden"],
+    layout: HeadLayout,
+    last_layer: LastLayer | None = None,
+) -> None:
+    """Write a checkpoint, whole or not at all: the trunk of `classifier` with `weight` as its `score` layer."""
+    previous = classifier.score
+    with_heads(classifier, weight)
+    classifier.config.problem_type = "regression"
+    classifier.config.poise = asdict(layout)
+    try:
+        with write_folder_atomic(folder) as scratch, quiet_loading():
+            classifier.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
+            if last_layer is not None:
+                (scratch / _LAST_LAYER).parent.mkdir()
+                tensors = {"factor": last_layer.factor_HH, "centre": last_layer.centre_H}
+                save_file({name: value.float().contiguous() for name, value in tensors.items()}, scratch / _LAST_LAYER)
+    finally:
+        classifier.score = previous
+
+
+def checkpoint_folder(path: str) -> str:
+    """A checkpoint as given, or the BRME inside a `poise train-reward` run folder."""
+    if not (Path(path) / "config.json").exists() and (Path(path) / "brme" / "config.json").exists():
+        return str(Path(path) / "brme")
+    return path
+
+
+def heads_fingerprint(path: str) -> str:
+    """A hash of what a checkpoint's heads are: its config.json and `score` weights, or its ensemble.json."""
+    folder = Path(resolve_model(checkpoint_folder(path)))
+    state = hashlib.blake2b(digest_size=16)
+    for name in ("config.json", "ensemble.json"):
+        if (folder / name).exists():
+            state.update((folder / name).read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in sorted(tensors.keys()):
+                if name.split(".")[-2:] == ["score", "weight"]:
+                    state.update(tensors.get_tensor(name).float().numpy().tobytes())
+    return state.hexdigest()
+
+
+def load_last_layer(path: str) -> LastLayer | None:
+    """The Bayesian last layer saved with a checkpoint, if one was."""
+    file = Path(resolve_model(checkpoint_folder(path))) / _LAST_LAYER
+    if not file.exists():
+        return None
+    try:
+        tensors = load_file(file)
+        return LastLayer(tensors["factor"], tensors["centre"])
+    except (SafetensorError, KeyError, OSError) as error:
+        raise PoiseError(f"cannot read {file}: {first_line(error)}") from None
+
+
+def read_layout(path: str) -> HeadLayout:
+    """How to read a checkpoint's labels, from its config.json alone.
+
+    Any one-label classifier of the hub works as a conventional reward model. Raises PoiseError for several labels
+    without a `poise` block, or a block that does not fit the labels.
+    """
+    config = transformers.AutoConfig.from_pretrained(resolve_model(checkpoint_folder(path)))
+    block = getattr(config, "poise", None)
+    if block is None:
+        if config.num_labels != 1:
+            raise PoiseError(
+                f"{path} has {config.num_labels} labels and no `poise` block in its config.json: "
+                f"not a reward model of ours"
+            )
+        return HeadLayout(1, "point", (0.0,))
+    try:
+        layout = HeadLayout(**_with_tuples(block))
+        num_offsets = len(layout.offset)
+    except (TypeError, KeyError):
+        raise PoiseError(f"{path}: the `poise` block of config.json is not one this version reads") from None
+    if layout.num_labels != config.num_labels or num_offsets != layout.num_labels:
+        raise PoiseError(
+            f"{path}: config.json has {config.num_labels} labels but its poise block says {layout.num_heads} "
+            f"{layout.kind} heads, which need {layout.num_labels}"
+        )
+    return layout
+
+
+def load_reward_model(path: str) -> tuple[HfModel, HfTokenizer, HeadLayout]:
+    """(classifier, tokenizer, layout) of a checkpoint, or of an adapter checkpoint, its adapters merged.
+
+    Raises PoiseError as `read_layout` does, and for weights or a tokenizer that do not fit.
+    """
+    layout = read_layout(path)
+    folder = resolve_model(checkpoint_folder(path))
+    config = transformers.AutoConfig.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
+    if (Path(folder) / _ADAPTER).exists():
+        classifier = _load_adapted(folder, config)
+    else:
+        classifier = _load_classifier(folder, config, frozen_dtype())
+    _check_vocabulary(path, tokenizer, classifier)
+    pad_apart(tokenizer, classifier)
+    return classifier, tokenizer, layout
+
+
+def _load_adapted(folder: str, config: Any) -> HfModel:
+    """The model that an adapter checkpoint names, with as many layers and labels as its config.json says, merged."""
+    import peft
+
+    base = resolve_model(json.loads((Path(folder) / _ADAPTER).read_text())["base_model_name_or_path"])
+    classifier = _load_classifier(base, config, frozen_dtype())
+    with quiet_loading():
+        try:
+            return peft.PeftModel.from_pretrained(classifier, folder).merge_and_unload().eval()
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise PoiseError(f"cannot load the adapter {folder}: {first_line(error)}") from None
+
+
+def _with_tuples(block: Json) -> Any:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in block.items()}
+
+
+def _check_vocabulary(path: str, tokenizer: HfTokenizer, classifier: HfModel) -> None:
+    """Raise PoiseError for a tokenizer that writes ids the trunk has no embedding of."""
+    highest, rows = max(tokenizer.get_vocab().values()), classifier.get_input_embeddings().num_embeddings
+    if highest >= rows:
+        raise PoiseError(
+            f"{path}: its tokenizer writes token ids up to {highest} but its trunk embeds {rows}; "
+            f"tokenizer and trunk are of different models"
+        )

@@ -1,0 +1,277 @@
+"""Text in, `HeadRewards` out: the one home of templates, truncation, padding, batching, prefix sharing and caching for
+reward models, of one checkpoint or of several that act as one.
+
+A score does not depend on the batch it is computed in, nor on padding, nor on sharing its prompt (tested to 1e-5 in
+float32).
+"""
+
+import functools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from poise.data.preferences import Sample
+from poise.errors import PoiseError
+from poise.functional.objectives import HeadRewards
+from poise.models.feature_cache import FeatureCache, row_keys
+from poise.models.loading import HfModel, HfTokenizer, Prompt, completion_text, encode, prompt_text
+from poise.models.reward_model import HeadLayout, LastLayer, load_last_layer, load_reward_model
+from poise.models.shared_prompt import Family, cached_hidden, num_tokens, pack, separate_hidden, shares_prompts
+from poise.runtime.run_folder import Json, write_json
+
+TOKENS_PER_BATCH = 4096
+ENSEMBLE_FILE = "ensemble.json"
+
+Progress = Callable[[int], None]
+
+
+class Tokens(NamedTuple):
+    """A sample as its trunk reads it."""
+
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.completion)
+
+
+class FeatureExtractor:
+    """The trunk alone: the last hidden state at a sample's last token, where the `score` layer reads."""
+
+    def __init__(self, classifier: HfModel, tokenizer: HfTokenizer, max_length: int = 0, *, cached: bool = False):
+        """max_length: longest sample in tokens; 0 takes the model's context.
+
+        cached: keep features on disk, for whoever asks for the same texts through the same trunk.
+        """
+        self.classifier, self.tokenizer = classifier, tokenizer
+        context = classifier.config.max_position_embeddings
+        self.max_length = min(max_length or context, context)
+        self.num_truncated = 0
+        self._cache = FeatureCache.of(classifier) if cached else None
+
+    def __call__(self, samples: Sequence[Sample], progress: Progress | None = None) -> Float[Tensor, "samples hidden"]:
+        """Features in the order of `samples`, float32.
+
+        progress: told after each batch how many samples it finished.
+        Samples that are too long lose their oldest tokens, the prompt's first; `num_truncated` counts them. An empty
+        completion is a PoiseError.
+        """
+        tokens = [self.encode(sample) for sample in samples]
+        if self._cache is None:
+            return self.forward(tokens, progress)
+        keys = row_keys([[*prompt, *completion] for prompt, completion in tokens])
+        with self._cache as cache:
+            return cache.fetch(tokens, keys, lambda part: self.forward(part, progress), progress)
+
+    def encode(self, sample: Sample) -> Tokens:
+        """Token ids through the chat template, cut to `max_length` from the left."""
+        if not sample.completion.strip():
+            raise PoiseError("an empty completion cannot be scored")
+        prompt = encode(self.tokenizer, prompt_text(self.tokenizer, sample.prompt))
+        completion = encode(
+            self.tokenizer, completion_text(self.tokenizer, sample.prompt, sample.completion), begin=False
+        )
+        excess = max(len(prompt) + len(completion) - self.max_length, 0)
+        self.num_truncated += excess > 0
+        return Tokens(tuple(prompt[excess:]), tuple(completion[max(excess - len(prompt), 0) :]))
+
+    @torch.no_grad()
+    def forward(self, tokens: Sequence[Tokens], progress: Progress | None = None) -> Float[Tensor, "samples hidden"]:
+        """Features of encoded samples. The same text twice is computed once; a shared prompt is, too."""
+        features = torch.empty(len(tokens), self.classifier.config.hidden_size, device=self.classifier.device)
+        prompts: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
+        for i, (prompt, completion) in enumerate(tokens):
+            prompts.setdefault(prompt, {}).setdefault(completion, []).append(i)
+        families = [Family(list(prompt), [list(text) for text in texts]) for prompt, texts in prompts.items()]
+        for part, hidden in self._hidden(families):
+            for (prompt, completion), feature in zip(part, hidden.float(), strict=True):
+                features[prompts[prompt][completion]] = feature
+            if progress:
+                progress(sum(len(prompts[prompt][completion]) for prompt, completion in part))
+        return features
+
+    def _hidden(self, families: list[Family]) -> Iterator[tuple[list[Tokens], Float[Tensor, "texts hidden"]]]:
+        """Part by part, texts and their last hidden states."""
+        pad_id = self.tokenizer.pad_token_id
+        several = [family for family in families if len(family.completions) > 1 and family.prompt]
+        if several and not self._shares_prompts:
+            several = []
+        for keys, hidden in cached_hidden(self.classifier, several, pad_id, TOKENS_PER_BATCH):
+            yield [Tokens(tuple(several[i].prompt), tuple(several[i].completions[j])) for i, j in keys], hidden
+        read = {tuple(family.prompt) for family in several}
+        alone = [
+            Family(prompt, [text])
+            for prompt, completions in families
+            if tuple(prompt) not in read
+            for text in completions
+        ]
+        for batch in _batches(alone):
+            rows = pack(batch, pad_id, one_per_row=True).to(self.classifier.device)
+            texts = [Tokens(tuple(family.prompt), tuple(family.completions[0])) for family in batch]
+            yield texts, separate_hidden(self.classifier, rows)
+
+    @functools.cached_property
+    def _shares_prompts(self) -> bool:
+        return shares_prompts(self.classifier)
+
+
+class Scorer:
+    """A reward model ready to score: features, heads, layout."""
+
+    def __init__(
+        self,
+        extract: FeatureExtractor,
+        weight: Float[Tensor, "labels hidden"],
+        layout: HeadLayout,
+        last_layer: LastLayer | None = None,
+    ):
+        self.extract, self.weight, self.layout, self.last_layer = extract, weight, layout, last_layer
+
+    @staticmethod
+    def load(path: str, max_length: int = 0, *, cached: bool = False) -> "Scorer":
+        """From a checkpoint folder, a hub id, a `poise train-reward` run, or an ensemble of such.
+
+        cached: keep features on disk, for whoever scores the same texts through the same trunk.
+        """
+        if (Path(path) / ENSEMBLE_FILE).exists():
+            return Ensemble.load(path, max_length, cached=cached)
+        classifier, tokenizer, layout = load_reward_model(path)
+        extract = FeatureExtractor(classifier, tokenizer, max_length, cached=cached)
+        return Scorer(extract, classifier.score.weight.data.float(), layout, load_last_layer(path))
+
+    def with_heads_of(self, path: str) -> "Scorer":
+        """The heads of another checkpoint on this one's trunk, so that one set of features serves both.
+
+        Raises PoiseError unless the two trunks hold the same weights.
+        """
+        other = Scorer.load(path, self.extract.max_length)
+        if not self.shares_trunk_with(other):
+            raise PoiseError(f"{path} does not share its trunk with the other reward models of the run")
+        return Scorer(self.extract, other.weight, other.layout, other.last_layer)
+
+    def shares_trunk_with(self, other: "Scorer") -> bool:
+        """Would the other's trunk make the same features?"""
+        mine, theirs = (scorer.extract.classifier.base_model.state_dict() for scorer in (self, other))
+        return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+    @property
+    def num_truncated(self) -> int:
+        """Samples so far that lost their oldest tokens."""
+        return self.extract.num_truncated
+
+    def __call__(self, samples: Sequence[Sample], progress: Progress | None = None) -> HeadRewards:
+        """(len(samples), K) means and stds, on the CPU."""
+        return self.decode(self.extract(samples, progress))
+
+    def decode(self, features: Float[Tensor, "*batch hidden"]) -> HeadRewards:
+        """Heads on features that the same trunk made."""
+        heads = self.layout.decode(features.to(self.weight.device) @ self.weight.T)
+        return HeadRewards(heads.mean.cpu(), heads.std.cpu())
+
+
+class Ensemble(Scorer):
+    """Several reward models, of point or Gaussian heads, as one: all their heads side by side.
+
+    Each member is put on one scale first: less the mean, divided by the std, of its own reward (the mean of its heads)
+    over a reference set. Otherwise the member with the widest scale would decide every worst case.
+    """
+
+    def __init__(self, members: Sequence[Scorer], means: Sequence[float], stds: Sequence[float]):
+        self.members, self.means, self.stds = list(members), list(means), list(stds)
+        layouts = [member.layout for member in members]
+        num_heads = sum(layout.num_heads for layout in layouts)
+        kind: Literal["gaussian", "point"] = (
+            "gaussian" if any(layout.kind == "gaussian" for layout in layouts) else "point"
+        )
+        std_scale = [s for layout in layouts for s in layout.std_scale or (1.0,) * layout.num_heads]
+        # In normalised units a member's Bradley-Terry scale grows by the std it was divided by.
+        scale = sum(layout.reward_scale * std for layout, std in zip(layouts, stds, strict=True)) / len(layouts)
+        offset = (0.0,) * (num_heads * (2 if kind == "gaussian" else 1))
+        layout = HeadLayout(num_heads, kind, offset, reward_scale=scale, std_scale=tuple(std_scale))
+        super().__init__(members[0].extract, members[0].weight, layout)
+
+    @staticmethod
+    def load(path: str, max_length: int = 0, *, cached: bool = False) -> "Ensemble":
+        """From a folder with an ensemble.json. Members with equal trunks share one."""
+        try:
+            saved = json.loads((Path(path) / ENSEMBLE_FILE).read_text())
+            names, means, stds = saved["members"], saved["means"], saved["stds"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise PoiseError(f"{path}/{ENSEMBLE_FILE} is not one this version reads") from None
+        members = _load_members([str(Path(path) / name) for name in names], max_length, cached=cached)
+        return Ensemble(members, means, stds)
+
+    @staticmethod
+    def fit(
+        paths: Sequence[str], reference: Sequence[Sample], max_length: int = 0, progress: Progress | None = None
+    ) -> "Ensemble":
+        """Of checkpoints, normalised on reference samples."""
+        unscaled = Ensemble(_load_members(paths, max_length), [0.0] * len(paths), [1.0] * len(paths))
+        rewards = [heads.mean.mean(-1) for heads in unscaled._opinions(reference, progress)]
+        stds = [reward.std().item() for reward in rewards]
+        if not all(std > 0 for std in stds):
+            raise PoiseError("a member of the ensemble gives every reference sample the same reward")
+        return Ensemble(unscaled.members, [reward.mean().item() for reward in rewards], stds)
+
+    def save(self, folder: Path, paths: Sequence[str]) -> None:
+        """Write ensemble.json: where the members are, seen from `folder`, and their normalisation."""
+        value: Json = {"members": list(paths), "means": self.means, "stds": self.stds}
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / ENSEMBLE_FILE, value)
+
+    @property
+    def num_truncated(self) -> int:
+        return sum(extract.num_truncated for extract in {id(m.extract): m.extract for m in self.members}.values())
+
+    def __call__(self, samples: Sequence[Sample], progress: Progress | None = None) -> HeadRewards:
+        opinions = self._opinions(samples, progress)
+        scaled = [
+            HeadRewards((heads.mean - mean) / std, heads.std / std)
+            for heads, mean, std in zip(opinions, self.means, self.stds, strict=True)
+        ]
+        return HeadRewards(torch.cat([h.mean for h in scaled], -1), torch.cat([h.std for h in scaled], -1))
+
+    def decode(self, features: Float[Tensor, "*batch hidden"]) -> HeadRewards:  # noqa: ARG002
+        raise PoiseError("an ensemble of several trunks has no features of one; score texts instead")
+
+    def _opinions(self, samples: Sequence[Sample], progress: Progress | None) -> list[HeadRewards]:
+        features: dict[int, Tensor] = {}
+        for member in self.members:
+            if id(member.extract) not in features:
+                # Each trunk reads every sample; one bar counts the first, and the others are as long.
+                features[id(member.extract)] = member.extract(samples, None if features else progress)
+        return [member.decode(features[id(member.extract)]) for member in self.members]
+
+
+def _load_members(paths: Sequence[str], max_length: int, *, cached: bool = False) -> list[Scorer]:
+    members: list[Scorer] = []
+    for path in paths:
+        member = Scorer.load(path, max_length, cached=cached)
+        if isinstance(member, Ensemble):
+            raise PoiseError(f"{path} is itself an ensemble; name its members")
+        twin = next((other for other in members if other.shares_trunk_with(member)), None)
+        if twin is not None:
+            member = Scorer(twin.extract, member.weight, member.layout, member.last_layer)
+        members.append(member)
+    return members
+
+
+def generated(prompt: Prompt, completion: str) -> Sample:
+    """A policy's completion as a sample to score: one of no text at all counts as a full stop."""
+    return Sample(prompt, completion if completion.strip() else ".")
+
+
+def _batches(families: list[Family]) -> list[list[Family]]:
+    """Texts of similar length in batches of at most TOKENS_PER_BATCH tokens with padding, longest first."""
+    batches: list[list[Family]] = []
+    for family in sorted(families, key=lambda family: -num_tokens(family)):
+        if batches and (len(batches[-1]) + 1) * num_tokens(batches[-1][0]) <= TOKENS_PER_BATCH:
+            batches[-1].append(family)
+        else:
+            batches.append([family])
+    return batches

@@ -1,0 +1,319 @@
+"""`poise evaluate-policy`: what training did to what a language model knows, on the 16 benchmarks of the paper.
+
+lm-evaluation-harness asks and scores (integrations/lm_eval.py); here its answers, row by row, are compared with those
+of the model that training started from, on the same rows:
+
+    one benchmark       exact McNemar test; interval of the difference after Agresti and Min
+    average of them     benchmarks count equally, rows within them are the random unit; sign-flip test, interval around
+                        the average itself
+
+    RUN/results.json    tasks: their names; policies, the start first: per task and on average mean, stderr and, against
+                        the start, difference, interval, p_value; of each row whether it was right (outcomes: a
+                        character per row, 0 or 1); fluctuation over the checkpoints of run folders that asked
+                        benchmarks while they trained (--eval-every), per policy and task
+
+Answers are kept in the user's cache folder, by the weights, the rows and the harness's version: the same is not asked
+twice.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
+from rich.table import Table
+from safetensors import SafetensorError
+from scipy.stats import binomtest
+
+from poise.errors import PoiseError, first_line
+from poise.functional.statistics import movement
+from poise.integrations.lm_eval import MAX_TOKENS, Answers, Task, evaluate, read_tasks
+from poise.integrations.lm_eval_tasks import DEFAULT_TASKS
+from poise.models.loading import DEFAULT_MODEL, HfModel, HfTokenizer, frozen_dtype, load_policy, resolve_model
+from poise.models.policy import Policy
+from poise.runtime.downloads import cache_folder
+from poise.runtime.progress import console, progress
+from poise.runtime.run_folder import Json, Run, load_config_file, read_jsonl, write_json
+
+Z = 1.959964  # half-width of a 95 % interval in standard errors
+FLIPS = 100_000  # draws of the sign-flip test, so p is known to a step of 1e-5
+
+
+@dataclass(frozen=True)
+class Config:
+    """Ask policies the benchmarks of the paper, and compare them with the model that training started from."""
+
+    policies: tuple[str, ...] = ()
+    """`poise train-policy` runs, model folders or hub ids."""
+    model: str = DEFAULT_MODEL
+    """The model before training, folder or hub id: differences are taken against it."""
+    data: str = ""
+    """Folder of the benchmarks' rows, NAME.jsonl or NAME.jsonl.gz, asked zero-shot and without a network; default: the
+    harness's own tasks, from the model hub."""
+    tasks: tuple[str, ...] = DEFAULT_TASKS
+    """Which benchmarks; bbh is a 17th."""
+    rows: int = 100
+    """Rows of each benchmark, at most, from the beginning; 0: all. Without --data each part of a benchmark is asked as
+    many, rounded up: 100 become 114 of mmlu, which has 57 parts, and 108 of bbh, which has 27."""
+    batch_size: int = 8
+    """Requests at a time; fewer where they are long."""
+    max_tokens: int = MAX_TOKENS
+    """Longest answer where one is written (gsm8k, bbh), in tokens."""
+    output: str = "runs/benchmarks"
+    """Run folder to write."""
+
+    def check(self) -> None:
+        """Raise PoiseError for settings out of range."""
+        for name, least in (("batch_size", 1), ("max_tokens", 1), ("rows", 0)):
+            if getattr(self, name) < least:
+                raise PoiseError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
+
+
+def run(config: Config) -> Run:
+    """Ask, compare, show. A finished run is only shown; what the cache knows is not asked again."""
+    config.check()
+    finished = Run(Path(config.output)).results is not None
+    if not finished:  # all that can be wrong comes before a folder is made or a model loaded
+        tasks = read_tasks(config.tasks, config.data, config.rows)
+        sources = [_source(path) for path in (config.model, *config.policies)]
+        logged = {source.path: _logged(Path(source.path)) for source in sources}
+    out = Run.open(config.output, config)
+    if not finished:
+        found = [_ask(source, tasks, config) for source in sources]
+        policies = [
+            {"name": name, "path": source.path, **_scores(answers, found[0] if number else None)}
+            for number, (name, source, answers) in enumerate(zip(_names(sources), sources, found, strict=True))
+        ]
+        fluctuations = {
+            policy["name"]: fluctuation(logged[policy["path"]]) for policy in policies if logged[policy["path"]]
+        }
+        out.finish({"tasks": list(config.tasks), "policies": policies, "fluctuation": fluctuations})
+    console.print(table(out.results or {}))
+    return out
+
+
+# ---- pure functions of outcomes ----
+
+
+class Paired(NamedTuple):
+    """A difference of two means over the same rows, its 95 % interval, and the p-value of there being none."""
+
+    difference: float
+    interval: tuple[float, float]
+    p_value: float
+
+
+def paired_difference(after: Float[ndarray, " rows"], before: Float[ndarray, " rows"]) -> Paired:
+    """Of 0/1 outcomes on the same n rows; b of them only `after` has right, c only `before`.
+
+        difference = (b - c) / n
+        interval   = d ± 1.96 sqrt(b' + c' - (b' - c')² / n') / n'    with b' = b + 1/2, c' = c + 1/2, n' = n + 2,
+                     d = (b' - c') / n'                               (Agresti and Min 2005, doi 10.1002/sim.1781)
+        p_value    = P(X as far from (b + c) / 2 as b is), X ~ Binomial(b + c, 1/2)               (exact McNemar test)
+
+    >>> paired_difference(np.array([1.0, 1, 1, 1]), np.array([0.0, 0, 0, 1]))[::2]
+    (0.75, 0.25)
+    """
+    b, c = _discordant(after, before)
+    p_value = float(binomtest(b, b + c).pvalue) if b + c else 1.0
+    n = len(after)
+    interval = _interval((b - c) / (n + 2), float(np.sqrt(_spread(b, c, n))) / (n + 2))
+    return Paired((b - c) / n, interval, p_value)
+
+
+def average_difference(
+    after: Sequence[Float[ndarray, " _"]], before: Sequence[Float[ndarray, " _"]], draws: int = FLIPS, seed: int = 0
+) -> Paired:
+    """Of the means of T tasks' means of 0/1 outcomes; the tasks are given, their rows are the random unit.
+
+        difference = D = (1 / T) Σ_t (b_t - c_t) / n_t
+        interval   = D ± 1.96 sqrt(Σ_t (b'_t + c'_t - (b'_t - c'_t)² / n'_t) / n_t²) / T  (b', c', n' as in
+                     paired_difference)
+        p_value    = (1 + #{|D*| >= |D|}) / (1 + draws)                                   (sign-flip test)
+
+    Without a difference a row of which one side is right alone could as well be the other's: D* gives each such row to
+    either at random, so b*_t ~ Binomial(b_t + c_t, 1/2).
+
+    The rows added to a task only widen the interval. As centres, d_t = D_t n_t / (n_t + 2) would all lean toward 0:
+    beside one task's width that is little, but it does not shrink with T as the width does.
+    """
+    counts = [(*_discordant(one, other), len(one)) for one, other in zip(after, before, strict=True)]
+    b, c, n = np.array(counts).T
+    difference = float(((b - c) / n).mean())
+    flipped = np.random.default_rng(seed).binomial(b + c, 0.5, size=(draws, len(n)))
+    as_far = np.abs(((2 * flipped - b - c) / n).mean(-1)) >= abs(difference) - 1e-12
+    stderr = float(np.sqrt((_spread(b, c, n) / n**2).sum())) / len(n)
+    return Paired(difference, _interval(difference, stderr), float((1 + as_far.sum()) / (1 + draws)))
+
+
+def _discordant(after: ndarray, before: ndarray) -> tuple[int, int]:
+    """(rows that only `after` has right, rows that only `before` has)."""
+    return int((after > before).sum()), int((after < before).sum())
+
+
+def _spread(b: ndarray | int, c: ndarray | int, n: ndarray | int) -> ndarray | float:
+    """Variance b' + c' - (b' - c')² / n' of the count b - c, by the primed counts of `paired_difference`; per task."""
+    return b + c + 1 - (b - c) ** 2 / (n + 2)
+
+
+def _interval(centre: float, stderr: float) -> tuple[float, float]:
+    """95 % interval of a difference of means, within [-1, 1]."""
+    return max(centre - Z * stderr, -1.0), min(centre + Z * stderr, 1.0)
+
+
+def average(answers: Sequence[Answers]) -> tuple[float, float]:
+    """(mean over tasks of their means, its standard error sqrt(Σ_t stderr_t²) / T): every task counts the same."""
+    stderr = np.sqrt(sum(task.stderr**2 for task in answers)) / len(answers)
+    return float(np.mean([task.mean for task in answers])), float(stderr)
+
+
+def fluctuation(rows: Sequence[Json]) -> Json:
+    """How much each task's mean moves over the checkpoints of a run.
+
+    rows: of benchmarks.jsonl. Per task: steps, mean; std over checkpoints (n - 1; None for one); range, highest less
+    lowest; largest_drop, from a checkpoint to any later one, 0 if it never falls.
+
+    >>> rows = [{"step": i, "task": "race", "mean": mean} for i, mean in enumerate([0.25, 0.75, 0.5])]
+    >>> fluctuation(rows)["race"]
+    {'steps': [0, 1, 2], 'mean': [0.25, 0.75, 0.5], 'std': 0.25, 'range': 0.5, 'largest_drop': 0.25}
+    """
+    by_task: dict[str, dict[int, float]] = {}
+    for row in rows:
+        by_task.setdefault(row["task"], {})[row["step"]] = row["mean"]
+    found: Json = {}
+    for task, at in by_task.items():
+        steps = sorted(at)
+        means = [at[step] for step in steps]
+        found[task] = {"steps": steps, "mean": means} | movement(np.array(means))
+        if len(steps) == 1:
+            found[task]["std"] = None
+    return found
+
+
+def _scores(answers: dict[str, Answers], start: dict[str, Answers] | None) -> Json:
+    """A policy's part of the results; compared with those of the start, if it is not the start itself."""
+    tasks: Json = {}
+    for name, task in answers.items():
+        tasks[name] = {"metric": task.metric, "mean": task.mean, "stderr": task.stderr, "rows": len(task.outcomes)}
+        tasks[name] |= {"also": task.also, "num_truncated": task.num_truncated, "outcomes": task.outcomes}
+        if start:
+            tasks[name] |= paired_difference(task.array, start[name].array)._asdict()
+    mean, stderr = average(list(answers.values()))
+    whole: Json = {"mean": mean, "stderr": stderr}
+    if start:
+        rows, before = ([task.array for task in side.values()] for side in (answers, start))
+        whole |= average_difference(rows, before)._asdict()
+    return {"tasks": tasks, "average": whole}
+
+
+# ---- policies ----
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a policy is: a model, or the adapters of a run folder (with its settings) on one."""
+
+    path: str
+    model: str
+    adapters: Path | None = None
+    adapted_layers: int = 0
+    rank: int = 0
+
+    def load(self) -> tuple[HfModel, HfTokenizer]:
+        """(language model, tokenizer), as in training."""
+        model, tokenizer = load_policy(self.model)
+        if self.adapters is None:
+            return model, tokenizer
+        policy = Policy(model, tokenizer, adapted_layers=self.adapted_layers, rank=self.rank)
+        try:
+            policy.load_adapters(str(self.adapters))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise PoiseError(f"cannot use the adapters in {self.adapters}: {first_line(error)}") from None
+        return policy.model, tokenizer
+
+    def digest(self) -> str:
+        """Of the files that decide what it answers, and of the precision it is run in."""
+        whole = hashlib.blake2b(str(frozen_dtype()).encode(), digest_size=20)
+        for folder in filter(None, [Path(resolve_model(self.model)), self.adapters]):
+            for path in sorted(folder.iterdir()):
+                if path.suffix in {".safetensors", ".json", ".txt", ".model"}:
+                    with path.open("rb") as file:
+                        whole.update(path.name.encode() + hashlib.file_digest(file, "blake2b").digest())
+        return whole.hexdigest()
+
+
+def _source(path: str) -> _Source:
+    """The policy at `path`. Raises PoiseError if it is neither a finished run nor a model."""
+    folder = Path(path)
+    if (folder / "adapter_config.json").exists():
+        raise PoiseError(f"{path} holds adapters alone; name the `poise train-policy` run that they lie in")
+    if not (folder / "config.yaml").exists():
+        resolve_model(path)
+        return _Source(path, path)
+    settings, policy = load_config_file(folder / "config.yaml"), folder / "policy"
+    if "lora_rank" not in settings or Run(folder).results is None or not policy.exists():
+        raise PoiseError(f"{path} is not a finished `poise train-policy` run; the same command goes on with it")
+    if settings["tune"] == "full":
+        return _Source(path, str(policy))
+    resolve_model(settings["model"])
+    return _Source(path, settings["model"], policy, settings["adapted_layers"], settings["lora_rank"])
+
+
+def _names(sources: Sequence[_Source]) -> list[str]:
+    """The last part of each path; the whole path where two would be called the same."""
+    short = [Path(source.path).name for source in sources]
+    return [name if short.count(name) == 1 else source.path for name, source in zip(short, sources, strict=True)]
+
+
+def _logged(folder: Path) -> list[Json]:
+    """What a run folder's benchmarks said during its training, if they were asked."""
+    path = folder / "benchmarks.jsonl"
+    return list(read_jsonl(path)) if path.exists() else []
+
+
+def _ask(source: _Source, tasks: Sequence[Task], config: Config) -> dict[str, Answers]:
+    """A policy's answers, by task; from the cache where it has them, and kept there task by task."""
+    digest = source.digest()
+    kept = {
+        task.name: cache_folder() / "benchmarks" / f"{digest}-{task.identity(config.max_tokens)}.json" for task in tasks
+    }
+    missing = [task for task in tasks if not kept[task.name].exists()]
+    if missing:
+        model, tokenizer = source.load()
+        total = sum(len(task.requests()) for task in missing)
+        with progress(f"asking {Path(source.path).name}", total) as advance:
+            for task in missing:
+                advance(0, task.name)
+                answers = evaluate(
+                    model, tokenizer, task, batch_size=config.batch_size, max_tokens=config.max_tokens, advance=advance
+                )
+                write_json(kept[task.name], asdict(answers))
+    found = {name: Answers(**json.loads(path.read_text())) for name, path in kept.items()}
+    if cut := sum(answers.num_truncated for answers in found.values()):
+        console.print(f"{source.path}: {cut} requests are longer than the model's context and lost their beginning")
+    return found
+
+
+# ---- the terminal ----
+
+
+def table(results: Json) -> Table:
+    """Mean of each task and policy, in per cent; of policies after the start, difference and p-value too."""
+    shown = Table("benchmark", *(policy["name"] for policy in results["policies"]), title="per cent right")
+    for name in results["tasks"]:
+        shown.add_row(name, *(_cell(policy["tasks"][name]) for policy in results["policies"]))
+    shown.add_section()
+    shown.add_row("average", *(_cell(policy["average"]) for policy in results["policies"]))
+    return shown
+
+
+def _cell(score: Json) -> str:
+    spread = f" ± {100 * score['stderr']:.1f}" if score["stderr"] is not None else ""
+    if "difference" not in score:
+        return f"{100 * score['mean']:.1f}{spread}"
+    return f"{100 * score['mean']:.1f}{spread} ({100 * score['difference']:+.1f}, p {score['p_value']:.2g})"

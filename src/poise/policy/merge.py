@@ -1,0 +1,94 @@
+"""`poise merge`: a policy's LoRA adapters folded into the language model that they were trained on.
+
+With A and B the adapters of a linear map and W its frozen weight (arXiv 2106.09685):
+
+    W' = W + (alpha / r) B A          W, W': (out, in)    A: (r, in)    B: (out, r)
+
+The result is a plain folder of safetensors, for engines and tools that know no adapters.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import peft
+import transformers
+import tyro
+from safetensors import SafetensorError
+
+from poise.errors import PoiseError, first_line
+from poise.models.loading import HfModel, HfTokenizer, load_tokenizer, pad_apart, quiet_loading, resolve_model
+from poise.runtime.progress import console
+from poise.runtime.run_folder import write_folder_atomic
+
+_SETTINGS, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Fold a policy's LoRA adapters into its language model, for tools that know no adapters."""
+
+    policy: tyro.conf.Positional[str]
+    """Policy: a `poise train-policy` run, or the `policy` folder in it."""
+    output: str
+    """Folder to write; it must not exist, or be empty."""
+
+
+def run(config: Config) -> Path:
+    """Write the folder, whole or not at all; returns it. A policy without adapters (`--tune full`) is copied."""
+    source, target = _policy_folder(config.policy), Path(config.output)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise PoiseError(f"--output {target} exists; choose another folder or delete it")
+    if not (source / _SETTINGS).exists():
+        with write_folder_atomic(target) as scratch:
+            shutil.copytree(source, scratch, dirs_exist_ok=True)
+        console.print(f"{source} is a whole model, there is nothing to fold: copied to {target}")
+        return target
+    base = _base_of(source)
+    model, tokenizer = folded(base, source)
+    with write_folder_atomic(target) as scratch, quiet_loading():
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+    console.print(f"adapters folded into {Path(base).name}: {target}")
+    return target
+
+
+def folded(base: str, adapters: Path) -> tuple[HfModel, HfTokenizer]:
+    """(model, tokenizer): the model in folder `base` with the adapters in its weights, and its padding as in training.
+
+    Summed in float32 and rounded once, to the dtype that the base model is saved in.
+    """
+    tokenizer = load_tokenizer(base)
+    with quiet_loading():
+        try:
+            model: HfModel = transformers.AutoModelForCausalLM.from_pretrained(base, dtype="auto", use_safetensors=True)
+            dtype = model.dtype
+            pad_apart(tokenizer, model)
+            adapted = peft.PeftModel.from_pretrained(model.float(), str(adapters), torch_device="cpu")
+            return adapted.merge_and_unload(safe_merge=True).to(dtype), tokenizer
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise PoiseError(f"cannot fold {adapters} into {base}: {first_line(error)}") from None
+
+
+def _policy_folder(path: str) -> Path:
+    for folder in (Path(path) / "policy", Path(path)):
+        if (folder / _SETTINGS).exists() or (folder / "config.json").exists():
+            return folder
+    raise PoiseError(f"{path} holds no policy; name a finished `poise train-policy` run, or the policy folder in it")
+
+
+def _base_of(adapters: Path) -> str:
+    """Folder of the model that the adapters belong to."""
+    try:
+        settings = json.loads((adapters / _SETTINGS).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PoiseError(f"{adapters / _SETTINGS} is not JSON: {first_line(error)}") from None
+    if (settings.get("peft_type"), settings.get("task_type")) != ("LORA", "CAUSAL_LM"):
+        raise PoiseError(f"{adapters} holds no LoRA adapters of a language model; reward models are for `poise export`")
+    if not (adapters / _WEIGHTS).exists():
+        raise PoiseError(f"{adapters} has no {_WEIGHTS}")
+    try:
+        return resolve_model(settings.get("base_model_name_or_path") or "(none)")
+    except PoiseError as error:
+        raise PoiseError(f"no base model: {error}; write where it is into {adapters / _SETTINGS}") from None

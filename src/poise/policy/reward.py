@@ -1,0 +1,122 @@
+"""From a policy's completions to the rewards PPO maximises: scoring, comparison with baselines, objective, scale.
+
+    heads of each completion  ->  shaped against baseline completions of its prompt (or not)
+                              ->  centred on the initial policy, combined by the objective, scaled, bounded
+                              ->  less a penalty for what never ended
+
+Heads are gathered from all processes before they are combined: objectives that couple a batch see the whole of it.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from poise.data.preferences import Sample, read_samples
+from poise.errors import PoiseError
+from poise.functional.objectives import SHAPINGS, HeadRewards, Objective, RewardScale, Shaping
+from poise.models.loading import Prompt
+from poise.models.policy import Policy, uniforms
+from poise.models.scorer import Scorer, generated
+from poise.runtime import distributed as processes
+from poise.runtime.run_folder import append_jsonl, keep_rows_before, read_jsonl
+
+
+class Baselines:
+    """Completions that others of the same prompt are compared with: given in a file, or the initial policy's own.
+
+    The policy's own are sampled when a prompt is first drawn, with random numbers that only the prompt and the seed
+    decide, and kept in RUN/baselines.jsonl; each process samples for the prompts it meets and keeps its own file.
+    """
+
+    def __init__(self, scorer: Scorer, per_prompt: int, max_tokens: int, seed: int, folder: Path):
+        self.scorer, self.per_prompt, self.max_tokens, self.seed = scorer, per_prompt, max_tokens, seed
+        number = f"-{processes.process_index()}" if processes.process_index() else ""
+        self.path = folder / f"baselines{number}.jsonl"
+        self._heads: dict[str, HeadRewards] = {}
+
+    def read(self, file: str, prompts: list[Prompt]) -> None:
+        """Use the completions of a file (rows of prompt, completion); raises PoiseError if a prompt has none."""
+        texts: dict[str, list[Sample]] = {}
+        for sample in read_samples(file):
+            texts.setdefault(_key(sample.prompt), []).append(sample)
+        for prompt in prompts:
+            if _key(prompt) not in texts:
+                raise PoiseError(f"{file} has no completion of the prompt {str(prompt)[:80]!r}; --baselines needs all")
+            if _key(prompt) not in self._heads:
+                self._heads[_key(prompt)] = self.scorer(texts[_key(prompt)])
+
+    def resume(self, step: int) -> None:
+        """Take up what an earlier process sampled before `step`."""
+        keep_rows_before(self.path, step)
+        for row in read_jsonl(self.path) if self.path.exists() else ():
+            self._heads[row["key"]] = HeadRewards(torch.tensor(row["mean"]), torch.tensor(row["std"]))
+
+    def of(self, prompts: list[Prompt], step: int, policy: Policy) -> HeadRewards:
+        """Heads (P, m, K) of the baselines of each prompt; m is the fewest that any of them has."""
+        new = [prompt for prompt in prompts if _key(prompt) not in self._heads]
+        if new:
+            with policy.as_reference():
+                rollout = policy.sample(new, torch.cat([self._uniforms(prompt) for prompt in new]))
+            rows = []
+            for prompt, texts in zip(new, policy.texts(rollout), strict=True):
+                heads = self.scorer([generated(prompt, text) for text in texts])
+                self._heads[_key(prompt)] = heads
+                opinions = {"mean": heads.mean.tolist(), "std": heads.std.tolist()}
+                rows.append({"step": step, "key": _key(prompt), "completions": texts, **opinions})
+            append_jsonl(self.path, rows)
+        found = [self._heads[_key(prompt)] for prompt in prompts]
+        count = min(len(heads.mean) for heads in found)
+        return HeadRewards(
+            torch.stack([heads.mean[:count] for heads in found]), torch.stack([heads.std[:count] for heads in found])
+        )
+
+    def _uniforms(self, prompt: Prompt) -> Tensor:
+        digest = hashlib.blake2b(f"{self.seed} {_key(prompt)}".encode(), digest_size=7).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+        return uniforms(1, self.per_prompt, self.max_tokens, generator)
+
+
+@dataclass
+class PolicyReward:
+    """A reward model, an objective, and the constants that make a reward of them."""
+
+    scorer: Scorer
+    objective: Objective
+    shaping: Shaping = "none"
+    baselines: Baselines | None = None
+    scale: RewardScale = field(default_factory=lambda: RewardScale((), 0.0, 1.0))
+
+    def heads(self, policy: Policy, prompts: list[Prompt], texts: list[list[str]], step: int) -> HeadRewards:
+        """Heads (P * M, K) of this process's completions, on the CPU; M texts of each prompt.
+
+        Raises PoiseError if one is not finite: a broken reward model, found where it speaks.
+        """
+        samples = [generated(prompt, text) for prompt, row in zip(prompts, texts, strict=True) for text in row]
+        heads = self.scorer(samples)
+        bad = (~(heads.mean.isfinite() & heads.std.isfinite()).all(-1)).nonzero()
+        if len(bad):
+            raise PoiseError(f"the reward of {samples[int(bad[0, 0])].completion[:60]!r} is not finite")
+        if self.shaping == "none" or self.baselines is None:
+            return heads
+        baseline = self.baselines.of(prompts, step, policy)
+        unit = self.scorer.layout.reward_scale  # in which a difference of rewards is the log odds of a preference
+        by_prompt = HeadRewards(*(unit * part.view(len(prompts), -1, part.shape[-1]) for part in heads))
+        others = HeadRewards(*(unit * part.unsqueeze(1) for part in baseline))
+        return HeadRewards(*(part.flatten(0, 1) for part in SHAPINGS[self.shaping](by_prompt, others)))
+
+    def combine(self, heads: HeadRewards) -> Tensor:
+        """Rewards of whole batches of heads (…, K)."""
+        return self.scale.combine(heads, self.objective)
+
+
+def gather(heads: HeadRewards) -> HeadRewards:
+    """Heads (N, K) of all processes, in their order."""
+    return HeadRewards(processes.gathered(heads.mean), processes.gathered(heads.std))
+
+
+def _key(prompt: Prompt) -> str:
+    return json.dumps(prompt)

@@ -1,0 +1,178 @@
+"""`poise train-policy`: PPO against a reward model, conventional or robust; or RLOO and GRPO, through TRL.
+
+    RUN/metrics.jsonl     per step: reward, every head, gap, disagreement, KL, lengths, losses, the monitor's signs
+    RUN/samples.jsonl     every completion of every step with what each head said
+    RUN/benchmarks.jsonl  with --eval-every: mean and stderr of each benchmark, after so many steps
+    RUN/final.jsonl       completions of the trained policy on the evaluation prompts
+    RUN/policy/           LoRA adapters (PEFT format), or the whole model with --tune full
+    RUN/checkpoint.safetensors   everything needed to go on after a kill, to the same result
+
+Rewards: each head is centred on the initial policy's completions, the objective combines the heads, and the combined
+reward is divided by its std on those completions. By default the constants are fixed before step 0 and recorded, so
+kl_coef means the same from the first step to the last.
+
+Under `accelerate launch` or `torchrun` every process takes its share of a step's prompts, and the run computes what one
+process would.
+"""
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+
+import torch
+
+from poise.data.preferences import read_prompts
+from poise.errors import PoiseError
+from poise.functional.monitor import Monitor, MonitorConfig
+from poise.functional.objectives import parse_objective
+from poise.integrations.lm_eval import Task, evaluate, read_tasks
+from poise.models.loading import Prompt, check_room, load_policy
+from poise.models.policy import Policy
+from poise.policy.config import Config
+from poise.policy.loop import Training, sample_policy
+from poise.policy.reward import PolicyReward
+from poise.runtime import distributed as processes
+from poise.runtime.progress import finish_the_step, progress
+from poise.runtime.run_folder import (
+    Json,
+    Run,
+    append_jsonl,
+    config_dict,
+    is_main_process,
+    keep_rows_before,
+    read_jsonl,
+    write_jsonl,
+)
+from poise.runtime.trackers import Track, tracked
+
+__all__ = ["Config", "run"]
+
+
+def run(config: Config) -> Run:
+    """Train to the end, from the last checkpoint if there is one; a finished run is returned as it is."""
+    processes.refuse_sharding()
+    processes.join()
+    config.check()
+    out = _open(config)
+    if out.results is not None:
+        return out
+    prompts = read_prompts(config.prompts, config.on_bad_row)
+    eval_prompts = read_prompts(config.eval_prompts, config.on_bad_row) if config.eval_prompts else prompts
+    if len(prompts) < config.prompts_per_step:
+        raise PoiseError(
+            f"{config.prompts} has {len(prompts)} prompts, --prompts-per-step is {config.prompts_per_step}"
+        )
+    check_room(config.model, [*prompts, *eval_prompts], config.max_tokens)
+    started = time.monotonic()
+    train = _ppo if config.algorithm == "ppo" else _by_trl
+    with tracked(config.trackers, out.folder, config_dict(config)) as track:
+        policy, reward, results = train(config, out, prompts, track)
+    final = sample_policy(
+        policy, reward, eval_prompts, config.eval_completions, config.max_tokens, config.seed, results["steps"]
+    )
+    if is_main_process():
+        write_jsonl(out.folder / "final.jsonl", final)
+        policy.save(str(out.folder / "policy"))
+        out.finish(
+            {
+                "reward": sum(row["reward"] for row in final) / len(final),
+                "kl": sum(row["kl"] for row in final) / len(final),
+                "num_heads": reward.scorer.layout.num_heads,
+                "num_truncated": reward.scorer.num_truncated,
+                "scale": reward.scale.to_json(),
+                **results,
+                "seconds": round(time.monotonic() - started, 1),
+            }
+        )
+    processes.wait()
+    return out
+
+
+def _ppo(config: Config, out: Run, prompts: list[Prompt], track: Track) -> tuple[Policy, PolicyReward, Json]:
+    """Our own loop."""
+    tasks = read_tasks(config.eval_tasks, config.eval_data, config.eval_rows) if config.eval_every else []
+    training = Training(config, out, prompts)
+    with finish_the_step() as asked_to_stop:
+        with progress(f"PPO on {config.objective}", config.num_steps, training.step) as advance:
+            while training.step < config.num_steps and not training.ended:
+                if tasks and training.step % config.eval_every == 0:
+                    advance(0, "benchmarks")
+                    _ask_benchmarks(training, tasks)
+                metrics = training.one_step()
+                track(metrics, training.step - 1)
+                advance(1, f"reward {metrics['reward']:+.2f}  KL {metrics['kl']:.1f}")
+                if processes.total(torch.tensor(float(asked_to_stop()))):  # one process was asked: all stop
+                    training.save()
+                    raise KeyboardInterrupt
+        training.save()
+    if tasks:
+        _ask_benchmarks(training, tasks)
+    return training.policy, training.reward, {"steps": training.step, "alarms": training.alarms}
+
+
+def _ask_benchmarks(training: Training, tasks: list[Task]) -> None:
+    """Log what the policy makes of benchmarks after `training.step` steps; the training goes on as if nothing had been.
+
+    A run that went back to an earlier policy (--on-alarm rollback) does not ask that one again.
+    """
+    path, policy = training.out.folder / "benchmarks.jsonl", training.policy
+    if is_main_process() and not (path.exists() and any(row["step"] == training.step for row in read_jsonl(path))):
+        rows = []
+        for task in tasks:
+            found = evaluate(policy.model, policy.tokenizer, task)
+            score = {"metric": found.metric, "mean": found.mean, "stderr": found.stderr, "rows": len(found.outcomes)}
+            rows.append({"step": training.step, "task": task.name, **score})
+        append_jsonl(path, rows)
+    processes.wait()
+
+
+def _by_trl(config: Config, out: Run, prompts: list[Prompt], track: Track) -> tuple[Policy, PolicyReward, Json]:
+    """RLOO and GRPO: the same reward, prompts and adapters in TRL's trainers."""
+    from poise.integrations import trl_reward as trl
+    from poise.integrations import trl_trainers as trl_train
+
+    names = {field.name for field in dataclasses.fields(trl_train.TrlSettings)}
+    settings = trl_train.TrlSettings(**{name: getattr(config, name) for name in names})
+    reward = trl.RobustReward.load(
+        config.reward, config.objective, scale=str(out.folder / "scale.json"),
+        floor=-math.inf if config.reward_floor is None else config.reward_floor,
+        ceiling=math.inf if config.reward_ceiling is None else config.reward_ceiling,
+    )  # fmt: skip
+    step = trl_train.steps_kept(settings, out.folder)
+    if is_main_process():
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            keep_rows_before(out.folder / name, step)
+    callback = trl.MonitorCallback(
+        Monitor(MonitorConfig(threshold=config.alarm_threshold)), "stop" if config.on_alarm == "stop" else "log"
+    )
+    steps: list[int] = []
+    with progress(f"{config.algorithm.upper()} on {config.objective}", config.num_steps, step) as advance:
+
+        def on_step(metrics: Json) -> None:
+            samples = metrics.pop("samples")
+            append_jsonl(out.folder / "samples.jsonl", [{"step": metrics["step"], **row} for row in samples])
+            score, alarm, signs = callback.reading
+            metrics |= {"monitor_score": score, "alarm": alarm, "signs": signs}
+            out.log(**metrics)
+            track(metrics, metrics["step"])
+            steps.append(metrics["step"])
+            advance(1, f"reward {metrics['reward']:+.2f}  KL {metrics.get('kl', 0.0):.1f}")
+
+        torch.manual_seed(config.seed)  # initial adapters
+        trl_train.train(settings, reward, *load_policy(config.model), prompts, out.folder, on_step, [callback])
+    policy = Policy(*load_policy(config.model), adapted_layers=config.adapted_layers, rank=config.lora_rank)
+    policy.load_adapters(str(out.folder / "policy"))
+    scale = reward.fitted
+    assert scale is not None  # it has been called
+    done = PolicyReward(reward.scorer, parse_objective(config.objective), scale=scale)
+    alarms = [{"step": row["step"], "score": row["monitor_score"]} for row in out.metrics() if row["alarm"]]
+    return policy, done, {"steps": len(out.metrics()), "alarms": alarms}
+
+
+def _open(config: Config) -> Run:
+    """The run folder, opened by the process that writes."""
+    if is_main_process():
+        Run.open(config.output, config)
+    processes.wait()
+    return Run(Path(config.output))

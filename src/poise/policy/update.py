@@ -1,0 +1,172 @@
+"""PPO on one rollout at a time, and the state that survives a kill.
+
+The equations are in functional/ppo.py; here is what they are applied to, in which order, and how a batch is shared out
+among minibatches, their parts and processes without changing what is computed.
+
+Shapes: _P prompts, _M completions per prompt, _T tokens of a completion.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from poise.errors import PoiseError, first_line
+from poise.functional import ppo
+from poise.models.policy import Policy, Rollout
+from poise.policy.config import PpoConfig
+from poise.runtime import distributed as processes
+from poise.runtime.run_folder import Json
+
+# Log-probabilities of one token, computed while sampling and in packed rows, differ by so much in float32 (nats). It is
+# not KL; whitened, and stepped along by Adam, it would lead a policy away from a reference that nothing draws it from.
+ROUNDING = 5e-5
+
+
+class Losses(NamedTuple):
+    """Of a minibatch, or their means over a step."""
+
+    policy_loss: float
+    value_loss: float
+    clipped: float
+    step_kl: float
+    grad_norm: float
+
+
+class Learner:
+    """A policy with its optimiser and its random numbers."""
+
+    def __init__(self, policy: Policy, config: PpoConfig, seed: int):
+        self.policy, self.config = policy, config
+        self.generator = torch.Generator().manual_seed(seed)
+        named = policy.trained_parameters()
+        value = [parameter for name, parameter in named.items() if name.startswith("value")]
+        own = [parameter for name, parameter in named.items() if not name.startswith("value")]
+        self.optimiser = torch.optim.Adam(
+            [{"params": own, "lr": config.learning_rate}, {"params": value, "lr": config.value_learning_rate}],
+            fused=True,
+        )
+        self._parameters = own + value
+
+    def improve(self, rollout: Rollout, score: Tensor, reference: Tensor, kl_coef: float, pace: float = 1.0) -> Json:
+        """PPO epochs over one rollout; returns mean losses.
+
+        rollout: this process's share of the step's prompts; score (P * M,): its rewards; reference (P, M, T): its log
+        probabilities under the initial policy; pace: share of the policy's learning rate to use.
+        Raises PoiseError for a loss or gradient that is not finite, before any weight is touched by it.
+        """
+        config = self.config
+        self.optimiser.param_groups[0]["lr"] = pace * config.learning_rate
+        mask, shape = rollout.mask_PMT.flatten(0, 1), rollout.mask_PMT.shape
+        old_logprob, old_values = rollout.logprob_PMT.flatten(0, 1), rollout.value_PMT.flatten(0, 1)
+        reference = reference.flatten(0, 1)
+        reference = torch.where((old_logprob - reference).abs() <= ROUNDING, old_logprob, reference)
+        rewards = ppo.token_rewards(score.to(mask), old_logprob, reference, mask, kl_coef)
+        advantages, returns = ppo.gae(rewards, old_values, mask, config.discount, config.trace)
+        if config.whiten_advantages:
+            advantages = ppo.whiten(advantages, mask, processes.total)
+        targets = (advantages.view(shape), returns.view(shape))
+
+        done: list[Losses] = []
+        for minibatch in self._minibatches(shape[0]):
+            done.append(self._update(rollout, *targets, minibatch.to(mask.device)))
+            if config.max_step_kl is not None and done[-1].step_kl > config.max_step_kl:
+                break
+        means = {
+            name: sum(values) / len(done) for name, values in zip(Losses._fields, zip(*done, strict=True), strict=True)
+        }
+        return means | {"updates": len(done)}
+
+    def _minibatches(self, num_prompts: int) -> list[Tensor]:
+        """For every epoch and minibatch, which of this process's prompts it has.
+
+        The step's prompts lie in blocks of `num_minibatches` consecutive ones, of which every minibatch takes one, at
+        random. So the whole minibatch is the same however many processes share it out in whole blocks.
+        """
+        number = self.config.num_minibatches
+        blocks = num_prompts * processes.num_processes() // number
+        mine = processes.share(blocks)
+        chosen: list[Tensor] = []
+        for _ in range(self.config.num_epochs):
+            order = torch.stack([torch.randperm(number, generator=self.generator) for _ in range(blocks)])[mine]
+            chosen += list((order + number * torch.arange(len(order)).unsqueeze(-1)).T)
+        return chosen
+
+    def _update(self, rollout: Rollout, advantages: Tensor, returns: Tensor, minibatch: Tensor) -> Losses:
+        """One optimiser step."""
+        config = self.config
+        count = processes.total(rollout.mask_PMT[minibatch].sum())
+        self.optimiser.zero_grad()
+        sums = torch.zeros(4, device=count.device)
+        for index in minibatch.chunk(config.accumulation):
+            part = rollout.rows(index)
+            new = self.policy.evaluate(part, entropy=config.entropy_coef > 0)
+            mask, old = part.mask_PMT.flatten(0, 1), part.logprob_PMT.flatten(0, 1)
+            logprob = new.logprob.flatten(0, 1)
+            loss, clipped = ppo.policy_loss(logprob, old, advantages[index].flatten(0, 1), mask, config.clip, count)
+            fit = ppo.value_loss(
+                new.value.flatten(0, 1), part.value_PMT.flatten(0, 1), returns[index].flatten(0, 1), mask,
+                config.value_clip, count,
+            )  # fmt: skip
+            whole = loss + fit
+            if new.entropy is not None:
+                whole = whole - config.entropy_coef * ppo.masked_mean(new.entropy.flatten(0, 1), mask, count)
+            whole.backward()
+            with torch.no_grad():
+                sums += torch.stack([loss, fit, clipped, ppo.step_kl(logprob, old, mask, count)])
+        sums = processes.total(sums.detach())
+        if not sums.isfinite().all():
+            raise PoiseError("the loss is not finite")
+        processes.add_up_gradients(self._parameters)
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, config.max_grad_norm)
+        if not torch.isfinite(norm):
+            raise PoiseError("the gradient is not finite")
+        self.optimiser.step()
+        policy, value, clipped, moved = sums.tolist()
+        return Losses(policy, value, clipped, moved, norm.item())
+
+    # ---- checkpoints ----
+
+    def save(self, path: Path, extra: Json) -> None:
+        """Weights, optimiser and random numbers, with what else the run must remember, in one safetensors file.
+
+        Raises PoiseError if the disk refuses it; a file that was there before stays.
+        """
+        tensors: dict[str, Tensor] = {"generator": self.generator.get_state()}
+        for name, parameter in self.policy.trained_parameters().items():
+            tensors[f"weight.{name}"] = parameter.data
+            tensors |= {f"{key}.{name}": value for key, value in self.optimiser.state[parameter].items()}
+        write_tensors(path, tensors, {"run": json.dumps(extra)})
+
+    def load(self, path: Path) -> Json:
+        """Inverse of `save`; returns `extra`. Raises PoiseError if the file is of another version or policy."""
+        try:
+            with safe_open(path, "pt") as file:
+                extra = json.loads(file.metadata()["run"])
+                self.generator.set_state(file.get_tensor("generator"))
+                for name, parameter in self.policy.trained_parameters().items():
+                    parameter.data.copy_(file.get_tensor(f"weight.{name}"))
+                    self.optimiser.state[parameter] = {
+                        key: file.get_tensor(f"{key}.{name}").to(parameter.device)  # the step too: Adam is fused
+                        for key in ("step", "exp_avg", "exp_avg_sq")
+                        if f"{key}.{name}" in file.keys()  # noqa: SIM118  not a dict
+                    }
+        except (SafetensorError, KeyError, TypeError, OSError) as error:
+            raise PoiseError(f"{path} is not a checkpoint of this run: {first_line(error)}") from None
+        return extra
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """One safetensors file, replaced whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise PoiseError(f"cannot write {path}: {first_line(error)}; the last checkpoint is kept") from None
+    finally:
+        partial.unlink(missing_ok=True)

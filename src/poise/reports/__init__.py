@@ -1,0 +1,1 @@
+"""Pages, figures and model cards, written from the JSON of run folders."""

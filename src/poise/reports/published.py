@@ -1,0 +1,100 @@
+"""What the literature reports, beside what a study found. Pure: a study's results in, rows of a table out.
+
+`replicated` claims no more than the interval: `yes` where all of it is on the published side of zero and it reaches the
+published figure, `smaller` where it ends short of that, `no` where it holds zero or less and ends short of the figure,
+`unclear` otherwise. A single reward model answers nothing.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from poise.reports.summary import difference, noise_label, over_checkpoints, seed_interval, values
+from poise.runtime.run_folder import Json
+
+ANSWERS = ("no", "smaller", "unclear", "yes")
+ENSEMBLES = ("mean", "worst_case", "uncertainty_weighted")
+
+
+def published(results: Json) -> list[Json]:
+    """Rows of claim, published figure, what came out here, and whether that replicates it; failures first."""
+    rows = [*_best_of_n(results), *_policies(results), *_benchmarks(results)]
+    return sorted(rows, key=lambda row: ANSWERS.index(row["replicated"]))
+
+
+def _best_of_n(results: Json) -> Iterator[Json]:
+    for noise, target in (("0", 0.30), ("0.25", 0.75), ("raters", 0.30)):
+        where = f"best-of-n, {noise_label(noise)}"
+        arms = (results.get("best_of_n") or {}).get(noise) or {}
+        arms = {name: arm.get("measures") or {} for name, arm in arms.items() if arm["seeds"] > 1}
+        for name in ENSEMBLES:
+            if gain := (arms.get(name) or {}).get("relative_gain"):
+                claim = f"{where}: gold gained by an ensemble ({name}) over one reward model (2310.02743)"
+                yield _figure(claim, f"+{target:.0%}", target, gain["mean"], gain["interval"], "{:+.0%}")
+        accuracy = (arms.get("brme_1") or {}).get("accuracy") or {}
+        if "less_first" in accuracy:
+            claim = f"{where}: accuracy of the BRME's nominal head, less that of one Bradley–Terry head (2409.15360)"
+            interval = accuracy["less_first_interval"]
+            yield _figure(claim, "+1.1 %, read as points", 0.011, accuracy["less_first"], interval, "{:+.1%}")
+
+
+def _policies(results: Json) -> Iterator[Json]:
+    cells = results.get("cells") or []
+    for noise in dict.fromkeys(cell["noise"] for cell in cells):
+        of_arm = {
+            arm: [cell for cell in cells if (cell["noise"], cell["arm"]) == (noise, arm)]
+            for arm in (*ENSEMBLES, "single", "single_large_kl", "brme_0.4", "brme_large_kl")
+        }
+        where = f"PPO, {noise_label(noise)}"
+        for name in ENSEMBLES:
+            claim = f"{where}: {name} at small KL against one reward model at large KL (2310.02743)"
+            less = _less(of_arm[name], of_arm["single_large_kl"], "final_gold")
+            if less["interval"]:
+                low, high = less["interval"]
+                yield _answer(claim, "as good", less, "yes" if low >= 0 else "no" if high < 0 else "unclear")
+        brme, single = of_arm["brme_0.4"], of_arm["single"]
+        for measure, sign, what in (("final_gold", 1, "ends with more gold"), ("drawdown", -1, "falls less")):
+            claim = f"{where}: BRME with the robust term {what} than one head (2409.15360)"
+            yield from _direction(claim, _less(brme, single, measure), sign)
+        claim = f"{where}: BRME with the robust term ends with more gold than one head, both at large KL (2409.15360)"
+        yield from _direction(claim, _less(of_arm["brme_large_kl"], of_arm["single_large_kl"], "final_gold"), 1)
+        for task in dict.fromkeys(task for cell in brme for task in cell.get("checkpoints") or {}):
+            claim = f"{where}: the std of {task} over checkpoints is smaller with BRME than with one head (2409.15360)"
+            of_both = over_checkpoints({"single": single, "brme_0.4": brme}, task, "single")
+            std = of_both.get("brme_0.4", {}).get("std", {})
+            less = {"value": std.get("less_first"), "interval": std.get("less_first_interval")}
+            yield from _direction(claim, less, -1)
+
+
+def _benchmarks(results: Json) -> Iterator[Json]:
+    for noise, arms in ((results.get("benchmarks") or {}).get("contrasts") or {}).items():
+        found = arms.get("brme_0.4")
+        if found and found["against"] == "single":
+            what = "mean accuracy over the benchmarks with BRME, less that with one head (2409.15360)"
+            claim, interval = f"PPO, {noise_label(noise)}: {what}", found["interval"]
+            yield _figure(claim, "+1 to 4 points", 0.01, found["difference"], interval, "{:+.1%}")
+
+
+def _less(own: Sequence[Json], other: Sequence[Json], measure: str) -> Json:
+    """A measure of one arm's cells less another's: mean over reward models, and interval (None for fewer than two)."""
+    less = difference(values(own, measure), values(other, measure))
+    return {"value": float(less.mean()) if len(less) else None, "interval": seed_interval(less)}
+
+
+def _figure(claim: str, said: str, target: float, value: float, interval: Sequence[float], form: str) -> Json:
+    """A claim of a size."""
+    low, high = interval
+    kind = ("yes" if high >= target else "smaller") if low > 0 else "no" if high < target else "unclear"
+    here = f"{form.format(value)} ({form.format(low)} to {form.format(high)})"
+    return {"claim": claim, "published": said, "here": here, "replicated": kind}
+
+
+def _direction(claim: str, less: Json, sign: int) -> Iterator[Json]:
+    """A claim that something is higher (sign 1) or lower (-1); none without an interval."""
+    if less["interval"]:
+        low, high = sorted(sign * bound for bound in less["interval"])
+        yield _answer(claim, "yes", less, "yes" if low > 0 else "no" if high < 0 else "unclear")
+
+
+def _answer(claim: str, said: str, less: Json, kind: str) -> Json:
+    low, high = less["interval"]
+    here = f"{less['value']:+.2f} ({low:+.2f} to {high:+.2f})"
+    return {"claim": claim, "published": said, "here": here, "replicated": kind}

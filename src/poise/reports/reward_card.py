@@ -1,0 +1,269 @@
+"""`poise train-reward` with a model card: a README.md in every checkpoint that says what it is and what it is not.
+
+The card is written from what the run folder holds, so a finished run gets one, too, and nothing is computed again but
+the picture. It names files, not folders of this machine.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from poise.models.loading import HfTokenizer, completion_text, load_tokenizer
+from poise.reports import plots
+from poise.reward import train as train_reward
+from poise.reward.export import front_matter
+from poise.runtime.run_folder import Json, Run, config_dict, is_main_process, write_atomic
+
+Config = train_reward.Config
+
+WHAT = {
+    "single": (
+        "Conventional reward model",
+        "One linear head, fitted to preferences by Bradley–Terry likelihood. It knows nothing of its own uncertainty.",
+    ),
+    "brme": (
+        "Reward model of {num_heads} Gaussian heads (BRME)",
+        "{num_heads} linear heads with a mean and a std each (arXiv 2409.15360); their loss and which pairs each was "
+        "trained on are among the settings below. Poise weighs the mean of the head with the lowest std against the "
+        "lowest mean.",
+    ),
+    "ensemble": (
+        "Reward model of {num_heads} Bradley–Terry heads",
+        "{num_heads} linear heads, each fitted by Bradley–Terry maximum likelihood to a bootstrap of the preferences.",
+    ),
+    "posterior": (
+        "Reward model of {num_heads} posterior heads",
+        "{num_heads} linear heads drawn from the Laplace posterior of a conventional Bradley–Terry head. Their mean is "
+        "that head; their spread grows with the distance from the preferences they were fitted to.",
+    ),
+}
+STD_MEANS = {
+    "sampled_mse": "A head's std is not an error bar: `sampled_mse` makes it count how much of the training data the "
+    "head covers.",
+    "probit_pairs": "A head's std is the noise it sees in preferences, not what it does not know.",
+}
+STD_OF_REWARD = "A head's std is about the conventional model's reward that it was fitted to, not what people prefer."
+COLLAPSED = (
+    "> **Std collapse.** While these heads were trained their std fell more than tenfold and validation error stood "
+    "still. Do not read the std as an error bar, nor trust the head that it selects."
+)
+
+COIN = (
+    "> **No better than a coin, as far as the validation pairs can say**: the interval of its accuracy includes 50 %. "
+    "Do not optimise against it."
+)
+
+
+def run(config: Config) -> Run:
+    """Train, evaluate and save as `train_reward` does, then write the cards; weights are not touched."""
+    out = train_reward.run(config)
+    for name in WHAT:
+        if is_main_process() and (out.folder / name / "config.json").exists():
+            write_card(out, config, name)
+    return out
+
+
+def write_card(out: Run, config: Config, name: str) -> None:
+    """README.md of RUN/`name`, and calibration.png where the results have reliability bins."""
+    folder, results = out.folder / name, out.results or {}
+    bins = results["models"][name].get("reliability")
+    if bins:
+        picture = folder / f".{os.getpid()}.calibration.png"
+        try:
+            plots.save_reliability(bins, picture)
+            picture.replace(folder / "calibration.png")
+        finally:
+            picture.unlink(missing_ok=True)
+    block = json.loads((folder / "config.json").read_text(encoding="utf-8"))["poise"]
+    environment = out.folder / "environment.json"
+    versions = json.loads(environment.read_text(encoding="utf-8"))["versions"] if environment.exists() else {}
+    tokenizer = load_tokenizer(str(folder))
+    write_atomic(folder / "README.md", card(name, block, tokenizer, config_dict(config), results, versions))
+
+
+def card(name: str, block: Json, tokenizer: HfTokenizer, settings: Json, results: Json, versions: Json) -> str:
+    """The card's text.
+
+    block: the `poise` block of the checkpoint; settings: the config of its training; versions: of the packages.
+    """
+    title, what = (text.format(**block) for text in WHAT[name])
+    model = results["models"][name]
+    gaussian = block["kind"] == "gaussian"
+    base = settings["model"]
+    sections = [
+        f"# {title}",
+        COIN if (model.get("validation_accuracy_interval") or [1.0])[0] <= 0.5 else "",
+        COLLAPSED if gaussian and results.get("std_collapsed") else "",
+        f"{what} A stock `AutoModelForSequenceClassification` on {_trunk(settings, results)}.",
+        "## What it is not",
+        _limits(gaussian, block, settings, results),
+        "## Reading it",
+        _with_transformers(block, tokenizer),
+        _with_poise(),
+        "## Data",
+        _data(settings, results),
+        "## On validation pairs",
+        _metrics(model, results),
+        _calibration(model),
+        "## Training settings",
+        _settings(settings),
+        f"Written by Poise; made with {', '.join(f'{key} {value}' for key, value in versions.items())}."
+        if versions
+        else "",
+    ]
+    return front_matter(base if is_hub_id(base) else "") + "\n" + "\n\n".join(filter(None, sections)) + "\n"
+
+
+# ---- names that may be shown ----
+
+
+def is_hub_id(name: str) -> bool:
+    """Is this `user/name` on the hub, and no folder of this machine?
+
+    >>> is_hub_id("Qwen/Qwen3-0.6B"), is_hub_id("/models/mine"), is_hub_id("../mine")
+    (True, False, False)
+    """
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)) and not Path(name).exists()
+
+
+def public_name(source: str) -> str:
+    """A hub id as it is; of a path only the last part, because the rest is about a machine.
+
+    >>> public_name("/home/me/pairs.jsonl"), public_name("data/pairs.jsonl"), public_name("org/pairs")
+    ('pairs.jsonl', 'pairs.jsonl', 'org/pairs')
+    """
+    is_file = Path(source).name.endswith((".jsonl", ".json", ".gz", ".csv", ".parquet"))
+    return source if is_hub_id(source) and not is_file else Path(source).name
+
+
+def _code(text: Any) -> str:
+    return f"`{str(text).replace('`', chr(39))}`"
+
+
+# ---- sections ----
+
+
+def _trunk(settings: Json, results: Json) -> str:
+    layers, model = results.get("num_layers"), _code(public_name(settings["model"]))
+    tuned = {"lora": ", tuned by LoRA", "full": ", tuned"}.get(settings["trunk"], ", as they are")
+    return f"the first {layers} layers of {model}{tuned}" if layers else f"{model}{tuned}"
+
+
+def _limits(gaussian: bool, block: Json, settings: Json, results: Json) -> str:
+    scale = block.get("reward_scale", 1.0)
+    lines = [
+        f"No judge beyond its data: it orders texts as the {results['num_train']} pairs below do.",
+        "The prior and the end of training were chosen on the validation pairs, so the numbers below are slightly "
+        "optimistic.",
+        f"Rewards are in units of their std over the training texts. For two answers to one prompt, "
+        f"sigmoid({scale:.4g} × difference) is the probability that the first is preferred; otherwise a reward has no "
+        f"meaning of its own.",
+    ]
+    if gaussian:
+        lines.append(STD_MEANS.get(settings["head_loss"], STD_OF_REWARD))
+        if block.get("std_scale"):
+            lines.append(
+                "Times the head's `std_scale` in the `poise` block, it is an error bar for the conventional model's "
+                "reward of the validation texts."
+            )
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _with_transformers(block: Json, tokenizer: HfTokenizer) -> str:
+    num_heads, gaussian = block["num_heads"], block["kind"] == "gaussian"
+    if tokenizer.chat_template is None:
+        prompt, ending, special = '"Review a film."', "", "True"
+    else:
+        turns = '[{"role": "user", "content": "Review a film."}]'
+        prompt = f"tokenizer.apply_chat_template({turns}, tokenize=False, add_generation_prompt=True)"
+        ending, special = completion_text(tokenizer, "Review a film.", "A film.").removeprefix("A film."), "False"
+    answer = json.dumps(f"A warm, funny film.{ending}", ensure_ascii=False)
+    layout, last = f"[{num_heads} rewards]", "mean = logits"
+    if gaussian:
+        layout = f"[{num_heads} means | {num_heads} raw stds]"
+        softplus = f"torch.nn.functional.softplus(logits[{num_heads}:])"
+        last = f'mean, std = logits[:{num_heads}], model.config.poise["floor"] + {softplus}'
+    return f"""\
+The labels are {layout}, less the `offset` in the `poise` block of config.json. In this folder, or with its hub id in
+place of `"."`:
+
+```python
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = AutoModelForSequenceClassification.from_pretrained(".", dtype=torch.float32).eval()
+prompt = {prompt}
+ids = tokenizer(prompt, add_special_tokens={special}).input_ids
+ids += tokenizer({answer}, add_special_tokens=False).input_ids
+logits = model(torch.tensor([ids])).logits[0].detach() - torch.tensor(model.config.poise["offset"])
+{last}
+```"""
+
+
+def _with_poise() -> str:
+    return """\
+With Poise, which also does batches, truncation and every objective:
+
+```python
+from poise import Sample, Scorer
+
+heads = Scorer.load(".")([Sample("Review a film.", "A warm, funny film.")])  # heads.mean, heads.std
+```"""
+
+
+def _data(settings: Json, results: Json) -> str:
+    truncated = results.get("num_truncated", 0)
+    return (
+        f"{results['num_preferences']} preferences from {_code(public_name(settings['preferences']))}: "
+        f"{results['num_train']} to train on, {results['num_validation']} held out for validation "
+        f"({_percent(settings['validation_share'], 0)}). {truncated or 'No'} sample{'s' * (truncated > 1)} "
+        f"lost the oldest tokens (longer than {settings['max_length']})."
+    )
+
+
+def _metrics(model: Json, results: Json) -> str:
+    low, high = model.get("validation_accuracy_interval") or (None, None)
+    interval = f" (95 % interval {_percent(low)} to {_percent(high)})" if low is not None and high is not None else ""
+    rows = {
+        "accuracy": _percent(model.get("validation_accuracy")) + interval,
+        "accuracy of preferring the longer answer, for comparison": _percent(model.get("length_accuracy")),
+        "negative log-likelihood, nats a pair (a coin: 0.693)": _number(model.get("validation_nll")),
+    }
+    for name, value in (model.get("auroc_wrong_order") or {}).items():
+        rows[f"AUROC of {name.replace('_', ' ')} for pairs in the wrong order (a coin: 0.5)"] = _number(value)
+    lines = [f"| {label} | {value} |" for label, value in rows.items() if value]
+    return "\n".join([f"| {results['num_validation']} pairs | |", "|---|---|", *lines])
+
+
+def _calibration(model: Json) -> str:
+    bins = model.get("reliability")
+    if not bins:
+        return ""
+    count = sum(item["count"] for item in bins)
+    return (
+        f"![Reliability on validation pairs](calibration.png)\n\n"
+        f"Of the pairs for which the model claims a probability, how many it has in the right order ({count} pairs). "
+        f"On the diagonal it claims what it keeps."
+    )
+
+
+def _settings(settings: Json) -> str:
+    rows = [(key, _shown(value)) for key, value in settings.items() if key != "output"]
+    return "\n".join(["| setting | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value))
+    return _code(public_name(value)) if isinstance(value, str) and value else f"{value}"
+
+
+def _percent(share: float | None, digits: int = 1) -> str:
+    return "" if share is None else f"{100 * share:.{digits}f} %"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"

@@ -1,0 +1,1 @@
+"""Reward models: training, evaluation, ensembles, export. Nothing here imports `poise.policy`."""

@@ -1,0 +1,193 @@
+"""`poise evaluate-reward`: is a reward model right, and do its uncertainties mean something?
+
+The shape of the file says what is asked (data/evaluation_sets.py):
+
+    pairs               accuracy beside that of picking the longer text, calibration, and what each uncertainty knows of
+                        the errors; by subset if there are subsets, as RewardBench has
+    RM-Bench rows       every style of the chosen text against every style of the rejected one
+    best-of-n sets      is the best text a chosen one?
+
+    RUN/results.json      everything the page shows
+    RUN/reward-1.jsonl    of the first reward model a line per pair (margin, probabilities, uncertainties) or per set
+                          (rewards); RUN/reward-1.json, its results, is where a stopped run goes on
+
+Human labels only: nothing here is trained or chosen, and gold is not involved.
+"""
+
+import json
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+
+import numpy as np
+
+from poise.data.evaluation_sets import Questions, read_questions
+from poise.data.preferences import OnBadRow, Sample
+from poise.errors import PoiseError
+from poise.functional.objectives import Objective, RewardScale, mean, parse_objective
+from poise.functional.statistics import bootstrap_interval
+from poise.models.reward_model import HeadLayout, checkpoint_folder
+from poise.models.scorer import Scorer
+from poise.reward.quality import (
+    Opinions,
+    judge_pairs,
+    judge_sets,
+    judge_styles,
+    pairs_of,
+    rows_of,
+    tells_apart,
+    text_uncertainties,
+)
+from poise.runtime.progress import console, progress
+from poise.runtime.run_folder import Json, Run, write_json, write_jsonl
+
+
+@dataclass(frozen=True)
+class Config:
+    """Judge reward models by human labels: accuracy, calibration, and what their uncertainties know."""
+
+    rewards: tuple[str, ...]
+    """Reward models, e.g. one training from several seeds: checkpoint folders, hub ids of one-label classifiers,
+    ensembles, or `poise train-reward` runs."""
+    file: str
+    """`prompt`, `chosen`, `rejected`: texts (pairs) or lists of texts (three each: RM-Bench; else best-of-n sets);
+    `subset` if there is one."""
+    ood: str = ""
+    """Pairs of another kind of data, to ask whether the uncertainties notice that they are."""
+    objective: str = "mean"
+    """How the heads become the reward that orders texts, e.g. nominal, worst_case, tradeoff(0.4)."""
+    output: str = "runs/evaluation"
+    """Run folder to write."""
+    max_length: int = 0
+    """Longest sample in tokens; longer ones lose their oldest tokens. 0: the model's context."""
+    feature_cache: bool = True
+    """Keep trunk features in the user's cache folder, for other heads on the same trunk and texts."""
+    on_bad_row: OnBadRow = "error"
+    """`skip` sets bad rows aside in a file beside the data."""
+    seed: int = 0
+    """Of the random uncertainty and the bootstrap."""
+
+
+def run(config: Config) -> Run:
+    """Score, judge; a finished run is returned as it is, and a model that was judged is not judged again."""
+    if not config.rewards:
+        raise PoiseError("--rewards needs at least one reward model")
+    objective = parse_objective(config.objective)
+    questions = read_questions(config.file, config.on_bad_row)
+    ood = read_questions(config.ood, config.on_bad_row) if config.ood else None
+    if ood and (questions.kind != "pairs" or ood.kind != "pairs"):
+        raise PoiseError("--ood compares pairs with pairs; a file holds lists of texts")
+    out = Run.open(config.output, config)
+    if out.results is not None:
+        return out
+    rewards = []
+    for number, path in enumerate(config.rewards, 1):
+        done = out.folder / f"reward-{number}.json"
+        if not done.exists():
+            results, rows = _evaluate(path, config, objective, questions, ood, config.seed + number)
+            write_jsonl(done.with_suffix(".jsonl"), rows)
+            write_json(done, results)
+        rewards.append(json.loads(done.read_text()))
+        console.print(f"{path}: {_in_short(rewards[-1])}")
+    out.finish({"kind": questions.kind, "rewards": rewards, "over_rewards": over_rewards(rewards)})
+    return out
+
+
+# ---- one reward model ----
+
+
+def _evaluate(
+    path: str, config: Config, objective: Objective, questions: Questions, ood: Questions | None, seed: int
+) -> tuple[Json, list[Json]]:
+    """(results, rows to keep) of one reward model. seed: its own, so that no two have the same random uncertainty."""
+    scorer = Scorer.load(path, config.max_length, cached=config.feature_cache)
+    layout = scorer.layout
+    results: Json = {
+        "reward": path, "num_heads": layout.num_heads, "kind": layout.kind, "reward_scale": layout.reward_scale,
+        "learning": _learning(path, layout),
+    }  # fmt: skip
+    says = _opinions(scorer, questions.samples, path)
+    if questions.kind == "pairs":
+        pairs = pairs_of(says, questions, objective, seed)
+        results["pairs"] = judge_pairs(pairs, questions.items, seed)
+        rows = [{"data": "file", **row} for row in rows_of(pairs, questions.items)]
+    else:
+        rewards = objective(says.heads).numpy().astype(float)
+        judge = judge_styles if questions.kind == "rm_bench" else judge_sets
+        results["sets"], rows = judge(questions.items, rewards, seed)
+    if ood:
+        foreign = _opinions(scorer, ood.samples, f"{path} (--ood)")
+        pairs = pairs_of(foreign, ood, objective, seed)
+        results["ood"] = judge_pairs(pairs, ood.items, seed)
+        baseline = RewardScale.fit(says.heads, mean)
+        inside, outside = (text_uncertainties(opinions, baseline) for opinions in (says, foreign))
+        results["ood_auroc"] = tells_apart(inside, outside, questions.unit, ood.unit, seed)
+        rows += [{"data": "ood", **row} for row in rows_of(pairs, ood.items)]
+    num_samples = len(questions.samples) + (len(ood.samples) if ood else 0)
+    results |= {"num_samples": num_samples, "num_truncated": scorer.num_truncated}
+    if scorer.num_truncated:
+        console.print(
+            f"{scorer.num_truncated} of {num_samples} samples lost their oldest tokens "
+            f"(longer than {scorer.extract.max_length})"
+        )
+    return results, rows
+
+
+def _opinions(scorer: Scorer, samples: list[Sample], label: str) -> Opinions:
+    with progress(f"scoring, {Path(label).name}", len(samples)) as advance:
+        if scorer.last_layer is None:
+            return Opinions(scorer(samples, advance), scorer.layout)
+        features = scorer.extract(samples, advance)
+    return Opinions(scorer.decode(features), scorer.layout, scorer.last_layer, features.cpu())
+
+
+def _learning(path: str, layout: HeadLayout) -> Json | None:
+    """How the stds came about, if the checkpoint is the BRME of a `poise train-reward` run."""
+    results = Run(Path(checkpoint_folder(path)).parent).results if layout.kind == "gaussian" else None
+    if not results or not results.get("stage2_history"):
+        return None
+    return {"stage2_history": results["stage2_history"], "std_collapsed": bool(results.get("std_collapsed"))}
+
+
+# ---- several reward models ----
+
+
+def headline(results: Json) -> dict[str, float]:
+    """The numbers of one reward model that are averaged over several."""
+    numbers: Json = {}
+    for data in ("pairs", "ood"):
+        if block := results.get(data):
+            numbers |= {f"{data} accuracy": block["accuracy"], f"{data} over length": block["over_length"]}
+            numbers[f"{data} NLL"] = block["probability"]["nll"]
+            for name, known in block["uncertainties"].items():
+                numbers[f"{data} AUROC of errors, {name}"] = known["auroc"]
+    for name, known in (results.get("ood_auroc") or {}).items():
+        numbers[f"AUROC of --ood texts, {name}"] = known["auroc"]
+    sets = results.get("sets") or {}
+    numbers |= {f"{name} accuracy": score["accuracy"] for name, score in (sets.get("scores") or {}).items()}
+    if "accuracy" in sets:
+        numbers |= {"accuracy": sets["accuracy"], "over chance": sets["over_chance"]}
+    return {name: value for name, value in numbers.items() if value is not None and isfinite(value)}
+
+
+def over_rewards(rewards: list[Json]) -> Json:
+    """Mean of each headline number that all reward models have, with a bootstrap interval over the models."""
+    if len(rewards) < 2:
+        return {}
+    numbers = [headline(results) for results in rewards]
+    shared = [name for name in numbers[0] if all(name in other for other in numbers)]
+    columns = {name: np.array([own[name] for own in numbers]) for name in shared}
+    return {
+        name: {"mean": float(values.mean()), "interval": bootstrap_interval(values), "values": values.tolist()}
+        for name, values in columns.items()
+    }
+
+
+def _in_short(results: Json) -> str:
+    """One line for the terminal."""
+    if pairs := results.get("pairs"):
+        return f"{pairs['accuracy']:.1%} of {pairs['num_pairs']} pairs, the longer text {pairs['length_accuracy']:.1%}"
+    sets = results["sets"]
+    if scores := sets.get("scores"):
+        return ", ".join(f"{name} {score['accuracy']:.1%}" for name, score in scores.items())
+    return f"{sets['accuracy']:.1%} of {sets['num_sets']} sets, chance {sets['chance']:.1%}"

@@ -1,0 +1,226 @@
+"""`poise export`: a reward model of K heads as the one-label classifier that other tools take.
+
+Heads are linear, so the mean of their rewards is a head itself, exactly. With h the trunk's feature of a text:
+
+    mean_k (w_k . h - o_k)  =  (mean_k w_k) . h  -  mean_k o_k
+
+The offset stays behind in the `poise` block, where Scorer subtracts it: the `score` layer has no bias, and one constant
+for all texts changes no preference, no ranking and no normalised reward. The trunk's weights are copied as they are;
+the new row is float32, because the mean of bfloat16 rows is not a bfloat16 row.
+"""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import transformers
+import tyro
+import yaml
+from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from poise import __version__
+from poise.errors import PoiseError
+from poise.models.loading import load_tokenizer, resolve_model
+from poise.models.reward_model import HeadLayout, checkpoint_folder, read_layout
+from poise.runtime.progress import console
+from poise.runtime.run_folder import Json, write_folder_atomic, write_json
+
+SCALARS = ("mean", "head")
+_MARK = "poise_export"  # key of config.json by which a folder that may be written again is known
+
+
+@dataclass(frozen=True)
+class Config:
+    """Write a reward model for tools that take one scalar, or for an engine that needs a bias."""
+
+    reward: tyro.conf.Positional[str]
+    """Reward model: a checkpoint folder, a hub id, or a `poise train-reward` run (its BRME)."""
+    output: str
+    """Folder to write; one that exists is replaced only if it is an earlier export."""
+    scalar: str = ""
+    """`mean` of the heads, or one `head`: one label instead of all. Empty keeps every label."""
+    head: int | None = None
+    """Which head `--scalar head` keeps, counted from 0."""
+    adapter: bool = False
+    """Write the LoRA adapters with the heads, in PEFT's format, instead of the merged weights: a few MB that need the
+    language model they were trained on. For a run of `poise train-reward --trunk lora`."""
+    engine: Literal["vllm", "sglang"] = "vllm"
+    """`sglang` adds a zero `score.bias`, which its Qwen classifiers would otherwise leave random. vLLM, TRL and
+    transformers need nothing."""
+
+
+def run(config: Config) -> Path:
+    """Write the folder, whole or not at all; returns it."""
+    _check(config)
+    source, target = Path(resolve_model(checkpoint_folder(config.reward))), Path(config.output)
+    _check_target(target, source)
+    settings = transformers.AutoConfig.from_pretrained(source)
+    if getattr(settings, "poise", None) is None:
+        raise PoiseError(f"{config.reward} has no `poise` block in its config.json: there are no heads to export")
+    layout = read_layout(str(source))
+    tokenizer = load_tokenizer(str(source))
+    with write_folder_atomic(target) as scratch:
+        write = _write_adapter if config.adapter else _write_weights
+        exported = write(source, scratch, layout, config)
+        settings.num_labels = exported.num_labels
+        settings.poise = asdict(exported)
+        setattr(settings, _MARK, {"scalar": config.scalar, "head": config.head, "engine": config.engine})
+        settings.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        (scratch / "README.md").write_text(_card(source, layout, exported, config), encoding="utf-8")
+    console.print(f"{exported.num_labels} label{'s' * (exported.num_labels > 1)} for {config.engine}: {target}")
+    return target
+
+
+def scalar_head(
+    weight: Float[Tensor, "labels hidden"], layout: HeadLayout, head: int | None
+) -> tuple[Float[Tensor, "1 hidden"], HeadLayout]:
+    """(row, layout) of one point head: the mean of all heads' rewards, or that of `head`.
+
+    row = mean_k w_k, offset = mean_k o_k over the K rows of means; raw stds are left out.
+
+    >>> layout = HeadLayout(2, "gaussian", (1.0, 2.0, 0.5, 0.5))
+    >>> row, point = scalar_head(torch.tensor([[1.0, 0.0], [3.0, 2.0], [9.0, 9.0], [9.0, 9.0]]), layout, None)
+    >>> row.tolist(), point.offset
+    ([[2.0, 1.0]], (1.5,))
+    """
+    if head is not None and not 0 <= head < layout.num_heads:
+        raise PoiseError(f"--head {head}: the reward model has heads 0 to {layout.num_heads - 1}")
+    kept = slice(layout.num_heads) if head is None else slice(head, head + 1)
+    offsets = layout.offset[kept]
+    row = weight[kept].double().mean(0, keepdim=True).float()
+    return row, HeadLayout(1, "point", (sum(offsets) / len(offsets),), reward_scale=layout.reward_scale)
+
+
+def front_matter(base_model: str = "") -> str:
+    """The YAML head of a model card. base_model: the hub id of the language model, if it has one."""
+    known: Json = {"base_model": base_model} if base_model else {}
+    known |= {
+        "library_name": "transformers",
+        "pipeline_tag": "text-classification",
+        "tags": ["poise", "reward-model", "reward-robust-rlhf"],
+    }
+    return f"---\n{yaml.safe_dump(known, sort_keys=False)}---\n"
+
+
+# ---- checks ----
+
+
+def _check(config: Config) -> None:
+    if config.scalar and config.scalar not in SCALARS:
+        raise PoiseError(
+            f"--scalar {config.scalar}: only mean and head are linear in the features and fit one label; objectives "
+            f"that choose a head per text, such as nominal and worst_case, need all heads"
+        )
+    if (config.scalar == "head") != (config.head is not None):
+        raise PoiseError("--scalar head and --head NUMBER go together")
+    if config.adapter and config.engine == "sglang":
+        raise PoiseError("--adapter and --engine sglang do not go together: export the merged weights")
+    if not config.scalar and config.engine == "vllm" and not config.adapter:
+        raise PoiseError("vLLM serves the checkpoint as it is; choose --scalar mean, --scalar head or --engine sglang")
+
+
+def _check_target(target: Path, source: Path) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise PoiseError(f"--output {target} is a file; name a folder")
+    if target.resolve() == source.resolve():
+        raise PoiseError(f"--output {target} is the reward model itself; choose another folder")
+    settings = target / "config.json"
+    ours = settings.exists() and _MARK in json.loads(settings.read_text(encoding="utf-8"))
+    if any(target.iterdir()) and not ours:
+        raise PoiseError(f"--output {target} exists and is no earlier export; choose another folder or delete it")
+
+
+# ---- weights ----
+
+
+def _write_weights(source: Path, target: Path, layout: HeadLayout, config: Config) -> HeadLayout:
+    """Copy the safetensors files with the `score` layer that `config` asks for; returns that layer's layout."""
+    index = source / "model.safetensors.index.json"
+    listing = json.loads(index.read_text(encoding="utf-8")) if index.exists() else {"weight_map": {}}
+    home = listing["weight_map"].get("score.weight", "model.safetensors")
+    tensors = load_file(source / home) if (source / home).exists() else {}
+    if "score.weight" not in tensors:
+        raise PoiseError(f"{config.reward} has no score.weight in its safetensors files")
+    before = _num_bytes(tensors)
+    if config.scalar:
+        tensors["score.weight"], layout = scalar_head(tensors["score.weight"], layout, config.head)
+    if config.engine == "sglang":
+        tensors["score.bias"] = torch.zeros(layout.num_labels, dtype=tensors["score.weight"].dtype)
+    with safe_open(source / home, "pt") as file:
+        save_file(tensors, target / home, file.metadata())
+    for name in set(listing["weight_map"].values()) - {home}:
+        shutil.copyfile(source / name, target / name)
+    if index.exists():
+        listing["weight_map"] |= dict.fromkeys(tensors, home)
+        if "total_size" in listing.get("metadata", {}):
+            listing["metadata"]["total_size"] += _num_bytes(tensors) - before
+        write_json(target / index.name, listing)
+    return layout
+
+
+def _write_adapter(source: Path, target: Path, layout: HeadLayout, config: Config) -> HeadLayout:
+    """The adapters of the run that `source` is part of, with the heads of `source` in place of stage 1's."""
+    adapter = source.parent / "adapter"
+    if not (adapter / "adapter_config.json").exists():
+        raise PoiseError(f"{config.reward} has no adapters beside it: train it with `--trunk lora`")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    name = next(name for name in tensors if name.endswith("score.weight"))
+    weight = load_file(source / "model.safetensors")["score.weight"]
+    if config.scalar:
+        weight, layout = scalar_head(weight, layout, config.head)
+    save_file({**tensors, name: weight}, target / "adapter_model.safetensors", {"format": "pt"})
+    shutil.copyfile(adapter / "adapter_config.json", target / "adapter_config.json")
+    return layout
+
+
+def _num_bytes(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+# ---- card ----
+
+
+def _card(source: Path, layout: HeadLayout, exported: HeadLayout, config: Config) -> str:
+    heads = f"{layout.num_heads} {layout.kind} head{'s' * (layout.num_heads > 1)}"
+    if config.scalar:
+        title = f"Reward model with one label: {'mean' if config.head is None else f'head {config.head}'} of {heads}"
+        text = f"""\
+A stock `AutoModelForSequenceClassification`. Its one logit is the reward plus the constant {exported.offset[0]:.6g},
+which changes no preference, no ranking and no normalised reward. How far the heads disagree is lost: this folder is a
+conventional reward model, and no robust objective can be computed from it.
+"""
+    elif config.adapter:
+        title = f"Reward model of {heads}, as LoRA adapters"
+        text = """\
+PEFT adapters and the `score` layer, for the language model that adapter_config.json names; config.json says how many
+of its layers they belong to and how to read the labels. `Scorer.load` of Poise merges them when it reads them.
+"""
+    else:
+        title = f"Reward model of {heads}, for SGLang"
+        text = f"""\
+A stock `AutoModelForSequenceClassification` with {exported.num_labels} labels. The `poise` block of config.json says
+how to read them.
+"""
+    if config.engine == "sglang":
+        text += """
+`score.bias` is zero. It is there because SGLang's classifiers for Qwen have a bias, and some leave it random; the
+transformers library calls it unexpected and ignores it. Ask SGLang for `/classify`: its `/v1/classify` applies a
+softmax, which makes one label always 1.
+"""
+    return f"{_front_matter_of(source)}\n# {title}\n\n{text}\nWritten by Poise {__version__}.\n"
+
+
+def _front_matter_of(source: Path) -> str:
+    """That of the source's own card, which knows the base model; without a card the plain one."""
+    card = source / "README.md"
+    parts = card.read_text(encoding="utf-8").split("---\n", 2) if card.exists() else []
+    return f"---\n{parts[1]}---\n" if len(parts) == 3 and not parts[0] else front_matter()

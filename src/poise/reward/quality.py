@@ -1,0 +1,335 @@
+"""What a reward model's rewards and uncertainties are worth, given what people preferred: numbers in, JSON out.
+
+Every figure stands beside what knowing nothing would give: a coin, the longer text, one confidence for all, a random
+uncertainty. Intervals are 95 % bootstrap intervals over pairs or sets; votes on one pair are drawn together.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy import ndarray
+from torch import Tensor
+
+from poise.data.evaluation_sets import Item, Questions
+from poise.functional.objectives import HeadRewards, Objective, RewardScale, disagreement, routing_std, total_std
+from poise.functional.statistics import (
+    REWARD_BENCH,
+    aurc,
+    bootstrap_intervals,
+    brier,
+    constant_log_loss,
+    expected_calibration_error,
+    folded,
+    log_loss,
+    picks_chosen,
+    reliability,
+    reward_bench,
+    risk_coverage,
+    spearman,
+    style_matrix,
+    style_scores,
+    weighted_auroc,
+)
+from poise.models.reward_model import HeadLayout, LastLayer
+from poise.runtime.run_folder import Json
+
+NUM_MISTAKES = 8  # pairs shown of those that a model orders wrongly and most surely
+NUM_CURVE_POINTS = 60
+
+
+class Opinions(NamedTuple):
+    """What a reward model says of N texts, and how to read it.
+
+    features: what the trunk made of the texts, (N, hidden); only where there is a Bayesian last layer to read them.
+    """
+
+    heads: HeadRewards
+    layout: HeadLayout
+    last_layer: LastLayer | None = None
+    features: Tensor | None = None
+
+
+# ---- pairs ----
+
+
+class Pairs(NamedTuple):
+    """One reward model's judgement of N pairs.
+
+    margin: reward of the chosen text less that of the rejected one, by the objective.
+    probability: sigmoid(reward_scale * margin), that of the human choice.
+    heads_probability: the mean over heads of sigmoid(reward_scale * the head's own margin).
+    uncertainties: by name; those that say the same of every pair are left out.
+    longer: 1 where the chosen text is the longer in characters, 1/2 where both are as long.
+    unit: pairs of one number are not independent.
+    """
+
+    margin: Float[ndarray, " pairs"]
+    probability: Float[ndarray, " pairs"]
+    heads_probability: Float[ndarray, " pairs"]
+    uncertainties: dict[str, Float[ndarray, " pairs"]]
+    longer: Float[ndarray, " pairs"]
+    unit: Int[ndarray, " pairs"]
+
+    @property
+    def correct(self) -> Float[ndarray, " pairs"]:
+        """1 where the margin is positive, 1/2 where it is zero."""
+        return (np.sign(self.margin) + 1) / 2
+
+
+def pairs_of(says: Opinions, questions: Questions, objective: Objective, seed: int) -> Pairs:
+    """Margins, probabilities and uncertainties of pairs whose texts alternate: chosen, rejected, chosen, …
+
+    disagreement        Std_k of the heads' margins
+    routing_std         the larger of the two texts' min_k std
+    total_std           sqrt(mean_k(std+^2 + std-^2) + Var_k margin_k), stds as calibrated error bars
+    last_layer_std      std of the margin under the posterior of the last layer, where the checkpoint has one
+    small_margin        -|margin|: how close the model itself calls it
+    error_probability   1 - max(q, 1 - q), q = heads_probability
+    random              what knowing nothing looks like
+    """
+    layout = says.layout
+    heads = HeadRewards(says.heads.mean.double(), says.heads.std.double())
+    calibrated = layout.calibrated(heads).std
+    spread = (calibrated[0::2].square() + calibrated[1::2].square()).sqrt()
+    difference = HeadRewards(heads.mean[0::2] - heads.mean[1::2], spread)
+    rewards, route = objective(heads), routing_std(heads)
+    margin = rewards[0::2] - rewards[1::2]
+    heads_probability = _probability(layout.reward_scale * difference.mean).mean(-1)
+    uncertainties = {"disagreement": disagreement(difference)}
+    if layout.kind == "gaussian":  # point heads have no stds: total_std would be the disagreement again
+        uncertainties["routing_std"] = torch.maximum(route[0::2], route[1::2])
+        uncertainties["total_std"] = total_std(difference)
+    if says.last_layer is not None and says.features is not None:
+        uncertainties["last_layer_std"] = says.last_layer.difference_std(says.features[0::2] - says.features[1::2])
+    uncertainties["small_margin"] = -margin.abs()
+    if layout.num_heads > 1:  # that of one head orders pairs as small_margin does
+        uncertainties["error_probability"] = 1 - torch.maximum(heads_probability, 1 - heads_probability)
+    named = {name: value.numpy().astype(float) for name, value in uncertainties.items()}
+    named["random"] = np.random.default_rng(seed).random(len(margin))
+    length = np.array([len(item.chosen[0]) - len(item.rejected[0]) for item in questions.items])
+    return Pairs(
+        margin.numpy(),
+        _probability(layout.reward_scale * margin).numpy(),
+        heads_probability.numpy(),
+        {name: value for name, value in named.items() if np.ptp(value) > 0},
+        (np.sign(length) + 1) / 2,
+        questions.unit,
+    )
+
+
+def _probability(logit: Tensor) -> Tensor:
+    """sigmoid, kept above zero: an absurd margin costs hundreds of nats, not infinitely many."""
+    return torch.sigmoid(logit).clamp_min(torch.finfo(logit.dtype).tiny)
+
+
+def judge_pairs(pairs: Pairs, items: list[Item], seed: int) -> Json:
+    """Accuracy, calibration and what the uncertainties know, with intervals; by subset; the surest mistakes."""
+    correct = pairs.correct
+    rows = np.stack([correct, correct - pairs.longer, -np.log(pairs.probability)], -1)
+
+    def means(counts: ndarray) -> ndarray:
+        return counts @ rows / counts.sum(-1, keepdims=True)
+
+    accuracy, over_length, nll = bootstrap_intervals(means, pairs.unit, seed=seed).tolist()
+    same = correct * pairs.longer + (1 - correct) * (1 - pairs.longer)
+    return {
+        "num_pairs": len(correct), "num_distinct": int(pairs.unit.max()) + 1,
+        "accuracy": float(correct.mean()), "accuracy_interval": accuracy,
+        "length_accuracy": float(pairs.longer.mean()),
+        "over_length": float((correct - pairs.longer).mean()), "over_length_interval": over_length,
+        "agreement_with_length": float(same.mean()),
+        "coin_nll": float(np.log(2)), "constant_nll": constant_log_loss(float(correct.mean())),
+        "probability": _calibration(pairs.probability) | {"nll_interval": nll},
+        "heads_probability": _calibration(pairs.heads_probability),
+        "uncertainties": _what_is_known(pairs, seed), "risk_coverage": _curves(pairs),
+        "by_subset": by_subset(correct, pairs.longer, items), "mistakes": _mistakes(pairs, items),
+    }  # fmt: skip
+
+
+def _what_is_known(pairs: Pairs, seed: int) -> Json:
+    """What each uncertainty knows of wrong order: AUROC, area under risk–coverage, rank correlation with 1 - p."""
+    correct = pairs.correct
+    known: Json = {}
+    for name, value in pairs.uncertainties.items():
+
+        def statistics(counts: ndarray, value: ndarray = value) -> ndarray:
+            error = 1 - counts @ correct / counts.sum(-1)  # the area of an uncertainty that knows nothing
+            return np.column_stack([weighted_auroc(1 - correct, value, counts), aurc(correct, value, counts) - error])
+
+        auroc, excess = statistics(np.ones((1, len(correct))))[0].tolist()
+        auroc_interval, excess_interval = bootstrap_intervals(statistics, pairs.unit, seed=seed).tolist()
+        known[name] = {
+            "auroc": auroc, "auroc_interval": auroc_interval, "aurc": float(excess + 1 - correct.mean()),
+            "aurc_excess": excess, "aurc_excess_interval": excess_interval,
+            "spearman": spearman(value, 1 - pairs.probability),
+        }  # fmt: skip
+    return known
+
+
+def _calibration(probability: Float[ndarray, " pairs"]) -> Json:
+    bins = reliability(*folded(probability))
+    columns = (bins.confidence.tolist(), bins.accuracy.tolist(), bins.size.tolist())
+    return {
+        "nll": log_loss(probability), "brier": brier(probability), "ece": expected_calibration_error(bins),
+        "bins": [{"confidence": c, "accuracy": a, "count": n} for c, a, n in zip(*columns, strict=True)],
+    }  # fmt: skip
+
+
+def _curves(pairs: Pairs) -> Json:
+    """Risk–coverage of every uncertainty, at a few dozen coverages."""
+    count = len(pairs.margin)
+    shown = np.unique(np.linspace(0, count - 1, NUM_CURVE_POINTS).round().astype(int))
+    risk = {name: risk_coverage(pairs.correct, value)[1][shown].tolist() for name, value in pairs.uncertainties.items()}
+    return {"coverage": ((shown + 1) / count).tolist(), "risk": risk}
+
+
+def rows_of(pairs: Pairs, items: list[Item]) -> list[Json]:
+    columns = {
+        "margin": pairs.margin, "probability": pairs.probability, "heads_probability": pairs.heads_probability,
+        "correct": pairs.correct, "longer_is_chosen": pairs.longer, **pairs.uncertainties,
+    }  # fmt: skip
+    listed = {name: column.tolist() for name, column in columns.items()}
+    return [
+        {"pair": i, "subset": item.subset, **{name: column[i] for name, column in listed.items()}}
+        for i, item in enumerate(items)
+    ]
+
+
+def _mistakes(pairs: Pairs, items: list[Item]) -> list[Json]:
+    """The pairs that the model orders wrongly by the largest margin, each once."""
+    shown: dict[int, Json] = {}
+    for i in np.argsort(pairs.margin, kind="stable").tolist():
+        if pairs.margin[i] >= 0 or len(shown) == NUM_MISTAKES:
+            break
+        item = items[i]
+        shown.setdefault(
+            int(pairs.unit[i]),
+            {
+                "prompt": item.prompt if isinstance(item.prompt, str) else item.prompt[-1]["content"],
+                "chosen": item.chosen[0], "rejected": item.rejected[0], "subset": item.subset,
+                "margin": float(pairs.margin[i]), "probability": float(pairs.probability[i]),
+            },
+        )  # fmt: skip
+    return list(shown.values())
+
+
+def by_subset(correct: Float[ndarray, " items"], baseline: Float[ndarray, " items"], items: list[Item]) -> Json | None:
+    """Accuracy, and that of a baseline, by subset; RewardBench's sections where all subsets are its own."""
+    names = sorted({item.subset for item in items})
+    if names == [""]:
+        return None
+    table: dict[str, Json] = {}
+    for name in names:
+        own = np.array([item.subset == name for item in items])
+        accuracy, other = float(correct[own].mean()), float(baseline[own].mean())
+        table[name] = {"count": int(own.sum()), "accuracy": accuracy, "baseline": other}
+    means = {name: row["accuracy"] for name, row in table.items()}
+    sections = {}
+    if {name for members in REWARD_BENCH.values() for name in members} >= set(names):
+        sections = reward_bench(means, {name: row["count"] for name, row in table.items()})
+    return {"subsets": table, "sections": sections, "mean": float(np.mean(list((sections or means).values())))}
+
+
+# ---- other data ----
+
+
+def text_uncertainties(says: Opinions, baseline: RewardScale) -> dict[str, Float[ndarray, " texts"]]:
+    """Uncertainties of single texts, by name.
+
+    baseline: whose head means count as zero; a head's constant says nothing, yet would look like disagreement.
+    """
+    heads = baseline.centred(says.heads)
+    uncertainties = {"disagreement": disagreement(heads)}
+    if says.layout.kind == "gaussian":
+        uncertainties["routing_std"] = routing_std(heads)
+        uncertainties["total_std"] = total_std(says.layout.calibrated(heads))
+    if says.last_layer is not None and says.features is not None:
+        uncertainties["last_layer_std"] = says.last_layer.std(says.features)
+    return {name: value.numpy().astype(float) for name, value in uncertainties.items()}
+
+
+def tells_apart(
+    inside: dict[str, Float[ndarray, " inside"]],
+    outside: dict[str, Float[ndarray, " outside"]],
+    inside_unit: Int[ndarray, " inside_pairs"],
+    outside_unit: Int[ndarray, " outside_pairs"],
+    seed: int,
+) -> Json:
+    """AUROC of each uncertainty of a text, and of a random one, telling other data from the file's.
+
+    The two texts of a pair follow each other, and are drawn together with those of the same unit.
+    """
+    unit = np.concatenate([np.repeat(inside_unit, 2), np.repeat(outside_unit, 2) + inside_unit.max() + 1])
+    foreign = np.repeat([0.0, 1.0], [2 * len(inside_unit), 2 * len(outside_unit)])
+    values = {name: np.concatenate([value, outside[name]]) for name, value in inside.items()}
+    values["random"] = np.random.default_rng(seed).random(len(unit))
+    values = {name: value for name, value in values.items() if np.ptp(value) > 0}
+
+    def statistics(counts: ndarray) -> ndarray:
+        return np.column_stack([weighted_auroc(foreign, value, counts) for value in values.values()])
+
+    points = statistics(np.ones((1, len(unit))))[0].tolist()
+    intervals = bootstrap_intervals(statistics, unit, seed=seed).tolist()
+    return {
+        name: {"auroc": point, "auroc_interval": interval}
+        for name, point, interval in zip(values, points, intervals, strict=True)
+    }
+
+
+# ---- sets of texts ----
+
+
+def judge_styles(items: list[Item], rewards: Float[ndarray, " texts"], seed: int) -> tuple[Json, list[Json]]:
+    """(RM-Bench results, rewards by row): every style of the chosen text against every style of the rejected one."""
+    sets = rewards.reshape(len(items), 2, -1)
+    length = np.array([[_lengths(item.chosen), _lengths(item.rejected)] for item in items])
+    each = np.array([list(style_scores(style_matrix(s[:1], s[1:])).values()) for s in sets])
+    matrix = style_matrix(sets[:, 0], sets[:, 1])
+    scores, by_length = style_scores(matrix), style_scores(style_matrix(length[:, 0], length[:, 1]))
+    intervals = _intervals_of_means(each, seed)
+    results: Json = {
+        "num_sets": len(items), "matrix": matrix.tolist(),
+        "scores": {
+            name: {"accuracy": score, "interval": interval, "length_accuracy": by_length[name]}
+            for (name, score), interval in zip(scores.items(), intervals, strict=True)
+        },
+        "by_subset": {},
+    }  # fmt: skip
+    for name in sorted({item.subset for item in items} - {""}):
+        own = np.array([item.subset == name for item in items])
+        mean_of = dict(zip(scores, each[own].mean(0).tolist(), strict=True))
+        results["by_subset"][name] = {"count": int(own.sum()), **mean_of}
+    rows = zip(items, sets.tolist(), strict=True)
+    return results, [{"subset": item.subset, "chosen": s[0], "rejected": s[1]} for item, s in rows]
+
+
+def judge_sets(items: list[Item], rewards: Float[ndarray, " texts"], seed: int) -> tuple[Json, list[Json]]:
+    """(best-of-n results, rewards by row) beside picking at random and picking the longest text."""
+    ends = np.cumsum([len(item.chosen) + len(item.rejected) for item in items])[:-1]
+    sides = [np.split(own, [len(item.chosen)]) for item, own in zip(items, np.split(rewards, ends), strict=True)]
+    correct = np.array([picks_chosen(*side) for side in sides])
+    longest = np.array([picks_chosen(_lengths(item.chosen), _lengths(item.rejected)) for item in items])
+    chance = np.array([len(item.chosen) / (len(item.chosen) + len(item.rejected)) for item in items])
+    values = np.column_stack([correct, correct - chance, correct - longest])
+    (accuracy, over_chance, over_length), intervals = values.mean(0).tolist(), _intervals_of_means(values, seed)
+    results: Json = {
+        "num_sets": len(items), "accuracy": accuracy, "accuracy_interval": intervals[0],
+        "chance": float(chance.mean()), "over_chance": over_chance, "over_chance_interval": intervals[1],
+        "length_accuracy": float(longest.mean()), "over_length": over_length, "over_length_interval": intervals[2],
+        "by_subset": by_subset(correct, chance, items),
+    }  # fmt: skip
+    rows = zip(items, sides, strict=True)
+    return results, [{"subset": item.subset, "chosen": c.tolist(), "rejected": r.tolist()} for item, (c, r) in rows]
+
+
+def _lengths(texts: tuple[str, ...]) -> Float[ndarray, " texts"]:
+    return np.array([float(len(text)) for text in texts])
+
+
+def _intervals_of_means(values: Float[ndarray, "rows columns"], seed: int) -> list[list[float]]:
+    def means(counts: ndarray) -> ndarray:
+        return counts @ values / counts.sum(-1, keepdims=True)
+
+    return bootstrap_intervals(means, np.arange(len(values)), seed=seed).tolist()

@@ -1,0 +1,67 @@
+"""`poise score`: every head's opinion of given completions, and the objective's."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from poise.data.preferences import OnBadRow, read_samples
+from poise.errors import PoiseError
+from poise.functional.objectives import disagreement, nominal_head, parse_objective, routing_std, total_std
+from poise.models.scorer import Scorer
+from poise.runtime.progress import console, progress
+from poise.runtime.run_folder import write_jsonl
+
+
+@dataclass(frozen=True)
+class Config:
+    """Score completions: per-head mean and std, uncertainties, and one objective."""
+
+    reward: tyro.conf.Positional[str]
+    """Reward model: a checkpoint folder, a hub id of a one-label classifier, or a `poise train-reward` run."""
+    file: tyro.conf.Positional[str]
+    """JSON lines with `prompt`, `completion`."""
+    objective: str = "tradeoff(0.4)"
+    """How the heads become one reward, e.g. nominal, worst_case, tradeoff(0.4), lower_confidence(1)."""
+    output: str = ""
+    """File to write; default: FILE with .scored.jsonl."""
+    max_length: int = 0
+    """Longest sample in tokens; longer ones lose their oldest tokens. 0: the model's context."""
+    on_bad_row: OnBadRow = "error"
+    """`skip` sets bad rows aside in a file beside the data."""
+
+
+def run(config: Config) -> Path:
+    """Write one row per completion, in order; returns the file."""
+    objective = parse_objective(config.objective)
+    samples = read_samples(config.file, config.on_bad_row)
+    path = Path(config.output) if config.output else Path(config.file).with_suffix(".scored.jsonl")
+    if path.is_dir():
+        raise PoiseError(f"--output {path} is a folder; name a file")
+    scorer = Scorer.load(config.reward, config.max_length)
+    with progress("scoring", len(samples)) as advance:
+        heads = scorer(samples, advance)
+    if scorer.extract.num_truncated:
+        console.print(
+            f"{scorer.extract.num_truncated} of {len(samples)} samples lost their oldest tokens "
+            f"(longer than {scorer.extract.max_length})"
+        )
+    columns = {
+        config.objective: objective(heads),
+        "nominal_head": nominal_head(heads),
+        "disagreement": disagreement(heads),
+        "routing_std": routing_std(heads),
+        "total_std": total_std(heads),
+        "mean": heads.mean,
+        "std": heads.std,
+    }
+    listed = {name: column.tolist() for name, column in columns.items()}
+    write_jsonl(
+        path,
+        [
+            {"prompt": sample.prompt, "completion": sample.completion, **{name: col[i] for name, col in listed.items()}}
+            for i, sample in enumerate(samples)
+        ],
+    )
+    console.print(f"{len(samples)} completions scored by {scorer.layout.num_heads} heads: {path}")
+    return path

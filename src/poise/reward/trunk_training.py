@@ -1,0 +1,371 @@
+"""Training with the trunk, of all weights or of LoRA adapters, by `transformers.Trainer`: stage 1 and stage 2.
+
+The Trainer brings accelerate's parallel runs. Ours are the rows (a pair's prompt is encoded once,
+`models/shared_prompt.py`), the loss, and checkpoints without pickle. A run killed at any moment goes on from its last
+checkpoint to the same weights, bit for bit on a CPU.
+
+Shapes: _N pairs, _L labels.
+"""
+
+import contextlib
+import copy
+import json
+import math
+import os
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import peft
+import torch
+import transformers
+from jaxtyping import Bool, Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from poise.data.preferences import Preference, Sample
+from poise.errors import PoiseError
+from poise.functional.reward_losses import bradley_terry
+from poise.models.loading import HfModel, has_conv1d, linear_maps, quiet_loading
+from poise.models.reward_model import HeadLayout
+from poise.models.scorer import FeatureExtractor
+from poise.models.shared_prompt import Family, PackedRows, pack, packed_hidden, separate_hidden
+from poise.reward.heads import HeadLossName, head_loss
+from poise.runtime.progress import progress
+from poise.runtime.run_folder import Json, append_jsonl, is_main_process, keep_rows_before
+
+LEARNING_RATES = {"lora": 2e-4, "full": 1e-5}
+
+
+@dataclass(frozen=True)
+class TrunkTraining:
+    """How the trunk is trained."""
+
+    kind: str  # "lora" or "full"
+    epochs: float
+    learning_rate: float  # 0: LEARNING_RATES
+    batch_size: int  # pairs per optimiser step, over all processes
+    device_batch_size: int  # pairs per forward pass
+    lora_rank: int
+    gradient_checkpointing: bool
+    save_steps: int
+    seed: int
+
+
+# Of the logits (N, 2, L) of chosen and rejected texts, and of whatever else a batch holds.
+Loss = Callable[[Tensor, dict[str, Tensor]], Tensor]
+
+
+def preference_loss(label_smoothing: float = 0.0, centring: float = 0.01) -> Loss:
+    """Stage 1: Bradley-Terry on the one label, with the pairs' margins."""
+
+    def loss(logits_N2L: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        chosen, rejected = logits_N2L.squeeze(-1).unbind(-1)
+        return bradley_terry(chosen, rejected, batch["margin"], centring=centring, label_smoothing=label_smoothing)
+
+    return loss
+
+
+def gaussian_loss(layout: HeadLayout, name: HeadLossName) -> Loss:
+    """Stage 2: a loss of Gaussian heads, towards the pairs' targets, each head on its own pairs."""
+
+    def loss(logits_N2L: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        heads = layout.decode(logits_N2L.transpose(0, 1).flatten(0, 1))  # first all chosen texts, then all rejected
+        noise = torch.randn_like(heads.mean)
+        return head_loss(name)(heads.mean, heads.std, noise, batch["target"].T.flatten(), batch["mask"].repeat(2, 1))
+
+    return loss
+
+
+class TokenPair(NamedTuple):
+    """A preference as token ids, in one family where the two share their prompt; target and mask for stage 2."""
+
+    families: list[Family]
+    margin: float
+    target: tuple[float, ...] = ()  # of the chosen text and of the rejected one
+    mask: tuple[float, ...] = ()  # 1 for each head that is trained on the pair
+
+
+def token_pairs(
+    extract: FeatureExtractor,
+    preferences: Sequence[Preference],
+    *,
+    share: bool = True,
+    targets_N2: Float[Tensor, "pairs 2"] | None = None,
+    mask_NK: Bool[Tensor, "pairs heads"] | None = None,
+) -> list[TokenPair]:
+    """Encoded and truncated as for scoring. Truncation that cuts two prompts differently parts them.
+
+    share: False encodes the prompt twice, as a trunk that cannot take packed rows needs.
+    """
+    pairs = []
+    for i, p in enumerate(preferences):
+        chosen, rejected = (extract.encode(Sample(p.prompt, text)) for text in (p.chosen, p.rejected))
+        texts = [list(chosen.completion), list(rejected.completion)]
+        if share and chosen.prompt == rejected.prompt:
+            families = [Family(list(chosen.prompt), texts)]
+        else:
+            families = [Family(list(chosen.prompt), texts[:1]), Family(list(rejected.prompt), texts[1:])]
+        target = () if targets_N2 is None else tuple(targets_N2[i].tolist())
+        mask = () if mask_NK is None else tuple(mask_NK[i].float().tolist())
+        pairs.append(TokenPair(families, p.margin, target, mask))
+    return pairs
+
+
+class PairModel(nn.Module):
+    """Rewards of packed rows: what the Trainer, and whatever it wraps the model in, calls."""
+
+    def __init__(self, classifier: HfModel, *, packed: bool):
+        super().__init__()
+        self.classifier = classifier
+        self.packed = packed
+        self._no_split_modules = classifier._no_split_modules  # the layers, for those who shard the model
+
+    def forward(
+        self, ids_BL: Tensor, position_BL: Tensor, group_BL: Tensor, part_BL: Tensor, last_C2: Tensor
+    ) -> Float[Tensor, "completions labels"]:
+        rows = PackedRows(ids_BL, position_BL, group_BL, part_BL, last_C2)
+        hidden = (packed_hidden if self.packed else separate_hidden)(self.classifier, rows)
+        return self.classifier.score(hidden)
+
+
+class PairTrainer(transformers.Trainer):
+    """A Trainer of `PairModel` on `TokenPair`s."""
+
+    optimizer: Any
+    lr_scheduler: Any
+    args: Any
+
+    def __init__(self, model: PairModel, args: Any, pairs: Sequence[TokenPair], pad_id: int, loss: Loss, **kwargs: Any):
+        self._loss = loss
+        collate = _Collate(pad_id, packed=model.packed)
+        super().__init__(model=model, args=args, train_dataset=list(pairs), data_collator=collate, **kwargs)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        logits = model(**{name: inputs[name] for name in PackedRows._fields}).float()
+        loss = self._loss(logits.unflatten(0, (-1, 2)), inputs)
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    # ---- checkpoints: trained weights, optimiser, schedule and random states, in safetensors and JSON ----
+
+    @property
+    def sharded(self) -> bool:
+        """FSDP and DeepSpeed spread weights and states over processes, and keep checkpoints in formats of their own."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        model = self.accelerator.unwrap_model(self.model)
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        tensors = {n: t.contiguous() for n, t in (state_dict or model.state_dict()).items() if n in trained}
+        save_file(tensors, folder / "model.safetensors")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.sharded:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        unwrapped = self.accelerator.unwrap_model(model or self.model)
+        _load_trained(unwrapped, load_file(Path(resume_from_checkpoint) / "model.safetensors"), resume_from_checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            state = self.optimizer.state_dict()
+            tensors = {f"{i}.{key}": value for i, entry in state["state"].items() for key, value in entry.items()}
+            schedule = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
+            metadata = {"groups": json.dumps(state["param_groups"]), "schedule": json.dumps(schedule)}
+            save_file({n: t.contiguous() for n, t in tensors.items()}, Path(output_dir) / _OPTIMISER, metadata)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self.sharded:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        with safe_open(Path(checkpoint) / _OPTIMISER, "pt") as file:
+            entries: dict[int, dict[str, Tensor]] = {}
+            for name in file.keys():  # noqa: SIM118  not a dict
+                index, key = name.split(".", 1)
+                entries.setdefault(int(index), {})[key] = file.get_tensor(name)
+            groups, schedule = (json.loads(file.metadata()[name]) for name in ("groups", "schedule"))
+        self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+        self.lr_scheduler.load_state_dict({**schedule, "lr_lambdas": [None] * len(groups)})
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        kind, key, *numpy_rest = cast(tuple[Any, ...], np.random.get_state())
+        tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(key.astype(np.int64))}
+        if torch.cuda.is_available():
+            tensors["cuda"] = torch.cuda.get_rng_state()
+        metadata = {"python": json.dumps(random.getstate()), "numpy": json.dumps([kind, *numpy_rest])}
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        save_file(tensors, Path(output_dir) / self._rng_file, metadata)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not (path := Path(checkpoint) / self._rng_file).exists():
+            return
+        with safe_open(path, "pt") as file:
+            version, words, gauss = json.loads(file.metadata()["python"])
+            random.setstate((version, tuple(words), gauss))
+            kind, *rest = json.loads(file.metadata()["numpy"])
+            np.random.set_state((kind, file.get_tensor("numpy").numpy().astype(np.uint32), *rest))
+            torch.set_rng_state(file.get_tensor("torch"))
+            if torch.cuda.is_available():
+                torch.cuda.set_rng_state(file.get_tensor("cuda"))
+
+    @property
+    def _rng_file(self) -> str:
+        return f"random-{self.args.process_index}.safetensors"
+
+
+_OPTIMISER = "optimiser.safetensors"
+
+
+def _load_trained(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Weights into a model that has more of them; PoiseError for one it does not have."""
+    found = model.load_state_dict(tensors, strict=False)
+    if found.unexpected_keys:
+        raise PoiseError(f"{source} is of another model: it holds {found.unexpected_keys[0]}")
+
+
+class _Collate:
+    """Pairs as one batch of packed rows."""
+
+    def __init__(self, pad_id: int, *, packed: bool):
+        self.pad_id, self.packed = pad_id, packed
+
+    def __call__(self, pairs: list[TokenPair]) -> dict[str, Tensor]:
+        rows = pack([family for pair in pairs for family in pair.families], self.pad_id, one_per_row=not self.packed)
+        beside = {name: torch.tensor([getattr(pair, name) for pair in pairs]) for name in ("margin", "target", "mask")}
+        return {**rows._asdict(), **beside}
+
+
+def fresh_head(classifier: HfModel, seed: int) -> None:
+    """A random `score` layer, small enough that all texts start nearly alike."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = classifier.score.weight.data
+    weight.copy_(torch.randn(weight.shape, generator=generator) / (weight.shape[1] + 1) ** 0.5)
+
+
+def fine_tune(
+    classifier: HfModel,
+    pad_id: int,
+    pairs: Sequence[TokenPair],
+    loss: Loss,
+    how: TrunkTraining,
+    folder: Path,
+    *,
+    packed: bool,
+) -> HfModel:
+    """Train a classifier, `score` layer included; returns it, adapters merged, in eval mode.
+
+    Writes FOLDER/trainer (checkpoints, while it trains), one line per step to FOLDER/metrics.jsonl and, for LoRA,
+    FOLDER/adapter in PEFT's format. Goes on from the last whole checkpoint.
+    packed: do the pairs share their prompts, and does the trunk take such rows?
+    """
+    torch.manual_seed(how.seed)  # initial adapters, dropout, noise
+    adapters = None
+    if how.kind == "lora":
+        config = peft.LoraConfig(
+            task_type="SEQ_CLS", r=how.lora_rank, lora_alpha=2 * how.lora_rank, modules_to_save=["score"],
+            target_modules=linear_maps(classifier), fan_in_fan_out=has_conv1d(classifier),
+        )  # fmt: skip
+        with quiet_loading():
+            adapters = peft.get_peft_model(classifier, config)
+    if how.gradient_checkpointing:
+        with quiet_loading():
+            classifier.gradient_checkpointing_enable({"use_reentrant": False})
+    args = training_arguments(how, folder / "trainer")
+    metrics = folder / "metrics.jsonl"
+    trainer = PairTrainer(
+        PairModel(classifier, packed=packed), args, pairs, pad_id, loss, callbacks=[_Record(metrics, len(pairs))]
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    # Sharding takes a model apart in place; what it has learnt is put together in this copy.
+    spare = copy.deepcopy((classifier, adapters)) if trainer.sharded else None
+    checkpoint = latest_checkpoint(folder / "trainer")
+    if is_main_process():
+        keep_rows_before(metrics, 1 + (int(checkpoint.name.split("-")[-1]) if checkpoint else 0))
+    with quiet_loading():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if spare is not None:
+        classifier, adapters = spare
+        trained = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # whole, on the main process
+        if is_main_process():
+            _load_trained(PairModel(classifier, packed=packed), trained, "the gathered model")
+    if adapters is not None:
+        if is_main_process():
+            adapters.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+        classifier = adapters.merge_and_unload()
+    return classifier.eval()
+
+
+def training_arguments(how: TrunkTraining, folder: Path) -> transformers.TrainingArguments:
+    """The Trainer's own settings for ours."""
+    gpu = torch.cuda.is_available()
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    per_step = how.device_batch_size * processes
+    if how.batch_size % per_step:
+        raise PoiseError(
+            f"--batch-size {how.batch_size} is no multiple of --device-batch-size {how.device_batch_size} "
+            f"times {processes} processes"
+        )
+    return transformers.TrainingArguments(
+        output_dir=str(folder), num_train_epochs=how.epochs,
+        learning_rate=how.learning_rate or LEARNING_RATES[how.kind],
+        per_device_train_batch_size=how.device_batch_size,
+        gradient_accumulation_steps=how.batch_size // per_step,
+        warmup_steps=0.05, lr_scheduler_type="linear", weight_decay=0.0, max_grad_norm=1.0,
+        logging_steps=1, save_strategy="steps", save_steps=how.save_steps, save_total_limit=2,
+        bf16=gpu, use_cpu=not gpu, dataloader_pin_memory=gpu, remove_unused_columns=False, report_to="none",
+        disable_tqdm=True, seed=how.seed, data_seed=how.seed, ddp_find_unused_parameters=False,
+    )  # fmt: skip
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint: the Trainer writes trainer_state.json last, and may be killed before."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[-1]))
+    return next((path for path in found if _is_whole(path)), None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+        for path in checkpoint.glob("*.safetensors"):
+            with safe_open(path, "pt"):  # refuses a file that is shorter than its header says
+                pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    return True
+
+
+class _Record(transformers.TrainerCallback):
+    """Progress with time left, and a line in metrics.jsonl for each step."""
+
+    def __init__(self, metrics: Path, num_pairs: int):
+        self._metrics, self._num_pairs = metrics, num_pairs
+        self._stack = contextlib.ExitStack()
+        self._advance: Callable[[int], None] = lambda _: None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            bar = progress(f"reward model: training on {self._num_pairs} pairs", state.max_steps, state.global_step)
+            self._advance = self._stack.enter_context(bar)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._advance(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if state.is_world_process_zero and logs and "loss" in logs:
+            kept: Json = {key: logs[key] for key in ("loss", "grad_norm", "learning_rate") if key in logs}
+            if not math.isfinite(kept["loss"]):
+                raise PoiseError(f"step {state.global_step}: the loss is not finite; lower --learning-rate")
+            append_jsonl(self._metrics, [{"step": state.global_step, **kept}])
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._stack.close()

@@ -1,0 +1,214 @@
+"""Run folders: what every study reads and writes, and how it survives being stopped.
+
+RUN/config.yaml        the config, enough to repeat the run: `poise <command> --config RUN/config.yaml`
+RUN/environment.json   versions, device, command
+RUN/metrics.jsonl      one line per step
+RUN/results.json       written last, atomically: its presence means the run is complete
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from poise.errors import PoiseError, first_line
+
+Json = dict[str, Any]
+
+
+class Run:
+    """One run folder. `Run.open` starts it, or finds it as it was left."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    @classmethod
+    def open(cls, folder: str | Path, config: Any) -> "Run":
+        """Open `folder` for `config` (a dataclass), creating it if need be.
+
+        A setting that the folder's config.yaml lacks, being of an earlier version, had the default it has now.
+        Raises PoiseError if the folder already holds a run of another config: results never mix.
+        """
+        run = cls(Path(folder))
+        run.folder.mkdir(parents=True, exist_ok=True)
+        wanted = config_dict(config)
+        path = run.folder / "config.yaml"
+        if path.exists():
+            changed = _changed_fields(_defaults(config) | (yaml.safe_load(path.read_text()) or {}), wanted)
+            if changed:
+                raise PoiseError(
+                    f"{run.folder} holds a run of another config (differs in {', '.join(changed)}); "
+                    f"choose another --output or delete the folder"
+                )
+        else:
+            write_atomic(path, yaml.safe_dump(wanted, sort_keys=False))
+        if run.results is None:  # a finished run keeps the record of what made it
+            write_atomic(run.folder / "environment.json", json.dumps(environment(), indent=2))
+        return run
+
+    @property
+    def results(self) -> Json | None:
+        """The finished run's results, or None while it is not complete."""
+        path = self.folder / "results.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def finish(self, results: Json) -> Json:
+        """Mark the run complete."""
+        write_json(self.folder / "results.json", results)
+        return results
+
+    def log(self, **metrics: Any) -> None:
+        """Append one line to metrics.jsonl."""
+        append_jsonl(self.folder / "metrics.jsonl", [metrics])
+
+    def metrics(self) -> list[Json]:
+        """Every logged line, oldest first."""
+        path = self.folder / "metrics.jsonl"
+        return list(read_jsonl(path)) if path.exists() else []
+
+
+def load_config_file(path: str | Path) -> Json:
+    """The mapping in a config.yaml; PoiseError if missing or not a mapping."""
+    try:
+        loaded = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise PoiseError(f"cannot read config {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise PoiseError(f"config {path} is not valid YAML: {first_line(error)}") from None
+    if not isinstance(loaded, dict):
+        raise PoiseError(f"config {path} holds no settings")
+    return loaded
+
+
+def config_dict(config: Any) -> Json:
+    """A dataclass config as plain YAML/JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def _defaults(config: Any) -> Json:
+    """Settings of the config's class that have a default, with it, as plain values."""
+    defaults = {}
+    for field in dataclasses.fields(config):
+        if field.default is not dataclasses.MISSING:
+            defaults[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            defaults[field.name] = field.default_factory()
+    as_default = config_dict(dataclasses.replace(config, **defaults))
+    return {name: as_default[name] for name in defaults}
+
+
+def _changed_fields(old: Json, new: Json) -> list[str]:
+    # Where a run lives is not what it computes: a moved folder is still the same run.
+    return sorted(key for key in old.keys() | new.keys() if key != "output" and old.get(key) != new.get(key))
+
+
+def environment() -> Json:
+    """Versions and machine, for the record; no paths of this machine."""
+    versions = {}
+    for package in ("poise-rlhf", "torch", "transformers", "peft", "accelerate", "numpy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    device = "cpu"
+    if torch := sys.modules.get("torch"):
+        device = (
+            torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
+        )
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": device,
+        "versions": versions,
+        "command": ["poise" if Path(sys.argv[0]).name == "__main__.py" else Path(sys.argv[0]).name, *sys.argv[1:]],
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def is_main_process() -> bool:
+    """Is this the process that writes, of those that `accelerate launch` or `torchrun` started?"""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file whole or not at all, even if killed half-way."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def write_folder_atomic(path: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill; it becomes `path` (replacing an old one) only if the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield scratch
+        scratch.chmod(0o755)
+        if path.exists():
+            retired = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+            os.replace(path, retired / path.name)
+            os.replace(scratch, path)
+            shutil.rmtree(retired)
+        else:
+            os.replace(scratch, path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomic JSON. NaN and infinities become null: strict JSON, readable by any browser."""
+    write_atomic(path, json.dumps(_finite(value), indent=1, allow_nan=False))
+
+
+def append_jsonl(path: Path, rows: list[Json]) -> None:
+    """Append rows to a JSON-lines file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows)
+
+
+def write_jsonl(path: Path, rows: list[Json]) -> None:
+    """Atomic JSON lines."""
+    write_atomic(path, "".join(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows))
+
+
+def read_jsonl(path: Path) -> Iterator[Json]:
+    """Rows of a file this project wrote; a last line cut off by a kill is left out."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def keep_rows_before(path: Path, step: int) -> None:
+    """Drop rows logged at or after `step`: the part of a killed run that its last checkpoint does not know."""
+    if path.exists():
+        write_jsonl(path, [row for row in read_jsonl(path) if row["step"] < step])
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

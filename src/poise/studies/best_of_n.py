@@ -1,0 +1,128 @@
+"""`poise best-of-n`: what each objective would select, before any RL.
+
+One pool of the initial policy's completions is scored once by every reward model of one or several `poise train-reward`
+runs; from those scores best-of-n and the exactly tilted policy pi ~ pi_0 exp(r / beta) follow for any objective in
+milliseconds.
+
+    RUN/pool.jsonl          prompt, completion, gold, judge: a fingerprint of what said the gold
+    RUN/heads/…             every head's mean and std, per reward model
+    RUN/results.json        per objective: gold and proxy against KL with 95 % intervals over prompts and reward-model
+                            runs, fitted laws, peak, final and fall of gold, and what it is less the first objective's
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import shorten
+
+import numpy as np
+
+from poise.data.preferences import OnBadRow, read_prompts
+from poise.errors import PoiseError
+from poise.functional.objectives import RewardScale, disagreement, mean, routing_std
+from poise.functional.overoptimization import Choice
+from poise.models.loading import DEFAULT_MODEL, Prompt
+from poise.runtime.run_folder import Json, Run, read_jsonl, write_jsonl
+from poise.studies.gold import judge
+from poise.studies.pool import PoolHeads, judge_choices, prompt_key, prompt_label, sample_pool, score_pool
+
+
+@dataclass(frozen=True)
+class Config:
+    """Best-of-n and exactly tilted policies, for every objective, from one pool of completions."""
+
+    prompts: str
+    """JSON lines with `prompt`."""
+    reward: tuple[str, ...]
+    """`poise train-reward` run folders: several, of other seeds, for intervals."""
+    output: str = "runs/best-of-n"
+    """Run folder to write."""
+    model: str = DEFAULT_MODEL
+    """Local folder or hub id of the policy to sample."""
+    objectives: tuple[str, ...] = (
+        "single:nominal", "brme:tradeoff(0.4)", "brme:worst_case", "posterior:lower_confidence(1)",
+    )  # fmt: skip
+    """What to select by: REWARD:OBJECTIVE, the reward model being a folder of the reward runs. Differences are taken
+    against the first."""
+    per_prompt: int = 24
+    """Completions per prompt."""
+    max_tokens: int = 20
+    """Longest completion, in tokens."""
+    gold: str = ""
+    """Reward model that plays the human, trained on other data; default: a reader of short reviews."""
+    on_bad_row: OnBadRow = "error"
+    """`skip` sets bad rows aside in a file beside the data."""
+    seed: int = 0
+    """Of the sampling."""
+
+
+def run(config: Config) -> Run:
+    """Sample, score, select; a finished run is returned as it is, a sampled pool is not sampled again."""
+    choices = {text: Choice.parse(text) for text in config.objectives}
+    if config.per_prompt < 2:
+        raise PoiseError("--per-prompt must be at least 2: there is nothing to select from one completion")
+    out = Run.open(config.output, config)
+    if out.results is not None:
+        return out
+    pool = make_pool(out.folder, config)
+    heads = []
+    for number, folder in enumerate(config.reward):
+        names = dict.fromkeys(choice.reward for choice in choices.values())
+        scored = score_pool(out.folder, pool, {f"{number}-{name}": str(Path(folder) / name) for name in names})
+        heads.append({name: scored[f"{number}-{name}"] for name in names})
+    out.finish(summarise(pool, config.per_prompt, choices, heads))
+    return out
+
+
+def make_pool(folder: Path, config: Config) -> list[Json]:
+    """Rows of the pool in `folder`, with gold; sampled if they are not there yet, judged anew if by another gold."""
+    path = folder / "pool.jsonl"
+    if not path.exists():
+        prompts = pool_prompts(config.prompts, config.on_bad_row)
+        write_jsonl(path, sample_pool(config.model, prompts, config.per_prompt, config.max_tokens, config.seed))
+    rows = list(read_jsonl(path))
+    if judge(rows, config.gold):
+        write_jsonl(path, rows)
+    return rows
+
+
+def pool_prompts(path: str, on_bad_row: OnBadRow = "error") -> list[Prompt]:
+    """Prompts to sample a pool of: at least two, each once."""
+    prompts = read_prompts(path, on_bad_row)
+    if len(prompts) < 2:
+        raise PoiseError(f"{path} has one prompt; intervals over prompts need at least two")
+    seen: set[str] = set()
+    for prompt in prompts:
+        if prompt_key(prompt) in seen:
+            label = shorten(prompt_label(prompt), 80, placeholder="…")
+            raise PoiseError(f"{path} has a prompt twice: {label!r}; leave each in once")
+        seen.add(prompt_key(prompt))
+    return prompts
+
+
+def summarise(
+    pool: Sequence[Json], per_prompt: int, choices: Mapping[str, Choice], heads: Sequence[Mapping[str, PoolHeads]]
+) -> Json:
+    """Curves of every choice over a pool scored by several runs, rows grouped by prompt.
+
+    heads: per run, what each of its reward models says.
+    """
+    gold = np.array([row["gold"] for row in pool]).reshape(-1, per_prompt)
+    curves = [
+        {"name": name, "label": name, "reward": choices[name].reward, "objective": choices[name].objective} | judged
+        for name, judged in judge_choices(gold, heads, choices).items()
+    ]
+    spread = []
+    for reward in sorted({choice.reward for choice in choices.values()}):
+        centred = [RewardScale.fit(run[reward].heads, mean).centred(run[reward].heads) for run in heads]
+        spread.append(
+            {
+                "reward": reward,
+                "disagreement": float(np.mean([disagreement(one).mean().item() for one in centred])),
+                "routing_std": float(np.mean([routing_std(one).mean().item() for one in centred])),
+            }
+        )
+    return {
+        "num_prompts": len(gold), "per_prompt": per_prompt, "initial_gold": float(gold.mean()),
+        "num_rewards": len(heads), "curves": curves, "head_spread": spread,
+    }  # fmt: skip

@@ -1,0 +1,186 @@
+"""Judge finished policies by gold, side by side. The only study of trained policies that may look at gold.
+
+RUN/results.json   per arm: gold, proxy, KL and heads per step; final gold with intervals; differences between
+                   arms; completions, most over-scored first
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy import ndarray
+
+from poise.errors import PoiseError
+from poise.functional.monitor import text_signs
+from poise.functional.statistics import bootstrap_interval
+from poise.runtime.run_folder import Json, Run, load_config_file, read_jsonl
+from poise.studies.gold import judge, judged
+from poise.studies.pool import prompt_key, prompt_label
+
+NUM_SHOWN = 24
+
+
+@dataclass(frozen=True)
+class Config:
+    """Judge finished policies by gold, side by side."""
+
+    arms: tuple[str, ...]
+    """`poise train-policy` run folders of the same evaluation prompts; differences are taken against the first."""
+    labels: tuple[str, ...] = ()
+    """What to call each arm; default: its folder's name."""
+    pool: str = ""
+    """A `poise best-of-n` run on the evaluation prompts: the initial policy's gold."""
+    gold: str = ""
+    """Reward model that plays the human, trained on data no arm has seen; default: a reader of short reviews."""
+    output: str = "runs/comparison"
+    """Run folder to write."""
+
+
+def run(config: Config) -> Run:
+    """Read the arms' completions, score them by gold, compare. Takes seconds; always done anew."""
+    if len(config.arms) < 2:
+        raise PoiseError("a comparison needs at least two arms")
+    if config.labels and len(config.labels) != len(config.arms):
+        raise PoiseError(f"{len(config.labels)} labels for {len(config.arms)} arms")
+    out = Run.open(config.output, config)
+    labels = config.labels or tuple(Path(arm).name for arm in config.arms)
+    finals = [_final(Path(arm), config.gold) for arm in config.arms]
+    by_prompt = [_gold_by_prompt(rows) for rows in finals]
+    if any(golds.keys() != by_prompt[0].keys() for golds in by_prompt):
+        raise PoiseError("the arms were not evaluated on the same prompts")
+    arms = [
+        _arm(Path(arm), label, rows, config.gold) for arm, label, rows in zip(config.arms, labels, finals, strict=True)
+    ]
+    per_prompt = len(finals[0]) // len(by_prompt[0])
+    initial = _initial(Path(config.pool), per_prompt, config.gold) if config.pool else {}
+    for arm in arms if initial else []:
+        arm |= {"initial_gold": initial["gold"], "initial_gold_std": initial["gold_std"]}
+    differences = []
+    for arm, golds in zip(arms[1:], by_prompt[1:], strict=True):
+        paired = np.array([golds[prompt] - by_prompt[0][prompt] for prompt in golds])
+        difference: Json = {"arm": arm["name"], "against": arms[0]["name"], "num_prompts": len(paired)}
+        differences.append(difference | {"gold": float(paired.mean()), "interval": bootstrap_interval(paired)})
+    names = [arm["name"] for arm in arms]
+    out.finish(
+        {"initial": initial, "arms": arms, "differences": differences, "completions": _side_by_side(names, finals)}
+    )
+    return out
+
+
+def _initial(pool: Path, per_prompt: int, gold: str) -> Json:
+    """The initial policy on the same prompts; variety is counted on as many completions as the arms have."""
+    rows = list(read_jsonl(pool / "pool.jsonl"))
+    texts = [row["completion"] for part in _by_prompt(rows).values() for row in part[:per_prompt]]
+    judge(rows, gold)  # another gold may have judged the pool
+    golds = np.array([row["gold"] for row in rows])
+    return {"gold": float(golds.mean()), "gold_std": _std(golds), "distinct_bigrams": distinct_bigrams(texts)}
+
+
+def _final(arm: Path, gold: str) -> list[Json]:
+    path = arm / "final.jsonl"
+    if not path.exists():
+        raise PoiseError(f"{arm} is not a finished policy run: it has no final.jsonl")
+    rows = list(read_jsonl(path))
+    for row, value in zip(rows, judged(rows, gold), strict=True):
+        row["gold"] = float(value)
+    return rows
+
+
+def _by_prompt(rows: list[Json]) -> dict[str, list[Json]]:
+    """Rows of each whole prompt: conversations may share their last turn."""
+    found: dict[str, list[Json]] = {}
+    for row in rows:
+        found.setdefault(prompt_key(row["prompt"]), []).append(row)
+    return found
+
+
+def _gold_by_prompt(rows: list[Json]) -> dict[str, float]:
+    return {prompt: float(np.mean([row["gold"] for row in part])) for prompt, part in _by_prompt(rows).items()}
+
+
+def _arm(folder: Path, label: str, final: list[Json], gold: str) -> Json:
+    settings, metrics = load_config_file(folder / "config.yaml"), list(read_jsonl(folder / "metrics.jsonl"))
+    samples = list(read_jsonl(folder / "samples.jsonl"))
+    golds: dict[int, list[float]] = {}
+    for row, value in zip(samples, judged(samples, gold), strict=True):
+        golds.setdefault(row["step"], []).append(float(value))
+    steps = [
+        {
+            "step": step["step"], "kl": step["kl"], "proxy": step["reward"],
+            "gold": float(np.mean(golds[step["step"]])), "disagreement": step["disagreement"],
+            "gap": step["gap"], "routing_std": step["routing_std"], "heads": step["heads"],
+        }
+        for step in metrics
+    ]  # fmt: skip
+    by_prompt = np.array(list(_gold_by_prompt(final).values()))
+    final_gold = float(by_prompt.mean())
+    # Peak of a moving average: single steps of a few dozen completions are too noisy to name a peak.
+    peak = max(final_gold, float(_moving_average(np.array([step["gold"] for step in steps])).max()))
+    first = np.array(golds[metrics[0]["step"]])  # the initial policy's
+    laps = ("sample", "score", "reference", "update")
+    return {
+        "name": folder.name.removeprefix("policy-"), "label": label, "objective": settings["objective"],
+        "reward": Path(settings["reward"]).name, "kl_coef": settings["kl_coef"], "steps": steps,
+        "final": {
+            "gold": final_gold, "interval": bootstrap_interval(by_prompt),
+            "proxy": float(np.mean([row["reward"] for row in final])),
+            "kl": float(np.mean([row["kl"] for row in final])),
+            "distinct_bigrams": distinct_bigrams([row["completion"] for row in final]),
+        },
+        "peak_gold": peak, "drawdown": peak - final_gold,
+        "initial_gold": float(first.mean()), "initial_gold_std": _std(first),
+        "alarms": [{"step": step["step"], "score": step["monitor_score"]} for step in metrics if step.get("alarm")],
+        "seconds": sum(step[f"{lap}_seconds"] for step in metrics for lap in laps),
+        "step_seconds": {lap: float(np.median([step[f"{lap}_seconds"] for step in metrics])) for lap in laps},
+    }  # fmt: skip
+
+
+def _std(values: ndarray) -> float:
+    """Sample std, as a unit: like a RewardScale's, 1 for a constant."""
+    std = values.std(ddof=1) if len(values) > 1 else 0.0
+    return float(std) if std > 1e-6 else 1.0
+
+
+def _moving_average(values: ndarray, width: int = 3) -> ndarray:
+    return np.convolve(values, np.ones(width) / width, "valid") if len(values) >= width else values
+
+
+def _side_by_side(names: list[str], finals: list[list[Json]]) -> list[Json]:
+    """One completion of each arm per evaluation prompt, sorted by how much the first arm's proxy over-scores its own.
+
+    over_scored: standardised proxy less standardised gold, both over all final completions of the arm and, for the
+    comparison to mean something, of the other arms too.
+    """
+    gold = np.array([row["gold"] for rows in finals for row in rows])
+    by_prompt = [_by_prompt(rows) for rows in finals]
+    first = [(prompt, number) for prompt, rows in by_prompt[0].items() for number in range(len(rows))]
+    rows = [by_prompt[0][prompt][number] for prompt, number in first]
+    proxy = np.array([row["reward"] for row in rows])
+    gap = (proxy - proxy.mean()) / max(proxy.std(), 1e-9) - (
+        np.array([row["gold"] for row in rows]) - gold.mean()
+    ) / max(gold.std(), 1e-9)
+    shown: dict[str, Json] = {}
+    for i in np.argsort(-gap):
+        prompt, number = first[i]
+        if prompt not in shown and len(shown) < NUM_SHOWN:
+            same = [rows[prompt] for rows in by_prompt]
+            shown[prompt] = {
+                "prompt": prompt_label(rows[i]["prompt"]), "over_scored": float(gap[i]),
+                "arms": {name: _opinion(arm[number % len(arm)]) for name, arm in zip(names, same, strict=True)},
+            }  # fmt: skip
+    return list(shown.values())
+
+
+def _opinion(row: Json) -> Json:
+    return {"completion": row["completion"], "proxy": row["reward"], "gold": row["gold"], "heads": row["mean"]}
+
+
+def distinct_bigrams(texts: list[str]) -> float:
+    """Distinct word pairs as a share of all word pairs: low when a policy says the same of everything.
+
+    Gold reads one text at a time and cannot see this.
+
+    >>> distinct_bigrams(["a fine film", "a fine phone"])
+    0.75
+    """
+    return text_signs(texts)["variety"]

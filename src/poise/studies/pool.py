@@ -1,0 +1,156 @@
+"""A pool: completions of one policy, sampled once, and what reward models say of them, kept beside it.
+
+FOLDER/pool.jsonl               prompt, completion; rows grouped by prompt, equally many of each
+FOLDER/heads/NAME.safetensors   every head's mean and std of each row, by one reward model
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from numpy import ndarray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from poise.data.preferences import Sample
+from poise.errors import PoiseError, first_line
+from poise.functional.objectives import HeadRewards
+from poise.functional.overoptimization import Choice, Curves, Judged, Resamples, compare_with, judge, stacked
+from poise.models.loading import Prompt, load_policy
+from poise.models.policy import Policy, uniforms
+from poise.models.reward_model import heads_fingerprint
+from poise.models.scorer import Ensemble, Scorer, generated
+from poise.runtime.progress import progress
+from poise.runtime.run_folder import Json
+
+ROWS_PER_BATCH = 256
+
+
+@dataclass(frozen=True)
+class PoolHeads:
+    """What one reward model says of a pool.
+
+    heads: (rows, K). unit: Bradley-Terry log odds per unit of its rewards.
+    fingerprint: of the checkpoint that said it.
+    """
+
+    heads: HeadRewards
+    unit: float
+    fingerprint: str
+
+    def save(self, path: Path) -> None:
+        """PoiseError, and nothing is written, where it says NaN or infinity."""
+        if not (self.heads.mean.isfinite().all() and self.heads.std.isfinite().all()):
+            name = path.with_suffix("")
+            raise PoiseError(f"the reward model of {name} says NaN or infinity of some completions; train it anew")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        about = {"unit": repr(self.unit), "fingerprint": self.fingerprint}
+        parts = {"mean": self.heads.mean.float().contiguous(), "std": self.heads.std.float().contiguous()}
+        save_file(parts, partial, about)
+        partial.replace(path)
+
+    @staticmethod
+    def load(path: Path, fingerprint: str, num_rows: int) -> "PoolHeads":
+        """PoiseError unless this reward model wrote it, about a pool of so many rows."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata()
+                heads = HeadRewards(file.get_tensor("mean"), file.get_tensor("std"))
+        except (SafetensorError, OSError) as error:
+            raise PoiseError(f"cannot read {path}: {first_line(error)}; delete it to score again") from None
+        if about["fingerprint"] != fingerprint:
+            raise PoiseError(f"{path} holds rewards of another reward model; delete it to score again")
+        if len(heads.mean) != num_rows:
+            raise PoiseError(f"{path} is about {len(heads.mean)} completions, the pool has {num_rows}; delete it")
+        return PoolHeads(heads, float(about["unit"]), fingerprint)
+
+
+def sample_pool(model: str, prompts: Sequence[Prompt], per_prompt: int, max_tokens: int, seed: int) -> list[Json]:
+    """Rows of prompt and completion, `per_prompt` of each prompt, at temperature 1 from the whole distribution."""
+    policy = Policy(*load_policy(model), adapted_layers=1, rank=1)
+    generator = torch.Generator().manual_seed(seed)
+    rows: list[Json] = []
+    size = max(1, ROWS_PER_BATCH // per_prompt)
+    with progress("pool: sampling", len(prompts) * per_prompt) as advance:
+        for start in range(0, len(prompts), size):
+            batch = list(prompts[start : start + size])
+            rollout = policy.sample(batch, uniforms(len(batch), per_prompt, max_tokens, generator))
+            for prompt, texts in zip(batch, policy.texts(rollout), strict=True):
+                rows += [{"prompt": prompt, "completion": text} for text in texts]
+            advance(len(batch) * per_prompt)
+    return rows
+
+
+def prompt_key(prompt: Prompt) -> str:
+    """The whole prompt as text: what tells prompts apart."""
+    return json.dumps(prompt, sort_keys=True)
+
+
+def prompt_label(prompt: Prompt) -> str:
+    """A prompt as one line, to be shown: its last user turn, which conversations may share."""
+    return prompt if isinstance(prompt, str) else next(t["content"] for t in reversed(prompt) if t["role"] == "user")
+
+
+def samples_of(rows: Sequence[Json]) -> list[Sample]:
+    """A pool's rows as a reward model reads them."""
+    return [generated(row["prompt"], row["completion"]) for row in rows]
+
+
+def score_pool(folder: Path, rows: Sequence[Json], checkpoints: dict[str, str]) -> dict[str, PoolHeads]:
+    """What every checkpoint (name -> folder or hub id) says of the rows: read where it was kept, computed elsewhere.
+
+    Checkpoints with equal trunks read the texts once. PoiseError where what was kept is another checkpoint's.
+    """
+    found: dict[str, PoolHeads] = {}
+    read: list[tuple[Scorer, Tensor]] = []
+    for name, path in checkpoints.items():
+        file, fingerprint = folder / "heads" / f"{name}.safetensors", heads_fingerprint(path)
+        if not file.exists():
+            scorer = Scorer.load(path)
+            PoolHeads(_heads(scorer, rows, read), scorer.layout.reward_scale, fingerprint).save(file)
+        found[name] = PoolHeads.load(file, fingerprint, len(rows))
+    return found
+
+
+def _heads(scorer: Scorer, rows: Sequence[Json], read: list[tuple[Scorer, Tensor]]) -> HeadRewards:
+    """By a scorer; `read` remembers each trunk's features."""
+    samples = samples_of(rows)
+    if isinstance(scorer, Ensemble):
+        with progress("pool: scoring", len(samples)) as advance:
+            return scorer(samples, advance)
+    features = next((features for other, features in read if other.shares_trunk_with(scorer)), None)
+    if features is None:
+        with progress("pool: scoring", len(samples)) as advance:
+            features = scorer.extract(samples, advance)
+        read.append((scorer, features))
+    return scorer.decode(features)
+
+
+def proxies(choice: Choice, heads: Sequence[Mapping[str, PoolHeads]], per_prompt: int) -> ndarray:
+    """Rewards (S, P, N) of one choice; heads: per run, what each of its reward models says."""
+    return stacked(choice, [(run[choice.reward].heads, run[choice.reward].unit) for run in heads], per_prompt)
+
+
+def judge_choices(
+    gold_PN: ndarray,
+    heads: Sequence[Mapping[str, PoolHeads]],
+    choices: Mapping[str, Choice],
+    advance: Callable[[], object] = lambda: None,
+) -> dict[str, Json]:
+    """Every choice over the same runs: curves, laws, measures, and what they are less those of the first.
+
+    advance: told after each choice.
+    """
+    resamples = Resamples.draw(len(gold_PN), len(heads))
+    first: Judged | None = None
+    found: dict[str, Json] = {}
+    for name, choice in choices.items():
+        judged = judge(Curves.of(proxies(choice, heads, gold_PN.shape[1]), gold_PN), resamples)
+        found[name] = judged.json | ({"measures": compare_with(judged, first)} if first else {})
+        first = first or judged
+        advance()
+    return found

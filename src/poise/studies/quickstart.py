@@ -1,0 +1,183 @@
+"""The quickstart: one recipe made of the same studies that run on anybody's files.
+
+Each stage is a run folder of its own inside RUN, and is skipped if it is complete; a stopped quickstart goes on
+where it was. Nothing here computes; it chooses configs. The choices were fixed before the seeds that the README shows,
+and none was made on gold.
+"""
+
+import functools
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from poise.data.human_ratings import Rated, human_ratings, is_held_out, judged_by_all, preference_pairs
+from poise.data.preferences import write_preferences
+from poise.models.loading import DEFAULT_MODEL, Prompt, resolve_model
+from poise.policy import train as train_policy
+from poise.reports import quickstart_page as report
+from poise.reward import train as train_reward
+from poise.runtime.progress import console
+from poise.runtime.run_folder import Run, write_jsonl
+from poise.studies import best_of_n, compare
+
+# What the reviews are about. Policies are trained on one half and judged on the other.
+TRAIN_FILMS = (
+    "love", "war", "a lost dog", "a bank robbery", "growing up", "a haunted house", "two brothers", "space travel",
+    "a wedding", "a spy", "cooking", "a school", "chess", "the sea", "a murder", "robots", "a road trip", "a king",
+    "football", "a train",
+)  # fmt: skip
+TRAIN_PRODUCTS = (
+    "phone", "camera", "vacuum cleaner", "laptop", "coffee machine", "backpack", "pair of headphones", "printer",
+    "toaster", "DVD player", "lamp", "router", "tent", "watch", "keyboard", "chair", "MP3 player", "blender",
+    "bicycle", "mattress",
+)  # fmt: skip
+EVAL_FILMS = (
+    "a divorce", "a prison", "a singer", "an island", "a detective", "dinosaurs", "a farm", "a hospital", "boxing",
+    "a painter", "time travel", "a storm", "a teacher", "vampires", "a taxi driver", "a friendship", "ballet",
+    "a trial", "a mountain", "a circus",
+)  # fmt: skip
+EVAL_PRODUCTS = (
+    "tablet", "kettle", "pair of shoes", "television", "game console", "suitcase", "microphone", "drill", "heater",
+    "scooter", "pan", "pen", "guitar", "desk", "jacket", "car seat", "scanner", "hair dryer", "projector", "pillow",
+)  # fmt: skip
+
+
+def review_prompt(subject: str) -> Prompt:
+    """Ask for a one-sentence review of a subject."""
+    return [
+        {"role": "system", "content": "You write short reviews."},
+        {"role": "user", "content": f"Write a one-sentence review of {subject}."},
+    ]
+
+
+# Of the model's 30 layers: fast, and as good on generated text as more (LOG.md).
+NUM_LAYERS = 8
+
+# The human texts answer the same question, without a subject: it is not known what film a snippet is about.
+RATED_DOMAINS = {"movieReviewSnippets": review_prompt("a film"), "amazonReviewSnippets": review_prompt("a product")}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One policy of the comparison."""
+
+    name: str
+    label: str
+    reward: str
+    objective: str
+    ceiling: float | None = None
+
+
+ARMS = (
+    Arm("conventional", "conventional: one Bradley–Terry head", "single", "nominal"),
+    # The ceiling: no reward is trusted beyond what one in forty of the initial policy's completions gets; the policy
+    # settles where it is reached.
+    Arm(
+        "robust", "robust: lower bound of posterior heads, at most +2", "posterior", "lower_confidence(1)", ceiling=2.0
+    ),
+    Arm("brme", "BRME: nominal and worst case of Gaussian heads", "brme", "tradeoff(0.4)"),
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole story on a laptop: human ratings, reward models, PPO against each, and one page that compares."""
+
+    output: str = "runs/quickstart"
+    """Folder to write; start again with the same one to go on after a stop."""
+    model: str = DEFAULT_MODEL
+    """Language model: local folder or hub id."""
+    num_preferences: int = 400
+    """Human preference pairs to train the reward models on."""
+    num_steps: int = 28
+    """PPO steps of each arm."""
+    kl_coef: float = 0.01
+    """β, the same for every arm: next to no KL penalty, so that the reward model itself has to hold."""
+    seed: int = 0
+    """Of everything: pairs, heads, prompts, sampling."""
+
+
+def run(config: Config) -> Run:
+    """Run every stage that is not complete; returns the run, with report.html in its folder."""
+    out = Run.open(config.output, config)
+    folder = out.folder
+    console.print(f"[bold]Poise quickstart[/] in {folder}")
+    _stage(out, "model and data", lambda: _prepare(config, folder))
+    reward = train_reward.Config(
+        preferences=str(folder / "preferences.jsonl"), output=str(folder / "reward"), model=config.model,
+        num_layers=NUM_LAYERS, seed=config.seed,
+    )  # fmt: skip
+    _stage(out, "reward models", lambda: train_reward.run(reward))
+    pool = best_of_n.Config(
+        prompts=str(folder / "eval_prompts.jsonl"), reward=(str(folder / "reward"),), output=str(folder / "pool"),
+        model=config.model, objectives=tuple(f"{arm.reward}:{arm.objective}" for arm in ARMS), seed=config.seed,
+    )  # fmt: skip
+    _stage(out, "best-of-n pool", lambda: best_of_n.run(pool))
+    for arm in ARMS:
+        policy = train_policy.Config(
+            prompts=str(folder / "prompts.jsonl"), eval_prompts=str(folder / "eval_prompts.jsonl"),
+            reward=str(folder / "reward" / arm.reward), output=str(folder / f"policy-{arm.name}"),
+            model=config.model, objective=arm.objective, reward_ceiling=arm.ceiling,
+            settle=arm.ceiling is not None, kl_coef=config.kl_coef, num_steps=config.num_steps, seed=config.seed,
+        )  # fmt: skip
+        _stage(out, f"PPO, {arm.name}", functools.partial(train_policy.run, policy))
+    comparison = compare.Config(
+        arms=tuple(str(folder / f"policy-{arm.name}") for arm in ARMS), labels=tuple(arm.label for arm in ARMS),
+        pool=str(folder / "pool"), output=str(folder / "comparison"),
+    )  # fmt: skip
+    _stage(out, "comparison", lambda: compare.run(comparison))
+    seconds: dict[str, float] = {}
+    for line in out.metrics():
+        seconds[line["stage"]] = seconds.get(line["stage"], 0.0) + line["seconds"]
+    out.finish(
+        {
+            "stages": [{"name": name, "seconds": round(value, 1)} for name, value in seconds.items()],
+            "total_seconds": round(sum(seconds.values()), 1),
+            "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        }
+    )
+    console.print(f"[bold]Report:[/] {report.build(folder)}")
+    return out
+
+
+def _prepare(config: Config, folder: Path) -> None:
+    resolve_model(config.model)
+    if not (folder / "eval_prompts.jsonl").exists():
+        pairs = preference_pairs(_rated(), RATED_DOMAINS.__getitem__, config.num_preferences, config.seed)
+        write_preferences(folder / "preferences.jsonl", pairs)
+        _write_prompts(folder)
+
+
+def study_files(folder: Path, num_pairs: int = 4000) -> None:
+    """Files of the standard study: raters.jsonl, pairs as single raters judged them; preferences.jsonl, the same by
+    the mean of all raters; and the quickstart's prompts."""
+    if not (folder / "eval_prompts.jsonl").exists():
+        rated = _rated()
+        pairs = preference_pairs(rated, RATED_DOMAINS.__getitem__, num_pairs, seed=0)
+        write_preferences(folder / "raters.jsonl", pairs)
+        write_preferences(folder / "preferences.jsonl", judged_by_all(pairs, rated))
+        _write_prompts(folder)
+
+
+def _rated() -> list[Rated]:
+    return [text for text in human_ratings() if text.domain in RATED_DOMAINS and not is_held_out(text.text)]
+
+
+def _write_prompts(folder: Path) -> None:
+    for name, films, products in (
+        ("prompts", TRAIN_FILMS, TRAIN_PRODUCTS),
+        ("eval_prompts", EVAL_FILMS, EVAL_PRODUCTS),
+    ):
+        subjects = [f"a film about {film}" for film in films] + [f"a {product}" for product in products]
+        write_jsonl(folder / f"{name}.jsonl", [{"prompt": review_prompt(subject)} for subject in subjects])
+
+
+def _stage(out: Run, name: str, work: Callable[[], object]) -> None:
+    """Run a stage and add what it took, also if it is stopped half-way and goes on another day."""
+    started = time.monotonic()
+    try:
+        work()
+    finally:
+        out.log(stage=name, seconds=time.monotonic() - started)

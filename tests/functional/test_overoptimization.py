@@ -1,0 +1,163 @@
+"""Curves over a pool against loops and definitions, their intervals against what they must cover, and kept heads."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from poise.errors import PoiseError
+from poise.functional.best_of_n import KL_COEFS, best_of_n, sizes, tilted
+from poise.functional.objectives import HeadRewards
+from poise.functional.overoptimization import Choice, Curves, Resamples, compare_with, judge, pair_accuracy, stacked
+from poise.functional.statistics import resampled_counts
+from poise.studies.pool import PoolHeads
+
+PROMPTS, PER_PROMPT, HEADS = 6, 16, 3
+
+
+def make_heads(seed: int, rows: int = PROMPTS * PER_PROMPT) -> HeadRewards:
+    generator = torch.Generator().manual_seed(seed)
+    mean = torch.randn(rows, HEADS, generator=generator)
+    return HeadRewards(mean, torch.rand(rows, HEADS, generator=generator) + 0.1)
+
+
+def make_gold(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(PROMPTS, PER_PROMPT))
+
+
+def test_curves_are_the_metrics_of_every_reward_model() -> None:
+    gold, choice = make_gold(), Choice.parse("brme:tradeoff(0.4)")
+    proxy = stacked(choice, [(make_heads(1), 1.0), (make_heads(2), 1.0)], PER_PROMPT)
+    curves = Curves.of(proxy, gold)
+    for s in range(2):
+        np.testing.assert_allclose(curves.best_of_n_gold_SPM[s], best_of_n(proxy[s], gold, sizes(PER_PROMPT)))
+        np.testing.assert_allclose(curves.best_of_n_proxy_SPM[s], best_of_n(proxy[s], proxy[s], sizes(PER_PROMPT)))
+        for i, kl_coef in enumerate(KL_COEFS):
+            value, kl = tilted(proxy[s], gold, kl_coef)
+            np.testing.assert_allclose(curves.tilted_gold_SPM[s, :, i], value)
+            np.testing.assert_allclose(curves.tilted_kl_SPM[s, :, i], kl)
+
+
+def test_a_proxy_is_centred_combined_and_scaled_by_hand() -> None:
+    heads = make_heads(0)
+    mean, std = heads.mean.double().numpy(), heads.std.double().numpy()
+    mean = mean - mean.mean(0)
+    best = std.argmin(-1)
+    combined = 0.4 * mean[np.arange(len(mean)), best] + 0.6 * mean.min(-1)
+    expected = (combined - combined.mean()) / combined.std(ddof=1)
+    found = Choice("brme", "tradeoff(0.4)").proxy(heads, PER_PROMPT)
+    np.testing.assert_allclose(found.ravel(), expected, atol=2e-6)
+    ceiling = Choice("brme", "tradeoff(0.4)", ceiling=0.5).proxy(heads, PER_PROMPT)
+    np.testing.assert_allclose(ceiling.ravel(), np.minimum(expected, 0.5), atol=2e-6)
+
+
+def test_par_is_the_chance_of_beating_the_prompts_own_completions() -> None:
+    heads, unit = HeadRewards(make_heads(3).mean[:, :1], torch.zeros(PROMPTS * PER_PROMPT, 1)), 1.7
+    reward = unit * heads.mean.double().numpy().reshape(PROMPTS, PER_PROMPT)
+    chance = np.array([[np.mean(1 / (1 + np.exp(other - one))) for one in row] for row in reward for other in [row]])
+    expected = (chance - chance.mean()) / chance.std(ddof=1)
+    np.testing.assert_allclose(Choice("single", "nominal", "par").proxy(heads, PER_PROMPT, unit), expected, atol=2e-5)
+    # Less the mean of the prompt: no completion of a prompt overtakes another.
+    plain = Choice("single", "nominal").proxy(heads, PER_PROMPT)
+    less = Choice("single", "nominal", "contrastive").proxy(heads, PER_PROMPT, unit)
+    assert (plain.argsort(-1) == less.argsort(-1)).all()
+
+
+def test_measures_by_hand() -> None:
+    gold = make_gold()
+    proxy = stacked(Choice("brme", "mean"), [(make_heads(1), 1.0), (make_heads(2), 1.0), (make_heads(3), 1.0)], 16)
+    curves = Curves.of(proxy, gold)
+    judged = judge(curves, Resamples.draw(PROMPTS, 3))
+    by_seed = curves.best_of_n_gold_SPM.mean(1)
+    assert judged.means["final_gold"] == pytest.approx(by_seed[:, -1].mean())
+    mean = by_seed.mean(0)
+    assert judged.means["peak_gold"] == pytest.approx(mean.max())
+    assert judged.means["drawdown"] == pytest.approx(mean.max() - mean[-1])
+    assert judged.means["gain"] == pytest.approx((by_seed[:, -1] - gold.mean()).mean())
+    right = (proxy[..., 1::2] > proxy[..., ::2]) == (gold[..., 1::2] > gold[..., ::2])
+    assert judged.means["accuracy"] == pytest.approx(right.mean())
+    for name, entry in judged.json["measures"].items():
+        at_the_end = name == "drawdown" and entry["mean"] == 0  # there is no fall from a peak at the end
+        assert entry["interval"][0] < entry["interval"][1] or at_the_end
+    assert judged.json["best_of_n"][0]["gold"] == pytest.approx(gold.mean())
+
+
+def test_a_fall_is_not_made_of_noise() -> None:
+    """Gold that does not depend on n but for noise: the intervals of most falls from the peak hold zero."""
+    generator = np.random.default_rng(0)
+    found = []
+    for _ in range(40):
+        proxy, gold = generator.normal(size=(6, 20, 8)), generator.normal(size=(20, 8))
+        found.append(judge(Curves.of(proxy, gold), Resamples.draw(20, 6, 200)).json["measures"]["drawdown"]["interval"])
+    assert sum(low > 0 for low, _ in found) <= 8  # it is the worst of nine, so more than one in forty
+
+
+def test_pairs_that_gold_ties_do_not_count() -> None:
+    proxy = np.array([[[0.0, 1.0, 2.0, 1.0], [0.0, 1.0, 0.0, 1.0]]])
+    gold = np.array([[1.0, 1.0, 0.0, 5.0], [2.0, 2.0, 3.0, 3.0]])
+    found = pair_accuracy(proxy, gold)
+    assert found[0, 0] == 0.0
+    assert math.isnan(found[0, 1])
+    judged = judge(Curves.of(proxy, gold), Resamples.draw(2, 1, 50))
+    assert judged.means["accuracy"] == 0.0
+    # Resamples without the first prompt know nothing of accuracy; in the others it is 0.
+    assert judged.json["measures"]["accuracy"]["interval"] == (0.0, 0.0)
+    right = judge(Curves.of(-proxy, gold), Resamples.draw(2, 1, 50))
+    assert right.json["measures"]["accuracy"]["interval"] == (right.means["accuracy"],) * 2
+    assert "accuracy" not in judge(Curves.of(proxy, np.zeros((2, 4))), Resamples.draw(2, 1, 50)).means
+
+
+def test_differences_are_paired() -> None:
+    gold = make_gold()
+    models = [(make_heads(s), 1.0) for s in range(4)]
+    resamples = Resamples.draw(PROMPTS, 4)
+    one = judge(Curves.of(stacked(Choice("brme", "nominal"), models, PER_PROMPT), gold), resamples)
+    same = compare_with(one, one)
+    assert same["final_gold"]["less_first"] == 0
+    assert tuple(same["final_gold"]["less_first_interval"]) == (0.0, 0.0)
+    if one.means["gain"] > 0:
+        assert same["relative_gain"]["mean"] == 0
+
+
+def test_intervals_over_prompts_and_reward_models_cover_as_often_as_they_say() -> None:
+    """Crossed effects: prompts, reward models and their noise; the mean over both populations is 0."""
+    generator = np.random.default_rng(0)
+    hits = 0
+    for _ in range(200):
+        prompts, seeds = generator.normal(size=(1, 30, 1)), generator.normal(size=(20, 1, 1))
+        values = prompts + seeds + generator.normal(size=(20, 30, 1))
+        resamples = Resamples.draw(30, 20, 300)
+        low, high = np.quantile(resamples.over_seeds(resamples.by_seed(values)), [0.025, 0.975])
+        hits += low <= 0 <= high
+    assert 175 <= hits <= 198  # 95 % of 200, a little less for 20 units; one way alone would cover 160
+
+
+def test_resampled_counts_are_a_bootstrap() -> None:
+    counts = resampled_counts(10, 4000, 3)
+    np.testing.assert_allclose(counts.sum(1), 1.0)
+    values = np.random.default_rng(1).normal(size=10)
+    assert (counts @ values).std() == pytest.approx(values.std() / np.sqrt(10), rel=0.05)
+
+
+def test_choices_that_cannot_be_read_are_one_line() -> None:
+    with pytest.raises(PoiseError, match="REWARD:OBJECTIVE was expected"):
+        Choice.parse("tradeoff(0.4)")
+    with pytest.raises(PoiseError, match="unknown objective 'nonsense'"):
+        Choice.parse("brme:nonsense")
+
+
+def test_kept_heads_are_those_of_their_checkpoint(tmp_path: Path) -> None:
+    heads, path = make_heads(0), tmp_path / "heads" / "one.safetensors"
+    PoolHeads(heads, 1.5, "abc").save(path)
+    again = PoolHeads.load(path, "abc", len(heads.mean))
+    assert torch.equal(again.heads.mean, heads.mean)
+    assert again.unit == 1.5
+    with pytest.raises(PoiseError, match="another reward model; delete it"):
+        PoolHeads.load(path, "abd", len(heads.mean))
+    with pytest.raises(PoiseError, match="the pool has 5; delete it"):
+        PoolHeads.load(path, "abc", 5)
+    path.write_bytes(b"half a file")
+    with pytest.raises(PoiseError, match=r"cannot read .*delete it"):
+        PoolHeads.load(path, "abc", 5)

@@ -1,0 +1,118 @@
+"""Losses against hand values, finite samples and what theory says of their minima."""
+
+import numpy as np
+import pytest
+import torch
+
+from poise.functional.reward_losses import HEAD_LOSSES, bradley_terry, crps, gaussian_nll, probit_pairs, sampled_mse
+
+
+def test_bradley_terry_by_hand() -> None:
+    chosen, rejected = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])
+    expected = (np.log1p(np.exp(-1)) + 0.01 * 1 + np.log1p(np.exp(2)) + 0.01 * 4) / 2
+    assert bradley_terry(chosen, rejected).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_bradley_terry_sees_differences_only_but_for_centring() -> None:
+    chosen, rejected = torch.tensor([1.0, 0.3]), torch.tensor([0.0, 2.0])
+    assert bradley_terry(chosen + 5, rejected + 5, centring=0.0) == pytest.approx(
+        bradley_terry(chosen, rejected, centring=0.0).item()
+    )
+    assert bradley_terry(chosen + 5, rejected + 5) > bradley_terry(chosen, rejected)
+
+
+def test_sampled_mse_by_hand() -> None:
+    mean, std = torch.tensor([[1.0, 0.0], [2.0, 1.0]]), torch.tensor([[0.5, 1.0], [0.1, 2.0]])
+    noise, target = torch.tensor([[1.0, -1.0], [0.0, 0.5]]), torch.tensor([1.0, 0.0])
+    mask = torch.tensor([[1.0, 1.0], [0.0, 1.0]])
+    # head 0 sees sample 0: (1.5 - 1)^2; head 1 sees both: (-1 - 1)^2 and (2 - 0)^2
+    assert sampled_mse(mean, std, noise, target, mask).item() == pytest.approx(0.25 + (4 + 4) / 2)
+
+
+def test_sampled_mse_expectation_is_squared_error_plus_variance() -> None:
+    generator = torch.Generator().manual_seed(0)
+    size = 400_000
+    mean, std = torch.full((size, 1), 0.7), torch.full((size, 1), 1.3)
+    noise = torch.randn(size, 1, generator=generator)
+    value = sampled_mse(mean, std, noise, torch.full((size,), 0.2), torch.ones(size, 1)).item()
+    assert value == pytest.approx(0.5**2 + 1.3**2, rel=5e-3)
+
+
+def test_std_gradient_does_not_see_the_residual() -> None:
+    """Why the std is a coverage counter: in expectation its gradient is 2 std, however wrong the mean is."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(400_000, 1, generator=generator)
+    gradients = []
+    for residual in (0.0, 5.0):
+        std = torch.tensor([[0.8]], requires_grad=True)
+        mean = torch.full_like(noise, residual)
+        loss = sampled_mse(mean, std.expand_as(noise), noise, torch.zeros(len(noise)), torch.ones_like(noise))
+        gradients.append(torch.autograd.grad(loss, std)[0].item())
+    assert gradients == pytest.approx([1.6, 1.6], rel=3e-2)
+
+
+def test_heads_see_only_their_shard() -> None:
+    mean = torch.zeros(4, 2, requires_grad=True)
+    mask = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    sampled_mse(mean, torch.ones(4, 2), torch.zeros(4, 2), torch.ones(4), mask).backward()
+    assert mean.grad is not None
+    assert ((mean.grad != 0) == mask.bool()).all()
+
+
+def column(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64).unsqueeze(-1)
+
+
+def test_gaussian_nll_against_scipy() -> None:
+    from scipy.stats import norm
+
+    mean, std, target = column(0.3, -1.0), column(0.5, 2.0), torch.tensor([1.0, 0.2], dtype=torch.float64)
+    expected = -norm.logpdf(target.numpy(), mean[:, 0].numpy(), std[:, 0].numpy()).mean()
+    value = gaussian_nll(mean, std, torch.zeros_like(mean), target, torch.ones_like(mean))
+    assert value.item() == pytest.approx(expected)
+
+
+def test_crps_against_its_definition() -> None:
+    """CRPS = E|X - y| - E|X - X'| / 2, by Monte Carlo."""
+    generator = np.random.default_rng(0)
+    for mu, sigma, y in ((0.0, 1.0, 0.5), (-1.0, 0.3, 1.0), (2.0, 3.0, 2.0)):
+        x, other = mu + sigma * generator.standard_normal((2, 400_000))
+        expected = np.abs(x - y).mean() - np.abs(x - other).mean() / 2
+        target = torch.tensor([y], dtype=torch.float64)
+        value = crps(column(mu), column(sigma), column(0.0), target, column(1.0))
+        assert value.item() == pytest.approx(expected, abs=8e-3)
+
+
+def test_probit_pairs_against_monte_carlo() -> None:
+    """Phi(...) is the probability that noisy judgements of two Gaussian rewards come out in this order."""
+    generator = np.random.default_rng(0)
+    better = 0.8 + 0.5 * generator.standard_normal(400_000)
+    worse = 0.1 + 1.2 * generator.standard_normal(400_000)
+    share = (better - worse + generator.standard_normal(400_000) > 0).mean()
+    value = probit_pairs(column(0.8), column(0.5), column(0.1), column(1.2), column(1.0))
+    assert value.item() == pytest.approx(-np.log(share), abs=5e-3)
+
+
+@pytest.mark.parametrize("name", HEAD_LOSSES)
+def test_recovery_of_known_noise(name: str) -> None:
+    """Regions of noise .3 and 2: proper scores recover both stds to 5 %; the sampled MSE's collapses in both."""
+    generator = torch.Generator().manual_seed(0)
+    size = 20_000
+    region = torch.arange(size) % 2
+    spread = torch.tensor([0.3, 2.0])[region]
+    target = torch.tensor([1.0, -1.0])[region] + spread * torch.randn(size, generator=generator)
+    mean, log_std = (torch.zeros(2, requires_grad=True) for _ in range(2))
+    optimiser = torch.optim.Adam([mean, log_std], lr=0.05)
+    for _ in range(400):
+        noise = torch.randn(size, 1, generator=generator)
+        std = log_std.exp()[region].unsqueeze(-1)
+        loss = HEAD_LOSSES[name](mean[region].unsqueeze(-1), std, noise, target, torch.ones(size, 1))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    std = log_std.exp().detach()
+    torch.testing.assert_close(mean.detach(), torch.tensor([1.0, -1.0]), rtol=0, atol=0.06)
+    if name == "sampled_mse":
+        assert (std < torch.tensor([0.1, 0.1])).all()
+    else:
+        torch.testing.assert_close(std, torch.tensor([0.3, 2.0]), rtol=0.05, atol=0)

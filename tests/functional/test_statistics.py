@@ -1,0 +1,250 @@
+"""Metrics against brute force and closed forms."""
+
+import itertools
+
+import numpy as np
+import pytest
+import scipy.stats
+import sklearn.calibration
+import sklearn.metrics
+from hypothesis import given
+from hypothesis import strategies as st
+
+from poise.functional.statistics import (
+    REWARD_BENCH,
+    aurc,
+    auroc,
+    bootstrap_interval,
+    bootstrap_intervals,
+    brier,
+    constant_log_loss,
+    expected_calibration_error,
+    folded,
+    log_loss,
+    picks_chosen,
+    reliability,
+    reward_bench,
+    risk_coverage,
+    spearman,
+    style_matrix,
+    style_scores,
+    t_interval,
+    weighted_auroc,
+)
+
+
+def test_bootstrap_interval_covers_the_mean_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(0)
+    covered = 0
+    for _ in range(300):
+        low, high = bootstrap_interval(generator.normal(size=40), draws=500)
+        covered += low <= 0.0 <= high
+    assert 0.90 <= covered / 300 <= 0.98
+
+
+def test_t_interval_of_few_covers_the_mean_as_often_as_it_says() -> None:
+    low, high = t_interval(np.random.default_rng(0).normal(size=(3, 2000)))
+    assert 0.935 <= ((low <= 0) & (high >= 0)).mean() <= 0.965
+    assert np.isnan(t_interval(np.ones((1, 4)))).all()
+
+
+def test_auroc_by_hand() -> None:
+    assert auroc(np.array([2.0, 3.0]), np.array([1.0, 2.0])) == pytest.approx((1 + 0.5 + 1 + 1) / 4)
+
+
+# ---- probabilities of pairs ----
+
+probabilities = st.lists(st.sampled_from([0.1, 0.25, 0.5, 0.6, 0.75, 0.9, 0.99]), min_size=2, max_size=40)
+
+
+@given(probabilities)
+def test_brier_and_log_loss_are_those_of_scikit_learn(listed: list[float]) -> None:
+    p = np.array(listed)
+    happened = np.arange(len(p)) % 2  # the same events, told the other way round on every second row
+    told = np.where(happened == 1, p, 1 - p)
+    assert brier(p) == pytest.approx(sklearn.metrics.brier_score_loss(happened, told))
+    assert log_loss(p) == pytest.approx(sklearn.metrics.log_loss(happened, told, labels=[0, 1]))
+
+
+def test_constant_log_loss_is_the_lowest_of_any_constant() -> None:
+    constants = np.linspace(0.01, 0.99, 99)
+    losses = [log_loss(np.repeat([c, 1 - c], [7, 3])) for c in constants]
+    assert constants[np.argmin(losses)] == pytest.approx(0.7)
+    assert constant_log_loss(0.7) == pytest.approx(min(losses))
+
+
+def test_a_certain_and_wrong_prediction_loses_everything() -> None:
+    assert log_loss(np.array([1.0, 0.0])) == np.inf
+
+
+def test_reliability_by_hand() -> None:
+    confidence, correct = folded(np.array([0.9, 0.4, 0.8, 0.3, 0.95]))
+    np.testing.assert_allclose(confidence, [0.9, 0.6, 0.8, 0.7, 0.95])
+    bins = reliability(confidence, correct, num_bins=2)
+    np.testing.assert_allclose(bins.confidence, [0.7, 0.925])  # .6 .7 .8 | .9 .95
+    np.testing.assert_allclose(bins.accuracy, [1 / 3, 1.0])
+    assert bins.size.tolist() == [3, 2]
+    assert expected_calibration_error(bins) == pytest.approx(3 / 5 * abs(1 / 3 - 0.7) + 2 / 5 * 0.075)
+
+
+def test_equal_counts_are_those_of_scikit_learns_quantile_bins() -> None:
+    generator = np.random.default_rng(0)
+    confidence = generator.uniform(0.5, 1, 200)
+    correct = (generator.random(200) < confidence).astype(float)
+    accuracy, mean = sklearn.calibration.calibration_curve(correct, confidence, n_bins=10, strategy="quantile")
+    bins = reliability(confidence, correct)
+    np.testing.assert_allclose(bins.confidence, mean, atol=1e-12)
+    np.testing.assert_allclose(bins.accuracy, accuracy, atol=1e-12)
+
+
+def test_one_confidence_for_all_is_one_bin_whatever_the_order_of_rows() -> None:
+    correct = np.array([1.0, 1.0, 1.0, 0.0])
+    bins = reliability(np.full(4, 0.6), correct, num_bins=2)
+    assert bins.accuracy.tolist() == [0.75, 0.75]
+    assert expected_calibration_error(bins) == pytest.approx(0.15)
+    assert reliability(np.array([0.7]), np.array([1.0])).size.tolist() == [1]  # no empty bins
+
+
+def test_calibration_error_of_perfect_probabilities_is_as_small_as_the_docstring_says() -> None:
+    generator = np.random.default_rng(0)
+    errors = []
+    for _ in range(50):
+        confidence = generator.uniform(0.5, 1, 1000)
+        correct = (generator.random(1000) < confidence).astype(float)
+        errors.append(expected_calibration_error(reliability(confidence, correct)))
+    assert np.mean(errors) == pytest.approx(np.sqrt(10 / 1000) / 3, rel=0.15)
+
+
+# ---- uncertainties ----
+
+rows = st.lists(st.tuples(st.sampled_from([0.0, 0.5, 1.0]), st.integers(0, 3)), min_size=1, max_size=6)
+
+
+@given(rows)
+def test_risk_coverage_is_the_average_over_every_order_of_ties(listed: list[tuple[float, int]]) -> None:
+    correct, uncertainty = np.array([c for c, _ in listed]), np.array([float(u) for _, u in listed])
+    orders = [
+        order for order in itertools.permutations(range(len(listed))) if (np.diff(uncertainty[list(order)]) >= 0).all()
+    ]
+    kept = np.arange(1, len(listed) + 1)
+    expected = np.mean([np.cumsum(1 - correct[list(order)]) / kept for order in orders], axis=0)
+    coverage, risk = risk_coverage(correct, uncertainty)
+    np.testing.assert_allclose(coverage, kept / len(listed))
+    np.testing.assert_allclose(risk, expected, atol=1e-12)
+    assert aurc(correct, uncertainty, np.ones((1, len(listed))))[0] == pytest.approx(expected.mean())
+
+
+@given(rows, st.integers(0, 1000))
+def test_area_and_auroc_of_a_resample_are_those_of_its_rows_written_out(
+    listed: list[tuple[float, int]], seed: int
+) -> None:
+    correct, uncertainty = np.array([c for c, _ in listed]), np.array([float(u) for _, u in listed])
+    counts = np.random.default_rng(seed).integers(0, 4, size=(3, len(listed))).astype(float)
+    counts[:, 0] += 1
+    areas, curves = aurc(correct, uncertainty, counts), weighted_auroc(1 - correct, uncertainty, counts)
+    for times, area, curve in zip(counts.astype(int), areas, curves, strict=True):
+        some_correct, some_uncertainty = np.repeat(correct, times), np.repeat(uncertainty, times)
+        assert area == pytest.approx(risk_coverage(some_correct, some_uncertainty)[1].mean())
+        # Half a wrong pair and half a right one: every row twice, as one of each.
+        wrong = np.concatenate([some_correct < 1, some_correct == 0])
+        if wrong.all() or not wrong.any():
+            assert np.isnan(curve)
+        else:
+            both = np.tile(some_uncertainty, 2)
+            assert curve == pytest.approx(auroc(both[wrong], both[~wrong]))
+            assert curve == pytest.approx(sklearn.metrics.roc_auc_score(wrong, both))
+
+
+def test_an_uncertainty_that_knows_nothing_has_the_error_rate_as_its_area() -> None:
+    correct = np.array([1.0, 1.0, 0.0, 1.0, 0.0])
+    assert aurc(correct, np.zeros(5), np.ones((1, 5)))[0] == pytest.approx(0.4)
+    assert aurc(correct, 1 - correct, np.ones((1, 5)))[0] == pytest.approx((0 + 0 + 0 + 1 / 4 + 2 / 5) / 5)
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=2, max_size=30))
+def test_spearman_is_that_of_scipy(listed: list[tuple[int, int]]) -> None:
+    one, other = (np.array(values, dtype=float) for values in zip(*listed, strict=True))
+    if np.ptp(one) == 0 or np.ptp(other) == 0:
+        assert np.isnan(spearman(one, other))
+    else:
+        assert spearman(one, other) == pytest.approx(scipy.stats.spearmanr(one, other).statistic)
+
+
+def test_bootstrap_intervals_agree_with_the_plain_bootstrap_and_are_paired() -> None:
+    values = np.random.default_rng(0).normal(size=200)
+
+    def means(counts: np.ndarray) -> np.ndarray:
+        mean = counts @ values / counts.sum(-1)
+        return np.stack([mean, mean - mean, np.full(len(mean), np.nan)], -1)
+
+    (low, high), difference, unknown = bootstrap_intervals(means, np.arange(200), draws=4000)
+    assert (low, high) == pytest.approx(bootstrap_interval(values), abs=0.01)
+    assert difference.tolist() == [0.0, 0.0]
+    assert np.isnan(unknown).all()
+
+
+def test_rows_of_one_unit_are_drawn_together() -> None:
+    values = np.random.default_rng(0).normal(size=50)
+
+    def mean(counts: np.ndarray) -> np.ndarray:
+        return (counts @ np.repeat(values, 4) / counts.sum(-1))[:, None]
+
+    together = bootstrap_intervals(mean, np.repeat(np.arange(50), 4), draws=4000)[0]
+    apart = bootstrap_intervals(mean, np.arange(200), draws=4000)[0]
+    assert tuple(together) == pytest.approx(bootstrap_interval(values), abs=0.02)
+    assert np.ptp(together) == pytest.approx(2 * np.ptp(apart), rel=0.1)  # four copies of a value are one value
+
+
+# ---- benchmarks ----
+
+# The benchmark's own weights: a section's score is the mean of its subsets weighted so (984 = 6 * 164).
+REWARD_BENCH_COUNTS = {
+    "alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28, "mt-bench-med": 40,
+    "mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134, "llmbar-adver-GPTInst": 92,
+    "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46, "refusals-dangerous": 100, "refusals-offensive": 100,
+    "xstest-should-refuse": 154, "xstest-should-respond": 250, "donotanswer": 136, "math-prm": 984,
+    "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164, "hep-python": 164, "hep-rust": 164,
+}  # fmt: skip
+
+
+def test_reward_bench_sections_have_the_benchmarks_weights() -> None:
+    accuracy = dict(zip(REWARD_BENCH_COUNTS, np.random.default_rng(0).random(23), strict=True))
+    scores = reward_bench(accuracy, REWARD_BENCH_COUNTS | {"math-prm": 447})  # 447 pairs, weighted as 984
+    assert list(scores) == ["Chat", "Chat Hard", "Safety", "Reasoning"]
+    assert sum(len(members) for members in REWARD_BENCH.values()) == len(REWARD_BENCH_COUNTS)
+    for section, members in REWARD_BENCH.items():
+        weights = [REWARD_BENCH_COUNTS[name] for name in members]
+        assert scores[section] == pytest.approx(np.average([accuracy[name] for name in members], weights=weights))
+
+
+def test_reward_bench_by_hand_with_parts_missing() -> None:
+    accuracy = {"math-prm": 0.9, "hep-cpp": 0.5, "hep-go": 0.8, "donotanswer": 0.25}
+    count = {"math-prm": 1, "hep-cpp": 100, "hep-go": 50, "donotanswer": 4}
+    assert reward_bench(accuracy, count) == pytest.approx({"Safety": 0.25, "Reasoning": (0.9 + 0.6) / 2})
+    assert reward_bench({"math-prm": 0.9}, count) == {"Reasoning": pytest.approx(0.9)}
+    assert reward_bench({"mine": 0.9}, {"mine": 3}) == {}
+
+
+def test_a_model_that_pays_for_style_alone_is_easy_to_be_right_with_and_always_wrong_on_hard() -> None:
+    style = np.array([[0.0, 1.0, 2.0]])  # concise, detailed, detailed with markdown
+    matrix = style_matrix(style, style)
+    assert matrix.tolist() == [[0.5, 0.0, 0.0], [1.0, 0.5, 0.0], [1.0, 1.0, 0.5]]
+    assert style_scores(matrix) == {"easy": 1.0, "normal": 0.5, "hard": 0.0, "mean": 0.5}
+
+
+def test_style_matrix_by_hand() -> None:
+    chosen, rejected = np.array([[5.0, 1.0, 2.0], [0.0, 9.0, 3.0]]), np.array([[1.0, 3.0, 4.0], [1.0, 2.0, 3.0]])
+    expected = [[0.5, 0.5, 0.5], [0.75, 0.5, 0.5], [1.0, 0.5, 0.25]]
+    assert style_matrix(chosen, rejected).tolist() == expected
+    scores = style_scores(np.array(expected))
+    assert scores["hard"] == pytest.approx(0.5)  # [0,1], [0,2] and [1,2]: the rejected text is the fancier
+    assert scores["easy"] == pytest.approx(2.25 / 3)
+    assert scores["normal"] == pytest.approx(1.25 / 3)
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 100))
+def test_picking_from_a_set_at_random_is_right_as_often_as_chance(m: int, n: int, seed: int) -> None:
+    assert picks_chosen(np.zeros(m), np.zeros(n)) == pytest.approx(m / (m + n))
+    scores = np.random.default_rng(seed).integers(0, 3, m + n).astype(float)
+    best = np.flatnonzero(scores == scores.max())
+    assert picks_chosen(scores[:m], scores[m:]) == pytest.approx(np.mean(best < m))

@@ -1,0 +1,406 @@
+"""Contracts with real TRL trainers: rewards as scored by hand, logs that average right, runs that survive a kill."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+import trl
+from safetensors.torch import load_file
+
+from poise.data.preferences import Sample
+from poise.errors import PoiseError
+from poise.functional.monitor import Monitor, MonitorConfig
+from poise.integrations import trl_reward as adapter
+from poise.integrations.trl_reward import MonitorCallback, RobustReward, as_sample, policy_metrics
+from poise.integrations.trl_trainers import TrlSettings, steps_kept, train
+from poise.models.loading import load_policy
+from poise.models.scorer import Scorer
+from poise.reward.trunk_training import latest_checkpoint
+
+PROMPTS = [f"Review the {thing}." for thing in ("film", "phone", "pan", "kettle")]
+TEXTS = ["a good film", "bad", "it is fine , really", "awful awful"]
+TRAINERS = {"rloo": (trl.RLOOTrainer, trl.RLOOConfig), "grpo": (trl.GRPOTrainer, trl.GRPOConfig)}
+TRL_SETS_A_DEPRECATED_DEFAULT = pytest.mark.filterwarnings(
+    "ignore:`gradient_checkpointing` is deprecated:FutureWarning"
+)
+
+
+@pytest.fixture(scope="session")
+def reward_run(tiny_model: str, train_tiny_reward: Callable[[str], Path]) -> str:
+    return str(train_tiny_reward(tiny_model))
+
+
+def heads_of(folder: str, prompts: list[Any], texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(means, stds), (N, K)."""
+    heads = Scorer.load(folder)([Sample(prompt, text) for prompt, text in zip(prompts, texts, strict=True)])
+    return heads.mean.double().numpy(), heads.std.double().numpy()
+
+
+def tradeoff(mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+    """0.4 * nominal + 0.6 * worst case."""
+    return 0.4 * mean[np.arange(len(mean)), std.argmin(1)] + 0.6 * mean.min(1)
+
+
+def by_hand(mean: np.ndarray, std: np.ndarray, first: slice = slice(None)) -> np.ndarray:
+    """Rewards, standardised on the rows `first`."""
+    combined = tradeoff(mean - mean[first].mean(0), std)
+    return (combined - combined[first].mean()) / combined[first].std(ddof=1)
+
+
+def text_of(completion: Any) -> str:
+    return (completion if isinstance(completion, str) else completion[0]["content"]) or "."
+
+
+# ---- the reward alone ----
+
+
+def test_rewards_by_hand(reward_run: str) -> None:
+    reward = RobustReward.load(reward_run, "tradeoff(0.4)")
+    first = reward(prompts=PROMPTS, completions=TEXTS)
+    other = reward(prompts=PROMPTS, completions=TEXTS[::-1])  # the scale is that of the first call
+    expected = by_hand(*heads_of(reward_run, PROMPTS * 2, TEXTS + TEXTS[::-1]), slice(0, 4))
+    np.testing.assert_allclose(first + other, expected, atol=1e-5)
+    assert np.std(first, ddof=1) == pytest.approx(1, abs=1e-5)
+
+
+def test_conversations_count_as_the_text_they_hold(reward_run: str) -> None:
+    asked = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    told = [[{"role": "assistant", "content": text}] for text in TEXTS]
+    one, other = (RobustReward.load(reward_run)(p, c) for p, c in ((PROMPTS, TEXTS), (asked, told)))
+    assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_completions_of_several_turns() -> None:
+    asked = [{"role": "user", "content": "2 + 2?"}]
+    called = [{"role": "assistant", "content": "adding"}, {"role": "tool", "content": "4"}]
+    answer = {"role": "assistant", "content": "four"}
+    assert as_sample(asked, [*called, answer]) == Sample([*asked, *called], "four")
+    assert as_sample("2 + 2?", [answer]) == Sample("2 + 2?", "four")
+    assert as_sample("2 + 2?", "  ") == Sample("2 + 2?", ".")
+    with pytest.raises(PoiseError, match="must end in text by the assistant"):
+        as_sample(asked, called)
+
+
+def test_a_pickled_copy_gives_the_same_rewards(reward_run: str) -> None:
+    reward = RobustReward.load(reward_run, "lower_confidence(1)")
+    expected = reward(PROMPTS, TEXTS)
+    kept = pickle.dumps(reward)
+    assert len(kept) < 2000  # settings and scale, no weights
+    copy = pickle.loads(kept)
+    assert copy(PROMPTS[:2], TEXTS[:2]) == pytest.approx(expected[:2], abs=1e-5)
+    fresh = pickle.loads(pickle.dumps(RobustReward.load(reward_run, "lower_confidence(1)")))
+    assert fresh(PROMPTS, TEXTS) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_scale_is_kept_in_its_file(reward_run: str, tmp_path: Path) -> None:
+    file = str(tmp_path / "scale.json")
+    later = SimpleNamespace(global_step=7)
+    with pytest.raises(PoiseError, match=r"from step 7.*scale="):
+        RobustReward.load(reward_run)(PROMPTS, TEXTS, trainer_state=later)
+    with pytest.raises(PoiseError, match="from step 7"):
+        RobustReward.load(reward_run, scale=file)(PROMPTS, TEXTS, trainer_state=later)
+    first = RobustReward.load(reward_run, scale=file, ceiling=0.5)
+    expected = first(PROMPTS, TEXTS)
+    assert max(expected) == 0.5
+    again = RobustReward.load(reward_run, scale=file, ceiling=0.5)
+    assert again(PROMPTS[2:], TEXTS[2:], trainer_state=later) == pytest.approx(expected[2:], abs=1e-5)
+    assert again.fitted == first.fitted
+    with pytest.raises(PoiseError, match=r"tradeoff\(0.4\) of 5 heads from -inf to 0.5, not of worst_case"):
+        RobustReward.load(reward_run, "worst_case", scale=file)(PROMPTS, TEXTS)
+    Path(file).write_text("[1]")
+    with pytest.raises(PoiseError, match="does not hold the scale"):
+        RobustReward.load(reward_run, scale=file)(PROMPTS, TEXTS)
+
+
+def test_what_is_no_reward_model_of_ours_is_refused(tiny_model: str, reward_run: str, tmp_path: Path) -> None:
+    config = transformers.AutoConfig.from_pretrained(tiny_model, num_labels=3)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(PoiseError, match="3 labels and no `poise` block"):
+        RobustReward.load(str(tmp_path))
+    with pytest.raises(PoiseError, match="unknown objective"):
+        RobustReward.load(reward_run, "best")
+
+
+# ---- in a script of TRL's own ----
+
+
+def own_script(
+    algorithm: str, reward: RobustReward, model: str, folder: Path, rows: list[Any], **arguments: Any
+) -> Any:
+    """A trainer as a user of TRL would write it."""
+    trainer_class, config_class = TRAINERS[algorithm]
+    settings = {
+        "per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 6, "learning_rate": 1e-3,
+        "max_steps": 2, "logging_steps": 1, "use_cpu": True, "bf16": False, "gradient_checkpointing": False,
+        "report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": False, "save_strategy": "no",
+    }  # fmt: skip
+    policy, tokenizer = load_policy(model)
+    trainer = trainer_class(
+        model=policy, processing_class=tokenizer, reward_funcs=[reward],
+        args=config_class(output_dir=str(folder), **{**settings, **arguments}),
+        train_dataset=datasets.Dataset.from_list([{"prompt": row} for row in rows]),
+    )  # fmt: skip
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+@TRL_SETS_A_DEPRECATED_DEFAULT
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
+@pytest.mark.parametrize("kind", ["standard", "conversational"])
+def test_trl_trains_on_the_rewards_scored_by_hand(
+    algorithm: str, kind: str, tiny_model: str, reward_run: str, tmp_path: Path
+) -> None:
+    reward = RobustReward.load(reward_run)
+    rows = PROMPTS if kind == "standard" else [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    trainer = own_script(algorithm, reward, tiny_model, tmp_path, rows, beta=0.0)
+    batches = []
+
+    class Keep(transformers.TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            logs = trainer._logs  # what TRL gathered from all processes: the last batch
+            columns = (logs["prompt"], logs["completion"], logs["rewards"]["RobustReward"])
+            batches.append([list(column) for column in (*columns, logs["extra"]["nominal_head"])])
+
+    trainer.add_callback(Keep())
+    trainer.train()
+    assert [len(batch[0]) for batch in batches] == [8, 8]
+    prompts, completions, rewards, routed = ([*one, *two] for one, two in zip(*batches, strict=True))
+    mean, std = heads_of(reward_run, prompts, [text_of(completion) for completion in completions])
+    np.testing.assert_allclose(rewards, by_hand(mean, std, slice(0, 8)), atol=1e-5)
+    assert routed == std.argmin(1).tolist()
+
+    centred = mean - mean[:8].mean(0)
+    second = [row for row in trainer.state.log_history if "reward" in row][1]
+    nominal = centred[np.arange(16), std.argmin(1)]
+    assert second["reward"] == pytest.approx(np.mean(rewards[8:]), abs=1e-5)
+    assert second["rewards/RobustReward/mean"] == second["reward"]
+    for name, values in {
+        "nominal": nominal, "worst_case": centred.min(1), "gap": nominal - centred.min(1), "routing_std": std.min(1),
+        "disagreement": centred.std(1), "head_3": centred[:, 3],
+    }.items():  # fmt: skip
+        assert second[f"poise/{name}"] == pytest.approx(values[8:].mean(), abs=1e-5), name
+    halves = [np.bincount(std[part].argmin(1)).max() for part in (slice(8, 12), slice(12, 16))]  # two prompts of four
+    assert second["poise/switches"] == pytest.approx(1 - sum(halves) / 8)
+
+
+@TRL_SETS_A_DEPRECATED_DEFAULT
+def test_logs_average_over_accumulation_and_generation_batches(
+    tiny_model: str, reward_run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two updates of two accumulated batches a generation, two generations a log line: a plain mean of both."""
+    said: list[dict[str, float]] = []
+
+    def recorded(*arguments: Any) -> dict[str, float]:
+        said.append(original(*arguments))
+        return said[-1]
+
+    original = adapter.statistics
+    monkeypatch.setattr(adapter, "statistics", recorded)
+    trainer = own_script(
+        "grpo", RobustReward.load(reward_run), tiny_model, tmp_path, PROMPTS, per_device_train_batch_size=2,
+        gradient_accumulation_steps=2, steps_per_generation=4, max_steps=4, logging_steps=4,
+    )  # fmt: skip
+    trainer.train()
+    assert len(said) == 2
+    assert said[0]["gap"] != said[1]["gap"]
+    (row,) = (row for row in trainer.state.log_history if "reward" in row)
+    for name in ("nominal", "gap", "disagreement", "switches", "variety", "head_0"):
+        assert row[f"poise/{name}"] == pytest.approx((said[0][name] + said[1][name]) / 2, abs=1e-6), name
+
+
+TWO_PROCESSES = """
+import json, os, sys
+from pathlib import Path
+import datasets, torch, transformers, trl
+torch.set_num_threads(1)
+from poise.integrations.trl_reward import RobustReward
+from poise.models.loading import load_policy
+model, reward_model, folder = sys.argv[1:]
+reward = RobustReward.load(reward_model, scale=folder + "/scale.json")
+coupled = RobustReward.load(reward_model, "expected_tradeoff(0.4)", scale=folder + "/coupled.json")
+calls = []
+def recorded(prompts, completions, **columns):
+    rewards = reward(prompts, completions, **columns)
+    calls.append((prompts, completions, rewards, coupled(prompts, completions)))
+    return rewards
+policy, tokenizer = load_policy(model)
+arguments = trl.GRPOConfig(
+    output_dir=folder, per_device_train_batch_size=4, num_generations=8, max_completion_length=6, max_steps=2,
+    logging_steps=1, learning_rate=1e-3, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
+    disable_tqdm=True, save_strategy="no",
+)
+rows = datasets.Dataset.from_list([{"prompt": f"Review the {thing}."} for thing in ("film", "phone")])
+trainer = trl.GRPOTrainer(policy, recorded, args=arguments, train_dataset=rows, processing_class=tokenizer)
+trainer.train()
+logged = [row for row in trainer.state.log_history if "reward" in row]
+Path(folder, os.environ["RANK"] + ".json").write_text(json.dumps([calls, logged]))
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_give_the_rewards_of_one(tiny_model: str, reward_run: str, tmp_path: Path) -> None:
+    """Each prompt's completions lie on both processes, and one of the objectives couples all of a batch."""
+    coupled = RobustReward.load(reward_run, "expected_tradeoff(0.4)", scale=str(tmp_path / "coupled.json"))
+    coupled(PROMPTS, TEXTS)
+    (tmp_path / "script.py").write_text(TWO_PROCESSES)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*launch, str(tmp_path / "script.py"), tiny_model, reward_run, str(tmp_path)],
+        capture_output=True, text=True, check=False, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (first, logged), (second, _) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert len(first) == len(second) == len(logged) == 2
+    one = RobustReward.load(reward_run)
+    for row, here, there in zip(logged, first, second, strict=True):
+        prompts, completions, rewards, in_batch = ([*a, *b] for a, b in zip(here, there, strict=True))
+        assert len(set(prompts)) == 1
+        assert rewards == pytest.approx(one(prompts, completions), abs=1e-5)
+        assert in_batch == pytest.approx(coupled(prompts, completions), abs=1e-5)
+        assert row["reward"] == pytest.approx(np.mean(rewards), abs=1e-5)
+        assert one.last is not None
+        routed = one.last.heads.std.argmin(1).tolist()
+        assert row["poise/switches"] == pytest.approx(1 - max(map(routed.count, routed)) / 8)
+    saved = json.loads((tmp_path / "scale.json").read_text())
+    assert one.fitted is not None
+    assert saved["head_baseline"] == pytest.approx(one.fitted.head_baseline, abs=1e-5)
+
+
+# ---- as poise train-policy runs it ----
+
+
+def settings(algorithm: str = "rloo", **changes: Any) -> TrlSettings:
+    values = {
+        "kl_coef": 0.05, "num_steps": 3, "prompts_per_step": 2, "completions_per_prompt": 4, "max_tokens": 6,
+        "learning_rate": 1e-2, "num_epochs": 2, "num_minibatches": 2, "clip": 0.2, "max_grad_norm": 1.0,
+        "adapted_layers": 2, "lora_rank": 4, "save_every": 2, "seed": 0,
+    }  # fmt: skip
+    return TrlSettings(algorithm=algorithm, **{**values, **changes})  # type: ignore[arg-type]
+
+
+def run(
+    how: TrlSettings, model: str, reward: str, folder: Path, stop_at: int = -1, **more: Any
+) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+
+    def on_step(row: dict[str, Any]) -> None:
+        if row["step"] == stop_at:
+            raise KeyboardInterrupt
+        rows.append(row)
+
+    train(how, RobustReward.load(reward), *load_policy(model), PROMPTS, folder, on_step, **more)
+    return rows
+
+
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
+def test_a_run_and_one_that_was_interrupted(algorithm: str, tiny_model: str, reward_run: str, tmp_path: Path) -> None:
+    how = settings(algorithm)
+    whole = run(how, tiny_model, reward_run, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(how, tiny_model, reward_run, tmp_path / "again", stop_at=2)
+    assert steps_kept(how, tmp_path / "again") == 2
+    after = run(how, tiny_model, reward_run, tmp_path / "again")
+    assert after == whole[2:]
+    reward = RobustReward.load(reward_run)
+    train(how, reward, *load_policy(tiny_model), PROMPTS, tmp_path / "again", pytest.fail)  # nothing left to do
+    assert reward.fitted is not None
+    one, other = (load_file(tmp_path / name / "policy" / "adapter_model.safetensors") for name in ("whole", "again"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    checkpoint = latest_checkpoint(tmp_path / "whole" / "trainer")
+    assert checkpoint is not None
+    assert checkpoint.name == "checkpoint-12"  # 3 steps of 2 epochs of 2 minibatches
+    assert {path.suffix for path in checkpoint.iterdir()} == {".safetensors", ".json", ".md"}  # nothing pickled
+
+    assert [row["step"] for row in whole] == [0, 1, 2]
+    expected = {
+        "step", "reward", "reward_std", "kl", "entropy", "tokens", "ended", "heads", "nominal", "worst_case", "gap",
+        "disagreement", "routing_std", "switches", "repetition", "variety", "truncated", "policy_loss", "grad_norm",
+        "clipped", "samples",
+    }  # fmt: skip
+    assert all(row.keys() == expected for row in whole)
+    for row in whole:
+        assert len(row["samples"]) == 8
+        assert len({json.dumps(sample["prompt"]) for sample in row["samples"]}) == 2
+        assert np.mean([sample["reward"] for sample in row["samples"]]) == pytest.approx(row["reward"], abs=1e-6)
+        assert row["gap"] == pytest.approx(row["nominal"] - row["worst_case"], abs=1e-5)
+    if algorithm == "rloo":
+        assert whole[0]["kl"] == 0  # estimated when it samples, before any update
+    assert whole[2]["kl"] > 0
+    policy, _ = load_policy(tiny_model)
+    adapted = peft.PeftModel.from_pretrained(policy, str(tmp_path / "whole" / "policy"))
+    names = {name.split(".")[4] for name in adapted.state_dict() if "lora_B" in name}
+    assert names == {"1", "2"}  # the upper two of three layers
+
+
+def test_the_kl_coefficient_holds_the_policy(tiny_model: str, reward_run: str, tmp_path: Path) -> None:
+    """And the KL is known where it is not penalised."""
+    far, near = (
+        run(settings("grpo", kl_coef=kl_coef), tiny_model, reward_run, tmp_path / str(kl_coef))[-1]["kl"]
+        for kl_coef in (0.0, 10.0)
+    )
+    assert far > 0.3
+    assert near < far / 3
+
+
+def test_what_cannot_be_trained_is_one_line(tiny_model: str, reward_run: str, tmp_path: Path) -> None:
+    with pytest.raises(PoiseError, match="must be at least 2"):
+        settings(completions_per_prompt=1)
+    with pytest.raises(PoiseError, match="2 prompts with 4 completions do not divide into --num-minibatches 3"):
+        settings(num_minibatches=3)
+    with pytest.raises(PoiseError, match="4 prompts are fewer"):
+        run(settings(prompts_per_step=5, num_minibatches=1), tiny_model, reward_run, tmp_path)
+    with pytest.raises(PoiseError, match="exceed the model's context of 256"):
+        run(settings(max_tokens=250), tiny_model, reward_run, tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_model: str, reward_run: str, tmp_path: Path) -> None:
+    with pytest.raises(PoiseError, match=r"step 0: the (loss|gradient) is not finite"):
+        run(settings(learning_rate=1e30, save_every=1), tiny_model, reward_run, tmp_path)
+    assert steps_kept(settings(), tmp_path) == 0
+
+
+# ---- logs and the alarm ----
+
+
+def test_names_of_metrics() -> None:
+    logs = {
+        "reward": 1.5, "kl": 0.1, "completions/mean_length": 20.0, "completions/clipped_ratio": 0.25, "entropy": None,
+        "poise/gap": 0.5, **{f"poise/head_{k}": float(k) for k in range(11)},
+    }  # fmt: skip
+    expected = {"reward": 1.5, "tokens": 20.0, "gap": 0.5, "kl": 2.0, "ended": 0.75}
+    assert policy_metrics(logs) == {**expected, "heads": [float(k) for k in range(11)]}
+    assert policy_metrics({"train_runtime": 1.0}) == {}
+
+
+def test_the_alarm_stops_a_run_and_its_state_is_kept(
+    tiny_model: str, reward_run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = MonitorConfig(baseline_steps=2, window=1, limits={"tokens": 1e6, "kl": 1e-6})
+    how = settings(num_steps=4, save_every=1)
+    logging, stopping = MonitorCallback(Monitor(config)), MonitorCallback(Monitor(config), "stop")
+    rows = run(how, tiny_model, reward_run, tmp_path, callbacks=[stopping])
+    assert [row["step"] for row in rows] == [0, 1, 2]  # two steps say what is normal, the third is beyond it
+    assert stopping.reading.score == pytest.approx((2 * rows[2]["kl"]) ** 0.5 * 1e6)
+    assert capsys.readouterr().err.count("signs of over-optimisation") == 1
+
+    checkpoint = latest_checkpoint(tmp_path / "trainer")
+    assert checkpoint is not None
+    saved = json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"]["MonitorCallback"]
+    assert saved["attributes"]["monitor"] == stopping.monitor.state()
+    assert MonitorCallback.from_state(saved).state() == stopping.state()
+    run(how, tiny_model, reward_run, tmp_path, callbacks=[logging])  # goes on where the other stopped
+    assert logging.monitor.state()["steps"] == 4

@@ -1,0 +1,256 @@
+"""The policy's short cuts (kept activations, packed rows, merged adapters) change nothing but speed."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import make_model
+from poise.errors import PoiseError
+from poise.models.loading import load_policy
+from poise.models.policy import Policy, Rollout, _draw, packed_attention, uniforms
+from poise.models.reward_model import load_trunk
+
+PROMPTS = ["Review a film.", [{"role": "user", "content": "And now review a phone, please."}]]
+
+
+def make_policy(model: str, adapted_layers: int, **options: Any) -> Policy:
+    torch.manual_seed(1)
+    policy = Policy(*load_policy(model), adapted_layers=adapted_layers, rank=4, **options)
+    for name, parameter in policy.trained_parameters().items():
+        if "lora_B" in name:  # zero at first: an untrained adapter would hide every mistake
+            torch.nn.init.normal_(parameter, std=0.05)
+        elif policy.tune == "full" and parameter.dim() > 1:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    torch.nn.init.normal_(policy.value_head.weight)
+    return policy
+
+
+def sample(policy: Policy, max_tokens: int = 12, seed: int = 0) -> Rollout:
+    return policy.sample(PROMPTS, uniforms(len(PROMPTS), 3, max_tokens, torch.Generator().manual_seed(seed)))
+
+
+def naive_logprobs(policy: Policy, rollout: Rollout) -> torch.Tensor:
+    """One completion at a time, its prompt before it, no padding, the whole model."""
+    model = policy.model
+    out = torch.zeros_like(rollout.logprob_PMT)
+    for p in range(out.shape[0]):
+        prompt = rollout.prompt_ids_PL[p][rollout.prompt_mask_PL[p].bool()]
+        for m in range(out.shape[1]):
+            length = int(rollout.mask_PMT[p, m].sum())
+            completion = rollout.completion_ids_PMT[p, m, :length]
+            with torch.no_grad():
+                logits = model(input_ids=torch.cat([prompt, completion])[None]).logits[0]
+            logprobs = logits[len(prompt) - 1 : -1].log_softmax(-1)
+            out[p, m, :length] = logprobs.gather(-1, completion[:, None])[:, 0]
+    return out
+
+
+KINDS = [{}, {"tune": "full"}, {"value_trunk": "own"}, {"tune": "full", "value_trunk": "own"}]
+
+
+@pytest.mark.parametrize("adapted_layers", [0, 1, 2])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_logprobs_kept_recomputed_and_naive_agree(any_model: str, adapted_layers: int, kind: dict[str, Any]) -> None:
+    policy = make_policy(any_model, adapted_layers, **kind)
+    rollout = sample(policy)
+    naive = naive_logprobs(policy, rollout)
+    recomputed, values, entropy = policy.evaluate(rollout)
+    assert entropy is None
+    torch.testing.assert_close(rollout.logprob_PMT, naive, rtol=0, atol=2e-5)
+    torch.testing.assert_close(recomputed * rollout.mask_PMT, naive, rtol=0, atol=2e-5)
+    torch.testing.assert_close(values * rollout.mask_PMT, rollout.value_PMT, rtol=0, atol=2e-5)
+    # and the reference is the model as it was loaded
+    fresh = Policy(*load_policy(any_model), adapted_layers=adapted_layers, rank=4)
+    reference = policy.reference_logprobs(rollout) * rollout.mask_PMT
+    torch.testing.assert_close(reference, naive_logprobs(fresh, rollout), rtol=0, atol=2e-5)
+    assert (reference - naive).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_what_is_trained_and_what_it_moves(tiny_model: str, kind: dict[str, Any]) -> None:
+    policy = make_policy(tiny_model, 1, **kind)
+    rollout = sample(policy)
+    policy.evaluate(rollout).logprob.sum().backward()
+    moved = {name for name, p in policy.trained_parameters().items() if p.grad is not None and p.grad.abs().max() > 0}
+    assert moved
+    assert all(name.startswith("model.") and ".layers.2." in name for name in moved)
+    policy.zero_grad()
+    policy.evaluate(rollout).value.sum().backward()
+    moved = {name for name, p in policy.trained_parameters().items() if p.grad is not None and p.grad.abs().max() > 0}
+    own = {name for name in moved if name.startswith("value_model")}
+    assert bool(own) == (kind.get("value_trunk") == "own")
+    assert moved - own == {"value_head.weight", "value_head.bias"}
+
+
+def test_a_reference_shares_what_is_frozen(tiny_model: str) -> None:
+    policy = make_policy(tiny_model, 1, tune="full")
+    mine, kept = (dict(model.named_parameters()) for model in (policy.model, policy._reference[0]))
+    shared = {name for name in mine if mine[name] is kept[name]}
+    assert {name for name in mine if ".layers.2." in name} == mine.keys() - shared
+    assert shared
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_sampling_as_the_reference(tiny_model: str, tune: str) -> None:
+    policy = make_policy(tiny_model, 1, tune=tune)
+    fresh = Policy(*load_policy(tiny_model), adapted_layers=1, rank=4)
+    with policy.as_reference():
+        rollout = sample(policy)
+    assert torch.equal(rollout.completion_ids_PMT, sample(fresh).completion_ids_PMT)
+    assert not torch.equal(rollout.completion_ids_PMT, sample(policy).completion_ids_PMT)
+
+
+def test_entropy_is_that_of_the_distribution(tiny_model: str) -> None:
+    policy = make_policy(tiny_model, 1)
+    rollout = sample(policy, max_tokens=1)
+    entropy = policy.evaluate(rollout, entropy=True).entropy
+    assert entropy is not None
+    ids = rollout.prompt_ids_PL[1][rollout.prompt_mask_PL[1].bool()]
+    probability = policy.model(input_ids=ids[None]).logits[0, -1].softmax(-1)
+    assert entropy[1, 0, 0].item() == pytest.approx(-(probability * probability.log()).sum().item(), abs=1e-4)
+
+
+def test_capped_logits_are_seen(tmp_path: Path, tiny_model: str) -> None:
+    capped = make_policy(make_model(tmp_path, "gemma2"), 0)
+    rollout = sample(capped)
+    assert (capped._plain_head, make_policy(tiny_model, 0)._plain_head) == (False, True)
+    naive = naive_logprobs(capped, rollout)
+    torch.testing.assert_close(rollout.logprob_PMT, naive, rtol=0, atol=2e-5)
+    torch.testing.assert_close(capped.evaluate(rollout).logprob * rollout.mask_PMT, naive, rtol=0, atol=2e-5)
+
+
+def test_one_pass_or_the_whole_table(any_model: str) -> None:
+    """The table is made where entropies are asked for: the same log-probabilities, the same gradient."""
+    policy = make_policy(any_model, 0)
+    rollout = sample(policy)
+    gradients = []
+    for entropy in (False, True):
+        policy.zero_grad()
+        logprob = policy.evaluate(rollout, entropy=entropy).logprob * rollout.mask_PMT
+        logprob.sum().backward()
+        gradients.append([p.grad.clone() for p in policy.trained_parameters().values() if p.grad is not None])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-4)
+    assert policy._plain_head
+
+
+def test_a_completion_does_not_depend_on_what_is_sampled_beside_it(tiny_model: str) -> None:
+    policy = make_policy(tiny_model, 1)
+    numbers = uniforms(2, 3, 12, torch.Generator().manual_seed(0))
+    together = policy.sample(PROMPTS, numbers)
+    alone = policy.sample(PROMPTS[1:], numbers[1:])
+    assert torch.equal(together.completion_ids_PMT[1:], alone.completion_ids_PMT)
+    torch.testing.assert_close(together.logprob_PMT[1:], alone.logprob_PMT, rtol=0, atol=2e-5)
+
+
+def test_tokens_are_drawn_where_the_probabilities_pass_the_number() -> None:
+    logprobs = torch.tensor([[0.5, 0.0, 0.25, 0.25]]).log().expand(5, -1)
+    numbers = torch.tensor([0.0, 0.4999, 0.5001, 0.7501, 0.9999], dtype=torch.float64)
+    assert _draw(logprobs, numbers)[:, 0].tolist() == [0, 0, 2, 3, 3]  # never token 1, which is impossible
+
+
+def test_lower_layers_are_kept_where_they_can_be(any_model: str) -> None:
+    rollout = sample(make_policy(any_model, 1))
+    assert (rollout.hidden_PLH is None) == ("gpt2" in any_model)
+
+
+def test_gradients_of_packed_rows_equal_those_of_single_ones(tiny_model: str) -> None:
+    policy = make_policy(tiny_model, 1)
+    rollout = sample(policy)
+    weight = torch.randn(rollout.mask_PMT.shape, generator=torch.Generator().manual_seed(0)) * rollout.mask_PMT
+    logprob = policy.evaluate(rollout).logprob
+    (logprob * weight).sum().backward()
+    packed = {n: p.grad.clone() for n, p in policy.trained_parameters().items() if p.grad is not None}
+    policy.zero_grad()
+    for p in range(2):
+        prompt = rollout.prompt_ids_PL[p][rollout.prompt_mask_PL[p].bool()]
+        for m in range(3):
+            length = int(rollout.mask_PMT[p, m].sum())
+            ids = torch.cat([prompt, rollout.completion_ids_PMT[p, m, :length]])
+            logprobs = policy.model(input_ids=ids[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            (logprobs.gather(-1, ids[len(prompt) :, None])[:, 0] * weight[p, m, :length]).sum().backward()
+    for name, gradient in packed.items():
+        single = dict(policy.named_parameters())[name].grad
+        if single is not None:
+            torch.testing.assert_close(gradient, single, rtol=1e-4, atol=1e-5)
+
+
+def test_sampling_leaves_the_weights_bitwise_alone(tiny_model: str) -> None:
+    policy = make_policy(tiny_model, 2)
+    before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    sample(policy)
+    after = policy.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_sampling_repeats_with_its_generator(tiny_model: str) -> None:
+    policy = make_policy(tiny_model, 1)
+    one, two, other = sample(policy), sample(policy), sample(policy, seed=1)
+    assert torch.equal(one.completion_ids_PMT, two.completion_ids_PMT)
+    assert not torch.equal(one.completion_ids_PMT, other.completion_ids_PMT)
+
+
+def test_sampled_frequencies_are_the_models_own(tiny_model: str) -> None:
+    policy = make_policy(tiny_model, 1)
+    rollout = policy.sample(["Review a film."], uniforms(1, 4000, 1, torch.Generator().manual_seed(0)))
+    ids = rollout.completion_ids_PMT.flatten()
+    counts = torch.bincount(ids, minlength=policy.model.config.vocab_size) / len(ids)
+    expected = torch.zeros_like(counts)
+    expected[ids] = rollout.logprob_PMT.flatten().exp()
+    assert 0.5 * (counts - expected).abs().sum() < 0.1
+
+
+def test_nothing_follows_the_end_of_turn(tiny_model: str) -> None:
+    policy = make_policy(tiny_model, 1)
+    rollout = policy.sample(PROMPTS, uniforms(2, 64, 24, torch.Generator().manual_seed(0)))
+    ids, mask = rollout.completion_ids_PMT.flatten(0, 1), rollout.mask_PMT.flatten(0, 1)
+    ended = (ids == policy.tokenizer.eos_token_id).any(-1)
+    assert ended.any()
+    for row in ended.nonzero()[:, 0]:
+        end = (ids[row] == policy.tokenizer.eos_token_id).nonzero()[0, 0]
+        assert mask[row].sum() == end + 1
+        assert (ids[row, end + 1 :] == policy.tokenizer.pad_token_id).all()
+
+
+def test_packed_attention_by_hand() -> None:
+    rollout = Rollout(
+        torch.tensor([[0, 5]]), torch.tensor([[0, 1]]), torch.tensor([[[6, 7], [8, 0]]]),
+        torch.tensor([[[1.0, 1.0], [1.0, 0.0]]]), torch.zeros(1, 2, 2), torch.zeros(1, 2, 2), None,
+    )  # fmt: skip
+    sees, positions = packed_attention(rollout)
+    # columns: pad, prompt, a1, a2, b1, padding of b
+    expected = [
+        [1, 0, 0, 0, 0, 0],
+        [0, 1, 0, 0, 0, 0],
+        [0, 1, 1, 0, 0, 0],
+        [0, 1, 1, 1, 0, 0],
+        [0, 1, 0, 0, 1, 0],
+        [1, 0, 0, 0, 0, 1],  # padding sees padding: nothing reads it, and no softmax is over nothing
+    ]
+    assert sees[0].int().tolist() == expected
+    assert positions[0].tolist() == [0, 0, 1, 2, 1, 2]
+
+
+def test_value_head_does_not_move_the_policy(tiny_model: str) -> None:
+    policy = make_policy(tiny_model, 1)
+    policy.evaluate(sample(policy)).value.sum().backward()
+    for name, parameter in policy.trained_parameters().items():
+        assert (parameter.grad is not None) == name.startswith("value_head"), name
+
+
+def test_prompt_beyond_the_context_is_said_in_one_line(tiny_model: str) -> None:
+    policy = make_policy(tiny_model, 1)
+    with pytest.raises(PoiseError, match=r"context of 256.*--max-tokens"):
+        policy.sample(["x" * 400], uniforms(1, 1, 8, torch.Generator()))
+
+
+def test_pickled_weights_are_refused(tiny_model: str, tmp_path: Path) -> None:
+    """A folder with pytorch_model.bin alone: unpickling could run anything."""
+    folder = shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(load_file(f"{tiny_model}/model.safetensors"), folder / "pytorch_model.bin")
+    for load in (load_policy, lambda path: load_trunk(path, 0)):
+        with pytest.raises(PoiseError, match=r"cannot load .*safetensors"):
+            load(str(folder))

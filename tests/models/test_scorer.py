@@ -1,0 +1,255 @@
+"""Reward models: the checkpoint is a stock classifier, and a score does not depend on company or padding."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from poise.data.preferences import Sample
+from poise.errors import PoiseError
+from poise.functional.objectives import HeadRewards
+from poise.models.loading import completion_text, prompt_text
+from poise.models.reward_model import HeadLayout
+from poise.models.scorer import Ensemble, Scorer
+from poise.models.shared_prompt import PADDING, PackedRows, separate_hidden
+
+SAMPLES = [
+    Sample("Review a film.", "A fine film."),
+    Sample("Review.", "bad"),
+    Sample([{"role": "user", "content": "Review a phone that is really great."}], "not really great, not really awful"),
+    Sample("Review a kettle.", "It was the poor kettle of a poor kettle maker, and I love it."),
+]
+
+
+@pytest.fixture(scope="module")
+def reward_run(any_model: str, train_tiny_reward: Callable[[str], Path]) -> Path:
+    return train_tiny_reward(any_model)
+
+
+@pytest.mark.parametrize("name", ["single", "brme", "posterior"])
+def test_score_is_the_same_alone_and_in_any_batch(reward_run: Path, name: str) -> None:
+    scorer = Scorer.load(str(reward_run / name))
+    together = scorer(SAMPLES)
+    for i, sample in enumerate(SAMPLES):
+        for heads in (scorer([sample]), scorer([sample, *SAMPLES[::-1]])):
+            torch.testing.assert_close(heads.mean[0], together.mean[i], rtol=0, atol=1e-5)
+            torch.testing.assert_close(heads.std[0], together.std[i], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_score_is_the_same_with_padding_on_either_side(reward_run: Path, side: str) -> None:
+    scorer = Scorer.load(str(reward_run / "brme"))
+    texts = [[*tokens.prompt, *tokens.completion] for tokens in map(scorer.extract.encode, SAMPLES)]
+    longest = max(map(len, texts)) + 5
+    pad = [longest - len(text) if side == "left" else 0 for text in texts]
+    ids = torch.full((len(texts), longest), scorer.extract.tokenizer.pad_token_id)
+    group, position, last = torch.full_like(ids, PADDING), torch.zeros_like(ids), []
+    for i, text in enumerate(texts):
+        span = slice(pad[i], pad[i] + len(text))
+        ids[i, span], group[i, span], position[i, span] = torch.tensor(text), i, torch.arange(len(text))
+        last.append([i, span.stop - 1])
+    rows = PackedRows(ids, position, group, torch.zeros_like(ids), torch.tensor(last))
+    with torch.no_grad():
+        padded = scorer.decode(separate_hidden(scorer.extract.classifier, rows))
+    torch.testing.assert_close(padded.mean, scorer(SAMPLES).mean, rtol=0, atol=1e-5)
+    torch.testing.assert_close(padded.std, scorer(SAMPLES).std, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "rtol"), [("single", 0.0), ("brme", 0.0), ("posterior", 1e-5)])
+def test_score_is_the_same_whether_or_not_the_prompt_is_shared(
+    reward_run: Path, name: str, rtol: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sixty completions of two prompts, some twice; both prompts in one batch, completions in several.
+
+    rtol: single posterior draws have large weights, and rewards of 5 to 10 in which 1e-5 is the last float32 digits.
+    """
+    monkeypatch.setattr("poise.models.scorer.TOKENS_PER_BATCH", 400)
+    prompts = ["Review a film. " * 3, "Review a phone."]
+    samples = [Sample(prompts[i % 2], f"it is {'very ' * (i % 7)}good {i % 50}") for i in range(60)]
+    scorer = Scorer.load(str(reward_run / name))
+    told: list[int] = []
+    together = scorer(samples, told.append)
+    assert sum(told) == 60
+    for i, sample in enumerate(samples):
+        torch.testing.assert_close(scorer([sample]).mean[0], together.mean[i], rtol=rtol, atol=1e-5)
+        torch.testing.assert_close(scorer([sample]).std[0], together.std[i], rtol=rtol, atol=1e-5)
+
+
+def test_a_shared_prompt_is_read_once(reward_run: Path) -> None:
+    scorer = Scorer.load(str(reward_run / "brme"))
+    samples = [Sample("Review a film. " * 5, f"good {i}") for i in range(8)]
+    lengths = [len(scorer.extract.encode(sample)) for sample in samples]
+    seen: list[int] = []
+    base = scorer.extract.classifier.base_model
+    hook = base.register_forward_pre_hook(
+        lambda _, __, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    assert scorer.extract._shares_prompts
+    seen.clear()
+    scorer(samples)
+    hook.remove()
+    assert sum(seen) < sum(lengths) / 3
+
+
+@pytest.mark.parametrize("name", ["single", "brme", "posterior"])
+def test_checkpoint_is_a_stock_classifier(reward_run: Path, name: str) -> None:
+    """Opened without a line of Poise, its logits decode to the scorer's rewards."""
+    folder = reward_run / name
+    stock = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert stock.config.problem_type == "regression"
+    assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
+    assert stock.config.pad_token_id == tokenizer.pad_token_id
+    assert {path.suffix for path in folder.rglob("*") if path.is_file()} <= {".json", ".safetensors", ".jinja", ".txt"}
+    texts = [prompt_text(tokenizer, s.prompt) + completion_text(tokenizer, s.prompt, s.completion) for s in SAMPLES]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
+    with torch.no_grad():
+        logits = stock(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    block = stock.config.poise
+    heads = HeadLayout(block["num_heads"], block["kind"], tuple(block["offset"]), block["floor"]).decode(logits)
+    scorer = Scorer.load(str(folder))
+    torch.testing.assert_close(heads.mean, scorer(SAMPLES).mean, rtol=0, atol=1e-4)
+    torch.testing.assert_close(heads.std, scorer(SAMPLES).std, rtol=0, atol=1e-4)
+
+
+def test_layout_by_hand() -> None:
+    layout = HeadLayout(2, "gaussian", (1.0, 0.0, 0.5, 0.0), floor=0.1)
+    heads = layout.decode(torch.tensor([3.0, 4.0, 0.5, -50.0]))
+    assert heads.mean.tolist() == [2.0, 4.0]
+    assert heads.std.tolist() == pytest.approx([0.1 + 0.693147, 0.1])
+
+
+def test_any_scalar_classifier_is_a_conventional_reward_model(tiny_model: str, tmp_path: Path) -> None:
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1)
+    model.save_pretrained(tmp_path / "scalar")
+    transformers.AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "scalar")
+    heads = Scorer.load(str(tmp_path / "scalar"))(SAMPLES)
+    assert heads.mean.shape == (4, 1)
+    assert (heads.std == 0).all()
+
+
+def test_long_samples_lose_their_oldest_tokens_and_are_counted(reward_run: Path) -> None:
+    scorer = Scorer.load(str(reward_run / "brme"), max_length=60)
+    long = [Sample("x" * 300 + tail, "good") for tail in ("A", "B")]
+    heads = scorer(long)
+    assert scorer.extract.num_truncated == 2
+    assert not torch.equal(heads.mean[0], heads.mean[1])  # the newest tokens were kept
+    assert scorer([Sample("x", "y" * 200)]).mean.isfinite().all()  # a completion that is too long by itself
+    assert scorer.extract.num_truncated == 3
+
+
+def test_empty_completion_is_refused(reward_run: Path) -> None:
+    with pytest.raises(PoiseError, match="empty completion"):
+        Scorer.load(str(reward_run / "brme"))([Sample("x", " ")])
+
+
+def edited(reward_run: Path, folder: Path, **changes: object) -> str:
+    shutil.copytree(reward_run / "brme", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    return str(folder)
+
+
+def test_checkpoint_without_poise_block(reward_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(PoiseError, match="no `poise` block"):
+        Scorer.load(edited(reward_run, tmp_path / "x", poise=None))
+
+
+def test_heads_that_do_not_fit_the_labels(reward_run: Path, tmp_path: Path) -> None:
+    block = {"num_heads": 4, "kind": "gaussian", "offset": [0.0] * 8}
+    with pytest.raises(PoiseError, match="10 labels but its poise block says 4 gaussian heads, which need 8"):
+        Scorer.load(edited(reward_run, tmp_path / "x", poise=block))
+
+
+def test_truncated_weights_are_one_line(reward_run: Path, tmp_path: Path) -> None:
+    folder = Path(edited(reward_run, tmp_path / "x"))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(PoiseError, match="cannot load"):
+        Scorer.load(str(folder))
+
+
+def test_heads_of_another_checkpoint_share_one_trunk(reward_run: Path) -> None:
+    brme = Scorer.load(str(reward_run / "brme"))
+    shared = brme.with_heads_of(str(reward_run / "single"))(SAMPLES)
+    assert isinstance(shared, HeadRewards)
+    torch.testing.assert_close(shared.mean, Scorer.load(str(reward_run / "single"))(SAMPLES).mean)
+
+
+# ---- ensembles ----
+
+
+@pytest.fixture(scope="module")
+def members(tiny_model: str, train_tiny_reward: Callable[[str], Path]) -> list[str]:
+    run = train_tiny_reward(tiny_model)
+    return [str(run / name) for name in ("single", "posterior", "brme")]
+
+
+def test_an_ensemble_is_its_members_heads_on_one_scale(members: list[str]) -> None:
+    ensemble = Ensemble.fit(members, SAMPLES)
+    heads = ensemble(SAMPLES)
+    assert heads.mean.shape == (4, 1 + 6 + 5) == heads.std.shape
+    assert ensemble.layout.num_heads == 12
+    start = 0
+    for path in members:
+        own = Scorer.load(path)(SAMPLES)
+        part = heads.mean[:, start : start + own.mean.shape[1]]
+        reward = own.mean.mean(-1)
+        torch.testing.assert_close(part, (own.mean - reward.mean()) / reward.std(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            heads.std[:, start : start + own.mean.shape[1]], own.std / reward.std(), rtol=0, atol=1e-4
+        )
+        assert part.mean(-1).std().item() == pytest.approx(1.0, abs=1e-4)  # of its own mean head, on the reference
+        start += own.mean.shape[1]
+
+
+def test_an_ensemble_is_saved_and_found_again(members: list[str], tmp_path: Path) -> None:
+    ensemble = Ensemble.fit(members[:2], SAMPLES)
+    ensemble.save(tmp_path / "both", [str(Path(path).resolve()) for path in members[:2]])
+    loaded = Scorer.load(str(tmp_path / "both"))
+    torch.testing.assert_close(loaded(SAMPLES), ensemble(SAMPLES))
+    assert loaded.extract is not None
+
+
+def test_members_of_one_trunk_share_it(members: list[str]) -> None:
+    ensemble = Ensemble.fit(members, SAMPLES)
+    assert len({id(member.extract) for member in ensemble.members}) == 1
+
+
+def test_what_no_ensemble_can_be_made_of(members: list[str], tmp_path: Path) -> None:
+    with pytest.raises(PoiseError, match="the same reward"):
+        Ensemble.fit(members, [SAMPLES[0], SAMPLES[0]])
+    (tmp_path / "ensemble.json").write_text('{"members": 3}')
+    with pytest.raises(PoiseError, match="not one this version reads"):
+        Scorer.load(str(tmp_path))
+
+
+def test_a_tokenizer_of_another_model_is_refused(reward_run: Path, tmp_path: Path) -> None:
+    folder = Path(edited(reward_run, tmp_path / "x"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<a token the trunk does not know>"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(PoiseError, match="are of different models"):
+        Scorer.load(str(folder))
+
+
+def test_a_model_without_a_padding_token_gets_one(tiny_model: str, tmp_path: Path) -> None:
+    """No pad token at all, and none to spare in the vocabulary: one is added, and scores do not change by it."""
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
+    model.save_pretrained(tmp_path / "with")
+    tokenizer.save_pretrained(tmp_path / "with")
+    tokenizer.pad_token = tokenizer.unk_token = None
+    model.config.pad_token_id = None
+    model.save_pretrained(tmp_path / "without")
+    tokenizer.save_pretrained(tmp_path / "without")
+    scorer = Scorer.load(str(tmp_path / "without"))
+    assert scorer.extract.tokenizer.pad_token_id not in (None, scorer.extract.tokenizer.eos_token_id)
+    torch.testing.assert_close(
+        scorer(SAMPLES).mean, Scorer.load(str(tmp_path / "with"))(SAMPLES).mean, rtol=0, atol=1e-5
+    )

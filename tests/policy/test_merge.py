@@ -1,0 +1,132 @@
+"""Merging: one plain folder that writes what the adapted model writes, and one line for what cannot be merged."""
+
+import json
+import shutil
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from conftest import make_model
+from poise.cli import main as cli
+from poise.models.loading import load_policy
+from poise.models.policy import Policy, Tune
+from poise.policy import merge
+from poise.policy.merge import Config
+
+TOKENS = torch.tensor([[5, 60, 100, 7, 33, 90, 12], [8, 8, 41, 2, 77, 30, 111]])
+
+
+def make_policy(model: str, run: Path, tune: Tune = "lora") -> Path:
+    """RUN/policy as `train-policy` leaves it, its trained weights moved; returns it."""
+    torch.manual_seed(1)
+    policy = Policy(*load_policy(model), adapted_layers=2, rank=4, tune=tune)
+    for parameter in policy.trained_parameters().values():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    policy.save(str(run / "policy"))
+    return run / "policy"
+
+
+def logits(model: transformers.PreTrainedModel | peft.PeftModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(TOKENS).logits
+
+
+def stock(folder: str | Path) -> transformers.PreTrainedModel:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_the_merged_model_writes_as_the_adapted_one(any_model: str, tmp_path: Path) -> None:
+    policy = make_policy(any_model, tmp_path / "run")
+    folder = merge.run(Config(str(tmp_path / "run"), str(tmp_path / "merged")))
+    adapted = logits(peft.PeftModel.from_pretrained(stock(any_model), str(policy)))
+    merged = stock(folder)
+    torch.testing.assert_close(logits(merged), adapted, rtol=0, atol=1e-5)
+    assert (adapted - logits(stock(any_model))).abs().max() > 0.1  # there was something to fold in
+
+    assert not (folder / "adapter_config.json").exists()
+    assert {path.suffix for path in folder.iterdir()} <= {".json", ".safetensors", ".jinja"}
+    assert str(Path(any_model).parent) not in (folder / "config.json").read_text()
+    before, after = (transformers.AutoTokenizer.from_pretrained(path) for path in (policy, folder))
+    assert before.get_vocab() == after.get_vocab()
+    assert before.chat_template == after.chat_template
+    assert after.pad_token_id == merged.config.pad_token_id != after.eos_token_id
+
+
+def test_a_weight_is_rounded_once(tiny_model: str, tmp_path: Path) -> None:
+    """bfloat16 stays bfloat16, and W + (alpha / r) B A is summed before it is rounded; alpha is 2 r."""
+    base = tmp_path / "half"
+    shutil.copytree(tiny_model, base)
+    stock(tiny_model).bfloat16().save_pretrained(base)
+    policy = make_policy(str(base), tmp_path / "run")
+    folder = merge.run(Config(str(policy), str(tmp_path / "merged")))  # the policy folder itself is as good
+    adapters, merged = load_file(policy / "adapter_model.safetensors"), load_file(folder / "model.safetensors")
+    before, name = load_file(base / "model.safetensors"), "model.layers.2.mlp.up_proj"
+    a, b = (adapters[f"base_model.model.{name}.lora_{part}.weight"].float() for part in "AB")
+    expected = (before[f"{name}.weight"].float() + 2.0 * b @ a).bfloat16()
+    assert merged[f"{name}.weight"].dtype == torch.bfloat16
+    torch.testing.assert_close(merged[f"{name}.weight"], expected, rtol=0, atol=0)
+    untouched = "model.layers.0.mlp.up_proj.weight"  # below the adapted layers
+    assert torch.equal(merged[untouched], before[untouched])
+
+
+def test_a_policy_without_adapters_is_copied(
+    tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = make_policy(tiny_model, tmp_path / "run", tune="full")
+    folder = merge.run(Config(str(tmp_path / "run"), str(tmp_path / "merged")))
+    assert "is a whole model, there is nothing to fold: copied to" in " ".join(capsys.readouterr().err.split())
+    copied, original = ({p.name: p.read_bytes() for p in path.iterdir()} for path in (folder, policy))
+    assert copied == original
+    assert "model.safetensors" in copied
+    assert torch.equal(logits(stock(folder)), logits(stock(policy)))
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(
+    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    target, run = tmp_path / "out" / "merged", tmp_path / "run"
+
+    def said(path: Path = run, output: Path = target) -> str:
+        assert cli.main(["merge", str(path), "--output", str(output)]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1, lines
+        assert not list(tmp_path.glob("out/*")) + list(tmp_path.glob("out/.*"))
+        return lines[0]
+
+    assert "holds no policy; name a finished `poise train-policy` run" in said(tmp_path / "nowhere")
+    policy = make_policy(tiny_model, run)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    assert "taken exists; choose another folder" in said(output=tmp_path / "taken")
+    assert "file exists; choose another folder" in said(output=tmp_path / "taken" / "file")
+
+    settings = json.loads((policy / "adapter_config.json").read_text())
+
+    def rewrite(**changes: object) -> None:
+        (policy / "adapter_config.json").write_text(json.dumps(settings | changes))
+
+    rewrite(base_model_name_or_path=str(tmp_path / "gone"))
+    assert "no base model: " in (line := said())
+    assert line.endswith(f"write where it is into {policy / 'adapter_config.json'}")
+    rewrite(base_model_name_or_path=None)
+    assert "no base model: " in said()
+    other = make_model(tmp_path / "other", "gpt2")  # has no such layers
+    capsys.readouterr()
+    rewrite(base_model_name_or_path=other)
+    assert f"cannot fold {policy} into" in said()
+    rewrite(task_type="SEQ_CLS")
+    assert "reward models are for `poise export`" in said()
+    (policy / "adapter_config.json").write_text("{")
+    assert "is not JSON" in said()
+
+    rewrite()
+    weights = (policy / "adapter_model.safetensors").read_bytes()
+    (policy / "adapter_model.safetensors").write_bytes(weights[: len(weights) // 2])
+    assert f"cannot fold {policy} into" in said()
+    (policy / "adapter_model.safetensors").unlink()
+    assert "has no adapter_model.safetensors" in said()

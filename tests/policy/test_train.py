@@ -1,0 +1,560 @@
+"""PPO's loop: it learns, it stands still on a constant, and a kill changes nothing."""
+
+import dataclasses
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from poise.data.preferences import Sample
+from poise.errors import PoiseError
+from poise.functional.monitor import Monitor, Reading
+from poise.functional.objectives import HeadRewards, RewardScale, parse_objective
+from poise.models.scorer import Scorer, generated
+from poise.policy import loop as training
+from poise.policy import train as train_policy
+from poise.policy.train import Config
+from poise.reward import train as train_reward
+from poise.runtime import distributed as processes
+from poise.runtime.run_folder import Run, config_dict, read_jsonl
+
+
+@pytest.fixture(scope="module")
+def reward_folder(tiny_model: str, train_tiny_reward: Callable[[str], Path]) -> Path:
+    return train_tiny_reward(tiny_model)
+
+
+@pytest.fixture
+def config(reward_folder: Path, prompts_file: Path, tiny_model: str, tmp_path: Path) -> Config:
+    return Config(
+        prompts=str(prompts_file), reward=str(reward_folder / "brme"), output=str(tmp_path / "policy"),
+        model=tiny_model,
+        num_steps=4, prompts_per_step=2, completions_per_prompt=4, max_tokens=8, adapted_layers=2, lora_rank=4,
+        baseline_completions=16, save_every=2, eval_completions=2,
+    )  # fmt: skip
+
+
+def test_a_run_leaves_what_it_says(config: Config) -> None:
+    out = train_policy.run(config)
+    metrics = out.metrics()
+    assert [row["step"] for row in metrics] == [0, 1, 2, 3]
+    for row in metrics:
+        assert row["gap"] >= 0
+        assert len(row["heads"]) == 5
+        assert row["kl_k3"] >= 0
+    samples = list(read_jsonl(out.folder / "samples.jsonl"))
+    assert len(samples) == 4 * 8
+    assert len(list(read_jsonl(out.folder / "final.jsonl"))) == 4 * 2
+    assert (out.folder / "policy" / "adapter_model.safetensors").exists()
+    assert not list(out.folder.rglob("*.pt")) + list(out.folder.rglob("*.bin"))
+    # What is logged is what the objective makes of the logged heads and constants.
+    assert out.results is not None
+    scale = RewardScale.from_json(out.results["scale"])
+    heads = HeadRewards(*(torch.tensor([row[part] for row in samples]) for part in ("mean", "std")))
+    expected = scale.combine(heads, parse_objective(config.objective))
+    torch.testing.assert_close(torch.tensor([row["reward"] for row in samples]), expected, rtol=0, atol=1e-4)
+
+
+def test_saved_adapters_are_the_trained_policy(config: Config) -> None:
+    import peft
+    import transformers
+
+    out = train_policy.run(config)
+    model = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(config.model), str(out.folder / "policy")
+    )
+    adapters = json.loads((out.folder / "policy" / "adapter_config.json").read_text())
+    assert adapters["base_model_name_or_path"] == config.model  # as it was asked for, not where it was found
+    saved = load_file(out.folder / "checkpoint.safetensors")
+    loaded = {name.replace(".default", ""): value for name, value in model.state_dict().items()}
+    weights = {n.removeprefix("weight.model.").replace(".default", ""): v for n, v in saved.items() if "lora" in n}
+    checked = [name for name in weights if name in loaded]
+    assert checked
+    assert all(torch.equal(weights[name], loaded[name]) for name in checked)
+
+
+def same_end(one: Path, other: Path) -> bool:
+    a, b = load_file(one / "checkpoint.safetensors"), load_file(other / "checkpoint.safetensors")
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_killed_run_ends_bitwise_as_an_undisturbed_one(config: Config, tmp_path: Path) -> None:
+    """kill -9 at several moments of a real process, restarted each time."""
+    config = dataclasses.replace(config, num_steps=12, save_every=1)
+    program = (
+        "import sys, torch; from poise.cli.main import main; torch.set_num_threads(1); sys.exit(main(sys.argv[1:]))"
+    )
+
+    settings = tmp_path / "config.yaml"
+    settings.write_text(yaml.safe_dump(config_dict(config)))
+
+    def start(output: Path) -> subprocess.Popen[bytes]:
+        options = ["train-policy", "--config", str(settings), "--output", str(output)]
+        command = [sys.executable, "-c", program, *options]
+        return subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+    calm, stormy = tmp_path / "calm", tmp_path / "stormy"
+    assert start(calm).wait(timeout=200) == 0
+    kills = 0
+    for at_step in (1, 4, 5, 9):
+        process = start(stormy)
+        metrics = stormy / "metrics.jsonl"
+        while process.poll() is None:
+            if metrics.exists() and metrics.read_bytes().count(b"\n") > at_step:
+                time.sleep(0.013 * at_step)  # not always right after the same line
+                os.kill(process.pid, signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.005)
+        process.wait()
+    assert start(stormy).wait(timeout=200) == 0
+    assert kills >= 3
+    assert same_end(calm, stormy)
+    keys = ("step", "reward", "kl", "heads", "policy_loss")
+    rows = [[[row[key] for key in keys] for row in read_jsonl(run / "metrics.jsonl")] for run in (calm, stormy)]
+    assert rows[0] == rows[1]
+    assert (calm / "final.jsonl").read_text() == (stormy / "final.jsonl").read_text()
+
+
+def test_ppo_raises_the_reward_it_is_given(config: Config) -> None:
+    config = dataclasses.replace(
+        config, num_steps=40, completions_per_prompt=32, kl_coef=0.0, learning_rate=1e-2, objective="nominal",
+        reward=config.reward.replace("brme", "single"), save_every=40,
+    )  # fmt: skip
+    rewards = [row["reward"] for row in train_policy.run(config).metrics()]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:3]) / 3 + 0.5
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+@pytest.mark.parametrize("kl_coef", [0.0, 0.05])
+def test_a_constant_reward_leaves_the_policy_at_the_reference(config: Config, tune: str, kl_coef: float) -> None:
+    config = dataclasses.replace(
+        config, num_steps=200, objective="constant(3)", kl_coef=kl_coef, save_every=200, tune=tune,
+        learning_rate=1e-3 if tune == "lora" else 1e-5, num_epochs=1,
+    )  # fmt: skip
+    rows = train_policy.run(config).metrics()
+    assert all(row["reward"] == 0.0 for row in rows)  # the baseline takes the constant away
+    assert max(abs(row["kl_k3"]) for row in rows) <= 1e-3
+
+
+def test_reward_scale_by_hand() -> None:
+    heads = HeadRewards(torch.tensor([[0.0, 10.0], [2.0, 14.0]]), torch.ones(2, 2))
+    scale = RewardScale.fit(heads, parse_objective("worst_case"))
+    assert scale.head_baseline == (1.0, 12.0)
+    # centred: (-1, -2), (1, 2); worst case: -2, 1; mean -.5; sample std 3/sqrt(2)
+    assert scale.mean == pytest.approx(-0.5)
+    assert scale.std == pytest.approx(3 / 2**0.5)
+    combined = scale.combine(heads, parse_objective("worst_case"))
+    assert combined.tolist() == pytest.approx([-1.5 * 2**0.5 / 3, 1.5 * 2**0.5 / 3])
+
+
+BAD = {
+    "does not divide": {"num_minibatches": 3},
+    "nominal weight must be in": {"objective": "tradeoff(2)"},
+    "unknown objective": {"objective": "best"},
+    "--kl-coef must be at least 0": {"kl_coef": -1.0},
+    "--num-steps must be at least 1": {"num_steps": 0},
+    "--num-minibatches must be at least 1": {"num_minibatches": 0},
+    "--clip must be above 0": {"clip": 0.0},
+    r"--trace must be in \[0, 1\]": {"trace": 1.5},
+    "--entropy-coef must be at least 0": {"entropy_coef": -1.0},
+    "--max-step-kl must be above 0": {"max_step_kl": 0.0},
+    "--kl-target needs": {"kl_target": 0.0},
+    "--kl-horizon 7 must hold": {"kl_target": 6.0, "kl_horizon": 7.0},
+    "--settle needs a --reward-ceiling": {"settle": True},
+    "--reward-floor must be below": {"reward_floor": 1.0, "reward_ceiling": 1.0},
+    "has no parameter to move": {"objective": "mean", "final_parameter": 1.0},
+    "nominal weight must be in .* got 1.5": {"final_parameter": 1.5},
+    "--baselines is only read with": {"baselines": "x.jsonl"},
+    "--shaping is for --algorithm ppo, not grpo": {"algorithm": "grpo", "shaping": "par"},
+    "--tune is for --algorithm ppo, not rloo": {"algorithm": "rloo", "tune": "full"},
+    "--on-alarm rollback is for --algorithm ppo": {"algorithm": "rloo", "on_alarm": "rollback"},
+    "tokens and 300 new ones exceed the model's context of 256": {"max_tokens": 300},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_configs_are_refused_before_a_model_is_loaded(
+    config: Config, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(training, "load_policy")
+    monkeypatch.delattr(training, "Scorer")
+    with pytest.raises(PoiseError, match=message):
+        train_policy.run(dataclasses.replace(config, **BAD[message]))
+
+
+def test_a_gradient_that_is_not_finite_stops_and_keeps_the_checkpoint(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    combine = RewardScale.combine
+    calls = []
+
+    def poisoned(self: RewardScale, heads: HeadRewards, objective: object) -> torch.Tensor:
+        calls.append(1)
+        return combine(self, heads, objective) * (float("nan") if len(calls) > 2 else 1.0)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(RewardScale, "combine", poisoned)
+    with pytest.raises(PoiseError, match=r"step \d: the loss is not finite; the last checkpoint is kept"):
+        train_policy.run(config)
+    saved = load_file(Path(config.output) / "checkpoint.safetensors")
+    assert all(value.isfinite().all() for value in saved.values())
+
+
+def test_a_policy_with_another_tokenizer_than_the_reward_model_is_said(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    model = tmp_path / "other"
+    shutil.copytree(config.model, model)
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["!"], vocabulary["?"] = vocabulary["?"], vocabulary["!"]
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    train_policy.run(dataclasses.replace(config, model=str(model), num_steps=1))
+    assert "re-tokenised as text" in " ".join(capsys.readouterr().err.split())
+
+
+def test_bfloat16_weights_as_on_a_gpu(
+    config: Config, preferences_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The frozen weights in bfloat16, adapters and heads in float32; on a CPU only slower."""
+    from poise.models import loading as models
+    from poise.models import reward_model
+
+    for module in (models, reward_model):
+        monkeypatch.setattr(module, "frozen_dtype", lambda: torch.bfloat16)
+    reward = train_reward.run(
+        train_reward.Config(str(preferences_file), str(tmp_path / "reward"), model=config.model, num_layers=2)
+    )
+    out = train_policy.run(dataclasses.replace(config, reward=str(reward.folder), num_steps=2))
+    assert all(abs(row["kl"]) < 5 for row in out.metrics())
+    saved = load_file(out.folder / "checkpoint.safetensors")
+    assert all(value.dtype == torch.float32 for name, value in saved.items() if name.startswith("weight."))
+
+
+# ---- the reward ----
+
+
+def losses_of(out: Run) -> list[list[float]]:
+    return [[row[key] for key in ("reward", "kl", "policy_loss", "value_loss", "grad_norm")] for row in out.metrics()]
+
+
+def test_parts_of_a_minibatch_add_up(config: Config, tmp_path: Path) -> None:
+    config = dataclasses.replace(config, prompts_per_step=4, num_minibatches=1)
+    whole = train_policy.run(config)
+    parts = train_policy.run(dataclasses.replace(config, accumulation=4, output=str(tmp_path / "parts")))
+    assert losses_of(parts) == [pytest.approx(row, abs=2e-5) for row in losses_of(whole)]
+
+
+def test_two_processes_compute_what_one_does(config: Config, tmp_path: Path) -> None:
+    """accelerate launch, gloo on the CPU: the same rewards and losses, with an objective that couples the batch."""
+    config = dataclasses.replace(
+        config, prompts_per_step=4, num_minibatches=2, objective="expected_tradeoff(0.4)", shaping="contrastive",
+        num_steps=3,
+    )  # fmt: skip
+    one = train_policy.run(config)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--main_process_port", "0", "-m", "poise.cli"]
+    command = [*launch, "train-policy", "--config", str(one.folder / "config.yaml"), "--output", str(tmp_path / "two")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = Run(tmp_path / "two")
+    samples = [list(read_jsonl(run.folder / "samples.jsonl")) for run in (one, two)]
+    assert [row["completion"] for row in samples[1][:16]] == [row["completion"] for row in samples[0][:16]]
+    for mine, theirs in zip(samples[0][:16], samples[1][:16], strict=True):
+        assert theirs["reward"] == pytest.approx(mine["reward"], abs=1e-5)
+    assert losses_of(two)[0] == pytest.approx(losses_of(one)[0], abs=1e-5)
+    assert losses_of(two)[2] == pytest.approx(losses_of(one)[2], abs=1e-2)  # rounding grows, slowly
+    assert len(list(read_jsonl(two.folder / "final.jsonl"))) == 4 * 2
+
+
+def test_processes_must_share_a_step_evenly(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "num_processes", lambda: 2)
+    with pytest.raises(PoiseError, match=r"2 × 2 processes does not divide --prompts-per-step 2"):
+        config.check()
+
+
+@pytest.mark.parametrize("shaping", ["contrastive", "par"])
+def test_rewards_against_baselines_by_hand(config: Config, tmp_path: Path, shaping: str) -> None:
+    given = tmp_path / "baselines.jsonl"
+    texts = ["a fine film", "an awful phone", "it was good"]
+    prompts = [json.loads(line)["prompt"] for line in Path(config.prompts).read_text().splitlines()]
+    given.write_text("".join(json.dumps({"prompt": p, "completion": t}) + "\n" for p in prompts for t in texts))
+    config = dataclasses.replace(
+        config, shaping=shaping, baselines=str(given), objective="mean", num_steps=1, reward_ceiling=-0.3
+    )
+    out = train_policy.run(config)
+    scorer = Scorer.load(config.reward)
+    assert out.results is not None
+    scale = out.results["scale"]
+    rows = list(read_jsonl(out.folder / "samples.jsonl"))
+    assert len(rows) == 8
+    clipped = 0
+    for row in rows:
+        heads = scorer([generated(row["prompt"], row["completion"])]).mean[0].double() * scorer.layout.reward_scale
+        others = scorer([Sample(row["prompt"], text) for text in texts]).mean.double() * scorer.layout.reward_scale
+        shaped = heads - others.mean(0) if shaping == "contrastive" else torch.sigmoid(heads - others).mean(0)
+        expected = ((shaped - torch.tensor(scale["head_baseline"])).mean().item() - scale["mean"]) / scale["std"]
+        clipped += expected > -0.3
+        assert row["reward"] == pytest.approx(min(expected, -0.3), abs=1e-4)
+    assert 0 < clipped < 8
+
+
+def test_baselines_are_sampled_once_for_each_prompt(config: Config) -> None:
+    out = train_policy.run(dataclasses.replace(config, shaping="par", num_steps=6))
+    rows = list(read_jsonl(out.folder / "baselines.jsonl"))
+    assert len(rows) == len({row["key"] for row in rows}) == 4
+    assert all(len(row["completions"]) == 4 for row in rows)
+
+
+def test_a_prompt_without_baselines_is_named(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "b.jsonl").write_text('{"prompt": "Review the film.", "completion": "good"}\n')
+    with pytest.raises(PoiseError, match=r"no completion of the prompt 'Review the phone\.'"):
+        train_policy.run(dataclasses.replace(config, shaping="par", baselines=str(tmp_path / "b.jsonl")))
+
+
+def test_what_never_ended_is_penalised(config: Config, tmp_path: Path) -> None:
+    plain = train_policy.run(dataclasses.replace(config, num_steps=1))
+    strict = train_policy.run(
+        dataclasses.replace(config, num_steps=1, missing_eos_penalty=3.0, output=str(tmp_path / "strict"))
+    )
+    before, after = (list(read_jsonl(run.folder / "samples.jsonl")) for run in (plain, strict))
+    lowered = [one["reward"] - other["reward"] for one, other in zip(before, after, strict=True)]
+    assert sorted({round(value, 4) for value in lowered}) in ([3.0], [0.0, 3.0])
+    assert sum(lowered) / 24 == pytest.approx(1 - strict.metrics()[0]["ended"])
+
+
+def test_constants_of_the_scale_are_recorded(config: Config, tmp_path: Path) -> None:
+    rows = {}
+    for norm in ("initial", "running", "batch"):
+        rows[norm] = train_policy.run(
+            dataclasses.replace(config, reward_norm=norm, output=str(tmp_path / norm), learning_rate=1e-2)
+        ).metrics()
+    assert len({row["scale_std"] for row in rows["initial"]}) == 1
+    assert len({row["scale_std"] for row in rows["running"]}) == 4
+    for row in rows["batch"]:
+        assert row["reward"] == pytest.approx(0, abs=1e-5)
+        assert row["reward_std"] == pytest.approx(1, abs=1e-5)
+
+
+def test_running_scale_is_that_of_everything_so_far() -> None:
+    batches = [HeadRewards(torch.randn(n, 3) * n + n, torch.ones(n, 3)) for n in (5, 8, 3)]
+    objective = parse_objective("mean")
+    scale = RewardScale.fit(batches[0], objective)
+    for batch in batches[1:]:
+        scale = scale.updated(batch, objective)
+    everything = objective(scale.centred(HeadRewards(*(torch.cat(part) for part in zip(*batches, strict=True)))))
+    assert scale.count == 16
+    assert scale.mean == pytest.approx(everything.mean().item(), abs=1e-5)
+    assert scale.std == pytest.approx(everything.std().item(), abs=1e-5)
+
+
+# ---- RLOO and GRPO ----
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
+def test_other_algorithms_leave_the_same_folder(config: Config, algorithm: str) -> None:
+    config = dataclasses.replace(config, algorithm=algorithm, num_steps=2, reward_ceiling=0.2)
+    out = train_policy.run(config)
+    assert [row["step"] for row in out.metrics()] == [0, 1]
+    assert all({"reward", "kl", "heads", "gap", "monitor_score"} <= row.keys() for row in out.metrics())
+    assert out.results is not None
+    scale = RewardScale.from_json(out.results["scale"])
+    objective, scorer = parse_objective(config.objective), Scorer.load(config.reward)
+    samples = list(read_jsonl(out.folder / "samples.jsonl"))
+    assert len(samples) == 2 * 8
+    for row in samples:
+        heads = scorer([generated(row["prompt"], row["completion"])])
+        assert row["reward"] == pytest.approx(scale.combine(heads, objective).item(), abs=1e-4)
+    final = list(read_jsonl(out.folder / "final.jsonl"))
+    assert len(final) == 4 * 2
+    assert any(abs(row["kl"]) > 1e-4 for row in final)  # sampled from what was trained, not from where it began
+    assert train_policy.run(config).results == out.results  # a finished run is left alone
+
+
+# ---- what moves during a run ----
+
+
+def test_parameter_moves_linearly(config: Config) -> None:
+    rows = train_policy.run(dataclasses.replace(config, objective="tradeoff(0.9)", final_parameter=0.0)).metrics()
+    assert [row["parameter"] for row in rows] == pytest.approx([0.9, 0.6, 0.3, 0.0])
+
+
+def test_a_policy_settles_at_the_ceiling(config: Config, tmp_path: Path) -> None:
+    """At the ceiling nothing of the policy moves; the value head still learns what the policy is worth."""
+    config = dataclasses.replace(config, reward_ceiling=1.5, reward_floor=1.5 - 1e-6, settle=True, num_steps=2)
+    rows = train_policy.run(config).metrics()
+    assert all(row["pace"] == pytest.approx(0.0, abs=1e-6) for row in rows)
+    assert all(row["kl"] == pytest.approx(0.0, abs=1e-5) for row in rows)
+    weights = load_file(Path(config.output) / "checkpoint.safetensors")
+    value = [tensor for name, tensor in weights.items() if name.startswith("weight.value")]
+    assert any(tensor.abs().sum() > 0 for tensor in value)
+    # far from it the rate is in proportion to what is missing
+    config = dataclasses.replace(config, reward_ceiling=2.0, reward_floor=None, output=str(tmp_path / "far"))
+    for row in train_policy.run(config).metrics():
+        assert row["pace"] == pytest.approx(min(1.0, 1 - row["reward"] / 2), abs=1e-6)
+        assert row["kl"] < 1
+
+
+def test_kl_coefficient_adapts_to_its_target(config: Config) -> None:
+    rows = train_policy.run(dataclasses.replace(config, kl_target=0.01, kl_horizon=80.0, learning_rate=1e-2)).metrics()
+    # A step of 8 completions moves it by at most .2 * 8 / 80.
+    for row, following in itertools.pairwise(rows):
+        error = min(max(row["kl"] / 0.01 - 1, -0.2), 0.2)
+        assert following["kl_coef"] == pytest.approx(row["kl_coef"] * (1 + error * 8 / 80))
+    assert any(row["kl"] > 0.012 for row in rows[:-1])
+
+
+def test_a_step_ends_when_it_has_moved_far_enough(config: Config) -> None:
+    rows = train_policy.run(dataclasses.replace(config, max_step_kl=1e-9, learning_rate=1e-2)).metrics()
+    assert all(row["updates"] < 4 for row in rows)
+
+
+def test_an_entropy_bonus_raises_entropy(config: Config, tmp_path: Path) -> None:
+    config = dataclasses.replace(config, objective="constant(0)", kl_coef=0.0, num_steps=15, learning_rate=1e-2)
+    plain = train_policy.run(config).metrics()
+    bonus = train_policy.run(dataclasses.replace(config, entropy_coef=1.0, output=str(tmp_path / "bonus"))).metrics()
+    assert bonus[-1]["entropy"] > plain[-1]["entropy"] + 0.1
+
+
+@pytest.mark.parametrize("options", [{"tune": "full", "learning_rate": 1e-3}, {"value_trunk": "own"}], ids=str)
+def test_other_trunks_learn_and_resume(config: Config, tmp_path: Path, options: dict[str, Any]) -> None:
+    config = dataclasses.replace(config, num_steps=4, **options)
+    whole = train_policy.run(config)
+    again = dataclasses.replace(config, output=str(tmp_path / "again"))
+
+    class StopError(Exception):
+        pass
+
+    def stop_after_two(self: training.Training) -> dict[str, Any]:
+        if self.step == 2:
+            raise StopError
+        return one_step(self)
+
+    one_step = training.Training.one_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.Training, "one_step", stop_after_two)
+        with pytest.raises(StopError):
+            train_policy.run(again)
+    train_policy.run(again)
+    assert same_end(whole.folder, tmp_path / "again")
+    if config.tune == "full":
+        assert (whole.folder / "policy" / "model.safetensors").exists()
+        assert (whole.folder / "policy" / "tokenizer.json").exists()
+
+
+# ---- alarms ----
+
+
+def alarmed_at(*steps: int) -> Callable[..., Reading]:
+    def update(self: Monitor, _stats: object) -> Reading:
+        self._steps += 1
+        fires = self._steps - 1 in steps
+        return Reading(2.0 if fires else 0.1, fires, {})
+
+    return update
+
+
+def test_actions_on_an_alarm(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(config, num_steps=8, save_every=2)
+    monkeypatch.setattr(Monitor, "update", alarmed_at(5, 6))
+    found = {
+        action: train_policy.run(dataclasses.replace(config, on_alarm=action, output=str(tmp_path / action)))
+        for action in ("log", "stop", "rollback", "pessimism")
+    }
+    results = {action: out.results or {} for action, out in found.items()}
+    assert results["log"]["steps"] == 8
+    assert [alarm["step"] for alarm in results["log"]["alarms"]] == [5]  # the next one within the pause
+    assert results["stop"]["steps"] == 6
+    assert results["rollback"]["steps"] == 4
+    saved, plain = (load_file(found[action].folder / "checkpoint.safetensors") for action in ("rollback", "log"))
+    safe = load_file(found["rollback"].folder / "safe.safetensors")
+    assert all(torch.equal(saved[name], safe[name]) for name in safe)
+    assert any(not torch.equal(saved[name], plain[name]) for name in safe)
+    rows = found["pessimism"].metrics()
+    assert [row["kl_coef"] for row in rows] == [0.05] * 6 + [0.1] * 2
+    assert [row["parameter"] for row in rows] == [0.4] * 6 + [0.2] * 2
+
+
+# ---- what can go wrong ----
+
+
+def test_a_reward_that_is_not_finite_stops_and_names_it(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = Scorer.decode
+    calls = []
+
+    def poisoned(self: Scorer, features: torch.Tensor) -> HeadRewards:
+        calls.append(1)
+        heads = decode(self, features)
+        return heads if len(calls) < 4 else HeadRewards(heads.mean / 0, heads.std)
+
+    monkeypatch.setattr(Scorer, "decode", poisoned)
+    with pytest.raises(PoiseError, match=r"step \d: the reward of '.*' is not finite; the last checkpoint is kept"):
+        train_policy.run(config)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(config: Config) -> None:
+    """A limit on the size of files stands in for a full disk: writing fails half-way."""
+    settings = Path(config.output).parent / "config.yaml"
+    settings.write_text(yaml.safe_dump(config_dict(dataclasses.replace(config, save_every=1))))
+    program = """
+import resource, signal, sys, torch
+from poise.policy import loop as training
+from poise.cli.main import main
+torch.set_num_threads(1)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+save = training.Training.save
+def limited(self):
+    if self.step == 2:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    save(self)
+training.Training.save = limited
+sys.exit(main(sys.argv[1:]))
+"""
+    command = [sys.executable, "-c", program, "train-policy", "--config", str(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "cannot write" in done.stderr
+    assert "the last checkpoint is kept" in done.stderr
+    folder = Path(config.output)
+    with safe_open(folder / "checkpoint.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["run"])["step"] == 1
+    assert not list(folder.glob(".*partial"))
+
+
+def test_ctrl_c_finishes_the_step_and_saves(config: Config) -> None:
+    settings = Path(config.output).parent / "config.yaml"
+    settings.write_text(yaml.safe_dump(config_dict(dataclasses.replace(config, num_steps=500, save_every=500))))
+    command = [sys.executable, "-m", "poise.cli", "train-policy", "--config", str(settings)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    metrics = Path(config.output) / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 3:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "goes on from the last checkpoint" in said
+    with safe_open(Path(config.output) / "checkpoint.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["run"])["step"] == metrics.read_bytes().count(b"\n")
+
+
+def test_unknown_and_missing_trackers_are_said(config: Config) -> None:
+    with pytest.raises(PoiseError, match="no tracker 'tensorbored'"):
+        dataclasses.replace(config, trackers=("tensorbored",)).check()
+    with pytest.raises(PoiseError, match="--trackers comet_ml: its package is not installed"):
+        dataclasses.replace(config, trackers=("comet_ml",)).check()

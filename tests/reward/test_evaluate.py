@@ -1,0 +1,407 @@
+"""`poise evaluate-reward` end to end on tiny models, and its page."""
+
+import itertools
+import json
+import random
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from poise.data.preferences import read_preferences
+from poise.errors import PoiseError
+from poise.models.reward_model import load_last_layer
+from poise.models.scorer import Ensemble, Sample, Scorer
+from poise.reports import plots
+from poise.reports import reward_page as evaluation_page
+from poise.reward import evaluate as evaluate_reward
+from poise.reward.evaluate import Config
+from poise.runtime.run_folder import Json, read_jsonl, write_json
+
+SCRIPT = '<script>document.title="pwned"</script>'
+VOID = {"meta", "link", "br", "img", "hr", "input", "path", "use", "rect", "line"}
+
+
+@pytest.fixture(scope="module")
+def reward_run(tiny_model: str, train_tiny_reward: Callable[[str], Path]) -> Path:
+    return train_tiny_reward(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def sums_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty pairs of another kind."""
+    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
+    rows = [{"prompt": "Add.", "chosen": f"{i}+{i}={2 * i}", "rejected": f"{i}+{i}={2 * i + 1}0"} for i in range(30)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def evaluation(reward_run: Path, preferences_file: Path, sums_file: Path, tmp_path_factory: Any) -> Path:
+    """Two checkpoints of a run, judged on its own pairs and on sums."""
+    output = str(tmp_path_factory.mktemp("run") / "evaluation")
+    rewards = (str(reward_run), str(reward_run / "single"))
+    return evaluation_page.run(Config(rewards, str(preferences_file), str(sums_file), output=output)).folder
+
+
+def write(path: Path, *rows: dict[str, Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+# ---- the study ----
+
+
+def test_accuracy_and_probabilities_are_those_of_the_scorer(
+    evaluation: Path, reward_run: Path, preferences_file: Path
+) -> None:
+    results = json.loads((evaluation / "results.json").read_text())
+    assert results["kind"] == "pairs"
+    pairs = read_preferences(preferences_file)
+    scorer = Scorer.load(str(reward_run))
+    rewards = [scorer([Sample(p.prompt, text)]).mean.mean().item() for p in pairs for text in (p.chosen, p.rejected)]
+    margin = np.array(rewards[0::2]) - np.array(rewards[1::2])
+    judged = results["rewards"][0]["pairs"]
+    assert judged["num_pairs"] == 40
+    assert judged["accuracy"] == pytest.approx((margin > 0).mean())
+    nll = np.logaddexp(0, -scorer.layout.reward_scale * margin).mean()
+    assert judged["probability"]["nll"] == pytest.approx(nll, abs=1e-4)
+    assert judged["length_accuracy"] == pytest.approx(
+        np.mean([0.5 * (1 + np.sign(len(p.chosen) - len(p.rejected))) for p in pairs])
+    )
+    rows = list(read_jsonl(evaluation / "reward-1.jsonl"))
+    assert [row["data"] for row in rows] == ["file"] * 40 + ["ood"] * 30
+    np.testing.assert_allclose([row["margin"] for row in rows[:40]], margin, atol=1e-4)
+    assert rows[0].keys() >= {"pair", "subset", "heads_probability", "disagreement", "routing_std", "random"}
+
+
+def test_every_model_has_its_own_uncertainties(evaluation: Path, reward_run: Path) -> None:
+    brme, single = json.loads((evaluation / "results.json").read_text())["rewards"]
+    spreads = {"disagreement", "routing_std", "total_std"}
+    assert spreads | {"small_margin", "error_probability", "random"} <= brme["pairs"]["uncertainties"].keys()
+    assert spreads.isdisjoint(single["pairs"]["uncertainties"])
+    for results, path in ((brme, reward_run / "brme"), (single, reward_run / "single")):
+        has_last_layer = load_last_layer(str(path)) is not None
+        assert ("last_layer_std" in results["pairs"]["uncertainties"]) == has_last_layer
+        assert ("last_layer_std" in results["ood_auroc"]) == has_last_layer
+    assert brme["ood_auroc"].keys() >= spreads
+    assert (brme["kind"], brme["num_heads"], single["num_heads"]) == ("gaussian", 5, 1)
+    assert brme["learning"]["stage2_history"][0]["step"] == 20
+    assert single["learning"] is None  # the run's stds are not its own
+    assert brme["num_samples"] == 2 * 40 + 2 * 30
+    assert brme["pairs"]["uncertainties"]["random"] != single["pairs"]["uncertainties"]["random"]
+
+
+def test_means_over_models_are_of_what_all_of_them_have(evaluation: Path) -> None:
+    results = json.loads((evaluation / "results.json").read_text())
+    over, models = results["over_rewards"], results["rewards"]
+    values = [model["pairs"]["accuracy"] for model in models]
+    assert over["pairs accuracy"] == {
+        "mean": pytest.approx(np.mean(values)), "interval": [min(values), max(values)], "values": values,
+    }  # fmt: skip
+    assert "pairs AUROC of errors, random" in over
+    assert "pairs AUROC of errors, disagreement" not in over
+
+
+def test_a_stopped_run_goes_on_and_a_finished_one_is_not_repeated(
+    reward_run: Path, preferences_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config((str(reward_run / "single"), str(reward_run)), str(preferences_file), output=str(tmp_path / "run"))
+    loaded: list[str] = []
+    load = Scorer.load
+
+    def loading(path: str, max_length: int = 0, *, cached: bool = False) -> Scorer:
+        if len(loaded) == 1 and path not in loaded:
+            loaded.append("stop")
+            raise KeyboardInterrupt
+        loaded.append(path)
+        return load(path, max_length, cached=cached)
+
+    monkeypatch.setattr(Scorer, "load", loading)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_reward.run(config)
+    assert not (tmp_path / "run" / "results.json").exists()
+    results = evaluate_reward.run(config).results
+    assert loaded == [config.rewards[0], "stop", config.rewards[1]]
+    assert evaluate_reward.run(config).results == results
+    assert len(loaded) == 3
+
+
+def test_truncated_samples_are_counted(reward_run: Path, preferences_file: Path, tmp_path: Path) -> None:
+    config = Config((str(reward_run),), str(preferences_file), max_length=8, output=str(tmp_path / "run"))
+    results = evaluate_reward.run(config).results
+    assert results
+    assert results["rewards"][0]["num_truncated"] == results["rewards"][0]["num_samples"] == 80
+    assert "80 were too long" in page_text(evaluation_page.build(tmp_path / "run"))
+
+
+def test_an_ensemble_is_judged_without_a_last_layer(
+    reward_run: Path, preferences_file: Path, sums_file: Path, tmp_path: Path
+) -> None:
+    members = [str(reward_run / "brme"), str(reward_run / "single")]
+    samples = [Sample(p.prompt, p.chosen) for p in read_preferences(preferences_file)]
+    Ensemble.fit(members, samples).save(tmp_path / "ensemble", members)
+    config = Config(
+        (str(tmp_path / "ensemble"),), str(preferences_file), str(sums_file), output=str(tmp_path / "run")
+    )  # fmt: skip
+    results = evaluate_reward.run(config).results
+    assert results
+    assert results["rewards"][0]["num_heads"] == 6
+    assert "last_layer_std" not in results["rewards"][0]["pairs"]["uncertainties"]
+
+
+def test_wrong_requests_are_one_line(reward_run: Path, preferences_file: Path, tmp_path: Path) -> None:
+    sets = write(tmp_path / "sets.jsonl", {"prompt": "Q", "chosen": ["a"], "rejected": ["b", "c"]})
+    output = str(tmp_path / "run")
+    with pytest.raises(PoiseError, match="at least one reward model"):
+        evaluate_reward.run(Config((), str(preferences_file), output=output))
+    with pytest.raises(PoiseError, match="--ood compares pairs with pairs"):
+        evaluate_reward.run(Config((str(reward_run),), str(preferences_file), sets, output=output))
+    with pytest.raises(PoiseError, match="unknown objective"):
+        evaluate_reward.run(Config((str(reward_run),), str(preferences_file), objective="best", output=output))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(PoiseError, match="not a finished poise evaluate-reward run"):
+        evaluation_page.build(tmp_path)
+
+
+# ---- lists of texts ----
+
+
+def sets_of(chosen: int, rejected: int, count: int = 12) -> list[dict[str, Any]]:
+    generator = random.Random(0)
+    words = lambda good: " ".join(generator.choices(("film", "the", "is", "good" if good else "bad"), k=4))  # noqa: E731
+    return [
+        {
+            "prompt": "Q", "chosen": [f"{words(True)} {i}" for _ in range(chosen)], "subset": f"s{i % 2}",
+            "rejected": [f"{words(False)} {i}." for _ in range(rejected)],
+        }
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def test_rm_bench_rows_give_a_matrix_of_the_rewards(reward_run: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "styles.jsonl", *sets_of(3, 3))
+    run = evaluation_page.run(Config((str(reward_run),), path, output=str(tmp_path / "run")))
+    assert run.results
+    assert run.results["kind"] == "rm_bench"
+    scorer = Scorer.load(str(reward_run))
+    matrix = np.zeros((3, 3))
+    for row in read_jsonl(Path(path)):
+        c, r = (scorer([Sample("Q", text) for text in row[key]]).mean.mean(-1) for key in ("chosen", "rejected"))
+        matrix += (c[:, None] > r).numpy() + 0.5 * torch.isclose(c[:, None], r, atol=1e-6).numpy()
+    sets = run.results["rewards"][0]["sets"]
+    np.testing.assert_allclose(sets["matrix"], matrix / 12)
+    assert sets["scores"]["hard"]["accuracy"] == pytest.approx(matrix[np.triu_indices(3, 1)].mean() / 12)
+    text = page_text(run.folder / "evaluation.html")
+    assert "of hard comparisons" in text
+    assert "s0 6 rows" in text
+    assert not (run.folder / "calibration.png").exists()
+
+
+def test_best_of_n_sets_stand_beside_chance(reward_run: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "sets.jsonl", *sets_of(1, 3))
+    run = evaluation_page.run(Config((str(reward_run), str(reward_run / "single")), path, output=str(tmp_path / "run")))
+    assert run.results
+    sets = run.results["rewards"][0]["sets"]
+    rows = list(read_jsonl(run.folder / "reward-1.jsonl"))
+    assert sets["accuracy"] == pytest.approx(np.mean([max(row["chosen"]) > max(row["rejected"]) for row in rows]))
+    assert sets["chance"] == 0.25
+    assert run.results["over_rewards"]["accuracy"]["values"][0] == sets["accuracy"]
+    assert "chance would in 25.0 %" in page_text(run.folder / "evaluation.html")
+
+
+# ---- the page ----
+
+
+class Page(HTMLParser):
+    """Tags that close in the order they opened, and the text between them."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.html, self.words = path.read_text(), [""]
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(self.html)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def page_text(path: Path) -> str:
+    return " ".join(" ".join(Page(path).words).split())
+
+
+def test_the_page_is_whole_and_points_nowhere(evaluation: Path) -> None:
+    page = Page(evaluation / "evaluation.html")
+    identifiers = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(identifiers) == len(set(identifiers)) > 0
+    assert sum(tag == "svg" for tag, _ in page.tags) == 5  # two models on two files, and how the stds came about
+    assert all("scope" in attributes for tag, attributes in page.tags if tag == "th")
+    links = [v for _, attributes in page.tags for k, v in attributes.items() if k in ("src", "href", "xlink:href")]
+    assert all(link and link.startswith(("#", "data:")) for link in links)
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h\d", tag)]
+    assert levels[0] == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+    assert "@media print" in page.html  # the style sheet of the house
+    text = page_text(evaluation / "evaluation.html")
+    for words in ("Over 2 reward models", "Does it notice other data?", "How the stds came about", "routing_std"):
+        assert words in text
+    with Image.open(evaluation / "calibration.png") as image:
+        assert image.width > 1200
+
+
+def test_the_same_run_gives_the_same_page(evaluation: Path) -> None:
+    first = (evaluation / "evaluation.html").read_text()
+    assert evaluation_page.build(evaluation).read_text() == first
+
+
+def test_texts_and_names_stay_text(reward_run: Path, tmp_path: Path) -> None:
+    texts = [(f"{SCRIPT} bad {i}", f"<b>good</b> {i}") for i in range(12)]
+    rows = [
+        {"prompt": f"{SCRIPT} {i}", "chosen": texts[i][i % 2], "rejected": texts[i][1 - i % 2], "subset": SCRIPT}
+        for i in range(12)  # whichever the model likes better, it is wrong on half
+    ]
+    run = evaluation_page.run(
+        Config((str(reward_run),), write(tmp_path / "p.jsonl", *rows), output=str(tmp_path / "run"))
+    )
+    assert run.results
+    shown = len(run.results["rewards"][0]["pairs"]["mistakes"])
+    assert shown > 0
+    page = Page(run.folder / "evaluation.html")
+    assert not {tag for tag, _ in page.tags} & {"script", "img", "b"}
+    # A mistake's prompt, text and subset, and the subset's row.
+    assert page_text(run.folder / "evaluation.html").count(SCRIPT) == 3 * shown + 1
+
+
+def made_up(accuracy: list[float], over_length: list[float], spread: list[float], nll: float = 0.6) -> Json:
+    """A reward model's results with given intervals; the values are their middles."""
+
+    intervals = {"disagreement": spread, "small_margin": [0.6, 0.8], "random": [0.4, 0.7]}
+    pairs: Json = {
+        "num_pairs": 80, "accuracy": sum(accuracy) / 2, "accuracy_interval": accuracy, "length_accuracy": 0.55,
+        "over_length": sum(over_length) / 2, "over_length_interval": over_length, "coin_nll": 0.693,
+        "constant_nll": 0.65, "probability": {"nll": nll, "nll_interval": [nll - 0.03, nll + 0.03]},
+        "uncertainties": {
+            name: {"auroc": sum(interval) / 2, "auroc_interval": interval} for name, interval in intervals.items()
+        },
+    }  # fmt: skip
+    return {"reward": "runs/Mine", "pairs": pairs}
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "over_length", "kind", "says"),
+    [
+        ([0.6, 0.8], [0.05, 0.25], "better", "+15.0 points (95 % interval +5.0 points to +25.0 points) better."),
+        ([0.6, 0.8], [-0.05, 0.25], "unclear", "not distinguishable from picking the longer text, +10.0 points"),
+        ([0.6, 0.8], [-0.2, -0.1], "worse", "worse than picking the longer text, −15.0 points"),
+        ([0.45, 0.65], [0.05, 0.25], "unclear", "not distinguishable from a coin toss."),
+        ([0.2, 0.4], [-0.3, -0.1], "worse", "worse than a coin toss."),
+    ],
+)
+def test_accuracy_claims_no_more_than_its_intervals(
+    accuracy: list[float], over_length: list[float], kind: str, says: str
+) -> None:
+    found = evaluation_page.findings(made_up(accuracy, over_length, [0.55, 0.7]), "It")[0]
+    assert found.kind == kind
+    assert says in found.text.replace("\xa0", " ")
+
+
+@pytest.mark.parametrize(
+    ("spread", "kind", "says"),
+    [
+        ([0.55, 0.7], "better", "Its errors are told by disagreement, small_margin (AUROC disagreement 0.62"),
+        ([0.45, 0.7], "unclear", "Only how close it calls a pair tells its errors, none of its spreads does"),
+        ([0.3, 0.45], "worse", "Larger where it is right than where it is wrong: disagreement"),
+    ],
+)
+def test_uncertainties_claim_no_more_than_their_intervals(spread: list[float], kind: str, says: str) -> None:
+    found = evaluation_page.findings(made_up([0.6, 0.8], [0.1, 0.2], spread), "It")[2]
+    assert (found.kind, says in found.text) == (kind, True), found.text
+
+
+@pytest.mark.parametrize(
+    ("nll", "kind", "says"),
+    [
+        (0.6, "better", "of one confidence for all pairs 0.650."),
+        (0.63, "unclear", "which the interval does not rule out"),
+        (0.66, "unclear", "no less than the 0.650 of one confidence"),
+        (0.8, "worse", "surer than it is right"),
+    ],
+)
+def test_probabilities_claim_no_more_than_their_interval(nll: float, kind: str, says: str) -> None:
+    found = evaluation_page.findings(made_up([0.6, 0.8], [0.1, 0.2], [0.5, 0.7], nll), "It")[1]
+    assert (found.kind, says in found.text) == (kind, True), found.text
+
+
+@pytest.mark.parametrize(
+    ("intervals", "kind", "says"),
+    [
+        ({"disagreement": [0.6, 0.7], "routing_std": [0.4, 0.6]}, "better", "notices texts of the other data; not by"),
+        ({"disagreement": [0.4, 0.7]}, "unclear", "None of its uncertainties is larger on texts of the other data"),
+        ({"disagreement": [0.6, 0.7], "total_std": [0.2, 0.3]}, "worse", "as if they were better known: total_std"),
+        ({}, "unclear", "no uncertainty that could notice"),
+    ],
+)  # fmt: skip
+def test_noticing_other_data_claims_no_more_than_its_intervals(
+    intervals: dict[str, list[float]], kind: str, says: str
+) -> None:
+    block = made_up([0.6, 0.8], [0.1, 0.2], [0.5, 0.7])
+    known = {name: {"auroc": sum(pair) / 2, "auroc_interval": pair} for name, pair in intervals.items()}
+    known["random"] = {"auroc": 0.5, "auroc_interval": [0.45, 0.55]}
+    found = evaluation_page.findings(block | {"ood": block["pairs"], "ood_auroc": known}, "It")
+    assert found[3].text.startswith("On the other data it orders")
+    assert (found[4].kind, says in found[4].text) == (kind, True), found[4].text
+
+
+def test_failures_come_first() -> None:
+    good, bad = made_up([0.6, 0.8], [0.1, 0.2], [0.55, 0.7]), made_up([0.6, 0.8], [-0.2, -0.1], [0.3, 0.4], 0.9)
+    alone = evaluation_page.verdicts({"rewards": [bad]})
+    assert [verdict.kind for verdict in alone] == ["worse", "worse", "worse"]
+    both = evaluation_page.verdicts({"rewards": [good, bad | {"reward": "runs/Theirs"}]})
+    assert [verdict.kind for verdict in both] == ["worse", "worse", "worse", "better"]
+    assert both[0].text.startswith("runs/Theirs orders")
+    assert both[1].text.startswith("runs/Theirs: Its probabilities")
+    assert both[3].text.startswith("runs/Mine orders")
+    lost = made_up([0.45, 0.6], [-0.1, 0.1], [0.5, 0.7])["pairs"]
+    silent = {"random": {"auroc": 0.5, "auroc_interval": [0.45, 0.55]}}
+    abroad = evaluation_page.verdicts({"rewards": [good, good | {"ood": lost, "ood_auroc": silent}]})
+    assert [verdict.kind for verdict in abroad] == ["unclear", "better", "better"]
+    assert abroad[0].text.startswith("runs/Mine: On the other data it orders")
+
+
+def test_a_model_without_a_mistake_has_a_page(evaluation: Path, tmp_path: Path) -> None:
+    results = json.loads((evaluation / "results.json").read_text())
+    one = results["rewards"][1]
+    for block in (one["pairs"], one["ood"]):
+        for known in block["uncertainties"].values():
+            known.update(auroc=None, auroc_interval=[None, None], spearman=None)
+    write_json(tmp_path / "results.json", {"kind": "pairs", "rewards": [one], "over_rewards": {}})
+    assert "nothing to tell apart" in page_text(evaluation_page.build(tmp_path))
+
+
+def test_an_uncertainty_has_one_colour_in_every_figure(evaluation: Path) -> None:
+    pairs = json.loads((evaluation / "results.json").read_text())["rewards"][0]["pairs"]
+    svg = plots.calibration(pairs, "one")
+    assert plots.calibration(pairs, "one") == svg
+    for name in ("disagreement", "routing_std", "small_margin"):
+        assert plots.UNCERTAINTY_STYLES[name].colour in svg
+    assert plots.UNCERTAINTY_STYLES["last_layer_std"].colour not in svg or "last_layer_std" in pairs["uncertainties"]

@@ -1,0 +1,354 @@
+"""Export: one label that is exactly what the heads say together, in a folder that any tool opens; and the upload."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file, save_file
+
+from poise.data.preferences import Sample
+from poise.errors import PoiseError
+from poise.functional.objectives import mean
+from poise.models.loading import completion_text, prompt_text
+from poise.models.reward_model import HeadLayout
+from poise.models.scorer import Scorer
+from poise.reward import export, push
+from poise.reward.export import Config, scalar_head
+
+SAMPLES = [
+    Sample("Review a film.", "A fine film."),
+    Sample([{"role": "user", "content": "Review a phone that is really great."}], "not really great, not really awful"),
+    Sample("Review a kettle.", "It was the poor kettle of a poor kettle maker, and I love it."),
+]
+
+
+@pytest.fixture(scope="module")
+def reward_run(any_model: str, train_tiny_reward: Callable[[str], Path]) -> Path:
+    return train_tiny_reward(any_model)
+
+
+@pytest.fixture(scope="module")
+def llama_run(tiny_model: str, train_tiny_reward: Callable[[str], Path]) -> Path:
+    return train_tiny_reward(tiny_model)
+
+
+def logits(folder: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """What a tool without a line of Poise reads, one text after the other."""
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    texts = [prompt_text(tokenizer, s.prompt) + completion_text(tokenizer, s.prompt, s.completion) for s in SAMPLES]
+    with torch.no_grad():
+        return torch.cat(
+            [model(**tokenizer(text, return_tensors="pt", add_special_tokens=False)).logits for text in texts]
+        )
+
+
+# ---- one label ----
+
+
+@pytest.mark.parametrize("name", ["brme", "posterior"])
+@pytest.mark.parametrize(("scalar", "head"), [("mean", None), ("head", 2)])
+def test_one_label_says_what_the_heads_say(
+    reward_run: Path, name: str, scalar: str, head: int | None, tmp_path: Path
+) -> None:
+    folder = export.run(Config(str(reward_run / name), str(tmp_path / "rm"), scalar, head))
+    heads = Scorer.load(str(reward_run / name))(SAMPLES)
+    expected = mean(heads) if head is None else heads.mean[:, head]
+    ours = Scorer.load(str(folder))(SAMPLES)
+    torch.testing.assert_close(ours.mean[:, 0], expected, rtol=0, atol=1e-5)
+    assert (ours.std == 0).all()
+
+    raw = logits(folder)
+    assert raw.shape == (3, 1)
+    settings = transformers.AutoConfig.from_pretrained(folder)
+    assert (settings.num_labels, settings.problem_type) == (1, "regression")
+    torch.testing.assert_close(raw[:, 0] - settings.poise["offset"][0], expected, rtol=0, atol=1e-5)
+    assert abs(settings.poise["offset"][0]) > 1e-3  # there was something to subtract
+    assert expected.std() > 0.01
+
+
+def test_scalar_head_by_hand() -> None:
+    weight = torch.tensor([[1.0, 0.0], [3.0, 2.0], [9.0, 9.0], [9.0, 9.0]])
+    layout = HeadLayout(2, "gaussian", (1.0, 2.0, 7.0, 7.0), reward_scale=1.5)
+    row, point = scalar_head(weight, layout, 1)
+    assert row.tolist() == [[3.0, 2.0]]
+    assert point == HeadLayout(1, "point", (2.0,), reward_scale=1.5)
+    row, point = scalar_head(weight, layout, None)
+    assert row.tolist() == [[2.0, 1.0]]
+    assert point.offset == (1.5,)
+
+
+def test_trunk_is_copied_bit_for_bit_and_the_row_is_exact_in_bfloat16(llama_run: Path, tmp_path: Path) -> None:
+    source = half_precision(llama_run / "brme", tmp_path / "half")
+    folder = export.run(Config(str(source), str(tmp_path / "rm"), "mean"))
+    before, after = load_file(source / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name in before.keys() - {"score.weight"}:
+        assert after[name].dtype == torch.bfloat16
+        assert torch.equal(before[name], after[name])
+    torch.testing.assert_close(after["score.weight"], before["score.weight"][:5].double().mean(0).float()[None])
+    assert not torch.equal(after["score.weight"], after["score.weight"].bfloat16().float())  # would not have fitted
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    assert loaded.dtype == loaded.score.weight.dtype == torch.bfloat16
+    expected = mean(Scorer.load(str(source))(SAMPLES))
+    torch.testing.assert_close(Scorer.load(str(folder))(SAMPLES).mean[:, 0], expected, rtol=0, atol=1e-5)
+
+
+def half_precision(source: Path, folder: Path) -> Path:
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(source, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
+def test_shards_stay_shards(llama_run: Path, tmp_path: Path) -> None:
+    source = tmp_path / "sharded"
+    shutil.copytree(llama_run / "brme", source)
+    (source / "model.safetensors").unlink()
+    transformers.AutoModelForSequenceClassification.from_pretrained(llama_run / "brme").save_pretrained(
+        source, max_shard_size="40KB"
+    )
+    assert len(list(source.glob("*.safetensors"))) > 2
+    folder = export.run(Config(str(source), str(tmp_path / "rm"), "mean", engine="sglang"))
+    expected = mean(Scorer.load(str(source))(SAMPLES))
+    torch.testing.assert_close(Scorer.load(str(folder))(SAMPLES).mean[:, 0], expected, rtol=0, atol=1e-5)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    stored = {name: path.name for path in folder.glob("*.safetensors") for name in load_file(path)}
+    assert index["weight_map"] == stored
+    assert index["weight_map"]["score.bias"] == index["weight_map"]["score.weight"]
+    sizes = [t.numel() * t.element_size() for path in folder.glob("*.safetensors") for t in load_file(path).values()]
+    assert index["metadata"]["total_size"] == sum(sizes)
+
+
+# ---- SGLang ----
+
+
+@pytest.mark.parametrize("scalar", ["mean", ""])
+def test_sglang_gets_a_zero_bias_that_transformers_ignores(reward_run: Path, scalar: str, tmp_path: Path) -> None:
+    source = reward_run / "brme"
+    folder = export.run(Config(str(source), str(tmp_path / "rm"), scalar, engine="sglang"))
+    num_labels = 1 if scalar else 10
+    assert load_file(folder / "model.safetensors")["score.bias"].tolist() == [0.0] * num_labels
+    before, after = Scorer.load(str(source))(SAMPLES), Scorer.load(str(folder))(SAMPLES)
+    assert logits(folder).shape == (3, num_labels)
+    if scalar:
+        torch.testing.assert_close(after.mean[:, 0], mean(before), rtol=0, atol=1e-5)
+    else:
+        torch.testing.assert_close(logits(folder), logits(source), rtol=0, atol=0)
+        torch.testing.assert_close(after.mean, before.mean, rtol=0, atol=0)
+        torch.testing.assert_close(after.std, before.std, rtol=0, atol=0)
+    plain = export.run(Config(str(source), str(tmp_path / "plain"), "mean"))
+    assert "score.bias" not in load_file(plain / "model.safetensors")
+
+
+# ---- folders and refusals ----
+
+
+@pytest.mark.parametrize("scalar", ["", "mean"])
+def test_adapters_carry_the_heads(tiny_model: str, preferences_file: Path, tmp_path: Path, scalar: str) -> None:
+    """The adapter form scores as the merged checkpoint does, and plain PEFT opens it."""
+    import peft
+
+    from poise.reward import train as train_reward
+
+    run = train_reward.run(
+        train_reward.Config(
+            str(preferences_file), str(tmp_path / "run"), tiny_model, num_layers=2, trunk="lora", learning_rate=1e-2,
+            posterior_heads=4, head_steps=40,
+        )
+    )  # fmt: skip
+    folder = export.run(Config(str(run.folder / "brme"), str(tmp_path / "small"), scalar, adapter=True))
+    assert not list(folder.glob("model*.safetensors"))
+    merged = Scorer.load(str(run.folder / "brme"))(SAMPLES)
+    loaded = Scorer.load(str(folder))(SAMPLES)
+    expected = mean(merged).unsqueeze(-1) if scalar else merged.mean
+    torch.testing.assert_close(loaded.mean, expected, rtol=0, atol=1e-4)
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tiny_model, config=transformers.AutoConfig.from_pretrained(folder)
+    )
+    adapted = peft.PeftModel.from_pretrained(base, str(folder)).eval()
+    tokens = Scorer.load(str(folder)).extract.encode(SAMPLES[0])
+    offset = torch.tensor(adapted.config.poise["offset"])
+    with torch.no_grad():
+        raw = adapted(torch.tensor([[*tokens.prompt, *tokens.completion]])).logits - offset
+    torch.testing.assert_close(raw[0, : loaded.mean.shape[1]], loaded.mean[0], rtol=0, atol=1e-4)
+    with pytest.raises(PoiseError, match="train it with `--trunk lora`"):
+        export.run(Config(str(folder), str(tmp_path / "x"), adapter=True))
+
+
+def test_the_card_of_an_export(llama_run: Path, tmp_path: Path) -> None:
+    source = tmp_path / "brme"
+    shutil.copytree(llama_run / "brme", source)
+    (source / "README.md").write_text("---\nbase_model: user/model\n---\n\n# Ten labels\n")
+    text = (export.run(Config(str(source), str(tmp_path / "rm"), "mean", engine="sglang")) / "README.md").read_text()
+    assert text.startswith(
+        "---\nbase_model: user/model\n---\n\n# Reward model with one label: mean of 5 gaussian heads"
+    )
+    assert "Ten labels" not in text
+    assert "`/classify`" in text
+    offset = json.loads((tmp_path / "rm" / "config.json").read_text())["poise"]["offset"][0]
+    assert f"{offset:.6g}" in text
+    bare = (export.run(Config(str(llama_run), str(tmp_path / "bare"), "head", 1)) / "README.md").read_text()
+    assert "library_name: transformers" in bare
+    assert "base_model" not in bare
+    assert "head 1 of 5 gaussian heads" in bare
+    for path in (tmp_path / "bare").iterdir():
+        assert path.suffix == ".safetensors" or str(tmp_path.parent) not in path.read_text(), path.name
+
+
+def test_only_an_earlier_export_is_written_over(llama_run: Path, tmp_path: Path) -> None:
+    target = tmp_path / "rm"
+    target.mkdir()  # an empty folder holds nothing to lose
+    export.run(Config(str(llama_run), str(target), "mean"))
+    export.run(Config(str(llama_run), str(target), "head", 0))
+    assert json.loads((target / "config.json").read_text())["poise_export"]["head"] == 0
+    with pytest.raises(PoiseError, match="is the reward model itself"):
+        export.run(Config(str(target), str(target), "mean"))
+
+    other = tmp_path / "brme"
+    shutil.copytree(llama_run / "brme", other)
+    before = (other / "config.json").read_bytes()
+    with pytest.raises(PoiseError, match="no earlier export"):
+        export.run(Config(str(target), str(other), "mean"))
+    assert (other / "config.json").read_bytes() == before
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    with pytest.raises(PoiseError, match="no earlier export"):
+        export.run(Config(str(llama_run), str(mine), "mean"))
+    assert [path.name for path in mine.iterdir()] == ["thesis.txt"]
+    with pytest.raises(PoiseError, match="is a file"):
+        export.run(Config(str(llama_run), str(mine / "thesis.txt"), "mean"))
+
+
+def test_a_failed_export_leaves_the_old_one(llama_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = export.run(Config(str(llama_run), str(tmp_path / "rm"), "mean"))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(export, "save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        export.run(Config(str(llama_run), str(folder), "head", 0))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["rm"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scalar": "nominal"}, "only mean and head are linear"),
+        ({"scalar": "worst_case"}, "need all heads"),
+        ({"scalar": "head"}, "go together"),
+        ({"scalar": "mean", "head": 1}, "go together"),
+        ({"scalar": "head", "head": 5}, "has heads 0 to 4"),
+        ({"scalar": "head", "head": -1}, "has heads 0 to 4"),
+        ({}, "vLLM serves the checkpoint as it is"),
+    ],
+)
+def test_bad_options(llama_run: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(PoiseError, match=message):
+        export.run(Config(str(llama_run), str(tmp_path / "rm"), **options))
+    assert not list(tmp_path.iterdir())
+
+
+def test_not_a_reward_model_of_ours(tiny_model: str, llama_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(PoiseError, match="no heads to export"):
+        export.run(Config(tiny_model, str(tmp_path / "rm"), "mean"))
+    headless = tmp_path / "headless"
+    shutil.copytree(llama_run / "brme", headless)
+    weights = load_file(headless / "model.safetensors")
+    del weights["score.weight"]
+    save_file(weights, headless / "model.safetensors", {"format": "pt"})
+    with pytest.raises(PoiseError, match=r"no score\.weight"):
+        export.run(Config(str(headless), str(tmp_path / "rm"), "mean"))
+
+
+# ---- upload ----
+
+
+class FakeHub:
+    """Records what would be sent."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+
+    def create_repo(self, repo_id: str, **options: Any) -> str:
+        self.calls.append(("create_repo", {"repo_id": repo_id, **options}))
+        return f"hub:{repo_id}"
+
+    def upload_folder(self, **options: Any) -> None:
+        self.calls.append(("upload_folder", options))
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+    fake = FakeHub()
+    monkeypatch.setattr(push, "HfApi", lambda: fake)
+    monkeypatch.setattr(push, "get_token", lambda: "a token")
+    return fake
+
+
+@pytest.mark.parametrize("name", ["single", "brme", "posterior"])
+def test_only_the_checkpoint_is_uploaded(llama_run: Path, name: str, tmp_path: Path, hub: FakeHub) -> None:
+    folder = tmp_path / name
+    shutil.copytree(llama_run / name, folder)
+    expected = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} | {
+        "README.md",
+        "calibration.png",
+    }
+    kept_here = ["optimizer.safetensors", "training_args.bin", "preferences.jsonl", "results.json", "checkpoint-5/"]
+    for name in ["README.md", "calibration.png", *kept_here]:
+        if name.endswith("/"):
+            shutil.copytree(llama_run / "brme", folder / name)
+        else:
+            (folder / name).write_text("x")
+    assert push.run(push.Config(str(folder), "user/rm", private=True)) == "hub:user/rm"
+    (first, created), (second, uploaded) = hub.calls
+    assert (first, second) == ("create_repo", "upload_folder")
+    assert created == {"repo_id": "user/rm", "private": True, "exist_ok": True}
+    assert (uploaded["repo_id"], Path(uploaded["folder_path"])) == ("user/rm", folder)
+    everything = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    sent = set(filter_repo_objects(everything, allow_patterns=uploaded["allow_patterns"]))  # as the hub client does
+    assert sent == expected
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= sent
+
+
+def test_a_run_stands_for_its_brme(llama_run: Path, hub: FakeHub) -> None:
+    push.run(push.Config(str(llama_run), "user/rm"))
+    assert Path(hub.calls[1][1]["folder_path"]) == llama_run / "brme"
+    assert hub.calls[0][1]["private"] is False
+
+
+def test_upload_refusals(
+    tiny_model: str, llama_run: Path, tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in (str(tmp_path), tiny_model, "user/somewhere"):
+        with pytest.raises(PoiseError, match=r"is not a reward model: no config\.json with a `poise` block"):
+            push.run(push.Config(folder, "user/rm"))
+    weightless = tmp_path / "weightless"
+    shutil.copytree(llama_run / "brme", weightless)
+    (weightless / "model.safetensors").unlink()
+    with pytest.raises(PoiseError, match=r"no model\.safetensors"):
+        push.run(push.Config(str(weightless), "user/rm"))
+    with pytest.raises(PoiseError, match="not of the form user/name"):
+        push.run(push.Config(str(llama_run), "rm"))
+    assert hub.calls == []
+
+    def refused(*_: object, **__: object) -> str:
+        raise OSError("403 Forbidden\nand a long story")
+
+    monkeypatch.setattr(hub, "create_repo", refused)
+    with pytest.raises(PoiseError, match="cannot upload to user/rm: 403 Forbidden;") as caught:
+        push.run(push.Config(str(llama_run), "user/rm"))
+    assert "long story" not in str(caught.value)
+    monkeypatch.setattr(push, "get_token", lambda: None)
+    with pytest.raises(PoiseError, match="log in with `hf auth login`"):
+        push.run(push.Config(str(llama_run), "user/rm"))

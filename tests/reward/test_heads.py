@@ -1,0 +1,249 @@
+"""Linear heads: known answers, the posterior's exact covariance, and the facts the method rests on."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize_scalar
+from scipy.stats import norm
+
+from poise.models.reward_model import LastLayer
+from poise.reward.heads import (
+    Heads,
+    Pairs,
+    Shards,
+    Targets,
+    draw_posterior,
+    fit_bradley_terry,
+    fit_std_scale,
+    make_shards,
+    posterior_factor,
+    std_collapsed,
+    train_heads,
+)
+
+
+def pairs(chosen: torch.Tensor, rejected: torch.Tensor, margin: float = 0.0) -> Pairs:
+    return Pairs(chosen, rejected, torch.full((len(chosen),), margin, dtype=torch.float64))
+
+
+def synthetic(count: int, hidden: int = 6, seed: int = 0) -> tuple[Pairs, torch.Tensor]:
+    """Pairs labelled by a known linear reward through the Bradley-Terry model."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.linspace(-1, 1, hidden, dtype=torch.float64)
+    first, second = torch.randn(2, count, hidden, generator=generator, dtype=torch.float64)
+    keep = torch.rand(count, generator=generator) < torch.sigmoid((first - second) @ weight)
+    chosen = torch.where(keep.unsqueeze(-1), first, second)
+    rejected = torch.where(keep.unsqueeze(-1), second, first)
+    return pairs(chosen, rejected), weight
+
+
+def test_bradley_terry_recovers_a_known_reward() -> None:
+    features, weight = synthetic(20_000)
+    fitted = fit_bradley_terry(features, precision=1e-6)
+    assert torch.cosine_similarity(fitted, weight, dim=0) > 0.999  # centring shrinks it, but keeps the direction
+    silent = pairs(features.difference_NH / 2, -features.difference_NH / 2)  # r+ + r- = 0: no centring
+    torch.testing.assert_close(fit_bradley_terry(silent, precision=1e-6), weight, rtol=0, atol=0.06)
+
+
+def test_bradley_terry_matches_an_independent_solver() -> None:
+    """Without centring it is logistic regression on differences."""
+    from sklearn.linear_model import LogisticRegression
+
+    features, _ = synthetic(300)
+    difference = features.difference_NH.numpy()
+    both = np.concatenate([difference, -difference])
+    labels = np.array([1] * 300 + [0] * 300)
+    # Each pair appears twice, so the prior must weigh twice as much.
+    solver = LogisticRegression(C=1 / (2 * 5.0), fit_intercept=False, tol=1e-10, max_iter=1000).fit(both, labels)
+    moved = pairs(features.difference_NH / 2, -features.difference_NH / 2)  # r+ + r- = 0: centring is silent
+    np.testing.assert_allclose(fit_bradley_terry(moved, 5.0).numpy(), solver.coef_[0], atol=1e-5)
+
+
+def test_posterior_draws_have_the_laplace_covariance() -> None:
+    features, _ = synthetic(400)
+    weight = fit_bradley_terry(features, 2.0)
+    draws = draw_posterior(weight, posterior_factor(features, weight, 2.0), 60_000, torch.Generator().manual_seed(0))
+    d = features.difference_NH.numpy()
+    p = 1 / (1 + np.exp(-d @ weight.numpy()))
+    hessian = sum(p[i] * (1 - p[i]) * np.outer(d[i], d[i]) for i in range(len(d))) + 2.0 * np.eye(6)
+    np.testing.assert_allclose(np.cov(draws.numpy().T), np.linalg.inv(hessian), atol=2e-4)
+    torch.testing.assert_close(draws.mean(0), weight)
+
+
+def test_posterior_spread_grows_away_from_the_data_and_not_along_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    flat = torch.randn(2, 500, 6, generator=generator, dtype=torch.float64)
+    flat[..., 3:] = 0.0  # three of six directions never seen
+    nothing = torch.zeros(6, dtype=torch.float64)
+    draws = draw_posterior(nothing, posterior_factor(pairs(*flat), nothing, 1.0), 500, generator)
+    spread = draws.std(0)
+    assert spread[3:].min() > 5 * spread[:3].max()
+
+
+def test_shards() -> None:
+    features, _ = synthetic(50)
+    generator = torch.Generator().manual_seed(0)
+    for shards in ("disjoint", "cluster"):
+        mask = make_shards(shards, features, features, 5, generator).fit_NK
+        assert (mask.sum(1) == 1).all()  # every pair has one owner
+        assert (mask.sum(0) > 0).all()  # every head has pairs
+    assert make_shards("same", features, features, 5, generator).fit_NK.all()
+    assert make_shards("bootstrap", features, features, 200, generator).fit_NK.double().mean().item() == pytest.approx(
+        0.8, abs=0.02
+    )
+
+
+def test_clusters_follow_the_content() -> None:
+    generator = torch.Generator().manual_seed(0)
+    region = torch.arange(60) % 3
+    centres = 10 * torch.eye(3, dtype=torch.float64)[region]
+    noise = torch.randn(2, 60, 3, generator=generator, dtype=torch.float64)
+    data = pairs(*(centres + noise))
+    shards = make_shards("cluster", data, data.rows(torch.arange(30)), 3, generator)
+    owner = shards.fit_NK.int().argmax(1)
+    assert torch.equal(shards.held_NK, shards.fit_NK[:30])  # held-out pairs go to the head of their cluster
+    assert len({(int(r), int(o)) for r, o in zip(region, owner, strict=True)}) == 3
+
+
+def single_head(weight: torch.Tensor) -> Heads:
+    return Heads(weight.unsqueeze(0), torch.zeros(1, dtype=torch.float64), "point")
+
+
+def trained_heads(steps: int) -> tuple[Heads, list]:
+    features, weight = synthetic(400)
+    held, _ = synthetic(200, seed=1)
+    generator = torch.Generator().manual_seed(0)
+    everything = Shards(torch.ones(400, 3, dtype=torch.bool), torch.ones(200, 3, dtype=torch.bool))
+    targets = Targets.of(single_head(weight), features, held)
+    return train_heads(
+        features, held, targets, everything, generator, num_steps=steps, learning_rate=0.02, initial_std=0.6
+    )
+
+
+def test_heads_learn_the_stage_one_reward_and_std_shrinks_where_there_is_data() -> None:
+    heads, history = trained_heads(1500)
+    for head in heads.weight_LH[:3]:
+        torch.testing.assert_close(head, torch.linspace(-1, 1, 6, dtype=torch.float64), rtol=0, atol=0.1)
+    assert history[-1]["std"] < history[0]["std"] / 5
+    assert history[-1]["mse"] < 0.01
+
+
+def test_heads_of_regions_are_stopped_by_their_own_region() -> None:
+    """Two regions with opposite rewards: judged on both, a head could only get worse by learning its own."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.linspace(-1, 1, 6, dtype=torch.float64)
+
+    def draw(count: int) -> tuple[Pairs, torch.Tensor]:
+        region = torch.arange(count) % 2
+        centre = torch.zeros(count, 6, dtype=torch.float64)
+        centre[:, 0] = 20.0 * region
+        texts = centre + torch.randn(2, count, 6, generator=generator, dtype=torch.float64)
+        sign = (1 - 2 * region).double()
+        reward = torch.cat([(text - centre) @ weight * sign for text in texts])
+        return pairs(texts[0], texts[1]), reward
+
+    (fit, fit_reward), (held, held_reward) = draw(400), draw(200)
+    targets = Targets(fit_reward, held_reward)
+    own = make_shards("cluster", fit, held, 2, generator)
+    assert torch.equal(own.held_NK.int().argmax(1), own.fit_NK.int().argmax(1)[:200])
+    wrong = Shards(own.fit_NK, torch.ones_like(own.held_NK))
+
+    def error_at_home(shards: Shards) -> float:
+        heads, _ = train_heads(
+            fit, held, targets, shards, torch.Generator().manual_seed(1), num_steps=3000, learning_rate=0.02
+        )
+        said = held.texts_NH @ heads.weight_LH[:2].T - heads.offset_L[:2]
+        return (said - held_reward.unsqueeze(-1)).square()[own.held_NK.repeat(2, 1)].mean().item()
+
+    assert error_at_home(own) < 0.05 < 0.5 < error_at_home(wrong)
+
+
+@pytest.mark.parametrize("loss", ["gaussian_nll", "beta_nll", "crps", "probit_pairs"])
+def test_other_losses_learn_the_order_too(loss: str) -> None:
+    features, weight = synthetic(400)
+    held, true = synthetic(200, seed=1)
+    everything = Shards(torch.ones(400, 2, dtype=torch.bool), torch.ones(200, 2, dtype=torch.bool))
+    heads, _ = train_heads(
+        features, held, Targets.of(single_head(weight), features, held), everything, torch.Generator().manual_seed(0),
+        loss_name=loss, num_steps=400, learning_rate=0.02, initial_std=0.6,  # type: ignore[arg-type]
+    )  # fmt: skip
+    for head in heads.weight_LH[:2]:
+        assert torch.cosine_similarity(head, true, dim=0) > 0.9
+
+
+def test_alarm_when_std_collapses_while_error_stands_still() -> None:
+    flat = [{"mse": 0.3, "std": 1.0}, {"mse": 0.299, "std": 0.3}, {"mse": 0.298, "std": 0.09}]
+    falling = [{"mse": 0.3, "std": 1.0}, {"mse": 0.1, "std": 0.3}, {"mse": 0.03, "std": 0.09}]
+    assert std_collapsed(flat)
+    assert not std_collapsed(falling)
+    assert not std_collapsed(flat[:2])
+
+
+def test_margins_push_the_rewards_apart() -> None:
+    """Pairs that are exactly 2 apart in truth, fitted with margin 2: p = sigmoid(w.d - 2), by an independent solver."""
+    features, _ = synthetic(300)
+    weight = fit_bradley_terry(Pairs(*features[:2], torch.full((300,), 2.0, dtype=torch.float64)), 5.0)
+    d, together = features.difference_NH.numpy(), (features.chosen_NH + features.rejected_NH).numpy()
+
+    def gradient(w: np.ndarray) -> np.ndarray:
+        return -d.T @ (1 / (1 + np.exp(d @ w - 2.0))) + 5.0 * w + 0.02 * together.T @ (together @ w)
+
+    assert np.abs(gradient(weight.numpy())).max() < 1e-4
+    assert weight.norm() > fit_bradley_terry(features, 5.0).norm()
+
+
+def test_label_smoothing_bounds_the_margin_of_separable_pairs() -> None:
+    """One direction, every pair alike: the optimum is logit(1 - e) in closed form."""
+    difference = torch.ones(50, 1, dtype=torch.float64)
+    weight = fit_bradley_terry(pairs(difference / 2, -difference / 2), 1e-9, label_smoothing=0.1)
+    assert weight.item() == pytest.approx(math.log(0.9 / 0.1), abs=1e-4)
+
+
+def test_shards_by_source() -> None:
+    features, _ = synthetic(60)
+    generator = torch.Generator().manual_seed(0)
+    sources = ["web"] * 30 + ["books"] * 20 + ["forum"] * 10
+
+    def heads_of(num_heads: int) -> list[set[int]]:
+        mask, held = make_shards("source", features, features, num_heads, generator, sources, sources)
+        for name in set(sources):  # judged by every head that is trained on the source
+            mine = torch.tensor([source == name for source in sources])
+            assert (held[mine] == mask[mine].any(0)).all()
+        assert (mask.sum(1) == 1).all()
+        assert (mask.sum(0) > 0).all()
+        owner = mask.int().argmax(1)
+        return [set(owner[:30].tolist()), set(owner[30:50].tolist()), set(owner[50:].tolist())]
+
+    web, books, forum = heads_of(3)
+    assert len(web | books | forum) == 3  # a head each
+    web, books, forum = heads_of(2)
+    assert books == forum != web  # the two smaller ones together
+    web, books, forum = heads_of(4)
+    assert len(web) == 2  # the largest is split
+    assert len(web | books | forum) == 4
+
+
+def test_last_layer_std_is_what_many_draws_say() -> None:
+    features, _ = synthetic(400)
+    weight = fit_bradley_terry(features, 2.0)
+    factor = posterior_factor(features, weight, 2.0)
+    draws = draw_posterior(weight, factor, 60_000, torch.Generator().manual_seed(0))
+    x, y = torch.randn(2, 7, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    centre = torch.full((6,), 0.3, dtype=torch.float64)
+    layer = LastLayer(factor, centre)
+    torch.testing.assert_close(layer.std(x), ((x - centre) @ draws.T).std(-1), rtol=0.02, atol=0)
+    torch.testing.assert_close(layer.difference_std(x - y), ((x - y) @ draws.T).std(-1), rtol=0.02, atol=0)
+
+
+def test_std_scale_is_the_most_likely_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mean, target = torch.zeros(500, 2, dtype=torch.float64), torch.randn(500, generator=generator, dtype=torch.float64)
+    std = torch.rand(500, 2, generator=generator, dtype=torch.float64) + 0.1
+    scale = fit_std_scale(mean, std, target)
+    for head in range(2):
+        found = minimize_scalar(
+            lambda s, head=head: -norm.logpdf(target.numpy(), 0, s * std[:, head].numpy()).sum(), bounds=(0.1, 20)
+        )
+        assert scale[head].item() == pytest.approx(found.x, rel=1e-3)

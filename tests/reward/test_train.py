@@ -1,0 +1,74 @@
+"""`poise train-reward`: the three models of a run, what they are worth, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from poise.data.preferences import Sample
+from poise.errors import PoiseError
+from poise.functional.objectives import disagreement
+from poise.models.scorer import Scorer
+from poise.reward import train as train_reward
+from poise.reward.train import Config
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model: str, preferences_file: Path, tmp_path_factory: pytest.TempPathFactory) -> train_reward.Run:
+    output = tmp_path_factory.mktemp("runs") / "reward"
+    config = Config(preferences=str(preferences_file), output=str(output), model=tiny_model, num_layers=3)
+    return train_reward.run(config)
+
+
+def test_the_whole_run_learns_good_from_bad(finished: train_reward.Run) -> None:
+    results = finished.results
+    assert results is not None
+    assert set(results["models"]) == {"single", "ensemble", "brme", "posterior"}
+    assert results["num_train"] + results["num_validation"] == 40
+    scorer = Scorer.load(str(finished.folder))  # a run folder stands for its BRME
+    assert scorer.layout.kind == "gaussian"
+    assert scorer.layout.num_heads == 5
+    single = scorer.with_heads_of(str(finished.folder / "single"))
+    good = single(
+        [Sample("Review a film.", f"the film was {word} {i}") for i in range(20) for word in ("good", "great")]
+    )
+    bad = single([Sample("Review a film.", f"the film was {word} {i}") for i in range(20) for word in ("bad", "awful")])
+    assert (good.mean > bad.mean.median()).float().mean() > 0.7
+
+
+def test_rewards_are_standardised_on_the_training_texts(finished: train_reward.Run, preferences_file: Path) -> None:
+    from poise.data.preferences import read_preferences
+
+    preferences = read_preferences(preferences_file)
+    samples = [Sample(p.prompt, text) for p in preferences for text in (p.chosen, p.rejected)]
+    rewards = Scorer.load(str(finished.folder / "single"))(samples).mean
+    assert rewards.mean().item() == pytest.approx(0, abs=0.3)  # all texts, of which a fifth is validation
+    assert rewards.std().item() == pytest.approx(1, abs=0.2)
+
+
+def test_posterior_heads_average_to_the_single_one(finished: train_reward.Run) -> None:
+    samples = [Sample("Review a film.", text) for text in ("good", "bad", "it was really not great")]
+    posterior = Scorer.load(str(finished.folder / "posterior"))
+    single = posterior.with_heads_of(str(finished.folder / "single"))
+    torch.testing.assert_close(posterior(samples).mean.mean(-1), single(samples).mean[:, 0], rtol=0, atol=1e-3)
+    assert (disagreement(posterior(samples)) > 0).all()
+
+
+def test_a_finished_run_is_not_run_again(finished: train_reward.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    import yaml
+
+    monkeypatch.delattr(train_reward, "load_trunk")
+    config = Config(**yaml.safe_load((finished.folder / "config.yaml").read_text()))
+    assert train_reward.run(config).results == finished.results
+
+
+def test_too_little_data_and_bad_settings(tmp_path: Path, tiny_model: str) -> None:
+    path = tmp_path / "two.jsonl"
+    path.write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n' * 2)
+    with pytest.raises(PoiseError, match="too few"):
+        train_reward.run(Config(preferences=str(path), output=str(tmp_path / "x"), model=tiny_model))
+    path.write_text("".join(f'{{"prompt": "p", "chosen": "a{i}", "rejected": "b"}}\n' for i in range(9)))
+    with pytest.raises(PoiseError, match="has 3 layers"):
+        train_reward.run(Config(str(path), str(tmp_path / "y"), model=tiny_model, num_layers=9))
+    with pytest.raises(PoiseError, match="num-heads"):
+        train_reward.run(Config(preferences="", num_heads=0))

@@ -1,0 +1,259 @@
+"""Stage 1 with the trunk: the same loss as separate rows, LoRA in PEFT's format, and runs that survive a kill."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from poise.data.preferences import Preference, Sample, read_preferences
+from poise.errors import PoiseError
+from poise.models.reward_model import load_trunk
+from poise.models.scorer import FeatureExtractor, Scorer
+from poise.reward import train as train_reward
+from poise.reward.train import Config
+from poise.reward.trunk_training import (
+    PairModel,
+    PairTrainer,
+    TrunkTraining,
+    latest_checkpoint,
+    preference_loss,
+    token_pairs,
+    training_arguments,
+)
+
+
+def settings(**changes: object) -> TrunkTraining:
+    values = {
+        "kind": "full", "epochs": 1.0, "learning_rate": 1e-3, "batch_size": 8, "device_batch_size": 4, "lora_rank": 4,
+        "gradient_checkpointing": False, "save_steps": 2, "seed": 0,
+    }  # fmt: skip
+    return TrunkTraining(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def trainer_of(model: str, preferences: list[Preference], folder: Path, *, packed: bool) -> PairTrainer:
+    torch.manual_seed(0)
+    classifier, tokenizer = load_trunk(model, 0)
+    for module in classifier.modules():  # GPT-2's dropout falls differently on rows of another shape
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    pairs = token_pairs(FeatureExtractor(classifier, tokenizer), preferences, share=packed)
+    model, args = PairModel(classifier, packed=packed), training_arguments(settings(), folder)
+    trainer = PairTrainer(model, args, pairs, tokenizer.pad_token_id, preference_loss())
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+def test_sharing_the_prompt_changes_neither_loss_nor_weights(
+    any_model: str, preferences_file: Path, tmp_path: Path
+) -> None:
+    preferences = read_preferences(preferences_file)
+    losses, weights = [], []
+    for packed in (True, False):
+        trainer = trainer_of(any_model, preferences, tmp_path / str(packed), packed=packed)
+        trainer.train()
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+        weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    assert len(losses[0]) == 5
+    assert losses[0] == pytest.approx(losses[1], abs=2e-4)  # the Trainer rounds losses to four digits
+    start = torch.cat(
+        [p.detach().flatten() for p in trainer_of(any_model, preferences, tmp_path, packed=True).model.parameters()]
+    )
+    assert (weights[0] - weights[1]).norm() < 0.02 * (weights[0] - start).norm()
+
+
+def test_loss_by_hand(tiny_model: str, tmp_path: Path) -> None:
+    """Margins and label smoothing arrive where they should, whatever the order of the packed rows."""
+    preferences = [
+        Preference("Review a film.", "good", "bad", margin=0.5),
+        Preference("Review a phone that is long.", "fine", "awful, really"),
+    ]
+    classifier, tokenizer = load_trunk(tiny_model, 0)
+    extract = FeatureExtractor(classifier, tokenizer)
+    model = PairModel(classifier, packed=True)
+    trainer = PairTrainer(
+        model, training_arguments(settings(), tmp_path), token_pairs(extract, preferences), tokenizer.pad_token_id,
+        preference_loss(label_smoothing=0.1, centring=0.0),
+    )  # fmt: skip
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    loss = trainer.compute_loss(model.eval(), batch)
+    expected = 0.0
+    for p in preferences:
+        chosen, rejected = (extract([Sample(p.prompt, t)]) @ classifier.score.weight.T for t in (p.chosen, p.rejected))
+        lead = (chosen - rejected).squeeze() - p.margin
+        expected -= (0.9 * torch.sigmoid(lead).log() + 0.1 * torch.sigmoid(-lead).log()) / 2
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def config(model: str, preferences: Path, output: Path, **changes: object) -> Config:
+    values = {
+        "trunk": "lora", "epochs": 3.0, "batch_size": 8, "device_batch_size": 4, "learning_rate": 3e-3,
+        "posterior_heads": 4, "head_steps": 20, "num_layers": 2, "save_steps": 2,
+    }  # fmt: skip
+    return Config(str(preferences), str(output), model, **{**values, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("trunk", ["lora", "full"])
+def test_the_tuned_trunk_is_part_of_every_checkpoint(
+    trunk: str, tiny_model: str, preferences_file: Path, tmp_path: Path
+) -> None:
+    run = train_reward.run(config(tiny_model, preferences_file, tmp_path / "run", trunk=trunk))
+    losses = [row["loss"] for row in run.metrics()]
+    assert len(losses) == 12
+    assert sum(losses[-3:]) < sum(losses[:3])
+    tuned = transformers.AutoModelForSequenceClassification.from_pretrained(run.folder / "trunk")
+    fresh, _ = load_trunk(tiny_model, 2)
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert not torch.equal(tuned.state_dict()[name], fresh.state_dict()[name])
+    for head in ("single", "brme", "posterior"):
+        saved = load_file(run.folder / head / "model.safetensors")
+        assert torch.equal(saved[name], tuned.state_dict()[name])
+    assert not (run.folder / "trainer").exists()
+    if trunk == "lora":  # PEFT reads the adapter on the model it was trained on, and gives the merged trunk's rewards
+        base, tokenizer = load_trunk(tiny_model, 2)
+        adapted = peft.PeftModel.from_pretrained(base, str(run.folder / "adapter")).eval()
+        ids = torch.tensor([tokenizer("a good film").input_ids])
+        with torch.no_grad():
+            torch.testing.assert_close(adapted(ids).logits, tuned.eval()(ids).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("trunk", ["lora", "full"])
+def test_killed_at_any_moment_it_ends_in_the_same_weights(
+    trunk: str, tiny_model: str, preferences_file: Path, tmp_path: Path
+) -> None:
+    whole = train_reward.run(config(tiny_model, preferences_file, tmp_path / "whole", trunk=trunk))
+    again = config(tiny_model, preferences_file, tmp_path / "killed", trunk=trunk)
+    program = (
+        "import sys, torch; torch.set_num_threads(1)\n"
+        "from poise.reward import train as train_reward\n"
+        f"train_reward.run(train_reward.Config(**{vars(again)!r}))"
+    )
+    generator = random.Random(trunk)
+    kills = 0
+    for _ in range(3):
+        with (tmp_path / "stderr.txt").open("w") as stderr:
+            process = subprocess.Popen([sys.executable, "-c", program], stderr=stderr)
+        steps = tmp_path / "killed" / "metrics.jsonl"
+        before = steps.read_text().count("\n") if steps.exists() else 0
+        target = before + generator.randint(1, 6)
+        while process.poll() is None and (steps.read_text().count("\n") if steps.exists() else 0) < target:
+            time.sleep(0.002)
+        if process.poll() is not None:
+            assert process.returncode == 0, (tmp_path / "stderr.txt").read_text()
+            break
+        time.sleep(generator.random() * 0.05)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+    result = train_reward.run(again)
+    assert kills >= 1
+    for name in ("trunk", "single", "brme", "posterior"):
+        one, other = (load_file(run.folder / name / "model.safetensors") for run in (whole, result))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one), name
+    assert result.metrics() == whole.metrics()
+
+
+def test_stage_two_with_the_trunk(tiny_model: str, preferences_file: Path, tmp_path: Path) -> None:
+    """The BRME gets a trunk of its own and comes nearer to the stage-1 reward; the others stay on the frozen one."""
+    changes = {"trunk": "frozen", "shards": "same", "head_loss": "gaussian_nll", "epochs": 10.0, "head_steps": 40}
+    runs = {
+        name: train_reward.run(
+            config(tiny_model, preferences_file, tmp_path / name, **changes, stage2_trunk=name)  # type: ignore[arg-type]
+        )
+        for name in ("frozen", "lora", "full")
+    }
+    name = "model.layers.1.mlp.up_proj.weight"
+    trunks = {key: load_file(run.folder / "brme" / "model.safetensors")[name] for key, run in runs.items()}
+    single = load_file(runs["full"].folder / "single" / "model.safetensors")[name]
+    assert torch.equal(trunks["frozen"], single)
+    assert not torch.equal(trunks["lora"], single)
+    assert not torch.equal(trunks["full"], single)
+    data = [Sample(p.prompt, text) for p in read_preferences(preferences_file) for text in (p.chosen, p.rejected)]
+    target = Scorer.load(str(runs["frozen"].folder / "single"))(data).mean
+    error = {
+        key: (Scorer.load(str(run.folder / "brme"))(data).mean - target).square().mean().item()
+        for key, run in runs.items()
+    }
+    assert error["full"] < error["frozen"]
+    assert error["lora"] < error["frozen"]
+
+
+@pytest.mark.parametrize("trunk", ["lora", "full"])
+def test_what_a_sharded_run_has_learnt_is_put_together(
+    trunk: str, tiny_model: str, preferences_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sharding itself needs accelerators; here one process plays it, with accelerate's own gathering of the weights."""
+    plain = train_reward.run(config(tiny_model, preferences_file, tmp_path / "plain", trunk=trunk))
+    monkeypatch.setattr(PairTrainer, "sharded", True)
+    sharded = train_reward.run(config(tiny_model, preferences_file, tmp_path / "sharded", trunk=trunk))
+    one, other = (load_file(run.folder / "trunk" / "model.safetensors") for run in (plain, sharded))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    for step, state in ((2, json.dumps({"global_step": 2})), (4, '{"global_st'), (6, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert latest_checkpoint(tmp_path / "nothing") is None
+
+
+def test_a_batch_that_does_not_divide_is_one_line(tiny_model: str, preferences_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(PoiseError, match="no multiple of --device-batch-size 3"):
+        train_reward.run(config(tiny_model, preferences_file, tmp_path / "x", device_batch_size=3))
+
+
+def test_checkpoints_hold_no_pickle(tiny_model: str, preferences_file: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(tiny_model, read_preferences(preferences_file), tmp_path, packed=True)
+    trainer.train()
+    checkpoint = latest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    assert {path.suffix for path in checkpoint.iterdir()} == {".safetensors", ".json"}
+
+
+def test_scores_of_a_tuned_run(tiny_model: str, preferences_file: Path, tmp_path: Path) -> None:
+    run = train_reward.run(config(tiny_model, preferences_file, tmp_path / "run"))
+    heads = Scorer.load(str(run.folder / "single"))(
+        [Sample("Review a film.", t) for t in ("a good film", "a bad film")]
+    )
+    assert heads.mean[0] > heads.mean[1]
+
+
+def test_two_processes_train_as_one_with_the_same_batch(
+    tiny_model: str, preferences_file: Path, tmp_path: Path
+) -> None:
+    """Data parallel by `torchrun`, gloo on the CPU: the same losses and weights as one process with the whole batch."""
+    shared = {"trunk": "full", "learning_rate": 1e-3, "epochs": 1.0, "feature_cache": False}
+    one = train_reward.run(
+        config(tiny_model, preferences_file, tmp_path / "one", **shared, device_batch_size=8)  # type: ignore[arg-type]
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "poise.cli"]
+    again = ["--config", str(one.folder / "config.yaml"), "--output", str(tmp_path / "two"), "--device-batch-size", "4"]
+    command = [*launch, "train-reward", *again]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (one.folder, tmp_path / "two")
+    )
+    assert [row["step"] for row in second] == [1, 2, 3, 4]
+    assert [row["loss"] for row in second] == pytest.approx([row["loss"] for row in first], abs=1e-5)
+    alone, together = (load_file(folder / "trunk" / "model.safetensors") for folder in (one.folder, tmp_path / "two"))
+    fresh, _ = load_trunk(tiny_model, 2)
+    name = "model.layers.1.mlp.up_proj.weight"
+    moved = (alone[name] - fresh.state_dict()[name]).norm()
+    assert (alone[name] - together[name]).norm() < 0.01 * moved
+    assert (tmp_path / "two" / "results.json").exists()

@@ -1,0 +1,119 @@
+"""Run folders: whole or absent, never mixed."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from poise.errors import PoiseError
+from poise.runtime import run_folder as runs
+from poise.runtime.downloads import cached, package_file
+from poise.runtime.run_folder import Run
+
+
+@dataclass(frozen=True)
+class Config:
+    output: str = "x"
+    size: int = 3
+    names: tuple[str, ...] = ("a", "b")
+
+
+def test_open_writes_what_repeats_the_run(tmp_path: Path) -> None:
+    run = Run.open(tmp_path / "run", Config())
+    assert runs.load_config_file(run.folder / "config.yaml") == {"output": "x", "size": 3, "names": ["a", "b"]}
+    environment = json.loads((run.folder / "environment.json").read_text())
+    assert environment["versions"]["torch"]
+    assert run.results is None
+    run.finish({"value": float("nan"), "list": (1.5, float("inf"))})
+    assert Run.open(tmp_path / "run", Config()).results == {"value": None, "list": [1.5, None]}
+
+
+def test_another_config_is_refused_but_a_moved_folder_is_not(tmp_path: Path) -> None:
+    Run.open(tmp_path, Config())
+    Run.open(tmp_path, Config(output="elsewhere"))
+    with pytest.raises(PoiseError, match="differs in size"):
+        Run.open(tmp_path, Config(size=4))
+
+
+def test_a_setting_that_an_old_run_lacks_had_its_default(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Newer(Config):
+        tasks: tuple[str, ...] = ("lambada",)
+        limits: dict[str, float] = field(default_factory=lambda: {"kl": 1.0})
+
+    @dataclass(frozen=True, kw_only=True)
+    class Needier(Config):
+        prompts: str
+
+    Run.open(tmp_path, Config())
+    Run.open(tmp_path, Newer(output="elsewhere"))
+    with pytest.raises(PoiseError, match=r"differs in tasks\)"):
+        Run.open(tmp_path, Newer(tasks=("race",)))
+    with pytest.raises(PoiseError, match=r"differs in limits\)"):
+        Run.open(tmp_path, Newer(limits={}))
+    with pytest.raises(PoiseError, match=r"differs in prompts\)"):
+        Run.open(tmp_path, Needier(prompts="some"))
+    Run.open(tmp_path / "new", Newer())
+    with pytest.raises(PoiseError, match=r"differs in limits, tasks\)"):  # settings that are no more still count
+        Run.open(tmp_path / "new", Config())
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    runs.write_atomic(path, "old")
+
+    def full_disk(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runs.os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        runs.write_atomic(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "folder"
+
+    def build(fail: bool) -> None:
+        with runs.write_folder_atomic(target) as scratch:
+            (scratch / "a").write_text("new")
+            if fail:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(fail=True)
+    assert list(tmp_path.iterdir()) == []
+    build(fail=False)
+    assert (target / "a").read_text() == "new"
+
+
+def test_cache_builds_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POISE_CACHE", str(tmp_path))
+    built: list[Path] = []
+
+    def build(folder: Path) -> None:
+        built.append(folder)
+        (folder / "x").touch()
+
+    assert cached("thing", build) == cached("thing", build) == tmp_path / "thing"
+    assert len(built) == 1
+
+
+def test_rows_after_the_checkpoint_are_dropped_and_a_cut_line_ignored(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"st')
+    runs.keep_rows_before(path, 2)
+    assert path.read_text() == '{"step": 0}\n{"step": 1}\n'
+
+
+def test_unreachable_registry_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")  # the registry cannot be reached
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    with (
+        pytest.raises(PoiseError, match="cannot get no-such-thing==1") as caught,
+        package_file("no-such-thing==1", "0" * 64),
+    ):
+        pass
+    assert "\n" not in str(caught.value)

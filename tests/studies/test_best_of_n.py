@@ -1,0 +1,145 @@
+"""`poise best-of-n` on tiny models: several reward models, a gold of one's own, what is kept, what is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from poise.errors import PoiseError
+from poise.runtime.run_folder import read_jsonl, write_jsonl
+from poise.studies import best_of_n, pool
+from poise.studies.best_of_n import Config
+
+CHOICES = ("single:nominal", "ensemble:worst_case", "brme:tradeoff(0.4)")
+
+
+@pytest.fixture(scope="module")
+def reward(train_tiny_reward: Callable[[str], Path], tiny_model: str) -> Path:
+    return train_tiny_reward(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def settings(reward: Path, tiny_model: str, prompts_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    return Config(
+        prompts=str(prompts_file), reward=(str(reward), str(reward)), model=tiny_model, objectives=CHOICES,
+        per_prompt=6, max_tokens=4, output=str(tmp_path_factory.mktemp("run") / "pool"),
+        gold=str(reward / "posterior"),  # a reward model as gold: it says different things of different texts
+    )  # fmt: skip
+
+
+def test_curves_laws_and_differences(settings: Config) -> None:
+    results = best_of_n.run(settings).results
+    assert results is not None
+    assert [curve["name"] for curve in results["curves"]] == list(CHOICES)
+    assert results["num_rewards"] == 2
+    first, _, brme = results["curves"]
+    assert [point["n"] for point in first["best_of_n"]] == [1, 2, 3, 4, 5, 6]
+    assert first["best_of_n"][0]["gold"] == pytest.approx(results["initial_gold"])
+    proxies = [point["proxy"] for point in first["best_of_n"]]
+    assert proxies == sorted(proxies)
+    assert "less_first" not in first["measures"]["gain"]
+    assert brme["measures"]["gain"]["less_first"] == pytest.approx(
+        brme["measures"]["gain"]["mean"] - first["measures"]["gain"]["mean"]
+    )
+    assert {"alpha", "beta", "r2"} == set(first["fits"]["best_of_n"])
+
+
+def test_gold_of_ones_own_is_the_mean_of_its_heads(settings: Config, reward: Path) -> None:
+    best_of_n.run(settings)
+    rows = list(read_jsonl(Path(settings.output) / "pool.jsonl"))
+    heads = pool.score_pool(Path(settings.output), rows, {"0-posterior": str(reward / "posterior")})[
+        "0-posterior"
+    ].heads
+    np.testing.assert_allclose([row["gold"] for row in rows], heads.mean.mean(-1).numpy(), atol=1e-5)
+
+
+def test_nothing_is_sampled_or_scored_twice(settings: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = best_of_n.run(settings).results
+    monkeypatch.setattr(pool, "load_policy", None)
+    monkeypatch.setattr(pool.Scorer, "load", None)
+    (Path(settings.output) / "results.json").unlink()
+    assert best_of_n.run(settings).results == before
+
+
+def test_a_pool_is_judged_anew_by_another_gold(settings: Config, reward: Path, tmp_path: Path) -> None:
+    best_of_n.run(settings)
+    shutil.copy(Path(settings.output) / "pool.jsonl", tmp_path)
+    kept = list(read_jsonl(tmp_path / "pool.jsonl"))
+    assert best_of_n.make_pool(tmp_path, settings) == kept
+    other = best_of_n.make_pool(tmp_path, replace(settings, gold=str(reward / "ensemble")))
+    assert [row["completion"] for row in other] == [row["completion"] for row in kept]
+    assert all(one["gold"] != two["gold"] for one, two in zip(other, kept, strict=True))
+    assert list(read_jsonl(tmp_path / "pool.jsonl")) == other
+    by_rules = best_of_n.make_pool(tmp_path, replace(settings, gold=""))
+    assert {row["gold"] for row in by_rules} <= {-1.0, 0.0}  # of a random model's text
+    # Folders of a time before `judge`: whose gold it is, nobody knows.
+    old = [{"prompt": row["prompt"], "completion": row["completion"], "gold": 7.0} for row in kept]
+    write_jsonl(tmp_path / "pool.jsonl", old)
+    assert best_of_n.make_pool(tmp_path, settings) == kept
+
+
+def with_nan(checkpoint: Path, copy: Path) -> str:
+    """A copy of a reward model, one of whose heads says NaN."""
+    shutil.copytree(checkpoint, copy)
+    [file] = [file for file in copy.glob("*.safetensors") if "score.weight" in load_file(file)]
+    tensors = load_file(file)
+    tensors["score.weight"][-1] = torch.nan
+    save_file(tensors, file, {"format": "pt"})
+    return str(copy)
+
+
+def test_nan_is_one_line_where_it_comes_in(settings: Config, reward: Path, tmp_path: Path) -> None:
+    own = replace(settings, output=str(tmp_path / "gold"), gold=with_nan(reward / "posterior", tmp_path / "bad-gold"))
+    with pytest.raises(PoiseError, match="bad-gold says NaN or infinity of some completions"):
+        best_of_n.run(own)
+    with_nan(reward / "ensemble", tmp_path / "bad" / "ensemble")
+    for name in ("single", "brme"):
+        shutil.copytree(reward / name, tmp_path / "bad" / name)
+    own = replace(settings, output=str(tmp_path / "run"), reward=(str(reward), str(tmp_path / "bad")))
+    for _ in range(2):  # nothing of it is kept
+        with pytest.raises(PoiseError, match=r"heads/1-ensemble says NaN or infinity of some completions"):
+            best_of_n.run(own)
+
+
+def test_a_pool_of_conversations_that_share_their_last_turn(settings: Config, tmp_path: Path) -> None:
+    prompts = [
+        [{"role": "system", "content": who}, {"role": "user", "content": "Go on."}] for who in ("Be kind.", "No.")
+    ]
+    assert best_of_n.pool_prompts(str(write_prompts(tmp_path / "two.jsonl", prompts))) == prompts
+    twice = write_prompts(tmp_path / "twice.jsonl", [*prompts, prompts[0]])
+    with pytest.raises(PoiseError, match=r"twice\.jsonl has a prompt twice: 'Go on\.'; leave each in once"):
+        best_of_n.run(replace(settings, prompts=str(twice), output=str(tmp_path / "pool")))
+
+
+def write_prompts(path: Path, prompts: list[Any]) -> Path:
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    return path
+
+
+def test_heads_of_another_checkpoint_are_refused(settings: Config, tmp_path: Path) -> None:
+    own = replace(settings, output=str(tmp_path / "pool"))
+    best_of_n.run(own)
+    (tmp_path / "pool" / "results.json").unlink()
+    file = tmp_path / "pool" / "heads" / "0-single.safetensors"
+    file.write_bytes((tmp_path / "pool" / "heads" / "0-brme.safetensors").read_bytes())
+    with pytest.raises(PoiseError, match="holds rewards of another reward model; delete it to score again"):
+        best_of_n.run(own)
+
+
+def test_bad_settings_are_one_line(settings: Config, tmp_path: Path) -> None:
+    own = replace(settings, output=str(tmp_path / "pool"))
+    with pytest.raises(PoiseError, match="unknown objective 'nonsense'"):
+        best_of_n.run(replace(own, objectives=("brme:nonsense",)))
+    with pytest.raises(PoiseError, match="--per-prompt must be at least 2"):
+        best_of_n.run(replace(own, per_prompt=1))
+    alone = tmp_path / "one.jsonl"
+    alone.write_text(json.dumps({"prompt": "Review a film."}) + "\n")
+    with pytest.raises(PoiseError, match=r"one\.jsonl has one prompt"):
+        best_of_n.run(replace(own, prompts=str(alone)))

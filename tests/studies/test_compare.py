@@ -1,0 +1,104 @@
+"""Comparing finished policies: peak, end, fall and differences, by hand; gold is what each completion says it is."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from poise.errors import PoiseError
+from poise.runtime.run_folder import Json, read_jsonl
+from poise.studies import compare, gold
+
+PROMPTS = ("a film", "a phone")
+
+
+def write_rows(path: Path, rows: list[Json]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make_arm(folder: Path, steps: list[tuple[float, float]], final: dict[str, float], prompts: Any = PROMPTS) -> str:
+    """A finished policy run. steps: gold of the two completions of each; final: gold and proxy, on every prompt."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("objective: nominal\nreward: rm/single\nkl_coef: 0.01\n")
+    same = dict.fromkeys(("kl", "reward", "disagreement", "gap", "routing_std", "monitor_score"), 0.5)
+    laps = {f"{lap}_seconds": 0.25 for lap in ("sample", "score", "reference", "update")}
+    metrics = [{"step": i, "heads": [0.5], "alarm": i == 2, **same, **laps} for i in range(len(steps))]
+    write_rows(folder / "metrics.jsonl", metrics)
+    samples = [{"step": i, "prompt": "x", "completion": str(gold)} for i, both in enumerate(steps) for gold in both]
+    write_rows(folder / "samples.jsonl", samples)
+    last = {"reward": final["proxy"], "kl": 4.0, "mean": [1.0]}
+    write_rows(
+        folder / "final.jsonl",
+        [{"prompt": p, "completion": str(final["gold"] + shift), **last} for p in prompts for shift in (0.0, 0.5)],
+    )
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def gold_is_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (compare, gold):
+        monkeypatch.setattr(module, "judged", lambda rows, _: np.array([float(row["completion"]) for row in rows]))
+
+
+def test_peak_end_and_fall_by_hand(tmp_path: Path) -> None:
+    rising = [(0.0, 0.5), (0.5, 0.5), (1.0, 1.0), (1.5, 1.5), (0.5, 0.5), (0.0, 0.0)]
+    first = make_arm(tmp_path / "policy-single", rising, {"gold": 0.0, "proxy": 2.0})
+    other = make_arm(tmp_path / "policy-brme", rising[:2], {"gold": 1.0, "proxy": 1.0})
+    found = compare.run(compare.Config(arms=(first, other), output=str(tmp_path / "out"))).results or {}
+    single, brme = found["arms"]
+    assert (single["name"], single["objective"], single["reward"]) == ("single", "nominal", "single")
+    assert single["final"]["gold"] == 0.25
+    assert single["peak_gold"] == 1.0  # of three steps, and not the single step that reached 1.5
+    assert single["drawdown"] == 0.75
+    assert (brme["peak_gold"], brme["drawdown"]) == (1.25, 0.0)  # it ended at its peak
+    assert (single["initial_gold"], single["initial_gold_std"]) == (0.25, pytest.approx(0.5 / 2**0.5))
+    assert [alarm["step"] for alarm in single["alarms"]] == [2]
+    assert (single["seconds"], single["step_seconds"]["score"]) == (6.0, 0.25)
+    [difference] = found["differences"]
+    assert (difference["arm"], difference["gold"], difference["interval"]) == ("brme", 1.0, [1.0, 1.0])
+    assert [row["prompt"] for row in found["completions"]] == list(PROMPTS)
+    assert found["completions"][0]["arms"]["brme"]["proxy"] == 1.0
+
+
+def test_the_pool_says_where_the_policy_began(tmp_path: Path) -> None:
+    arms = tuple(make_arm(tmp_path / name, [(9.0, 9.0)], {"gold": 0.0, "proxy": 2.0}) for name in ("a", "b"))
+    (tmp_path / "pool").mkdir()
+    # What another gold said of them does not count.
+    rows = [{"prompt": p, "completion": gold, "gold": 7.0} for p in PROMPTS for gold in ("0.0", "1.0")]
+    write_rows(tmp_path / "pool" / "pool.jsonl", rows)
+    settings = compare.Config(arms=arms, output=str(tmp_path / "out"), pool=str(tmp_path / "pool"))
+    found = compare.run(settings).results or {}
+    assert {arm["initial_gold"] for arm in found["arms"]} == {0.5}
+    assert [arm["initial_gold_std"] for arm in found["arms"]] == [pytest.approx(1 / 3**0.5)] * 2
+    alone = compare.run(compare.Config(arms=arms, output=str(tmp_path / "alone"))).results or {}
+    assert {(arm["initial_gold"], arm["initial_gold_std"]) for arm in alone["arms"]} == {(9.0, 1.0)}  # a constant
+
+
+def test_conversations_that_share_their_last_turn_are_prompts_of_their_own(tmp_path: Path) -> None:
+    prompts = [[{"role": "user", "content": f"{i}"}, {"role": "user", "content": "Go on."}] for i in range(3)]
+    arms = []
+    for name, order in (("one", prompts), ("other", prompts[::-1])):
+        arms.append(make_arm(tmp_path / name, [(0.0, 0.0)], {"gold": len(arms), "proxy": 0.0}, prompts=order))
+        rows = list(read_jsonl(tmp_path / name / "final.jsonl"))
+        write_rows(
+            tmp_path / name / "final.jsonl", [row | {"reward": int(row["prompt"][0]["content"])} for row in rows]
+        )
+    found = compare.run(compare.Config(arms=tuple(arms), output=str(tmp_path / "out"))).results or {}
+    assert found["differences"][0]["num_prompts"] == 3
+    assert [row["prompt"] for row in found["completions"]] == ["Go on."] * 3
+    shown = [tuple(opinion["proxy"] for opinion in row["arms"].values()) for row in found["completions"]]
+    assert sorted(shown) == [(0, 0), (1, 1), (2, 2)]  # each beside the other's of the same prompt
+    fewer = make_arm(tmp_path / "fewer", [(0.0, 0.0)], {"gold": 2.0, "proxy": 0.0}, prompts=prompts[:2])
+    with pytest.raises(PoiseError, match="not evaluated on the same prompts"):
+        compare.run(compare.Config(arms=(arms[0], fewer), output=str(tmp_path / "again")))
+
+
+def test_arms_of_other_prompts_are_not_compared(tmp_path: Path) -> None:
+    one = make_arm(tmp_path / "one", [(0.0, 0.0)], {"gold": 0.0, "proxy": 0.0})
+    other = make_arm(tmp_path / "other", [(0.0, 0.0)], {"gold": 0.0, "proxy": 0.0}, prompts=("a film", "a book"))
+    with pytest.raises(PoiseError, match="not evaluated on the same prompts"):
+        compare.run(compare.Config(arms=(one, other), output=str(tmp_path / "out")))
+    with pytest.raises(PoiseError, match=r"has no final\.jsonl"):
+        compare.run(compare.Config(arms=(one, str(tmp_path)), output=str(tmp_path / "again")))
