@@ -128,13 +128,13 @@ def study(first_seed: int, num_seeds: int, noise: float) -> dict[str, dict[str, 
     for arm in arms:
         scales = blind_spots.fit_scales(heads, partial(tradeoff, nominal_weight=arm.base), baseline)
         ends.append([blind_spots.combine(heads, scales, objective) for objective in (nominal, worst_case)])
-    centred = HeadRewards(
-        torch.stack([s.centred(HeadRewards(*w)).mean for s, *w in zip(scales, *heads, strict=True)]), heads.std
+    centered = HeadRewards(
+        torch.stack([s.centered(HeadRewards(*w)).mean for s, *w in zip(scales, *heads, strict=True)]), heads.std
     )
     tables = {
-        "gap": nominal(centred) - worst_case(centred),
-        "routing_std": routing_std(centred),
-        "disagreement": disagreement(centred),
+        "gap": nominal(centered) - worst_case(centered),
+        "routing_std": routing_std(centered),
+        "disagreement": disagreement(centered),
     }
 
     def score(logprob: Tensor, drawn: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def short(preferences: list[Preference], model: str, max_tokens: int) -> list[Pr
     return [preference for preference in preferences if length(preference) <= max_tokens]
 
 
-def labelled_by(gold: str, preferences: list[Preference]) -> list[Preference]:
+def labeled_by(gold: str, preferences: list[Preference]) -> list[Preference]:
     """The pairs with the text chosen that gold prefers."""
     scorer = Scorer.load(gold, cached=True)
     samples = [Sample(p.prompt, text) for p in preferences for text in (p.chosen, p.rejected)]
@@ -82,7 +82,7 @@ def main() -> None:
         train_reward.run(gold)
         write_preferences(files["raters"], parts[1][: options.pairs])
         write_preferences(
-            files["preferences"], labelled_by(str(options.output / "gold" / "single"), parts[1][: options.pairs])
+            files["preferences"], labeled_by(str(options.output / "gold" / "single"), parts[1][: options.pairs])
         )
         prompts = {json.dumps(p.prompt): p.prompt for p in parts[2]}
         write_jsonl(files["prompts"], [{"prompt": prompt} for prompt in list(prompts.values())[: options.prompts]])

@@ -2,7 +2,7 @@
 
     python benchmarks/hh_rlhf.py --preferences hh_rlhf.jsonl.gz --output runs/hh [--layers 16] [--trunk full]
 
-A fifth of the prompts, with all their pairs, is set aside for the judgement; `poise train-reward` sees the others only,
+A fifth of the prompts, with all their pairs, is set aside for the judgment; `poise train-reward` sees the others only,
 and `poise evaluate-reward` judges its three models on the rest. Both runs are resumable. Prints JSON: accuracies,
 differences between the models on the same pairs, and every uncertainty's AUROC for wrong order beside a random one's.
 """

@@ -1,4 +1,4 @@
-"""Does a policy's gold hold under long optimisation at next to no KL? Arms side by side, over seeds.
+"""Does a policy's gold hold under long optimization at next to no KL? Arms side by side, over seeds.
 
     python benchmarks/holds.py train --seeds 31 32 33 34 35 --output runs/holds      # hours on a laptop; resumable
     python benchmarks/holds.py report --output runs/holds > results/holds-DATE.json

@@ -8,7 +8,7 @@ reported. Gold, which the monitor never sees, is scored from samples.jsonl and s
 smoothed gold, or its gold on the held-out prompts at the end, lies more than .25 below its peak. An alarm is false
 if it comes in a run that never fell, or while gold still has more than .1 to rise. Steps at which an alarm would be
 false are "healthy". A rule fires above a limit that no healthy step of a calibration run reached (`limit_of`), or,
-separately, above the value that maximises mean gold at the stop in the calibration runs. The smoothed end of a run lags
+separately, above the value that maximizes mean gold at the stop in the calibration runs. The smoothed end of a run lags
 its last steps by two, so what a stop saves is also given against the end on held-out prompts. Mind that this gold has a
 penalty for repeated words, and none for saying the same of everything.
 """
@@ -64,7 +64,7 @@ class Trajectory:
 
 
 def smooth(values: ndarray) -> ndarray:
-    """Centred moving average of WIDTH; its first and last value stand for the steps beyond."""
+    """Centered moving average of WIDTH; its first and last value stand for the steps beyond."""
     return np.pad(np.convolve(values, np.ones(WIDTH) / WIDTH, "valid"), WIDTH // 2, mode="edge")
 
 

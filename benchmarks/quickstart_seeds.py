@@ -38,7 +38,7 @@ def read(folder: Path) -> Json:
     }
 
 
-def summarise(seeds: list[Json]) -> Json:
+def summarize(seeds: list[Json]) -> Json:
     """Per arm: mean final gold over seeds with its interval, and over how many seeds it beat the first arm."""
     summary: Json = {}
     first = next(iter(seeds[0]["arms"]))
@@ -66,7 +66,7 @@ def main() -> None:
     environment = json.loads((folders[0] / "environment.json").read_text())
     config = load_config_file(folders[0] / "config.yaml")
     settings = {key: value for key, value in config.items() if key not in ("output", "seed")}
-    report = {"summary": summarise(seeds), "settings": settings, "seeds": seeds}
+    report = {"summary": summarize(seeds), "settings": settings, "seeds": seeds}
     report |= {"date": environment["date"], "versions": environment["versions"], "device": environment["device"]}
     print(json.dumps(report, indent=1, default=float))
 

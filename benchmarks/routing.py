@@ -2,7 +2,7 @@
 
     python benchmarks/routing.py [--seeds 20] [--run RUN --test FILE]
 
-Synthetic: texts are points around five centres. "content": the true reward is another linear function in each region.
+Synthetic: texts are points around five centers. "content": the true reward is another linear function in each region.
 "noise": one linear reward for all, with noise of std .1 to 2 on the targets, another in each region. Heads are trained
 by `train_heads` with the paper's loss on shards of each kind; what is compared is the RMSE of the reward on fresh texts
 of all regions. With --run: accuracy on real pairs that the run has not seen, heads fitted to the stage-1 reward on its
@@ -49,14 +49,14 @@ def synthetic(world: str, seed: int) -> dict[str, dict[str, float]]:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    centres = 3 * torch.nn.functional.normalize(normal(HEADS, HIDDEN), dim=-1)
+    centers = 3 * torch.nn.functional.normalize(normal(HEADS, HIDDEN), dim=-1)
     local = normal(HEADS, HIDDEN) / HIDDEN**0.5
     weights = local if world == "content" else local[:1].expand(HEADS, -1)
     noise = torch.zeros(HEADS) if world == "content" else torch.logspace(-1, np.log10(2), HEADS)
 
     def draw(count: int, *, noisy: bool) -> tuple[Pairs, Tensor]:
         region = torch.arange(count) % HEADS
-        texts = [centres[region] + normal(count, HIDDEN) for _ in range(2)]
+        texts = [centers[region] + normal(count, HIDDEN) for _ in range(2)]
         reward = [(x * weights[region]).sum(-1) + noisy * noise[region] * normal(count) for x in texts]
         return Pairs(texts[0], texts[1], torch.zeros(count, dtype=torch.float64)), torch.cat(reward)
 
@@ -79,8 +79,8 @@ def real(run: Path, test: str) -> Callable[[int], dict[str, dict[str, float]]]:
     extract = FeatureExtractor(classifier, tokenizer, config.max_length, cached=True)
     raw, judged = (train_reward.pair_features(extract, rows) for rows in (data.preferences, read_preferences(test)))
     texts = raw.rows(data.train).texts_NH
-    centre, scale = texts.mean(0), texts.std(0).clamp_min(1e-6)
-    pairs, judge = raw.standardised(centre, scale), judged.standardised(centre, scale)
+    center, scale = texts.mean(0), texts.std(0).clamp_min(1e-6)
+    pairs, judge = raw.standardized(center, scale), judged.standardized(center, scale)
     stop, stop_sources = pairs.rows(data.validation), [p.source for p in data.held_out]
 
     def accuracy(chosen: Tensor, rejected: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Stage 2 with all K heads in one product and one optimiser, against one head after another.
+"""Stage 2 with all K heads in one product and one optimizer, against one head after another.
 
     python benchmarks/train_heads.py [--repeats 5]
 
@@ -57,13 +57,13 @@ def one_after_another(
         mask_T1 = shards.fit_NK[:, head : head + 1].repeat(2, 1).double()
         weight = initial[[head, HEADS + head]].clone().requires_grad_()
         bias = torch.zeros(2, dtype=texts.dtype, requires_grad=True)
-        optimiser = torch.optim.Adam([weight, bias], lr=RATE)
+        optimizer = torch.optim.Adam([weight, bias], lr=RATE)
         for step in range(STEPS):
             heads = layout.decode(texts @ weight.T + bias)
             loss = sampled_mse(heads.mean, heads.std, noise(step, head), target, mask_T1)
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             if step % EVALUATE == EVALUATE - 1:
                 with torch.no_grad():
                     heads = layout.decode(held_texts @ weight.T + bias)

@@ -4,7 +4,7 @@
     python benchmarks/train_trunk.py --preferences hh_rlhf.jsonl.gz [--layers 8] [--steps 50]
 
 Both train the same classifier (same trunk, same first head) by `transformers.Trainer` on the same tokens in the same
-order with the same optimiser, schedule and centring; TRL is given token ids, so that neither tokenises in the run.
+order with the same optimizer, schedule and centering; TRL is given token ids, so that neither tokenizes in the run.
 Each runs in processes of its own, in turn, `--repeats` times; medians over steps, the first two left out. Floor: the
 tokens each must read, prompt once against prompt twice and padding.
 """

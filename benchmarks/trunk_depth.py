@@ -61,16 +61,16 @@ def features(extract: FeatureExtractor, preferences: Sequence[Preference], depth
 def judge(train: Pairs, test: Pairs, items: list[Item], seed: int) -> dict:
     """Of a head and its posterior, on the test pairs."""
     generator = torch.Generator().manual_seed(seed)
-    centre, scale = train.texts_NH.mean(0), train.texts_NH.std(0).clamp_min(1e-6)
-    fit, held = train.standardised(centre, scale), test.standardised(centre, scale)
+    center, scale = train.texts_NH.mean(0), train.texts_NH.std(0).clamp_min(1e-6)
+    fit, held = train.standardized(center, scale), test.standardized(center, scale)
     order = torch.randperm(len(fit.margin_N), generator=generator)
     part, stop = order.tensor_split([4 * len(order) // 5])
     precision, weight = choose_prior(fit.rows(part), fit.rows(stop))
     factor = posterior_factor(fit.rows(part), weight, precision)
     heads = Heads(draw_posterior(weight, factor, 64, generator), torch.zeros(64, dtype=torch.float64), "point")
-    raw_weight, layout = heads.on_raw_features(centre, scale, 1.0)
+    raw_weight, layout = heads.on_raw_features(center, scale, 1.0)
     alternating: Tensor = torch.stack([test.chosen_NH, test.rejected_NH], 1).flatten(0, 1)
-    last_layer = LastLayer(factor / scale.unsqueeze(-1), centre)
+    last_layer = LastLayer(factor / scale.unsqueeze(-1), center)
     says = Opinions(layout.decode(alternating @ raw_weight.double().T), layout, last_layer, alternating)
     judged = judge_pairs(pairs_of(says, Questions("pairs", items), mean, seed), items, seed)
     return {

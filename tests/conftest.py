@@ -65,7 +65,7 @@ def make_model(folder: Path, architecture: str = "llama") -> str:
     else:
         config = transformers.GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=256, **common)
     model = transformers.AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():  # default initialisation is so small that every text scores alike
+    for parameter in model.parameters():  # default initialization is so small that every text scores alike
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder)

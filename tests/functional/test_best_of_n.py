@@ -1,4 +1,4 @@
-"""Best-of-n and tilted policies against their definitions; laws of over-optimisation are recovered."""
+"""Best-of-n and tilted policies against their definitions; laws of over-optimization are recovered."""
 
 import itertools
 

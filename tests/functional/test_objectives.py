@@ -202,7 +202,7 @@ def test_expected_tradeoff_is_the_equation_and_bounds_the_per_sample_form(values
 
 
 def test_ties_of_the_expected_worst_case_go_to_the_first_head() -> None:
-    """Heads centred on a batch are equal there but for rounding, which must not decide which head is the unit."""
+    """Heads centered on a batch are equal there but for rounding, which must not decide which head is the unit."""
     means = torch.tensor([[1.0, -3.0], [-1.0, 3.0]])
     for rounding in (-1e-6, 1e-6):
         heads = HeadRewards(means + torch.tensor([0.0, rounding]), torch.ones(2, 2))

@@ -40,7 +40,7 @@ def test_curves_are_the_metrics_of_every_reward_model() -> None:
             np.testing.assert_allclose(curves.tilted_kl_SPM[s, :, i], kl)
 
 
-def test_a_proxy_is_centred_combined_and_scaled_by_hand() -> None:
+def test_a_proxy_is_centered_combined_and_scaled_by_hand() -> None:
     heads = make_heads(0)
     mean, std = heads.mean.double().numpy(), heads.std.double().numpy()
     mean = mean - mean.mean(0)
@@ -115,8 +115,8 @@ def test_differences_are_paired() -> None:
     resamples = Resamples.draw(PROMPTS, 4)
     one = judge(Curves.of(stacked(Choice("brme", "nominal"), models, PER_PROMPT), gold), resamples)
     same = compare_with(one, one)
-    assert same["final_gold"]["less_first"] == 0
-    assert tuple(same["final_gold"]["less_first_interval"]) == (0.0, 0.0)
+    assert same["final_gold"]["vs_baseline"] == 0
+    assert tuple(same["final_gold"]["vs_baseline_interval"]) == (0.0, 0.0)
     if one.means["gain"] > 0:
         assert same["relative_gain"]["mean"] == 0
 

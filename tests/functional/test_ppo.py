@@ -159,7 +159,7 @@ def test_equations_learn_the_known_optimum_of_a_bandit() -> None:
     reference, reward, kl_coef = torch.randn(8).log_softmax(-1), torch.randn(8), 0.5
     optimum = (reference + reward / kl_coef).softmax(-1)
     logits = reference.clone().requires_grad_()
-    optimiser = torch.optim.Adam([logits], lr=0.02)
+    optimizer = torch.optim.Adam([logits], lr=0.02)
     mask = torch.ones(4096, 1)
     for _ in range(150):
         with torch.no_grad():
@@ -173,9 +173,9 @@ def test_equations_learn_the_known_optimum_of_a_bandit() -> None:
         for _ in range(2):
             new = logits.log_softmax(-1)[drawn].unsqueeze(-1)
             loss, _ = ppo.policy_loss(new, old[drawn].unsqueeze(-1), advantages, mask, 0.2)
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
     distance = 0.5 * (logits.softmax(-1) - optimum).abs().sum().item()
     start = 0.5 * (reference.softmax(-1) - optimum).abs().sum().item()
     assert distance <= 0.02

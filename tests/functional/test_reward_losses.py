@@ -13,10 +13,10 @@ def test_bradley_terry_by_hand() -> None:
     assert bradley_terry(chosen, rejected).item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_bradley_terry_sees_differences_only_but_for_centring() -> None:
+def test_bradley_terry_sees_differences_only_but_for_centering() -> None:
     chosen, rejected = torch.tensor([1.0, 0.3]), torch.tensor([0.0, 2.0])
-    assert bradley_terry(chosen + 5, rejected + 5, centring=0.0) == pytest.approx(
-        bradley_terry(chosen, rejected, centring=0.0).item()
+    assert bradley_terry(chosen + 5, rejected + 5, centering=0.0) == pytest.approx(
+        bradley_terry(chosen, rejected, centering=0.0).item()
     )
     assert bradley_terry(chosen + 5, rejected + 5) > bradley_terry(chosen, rejected)
 
@@ -84,7 +84,7 @@ def test_crps_against_its_definition() -> None:
 
 
 def test_probit_pairs_against_monte_carlo() -> None:
-    """Phi(...) is the probability that noisy judgements of two Gaussian rewards come out in this order."""
+    """Phi(...) is the probability that noisy judgments of two Gaussian rewards come out in this order."""
     generator = np.random.default_rng(0)
     better = 0.8 + 0.5 * generator.standard_normal(400_000)
     worse = 0.1 + 1.2 * generator.standard_normal(400_000)
@@ -102,14 +102,14 @@ def test_recovery_of_known_noise(name: str) -> None:
     spread = torch.tensor([0.3, 2.0])[region]
     target = torch.tensor([1.0, -1.0])[region] + spread * torch.randn(size, generator=generator)
     mean, log_std = (torch.zeros(2, requires_grad=True) for _ in range(2))
-    optimiser = torch.optim.Adam([mean, log_std], lr=0.05)
+    optimizer = torch.optim.Adam([mean, log_std], lr=0.05)
     for _ in range(400):
         noise = torch.randn(size, 1, generator=generator)
         std = log_std.exp()[region].unsqueeze(-1)
         loss = HEAD_LOSSES[name](mean[region].unsqueeze(-1), std, noise, target, torch.ones(size, 1))
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     std = log_std.exp().detach()
     torch.testing.assert_close(mean.detach(), torch.tensor([1.0, -1.0]), rtol=0, atol=0.06)
     if name == "sampled_mse":

@@ -54,7 +54,7 @@ def tradeoff(mean: np.ndarray, std: np.ndarray) -> np.ndarray:
 
 
 def by_hand(mean: np.ndarray, std: np.ndarray, first: slice = slice(None)) -> np.ndarray:
-    """Rewards, standardised on the rows `first`."""
+    """Rewards, standardized on the rows `first`."""
     combined = tradeoff(mean - mean[first].mean(0), std)
     return (combined - combined[first].mean()) / combined[first].std(ddof=1)
 
@@ -181,14 +181,14 @@ def test_trl_trains_on_the_rewards_scored_by_hand(
     np.testing.assert_allclose(rewards, by_hand(mean, std, slice(0, 8)), atol=1e-5)
     assert routed == std.argmin(1).tolist()
 
-    centred = mean - mean[:8].mean(0)
+    centered = mean - mean[:8].mean(0)
     second = [row for row in trainer.state.log_history if "reward" in row][1]
-    nominal = centred[np.arange(16), std.argmin(1)]
+    nominal = centered[np.arange(16), std.argmin(1)]
     assert second["reward"] == pytest.approx(np.mean(rewards[8:]), abs=1e-5)
     assert second["rewards/RobustReward/mean"] == second["reward"]
     for name, values in {
-        "nominal": nominal, "worst_case": centred.min(1), "gap": nominal - centred.min(1), "routing_std": std.min(1),
-        "disagreement": centred.std(1), "head_3": centred[:, 3],
+        "nominal": nominal, "worst_case": centered.min(1), "gap": nominal - centered.min(1), "routing_std": std.min(1),
+        "disagreement": centered.std(1), "head_3": centered[:, 3],
     }.items():  # fmt: skip
         assert second[f"poise/{name}"] == pytest.approx(values[8:].mean(), abs=1e-5), name
     halves = [np.bincount(std[part].argmin(1)).max() for part in (slice(8, 12), slice(12, 16))]  # two prompts of four
@@ -347,7 +347,7 @@ def test_a_run_and_one_that_was_interrupted(algorithm: str, tiny_model: str, rew
 
 
 def test_the_kl_coefficient_holds_the_policy(tiny_model: str, reward_run: str, tmp_path: Path) -> None:
-    """And the KL is known where it is not penalised."""
+    """And the KL is known where it is not penalized."""
     far, near = (
         run(settings("grpo", kl_coef=kl_coef), tiny_model, reward_run, tmp_path / str(kl_coef))[-1]["kl"]
         for kl_coef in (0.0, 10.0)
@@ -395,7 +395,7 @@ def test_the_alarm_stops_a_run_and_its_state_is_kept(
     rows = run(how, tiny_model, reward_run, tmp_path, callbacks=[stopping])
     assert [row["step"] for row in rows] == [0, 1, 2]  # two steps say what is normal, the third is beyond it
     assert stopping.reading.score == pytest.approx((2 * rows[2]["kl"]) ** 0.5 * 1e6)
-    assert capsys.readouterr().err.count("signs of over-optimisation") == 1
+    assert capsys.readouterr().err.count("signs of over-optimization") == 1
 
     checkpoint = latest_checkpoint(tmp_path / "trainer")
     assert checkpoint is not None

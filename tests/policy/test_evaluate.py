@@ -37,7 +37,7 @@ def test_a_paired_difference_by_hand() -> None:
     found = paired_difference(*outcomes(10, 6, 1, 3))
     assert found.difference == 0.25
     assert found.p_value == pytest.approx(2 * (1 + 7) / 2**7)  # of 7 coins none or one falls the other way
-    # b' = 6.5, c' = 1.5, n' = 22: centre 5/22, variance (8 - 25/22) / 22²
+    # b' = 6.5, c' = 1.5, n' = 22: center 5/22, variance (8 - 25/22) / 22²
     half = norm.ppf(0.975) * math.sqrt(8 - 25 / 22) / 22
     assert found.interval == pytest.approx((5 / 22 - half, 5 / 22 + half))
     same = paired_difference(*outcomes(4, 0, 0, 2))
@@ -79,7 +79,7 @@ def test_the_average_of_one_benchmark_is_that_benchmark() -> None:
     one, alone = paired_difference(after, before), average_difference([after], [before])
     assert alone.difference == one.difference
     assert alone.p_value == pytest.approx(one.p_value, abs=5e-3)  # McNemar's test is the sign-flip test of 0 and 1
-    # Its centre is not drawn toward 0, and its half-width is per row, not per row and two more.
+    # Its center is not drawn toward 0, and its half-width is per row, not per row and two more.
     assert sum(alone.interval) / 2 == pytest.approx(alone.difference)
     assert np.ptp(alone.interval) == pytest.approx(np.ptp(one.interval) * 45 / 43)
 

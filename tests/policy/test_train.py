@@ -153,7 +153,7 @@ def test_reward_scale_by_hand() -> None:
     heads = HeadRewards(torch.tensor([[0.0, 10.0], [2.0, 14.0]]), torch.ones(2, 2))
     scale = RewardScale.fit(heads, parse_objective("worst_case"))
     assert scale.head_baseline == (1.0, 12.0)
-    # centred: (-1, -2), (1, 2); worst case: -2, 1; mean -.5; sample std 3/sqrt(2)
+    # centered: (-1, -2), (1, 2); worst case: -2, 1; mean -.5; sample std 3/sqrt(2)
     assert scale.mean == pytest.approx(-0.5)
     assert scale.std == pytest.approx(3 / 2**0.5)
     combined = scale.combine(heads, parse_objective("worst_case"))
@@ -224,7 +224,7 @@ def test_a_policy_with_another_tokenizer_than_the_reward_model_is_said(
     vocabulary["!"], vocabulary["?"] = vocabulary["?"], vocabulary["!"]
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
     train_policy.run(dataclasses.replace(config, model=str(model), num_steps=1))
-    assert "re-tokenised as text" in " ".join(capsys.readouterr().err.split())
+    assert "re-tokenized as text" in " ".join(capsys.readouterr().err.split())
 
 
 def test_bfloat16_weights_as_on_a_gpu(
@@ -327,7 +327,7 @@ def test_a_prompt_without_baselines_is_named(config: Config, tmp_path: Path) -> 
         train_policy.run(dataclasses.replace(config, shaping="par", baselines=str(tmp_path / "b.jsonl")))
 
 
-def test_what_never_ended_is_penalised(config: Config, tmp_path: Path) -> None:
+def test_what_never_ended_is_penalized(config: Config, tmp_path: Path) -> None:
     plain = train_policy.run(dataclasses.replace(config, num_steps=1))
     strict = train_policy.run(
         dataclasses.replace(config, num_steps=1, missing_eos_penalty=3.0, output=str(tmp_path / "strict"))
@@ -357,7 +357,7 @@ def test_running_scale_is_that_of_everything_so_far() -> None:
     scale = RewardScale.fit(batches[0], objective)
     for batch in batches[1:]:
         scale = scale.updated(batch, objective)
-    everything = objective(scale.centred(HeadRewards(*(torch.cat(part) for part in zip(*batches, strict=True)))))
+    everything = objective(scale.centered(HeadRewards(*(torch.cat(part) for part in zip(*batches, strict=True)))))
     assert scale.count == 16
     assert scale.mean == pytest.approx(everything.mean().item(), abs=1e-5)
     assert scale.std == pytest.approx(everything.std().item(), abs=1e-5)

@@ -204,7 +204,7 @@ def test_what_it_was_trained_with() -> None:
 
 def test_limits_are_said() -> None:
     text = text_of()
-    assert "not a person's judgement" in text
+    assert "not a person's judgment" in text
     assert "No gold was seen" in text
     assert "completions of at most 20 tokens" in text
 
@@ -216,7 +216,7 @@ def test_alarms_come_first_and_plainly() -> None:
     lines = [line for line in once.split("---\n", 2)[2].splitlines() if line]
     assert lines[0].startswith("# ")
     assert lines[1].startswith(
-        "> **The monitor raised an alarm: signs of over-optimisation** at step 12 (score 1.30 at most, threshold 1). "
+        "> **The monitor raised an alarm: signs of over-optimization** at step 12 (score 1.30 at most, threshold 1). "
         "Training went on all the same."
     )
     assert "| alarms of the monitor | 1, the first at step 12 |" in once

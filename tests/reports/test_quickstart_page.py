@@ -279,7 +279,7 @@ def test_the_same_study_gives_the_same_page(quickstart: Path):
     assert report.build(quickstart).read_text() == first
 
 
-def test_curves_take_the_colour_of_the_arm_they_belong_to():
+def test_curves_take_the_color_of_the_arm_they_belong_to():
     comparison, pool = make_comparison(), make_pool()
     assert list(plots.arm_styles(comparison, pool)) == ["conventional", "brme", "robust", "brme:mean"]
     arms = [plots.arm_of(curve, comparison) for curve in pool["curves"]]
@@ -345,12 +345,12 @@ def test_a_browser_shows_the_page_and_nothing_runs_or_is_fetched(quickstart: Pat
     assert "</html>" in seen.dom
     with Image.open(seen.screenshot) as image:
         assert image.size == (1200, 3000)
-        colours = image.convert("RGB").getcolors(maxcolors=1_000_000)
-        assert colours is not None
-        assert len(colours) > 200
-        # The colour of the curve that has no swatch in the text is on the picture: the figures were drawn.
-        drawn = {"#{:02x}{:02x}{:02x}".format(*colour) for _, colour in colours}
-        assert plots.arm_styles(make_comparison(), make_pool())["brme:mean"].colour in drawn
+        colors = image.convert("RGB").getcolors(maxcolors=1_000_000)
+        assert colors is not None
+        assert len(colors) > 200
+        # The color of the curve that has no swatch in the text is on the picture: the figures were drawn.
+        drawn = {"#{:02x}{:02x}{:02x}".format(*color) for _, color in colors}
+        assert plots.arm_styles(make_comparison(), make_pool())["brme:mean"].color in drawn
 
 
 @needs_chromium

@@ -47,7 +47,7 @@ def around(value: float, width: float = 0.1) -> list[float]:
 
 def make_measure(value: float, less: float | None, width: float = 0.1) -> Json:
     found: Json = {"mean": value, "interval": around(value, width)}
-    return found if less is None else found | {"less_first": less, "less_first_interval": around(less, width)}
+    return found if less is None else found | {"vs_baseline": less, "vs_baseline_interval": around(less, width)}
 
 
 def make_summary(less: dict[str, float], seeds: int = 3) -> Json:
@@ -105,7 +105,7 @@ def make_results() -> Json:
     less = {"mean": -0.3, "worst_case": 0.05, "brme_0.4": 0.2, "bayesian": 0.004}
     spread = {"seeds": 20, "correlation": make_measure(0.71, 0.02), "policy_gold_std": None}
     return {
-        "version": 1,
+        "version": 2,
         "settings": {"arms": list(ARMS), "reward_seeds": 3, "label_noise": list(NOISES), "kl_coef": 0.01},
         "arms": {
             name: {"reward": reward, "objective": objective, "label": f"{objective} of {reward} <b>"}
@@ -163,7 +163,7 @@ def float32(values: ndarray) -> str:
 
 
 def make_pool(num_prompts: int, per_prompt: int, noises: tuple[str, ...], seeds: int) -> Json:
-    """Rewards that are right up to a point. Some completions have the same rewards as their neighbour and another gold,
+    """Rewards that are right up to a point. Some completions have the same rewards as their neighbor and another gold,
     and stds are round numbers: there are ties to break.
     """
     rng = np.random.default_rng(0)
@@ -268,7 +268,7 @@ def test_the_answer_counts_and_failures_come_first(folder: Path):
 )  # fmt: skip
 def test_a_verdict_claims_no_more_than_its_interval(less: float, interval: Any, seeds: int, kind: str):
     results: Json = {"settings": {"arms": ["single", "mean"]}, "summary": {"0": make_summary({"mean": less}, seeds)}}
-    results["summary"]["0"]["mean"]["final_gold"] |= {"less_first": less, "less_first_interval": interval}
+    results["summary"]["0"]["mean"]["final_gold"] |= {"vs_baseline": less, "vs_baseline_interval": interval}
     [headline], [finding] = study_verdicts.headlines(results), study_verdicts.findings(results)
     assert finding.kind == kind
     assert ("1 is not distinguishable" in headline.text) == (kind == "unclear")
@@ -281,7 +281,7 @@ def test_differences_are_from_the_arm_that_the_settings_name_first():
 
 
 def test_no_difference_is_shown_as_zero():
-    near = {"less_first": -0.19, "less_first_interval": [-0.461, -0.0003]}
+    near = {"vs_baseline": -0.19, "vs_baseline_interval": [-0.461, -0.0003]}
     summary = {"0": {"mean": {"reward_seeds": 3, "final_gold": near}}}
     [found] = study_verdicts.findings({"settings": {"arms": ["single", "mean"]}, "summary": summary})
     assert "(−0.4610 to −0.0003)" in found.text
@@ -349,7 +349,7 @@ def damage(change: Callable[[Json], Any], file: str = "results.json") -> Callabl
         (lambda folder: (folder / "results.json").unlink(), "not a finished study; run poise study"),
         (lambda folder: write_json(folder / "results.json", {"stages": []}), "is not of a study"),
         (lambda folder: (folder / "results.json").write_text("{"), "cannot read"),
-        (damage(lambda results: results.update(version=2)), "another version of poise; run poise study"),
+        (damage(lambda results: results.update(version=3)), "another version of poise; run poise study"),
         (damage(lambda results: results.pop("version")), "another version of poise"),
         (damage(lambda pool: pool.update(per_prompt=17), "page-pool.json"), "page-pool.json is damaged"),
         (damage(lambda pool: pool["rewards"]["0"][1]["brme"].update(std="????"), "page-pool.json"), "is damaged"),
@@ -408,8 +408,8 @@ def test_the_page_is_accessible(folder: Path):
     anchors = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
     assert {anchor[1:] for anchor in anchors if anchor} <= identifiers
     for control in re.findall(r"<(?:select|input)[^>]*>", page.html):
-        labelled = "aria-labelledby" in control or f"{control}" in "".join(re.findall(r"<label>.*?</label>", page.html))
-        assert labelled, control
+        labeled = "aria-labelledby" in control or f"{control}" in "".join(re.findall(r"<label>.*?</label>", page.html))
+        assert labeled, control
 
 
 def test_the_same_study_gives_the_same_page(folder: Path):
@@ -418,7 +418,8 @@ def test_the_same_study_gives_the_same_page(folder: Path):
 
 
 def test_building_needs_no_torch(folder: Path):
-    code = "import sys; from poise.reports import study_page; study_page.build(sys.argv[1]); assert 'torch' not in sys.modules"
+    code = "import sys; from poise.reports import study_page; study_page.build(sys.argv[1])"
+    code += "; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, str(folder)], check=True, timeout=120)
 
 
@@ -539,8 +540,8 @@ def reference(pool: Json, reward: str, spec: str, noise: str) -> tuple[ndarray, 
             stds = decoded(saved["std"], rows, saved["num_heads"]) if saved["std"] else torch.zeros_like(means)
             heads = HeadRewards(means, stds)
         objective = parse_objective(spec)
-        centred = RewardScale((0.0,) * heads.mean.shape[-1], 0.0, 1.0)  # the pool's heads are centred already
-        proxy = centred.refitted(heads, objective).combine(heads, objective).numpy().reshape(num_prompts, size)
+        centered = RewardScale((0.0,) * heads.mean.shape[-1], 0.0, 1.0)  # the pool's heads are centered already
+        proxy = centered.refitted(heads, objective).combine(heads, objective).numpy().reshape(num_prompts, size)
         best = [selection.best_of_n(proxy, values, sizes).mean(0) for values in (proxy, gold)]
         tilted = []
         for kl_coef in study_page.KL_COEFS:
@@ -633,7 +634,9 @@ def rows_of(dom: str, table: str) -> list[tuple[str, str, str]]:
 
 @needs_chromium
 def test_the_address_sorts_and_filters_the_tables(folder: Path, tmp_path: Path):
-    state = "arms_sort=final_gold&arms_order=descending&arms_noise=raters&curves_sort=less_first&curves_order=ascending"
+    state = (
+        "arms_sort=final_gold&arms_order=descending&arms_noise=raters&curves_sort=vs_baseline&curves_order=ascending"
+    )
     dom = visit(study_page.build(folder), tmp_path, state).dom
     rows = rows_of(dom, "arms-table")
     assert [arm for noise, arm, _ in rows if noise == "raters"] == [
@@ -641,7 +644,7 @@ def test_the_address_sorts_and_filters_the_tables(folder: Path, tmp_path: Path):
     ]  # fmt: skip
     assert all(("hidden" in rest) == (noise != "raters") for noise, _, rest in rows)
     assert re.findall(r'data-column="([^"]*)"[^>]*aria-sort="(\w+)"', dom) == [
-        ("less_first", "ascending"), ("final_gold", "descending"),
+        ("vs_baseline", "ascending"), ("final_gold", "descending"),
     ]  # fmt: skip
     # `single` is what the others are less: it has no value, so it is last.
     order = ("constant", "bayesian", "brme_0.4", "worst_case", "mean", "single")

@@ -45,10 +45,10 @@ def test_summary_by_hand() -> None:
     found = summary(cells, ("single", "brme_0.4"))["0.25"]
     single, brme = found["single"], found["brme_0.4"]
     assert single["final_gold"]["mean"] == (1.5 + 4.0) / 2  # policy seeds first, then reward seeds
-    assert "less_first" not in single["final_gold"]
+    assert "vs_baseline" not in single["final_gold"]
     assert brme["final_gold"]["mean"] == (2.0 + 9.0) / 2
-    assert brme["final_gold"]["less_first"] == 0.5  # seeds that both have: (1 + 0) / 2
-    assert brme["final_gold"]["less_first_interval"] is None  # of one reward model
+    assert brme["final_gold"]["vs_baseline"] == 0.5  # seeds that both have: (1 + 0) / 2
+    assert brme["final_gold"]["vs_baseline_interval"] is None  # of one reward model
     assert (brme["reward_seeds"], brme["policies"], brme["cpu_hours"]) == (2, 3, 1.5)
     assert single["final_gold"]["std"] == pytest.approx(2.5 / 2**0.5)
     assert json.dumps(found)
@@ -73,16 +73,16 @@ def test_checkpoints_by_hand() -> None:
     assert brme["steps"] == [0, 10]  # that all cells have, of whichever arm
     assert brme["mean"] == [0.4, pytest.approx(0.2)]
     assert brme["range"]["mean"] == pytest.approx((0.1 + 0.3) / 2)
-    assert brme["range"]["less_first"] == pytest.approx(0.1 - 0.4)  # seed 1, the only one that both have
-    assert brme["largest_drop"]["less_first_interval"] is None
+    assert brme["range"]["vs_baseline"] == pytest.approx(0.1 - 0.4)  # seed 1, the only one that both have
+    assert brme["largest_drop"]["vs_baseline_interval"] is None
     assert json.dumps(found)
 
 
 def test_without_the_first_arm_there_is_no_difference() -> None:
     cells = [checked("brme_0.4", 0, [0.4, 0.3]), checked("mean", 0, [0.4, 0.1])]
     found = summary(cells, ("single", "brme_0.4", "mean"))["0.25"]
-    assert "less_first" not in found["mean"]["checkpoints"]["lambada"]["std"]
-    assert "less_first" not in found["mean"]["final_gold"]
+    assert "vs_baseline" not in found["mean"]["checkpoints"]["lambada"]["std"]
+    assert "vs_baseline" not in found["mean"]["final_gold"]
 
 
 def test_one_checkpoint_does_not_move() -> None:

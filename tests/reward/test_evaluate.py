@@ -398,10 +398,10 @@ def test_a_model_without_a_mistake_has_a_page(evaluation: Path, tmp_path: Path) 
     assert "nothing to tell apart" in page_text(evaluation_page.build(tmp_path))
 
 
-def test_an_uncertainty_has_one_colour_in_every_figure(evaluation: Path) -> None:
+def test_an_uncertainty_has_one_color_in_every_figure(evaluation: Path) -> None:
     pairs = json.loads((evaluation / "results.json").read_text())["rewards"][0]["pairs"]
     svg = plots.calibration(pairs, "one")
     assert plots.calibration(pairs, "one") == svg
     for name in ("disagreement", "routing_std", "small_margin"):
-        assert plots.UNCERTAINTY_STYLES[name].colour in svg
-    assert plots.UNCERTAINTY_STYLES["last_layer_std"].colour not in svg or "last_layer_std" in pairs["uncertainties"]
+        assert plots.UNCERTAINTY_STYLES[name].color in svg
+    assert plots.UNCERTAINTY_STYLES["last_layer_std"].color not in svg or "last_layer_std" in pairs["uncertainties"]

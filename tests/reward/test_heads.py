@@ -29,7 +29,7 @@ def pairs(chosen: torch.Tensor, rejected: torch.Tensor, margin: float = 0.0) -> 
 
 
 def synthetic(count: int, hidden: int = 6, seed: int = 0) -> tuple[Pairs, torch.Tensor]:
-    """Pairs labelled by a known linear reward through the Bradley-Terry model."""
+    """Pairs labeled by a known linear reward through the Bradley-Terry model."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.linspace(-1, 1, hidden, dtype=torch.float64)
     first, second = torch.randn(2, count, hidden, generator=generator, dtype=torch.float64)
@@ -42,13 +42,13 @@ def synthetic(count: int, hidden: int = 6, seed: int = 0) -> tuple[Pairs, torch.
 def test_bradley_terry_recovers_a_known_reward() -> None:
     features, weight = synthetic(20_000)
     fitted = fit_bradley_terry(features, precision=1e-6)
-    assert torch.cosine_similarity(fitted, weight, dim=0) > 0.999  # centring shrinks it, but keeps the direction
-    silent = pairs(features.difference_NH / 2, -features.difference_NH / 2)  # r+ + r- = 0: no centring
+    assert torch.cosine_similarity(fitted, weight, dim=0) > 0.999  # centering shrinks it, but keeps the direction
+    silent = pairs(features.difference_NH / 2, -features.difference_NH / 2)  # r+ + r- = 0: no centering
     torch.testing.assert_close(fit_bradley_terry(silent, precision=1e-6), weight, rtol=0, atol=0.06)
 
 
 def test_bradley_terry_matches_an_independent_solver() -> None:
-    """Without centring it is logistic regression on differences."""
+    """Without centering it is logistic regression on differences."""
     from sklearn.linear_model import LogisticRegression
 
     features, _ = synthetic(300)
@@ -57,7 +57,7 @@ def test_bradley_terry_matches_an_independent_solver() -> None:
     labels = np.array([1] * 300 + [0] * 300)
     # Each pair appears twice, so the prior must weigh twice as much.
     solver = LogisticRegression(C=1 / (2 * 5.0), fit_intercept=False, tol=1e-10, max_iter=1000).fit(both, labels)
-    moved = pairs(features.difference_NH / 2, -features.difference_NH / 2)  # r+ + r- = 0: centring is silent
+    moved = pairs(features.difference_NH / 2, -features.difference_NH / 2)  # r+ + r- = 0: centering is silent
     np.testing.assert_allclose(fit_bradley_terry(moved, 5.0).numpy(), solver.coef_[0], atol=1e-5)
 
 
@@ -98,9 +98,9 @@ def test_shards() -> None:
 def test_clusters_follow_the_content() -> None:
     generator = torch.Generator().manual_seed(0)
     region = torch.arange(60) % 3
-    centres = 10 * torch.eye(3, dtype=torch.float64)[region]
+    centers = 10 * torch.eye(3, dtype=torch.float64)[region]
     noise = torch.randn(2, 60, 3, generator=generator, dtype=torch.float64)
-    data = pairs(*(centres + noise))
+    data = pairs(*(centers + noise))
     shards = make_shards("cluster", data, data.rows(torch.arange(30)), 3, generator)
     owner = shards.fit_NK.int().argmax(1)
     assert torch.equal(shards.held_NK, shards.fit_NK[:30])  # held-out pairs go to the head of their cluster
@@ -137,11 +137,11 @@ def test_heads_of_regions_are_stopped_by_their_own_region() -> None:
 
     def draw(count: int) -> tuple[Pairs, torch.Tensor]:
         region = torch.arange(count) % 2
-        centre = torch.zeros(count, 6, dtype=torch.float64)
-        centre[:, 0] = 20.0 * region
-        texts = centre + torch.randn(2, count, 6, generator=generator, dtype=torch.float64)
+        center = torch.zeros(count, 6, dtype=torch.float64)
+        center[:, 0] = 20.0 * region
+        texts = center + torch.randn(2, count, 6, generator=generator, dtype=torch.float64)
         sign = (1 - 2 * region).double()
-        reward = torch.cat([(text - centre) @ weight * sign for text in texts])
+        reward = torch.cat([(text - center) @ weight * sign for text in texts])
         return pairs(texts[0], texts[1]), reward
 
     (fit, fit_reward), (held, held_reward) = draw(400), draw(200)
@@ -231,9 +231,9 @@ def test_last_layer_std_is_what_many_draws_say() -> None:
     factor = posterior_factor(features, weight, 2.0)
     draws = draw_posterior(weight, factor, 60_000, torch.Generator().manual_seed(0))
     x, y = torch.randn(2, 7, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    centre = torch.full((6,), 0.3, dtype=torch.float64)
-    layer = LastLayer(factor, centre)
-    torch.testing.assert_close(layer.std(x), ((x - centre) @ draws.T).std(-1), rtol=0.02, atol=0)
+    center = torch.full((6,), 0.3, dtype=torch.float64)
+    layer = LastLayer(factor, center)
+    torch.testing.assert_close(layer.std(x), ((x - center) @ draws.T).std(-1), rtol=0.02, atol=0)
     torch.testing.assert_close(layer.difference_std(x - y), ((x - y) @ draws.T).std(-1), rtol=0.02, atol=0)
 
 

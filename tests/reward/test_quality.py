@@ -1,4 +1,4 @@
-"""Judgements of reward models by hand, and against the plain definitions."""
+"""Judgments of reward models by hand, and against the plain definitions."""
 
 import math
 
@@ -208,10 +208,10 @@ def test_uncertainties_of_texts_ignore_what_a_head_adds_to_every_reward() -> Non
     features = torch.tensor([[4.0, 2.0], [1.0, 0.0], [1.0, 1.0], [1.0, 0.0]])
     baseline = RewardScale.fit(HEADS, mean)
     named = text_uncertainties(Opinions(HEADS, GAUSSIAN, last_layer, features), baseline)
-    centred = HEADS.mean.numpy() - HEADS.mean.numpy().mean(0)
-    np.testing.assert_allclose(named["disagreement"], centred.std(-1), rtol=1e-6)
+    centered = HEADS.mean.numpy() - HEADS.mean.numpy().mean(0)
+    np.testing.assert_allclose(named["disagreement"], centered.std(-1), rtol=1e-6)
     np.testing.assert_allclose(named["routing_std"], [0.1, 0.2, 0.5, 0.5], rtol=1e-6)
-    spread = np.square(HEADS.std.numpy() * [2.0, 0.5]).mean(-1) + centred.std(-1) ** 2
+    spread = np.square(HEADS.std.numpy() * [2.0, 0.5]).mean(-1) + centered.std(-1) ** 2
     np.testing.assert_allclose(named["total_std"], np.sqrt(spread), rtol=1e-6)
     np.testing.assert_allclose(named["last_layer_std"], [5.0, 0.0, 2.0, 0.0])
     shifted = HeadRewards(HEADS.mean + torch.tensor([0.0, 100.0]), HEADS.std)

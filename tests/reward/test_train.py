@@ -36,7 +36,7 @@ def test_the_whole_run_learns_good_from_bad(finished: train_reward.Run) -> None:
     assert (good.mean > bad.mean.median()).float().mean() > 0.7
 
 
-def test_rewards_are_standardised_on_the_training_texts(finished: train_reward.Run, preferences_file: Path) -> None:
+def test_rewards_are_standardized_on_the_training_texts(finished: train_reward.Run, preferences_file: Path) -> None:
     from poise.data.preferences import read_preferences
 
     preferences = read_preferences(preferences_file)

@@ -82,7 +82,7 @@ def test_loss_by_hand(tiny_model: str, tmp_path: Path) -> None:
     model = PairModel(classifier, packed=True)
     trainer = PairTrainer(
         model, training_arguments(settings(), tmp_path), token_pairs(extract, preferences), tokenizer.pad_token_id,
-        preference_loss(label_smoothing=0.1, centring=0.0),
+        preference_loss(label_smoothing=0.1, centering=0.0),
     )  # fmt: skip
     batch = trainer.data_collator(list(trainer.train_dataset))
     loss = trainer.compute_loss(model.eval(), batch)
@@ -189,7 +189,7 @@ def test_stage_two_with_the_trunk(tiny_model: str, preferences_file: Path, tmp_p
 
 
 @pytest.mark.parametrize("trunk", ["lora", "full"])
-def test_what_a_sharded_run_has_learnt_is_put_together(
+def test_what_a_sharded_run_has_learned_is_put_together(
     trunk: str, tiny_model: str, preferences_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sharding itself needs accelerators; here one process plays it, with accelerate's own gathering of the weights."""

@@ -44,8 +44,8 @@ def test_curves_laws_and_differences(settings: Config) -> None:
     assert first["best_of_n"][0]["gold"] == pytest.approx(results["initial_gold"])
     proxies = [point["proxy"] for point in first["best_of_n"]]
     assert proxies == sorted(proxies)
-    assert "less_first" not in first["measures"]["gain"]
-    assert brme["measures"]["gain"]["less_first"] == pytest.approx(
+    assert "vs_baseline" not in first["measures"]["gain"]
+    assert brme["measures"]["gain"]["vs_baseline"] == pytest.approx(
         brme["measures"]["gain"]["mean"] - first["measures"]["gain"]["mean"]
     )
     assert {"alpha", "beta", "r2"} == set(first["fits"]["best_of_n"])

@@ -1,6 +1,6 @@
 """Human ratings: every rating of 23,703 short texts by about twenty people each, and preference pairs drawn from them.
 
-Source: the source package of VADER (Hutto & Gilbert 2014), MIT licence; film and product reviews, editorials, tweets.
+Source: the source package of VADER (Hutto & Gilbert 2014), MIT license; film and product reviews, editorials, tweets.
 """
 
 import hashlib

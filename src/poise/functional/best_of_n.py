@@ -1,4 +1,4 @@
-"""Selection from a pool: best-of-n, exactly tilted policies, and the laws of over-optimisation. NumPy only.
+"""Selection from a pool: best-of-n, exactly tilted policies, and the laws of over-optimization. NumPy only.
 
 A *pool* is N completions sampled independently from one policy for each of P prompts; `proxy` and `gold` are its
 scores, shape (P, N).
@@ -72,7 +72,7 @@ def tilted(
 ) -> tuple[Float[ndarray, " prompts"], Float[ndarray, " prompts"]]:
     """(expected `score`, KL in nats) per prompt of the optimum pi ~ pi_0 exp(proxy / kl_coef) of the RLHF objective.
 
-    Self-normalised over the pool, so the KL cannot exceed log N; read it as exact well below that.
+    Self-normalized over the pool, so the KL cannot exceed log N; read it as exact well below that.
     """
     weight, kl = tilted_weights(proxy, kl_coef)
     return (weight * score).sum(-1), kl
@@ -94,7 +94,7 @@ def tilted_weights(
     return weight, (weight * logits).sum(-1) - np.log(total[..., 0]) + np.log(proxy.shape[-1])
 
 
-# ---- laws of over-optimisation ----
+# ---- laws of over-optimization ----
 
 
 class Law(NamedTuple):

@@ -1,4 +1,4 @@
-"""An online alarm for reward over-optimisation: reads what every training step logs anyway, and never gold.
+"""An online alarm for reward over-optimization: reads what every training step logs anyway, and never gold.
 
 Signs, each larger when more suspicious; `recent` is a mean over the last `window` steps, `first` one over the baseline
 (the first `baseline_steps` updates: the initial policy, or nearly), `scale` the statistic's own std over the baseline:
@@ -188,7 +188,7 @@ def highest(runs: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, float]:
 
 
 def text_signs(completions: Sequence[str]) -> dict[str, float]:
-    """Statistics of the texts of one step, from pairs of neighbouring words, lower-cased, split at white space.
+    """Statistics of the texts of one step, from pairs of neighboring words, lower-cased, split at white space.
 
     repetition: repeated pairs as a share of a completion's pairs, mean over completions; 0 for one without pairs.
     variety: distinct pairs as a share of all pairs of all completions; 0 without pairs. It falls as the number of

@@ -23,7 +23,7 @@ from poise.errors import PoiseError
 
 
 class HeadRewards(NamedTuple):
-    """What K heads say of some texts, in units of the standardised training reward.
+    """What K heads say of some texts, in units of the standardized training reward.
 
     mean: (..., K) each head's reward.
     std:  (..., K) each head's own std, >= 0 (all zero for point heads).
@@ -48,7 +48,7 @@ def nominal_head(heads: HeadRewards) -> Tensor:
 
 
 def worst_case(heads: HeadRewards) -> Float[Tensor, "*batch"]:
-    """min_k mean_k; "worst-case optimisation" of arXiv 2310.02743.
+    """min_k mean_k; "worst-case optimization" of arXiv 2310.02743.
 
     >>> worst_case(HeadRewards(torch.tensor([1.0, 4.0]), torch.zeros(2))).item()
     1.0
@@ -95,7 +95,7 @@ def random_head(heads: HeadRewards) -> Float[Tensor, "*batch"]:
 
 
 def uncertainty_weighted(heads: HeadRewards, coefficient: float = 0.5) -> Float[Tensor, "*batch"]:
-    """mean - c * Var_k mean_k; "uncertainty-weighted optimisation" of arXiv 2310.02743.
+    """mean - c * Var_k mean_k; "uncertainty-weighted optimization" of arXiv 2310.02743.
 
     coefficient: c >= 0, in 1/reward; that paper's .5 for best-of-n and .1 for PPO.
 
@@ -161,9 +161,9 @@ def expected_tradeoff(heads: HeadRewards, nominal_weight: float = 0.4) -> Float[
     if not 0.0 <= nominal_weight <= 1.0:
         raise PoiseError(f"expected_tradeoff's nominal weight must be in [0, 1], got {nominal_weight}")
     expected = heads.mean.flatten(0, -2).mean(0) if heads.mean.dim() > 1 else heads.mean
-    # Centred heads are equal on the batch they were centred on, but for rounding: ties go to the first head.
-    least_favourable = (expected <= expected.min() + 1e-5).int().argmax()
-    return nominal_weight * nominal(heads) + (1.0 - nominal_weight) * heads.mean[..., least_favourable]
+    # Centered heads are equal on the batch they were centered on, but for rounding: ties go to the first head.
+    least_favorable = (expected <= expected.min() + 1e-5).int().argmax()
+    return nominal_weight * nominal(heads) + (1.0 - nominal_weight) * heads.mean[..., least_favorable]
 
 
 def expected_worst_case(heads: HeadRewards) -> Float[Tensor, "*batch"]:
@@ -237,7 +237,7 @@ SHAPINGS: dict[str, Callable[[HeadRewards, HeadRewards], HeadRewards]] = {
 }  # fmt: skip
 
 
-# ---- from heads to the number PPO maximises ----
+# ---- from heads to the number PPO maximizes ----
 
 
 @dataclass(frozen=True)
@@ -260,13 +260,13 @@ class RewardScale:
     count: int = 0
 
     def combine(self, heads: HeadRewards, objective: Objective) -> Tensor:
-        """The reward PPO maximises, of any shape of heads (…, K)."""
-        return self._scaled(objective(self.centred(heads)))
+        """The reward PPO maximizes, of any shape of heads (…, K)."""
+        return self._scaled(objective(self.centered(heads)))
 
     def _scaled(self, combined: Tensor) -> Tensor:
         return ((combined - self.mean) / self.std).clamp(self.floor, self.ceiling)
 
-    def centred(self, heads: HeadRewards) -> HeadRewards:
+    def centered(self, heads: HeadRewards) -> HeadRewards:
         """Each head less its own mean on the initial policy: the heads then agree where training starts.
 
         Preferences identify differences of rewards only; a head's constant says nothing, yet would decide which head
@@ -287,13 +287,13 @@ class RewardScale:
     ) -> "tuple[RewardScale, Tensor]":
         """The scale of heads (N, K), and their rewards (N,) on it."""
         start = cls(tuple(heads.mean.mean(0).tolist()), 0.0, 1.0, floor, ceiling)
-        combined = objective(start.centred(heads))
+        combined = objective(start.centered(heads))
         scale = start._of(combined)
         return scale, scale._scaled(combined)
 
     def refitted(self, heads: HeadRewards, objective: Objective) -> "RewardScale":
         """Mean and std of this batch of heads (N, K) alone; the heads' baselines stay."""
-        return self._of(objective(self.centred(heads)))
+        return self._of(objective(self.centered(heads)))
 
     def _of(self, combined: Tensor) -> "RewardScale":
         std = combined.std().item()

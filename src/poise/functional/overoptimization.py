@@ -1,4 +1,4 @@
-"""Over-optimisation read off a scored pool: gold and proxy against KL for best-of-n and exactly tilted policies.
+"""Over-optimization read off a scored pool: gold and proxy against KL for best-of-n and exactly tilted policies.
 
 Everything here follows from the heads' opinions of a pool and the pool's gold, so an objective costs milliseconds.
 Gold comes in as numbers: nothing here trains or chooses.
@@ -51,7 +51,7 @@ class Choice:
         return cls(reward, spec)
 
     def proxy(self, heads: HeadRewards, per_prompt: int, unit: float = 1.0) -> Float[ndarray, "prompts pool"]:
-        """The reward PPO would be given, of heads (P * N, K): centred, combined, scaled on the pool itself.
+        """The reward PPO would be given, of heads (P * N, K): centered, combined, scaled on the pool itself.
 
         unit: Bradley-Terry log odds per unit of the heads, which the shapings want. A completion is compared with all
         of its prompt's, which are the initial policy's.
@@ -190,7 +190,7 @@ def compare_with(own: Judged, first: Judged) -> Json:
     for name, entry in own.json["measures"].items():
         less = own.draws[name] - first.draws[name]
         measures[name] = entry | {
-            "less_first": own.means[name] - first.means[name], "less_first_interval": interval(less),
+            "vs_baseline": own.means[name] - first.means[name], "vs_baseline_interval": interval(less),
         }  # fmt: skip
     if first.means["gain"] > 0:
         shares = own.draws["gain"] / np.where(first.draws["gain"] > 0, first.draws["gain"], np.nan) - 1

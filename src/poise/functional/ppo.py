@@ -1,7 +1,7 @@
 """PPO's equations (arXiv 1707.06347, as used for RLHF in arXiv 1909.08593 and 2203.02155), one pure function each.
 
 Shapes: _N rows (completions), _T tokens of a completion. `mask` is 1 for the tokens the policy wrote, its end-of-turn
-token included, and 0 for padding after them. Rewards and KL are in the units of the (normalised) reward; log
+token included, and 0 for padding after them. Rewards and KL are in the units of the (normalized) reward; log
 probabilities in nats.
 
 Means are over tokens. Where a batch is computed in parts, or by several processes, `count` is the number of tokens of
@@ -27,7 +27,7 @@ def token_rewards(score: Rows, logprob: Tokens, reference_logprob: Tokens, mask:
 
 
 def gae(rewards: Tokens, values: Tokens, mask: Tokens, discount: float, trace: float) -> tuple[Tokens, Tokens]:
-    """(advantages, returns) by generalised advantage estimation (arXiv 1506.02438).
+    """(advantages, returns) by generalized advantage estimation (arXiv 1506.02438).
 
     A_t = sum_l (discount * trace)^l delta_{t+l},  delta_t = r_t + discount * V_{t+1} - V_t,  V = 0 past the end;
     return_t = A_t + V_t.

@@ -4,7 +4,7 @@ The losses of Gaussian heads share one signature, `loss(mean, std, noise, target
 
     mean, std  (batch, heads)  what the heads say, std > 0
     noise      (batch, heads)  one independent N(0, 1) draw per sample *and* head; only `sampled_mse` looks at it
-    target     (batch,)        the standardised stage-1 reward
+    target     (batch,)        the standardized stage-1 reward
     mask       (batch, heads)  1 where a head is trained on a sample, else 0
 
 and all return the sum over heads of the mean over each head's own samples.
@@ -24,21 +24,21 @@ def bradley_terry(
     rejected: Float[Tensor, " pairs"],
     margin: Float[Tensor, " pairs"] | float = 0.0,
     *,
-    centring: float = 0.01,
+    centering: float = 0.01,
     label_smoothing: float = 0.0,
 ) -> Float[Tensor, ""]:
-    """Mean of -(1 - e) log sigmoid(x) - e log sigmoid(-x) + centring * (r+ + r-)^2,  x = r+ - r- - margin.
+    """Mean of -(1 - e) log sigmoid(x) - e log sigmoid(-x) + centering * (r+ + r-)^2,  x = r+ - r- - margin.
 
     margin: by how much r+ should exceed r-, in reward units (Llama 2, arXiv 2307.09288).
     label_smoothing: e in [0, .5), the share of preferences taken to be the wrong way round.
-    The likelihood sees differences only; the centring term (arXiv 2312.09244) pins the free constant near zero.
+    The likelihood sees differences only; the centering term (arXiv 2312.09244) pins the free constant near zero.
 
-    >>> round(bradley_terry(torch.tensor([1.0]), torch.tensor([0.0]), centring=0.0).item(), 4)
+    >>> round(bradley_terry(torch.tensor([1.0]), torch.tensor([0.0]), centering=0.0).item(), 4)
     0.3133
     """
     lead = chosen - rejected - margin
     loss = -(1 - label_smoothing) * F.logsigmoid(lead) - label_smoothing * F.logsigmoid(-lead)
-    return (loss + centring * (chosen + rejected).square()).mean()
+    return (loss + centering * (chosen + rejected).square()).mean()
 
 
 BatchHeads = Float[Tensor, "batch heads"]

@@ -45,7 +45,7 @@ def movement(means: Float[ndarray, " checkpoints"]) -> dict[str, float]:
 
 
 def smoothed(values: Float[ndarray, " steps"], width: int = 3) -> Float[ndarray, " steps"]:
-    """Centred moving average of the values that are there (not NaN); over fewer at the ends and beside gaps.
+    """Centered moving average of the values that are there (not NaN); over fewer at the ends and beside gaps.
 
     >>> smoothed(np.array([0.0, 3.0, np.nan, 1.0])).tolist()
     [1.5, 1.5, 2.0, 1.0]

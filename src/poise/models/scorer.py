@@ -189,7 +189,7 @@ class Ensemble(Scorer):
             "gaussian" if any(layout.kind == "gaussian" for layout in layouts) else "point"
         )
         std_scale = [s for layout in layouts for s in layout.std_scale or (1.0,) * layout.num_heads]
-        # In normalised units a member's Bradley-Terry scale grows by the std it was divided by.
+        # In normalized units a member's Bradley-Terry scale grows by the std it was divided by.
         scale = sum(layout.reward_scale * std for layout, std in zip(layouts, stds, strict=True)) / len(layouts)
         offset = (0.0,) * (num_heads * (2 if kind == "gaussian" else 1))
         layout = HeadLayout(num_heads, kind, offset, reward_scale=scale, std_scale=tuple(std_scale))
@@ -210,7 +210,7 @@ class Ensemble(Scorer):
     def fit(
         paths: Sequence[str], reference: Sequence[Sample], max_length: int = 0, progress: Progress | None = None
     ) -> "Ensemble":
-        """Of checkpoints, normalised on reference samples."""
+        """Of checkpoints, normalized on reference samples."""
         unscaled = Ensemble(_load_members(paths, max_length), [0.0] * len(paths), [1.0] * len(paths))
         rewards = [heads.mean.mean(-1) for heads in unscaled._opinions(reference, progress)]
         stds = [reward.std().item() for reward in rewards]
@@ -219,7 +219,7 @@ class Ensemble(Scorer):
         return Ensemble(unscaled.members, [reward.mean().item() for reward in rewards], stds)
 
     def save(self, folder: Path, paths: Sequence[str]) -> None:
-        """Write ensemble.json: where the members are, seen from `folder`, and their normalisation."""
+        """Write ensemble.json: where the members are, seen from `folder`, and their normalization."""
         value: Json = {"members": list(paths), "means": self.means, "stds": self.stds}
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / ENSEMBLE_FILE, value)

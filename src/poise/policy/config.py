@@ -1,4 +1,4 @@
-"""The settings of policy optimisation: the one place for their defaults, their help texts and what may be wrong."""
+"""The settings of policy optimization: the one place for their defaults, their help texts and what may be wrong."""
 
 import math
 from dataclasses import dataclass, fields
@@ -145,7 +145,7 @@ class Config(PpoConfig):
     eval_rows: int = 100
     """Rows of each benchmark; of those that come in parts from the hub, a few more."""
     on_alarm: Literal["log", "stop", "rollback", "pessimism"] = "log"
-    """When the monitor sees signs of over-optimisation: say so, end the run, end it with the last policy that looked
+    """When the monitor sees signs of over-optimization: say so, end the run, end it with the last policy that looked
     safe, or go on with a doubled β and a more pessimistic objective."""
     alarm_threshold: float = MonitorConfig.threshold
     """Monitor score above which there is an alarm."""

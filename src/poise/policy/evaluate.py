@@ -139,7 +139,7 @@ def average_difference(
     Without a difference a row of which one side is right alone could as well be the other's: D* gives each such row to
     either at random, so b*_t ~ Binomial(b_t + c_t, 1/2).
 
-    The rows added to a task only widen the interval. As centres, d_t = D_t n_t / (n_t + 2) would all lean toward 0:
+    The rows added to a task only widen the interval. As centers, d_t = D_t n_t / (n_t + 2) would all lean toward 0:
     beside one task's width that is little, but it does not shrink with T as the width does.
     """
     counts = [(*_discordant(one, other), len(one)) for one, other in zip(after, before, strict=True)]
@@ -161,9 +161,9 @@ def _spread(b: ndarray | int, c: ndarray | int, n: ndarray | int) -> ndarray | f
     return b + c + 1 - (b - c) ** 2 / (n + 2)
 
 
-def _interval(centre: float, stderr: float) -> tuple[float, float]:
+def _interval(center: float, stderr: float) -> tuple[float, float]:
     """95 % interval of a difference of means, within [-1, 1]."""
-    return max(centre - Z * stderr, -1.0), min(centre + Z * stderr, 1.0)
+    return max(center - Z * stderr, -1.0), min(center + Z * stderr, 1.0)
 
 
 def average(answers: Sequence[Answers]) -> tuple[float, float]:

@@ -56,7 +56,7 @@ class Training:
             value_trunk=config.value_trunk,
         )  # fmt: skip
         if tokenizer.get_vocab() != scorer.extract.tokenizer.get_vocab():
-            console.print("policy and reward model have different tokenizers: completions are re-tokenised as text")
+            console.print("policy and reward model have different tokenizers: completions are re-tokenized as text")
         self.learner = Learner(self.policy, config, config.seed)
         self.reward = PolicyReward(scorer, parse_objective(config.objective), config.shaping)
         if config.shaping != "none":
@@ -150,19 +150,19 @@ class Training:
         return headroom(score.mean().item(), self.config.reward_ceiling)
 
     def _metrics(self, heads: HeadRewards, score: Tensor, facts: Tensor) -> Json:
-        centred, means = self.reward.scale.centred(heads), dict(zip(_FACTS, facts.mean(0).tolist(), strict=True))
-        chosen = nominal_head(centred).view(self.config.prompts_per_step, -1)
+        centered, means = self.reward.scale.centered(heads), dict(zip(_FACTS, facts.mean(0).tolist(), strict=True))
+        chosen = nominal_head(centered).view(self.config.prompts_per_step, -1)
         return {
             "reward": score.mean().item(),
             "reward_std": score.std().item(),
             **means,
             "entropy": -(facts[:, 2].sum() / facts[:, 3].sum()).item(),  # per token, from the sampled ones
-            "heads": centred.mean.mean(0).tolist(),
-            "nominal": nominal(centred).mean().item(),
-            "worst_case": worst_case(centred).mean().item(),
-            "gap": (nominal(centred) - worst_case(centred)).mean().item(),
-            "disagreement": disagreement(centred).mean().item(),
-            "routing_std": routing_std(centred).mean().item(),
+            "heads": centered.mean.mean(0).tolist(),
+            "nominal": nominal(centered).mean().item(),
+            "worst_case": worst_case(centered).mean().item(),
+            "gap": (nominal(centered) - worst_case(centered)).mean().item(),
+            "disagreement": disagreement(centered).mean().item(),
+            "routing_std": routing_std(centered).mean().item(),
             # completions whose nominal head is not the most frequent one among their prompt's
             "switches": (chosen != chosen.mode(-1, keepdim=True).values).float().mean().item(),
             "kl_coef": self.kl_coef,
@@ -187,7 +187,7 @@ class Training:
         if action != "stop" and action != "rollback" and self.step - last < ALARM_PAUSE:
             return
         self.alarms.append({"step": self.step, "score": score, "action": action})
-        said = f"step {self.step}: signs of over-optimisation (score {score:.2f})"
+        said = f"step {self.step}: signs of over-optimization (score {score:.2f})"
         if action == "pessimism":
             self.pessimism += 1
             self.kl_coef *= 2

@@ -1,7 +1,7 @@
-"""From a policy's completions to the rewards PPO maximises: scoring, comparison with baselines, objective, scale.
+"""From a policy's completions to the rewards PPO maximizes: scoring, comparison with baselines, objective, scale.
 
     heads of each completion  ->  shaped against baseline completions of its prompt (or not)
-                              ->  centred on the initial policy, combined by the objective, scaled, bounded
+                              ->  centered on the initial policy, combined by the objective, scaled, bounded
                               ->  less a penalty for what never ended
 
 Heads are gathered from all processes before they are combined: objectives that couple a batch see the whole of it.

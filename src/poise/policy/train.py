@@ -7,7 +7,7 @@
     RUN/policy/           LoRA adapters (PEFT format), or the whole model with --tune full
     RUN/checkpoint.safetensors   everything needed to go on after a kill, to the same result
 
-Rewards: each head is centred on the initial policy's completions, the objective combines the heads, and the combined
+Rewards: each head is centered on the initial policy's completions, the objective combines the heads, and the combined
 reward is divided by its std on those completions. By default the constants are fixed before step 0 and recorded, so
 kl_coef means the same from the first step to the last.
 

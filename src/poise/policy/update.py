@@ -38,7 +38,7 @@ class Losses(NamedTuple):
 
 
 class Learner:
-    """A policy with its optimiser and its random numbers."""
+    """A policy with its optimizer and its random numbers."""
 
     def __init__(self, policy: Policy, config: PpoConfig, seed: int):
         self.policy, self.config = policy, config
@@ -46,7 +46,7 @@ class Learner:
         named = policy.trained_parameters()
         value = [parameter for name, parameter in named.items() if name.startswith("value")]
         own = [parameter for name, parameter in named.items() if not name.startswith("value")]
-        self.optimiser = torch.optim.Adam(
+        self.optimizer = torch.optim.Adam(
             [{"params": own, "lr": config.learning_rate}, {"params": value, "lr": config.value_learning_rate}],
             fused=True,
         )
@@ -60,7 +60,7 @@ class Learner:
         Raises PoiseError for a loss or gradient that is not finite, before any weight is touched by it.
         """
         config = self.config
-        self.optimiser.param_groups[0]["lr"] = pace * config.learning_rate
+        self.optimizer.param_groups[0]["lr"] = pace * config.learning_rate
         mask, shape = rollout.mask_PMT.flatten(0, 1), rollout.mask_PMT.shape
         old_logprob, old_values = rollout.logprob_PMT.flatten(0, 1), rollout.value_PMT.flatten(0, 1)
         reference = reference.flatten(0, 1)
@@ -97,10 +97,10 @@ class Learner:
         return chosen
 
     def _update(self, rollout: Rollout, advantages: Tensor, returns: Tensor, minibatch: Tensor) -> Losses:
-        """One optimiser step."""
+        """One optimizer step."""
         config = self.config
         count = processes.total(rollout.mask_PMT[minibatch].sum())
-        self.optimiser.zero_grad()
+        self.optimizer.zero_grad()
         sums = torch.zeros(4, device=count.device)
         for index in minibatch.chunk(config.accumulation):
             part = rollout.rows(index)
@@ -125,21 +125,21 @@ class Learner:
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, config.max_grad_norm)
         if not torch.isfinite(norm):
             raise PoiseError("the gradient is not finite")
-        self.optimiser.step()
+        self.optimizer.step()
         policy, value, clipped, moved = sums.tolist()
         return Losses(policy, value, clipped, moved, norm.item())
 
     # ---- checkpoints ----
 
     def save(self, path: Path, extra: Json) -> None:
-        """Weights, optimiser and random numbers, with what else the run must remember, in one safetensors file.
+        """Weights, optimizer and random numbers, with what else the run must remember, in one safetensors file.
 
         Raises PoiseError if the disk refuses it; a file that was there before stays.
         """
         tensors: dict[str, Tensor] = {"generator": self.generator.get_state()}
         for name, parameter in self.policy.trained_parameters().items():
             tensors[f"weight.{name}"] = parameter.data
-            tensors |= {f"{key}.{name}": value for key, value in self.optimiser.state[parameter].items()}
+            tensors |= {f"{key}.{name}": value for key, value in self.optimizer.state[parameter].items()}
         write_tensors(path, tensors, {"run": json.dumps(extra)})
 
     def load(self, path: Path) -> Json:
@@ -150,7 +150,7 @@ class Learner:
                 self.generator.set_state(file.get_tensor("generator"))
                 for name, parameter in self.policy.trained_parameters().items():
                     parameter.data.copy_(file.get_tensor(f"weight.{name}"))
-                    self.optimiser.state[parameter] = {
+                    self.optimizer.state[parameter] = {
                         key: file.get_tensor(f"{key}.{name}").to(parameter.device)  # the step too: Adam is fused
                         for key in ("step", "exp_avg", "exp_avg_sq")
                         if f"{key}.{name}" in file.keys()  # noqa: SIM118  not a dict

@@ -25,19 +25,19 @@ from poise.runtime.run_folder import Json
 
 
 class Style(NamedTuple):
-    """How an arm looks in every figure: told apart by colour, and without colour by dash and marker."""
+    """How an arm looks in every figure: told apart by color, and without color by dash and marker."""
 
-    colour: str
+    color: str
     dash: Literal["-", "--", "-.", ":"]
     marker: str
 
 
-# Okabe and Ito's palette, made for colour-blind readers; its yellow is too pale for lines on white.
+# Okabe and Ito's palette, made for color-blind readers; its yellow is too pale for lines on white.
 _STYLES = (
     Style("#0072b2", "-", "o"), Style("#d55e00", "--", "s"), Style("#009e73", "-.", "^"), Style("#a8518a", ":", "D"),
     Style("#b07c00", "-", "v"), Style("#3a96c9", "--", "P"),
 )  # fmt: skip
-# The same in every figure of an evaluation; a random one, and any other, is grey.
+# The same in every figure of an evaluation; a random one, and any other, is gray.
 UNCERTAINTY_STYLES = dict(
     zip(
         ("disagreement", "routing_std", "total_std", "last_layer_std", "small_margin", "error_probability"),
@@ -45,7 +45,7 @@ UNCERTAINTY_STYLES = dict(
         strict=True,
     )
 )
-_GREY = "#666666"
+_GRAY = "#666666"
 _FEWEST_PAIRS = 10  # whose error rate is worth a point of a curve
 
 _LOOK = {
@@ -72,16 +72,16 @@ def arm_of(curve: Json, comparison: Json) -> Json | None:
     return None
 
 
-def over_optimisation(comparison: Json, pool: Json | None) -> str:
+def over_optimization(comparison: Json, pool: Json | None) -> str:
     """Gold and proxy against √KL: best-of-n and tilted policies where there is a pool, and PPO."""
     with _look("curves"):
-        return _svg(_over_optimisation(comparison, pool), "curves")
+        return _svg(_over_optimization(comparison, pool), "curves")
 
 
-def save_over_optimisation(comparison: Json, pool: Json | None, path: str | Path) -> None:
-    """The figure of `over_optimisation` as a PNG file."""
+def save_over_optimization(comparison: Json, pool: Json | None, path: str | Path) -> None:
+    """The figure of `over_optimization` as a PNG file."""
     with _look("curves"):
-        _over_optimisation(comparison, pool).savefig(path, format="png", dpi=160, metadata={"Software": None})
+        _over_optimization(comparison, pool).savefig(path, format="png", dpi=160, metadata={"Software": None})
 
 
 def heads(arm: Json, style: Style, identifier: str) -> str:
@@ -97,15 +97,15 @@ def heads(arm: Json, style: Style, identifier: str) -> str:
         figure = Figure(figsize=(10, 2.9), layout="constrained")
         axes = figure.subplots(1, 3 if has_std else 2, squeeze=False)[0]
         for values in zip(*(row["heads"] for row in steps), strict=True):
-            axes[0].plot(step, _floats(values), color=style.colour, linewidth=1, alpha=0.7)
+            axes[0].plot(step, _floats(values), color=style.color, linewidth=1, alpha=0.7)
         if has_std:  # point heads have no std to choose a nominal head by
-            axes[1].plot(step, _column(steps, "gap"), color=style.colour, label="gap: nominal − worst case")
-        axes[1].plot(step, _column(steps, "disagreement"), color=_GREY, linestyle="--", label="disagreement")
+            axes[1].plot(step, _column(steps, "gap"), color=style.color, label="gap: nominal − worst case")
+        axes[1].plot(step, _column(steps, "disagreement"), color=_GRAY, linestyle="--", label="disagreement")
         axes[1].set_ylim(bottom=0)
         axes[1].legend(loc="best")
         if has_std:
             panels.append("Routing std")
-            axes[2].plot(step, _column(steps, "routing_std"), color=style.colour)
+            axes[2].plot(step, _column(steps, "routing_std"), color=style.color)
         for ax, title in zip(axes, panels, strict=True):
             ax.set_title(title, loc="left")
             ax.set_xlabel("PPO step")
@@ -120,7 +120,7 @@ def stage2(history: Sequence[Json], identifier: str = "stage2") -> str:
         panels = (("mse", "Held-out squared error", "linear"), ("std", "Median std of the heads", "log"))
         for ax, (key, title, scale) in zip(axes, panels, strict=True):
             values = _column(history, key)
-            ax.plot(_column(history, "step"), values, color=_STYLES[1].colour, marker="o", markersize=3)
+            ax.plot(_column(history, "step"), values, color=_STYLES[1].color, marker="o", markersize=3)
             if scale == "log" and np.nanmin(values, initial=np.inf) > 0:
                 ax.set_yscale(scale)
                 ax.yaxis.set_major_formatter("{x:g}")
@@ -128,7 +128,7 @@ def stage2(history: Sequence[Json], identifier: str = "stage2") -> str:
             else:
                 ax.set_ylim(bottom=0)
             ax.set_title(title, loc="left")
-            ax.set_xlabel("optimiser step")
+            ax.set_xlabel("optimizer step")
         return _svg(figure, identifier)
 
 
@@ -144,10 +144,10 @@ def save_calibration(pairs: Json, path: str | Path) -> None:
         _calibration(pairs).savefig(path, format="png", dpi=160, metadata={"Software": None})
 
 
-# ---- the over-optimisation figure ----
+# ---- the over-optimization figure ----
 
 
-def _over_optimisation(comparison: Json, pool: Json | None) -> Figure:
+def _over_optimization(comparison: Json, pool: Json | None) -> Figure:
     styles = arm_styles(comparison, pool)
     studies = [(title, key) for title, key in (("Best-of-n", "best_of_n"), ("Tilted", "tilted")) if _has(pool, key)]
     figure = Figure(figsize=(10, 6.0), layout="constrained")
@@ -167,7 +167,7 @@ def _over_optimisation(comparison: Json, pool: Json | None) -> Figure:
         axes[1, column].set_xlim(left=0)
         for ax, start in zip(axes[:, column], (_initial_gold(comparison, pool), 0.0), strict=True):
             if start is not None:
-                ax.axhline(start, color=_GREY, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
+                ax.axhline(start, color=_GRAY, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
     _legend(figure, comparison, pool, styles)
     return figure
 
@@ -175,35 +175,35 @@ def _over_optimisation(comparison: Json, pool: Json | None) -> Figure:
 def _draw_points(ax: Axes, points: Sequence[Json], quantity: str, style: Style) -> None:
     """A line through independent points, with its interval as a band."""
     root_kl = _root(_column(points, "kl"))
-    line: Json = {"color": style.colour, "linestyle": style.dash, "marker": style.marker, "markersize": 3.5}
+    line: Json = {"color": style.color, "linestyle": style.dash, "marker": style.marker, "markersize": 3.5}
     ax.plot(root_kl, _column(points, quantity), **line)
     low, high = _column(points, f"{quantity}_low"), _column(points, f"{quantity}_high")
-    ax.fill_between(root_kl, low, high, color=style.colour, alpha=0.12, linewidth=0)
+    ax.fill_between(root_kl, low, high, color=style.color, alpha=0.12, linewidth=0)
 
 
 def _draw_training(ax: Axes, arm: Json, quantity: str, style: Style) -> None:
     """PPO steps, raw (faint) and smoothed, and the trained policy on held-out prompts as a large marker."""
     kl, values = _column(arm["steps"], "kl"), _column(arm["steps"], quantity)
-    ax.plot(_root(kl), values, linestyle="none", color=style.colour, marker=style.marker, markersize=3, alpha=0.22)
-    ax.plot(_root(smoothed(kl)), smoothed(values), color=style.colour, linestyle=style.dash)
+    ax.plot(_root(kl), values, linestyle="none", color=style.color, marker=style.marker, markersize=3, alpha=0.22)
+    ax.plot(_root(smoothed(kl)), smoothed(values), color=style.color, linestyle=style.dash)
     final = arm.get("final") or {}
     if final.get("kl") is None or final.get(quantity) is None:
         return
     end, value = _root(_floats([final["kl"]])), final[quantity]
     interval = final.get("interval") if quantity == "gold" else None
     if interval and None not in interval:
-        ax.vlines(end, interval[0], interval[1], color=style.colour, linewidth=1.4)
+        ax.vlines(end, interval[0], interval[1], color=style.color, linewidth=1.4)
     edge: Json = {"markeredgecolor": "white", "markeredgewidth": 1.2, "markersize": 9}
-    ax.plot(end, [value], color=style.colour, marker=style.marker, zorder=5, **edge)
+    ax.plot(end, [value], color=style.color, marker=style.marker, zorder=5, **edge)
 
 
 def _legend(figure: Figure, comparison: Json, pool: Json | None, styles: dict[str, Style]) -> None:
     labels = {item["name"]: item.get("label") or item["name"] for item in [*_curves(pool), *comparison["arms"]]}
     handles = [
-        Line2D([], [], color=style.colour, linestyle=style.dash, marker=style.marker, markersize=5, label=labels[name])
+        Line2D([], [], color=style.color, linestyle=style.dash, marker=style.marker, markersize=5, label=labels[name])
         for name, style in styles.items()
     ]
-    handles.append(Line2D([], [], color=_GREY, linewidth=0.9, linestyle=(0, (2, 2)), label="initial policy"))
+    handles.append(Line2D([], [], color=_GRAY, linewidth=0.9, linestyle=(0, (2, 2)), label="initial policy"))
     figure.legend(handles=handles, loc="outside upper left", ncols=2, fontsize=10)
 
 
@@ -213,21 +213,21 @@ def _legend(figure: Figure, comparison: Json, pool: Json | None, styles: dict[st
 def _calibration(pairs: Json) -> Figure:
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    reference: Json = {"color": _GREY, "linewidth": 0.9, "linestyle": (0, (2, 2))}
+    reference: Json = {"color": _GRAY, "linewidth": 0.9, "linestyle": (0, (2, 2))}
     left.plot([0.5, 1], [0.5, 1], label="as often right as it says", **reference)
     shown = {"probability": "reward"}
     if pairs["heads_probability"]["bins"] != pairs["probability"]["bins"]:
         shown["heads_probability"] = "average of the heads"
     for (key, label), style in zip(shown.items(), _STYLES, strict=False):
         confidence, accuracy = (_column(pairs[key]["bins"], column) for column in ("confidence", "accuracy"))
-        line: Json = {"color": style.colour, "linestyle": style.dash, "marker": style.marker, "markersize": 4}
+        line: Json = {"color": style.color, "linestyle": style.dash, "marker": style.marker, "markersize": 4}
         left.plot(confidence, accuracy, label=label, **line)
     coverage = _floats(pairs["risk_coverage"]["coverage"])
     kept = coverage * pairs["num_pairs"] >= _FEWEST_PAIRS
     right.axhline(1 - pairs["accuracy"], label="knowing nothing", **reference)
     for name, risk in pairs["risk_coverage"]["risk"].items():
-        style = UNCERTAINTY_STYLES.get(name, Style(_GREY, "-", ""))
-        right.plot(coverage[kept], _floats(risk)[kept], color=style.colour, linestyle=style.dash, label=name)
+        style = UNCERTAINTY_STYLES.get(name, Style(_GRAY, "-", ""))
+        right.plot(coverage[kept], _floats(risk)[kept], color=style.color, linestyle=style.dash, label=name)
     left.set(xlabel="probability of the order it gives a pair", ylabel="share of pairs ordered as people did")
     right.set(xlabel="share of pairs kept, least uncertain first", ylabel="share of them ordered wrongly")
     left.set_xlim(0.48, 1.02)
@@ -256,22 +256,22 @@ def _toy(results: Json) -> Figure:
     ):
         rows = [row for row in results["statements"] if row["statement"].startswith(statement)]
         error = _floats([row["statement"].split(" by ")[1].split(":")[0] for row in rows])
-        line: Json = {"color": style.colour, "linestyle": style.dash}
+        line: Json = {"color": style.color, "linestyle": style.dash}
         left.plot(error, _column(rows, "predicted"), label=f"{statement}: predicted", **line)
         bars = _bars([row["difference"] for row in rows])
-        points: Json = {"color": style.colour, "marker": style.marker, "linestyle": "none"}
+        points: Json = {"color": style.color, "marker": style.marker, "linestyle": "none"}
         left.errorbar(error, _column(rows, "simulated"), bars, **points)
-        left.plot(error, _column(rows, "bound"), color=_GREY, linewidth=0.9, linestyle=(0, (2, 2)))
-    left.plot([], [], color=_GREY, linestyle="none", marker="o", label="… simulated, 95 % intervals")
-    left.plot([], [], color=_GREY, linewidth=0.9, linestyle=(0, (2, 2)), label="the most an error can cost")
+        left.plot(error, _column(rows, "bound"), color=_GRAY, linewidth=0.9, linestyle=(0, (2, 2)))
+    left.plot([], [], color=_GRAY, linestyle="none", marker="o", label="… simulated, 95 % intervals")
+    left.plot([], [], color=_GRAY, linewidth=0.9, linestyle=(0, (2, 2)), label="the most an error can cost")
     left.set(xlabel="error of the score (std of gold 1)", ylabel="gold lost")
     left.set_ylim(bottom=0)
     left.legend(loc="best", fontsize=8)
     arms = [row for row in results["objectives"] if row["name"] not in ("reference", "gold", "single")][::-1]
     gain = [row["ppo"]["against_single"] for row in arms]
-    points = {"color": _STYLES[0].colour, "marker": "o", "linestyle": "none"}
+    points = {"color": _STYLES[0].color, "marker": "o", "linestyle": "none"}
     right.errorbar(_column(gain, "mean"), range(len(arms)), xerr=_bars(gain), **points)
-    right.axvline(0, color=_GREY, linewidth=0.9, linestyle=(0, (2, 2)))
+    right.axvline(0, color=_GRAY, linewidth=0.9, linestyle=(0, (2, 2)))
     right.set_yticks(range(len(arms)), [row["name"] for row in arms])
     right.set(xlabel="gold after PPO, less that of the single head")
     for ax, title in ((left, "One wrong score"), (right, "Responses no preference shows")):
@@ -304,7 +304,7 @@ def _study(results: Json) -> Figure:
     if asked:
         _while_training(axes[-1], asked[0])
     handles = [
-        Line2D([], [], color=style.colour, marker=style.marker, label=noise_label(noise))
+        Line2D([], [], color=style.color, marker=style.marker, label=noise_label(noise))
         for noise, style in styles.items()
     ]
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles))
@@ -321,10 +321,10 @@ def _gains(ax: Axes, results: Json, styles: dict[str, Style]) -> list[str]:
     for i, (noise, found) in enumerate(of_noise.items()):
         gains = {row: found[name]["measures"].get("relative_gain") for row, name in enumerate(names)}
         known = {row + 0.24 * (1 - i): gain for row, gain in gains.items() if gain}
-        points: Json = {"color": styles[noise].colour, "marker": styles[noise].marker, "markersize": 4}
+        points: Json = {"color": styles[noise].color, "marker": styles[noise].marker, "markersize": 4}
         ends = _ends(list(known.values()))
         ax.errorbar(100 * _column(ends, "mean"), list(known), xerr=100 * _bars(ends), linestyle="none", **points)
-    ax.axvline(0, color=_GREY, linewidth=0.9, linestyle=(0, (2, 2)))
+    ax.axvline(0, color=_GRAY, linewidth=0.9, linestyle=(0, (2, 2)))
     ax.set(xlabel=f"gold gained by best-of-n, less {first}'s, in % of it")
     ax.set_title("Best-of-n", loc="left")
     return names
@@ -337,14 +337,14 @@ def _endings(ax: Axes, results: Json, styles: dict[str, Style]) -> list[str]:
         style = styles[noise]
         cells = [cell for cell in results["cells"] if cell["noise"] == noise]
         golds, rows = [cell["final_gold"] for cell in cells], [names.index(cell["arm"]) for cell in cells]
-        faint: Json = {"color": style.colour, "marker": style.marker, "markersize": 4, "alpha": 0.35}
+        faint: Json = {"color": style.color, "marker": style.marker, "markersize": 4, "alpha": 0.35}
         ax.plot(golds, rows, linestyle="none", **faint)
         ends, at = _ends([arm["final_gold"] for arm in arms.values()]), [names.index(name) for name in arms]
-        points: Json = {"color": style.colour, "marker": style.marker, "markersize": 7}
+        points: Json = {"color": style.color, "marker": style.marker, "markersize": 7}
         ax.errorbar(_column(ends, "mean"), at, xerr=_bars(ends), linestyle="none", **points)
     for arms in (results.get("best_of_n") or {}).values():  # one pool: the same initial policy for all
         start = next(iter(arms.values()))["initial_gold"]
-        ax.axvline(start, color=_GREY, linewidth=0.9, linestyle=(0, (2, 2)))
+        ax.axvline(start, color=_GRAY, linewidth=0.9, linestyle=(0, (2, 2)))
     golds = [cell["final_gold"] for cell in results["cells"]]
     room = 0.1 * (max(golds) - min(golds)) + 0.1  # an interval of few seeds can reach far beyond every policy
     ax.set_xlim(min(golds) - room, max(golds) + room)
@@ -358,9 +358,9 @@ def _while_training(ax: Axes, arms: Json) -> None:
     task = next(iter(next(arm["checkpoints"] for arm in arms.values() if "checkpoints" in arm)))
     found = {name: arm["checkpoints"][task] for name, arm in arms.items() if task in arm.get("checkpoints", {})}
     for i, (name, scores) in enumerate(found.items()):
-        again = (i + i // len(_STYLES)) % len(_STYLES)  # of two arms of one colour each has its own dash and marker
-        colour, style = _STYLES[i % len(_STYLES)].colour, _STYLES[again]
-        line: Json = {"color": colour, "linestyle": style.dash, "marker": style.marker, "markersize": 4}
+        again = (i + i // len(_STYLES)) % len(_STYLES)  # of two arms of one color each has its own dash and marker
+        color, style = _STYLES[i % len(_STYLES)].color, _STYLES[again]
+        line: Json = {"color": color, "linestyle": style.dash, "marker": style.marker, "markersize": 4}
         ax.plot(scores["steps"], scores["mean"], label=f"{name} ({scores['reward_seeds']})", **line)
     ax.set_ylim(bottom=0)
     ax.legend(loc="best", fontsize=7.5)
@@ -442,10 +442,10 @@ def save_reliability(bins: Sequence[Json], path: str | Path) -> None:
     with _look("reliability"):
         figure = Figure(figsize=(4.6, 4.2), layout="constrained")
         ax = figure.subplots()
-        ax.plot([low, 1.0], [low, 1.0], color=_GREY, linewidth=0.9, linestyle=(0, (2, 2)), label="claims what it keeps")
-        ax.plot(confidence, accuracy, color=_STYLES[0].colour, marker="o", label="pairs, by claimed probability")
+        ax.plot([low, 1.0], [low, 1.0], color=_GRAY, linewidth=0.9, linestyle=(0, (2, 2)), label="claims what it keeps")
+        ax.plot(confidence, accuracy, color=_STYLES[0].color, marker="o", label="pairs, by claimed probability")
         for row, x, y in zip(bins, confidence, accuracy, strict=True):
-            ax.annotate(str(row["count"]), (x, y), xytext=(0, 6), textcoords="offset points", ha="center", color=_GREY)
+            ax.annotate(str(row["count"]), (x, y), xytext=(0, 6), textcoords="offset points", ha="center", color=_GRAY)
         ax.set_xlabel("probability the model claims")
         ax.set_ylabel("share in the right order")
         ax.legend(loc="lower right")

@@ -94,7 +94,7 @@ def _alarms(settings: Json, results: Json) -> str:
     more = f" and {len(alarms) - SHOWN_ALARMS} later ones" * (len(alarms) > SHOWN_ALARMS)
     highest = max(alarm["score"] for alarm in alarms)
     return (
-        f"> **The monitor raised an alarm: signs of over-optimisation** at step{'s' * (len(alarms) > 1)} "
+        f"> **The monitor raised an alarm: signs of over-optimization** at step{'s' * (len(alarms) > 1)} "
         f"{', '.join(steps)}{more} (score {highest:.2f} at most, threshold {settings['alarm_threshold']:g}). "
         f"{AFTER_ALARM[settings['on_alarm']]}. Read what it writes before you use it."
     )
@@ -110,7 +110,7 @@ def _what(settings: Json) -> str:
 
 def _limits(settings: Json) -> str:
     lines = [
-        "The reward is a model's guess of what people prefer, not a person's judgement. A higher one is what it was "
+        "The reward is a model's guess of what people prefer, not a person's judgment. A higher one is what it was "
         "trained for, and no evidence of better text.",
         "No gold was seen, in training or for this card: whether people like what it writes is not known.",
         f"Trained on the prompts of {_code(public_name(settings['prompts']))}, on completions of at most "
@@ -179,7 +179,7 @@ def _scale(settings: Json, scale: Json) -> str:
         "ceiling": _number(scale.get("ceiling"), "g") or "none",
     }
     return (
-        f"reward = (objective of the centred heads − mean) / std, held between floor and ceiling; mean and std "
+        f"reward = (objective of the centered heads − mean) / std, held between floor and ceiling; mean and std "
         f"{SCALE_FROM[norm].format(**scale)}.\n\n{_table(rows)}"
     )
 

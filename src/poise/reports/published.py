@@ -30,10 +30,10 @@ def _best_of_n(results: Json) -> Iterator[Json]:
                 claim = f"{where}: gold gained by an ensemble ({name}) over one reward model (2310.02743)"
                 yield _figure(claim, f"+{target:.0%}", target, gain["mean"], gain["interval"], "{:+.0%}")
         accuracy = (arms.get("brme_1") or {}).get("accuracy") or {}
-        if "less_first" in accuracy:
+        if "vs_baseline" in accuracy:
             claim = f"{where}: accuracy of the BRME's nominal head, less that of one Bradley–Terry head (2409.15360)"
-            interval = accuracy["less_first_interval"]
-            yield _figure(claim, "+1.1 %, read as points", 0.011, accuracy["less_first"], interval, "{:+.1%}")
+            interval = accuracy["vs_baseline_interval"]
+            yield _figure(claim, "+1.1 %, read as points", 0.011, accuracy["vs_baseline"], interval, "{:+.1%}")
 
 
 def _policies(results: Json) -> Iterator[Json]:
@@ -60,7 +60,7 @@ def _policies(results: Json) -> Iterator[Json]:
             claim = f"{where}: the std of {task} over checkpoints is smaller with BRME than with one head (2409.15360)"
             of_both = over_checkpoints({"single": single, "brme_0.4": brme}, task, "single")
             std = of_both.get("brme_0.4", {}).get("std", {})
-            less = {"value": std.get("less_first"), "interval": std.get("less_first_interval")}
+            less = {"value": std.get("vs_baseline"), "interval": std.get("vs_baseline_interval")}
             yield from _direction(claim, less, -1)
 
 

@@ -82,7 +82,7 @@ def build(folder: str | Path) -> Path:
 def save_png(folder: str | Path, path: str | Path) -> None:
     """Write the report's first figure, gold and proxy against √KL, as a PNG for a README."""
     study = read_study(folder)
-    plots.save_over_optimisation(study.comparison, study.pool, path)
+    plots.save_over_optimization(study.comparison, study.pool, path)
 
 
 def read_study(folder: str | Path) -> Study:
@@ -178,8 +178,8 @@ def _page(study: Study) -> Json:
         "verdicts": _verdicts(comparison),
         "arms": arms,
         "initial_variety": (comparison.get("initial") or {}).get("distinct_bigrams"),
-        "colours": {name: style.colour for name, style in styles.items()},
-        "curves_svg": Markup(plots.over_optimisation(comparison, study.pool)),
+        "colors": {name: style.color for name, style in styles.items()},
+        "curves_svg": Markup(plots.over_optimization(comparison, study.pool)),
         "pool": study.pool,
         "heads_svgs": [
             (arm, Markup(plots.heads(arm, styles[arm["name"]], f"heads{i}")))

@@ -52,7 +52,7 @@ COLLAPSED = (
 
 COIN = (
     "> **No better than a coin, as far as the validation pairs can say**: the interval of its accuracy includes 50 %. "
-    "Do not optimise against it."
+    "Do not optimize against it."
 )
 
 

@@ -41,7 +41,7 @@ def build(folder: str | Path) -> Path:
         results=results,
         verdicts=verdicts(results),
         sections=[_section(reward, f"reward{i}") for i, reward in enumerate(results["rewards"], 1)],
-        colours={name: style.colour for name, style in plots.UNCERTAINTY_STYLES.items()},
+        colors={name: style.color for name, style in plots.UNCERTAINTY_STYLES.items()},
         spreads=SPREADS,
         environment=environment,
         command=shlex.join(environment.get("command") or []),

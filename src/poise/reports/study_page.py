@@ -6,7 +6,7 @@
     RUN/environment.json, RUN/config.yaml
 
 Whatever else is missing leaves its section out and is said. The page's script (study.js) draws the charts, in the
-reader's colours, and recomputes objectives over the pool. Text reaches the page escaped, or as JSON that the script
+reader's colors, and recomputes objectives over the pool. Text reaches the page escaped, or as JSON that the script
 sets as text; the page's policy runs this one script, by its hash, and fetches nothing.
 """
 
@@ -31,7 +31,7 @@ from poise.reports.summary import noise_label, over_policies
 from poise.reports.verdicts import caveats, compared_arms, findings, headlines, published
 from poise.runtime.run_folder import Json, write_atomic
 
-VERSION = 1  # of results.json
+VERSION = 2  # of results.json
 NUM_COMPLETIONS = 10
 MAX_STEPS = 200  # of a run's steps that the page has
 DIGITS = 4  # significant, of what charts show
@@ -135,7 +135,7 @@ def _absent(results: Json, comparisons: list[Json], pool: Json | None) -> list[s
 
 
 def _arms(results: Json, comparisons: list[Json]) -> list[Json]:
-    """Every arm that there is something of, those of the settings first; its place decides its colour and dash.
+    """Every arm that there is something of, those of the settings first; its place decides its color and dash.
 
     extra: only best-of-n has it, and the charts show it only when asked.
     """

@@ -132,7 +132,7 @@ def estimate(own: Values, first: Values) -> Json:
     if len(means) > 1:
         found["std"] = float(means.std(ddof=1))
     if len(less := difference(own, first)):
-        found |= {"less_first": float(less.mean()), "less_first_interval": seed_interval(less)}
+        found |= {"vs_baseline": float(less.mean()), "vs_baseline_interval": seed_interval(less)}
     return found
 
 

@@ -80,10 +80,10 @@ def _measures(arms: Json) -> Json:
 def _differences(summary: Json) -> Iterator[Difference]:
     for noise, arms in summary.items():
         for name, arm in arms.items():
-            gold = (arm.get("final_gold") or {}).get("less_first")
+            gold = (arm.get("final_gold") or {}).get("vs_baseline")
             if gold is None:
                 continue
-            interval = arm["final_gold"].get("less_first_interval")
+            interval = arm["final_gold"].get("vs_baseline_interval")
             # Of a single seed the bootstrap draws that seed again and again: an interval of no width, and no evidence.
             if not interval or None in interval or (arm.get("reward_seeds") or 0) < 2:
                 yield Difference(noise, name, gold, None, "unclear")

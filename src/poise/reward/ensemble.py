@@ -31,7 +31,7 @@ class Config:
 
 
 def run(config: Config) -> Path:
-    """Normalise and save; returns the folder. The members stay where they are."""
+    """Normalize and save; returns the folder. The members stay where they are."""
     if len(config.members) < 2:
         raise PoiseError("an ensemble needs at least two reward models")
     preferences = read_preferences(config.reference, config.on_bad_row)

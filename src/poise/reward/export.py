@@ -5,7 +5,7 @@ Heads are linear, so the mean of their rewards is a head itself, exactly. With h
     mean_k (w_k . h - o_k)  =  (mean_k w_k) . h  -  mean_k o_k
 
 The offset stays behind in the `poise` block, where Scorer subtracts it: the `score` layer has no bias, and one constant
-for all texts changes no preference, no ranking and no normalised reward. The trunk's weights are copied as they are;
+for all texts changes no preference, no ranking and no normalized reward. The trunk's weights are copied as they are;
 the new row is float32, because the mean of bfloat16 rows is not a bfloat16 row.
 """
 
@@ -195,7 +195,7 @@ def _card(source: Path, layout: HeadLayout, exported: HeadLayout, config: Config
         title = f"Reward model with one label: {'mean' if config.head is None else f'head {config.head}'} of {heads}"
         text = f"""\
 A stock `AutoModelForSequenceClassification`. Its one logit is the reward plus the constant {exported.offset[0]:.6g},
-which changes no preference, no ranking and no normalised reward. How far the heads disagree is lost: this folder is a
+which changes no preference, no ranking and no normalized reward. How far the heads disagree is lost: this folder is a
 conventional reward model, and no robust objective can be computed from it.
 """
     elif config.adapter:

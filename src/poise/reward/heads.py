@@ -1,6 +1,6 @@
 """Linear heads on trunk features: the Bradley-Terry head, its Laplace posterior, and the K Gaussian heads.
 
-Everything here works on features computed once, in float64, centred and scaled per dimension on the training part.
+Everything here works on features computed once, in float64, centered and scaled per dimension on the training part.
 
 Shapes: _N pairs, _H hidden, _K heads, _L labels.
 """
@@ -35,8 +35,8 @@ class Pairs(NamedTuple):
     def rows(self, index: Tensor) -> "Pairs":
         return Pairs(*(part[index] for part in self))
 
-    def standardised(self, centre: Float[Tensor, " hidden"], scale: Float[Tensor, " hidden"]) -> "Pairs":
-        return Pairs((self.chosen_NH - centre) / scale, (self.rejected_NH - centre) / scale, self.margin_N)
+    def standardized(self, center: Float[Tensor, " hidden"], scale: Float[Tensor, " hidden"]) -> "Pairs":
+        return Pairs((self.chosen_NH - center) / scale, (self.rejected_NH - center) / scale, self.margin_N)
 
     @property
     def difference_NH(self) -> Tensor:
@@ -48,19 +48,19 @@ class Pairs(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """Linear heads on centred and scaled features: rewards are features @ weight.T - offset."""
+    """Linear heads on centered and scaled features: rewards are features @ weight.T - offset."""
 
     weight_LH: Float[Tensor, "labels hidden"]
     offset_L: Float[Tensor, " labels"]
     kind: Literal["gaussian", "point"]
 
     def on_raw_features(
-        self, centre: Float[Tensor, " hidden"], scale: Float[Tensor, " hidden"], reward_scale: float
+        self, center: Float[Tensor, " hidden"], scale: Float[Tensor, " hidden"], reward_scale: float
     ) -> tuple[Float[Tensor, "labels hidden"], HeadLayout]:
         """The same heads for features as the trunk gives them, float32: w.(x - c)/s - o = (w/s).x - (o + (w/s).c)."""
         weight = self.weight_LH / scale
         num_heads = len(weight) // (2 if self.kind == "gaussian" else 1)
-        offset = tuple((self.offset_L + weight @ centre).tolist())
+        offset = tuple((self.offset_L + weight @ center).tolist())
         return weight.float(), HeadLayout(num_heads, self.kind, offset, reward_scale=reward_scale)
 
 
@@ -70,16 +70,16 @@ class Heads(NamedTuple):
 def fit_bradley_terry(pairs: Pairs, precision: float, label_smoothing: float = 0.0) -> Float[Tensor, " hidden"]:
     """argmin_w N * bradley_terry(w) + precision/2 |w|^2, to convergence: the MAP under w ~ N(0, I/precision)."""
     weight = torch.zeros(pairs.chosen_NH.shape[1], dtype=pairs.chosen_NH.dtype, requires_grad=True)
-    optimiser = torch.optim.LBFGS([weight], max_iter=500, tolerance_grad=1e-8, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([weight], max_iter=500, tolerance_grad=1e-8, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = len(pairs.chosen_NH) * _bradley_terry(pairs, weight, label_smoothing=label_smoothing)
         loss = loss + precision / 2 * weight.square().sum()
         loss.backward()
         return loss
 
-    optimiser.step(closure)
+    optimizer.step(closure)
     return weight.detach()
 
 
@@ -104,7 +104,7 @@ def choose_prior(fit: Pairs, held: Pairs, label_smoothing: float = 0.0) -> tuple
         for precision in candidates:
             weight = fit_bradley_terry(fit, precision, label_smoothing)
             # Margins and smoothing shape the fit; what is judged is how well it predicts preferences.
-            loss = bradley_terry(held.chosen_NH @ weight, held.rejected_NH @ weight, centring=0.0)
+            loss = bradley_terry(held.chosen_NH @ weight, held.rejected_NH @ weight, centering=0.0)
             fitted.append((loss.item(), precision, weight))
             advance(1)
     _, precision, weight = min(fitted, key=lambda entry: entry[0])
@@ -223,7 +223,7 @@ class Targets(NamedTuple):
 
     @classmethod
     def of(cls, single: Heads, fit: Pairs, held: Pairs) -> "Targets":
-        """The standardised stage-1 reward."""
+        """The standardized stage-1 reward."""
         weight = single.weight_LH[0]
         return cls(*(part.texts_NH @ weight - single.offset_L for part in (fit, held)))
 
@@ -240,7 +240,7 @@ def train_heads(
     learning_rate: float = 3e-3,
     initial_std: float = 0.1,
 ) -> tuple[Heads, list[Json]]:
-    """(K Gaussian heads, history of validation error), all K in one product and one optimiser.
+    """(K Gaussian heads, history of validation error), all K in one product and one optimizer.
 
     initial_std: of the first weights of the means. At the scale of the stage-1 weights, what a head's shard does not
     determine stays as it was drawn: the heads agree only where they have data.
@@ -256,7 +256,7 @@ def train_heads(
     weight[num_heads:] = 0.0  # stds start equal everywhere
     weight.requires_grad_()
     bias = torch.zeros(2 * num_heads, dtype=texts.dtype, requires_grad=True)
-    optimiser = torch.optim.Adam([weight, bias], lr=learning_rate)
+    optimizer = torch.optim.Adam([weight, bias], lr=learning_rate)
     layout = HeadLayout(num_heads, "gaussian", (0.0,) * (2 * num_heads))
     history: list[Json] = []
     best_weight, best_bias = weight.detach().clone(), bias.detach().clone()
@@ -267,9 +267,9 @@ def train_heads(
             heads = layout.decode(texts @ weight.T + bias)
             noise = torch.randn(heads.mean.shape, generator=generator, dtype=texts.dtype)
             loss = loss_of(heads.mean, heads.std, noise, target, mask_TK)
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             advance(1)
             if step % 20 == 19 or step + 1 == num_steps:
                 with torch.no_grad():
@@ -310,7 +310,7 @@ def _pair_loss(mean: Tensor, std: Tensor, _noise: Tensor, _target: Tensor, mask:
 def fit_std_scale(
     mean: Float[Tensor, "texts heads"], std: Float[Tensor, "texts heads"], target: Float[Tensor, " texts"]
 ) -> Float[Tensor, " heads"]:
-    """Per head, the factor s on its std that maximises the likelihood N(target; mean, (s std)^2) of held-out texts.
+    """Per head, the factor s on its std that maximizes the likelihood N(target; mean, (s std)^2) of held-out texts.
 
     s^2 = mean(((target - mean) / std)^2), in closed form.
     """

@@ -12,7 +12,7 @@ from poise.errors import PoiseError, first_line
 from poise.models.reward_model import checkpoint_folder
 from poise.runtime.progress import console
 
-# What a reward model is made of. Anything else in the folder, data and optimiser states included, stays here.
+# What a reward model is made of. Anything else in the folder, data and optimizer states included, stays here.
 FILES = (
     "config.json", "model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json",
     "poise/last_layer.safetensors", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json",

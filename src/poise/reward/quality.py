@@ -55,7 +55,7 @@ class Opinions(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """One reward model's judgement of N pairs.
+    """One reward model's judgment of N pairs.
 
     margin: reward of the chosen text less that of the rejected one, by the objective.
     probability: sigmoid(reward_scale * margin), that of the human choice.
@@ -240,7 +240,7 @@ def text_uncertainties(says: Opinions, baseline: RewardScale) -> dict[str, Float
 
     baseline: whose head means count as zero; a head's constant says nothing, yet would look like disagreement.
     """
-    heads = baseline.centred(says.heads)
+    heads = baseline.centered(says.heads)
     uncertainties = {"disagreement": disagreement(heads)}
     if says.layout.kind == "gaussian":
         uncertainties["routing_std"] = routing_std(heads)

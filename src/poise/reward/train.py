@@ -1,7 +1,7 @@
 """`poise train-reward`: preferences in; a conventional reward model and two multi-head ones out.
 
     RUN/single      stage 1: one point head, Bradley-Terry: the conventional reward model
-    RUN/brme        stage 2: K Gaussian heads fitted to the standardised stage-1 reward (arXiv 2409.15360)
+    RUN/brme        stage 2: K Gaussian heads fitted to the standardized stage-1 reward (arXiv 2409.15360)
     RUN/posterior   K point heads drawn from the Laplace posterior of stage 1: their spread grows with the distance
                     from the preference data, which that of the BRME heads hardly does
 
@@ -85,7 +85,7 @@ class Config:
     learning_rate: float = 0.0
     """Of the trunk; 0 takes 2e-4 for LoRA and 1e-5 for all weights."""
     batch_size: int = 16
-    """Preferences per optimiser step, if the trunk is trained."""
+    """Preferences per optimizer step, if the trunk is trained."""
     device_batch_size: int = 8
     """Preferences per forward pass and device; memory grows with it."""
     lora_rank: int = 16
@@ -93,7 +93,7 @@ class Config:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: a third more time, much less memory."""
     save_steps: int = 25
-    """Optimiser steps between the checkpoints of the trunk."""
+    """Optimizer steps between the checkpoints of the trunk."""
     num_heads: int = 5
     """K of the BRME."""
     shards: ShardKind = "cluster"
@@ -104,7 +104,7 @@ class Config:
     std is an error bar, but the head with the lowest is then the least noisy one, not the most knowing. The last
     fits the preferences themselves."""
     head_steps: int = 600
-    """Most optimiser steps of stage 2; it stops early when validation error rises."""
+    """Most optimizer steps of stage 2; it stops early when validation error rises."""
     head_lr: float = 3e-3
     """Learning rate of stage 2 (Adam)."""
     posterior_heads: int = 64
@@ -282,14 +282,14 @@ class HeadTraining(NamedTuple):
 def _train(config: Config, extract: FeatureExtractor, data: Data, raw: Pairs) -> HeadTraining:
     """Stage 1's head, its posterior, and stage 2's heads: everything that reads features only."""
     train = raw.rows(data.train).texts_NH
-    centre, scale = train.mean(0), train.std(0).clamp_min(1e-6)
-    pairs = raw.standardised(centre, scale)
+    center, scale = train.mean(0), train.std(0).clamp_min(1e-6)
+    pairs = raw.standardized(center, scale)
     fit, held = pairs.rows(data.train), pairs.rows(data.validation)
 
     precision, weight_H = choose_prior(fit, held, config.label_smoothing)
     rewards = fit.texts_NH @ weight_H
     middle, std = rewards.mean(), rewards.std().clamp_min(1e-12)
-    # From here on the stage-1 reward is standardised: mean 0, std 1 over the training texts.
+    # From here on the stage-1 reward is standardized: mean 0, std 1 over the training texts.
     single = Heads((weight_H / std).unsqueeze(0), (middle / std).unsqueeze(0), "point")
     sources = ([p.source for p in rows] for rows in (data.fit_on, data.held_out))
     shards = make_shards(config.shards, fit, held, config.num_heads, data.generator, *sources)
@@ -303,12 +303,12 @@ def _train(config: Config, extract: FeatureExtractor, data: Data, raw: Pairs) ->
     posterior = Heads(draws, single.offset_L.expand(len(draws)), "point")
     members = fit_ensemble(fit, precision, config.num_heads, data.generator, config.label_smoothing) / std
     ensemble = Heads(members, (fit.texts_NH @ members.T).mean(0), "point")
-    # A draw moves a reward by (F z).x; on features as the trunk gives them, in units of the standardised reward, F is
+    # A draw moves a reward by (F z).x; on features as the trunk gives them, in units of the standardized reward, F is
     # F / (scale std).
-    last_layers = {"posterior": LastLayer(factor / scale.unsqueeze(-1) / std, centre)}
+    last_layers = {"posterior": LastLayer(factor / scale.unsqueeze(-1) / std, center)}
     models = {}
     for name, heads in {"single": single, "ensemble": ensemble, "posterior": posterior, "brme": brme}.items():
-        weight, layout = heads.on_raw_features(centre, scale, std.item())
+        weight, layout = heads.on_raw_features(center, scale, std.item())
         models[name] = Model(weight, layout, last_layers.get(name), extract)
     models["brme"] = _calibrated(models["brme"], raw.rows(data.validation), targets)
     return HeadTraining(models, precision, shards, targets, history)
@@ -322,7 +322,7 @@ def _calibrated(model: Model, held: Pairs, targets: Targets) -> Model:
 
 
 def _tune_brme(config: Config, out: Run, trained: HeadTraining, data: Data) -> Model:
-    """Stage 2 with the trunk: from the heads on frozen features, towards the same targets."""
+    """Stage 2 with the trunk: from the heads on frozen features, toward the same targets."""
     start = trained.models["brme"]
     classifier, tokenizer = load_trunk(*trunk_source(config, out.folder), dtype=torch.float32)
     with_heads(classifier, start.weight)

@@ -48,7 +48,7 @@ class TrunkTraining:
     kind: str  # "lora" or "full"
     epochs: float
     learning_rate: float  # 0: LEARNING_RATES
-    batch_size: int  # pairs per optimiser step, over all processes
+    batch_size: int  # pairs per optimizer step, over all processes
     device_batch_size: int  # pairs per forward pass
     lora_rank: int
     gradient_checkpointing: bool
@@ -60,18 +60,18 @@ class TrunkTraining:
 Loss = Callable[[Tensor, dict[str, Tensor]], Tensor]
 
 
-def preference_loss(label_smoothing: float = 0.0, centring: float = 0.01) -> Loss:
+def preference_loss(label_smoothing: float = 0.0, centering: float = 0.01) -> Loss:
     """Stage 1: Bradley-Terry on the one label, with the pairs' margins."""
 
     def loss(logits_N2L: Tensor, batch: dict[str, Tensor]) -> Tensor:
         chosen, rejected = logits_N2L.squeeze(-1).unbind(-1)
-        return bradley_terry(chosen, rejected, batch["margin"], centring=centring, label_smoothing=label_smoothing)
+        return bradley_terry(chosen, rejected, batch["margin"], centering=centering, label_smoothing=label_smoothing)
 
     return loss
 
 
 def gaussian_loss(layout: HeadLayout, name: HeadLossName) -> Loss:
-    """Stage 2: a loss of Gaussian heads, towards the pairs' targets, each head on its own pairs."""
+    """Stage 2: a loss of Gaussian heads, toward the pairs' targets, each head on its own pairs."""
 
     def loss(logits_N2L: Tensor, batch: dict[str, Tensor]) -> Tensor:
         heads = layout.decode(logits_N2L.transpose(0, 1).flatten(0, 1))  # first all chosen texts, then all rejected
@@ -152,7 +152,7 @@ class PairTrainer(transformers.Trainer):
         loss = self._loss(logits.unflatten(0, (-1, 2)), inputs)
         return (loss, {"loss": loss}) if return_outputs else loss
 
-    # ---- checkpoints: trained weights, optimiser, schedule and random states, in safetensors and JSON ----
+    # ---- checkpoints: trained weights, optimizer, schedule and random states, in safetensors and JSON ----
 
     @property
     def sharded(self) -> bool:
@@ -182,13 +182,13 @@ class PairTrainer(transformers.Trainer):
             tensors = {f"{i}.{key}": value for i, entry in state["state"].items() for key, value in entry.items()}
             schedule = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
             metadata = {"groups": json.dumps(state["param_groups"]), "schedule": json.dumps(schedule)}
-            save_file({n: t.contiguous() for n, t in tensors.items()}, Path(output_dir) / _OPTIMISER, metadata)
+            save_file({n: t.contiguous() for n, t in tensors.items()}, Path(output_dir) / _OPTIMIZER, metadata)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self.sharded:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        with safe_open(Path(checkpoint) / _OPTIMISER, "pt") as file:
+        with safe_open(Path(checkpoint) / _OPTIMIZER, "pt") as file:
             entries: dict[int, dict[str, Tensor]] = {}
             for name in file.keys():  # noqa: SIM118  not a dict
                 index, key = name.split(".", 1)
@@ -223,7 +223,7 @@ class PairTrainer(transformers.Trainer):
         return f"random-{self.args.process_index}.safetensors"
 
 
-_OPTIMISER = "optimiser.safetensors"
+_OPTIMIZER = "optimizer.safetensors"
 
 
 def _load_trained(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
@@ -286,7 +286,7 @@ def fine_tune(
         PairModel(classifier, packed=packed), args, pairs, pad_id, loss, callbacks=[_Record(metrics, len(pairs))]
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    # Sharding takes a model apart in place; what it has learnt is put together in this copy.
+    # Sharding takes a model apart in place; what it has learned is put together in this copy.
     spare = copy.deepcopy((classifier, adapters)) if trainer.sharded else None
     checkpoint = latest_checkpoint(folder / "trainer")
     if is_main_process():

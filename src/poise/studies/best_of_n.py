@@ -70,7 +70,7 @@ def run(config: Config) -> Run:
         names = dict.fromkeys(choice.reward for choice in choices.values())
         scored = score_pool(out.folder, pool, {f"{number}-{name}": str(Path(folder) / name) for name in names})
         heads.append({name: scored[f"{number}-{name}"] for name in names})
-    out.finish(summarise(pool, config.per_prompt, choices, heads))
+    out.finish(summarize(pool, config.per_prompt, choices, heads))
     return out
 
 
@@ -100,7 +100,7 @@ def pool_prompts(path: str, on_bad_row: OnBadRow = "error") -> list[Prompt]:
     return prompts
 
 
-def summarise(
+def summarize(
     pool: Sequence[Json], per_prompt: int, choices: Mapping[str, Choice], heads: Sequence[Mapping[str, PoolHeads]]
 ) -> Json:
     """Curves of every choice over a pool scored by several runs, rows grouped by prompt.
@@ -114,12 +114,12 @@ def summarise(
     ]
     spread = []
     for reward in sorted({choice.reward for choice in choices.values()}):
-        centred = [RewardScale.fit(run[reward].heads, mean).centred(run[reward].heads) for run in heads]
+        centered = [RewardScale.fit(run[reward].heads, mean).centered(run[reward].heads) for run in heads]
         spread.append(
             {
                 "reward": reward,
-                "disagreement": float(np.mean([disagreement(one).mean().item() for one in centred])),
-                "routing_std": float(np.mean([routing_std(one).mean().item() for one in centred])),
+                "disagreement": float(np.mean([disagreement(one).mean().item() for one in centered])),
+                "routing_std": float(np.mean([routing_std(one).mean().item() for one in centered])),
             }
         )
     return {

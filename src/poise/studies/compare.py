@@ -148,7 +148,7 @@ def _moving_average(values: ndarray, width: int = 3) -> ndarray:
 def _side_by_side(names: list[str], finals: list[list[Json]]) -> list[Json]:
     """One completion of each arm per evaluation prompt, sorted by how much the first arm's proxy over-scores its own.
 
-    over_scored: standardised proxy less standardised gold, both over all final completions of the arm and, for the
+    over_scored: standardized proxy less standardized gold, both over all final completions of the arm and, for the
     comparison to mean something, of the other arms too.
     """
     gold = np.array([row["gold"] for rows in finals for row in rows])

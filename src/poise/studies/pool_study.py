@@ -125,7 +125,7 @@ def instability(pool: Pool, heads: Sequence[ByReward]) -> Json:
         result[name] = {"seeds": len(heads)} | {
             key: {"mean": value, "interval": interval(draws)}
             | (
-                {"less_first": value - first[key][0], "less_first_interval": interval(draws - first[key][1])}
+                {"vs_baseline": value - first[key][0], "vs_baseline_interval": interval(draws - first[key][1])}
                 if found is not first
                 else {}
             )
@@ -154,7 +154,7 @@ def _std_draws(values_S: ndarray, drawn_DS: ndarray) -> ndarray:
 def write_page_pool(path: Path, pool: Pool, labels: Sequence[str], heads: Mapping[str, Sequence[ByReward]]) -> None:
     """The first completions of each prompt and the first reward models of each noise, float32 in base64.
 
-    Heads are centred on this part, as training centres them; of the posterior's many heads only mean and std over
+    Heads are centered on this part, as training centers them; of the posterior's many heads only mean and std over
     heads are kept, which is what its objectives read.
     labels: a line for each prompt.   heads: per noise, per seed.
     """
@@ -176,13 +176,13 @@ def write_page_pool(path: Path, pool: Pool, labels: Sequence[str], heads: Mappin
 
 def _for_page(heads: HeadRewards, rows: ndarray) -> Json:
     part = HeadRewards(heads.mean[rows], heads.std[rows])
-    centred = RewardScale.fit(part, mean).centred(part)
-    if centred.mean.shape[-1] > 8:
-        return {"kind": "moments", "mean": _packed(mean(centred)), "std": _packed(disagreement(centred))}
-    has_std = bool(centred.std.any())
+    centered = RewardScale.fit(part, mean).centered(part)
+    if centered.mean.shape[-1] > 8:
+        return {"kind": "moments", "mean": _packed(mean(centered)), "std": _packed(disagreement(centered))}
+    has_std = bool(centered.std.any())
     return {
-        "kind": "heads", "num_heads": centred.mean.shape[-1], "mean": _packed(centred.mean),
-        "std": _packed(centred.std) if has_std else None,
+        "kind": "heads", "num_heads": centered.mean.shape[-1], "mean": _packed(centered.mean),
+        "std": _packed(centered.std) if has_std else None,
     }  # fmt: skip
 
 

@@ -53,7 +53,7 @@ from poise.studies.config import (
 )
 from poise.studies.pool import judge_choices, prompt_key, prompt_label
 
-VERSION = 1  # of results.json
+VERSION = 2  # of results.json
 
 
 def run(config: Config) -> Run:
@@ -239,7 +239,7 @@ def _read(config: Config) -> dict[str, list[Preference]]:
         if not one or not other or _texts(one) != _texts(other):
             raise PoiseError(
                 f"pair {number} of {config.raters} is not pair {number} of {config.preferences}; "
-                "--raters takes the same pairs in the same order, labelled anew"
+                "--raters takes the same pairs in the same order, labeled anew"
             )
     return {config.preferences: pairs, config.raters: rated}
 

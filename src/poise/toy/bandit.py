@@ -76,10 +76,10 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     policy = tuple(layer.clone().requires_grad_() for layer in policy)
     values = torch.zeros(reference.shape[:2], requires_grad=True)
-    optimiser = torch.optim.Adam([{"params": list(policy)}, {"params": [values]}])
+    optimizer = torch.optim.Adam([{"params": list(policy)}, {"params": [values]}])
     rates = (TABLE_RATE if len(policy) == 1 else NETWORK_RATE, VALUE_RATE)
     for step in range(num_steps):
-        for group, rate in zip(optimiser.param_groups, rates, strict=True):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = controllers.linear(rate, 0.0, step / num_steps)
         with torch.no_grad():
             before = log_probabilities(policy)
@@ -90,9 +90,9 @@ def train(
         for _ in range(EPOCHS):
             new = _rows(log_probabilities(policy), drawn), _value_rows(values, drawn)
             loss = torch.vmap(_loss)(*new, *old, *targets)
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.sum().backward()  # worlds share no parameter: each gets the gradient of its own loss
-            optimiser.step()
+            optimizer.step()
         advance(1)
     return log_probabilities(policy).detach()
 
@@ -151,7 +151,7 @@ def policy_gradients(
 
 
 def tilted(reference: Responses, reward: Responses, kl_coef: float) -> Responses:
-    """log pi* of pi* ~ pi_ref exp(r / beta), what maximises E[r] - beta KL(pi || pi_ref)."""
+    """log pi* of pi* ~ pi_ref exp(r / beta), what maximizes E[r] - beta KL(pi || pi_ref)."""
     return (reference + reward / kl_coef).log_softmax(-1)
 
 

@@ -160,9 +160,9 @@ def _known_reward(sizes: tuple[int, ...], config: Config, train: Train) -> dict[
         return reward.gather(-1, drawn)
 
     policies = train(stack([start, start, elsewhere]), reference.repeat(3, 1, 1), score, config.kl_coef)
-    learnt, stayed, back = policies.chunk(3)
+    learned, stayed, back = policies.chunk(3)
     optimum = tilted(reference, gold, config.kl_coef)
-    distance = total_variation(learnt, optimum)
+    distance = total_variation(learned, optimum)
     kl = exact_kl(stayed, reference).mean(-1)
     return {
         "exactness": {

@@ -66,21 +66,21 @@ def _make_world(generator: torch.Generator, num_pairs: int, num_heads: int, labe
 
 
 def fit_single(worlds: Worlds, num_steps: int = 200) -> Responses:
-    """Stage 1: rewards of a Bradley-Terry head, its weights drawn towards where they began.
+    """Stage 1: rewards of a Bradley-Terry head, its weights drawn toward where they began.
 
     Loss of a world: mean pair loss + |w - w_0|^2 / (2 * pairs), the MAP under a prior N(w_0, I). What the pairs leave
     open stays as it was drawn at random, as in a network; w_0 has the true weights' distribution.
     """
     weight = worlds.first_single_WPD.clone().requires_grad_()
-    optimiser = torch.optim.Adam([weight], lr=0.05)
-    loss_of = torch.vmap(partial(bradley_terry, centring=0.0))
+    optimizer = torch.optim.Adam([weight], lr=0.05)
+    loss_of = torch.vmap(partial(bradley_terry, centering=0.0))
     for _ in range(num_steps):
         reward = (worlds.features_WPAD @ weight.unsqueeze(-1)).squeeze(-1)
         sides = [reward.gather(-1, shown).flatten(1) for shown in (worlds.chosen_WPN, worlds.rejected_WPN)]
         prior = (weight - worlds.first_single_WPD).square().sum((1, 2)) / (2 * sides[0].shape[1])
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         (loss_of(*sides) + prior).sum().backward()
-        optimiser.step()
+        optimizer.step()
     return (worlds.features_WPAD @ weight.detach().unsqueeze(-1)).squeeze(-1)
 
 
@@ -92,7 +92,7 @@ def fit_heads(worlds: Worlds, target_WPA: Responses, num_steps: int = 400) -> He
     num_heads = worlds.first_heads_WPDK.shape[-1]
     weight = torch.cat([worlds.first_heads_WPDK, torch.zeros_like(worlds.first_heads_WPDK)], -1).requires_grad_()
     bias = torch.zeros(len(weight), 1, 1, 2 * num_heads, requires_grad=True)
-    optimiser = torch.optim.Adam([weight, bias], lr=0.03)
+    optimizer = torch.optim.Adam([weight, bias], lr=0.03)
     generator = torch.Generator().manual_seed(0)
     texts = torch.cat([worlds.chosen_WPN, worlds.rejected_WPN], -1)
     target, mask = target_WPA.gather(-1, texts).flatten(1), worlds.shards_WPNK.repeat(1, 1, 2, 1).flatten(1, 2).float()
@@ -105,9 +105,9 @@ def fit_heads(worlds: Worlds, target_WPA: Responses, num_steps: int = 400) -> He
         mean, std = of_responses(heads(), texts)
         noise = torch.randn(mean.shape, generator=generator)
         loss = torch.vmap(sampled_mse)(mean, std, noise, target, mask)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.sum().backward()
-        optimiser.step()
+        optimizer.step()
     return HeadRewards(*(part.detach() for part in heads()))
 
 
@@ -124,6 +124,6 @@ def fit_scales(heads: HeadRewards, objective: Objective, drawn: Drawn) -> list[R
 
 
 def combine(heads: HeadRewards, scales: Sequence[RewardScale], objective: Objective) -> Responses:
-    """What PPO maximises: every response's reward, on the scale of its world."""
+    """What PPO maximizes: every response's reward, on the scale of its world."""
     worlds = zip(scales, *heads, strict=True)
     return torch.stack([scale.combine(HeadRewards(*world), objective) for scale, *world in worlds])

@@ -8,7 +8,7 @@
 (() => {
   const STUDY = embedded('study');
   const POOL = embedded('pool');
-  const COLOURS = 8; // --series-0 … of the style sheet
+  const COLORS = 8; // --series-0 … of the style sheet
   const DASHES = ['', '6 3', '8 3 2 3', '2 3'];
   const WINDOW = 3; // PPO steps that one point of a smoothed line averages, as in plots.py
 
@@ -30,8 +30,8 @@
   }
 
   function disagreement(heads) {
-    const centre = mean(heads);
-    return Math.sqrt(mean(heads.map((head) => (head - centre) ** 2)));
+    const center = mean(heads);
+    return Math.sqrt(mean(heads.map((head) => (head - center) ** 2)));
   }
 
   function quantile(heads, level) {
@@ -105,9 +105,9 @@
 
   // RewardScale: zero mean and unit sample std over the initial policy's completions; a constant keeps scale 1.
   function scaled(rewards) {
-    const centre = mean(rewards);
-    const std = Math.sqrt(sum(rewards.map((reward) => (reward - centre) ** 2)) / (rewards.length - 1));
-    return rewards.map((reward) => (reward - centre) / (std > 1e-6 ? std : 1));
+    const center = mean(rewards);
+    const std = Math.sqrt(sum(rewards.map((reward) => (reward - center) ** 2)) / (rewards.length - 1));
+    return rewards.map((reward) => (reward - center) / (std > 1e-6 ? std : 1));
   }
 
   // ---- best-of-n and tilting (selection.py) ----
@@ -150,8 +150,8 @@
         const top = proxy.reduce((high, value) => Math.max(high, value), -Infinity);
         const weights = proxy.map((value) => Math.exp((value - top) / klCoef));
         const total = sum(weights);
-        weights.forEach((unnormalised, i) => {
-          const weight = unnormalised / total;
+        weights.forEach((unnormalized, i) => {
+          const weight = unnormalized / total;
           if (weight > 0) point.kl += (weight * Math.log(weight * proxy.length)) / prompts.length;
           point.proxy += (weight * proxy[i]) / prompts.length;
           point.gold += (weight * gold[p][i]) / prompts.length;
@@ -343,11 +343,11 @@
     host.replaceChildren(element('p', { class: 'chart-title' }, spec.title), picture);
   }
 
-  // Two arms of one colour, further down the list, have different dashes.
-  const dashOf = (style) => DASHES[(style + Math.floor(style / COLOURS)) % DASHES.length];
+  // Two arms of one color, further down the list, have different dashes.
+  const dashOf = (style) => DASHES[(style + Math.floor(style / COLORS)) % DASHES.length];
 
   function drawSeries({ style, solid, kind, points, band = [] }, x, y, at) {
-    const group = svg('g', { class: `series-${style % COLOURS} ${kind}` });
+    const group = svg('g', { class: `series-${style % COLORS} ${kind}` });
     const filled = band.filter((row) => !row.some(missing));
     if (kind === 'end') {
       for (const [px, low, high] of filled) {
@@ -381,10 +381,10 @@
     return group;
   }
 
-  // A short line in a series' colour and dash, for legends.
+  // A short line in a series' color and dash, for legends.
   function sample(style) {
     const line = svg('line', { class: 'line', x1: 0, x2: 26, y1: 6, y2: 6, 'stroke-dasharray': dashOf(style) });
-    const name = `sample thick series-${style % COLOURS}`;
+    const name = `sample thick series-${style % COLORS}`;
     return svg('svg', { class: name, viewBox: '0 0 26 12', 'aria-hidden': 'true' }, line);
   }
 
@@ -662,7 +662,7 @@
     charts(grid, rows.flat().map((spec) => ({ ...spec, x: '√KL', description })));
   }
 
-  // Centred moving average; over fewer at the ends and beside gaps.
+  // Centered moving average; over fewer at the ends and beside gaps.
   function smooth(values) {
     const half = Math.floor(WINDOW / 2);
     return values.map((_, i) => {
