@@ -31,9 +31,10 @@ from typing import Any
 import torch
 import transformers
 
+from poise.data.types import Prompt
 from poise.integrations.trl_reward import RobustReward
 from poise.integrations.trl_trainers import TrlSettings, make_trainer
-from poise.models.loading import DEFAULT_MODEL, HfModel, HfTokenizer, Prompt, load_policy
+from poise.models.loading import DEFAULT_MODEL, HfModel, HfTokenizer, load_policy
 from poise.policy.config import Config
 from poise.policy.loop import Training
 from poise.runtime.run_folder import Json, Run, environment, write_jsonl

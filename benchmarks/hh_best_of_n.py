@@ -14,9 +14,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from poise.data.preferences import Preference, read_preferences, write_preferences
+from poise.data.preferences import read_preferences, write_preferences
+from poise.data.types import Preference
 from poise.functional.objectives import mean
-from poise.models.loading import load_tokenizer, prompt_text, resolve_model
+from poise.models.chat_format import prompt_text
+from poise.models.loading import load_tokenizer, resolve_model
 from poise.models.scorer import Sample, Scorer
 from poise.reward import train as train_reward
 from poise.runtime.progress import progress

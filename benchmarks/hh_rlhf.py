@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from poise.data.preferences import Preference, read_preferences, write_preferences
+from poise.data.preferences import read_preferences, write_preferences
+from poise.data.types import Preference
 from poise.functional.statistics import bootstrap_interval
 from poise.models.loading import DEFAULT_MODEL
 from poise.reward import evaluate as evaluate_reward

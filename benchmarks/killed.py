@@ -22,9 +22,10 @@ import transformers
 import yaml
 from safetensors.torch import load_file
 
-from poise.models.loading import DEFAULT_MODEL, load_tokenizer, pad_apart, quiet_loading, resolve_model
+from poise.models.loading import DEFAULT_MODEL, load_tokenizer, pad_apart, resolve_model
 from poise.models.reward_model import HeadLayout, load_trunk, save_reward_model
 from poise.policy.config import Config
+from poise.runtime.quiet import quiet_loading
 from poise.runtime.run_folder import config_dict, environment, read_jsonl, write_jsonl
 from poise.studies import quickstart as recipes
 

@@ -22,8 +22,9 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
+from poise.functional.calibration import weighted_auroc
 from poise.functional.monitor import LIMITS, Monitor, MonitorConfig, suspicion, text_signs
-from poise.functional.statistics import bootstrap_interval, bootstrap_intervals, weighted_auroc
+from poise.functional.statistics import bootstrap_interval, bootstrap_intervals
 from poise.runtime.run_folder import Json, environment, load_config_file, read_jsonl
 from poise.studies.gold import gold_rewards
 

@@ -17,7 +17,8 @@ from collections.abc import Callable
 
 import torch
 
-from poise.models.loading import DEFAULT_MODEL, encode, load_policy, prompt_text
+from poise.models.chat_format import encode, prompt_text
+from poise.models.loading import DEFAULT_MODEL, load_policy
 from poise.models.policy import Policy, Rollout, uniforms
 from poise.models.reward_model import HeadLayout, load_trunk
 from poise.models.scorer import FeatureExtractor, Scorer, generated

@@ -32,16 +32,15 @@ from typing import Any
 import torch
 import transformers
 
+from poise.data.types import Prompt
+from poise.models.chat_format import encode, prompt_text
 from poise.models.loading import (
     DEFAULT_MODEL,
     HfModel,
     HfTokenizer,
-    Prompt,
-    encode,
     linear_maps,
     load_policy,
     load_tokenizer,
-    prompt_text,
     resolve_model,
 )
 from poise.models.reward_model import load_trunk

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from poise.data.evaluation_sets import Item, Questions
-from poise.data.preferences import Preference, read_preferences
+from poise.data.preferences import read_preferences
+from poise.data.types import Preference
 from poise.functional.objectives import mean
 from poise.models.loading import DEFAULT_MODEL
 from poise.models.reward_model import LastLayer, load_trunk

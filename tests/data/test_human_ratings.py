@@ -10,7 +10,7 @@ import pytest
 
 from poise.data import human_ratings as ratings_module
 from poise.data.human_ratings import Rated, is_held_out, judged_by_all, preference_pairs
-from poise.data.preferences import Preference
+from poise.data.types import Preference
 
 
 def rated_texts(count: int = 60) -> list[Rated]:

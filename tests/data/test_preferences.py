@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from poise.data import preferences as data
-from poise.data.preferences import Preference, Sample, read_preferences, read_prompts
+from poise.data.preferences import read_preferences, read_prompts
+from poise.data.types import Preference, Sample
 from poise.errors import PoiseError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"

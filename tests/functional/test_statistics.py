@@ -10,27 +10,19 @@ import sklearn.metrics
 from hypothesis import given
 from hypothesis import strategies as st
 
-from poise.functional.statistics import (
-    REWARD_BENCH,
+from poise.functional.calibration import (
     aurc,
-    auroc,
-    bootstrap_interval,
-    bootstrap_intervals,
     brier,
     constant_log_loss,
     expected_calibration_error,
     folded,
     log_loss,
-    picks_chosen,
     reliability,
-    reward_bench,
     risk_coverage,
-    spearman,
-    style_matrix,
-    style_scores,
-    t_interval,
     weighted_auroc,
 )
+from poise.functional.reward_benchmarks import REWARD_BENCH, picks_chosen, reward_bench, style_matrix, style_scores
+from poise.functional.statistics import auroc, bootstrap_interval, bootstrap_intervals, spearman, t_interval
 
 
 def test_bootstrap_interval_covers_the_mean_as_often_as_it_says() -> None:

@@ -19,7 +19,7 @@ import transformers
 import trl
 from safetensors.torch import load_file
 
-from poise.data.preferences import Sample
+from poise.data.types import Sample
 from poise.errors import PoiseError
 from poise.functional.monitor import Monitor, MonitorConfig
 from poise.integrations import trl_reward as adapter
@@ -27,7 +27,7 @@ from poise.integrations.trl_reward import MonitorCallback, RobustReward, as_samp
 from poise.integrations.trl_trainers import TrlSettings, steps_kept, train
 from poise.models.loading import load_policy
 from poise.models.scorer import Scorer
-from poise.reward.trunk_training import latest_checkpoint
+from poise.runtime.checkpoints import latest_checkpoint
 
 PROMPTS = [f"Review the {thing}." for thing in ("film", "phone", "pan", "kettle")]
 TEXTS = ["a good film", "bad", "it is fine , really", "awful awful"]

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from poise.data.preferences import Sample
+from poise.data.types import Sample
 from poise.models import feature_cache as features
 from poise.models.feature_cache import FeatureCache, row_keys, trunk_fingerprint
 from poise.models.loading import HfModel

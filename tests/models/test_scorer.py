@@ -9,10 +9,10 @@ import pytest
 import torch
 import transformers
 
-from poise.data.preferences import Sample
+from poise.data.types import Sample
 from poise.errors import PoiseError
 from poise.functional.objectives import HeadRewards
-from poise.models.loading import completion_text, prompt_text
+from poise.models.chat_format import completion_text, prompt_text
 from poise.models.reward_model import HeadLayout
 from poise.models.scorer import Ensemble, Scorer
 from poise.models.shared_prompt import PADDING, PackedRows, separate_hidden

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AttentionInterface
 
-from poise.models.loading import has_conv1d, linear_maps, load_policy, quiet_loading
+from poise.models.loading import has_conv1d, linear_maps, load_policy
 from poise.models.reward_model import load_trunk
 from poise.models.shared_prompt import (
     EQUAL_COMPLETIONS,
@@ -24,6 +24,7 @@ from poise.models.shared_prompt import (
     shares_prompts,
     takes_packed_rows,
 )
+from poise.runtime.quiet import quiet_loading
 
 FAMILIES = [
     Family(list(range(10, 40)), [[50, 51, 52], [60, 61], [70, 71, 72, 73, 74, 75]]),

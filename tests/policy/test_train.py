@@ -18,7 +18,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from poise.data.preferences import Sample
+from poise.data.types import Sample
 from poise.errors import PoiseError
 from poise.functional.monitor import Monitor, Reading
 from poise.functional.objectives import HeadRewards, RewardScale, parse_objective

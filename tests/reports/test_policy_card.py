@@ -14,8 +14,10 @@ import transformers
 import yaml
 from safetensors.torch import load_file
 
+from poise.cli import train_policy as command
+from poise.cli.train_policy import Config
+from poise.policy.config import unread_settings
 from poise.reports import policy_card
-from poise.reports.policy_card import Config
 from poise.runtime.run_folder import Json, config_dict
 
 TOKENS = torch.tensor([[5, 60, 100, 7, 33, 90, 12]])
@@ -48,13 +50,15 @@ def finished(
         num_steps=2, prompts_per_step=2, completions_per_prompt=4, max_tokens=6, adapted_layers=2, lora_rank=4,
         baseline_completions=8, eval_completions=2,
     )  # fmt: skip
-    policy_card.run(config)
+    command.run(config)
     return config
 
 
 def text_of(settings: Json | None = None, results: Json | None = None, **tokenizer: Any) -> str:
     fake = type("Tokenizer", (), {"chat_template": None, **tokenizer})()
-    return policy_card.card(fake, SETTINGS | (settings or {}), RESULTS | (results or {}), {"poise-rlhf": "0.1.0"})
+    settings = SETTINGS | (settings or {})
+    unread = unread_settings(settings["algorithm"])
+    return policy_card.card(fake, settings, RESULTS | (results or {}), {"poise-rlhf": "0.1.0"}, unread)
 
 
 def front(text: str) -> Json:
@@ -95,7 +99,7 @@ def test_the_snippet_gives_the_trained_policy(
         record = (folder / "config.yaml").read_text().replace(config.model, "user/model")
         (folder / "config.yaml").write_text(record)
         config = replace(config, model="user/model")
-    policy_card.run(config)
+    command.run(config)
     monkeypatch.chdir(folder / "policy")
     if base == "hub":
         Path("user").mkdir()
@@ -130,11 +134,11 @@ def test_a_card_beside_untouched_weights(finished: Config, tmp_path: Path, monke
     card.unlink()
     # A finished run is not trained again, nor is any model loaded.
     monkeypatch.delattr(transformers.AutoModelForCausalLM, "from_pretrained")
-    assert policy_card.run(replace(finished, output=str(folder))).folder == folder
+    assert command.run(replace(finished, output=str(folder))).folder == folder
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     card.unlink()
     monkeypatch.setenv("RANK", "1")  # another process of the run does not write
-    policy_card.run(replace(finished, output=str(folder)))
+    command.run(replace(finished, output=str(folder)))
     assert not card.exists()
 
 

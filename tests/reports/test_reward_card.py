@@ -16,11 +16,13 @@ import transformers
 import yaml
 from PIL import Image
 
-from poise.data.preferences import Sample
+from poise.cli import train_reward as command
+from poise.cli.train_reward import Config
+from poise.data.types import Sample
+from poise.models.model_card import is_hub_id, public_name
 from poise.models.scorer import Scorer
 from poise.reports import plots
 from poise.reports import reward_card as model_card
-from poise.reports.reward_card import Config
 from poise.runtime.run_folder import Json, config_dict
 
 SAMPLE = Sample("Review a film.", "A warm, funny film.")
@@ -87,7 +89,7 @@ def test_both_snippets_give_the_scores_of_the_model(
     shutil.copytree(finished[0], folder)
     if not template:
         (folder / name / "chat_template.jinja").unlink()
-    model_card.run(replace(config, output=str(folder)))
+    command.run(replace(config, output=str(folder)))
     monkeypatch.chdir(folder / name)
     plain, ours = snippets((folder / name / "README.md").read_text())
     read: dict[str, Any] = {}
@@ -117,20 +119,20 @@ def test_cards_beside_untouched_weights(
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     # A finished run is not trained again, nor is any model loaded.
     monkeypatch.delattr(transformers.AutoModelForSequenceClassification, "from_pretrained")
-    out = model_card.run(replace(finished[1], output=str(folder)))
+    out = command.run(replace(finished[1], output=str(folder)))
     assert out.folder == folder
     after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     written = {str(path.relative_to(folder)) for path in after.keys() - before.keys()}
     assert written == {f"{name}/{file}" for name in NAMES for file in ("README.md", "calibration.png")}
     assert {path: after[path] for path in before} == before
-    model_card.run(replace(finished[1], output=str(folder)))
+    command.run(replace(finished[1], output=str(folder)))
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == after  # once more, the same
 
 
 def test_a_card_names_no_machine(finished: tuple[Path, Config], tmp_path: Path) -> None:
     folder, config = tmp_path / "run", finished[1]
     shutil.copytree(finished[0], folder)
-    model_card.run(replace(config, output=str(folder)))
+    command.run(replace(config, output=str(folder)))
     for name in NAMES:
         text = (folder / name / "README.md").read_text()
         for path in (config.preferences, config.model, str(folder), config.output):
@@ -150,7 +152,7 @@ def test_a_fresh_run_is_trained_and_carded(tiny_model: str, preferences_file: Pa
     config = Config(
         str(preferences_file), str(tmp_path / "run"), tiny_model, num_layers=1, posterior_heads=3, head_steps=20
     )
-    out = model_card.run(config)
+    out = command.run(config)
     assert out.results is not None
     text = (out.folder / "single" / "README.md").read_text()
     assert f"| accuracy | {100 * out.results['models']['single']['validation_accuracy']:.1f} %" in text
@@ -172,12 +174,12 @@ def test_hub_model_is_named_and_local_one_is_not() -> None:
 
 def test_an_existing_folder_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert model_card.is_hub_id("models/mine")
+    assert is_hub_id("models/mine")
     (tmp_path / "models" / "mine").mkdir(parents=True)
-    assert not model_card.is_hub_id("models/mine")
-    assert model_card.public_name("models/mine") == "mine"
-    assert model_card.public_name("org/pairs") == "org/pairs"
-    assert model_card.public_name("data/pairs.parquet") == "pairs.parquet"
+    assert not is_hub_id("models/mine")
+    assert public_name("models/mine") == "mine"
+    assert public_name("org/pairs") == "org/pairs"
+    assert public_name("data/pairs.parquet") == "pairs.parquet"
 
 
 def test_numbers_are_those_of_the_results() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from poise.cli import evaluate_reward as command
 from poise.data.preferences import read_preferences
 from poise.errors import PoiseError
 from poise.models.reward_model import load_last_layer
@@ -47,7 +48,7 @@ def evaluation(reward_run: Path, preferences_file: Path, sums_file: Path, tmp_pa
     """Two checkpoints of a run, judged on its own pairs and on sums."""
     output = str(tmp_path_factory.mktemp("run") / "evaluation")
     rewards = (str(reward_run), str(reward_run / "single"))
-    return evaluation_page.run(Config(rewards, str(preferences_file), str(sums_file), output=output)).folder
+    return command.run(Config(rewards, str(preferences_file), str(sums_file), output=output)).folder
 
 
 def write(path: Path, *rows: dict[str, Any]) -> str:
@@ -187,7 +188,7 @@ def sets_of(chosen: int, rejected: int, count: int = 12) -> list[dict[str, Any]]
 
 def test_rm_bench_rows_give_a_matrix_of_the_rewards(reward_run: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "styles.jsonl", *sets_of(3, 3))
-    run = evaluation_page.run(Config((str(reward_run),), path, output=str(tmp_path / "run")))
+    run = command.run(Config((str(reward_run),), path, output=str(tmp_path / "run")))
     assert run.results
     assert run.results["kind"] == "rm_bench"
     scorer = Scorer.load(str(reward_run))
@@ -206,7 +207,7 @@ def test_rm_bench_rows_give_a_matrix_of_the_rewards(reward_run: Path, tmp_path: 
 
 def test_best_of_n_sets_stand_beside_chance(reward_run: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "sets.jsonl", *sets_of(1, 3))
-    run = evaluation_page.run(Config((str(reward_run), str(reward_run / "single")), path, output=str(tmp_path / "run")))
+    run = command.run(Config((str(reward_run), str(reward_run / "single")), path, output=str(tmp_path / "run")))
     assert run.results
     sets = run.results["rewards"][0]["sets"]
     rows = list(read_jsonl(run.folder / "reward-1.jsonl"))
@@ -280,9 +281,7 @@ def test_texts_and_names_stay_text(reward_run: Path, tmp_path: Path) -> None:
         {"prompt": f"{SCRIPT} {i}", "chosen": texts[i][i % 2], "rejected": texts[i][1 - i % 2], "subset": SCRIPT}
         for i in range(12)  # whichever the model likes better, it is wrong on half
     ]
-    run = evaluation_page.run(
-        Config((str(reward_run),), write(tmp_path / "p.jsonl", *rows), output=str(tmp_path / "run"))
-    )
+    run = command.run(Config((str(reward_run),), write(tmp_path / "p.jsonl", *rows), output=str(tmp_path / "run")))
     assert run.results
     shown = len(run.results["rewards"][0]["pairs"]["mistakes"])
     assert shown > 0

@@ -12,10 +12,10 @@ import transformers
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
-from poise.data.preferences import Sample
+from poise.data.types import Sample
 from poise.errors import PoiseError
 from poise.functional.objectives import mean
-from poise.models.loading import completion_text, prompt_text
+from poise.models.chat_format import completion_text, prompt_text
 from poise.models.reward_model import HeadLayout
 from poise.models.scorer import Scorer
 from poise.reward import export, push

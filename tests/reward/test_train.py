@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from poise.data.preferences import Sample
+from poise.data.types import Sample
 from poise.errors import PoiseError
 from poise.functional.objectives import disagreement
 from poise.models.scorer import Scorer

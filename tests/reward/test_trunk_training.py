@@ -15,7 +15,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from poise.data.preferences import Preference, Sample, read_preferences
+from poise.data.preferences import read_preferences
+from poise.data.types import Preference, Sample
 from poise.errors import PoiseError
 from poise.models.reward_model import load_trunk
 from poise.models.scorer import FeatureExtractor, Scorer

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from poise.data.preferences import Preference, read_preferences
+from poise.data.preferences import read_preferences
+from poise.data.types import Preference
 from poise.errors import PoiseError
 from poise.policy import train as train_policy
 from poise.reward import train as train_reward

@@ -11,12 +11,12 @@ from poise.errors import PoiseError
 
 COMMANDS = {
     "quickstart": ("poise.studies.quickstart", "the whole story on a laptop, ending in one page"),
-    "train-reward": ("poise.reports.reward_card", "preferences -> conventional and multi-head reward models"),
+    "train-reward": ("poise.cli.train_reward", "preferences -> conventional and multi-head reward models"),
     "evaluate-reward": (
-        "poise.reports.reward_page",
+        "poise.cli.evaluate_reward",
         "is a reward model right, and do its uncertainties mean something?",
     ),
-    "train-policy": ("poise.reports.policy_card", "PPO against a reward model, conventional or robust"),
+    "train-policy": ("poise.cli.train_policy", "PPO against a reward model, conventional or robust"),
     "best-of-n": ("poise.studies.best_of_n", "what each objective would select, before any RL"),
     "compare": ("poise.studies.compare", "judge finished policies by gold, side by side"),
     "evaluate-policy": ("poise.policy.evaluate", "the 16 benchmarks of the paper, before and after training"),

@@ -15,17 +15,8 @@ import numpy as np
 from jaxtyping import Int
 from numpy import ndarray
 
-from poise.data.preferences import (
-    OnBadRow,
-    Sample,
-    as_object,
-    preferences_of,
-    prompt_of,
-    raw_rows,
-    read_preferences,
-    read_rows,
-)
-from poise.models.loading import Prompt
+from poise.data.preferences import OnBadRow, as_object, preferences_of, prompt_of, raw_rows, read_preferences, read_rows
+from poise.data.types import Prompt, Sample
 from poise.runtime.run_folder import Json
 
 NUM_STYLES = 3  # of RM-Bench

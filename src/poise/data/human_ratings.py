@@ -14,8 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from poise.data.preferences import Preference
-from poise.models.loading import Prompt
+from poise.data.types import Preference, Prompt
 from poise.runtime.downloads import cached, package_file
 from poise.runtime.run_folder import read_jsonl, write_jsonl
 

@@ -25,33 +25,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from poise.data.types import Preference, Prompt, Sample
 from poise.errors import PoiseError, first_line
-from poise.models.loading import Prompt, quiet_loading
 from poise.runtime.progress import console
+from poise.runtime.quiet import quiet_loading
 from poise.runtime.run_folder import write_jsonl
 
 Row = TypeVar("Row")
 Turns = list[dict[str, str]]
 OnBadRow = Literal["error", "skip"]
-
-
-@dataclass(frozen=True)
-class Preference:
-    """Somebody preferred `chosen` to `rejected` as the answer to `prompt`."""
-
-    prompt: Prompt
-    chosen: str
-    rejected: str
-    source: str = ""
-    margin: float = 0.0
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A prompt with one completion of it."""
-
-    prompt: Prompt
-    completion: str
 
 
 def read_preferences(path: str | Path, on_bad_row: OnBadRow = "error") -> list[Preference]:

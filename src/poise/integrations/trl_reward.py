@@ -21,7 +21,7 @@ import torch
 import transformers
 from transformers.trainer_callback import ExportableState
 
-from poise.data.preferences import Sample
+from poise.data.types import Prompt, Sample
 from poise.errors import PoiseError
 from poise.functional.monitor import Monitor, MonitorConfig, Reading, text_signs
 from poise.functional.objectives import (
@@ -34,7 +34,6 @@ from poise.functional.objectives import (
     routing_std,
     worst_case,
 )
-from poise.models.loading import Prompt
 from poise.models.reward_model import read_layout
 from poise.models.scorer import ENSEMBLE_FILE, Scorer, generated
 from poise.runtime.distributed import gathered_rows, process_index

@@ -14,21 +14,14 @@ from typing import Any, Literal, cast
 import torch
 import transformers
 
+from poise.data.types import Prompt
 from poise.errors import PoiseError
 from poise.integrations.trl_reward import RobustReward, Scored, policy_metrics
-from poise.models.loading import (
-    HfModel,
-    HfTokenizer,
-    Prompt,
-    encode,
-    has_conv1d,
-    linear_maps,
-    prompt_text,
-    quiet_loading,
-    room_or_raise,
-)
-from poise.reward.trunk_training import PairTrainer, latest_checkpoint
+from poise.models.chat_format import encode, prompt_text
+from poise.models.loading import HfModel, HfTokenizer, has_conv1d, linear_maps, room_or_raise
+from poise.runtime.checkpoints import SafeCheckpoints, latest_checkpoint
 from poise.runtime.distributed import num_processes
+from poise.runtime.quiet import quiet_loading
 from poise.runtime.run_folder import Json, is_main_process, write_folder_atomic
 
 
@@ -192,17 +185,8 @@ def _as_seen(tokenizer: HfTokenizer, prompt: Prompt) -> Prompt:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
-class _Ours:
-    """Laid over a trainer of TRL: checkpoints in safetensors and JSON, as `PairTrainer` writes them, no model card of
-    TRL's beside them, and no message to its makers.
-    """
-
-    sharded = False
-    _save_optimizer_and_scheduler = PairTrainer._save_optimizer_and_scheduler
-    _load_optimizer_and_scheduler = PairTrainer._load_optimizer_and_scheduler
-    _save_rng_state = PairTrainer._save_rng_state
-    _load_rng_state = PairTrainer._load_rng_state
-    _rng_file = PairTrainer._rng_file
+class _Ours(SafeCheckpoints):
+    """Mixed into a trainer of TRL: checkpoints without pickle, no model card of TRL's, no message to its makers."""
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         trainer = cast(Any, self)

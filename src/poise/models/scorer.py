@@ -15,11 +15,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from poise.data.preferences import Sample
+from poise.data.types import Prompt, Sample
 from poise.errors import PoiseError
 from poise.functional.objectives import HeadRewards
+from poise.models.chat_format import completion_text, encode, prompt_text
 from poise.models.feature_cache import FeatureCache, row_keys
-from poise.models.loading import HfModel, HfTokenizer, Prompt, completion_text, encode, prompt_text
+from poise.models.loading import HfModel, HfTokenizer
 from poise.models.reward_model import HeadLayout, LastLayer, load_last_layer, load_reward_model
 from poise.models.shared_prompt import Family, cached_hidden, num_tokens, pack, separate_hidden, shares_prompts
 from poise.runtime.run_folder import Json, write_json

@@ -20,6 +20,11 @@ PPO_ONLY = {
 }  # fmt: skip
 
 
+def unread_settings(algorithm: str) -> set[str]:
+    """Names of the settings that an algorithm does not read."""
+    return set() if algorithm == "ppo" else PPO_ONLY
+
+
 @dataclass(frozen=True, kw_only=True)
 class PpoConfig:
     """The settings of PPO itself."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from poise.data.types import Prompt
 from poise.errors import PoiseError
 from poise.functional import ppo
 from poise.functional.monitor import Monitor, MonitorConfig, text_signs
@@ -29,7 +30,7 @@ from poise.functional.objectives import (
 )
 from poise.functional.schedules import adaptive_kl_coef, headroom, linear
 from poise.models.fused_ops import keep_freed_memory
-from poise.models.loading import Prompt, load_policy
+from poise.models.loading import load_policy
 from poise.models.policy import Policy, Rollout, uniforms
 from poise.models.scorer import Scorer
 from poise.policy.config import Config

@@ -18,8 +18,9 @@ import tyro
 from safetensors import SafetensorError
 
 from poise.errors import PoiseError, first_line
-from poise.models.loading import HfModel, HfTokenizer, load_tokenizer, pad_apart, quiet_loading, resolve_model
+from poise.models.loading import HfModel, HfTokenizer, load_tokenizer, pad_apart, resolve_model
 from poise.runtime.progress import console
+from poise.runtime.quiet import quiet_loading
 from poise.runtime.run_folder import write_folder_atomic
 
 _SETTINGS, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from poise.data.preferences import Sample, read_samples
+from poise.data.preferences import read_samples
+from poise.data.types import Prompt, Sample
 from poise.errors import PoiseError
 from poise.functional.objectives import SHAPINGS, HeadRewards, Objective, RewardScale, Shaping
-from poise.models.loading import Prompt
 from poise.models.policy import Policy, uniforms
 from poise.models.scorer import Scorer, generated
 from poise.runtime import distributed as processes

@@ -23,11 +23,12 @@ from pathlib import Path
 import torch
 
 from poise.data.preferences import read_prompts
+from poise.data.types import Prompt
 from poise.errors import PoiseError
 from poise.functional.monitor import Monitor, MonitorConfig
 from poise.functional.objectives import parse_objective
 from poise.integrations.lm_eval import Task, evaluate, read_tasks
-from poise.models.loading import Prompt, check_room, load_policy
+from poise.models.loading import check_room, load_policy
 from poise.models.policy import Policy
 from poise.policy.config import Config
 from poise.policy.loop import Training, sample_policy

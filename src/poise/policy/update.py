@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from poise.errors import PoiseError, first_line
@@ -20,6 +19,7 @@ from poise.functional import ppo
 from poise.models.policy import Policy, Rollout
 from poise.policy.config import PpoConfig
 from poise.runtime import distributed as processes
+from poise.runtime.checkpoints import write_tensors
 from poise.runtime.run_folder import Json
 
 # Log-probabilities of one token, computed while sampling and in packed rows, differ by so much in float32 (nats). It is
@@ -158,15 +158,3 @@ class Learner:
         except (SafetensorError, KeyError, TypeError, OSError) as error:
             raise PoiseError(f"{path} is not a checkpoint of this run: {first_line(error)}") from None
         return extra
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """One safetensors file, replaced whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise PoiseError(f"cannot write {path}: {first_line(error)}; the last checkpoint is kept") from None
-    finally:
-        partial.unlink(missing_ok=True)

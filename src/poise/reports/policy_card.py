@@ -1,21 +1,18 @@
-"""`poise train-policy` with a model card: a README.md beside the policy that says what it was trained to please.
+"""The model card of a policy: a README.md beside it that says what it was trained to please.
 
 The card is written from what the run folder holds, so a finished run gets one, too. It names files and models, not
 folders of this machine.
 """
 
 import json
+from collections.abc import Collection
 from typing import Any
 
 import yaml
 
 from poise.models.loading import HfTokenizer, load_tokenizer
-from poise.policy import train as train_policy
-from poise.policy.config import PPO_ONLY
-from poise.reports.reward_card import is_hub_id, public_name
-from poise.runtime.run_folder import Json, Run, config_dict, is_main_process, write_atomic
-
-Config = train_policy.Config
+from poise.models.model_card import is_hub_id, public_name
+from poise.runtime.run_folder import Json, Run, write_atomic
 
 AFTER_ALARM = {
     "log": "Training went on all the same",
@@ -31,24 +28,22 @@ SCALE_FROM = {
 SHOWN_ALARMS = 10
 
 
-def run(config: Config) -> Run:
-    """Train as `train_policy` does, then write the card; weights are not touched."""
-    out = train_policy.run(config)
-    if is_main_process() and (out.folder / "policy").exists():
-        write_card(out, config)
-    return out
+def write_card(out: Run, settings: Json, unread: Collection[str] = ()) -> None:
+    """README.md of RUN/policy, in place of the empty form that PEFT leaves there.
 
-
-def write_card(out: Run, config: Config) -> None:
-    """README.md of RUN/policy, in place of the empty form that PEFT leaves there."""
+    settings: the config of the training, as plain values; unread: names of those that its algorithm did not read.
+    """
     environment = out.folder / "environment.json"
     versions = json.loads(environment.read_text(encoding="utf-8"))["versions"] if environment.exists() else {}
     tokenizer = load_tokenizer(str(out.folder / "policy"))
-    write_atomic(out.folder / "policy" / "README.md", card(tokenizer, config_dict(config), out.results or {}, versions))
+    write_atomic(out.folder / "policy" / "README.md", card(tokenizer, settings, out.results or {}, versions, unread))
 
 
-def card(tokenizer: HfTokenizer, settings: Json, results: Json, versions: Json) -> str:
-    """The card's text. settings: the config of the training; versions: of the packages."""
+def card(tokenizer: HfTokenizer, settings: Json, results: Json, versions: Json, unread: Collection[str] = ()) -> str:
+    """The card's text.
+
+    settings: the config of the training; versions: of the packages; unread: settings to leave out.
+    """
     algorithm, reward = settings["algorithm"].upper(), _code(public_name(settings["reward"]))
     sections = [
         f"# Policy trained by {algorithm}",
@@ -65,7 +60,7 @@ def card(tokenizer: HfTokenizer, settings: Json, results: Json, versions: Json) 
         "## The reward's scale",
         _scale(settings, results["scale"]),
         "## Training settings",
-        _settings(settings),
+        _settings(settings, unread),
         f"Written by Poise; made with {', '.join(f'{key} {value}' for key, value in versions.items())}."
         if versions
         else "",
@@ -184,8 +179,8 @@ def _scale(settings: Json, scale: Json) -> str:
     )
 
 
-def _settings(settings: Json) -> str:
-    left_out = {"output"} | (PPO_ONLY if settings["algorithm"] != "ppo" else set())
+def _settings(settings: Json, unread: Collection[str]) -> str:
+    left_out = {"output", *unread}
     rows = {key: _shown(value) for key, value in settings.items() if key not in left_out}
     return _table({key: value for key, value in rows.items() if value})  # what is empty was not asked for
 

@@ -1,4 +1,4 @@
-"""`poise train-reward` with a model card: a README.md in every checkpoint that says what it is and what it is not.
+"""The model card of a reward model: a README.md in every checkpoint that says what it is and what it is not.
 
 The card is written from what the run folder holds, so a finished run gets one, too, and nothing is computed again but
 the picture. It names files, not folders of this machine.
@@ -6,17 +6,13 @@ the picture. It names files, not folders of this machine.
 
 import json
 import os
-import re
-from pathlib import Path
 from typing import Any
 
-from poise.models.loading import HfTokenizer, completion_text, load_tokenizer
+from poise.models.chat_format import completion_text
+from poise.models.loading import HfTokenizer, load_tokenizer
+from poise.models.model_card import front_matter, is_hub_id, public_name
 from poise.reports import plots
-from poise.reward import train as train_reward
-from poise.reward.export import front_matter
-from poise.runtime.run_folder import Json, Run, config_dict, is_main_process, write_atomic
-
-Config = train_reward.Config
+from poise.runtime.run_folder import Json, Run, write_atomic
 
 WHAT = {
     "single": (
@@ -56,17 +52,11 @@ COIN = (
 )
 
 
-def run(config: Config) -> Run:
-    """Train, evaluate and save as `train_reward` does, then write the cards; weights are not touched."""
-    out = train_reward.run(config)
-    for name in WHAT:
-        if is_main_process() and (out.folder / name / "config.json").exists():
-            write_card(out, config, name)
-    return out
+def write_card(out: Run, settings: Json, name: str) -> None:
+    """README.md of RUN/`name`, and calibration.png where the results have reliability bins.
 
-
-def write_card(out: Run, config: Config, name: str) -> None:
-    """README.md of RUN/`name`, and calibration.png where the results have reliability bins."""
+    settings: the config of its training, as plain values.
+    """
     folder, results = out.folder / name, out.results or {}
     bins = results["models"][name].get("reliability")
     if bins:
@@ -80,7 +70,7 @@ def write_card(out: Run, config: Config, name: str) -> None:
     environment = out.folder / "environment.json"
     versions = json.loads(environment.read_text(encoding="utf-8"))["versions"] if environment.exists() else {}
     tokenizer = load_tokenizer(str(folder))
-    write_atomic(folder / "README.md", card(name, block, tokenizer, config_dict(config), results, versions))
+    write_atomic(folder / "README.md", card(name, block, tokenizer, settings, results, versions))
 
 
 def card(name: str, block: Json, tokenizer: HfTokenizer, settings: Json, results: Json, versions: Json) -> str:
@@ -114,28 +104,6 @@ def card(name: str, block: Json, tokenizer: HfTokenizer, settings: Json, results
         else "",
     ]
     return front_matter(base if is_hub_id(base) else "") + "\n" + "\n\n".join(filter(None, sections)) + "\n"
-
-
-# ---- names that may be shown ----
-
-
-def is_hub_id(name: str) -> bool:
-    """Is this `user/name` on the hub, and no folder of this machine?
-
-    >>> is_hub_id("Qwen/Qwen3-0.6B"), is_hub_id("/models/mine"), is_hub_id("../mine")
-    (True, False, False)
-    """
-    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)) and not Path(name).exists()
-
-
-def public_name(source: str) -> str:
-    """A hub id as it is; of a path only the last part, because the rest is about a machine.
-
-    >>> public_name("/home/me/pairs.jsonl"), public_name("data/pairs.jsonl"), public_name("org/pairs")
-    ('pairs.jsonl', 'pairs.jsonl', 'org/pairs')
-    """
-    is_file = Path(source).name.endswith((".jsonl", ".json", ".gz", ".csv", ".parquet"))
-    return source if is_hub_id(source) and not is_file else Path(source).name
 
 
 def _code(text: Any) -> str:

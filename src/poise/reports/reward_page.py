@@ -1,4 +1,4 @@
-"""`poise evaluate-reward`: the study, then its page and figure, from the run folder alone.
+"""The page and figure of `poise evaluate-reward`, from the run folder alone.
 
 RUN/evaluation.html    self-contained; what went wrong comes first
 RUN/calibration.png    reliability and risk–coverage of the first reward model, for a file of pairs
@@ -14,19 +14,10 @@ from markupsafe import Markup
 from poise.errors import PoiseError
 from poise.reports import plots
 from poise.reports.quickstart_page import Verdict, number, page_template, percent, read_json, signed
-from poise.reward import evaluate as evaluate_reward
-from poise.reward.evaluate import Config
-from poise.runtime.run_folder import Json, Run, write_atomic
+from poise.runtime.run_folder import Json, write_atomic
 
 SPREADS = ("disagreement", "routing_std", "total_std", "last_layer_std")
 _ORDER = ("worse", "unclear", "better")
-
-
-def run(config: Config) -> Run:
-    """Judge, write the page, and say where it is."""
-    out = evaluate_reward.run(config)
-    print(build(out.folder))
-    return out
 
 
 def build(folder: str | Path) -> Path:

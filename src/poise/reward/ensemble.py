@@ -6,7 +6,8 @@ from pathlib import Path
 
 import tyro
 
-from poise.data.preferences import OnBadRow, Sample, read_preferences
+from poise.data.preferences import OnBadRow, read_preferences
+from poise.data.types import Sample
 from poise.errors import PoiseError
 from poise.models.loading import resolve_model
 from poise.models.reward_model import checkpoint_folder

@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from poise.data.evaluation_sets import Questions, read_questions
-from poise.data.preferences import OnBadRow, Sample
+from poise.data.preferences import OnBadRow
+from poise.data.types import Sample
 from poise.errors import PoiseError
 from poise.functional.objectives import Objective, RewardScale, mean, parse_objective
 from poise.functional.statistics import bootstrap_interval

@@ -18,7 +18,6 @@ from typing import Literal
 import torch
 import transformers
 import tyro
-import yaml
 from jaxtyping import Float
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -27,9 +26,10 @@ from torch import Tensor
 from poise import __version__
 from poise.errors import PoiseError
 from poise.models.loading import load_tokenizer, resolve_model
+from poise.models.model_card import front_matter
 from poise.models.reward_model import HeadLayout, checkpoint_folder, read_layout
 from poise.runtime.progress import console
-from poise.runtime.run_folder import Json, write_folder_atomic, write_json
+from poise.runtime.run_folder import write_folder_atomic, write_json
 
 SCALARS = ("mean", "head")
 _MARK = "poise_export"  # key of config.json by which a folder that may be written again is known
@@ -96,17 +96,6 @@ def scalar_head(
     offsets = layout.offset[kept]
     row = weight[kept].double().mean(0, keepdim=True).float()
     return row, HeadLayout(1, "point", (sum(offsets) / len(offsets),), reward_scale=layout.reward_scale)
-
-
-def front_matter(base_model: str = "") -> str:
-    """The YAML head of a model card. base_model: the hub id of the language model, if it has one."""
-    known: Json = {"base_model": base_model} if base_model else {}
-    known |= {
-        "library_name": "transformers",
-        "pipeline_tag": "text-classification",
-        "tags": ["poise", "reward-model", "reward-robust-rlhf"],
-    }
-    return f"---\n{yaml.safe_dump(known, sort_keys=False)}---\n"
 
 
 # ---- checks ----

@@ -13,25 +13,20 @@ from numpy import ndarray
 from torch import Tensor
 
 from poise.data.evaluation_sets import Item, Questions
-from poise.functional.objectives import HeadRewards, Objective, RewardScale, disagreement, routing_std, total_std
-from poise.functional.statistics import (
-    REWARD_BENCH,
+from poise.functional.calibration import (
     aurc,
-    bootstrap_intervals,
     brier,
     constant_log_loss,
     expected_calibration_error,
     folded,
     log_loss,
-    picks_chosen,
     reliability,
-    reward_bench,
     risk_coverage,
-    spearman,
-    style_matrix,
-    style_scores,
     weighted_auroc,
 )
+from poise.functional.objectives import HeadRewards, Objective, RewardScale, disagreement, routing_std, total_std
+from poise.functional.reward_benchmarks import REWARD_BENCH, picks_chosen, reward_bench, style_matrix, style_scores
+from poise.functional.statistics import bootstrap_intervals, spearman
 from poise.models.reward_model import HeadLayout, LastLayer
 from poise.runtime.run_folder import Json
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from poise.data.evaluation_sets import Item, Questions
-from poise.data.preferences import OnBadRow, Preference, Sample, read_preferences
+from poise.data.preferences import OnBadRow, read_preferences
+from poise.data.types import Preference, Sample
 from poise.errors import PoiseError
 from poise.functional.objectives import mean
 from poise.models.loading import DEFAULT_MODEL, HfModel, frozen_dtype

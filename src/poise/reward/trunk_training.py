@@ -9,33 +9,31 @@ Shapes: _N pairs, _L labels.
 
 import contextlib
 import copy
-import json
 import math
 import os
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-import numpy as np
 import peft
 import torch
 import transformers
 from jaxtyping import Bool, Float
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from poise.data.preferences import Preference, Sample
+from poise.data.types import Preference, Sample
 from poise.errors import PoiseError
 from poise.functional.reward_losses import bradley_terry
-from poise.models.loading import HfModel, has_conv1d, linear_maps, quiet_loading
+from poise.models.loading import HfModel, has_conv1d, linear_maps
 from poise.models.reward_model import HeadLayout
 from poise.models.scorer import FeatureExtractor
 from poise.models.shared_prompt import Family, PackedRows, pack, packed_hidden, separate_hidden
 from poise.reward.heads import HeadLossName, head_loss
+from poise.runtime.checkpoints import SafeCheckpoints, latest_checkpoint
 from poise.runtime.progress import progress
+from poise.runtime.quiet import quiet_loading
 from poise.runtime.run_folder import Json, append_jsonl, is_main_process, keep_rows_before
 
 LEARNING_RATES = {"lora": 2e-4, "full": 1e-5}
@@ -133,7 +131,7 @@ class PairModel(nn.Module):
         return self.classifier.score(hidden)
 
 
-class PairTrainer(transformers.Trainer):
+class PairTrainer(SafeCheckpoints, transformers.Trainer):
     """A Trainer of `PairModel` on `TokenPair`s."""
 
     optimizer: Any
@@ -154,11 +152,6 @@ class PairTrainer(transformers.Trainer):
 
     # ---- checkpoints: trained weights, optimizer, schedule and random states, in safetensors and JSON ----
 
-    @property
-    def sharded(self) -> bool:
-        """FSDP and DeepSpeed spread weights and states over processes, and keep checkpoints in formats of their own."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
-
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -173,57 +166,6 @@ class PairTrainer(transformers.Trainer):
             return
         unwrapped = self.accelerator.unwrap_model(model or self.model)
         _load_trained(unwrapped, load_file(Path(resume_from_checkpoint) / "model.safetensors"), resume_from_checkpoint)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.sharded:
-            super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
-            state = self.optimizer.state_dict()
-            tensors = {f"{i}.{key}": value for i, entry in state["state"].items() for key, value in entry.items()}
-            schedule = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
-            metadata = {"groups": json.dumps(state["param_groups"]), "schedule": json.dumps(schedule)}
-            save_file({n: t.contiguous() for n, t in tensors.items()}, Path(output_dir) / _OPTIMIZER, metadata)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or self.sharded:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        with safe_open(Path(checkpoint) / _OPTIMIZER, "pt") as file:
-            entries: dict[int, dict[str, Tensor]] = {}
-            for name in file.keys():  # noqa: SIM118  not a dict
-                index, key = name.split(".", 1)
-                entries.setdefault(int(index), {})[key] = file.get_tensor(name)
-            groups, schedule = (json.loads(file.metadata()[name]) for name in ("groups", "schedule"))
-        self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
-        self.lr_scheduler.load_state_dict({**schedule, "lr_lambdas": [None] * len(groups)})
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        kind, key, *numpy_rest = cast(tuple[Any, ...], np.random.get_state())
-        tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(key.astype(np.int64))}
-        if torch.cuda.is_available():
-            tensors["cuda"] = torch.cuda.get_rng_state()
-        metadata = {"python": json.dumps(random.getstate()), "numpy": json.dumps([kind, *numpy_rest])}
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        save_file(tensors, Path(output_dir) / self._rng_file, metadata)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not (path := Path(checkpoint) / self._rng_file).exists():
-            return
-        with safe_open(path, "pt") as file:
-            version, words, gauss = json.loads(file.metadata()["python"])
-            random.setstate((version, tuple(words), gauss))
-            kind, *rest = json.loads(file.metadata()["numpy"])
-            np.random.set_state((kind, file.get_tensor("numpy").numpy().astype(np.uint32), *rest))
-            torch.set_rng_state(file.get_tensor("torch"))
-            if torch.cuda.is_available():
-                torch.cuda.set_rng_state(file.get_tensor("cuda"))
-
-    @property
-    def _rng_file(self) -> str:
-        return f"random-{self.args.process_index}.safetensors"
-
-
-_OPTIMIZER = "optimizer.safetensors"
 
 
 def _load_trained(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
@@ -325,23 +267,6 @@ def training_arguments(how: TrunkTraining, folder: Path) -> transformers.Trainin
         bf16=gpu, use_cpu=not gpu, dataloader_pin_memory=gpu, remove_unused_columns=False, report_to="none",
         disable_tqdm=True, seed=how.seed, data_seed=how.seed, ddp_find_unused_parameters=False,
     )  # fmt: skip
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint: the Trainer writes trainer_state.json last, and may be killed before."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[-1]))
-    return next((path for path in found if _is_whole(path)), None)
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-        for path in checkpoint.glob("*.safetensors"):
-            with safe_open(path, "pt"):  # refuses a file that is shorter than its header says
-                pass
-    except (OSError, ValueError, SafetensorError):
-        return False
-    return True
 
 
 class _Record(transformers.TrainerCallback):

@@ -18,10 +18,11 @@ from textwrap import shorten
 import numpy as np
 
 from poise.data.preferences import OnBadRow, read_prompts
+from poise.data.types import Prompt
 from poise.errors import PoiseError
 from poise.functional.objectives import RewardScale, disagreement, mean, routing_std
 from poise.functional.overoptimization import Choice
-from poise.models.loading import DEFAULT_MODEL, Prompt
+from poise.models.loading import DEFAULT_MODEL
 from poise.runtime.run_folder import Json, Run, read_jsonl, write_jsonl
 from poise.studies.gold import judge
 from poise.studies.pool import PoolHeads, judge_choices, prompt_key, prompt_label, sample_pool, score_pool

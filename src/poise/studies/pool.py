@@ -15,11 +15,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from poise.data.preferences import Sample
+from poise.data.types import Prompt, Sample
 from poise.errors import PoiseError, first_line
 from poise.functional.objectives import HeadRewards
 from poise.functional.overoptimization import Choice, Curves, Judged, Resamples, compare_with, judge, stacked
-from poise.models.loading import Prompt, load_policy
+from poise.models.loading import load_policy
 from poise.models.policy import Policy, uniforms
 from poise.models.reward_model import heads_fingerprint
 from poise.models.scorer import Ensemble, Scorer, generated

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from poise.data.human_ratings import Rated, human_ratings, is_held_out, judged_by_all, preference_pairs
 from poise.data.preferences import write_preferences
-from poise.models.loading import DEFAULT_MODEL, Prompt, resolve_model
+from poise.data.types import Prompt
+from poise.models.loading import DEFAULT_MODEL, resolve_model
 from poise.policy import train as train_policy
 from poise.reports import quickstart_page as report
 from poise.reward import train as train_reward

@@ -25,9 +25,9 @@ from pathlib import Path
 
 import yaml
 
-from poise.data.preferences import Preference, read_preferences, read_prompts, write_preferences
+from poise.data.preferences import read_preferences, read_prompts, write_preferences
+from poise.data.types import Preference, Prompt
 from poise.errors import PoiseError
-from poise.models.loading import Prompt
 from poise.policy.evaluate import fluctuation
 from poise.reports import plots, study_page
 from poise.reports import published as claims

@@ -1,0 +1,14 @@
+"""`poise evaluate-reward`: the evaluation, then its page."""
+
+from poise.reports import reward_page
+from poise.reward import evaluate
+from poise.runtime.run_folder import Run
+
+Config = evaluate.Config
+
+
+def run(config: Config) -> Run:
+    """Judge, write the page, and print where it is."""
+    out = evaluate.run(config)
+    print(reward_page.build(out.folder))
+    return out
