@@ -1,6 +1,6 @@
 """Does the head with the lowest std know best? Min-std routing against the mean of the heads and a random head.
 
-    python benchmarks/routing.py [--seeds 20] [--run RUN --test FILE]
+    python experiments/routing.py [--seeds 20] [--run RUN --test FILE]
 
 Synthetic: texts are points around five centers. "content": the true reward is another linear function in each region.
 "noise": one linear reward for all, with noise of std .1 to 2 on the targets, another in each region. Heads are trained

@@ -1,11 +1,11 @@
 """What limits a small reward model on human pairs: the trunk's depth, the number of pairs, or how uncertainty is told?
 
-    python benchmarks/trunk_depth.py --train train.jsonl --test test.jsonl [--pairs 2000]
+    python experiments/trunk_depth.py --train train.jsonl --test test.jsonl [--pairs 2000]
 
 One pass of the frozen model gives the features after every layer asked for, as a trunk of that many layers would. On
 each depth, with ever more pairs, a Bradley-Terry head with its prior chosen on a fifth of the training pairs; judged on
 the test file: accuracy, and each uncertainty's AUROC for wrong order, beside a random one's. Both files are what
-benchmarks/hh_rlhf.py writes.
+experiments/hh_rlhf.py writes.
 """
 
 import argparse
