@@ -17,7 +17,7 @@ ShardKind = Literal["disjoint", "cluster", "source", "bootstrap", "same"]
 
 
 class Shards(NamedTuple):
-    """Which head is trained on which pair, and on which held-out pairs it is judged to stop its training."""
+    """Which head is trained on which pair, and which held-out pairs decide when its training stops."""
 
     fit_NK: Bool[Tensor, "fit heads"]
     held_NK: Bool[Tensor, "held heads"]
@@ -32,11 +32,11 @@ def make_shards(
     sources: Sequence[str] = (),
     held_sources: Sequence[str] = (),
 ) -> Shards:
-    """Every head gets at least one pair if there are as many pairs as heads.
+    """Assign pairs to heads. Every head gets at least one pair if there are as many pairs as heads.
 
-    A head that owns a cluster or a source is judged on held-out pairs of its own kind, where there are any: judged on
-    all, it would be stopped as soon as it knows its own part better than the rest.
-    sources, held_sources: one name per pair, for `source`; the sources share the heads out among them.
+    A head that owns a cluster or a source is judged on held-out pairs of that cluster or source, if there are any. On
+    all held-out pairs its error would rise, and stop its training, once it fits its own part better than the rest.
+    sources, held_sources: one name per pair, for `source`; the heads are divided among the sources.
     """
     count = len(fit.chosen_NH)
     all_held = torch.ones(len(held.chosen_NH), num_heads, dtype=torch.bool)
@@ -66,8 +66,8 @@ def make_shards(
 
 
 def _owner_by_source(sources: Sequence[str], num_heads: int, generator: torch.Generator) -> Tensor:
-    """Each pair's head. More sources than heads: the next largest joins the head with fewest pairs. Fewer: the
-    largest share per head is split further, at random."""
+    """Each pair's head. With more sources than heads, the next largest source joins the head with the fewest pairs.
+    With fewer, the largest source is split at random."""
     owner = torch.zeros(len(sources), dtype=torch.long)
     members = {name: [i for i, source in enumerate(sources) if source == name] for name in dict.fromkeys(sources)}
     load = [0] * num_heads
