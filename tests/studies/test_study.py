@@ -14,8 +14,9 @@ from poise.data.types import Preference
 from poise.errors import PoiseError
 from poise.policy import train as train_policy
 from poise.reward import train as train_reward
-from poise.runtime import jobs as cells
+from poise.runtime import jobs
 from poise.runtime.run_folder import Run
+from poise.studies import config as study_config
 from poise.studies import gold, study
 from poise.studies import pool_study as study_pool
 from poise.studies import quickstart as recipes
@@ -26,8 +27,8 @@ ARMS = ("single", "brme_0.4")
 
 def config(tmp_path: Path, preferences: Path, prompts: Path, model: str, **changes: Any) -> study.Config:
     settings = {
-        "arms": ARMS, "reward_seeds": 1, "num_layers": 2, "num_steps": 2, "max_tokens": 4, "num_preferences": 0,
-        "label_noise": ("0",), "pool_size": 0,
+        "arms": ARMS, "reward_seeds": 1, "num_preferences": 0, "label_noise": ("0",), "pool_size": 0,
+        **of_reward(), **of_policy(),
     } | changes  # fmt: skip
     return study.Config(
         preferences=str(preferences), prompts=str(prompts), eval_prompts=str(prompts), output=str(tmp_path / "study"),
@@ -35,10 +36,20 @@ def config(tmp_path: Path, preferences: Path, prompts: Path, model: str, **chang
     )  # fmt: skip
 
 
-def in_this_process(cell: cells.Cell, _jobs: int = 1) -> str:
-    """`cells.run_cell` without starting an interpreter."""
+def of_policy(**changes: Any) -> dict[str, Any]:
+    """A study's settings with some of its policies' changed."""
+    return {"policy": replace(study_config.POLICY, **({"num_steps": 2, "max_tokens": 4} | changes))}
+
+
+def of_reward(**changes: Any) -> dict[str, Any]:
+    """A study's settings with some of its reward models' changed."""
+    return {"reward": replace(study_config.REWARD, **({"num_layers": 2} | changes))}
+
+
+def in_this_process(job: jobs.Job, _at_a_time: int = 1) -> str:
+    """`jobs.run_job` without starting an interpreter."""
     try:
-        (train_reward if cell.command == "train-reward" else train_policy).run(cell.config)
+        (train_reward if job.command == "train-reward" else train_policy).run(job.config)
     except PoiseError as error:
         return str(error)
     return ""
@@ -49,11 +60,11 @@ def test_a_study_grows_and_repeats_nothing(
 ) -> None:
     ran: list[str] = []
 
-    def note(cell: cells.Cell, _jobs: int = 1) -> str:
-        ran.append(str(cell.folder.relative_to(tmp_path / "study")))
-        return in_this_process(cell)
+    def note(job: jobs.Job, _at_a_time: int = 1) -> str:
+        ran.append(str(job.folder.relative_to(tmp_path / "study")))
+        return in_this_process(job)
 
-    monkeypatch.setattr(cells, "run_cell", note)
+    monkeypatch.setattr(jobs, "run_job", note)
     first = study.run(config(tmp_path, preferences_file, prompts_file, tiny_model)).results
     assert ran == ["noise-0/reward-0/reward", *(f"noise-0/reward-0/policy-0/{arm}" for arm in ARMS)]
     assert first["missing"] == {}
@@ -77,22 +88,23 @@ def test_a_study_grows_and_repeats_nothing(
     ]  # fmt: skip
     assert [cell for cell in grown["cells"] if cell in first["cells"]] == first["cells"]
     assert grown["summary"].keys() == {"0", "0.25"}
-    with pytest.raises(PoiseError, match=r"other settings \(differs in num_steps\)"):
-        study.run(config(tmp_path, preferences_file, prompts_file, tiny_model, num_steps=3))
+    other = of_policy(num_steps=3) | of_reward(num_layers=1)
+    with pytest.raises(PoiseError, match=r"other settings \(differs in policy\.num_steps, reward\.num_layers\)"):
+        study.run(config(tmp_path, preferences_file, prompts_file, tiny_model, **other))
 
 
 def test_a_cell_that_fails_is_named_and_the_others_go_on(
     tmp_path: Path, preferences_file: Path, prompts_file: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail_once(cell: cells.Cell, _jobs: int = 1) -> str:
-        return "out of memory" if cell.folder.name == "constant" else in_this_process(cell)
+    def fail_once(job: jobs.Job, _at_a_time: int = 1) -> str:
+        return "out of memory" if job.folder.name == "constant" else in_this_process(job)
 
-    monkeypatch.setattr(cells, "run_cell", fail_once)
+    monkeypatch.setattr(jobs, "run_job", fail_once)
     wanted = config(tmp_path, preferences_file, prompts_file, tiny_model, arms=(*ARMS, "constant"))
     results = study.run(wanted).results
     assert results["missing"] == {"noise-0/reward-0/policy-0/constant": "out of memory"}
     assert results["summary"]["0"].keys() == set(ARMS)
-    monkeypatch.setattr(cells, "run_cell", in_this_process)
+    monkeypatch.setattr(jobs, "run_job", in_this_process)
     again = study.run(wanted).results
     assert again["missing"] == {}
     assert again["summary"]["0"].keys() == {*ARMS, "constant"}
@@ -101,7 +113,7 @@ def test_a_cell_that_fails_is_named_and_the_others_go_on(
 def test_a_study_of_which_every_cell_fails_says_so(
     tmp_path: Path, preferences_file: Path, prompts_file: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cells, "run_cell", lambda _cell, _jobs: "out of memory")
+    monkeypatch.setattr(jobs, "run_job", lambda _job, _at_a_time: "out of memory")
     results = study.run(config(tmp_path, preferences_file, prompts_file, tiny_model)).results
     assert results["missing"] == {"noise-0/reward-0/reward": "out of memory"}
     assert "1 run is missing" in (tmp_path / "study" / "report.html").read_text()
@@ -112,12 +124,12 @@ def test_a_cell_in_a_process_of_its_own(tmp_path: Path, tiny_model: str, prompts
         prompts=str(prompts_file), reward=str(tmp_path / "nowhere"), output=str(tmp_path / "cell"), model=tiny_model,
         num_steps=1,
     )  # fmt: skip
-    why = cells.run_cell(cells.Cell("train-policy", bad))
+    why = jobs.run_job(jobs.Job("train-policy", bad))
     assert "nowhere" in why
     assert "Traceback" not in why
     assert why in (tmp_path / "cell" / "error.txt").read_text()
     Run(tmp_path / "cell").finish({})  # as if another process had finished it while this one waited for the lock
-    assert cells.run_cell(cells.Cell("train-policy", bad)) == ""
+    assert jobs.run_job(jobs.Job("train-policy", bad)) == ""
 
 
 def test_a_cell_begun_with_other_settings_fails_alone(tmp_path: Path, tiny_model: str, prompts_file: Path) -> None:
@@ -125,7 +137,7 @@ def test_a_cell_begun_with_other_settings_fails_alone(tmp_path: Path, tiny_model
         prompts=str(prompts_file), reward=str(tmp_path), output=str(tmp_path / "cell"), model=tiny_model
     )
     Run.open(begun.output, begun)
-    failed = cells.run_cells([cells.Cell("train-policy", replace(begun, eval_every=10))], 1, "cells")
+    failed = jobs.run_jobs([jobs.Job("train-policy", replace(begun, eval_every=10))], 1, "cells")
     assert "differs in eval_every" in failed[tmp_path / "cell"]
     assert "differs in eval_every" in (tmp_path / "cell" / "error.txt").read_text()
 
@@ -212,9 +224,9 @@ def test_a_cell_counts_its_processor_time(tmp_path: Path, tiny_model: str, prefe
     settings = train_reward.Config(
         preferences=str(preferences_file), output=str(tmp_path / "cell"), model=tiny_model, num_layers=2
     )
-    assert cells.cpu_hours(tmp_path / "cell") == 0.0
-    assert cells.run_cell(cells.Cell("train-reward", settings)) == ""
-    assert 0.3 < cells.cpu_hours(tmp_path / "cell") * 3600 < 120  # seconds: importing torch alone takes some
+    assert jobs.cpu_hours(tmp_path / "cell") == 0.0
+    assert jobs.run_job(jobs.Job("train-reward", settings)) == ""
+    assert 0.3 < jobs.cpu_hours(tmp_path / "cell") * 3600 < 120  # seconds: importing torch alone takes some
     assert not (tmp_path / "cell" / "error.txt").exists()
 
 
@@ -235,7 +247,16 @@ def test_a_cell_counts_its_processor_time(tmp_path: Path, tiny_model: str, prefe
         ({"policy_seeds": 0}, "leave nothing to study"),
         ({"prompts": ""}, "--preferences, --prompts and --eval-prompts belong together"),
         ({"reward_seeds": 0}, "--reward-seeds must be at least 1"),
-        ({"num_steps": 0}, "--num-steps must be at least 1"),
+        (of_policy(num_steps=0), "arm single: --policy.num-steps must be at least 1"),
+        (of_policy(settle=True), "arm single: --policy.settle needs a --policy.reward-ceiling above 0"),
+        (of_policy(objective="mean"), "--policy.objective is set by the study; leave it out and see --arms"),
+        (of_policy(eval_prompts="x"), "--policy.eval-prompts is set by the study; leave it out and see --eval-prompts"),
+        (of_policy(seed=1), "--policy.seed is set by the study; leave it out and see --policy-seeds"),
+        (of_reward(seed=1), "--reward.seed is set by the study; leave it out and see --reward-seeds"),
+        (of_reward(preferences="x"), "--reward.preferences is set by the study; leave it out and see --preferences"),
+        (of_reward(output="x"), "--reward.output is set by the study; leave it out and see --output"),
+        (of_reward(trunk="lora") | {"pool_size": 8}, "--reward.trunk lora needs --pool-size 0"),
+        (of_reward(stage2_trunk="full") | {"pool_size": 8}, "--reward.stage2-trunk full needs --pool-size 0"),
     ],
 )
 def test_bad_settings_are_one_line(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -310,7 +331,7 @@ def test_conversations_that_share_their_last_turn_make_a_pool(
 
 
 def test_the_standard_study_has_files_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from test_quickstart import fake_ratings, shorten
+    from studies.test_quickstart import fake_ratings, shorten
 
     monkeypatch.setattr(recipes, "human_ratings", fake_ratings)
     shorten(monkeypatch)

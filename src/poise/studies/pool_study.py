@@ -63,7 +63,9 @@ def score(pool: Pool, configs: Mapping[str, train_reward.Config]) -> dict[str, B
     missing = [name for name, folder in files.items() if not (folder / "done").exists()]
     if missing:
         first = configs[missing[0]]
-        extract = FeatureExtractor(*load_trunk(first.model, first.num_layers), first.max_length, cached=True)
+        extract = FeatureExtractor(
+            *load_trunk(first.model, first.num_layers), first.max_length, cached=first.feature_cache
+        )
         samples = samples_of(pool.rows)
         with progress("study: features of the pool", len(samples)) as advance:
             features = extract(samples, advance).cpu()
