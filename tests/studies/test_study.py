@@ -1,6 +1,7 @@
-"""The study: which cells there are, what survives a failure or a stop, and means over seeds by hand."""
+"""The study: its settings and jobs, what survives a failure or a stop, and what is refused."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
+from poise.cli.main import parse_config
 from poise.data.preferences import read_preferences
 from poise.data.types import Preference
 from poise.errors import PoiseError
 from poise.policy import train as train_policy
 from poise.reward import train as train_reward
 from poise.runtime import jobs
-from poise.runtime.run_folder import Run
+from poise.runtime.run_folder import Run, config_dict
 from poise.studies import config as study_config
 from poise.studies import gold, study
 from poise.studies import pool_study as study_pool
@@ -169,7 +172,7 @@ def test_best_of_n_alone_and_what_is_kept_of_it(
         label_noise=("0", "0.25"),
     )  # fmt: skip
     # a reader of reviews thinks all alike of what a random model writes
-    monkeypatch.setattr(gold, "judged", lambda rows, _: np.sin(np.arange(len(rows))))
+    monkeypatch.setattr(gold, "gold_of", lambda rows, _: np.sin(np.arange(len(rows))))
     results = study.run(wanted).results
     assert results["cells"] == []
     assert results["best_of_n"].keys() == {"0", "0.25"}
@@ -263,6 +266,98 @@ def test_bad_settings_are_one_line(tmp_path: Path, changes: dict[str, Any], mess
     with pytest.raises(PoiseError, match=message):
         study.run(replace(config(tmp_path, tmp_path / "p", tmp_path / "q", "model"), **changes))
     assert not (tmp_path / "study").exists()  # nothing is written for a study that cannot be
+
+
+def test_dotted_options_reach_every_job() -> None:
+    options = ["--reward.trunk", "lora", "--policy.learning-rate", "3e-4", "--pool-size", "0", "--model", "mine"]
+    wanted = parse_config(study.Config, "poise study", [*options, "--policy.model", "theirs"])
+    reward = study_config.reward_job(wanted, "0.25", 2).config
+    assert (reward.trunk, reward.model, reward.seed) == ("lora", "mine", 2)
+    assert reward.output == "runs/study/noise-0.25/reward-2/reward"
+    large = study_config.policy_job(wanted, "brme_large_kl", 1, "0.25", 2).config
+    assert (large.learning_rate, large.model, large.seed) == (3e-4, "theirs", 2001)
+    assert (large.kl_coef, large.objective) == (20 * 0.01, "tradeoff(0.4)")
+    settled = study_config.policy_job(wanted, "settle", 0, "0", 0).config
+    assert (settled.reward_ceiling, settled.settle, settled.kl_coef) == (2.0, True, 0.01)
+
+
+def test_a_job_by_default_has_the_settings_of_its_command() -> None:
+    given = study.Config(prompts="p", eval_prompts="q", output="o")
+    assert study_config.reward_config(given, "0", 1) == train_reward.Config(
+        preferences="o/noise-0/reward-1/preferences.jsonl", output="o/noise-0/reward-1/reward", seed=1
+    )
+    assert study_config.policy_job(given, "single", 0, "0", 1).config == train_policy.Config(
+        prompts="p", eval_prompts="q", reward="o/noise-0/reward-1/reward/single", objective="nominal", kl_coef=0.01,
+        output="o/noise-0/reward-1/policy-0/single", seed=1000,
+    )  # fmt: skip
+
+
+def test_best_of_n_has_the_ceiling_and_shaping_of_the_policies() -> None:
+    choice = ALL_ARMS["single"].choice(replace(study_config.POLICY, reward_ceiling=3.0, shaping="par"))
+    assert (choice.ceiling, choice.shaping) == (3.0, "par")
+    assert ALL_ARMS["settle"].choice(study_config.POLICY).ceiling == 2.0
+    assert ALL_ARMS["single"].choice(study_config.POLICY).ceiling == math.inf
+
+
+def test_config_yaml_repeats_a_study(tmp_path: Path) -> None:
+    options = ["--reward.trunk", "lora", "--policy.eval-tasks", "lambada", "race", "--arms", "mean", "brme_1"]
+    wanted = parse_config(study.Config, "poise study", [*options, "--policy.max-step-kl", "0.1"])
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config_dict(wanted)))
+    assert parse_config(study.Config, "poise study", ["--config", str(file)], study.RENAMED) == wanted
+    again = parse_config(study.Config, "poise study", ["--config", str(file), "--policy.max-step-kl", "0.2"])
+    assert again == replace(wanted, policy=replace(wanted.policy, max_step_kl=0.2))
+
+
+def test_a_config_file_with_the_names_of_old_studies(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("num_layers: 4\nkl_coef: 0.1\neval_tasks: [race]\npolicy: {clip: 0.3}\nreward: {epochs: 2.0}\n")
+    parsed = parse_config(study.Config, "poise study", ["--config", str(file)], study.RENAMED)
+    assert (parsed.reward.num_layers, parsed.reward.epochs) == (4, 2.0)
+    assert (parsed.policy.kl_coef, parsed.policy.clip, parsed.policy.eval_tasks) == (0.1, 0.3, ("race",))
+    assert parsed.policy.prompts == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("armz: [mean]\npolicy: {clip: 0.3, clop: 1}\nreward: {trunc: lora}\n",
+         "settings poise study does not know: armz, policy.clop, reward.trunc$"),
+        ("policy:\n", "policy must hold settings, each as `name: value`$"),
+        ("kl_coef: 0.1\npolicy: 3\n", "policy must hold settings, each as `name: value`$"),
+    ],
+)  # fmt: skip
+def test_bad_nested_settings_of_a_file_are_one_line(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    with pytest.raises(PoiseError, match=message):
+        parse_config(study.Config, "poise study", ["--config", str(file)], study.RENAMED)
+
+
+def test_a_study_folder_written_with_the_old_names_goes_on(tmp_path: Path, prompts_file: Path) -> None:
+    pairs = write_pairs(tmp_path / "pairs.jsonl", ("a", "b"))
+    wanted = config(tmp_path, pairs, prompts_file, "model")
+    old = {
+        "preferences": str(pairs), "raters": "", "prompts": str(prompts_file), "eval_prompts": str(prompts_file),
+        "num_preferences": 0, "model": "model", "num_layers": 2, "num_steps": 2, "kl_coef": 0.01, "max_tokens": 4,
+        "gold": "",
+    }  # fmt: skip
+    (tmp_path / "study").mkdir()
+    saved = tmp_path / "study" / "study.json"
+    saved.write_text(json.dumps(old | {"kl_coef": 0.02}))
+    with pytest.raises(PoiseError, match=r"differs in policy\.kl_coef\)"):
+        study._open(wanted)
+    saved.write_text(json.dumps(old))
+    study._open(wanted)
+    kept = json.loads(saved.read_text())
+    assert (kept["policy.num_steps"], kept["reward.num_layers"]) == (2, 2)
+    assert not kept.keys() & (study_config.RENAMED.keys() | study_config.GROWS | study_config.SET_BY_STUDY.keys())
+    study._open(replace(wanted, policy=replace(wanted.policy, eval_every=10)))
+    with pytest.raises(PoiseError, match=r"differs in policy\.learning_rate, reward\.trunk\)"):
+        study._open(replace(wanted, **of_policy(learning_rate=1e-4), **of_reward(trunk="lora")))
+    saved.write_text("{")
+    with pytest.raises(PoiseError, match=r"study\.json is damaged; choose another --output$"):
+        study._open(wanted)
 
 
 def write_pairs(path: Path, *pairs: tuple[str, str]) -> Path:

@@ -1,15 +1,16 @@
 """`poise study`: does a robust reward help? Arms x reward-model seeds x policy seeds x label noise.
 
-    RUN/pool/                               best-of-n: one pool, judged by many reward models (studies/pool_study.py)
-    RUN/noise-0.25/reward-1/                the preferences, flipped; what `poise train-reward` makes of them
-    RUN/noise-0.25/reward-1/policy-0/ARM/   a `poise train-policy` run; error.txt says why a cell failed
+    RUN/pool/                               best-of-n: one pool, scored by many reward models (studies/pool_study.py)
+    RUN/noise-0.25/reward-1/                the preferences, flipped; the run of `poise train-reward` on them
+    RUN/noise-0.25/reward-1/policy-0/ARM/   a `poise train-policy` run; error.txt says why it failed
     RUN/benchmarks/                         `poise evaluate-policy` on some of these policies, if it was run
     RUN/results.json                        curves, cells, means over seeds with intervals; what is missing
     RUN/report.html, RUN/study.png          all of it, to explore; the main figure
 
-A cell runs in a process of its own, `--jobs` of them at a time. A study stopped at any moment goes on where it was, and
-one with more arms, seeds or noise keeps the cells it has. Gold is read when all cells are done, by `compare` and
-`best_of_n` alone.
+Each training is a job in a subprocess, `--jobs` of them at a time (runtime/jobs.py). The same command continues a
+stopped study. With more arms, seeds or noise it keeps the finished jobs. A cell of results.json is one trained policy.
+Gold is read only by `compare` and `best_of_n`: the pool's completions get it before any policy is trained, and the
+trained policies get it when all jobs are done.
 
 Intervals are 95 %: of policies Student's, over reward models (reports/summary.py); of best-of-n bootstrap, over reward
 models and prompts (functional/overoptimization.py). Differences are paired.
@@ -60,7 +61,7 @@ VERSION = 2  # of results.json
 
 
 def run(config: Config) -> Run:
-    """Train what is missing, then judge all that is there; a cell that fails is named and left out."""
+    """Train what is missing, then score everything by gold. A job that fails is named and left out."""
     standard, config = is_standard(config), completed(config)
     check(config)
     if standard:
@@ -68,12 +69,12 @@ def run(config: Config) -> Run:
     sources = _read(config)
     out = _open(config)
     _write_preferences(config, sources)
-    of_pool = _judge_pool(config, out.folder) if config.pool_size else {}
+    of_pool = _best_of_n(config, out.folder) if config.pool_size else {}
     failed = _train(config)
     for folder, why in failed.items():
         console.print(f"[bold red]failed:[/] {folder.relative_to(out.folder)}: {why}", soft_wrap=True)
     comparisons: list[str] = []
-    cells = list(_judged(config, comparisons))
+    cells = list(_cells(config, comparisons))
     results: Json = {
         "version": VERSION,
         "settings": settings(config),
@@ -91,7 +92,7 @@ def run(config: Config) -> Run:
     out.finish(results | {"published": claims.published(results)})
     write_atomic(out.folder / "environment.json", json.dumps(environment(), indent=2))
     write_atomic(out.folder / "config.yaml", yaml.safe_dump(config_dict(config), sort_keys=False))
-    if cells or of_pool:  # else every cell failed: there is nothing to draw
+    if cells or of_pool:  # otherwise every job failed and there is nothing to draw
         plots.save_study(results, out.folder / "study.png")
     _say(results)
     console.print(f"[bold]Report:[/] {study_page.build(out.folder)}")
@@ -114,8 +115,8 @@ def _train(config: Config) -> dict[Path, str]:
     return failed | run_jobs(policies, config.jobs, "study: policies")
 
 
-def _judge_pool(config: Config, folder: Path) -> Json:
-    """Best-of-n of every arm over many reward models, and how far those are apart."""
+def _best_of_n(config: Config, folder: Path) -> Json:
+    """Best-of-n of every arm over many reward models, and how much these reward models differ."""
     sampling = best_of_n.Config(
         prompts=config.eval_prompts, reward=(), model=policy_model(config), per_prompt=config.pool_size,
         max_tokens=config.policy.max_tokens, gold=config.gold, on_bad_row=config.policy.on_bad_row,
@@ -290,19 +291,19 @@ def flipped(preferences: list[Preference], share: float, seed: int) -> list[Pref
     ]
 
 
-# ---- judging ----
+# ---- scores by gold ----
 
 
-def _judged(config: Config, comparisons: list[str]) -> Iterator[Json]:
-    """Every finished policy, by gold; `comparisons` gets the folders of `compare`'s runs."""
+def _cells(config: Config, comparisons: list[str]) -> Iterator[Json]:
+    """Every finished policy, scored by gold; appends the folders of the `compare` runs to `comparisons`."""
     for noise, seed in worlds(config):
         for policy_seed in range(config.policy_seeds):
-            cells = [policy_job(config, arm, policy_seed, noise, seed) for arm in config.arms]
-            done = [str(cell.folder) for cell in cells if Run(cell.folder).results is not None]
+            jobs = [policy_job(config, arm, policy_seed, noise, seed) for arm in config.arms]
+            done = [str(job.folder) for job in jobs if Run(job.folder).results is not None]
             if len(done) < 2:
                 continue
             output = world_folder(config, noise, seed) / f"policy-{policy_seed}" / "comparison"
-            (output / "config.yaml").unlink(missing_ok=True)  # done anew: there may be more arms than last time
+            (output / "config.yaml").unlink(missing_ok=True)  # compared again: there may be more arms than last time
             pool = str(Path(config.output) / "pool") if config.pool_size else ""
             side_by_side = compare.Config(arms=tuple(done), output=str(output), gold=config.gold, pool=pool)
             comparisons.append(str(output.relative_to(config.output)))
