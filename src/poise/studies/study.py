@@ -30,8 +30,8 @@ from poise.data.preferences import read_preferences, read_prompts, write_prefere
 from poise.data.types import Preference, Prompt
 from poise.errors import PoiseError
 from poise.policy.evaluate import fluctuation
-from poise.reports import plots, study_page
 from poise.reports import published as claims
+from poise.reports import study_page, study_plots
 from poise.reports.summary import contrasts, measured, summary
 from poise.runtime.jobs import cpu_hours, run_jobs
 from poise.runtime.progress import console, progress
@@ -93,7 +93,7 @@ def run(config: Config) -> Run:
     write_atomic(out.folder / "environment.json", json.dumps(environment(), indent=2))
     write_atomic(out.folder / "config.yaml", yaml.safe_dump(config_dict(config), sort_keys=False))
     if cells or of_pool:  # otherwise every job failed and there is nothing to draw
-        plots.save_study(results, out.folder / "study.png")
+        study_plots.save_study(results, out.folder / "study.png")
     _say(results)
     console.print(f"[bold]Report:[/] {study_page.build(out.folder)}")
     return out
