@@ -1,4 +1,4 @@
-"""A PPO run between two steps: sampling, scoring, improving, watching, and what must be remembered to go on."""
+"""One step of a PPO run (sample, score, improve, log), and the checkpoint from which a stopped run resumes."""
 
 import contextlib
 import math
@@ -13,7 +13,7 @@ from torch import Tensor
 from poise.data.types import Prompt
 from poise.errors import PoiseError
 from poise.functional import ppo
-from poise.functional.monitor import Monitor, MonitorConfig, text_signs
+from poise.functional.monitor import text_signs
 from poise.functional.objectives import (
     HeadRewards,
     Objective,
@@ -33,18 +33,18 @@ from poise.models.fused_ops import keep_freed_memory
 from poise.models.loading import load_policy
 from poise.models.policy import Policy, Rollout, uniforms
 from poise.models.scorer import Scorer
+from poise.policy.alarms import Alarms
 from poise.policy.config import Config
 from poise.policy.reward import Baselines, PolicyReward, gather
+from poise.policy.sampling import sample_rows
 from poise.policy.update import Learner
 from poise.runtime import distributed as processes
-from poise.runtime.progress import console, progress
+from poise.runtime.progress import console
 from poise.runtime.run_folder import Json, Run, append_jsonl, is_main_process, keep_rows_before
-
-ALARM_PAUSE = 5  # steps between two raises of pessimism
 
 
 class Training:
-    """A run between two steps: what it has, and what it must remember to go on."""
+    """A PPO run between two steps."""
 
     def __init__(self, config: Config, out: Run, prompts: list[Prompt]):
         keep_freed_memory()
@@ -66,15 +66,13 @@ class Training:
             )
             if config.baselines:
                 self.reward.baselines.read(config.baselines, prompts)
-        self.step, self.kl_coef, self.pessimism = 0, config.kl_coef, 0
-        self.alarms: list[Json] = []
-        self.ended, self.last_score = "", 0.0
+        self.step, self.kl_coef, self.alarms = 0, config.kl_coef, Alarms(config.on_alarm, config.alarm_threshold)
         self._resume_or_start()
 
     # ---- one step ----
 
     def one_step(self) -> Json:
-        """Sample, score, improve; logs the step and its completions, and acts on an alarm. Returns the metrics."""
+        """Sample, score, improve, log; an alarm changes or ends what follows. Returns the step's metrics."""
         config, clock = self.config, _Clock()
         batch = self._batch()[processes.share(config.prompts_per_step)]
         rollout = self.policy.sample(batch, self._uniforms())
@@ -93,9 +91,10 @@ class Training:
         clock.lap("update")
 
         part = HeadRewards(heads.mean[mine], heads.std[mine])
-        rows = processes.gathered_rows(_rows(self.step, batch, texts, part, score[mine], facts[mine, 0]))
+        rows = processes.gathered_rows(sample_rows(self.step, batch, texts, part, score[mine], facts[mine, 0]))
         metrics = self._metrics(heads, score, facts) | losses | text_signs([row["completion"] for row in rows])
-        metrics |= self._watch(metrics) | clock.seconds
+        reading, self.kl_coef = self.alarms.watch(metrics, self.step, self.kl_coef)
+        metrics |= reading | clock.seconds
         if is_main_process():
             append_jsonl(self.out.folder / "samples.jsonl", rows)
             self.out.log(step=self.step, **metrics)
@@ -106,7 +105,7 @@ class Training:
         return metrics
 
     def _batch(self) -> list[Prompt]:
-        """This step's prompts: all of them once, in random order, then all again in another."""
+        """This step's prompts. An epoch uses every prompt at most once, in an order of its own."""
         per_epoch, count = len(self.prompts) // self.config.prompts_per_step, self.config.prompts_per_step
         epoch, at = divmod(self.step, per_epoch)
         order = torch.randperm(
@@ -115,7 +114,7 @@ class Training:
         return [self.prompts[i] for i in order[at * count : (at + 1) * count]]
 
     def _uniforms(self) -> Tensor:
-        """Random numbers of this process's completions, of those drawn for all."""
+        """This process's share of the step's random numbers; every process draws all of them."""
         config = self.config
         drawn = uniforms(
             config.prompts_per_step, config.completions_per_prompt, config.max_tokens, self.learner.generator
@@ -123,7 +122,7 @@ class Training:
         return drawn[processes.share(config.prompts_per_step)]
 
     def _score(self, heads: HeadRewards, ended: Tensor) -> Tensor:
-        """Rewards (N,) of the step's completions, the constants of their scale brought up to date if asked for."""
+        """Rewards (N,) of the step's completions; --reward-norm running and batch update the scale first."""
         norm, scale, objective = self.config.reward_norm, self.reward.scale, self._objective()
         self.reward.objective = objective
         if norm == "running":
@@ -133,14 +132,14 @@ class Training:
         return self.reward.combine(heads) - self.config.missing_eos_penalty * (1 - ended.to(heads.mean))
 
     def _objective(self) -> Objective:
-        """The objective with the parameter that this step has."""
+        """The objective with this step's parameter."""
         objective = parse_objective(self.config.objective)
         if self.config.final_parameter is not None:
             start = parameter(objective) or 0.0
             objective = with_parameter(
                 objective, linear(start, self.config.final_parameter, self.step / max(self.config.num_steps - 1, 1))
             )
-        for _ in range(self.pessimism):
+        for _ in range(self.alarms.pessimism):
             objective = more_pessimistic(objective)
         return objective
 
@@ -173,33 +172,10 @@ class Training:
             "scale_std": self.reward.scale.std,
         }
 
-    # ---- what reacts to a step ----
-
-    def _watch(self, metrics: Json) -> Json:
-        """The monitor's reading."""
-        reading = self.monitor.update(metrics)
-        self.last_score = reading.score
-        if reading.alarm:
-            self._act(reading.score)
-        return {"monitor_score": reading.score, "alarm": reading.alarm, "signs": reading.signs}
-
-    def _act(self, score: float) -> None:
-        action, last = self.config.on_alarm, self.alarms[-1]["step"] if self.alarms else -ALARM_PAUSE
-        if action != "stop" and action != "rollback" and self.step - last < ALARM_PAUSE:
-            return
-        self.alarms.append({"step": self.step, "score": score, "action": action})
-        said = f"step {self.step}: signs of over-optimization (score {score:.2f})"
-        if action == "pessimism":
-            self.pessimism += 1
-            self.kl_coef *= 2
-            said += f"; β is now {self.kl_coef:g}"
-        elif action in ("stop", "rollback"):
-            self.ended = action
-            said += "; stopping" if action == "stop" else "; going back to the last policy that looked safe"
-        if is_main_process():
-            console.print(said)
+    # ---- what follows a step ----
 
     def _adapt(self, metrics: Json) -> None:
+        """Move β toward --kl-target."""
         config = self.config
         if config.kl_target is not None:
             num = config.prompts_per_step * config.completions_per_prompt
@@ -220,41 +196,33 @@ class Training:
 
     @property
     def safe(self) -> Path:
-        """The last checkpoint that looked safe, with --on-alarm rollback."""
+        """The checkpoint that --on-alarm rollback returns to."""
         return self.out.folder / "safe.safetensors"
 
     def save(self) -> None:
-        """Write the checkpoint; with it, if an alarm can lead back there, the one that looks safe."""
-        if self.ended == "rollback" and self.safe.exists():
+        """Write the checkpoint. With --on-alarm rollback: after an alarm return to `safe`, before one update it."""
+        if self.alarms.ended == "rollback" and self.safe.exists():
             self.step = self.learner.load(self.safe)["step"]
         if is_main_process():
-            self.learner.save(self.checkpoint, self._remembered())
-            if self.config.on_alarm == "rollback" and not self.ended and self._looks_safe():
-                self.learner.save(self.safe, self._remembered())
+            self.learner.save(self.checkpoint, self._state())
+            if self.config.on_alarm == "rollback" and self.alarms.policy_looks_safe:
+                self.learner.save(self.safe, self._state())
         processes.wait()
 
-    def _looks_safe(self) -> bool:
-        return not self.alarms and self.last_score < self.config.alarm_threshold / 2
-
-    def _remembered(self) -> Json:
-        return {
-            "step": self.step, "kl_coef": self.kl_coef, "pessimism": self.pessimism, "alarms": self.alarms,
-            "ended": self.ended, "scale": self.reward.scale.to_json(), "monitor": self.monitor.state(),
-            "last_score": self.last_score,
-        }  # fmt: skip
+    def _state(self) -> Json:
+        """What a checkpoint holds beside the learner's tensors."""
+        scale = self.reward.scale.to_json()
+        return {"step": self.step, "kl_coef": self.kl_coef, "scale": scale} | self.alarms.state()
 
     def _resume_or_start(self) -> None:
-        monitoring = MonitorConfig(threshold=self.config.alarm_threshold)
         if not self.checkpoint.exists():
-            self.monitor = Monitor(monitoring)
             self._fit_scale()
             self.save()
             return
         saved = self.learner.load(self.checkpoint)
-        for name in ("step", "kl_coef", "pessimism", "alarms", "ended", "last_score"):
-            setattr(self, name, saved[name])
+        self.step, self.kl_coef = saved["step"], saved["kl_coef"]
+        self.alarms.restore(saved)
         self.reward.scale = RewardScale.from_json(saved["scale"])
-        self.monitor = Monitor.restore(saved["monitor"], monitoring)
         if is_main_process():
             console.print(f"going on from step {self.step} of {self.out.folder}")
             for name in ("metrics.jsonl", "samples.jsonl", "benchmarks.jsonl"):
@@ -263,7 +231,7 @@ class Training:
             self.reward.baselines.resume(self.step)
 
     def _fit_scale(self) -> None:
-        """The reward's zero and scale, from completions of the initial policy."""
+        """Fit the reward's zero and unit on completions of the initial policy."""
         config = self.config
         mine = processes.share(config.prompts_per_step)
         found: list[HeadRewards] = []
@@ -282,32 +250,6 @@ class Training:
         self.reward.scale = RewardScale.fit(heads, self._objective(), floor, ceiling)
 
 
-def sample_policy(
-    policy: Policy, reward: PolicyReward, prompts: list[Prompt], per_prompt: int, max_tokens: int, seed: int, step: int
-) -> list[Json]:
-    """Completions of a policy, with rewards and KL; policies sampled with one seed share their random numbers.
-
-    Every process takes its share of the prompts and returns all rows.
-    """
-    numbers = uniforms(len(prompts), per_prompt, max_tokens, torch.Generator().manual_seed(seed))
-    rows: list[Json] = []
-    mine = range(0, len(prompts), 16)[processes.process_index() :: processes.num_processes()]
-    with progress("sampling the trained policy", len(mine)) as advance:
-        for start in mine:
-            batch = prompts[start : start + 16]
-            rollout = policy.sample(batch, numbers[start : start + 16])
-            texts = policy.texts(rollout)
-            heads = reward.heads(policy, batch, texts, step)
-            kl = ppo.sequence_kl(
-                rollout.logprob_PMT.flatten(0, 1), policy.reference_logprobs(rollout).flatten(0, 1),
-                rollout.mask_PMT.flatten(0, 1),
-            )  # fmt: skip
-            rows += _rows(start, batch, texts, heads, reward.combine(heads), kl)
-            advance()
-    rows = sorted(processes.gathered_rows(rows), key=lambda row: row["step"])
-    return [row | {"step": step} for row in rows]
-
-
 _FACTS = ("kl", "kl_k3", "logprob", "tokens", "ended")
 
 
@@ -321,19 +263,6 @@ def _facts(rollout: Rollout, reference: Tensor, end: int) -> Tensor:
         (logprob * mask).sum(-1), mask.sum(-1), ended,
     )  # fmt: skip
     return torch.stack(columns, -1).cpu()
-
-
-def _rows(
-    step: int, prompts: list[Prompt], texts: list[list[str]], heads: HeadRewards, score: Tensor, kl: Tensor
-) -> list[Json]:
-    pairs = [(prompt, text) for prompt, row in zip(prompts, texts, strict=True) for text in row]
-    return [
-        {
-            "step": step, "prompt": prompt, "completion": text, "reward": score[i].item(), "kl": kl[i].item(),
-            "mean": heads.mean[i].tolist(), "std": heads.std[i].tolist(),
-        }
-        for i, (prompt, text) in enumerate(pairs)
-    ]  # fmt: skip
 
 
 class _Clock:

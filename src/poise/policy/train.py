@@ -31,8 +31,9 @@ from poise.integrations.lm_eval import Task, evaluate, read_tasks
 from poise.models.loading import check_room, load_policy
 from poise.models.policy import Policy
 from poise.policy.config import Config
-from poise.policy.loop import Training, sample_policy
+from poise.policy.loop import Training
 from poise.policy.reward import PolicyReward
+from poise.policy.sampling import sample_policy
 from poise.runtime import distributed as processes
 from poise.runtime.progress import finish_the_step, progress
 from poise.runtime.run_folder import (
@@ -96,7 +97,7 @@ def _ppo(config: Config, out: Run, prompts: list[Prompt], track: Track) -> tuple
     training = Training(config, out, prompts)
     with finish_the_step() as asked_to_stop:
         with progress(f"PPO on {config.objective}", config.num_steps, training.step) as advance:
-            while training.step < config.num_steps and not training.ended:
+            while training.step < config.num_steps and not training.alarms.ended:
                 if tasks and training.step % config.eval_every == 0:
                     advance(0, "benchmarks")
                     _ask_benchmarks(training, tasks)
@@ -109,7 +110,7 @@ def _ppo(config: Config, out: Run, prompts: list[Prompt], track: Track) -> tuple
         training.save()
     if tasks:
         _ask_benchmarks(training, tasks)
-    return training.policy, training.reward, {"steps": training.step, "alarms": training.alarms}
+    return training.policy, training.reward, {"steps": training.step, "alarms": training.alarms.raised}
 
 
 def _ask_benchmarks(training: Training, tasks: list[Task]) -> None:
