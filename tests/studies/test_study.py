@@ -309,7 +309,7 @@ def test_conversations_that_share_their_last_turn_make_a_pool(
 
 
 def test_the_standard_study_has_files_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from test_quickstart import fake_ratings, shorten
+    from studies.test_quickstart import fake_ratings, shorten
 
     monkeypatch.setattr(recipes, "human_ratings", fake_ratings)
     shorten(monkeypatch)
