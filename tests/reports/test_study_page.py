@@ -19,6 +19,7 @@ import torch
 from numpy import ndarray
 from PIL import Image
 
+from pages import CHROMIUM, Page, needs_chromium
 from poise.errors import PoiseError
 from poise.functional import best_of_n as selection
 from poise.functional.objectives import HeadRewards, RewardScale, parse_objective
@@ -27,7 +28,6 @@ from poise.reports import verdicts as study_verdicts
 from poise.reports.quickstart_page import Verdict
 from poise.reports.summary import MEASURES
 from poise.runtime.run_folder import Json, write_json
-from reports.test_quickstart_page import CHROMIUM, Page, needs_chromium
 
 HOSTILE = '</script><script>document.title="pwned"</script><img src=x onerror="document.title=1"><!--<script>'
 ARMS = {
