@@ -318,11 +318,24 @@ def test_a_config_file_with_the_names_of_old_studies(tmp_path: Path) -> None:
     assert parsed.policy.prompts == ""
 
 
+def test_a_config_file_written_by_hand(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("label_noise: [0, 0.25]\npolicy: {learning_rate: 1e-3, clip: 1, max_step_kl: null}\n")
+    parsed = parse_config(study.Config, "poise study", ["--config", str(file)], study.RENAMED)
+    assert parsed.label_noise == ("0", "0.25")
+    assert (parsed.policy.learning_rate, parsed.policy.clip, parsed.policy.max_step_kl) == (0.001, 1.0, None)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("armz: [mean]\npolicy: {clip: 0.3, clop: 1}\nreward: {trunc: lora}\n",
          "settings poise study does not know: armz, policy.clop, reward.trunc$"),
+        ("policy: {settle: perhaps}\n", "policy.settle cannot be 'perhaps'$"),
+        ("policy: {tune: half}\n", "policy.tune cannot be 'half'$"),
+        ("arms: single\n", "arms cannot be 'single'$"),
+        ("num_preferences: many\n", "num_preferences cannot be 'many'$"),
+        ("policy: {learning_rate: fast}\n", "policy.learning_rate cannot be 'fast'$"),
         ("policy:\n", "policy must hold settings, each as `name: value`$"),
         ("kl_coef: 0.1\npolicy: 3\n", "policy must hold settings, each as `name: value`$"),
     ],

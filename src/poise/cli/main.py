@@ -9,8 +9,8 @@ import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
-from types import MappingProxyType
-from typing import Any
+from types import MappingProxyType, NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from poise import __version__
 from poise.errors import PoiseError
@@ -86,7 +86,7 @@ def parse_config(
     """The config that the arguments describe, on top of `--config FILE` if given.
 
     renamed: dotted names that settings have now, by the names they have in older files.
-    Raises PoiseError for a config file with settings this command does not have.
+    Raises PoiseError for a config file with settings this command does not have, or with values of a wrong type.
     """
     import tyro
 
@@ -128,7 +128,7 @@ def _values(settings: dict[Any, Any], config: type, path: str, inside: str = "")
 
     A field whose default is a config itself takes a mapping, whose settings replace those of the default.
     """
-    known = {field.name: field.default for field in fields(config)}
+    known, kinds = {field.name: field.default for field in fields(config)}, get_type_hints(config)
     values: dict[str, Any] = {}
     unknown: list[str] = []
     for name, value in settings.items():
@@ -141,8 +141,40 @@ def _values(settings: dict[Any, Any], config: type, path: str, inside: str = "")
             values[name] = replace(default, **inner)
             unknown += others
         else:
-            values[name] = tuple(value) if isinstance(value, list) else value
+            try:
+                values[name] = _converted(value, kinds[name])
+            except (TypeError, ValueError):
+                raise PoiseError(f"{path}: {inside}{name} cannot be {value!r}") from None
     return values, unknown
+
+
+def _converted(value: Any, kind: Any) -> Any:
+    """A value of a YAML file as the type of a config's field; TypeError or ValueError if it is of another type.
+
+    YAML reads `1e-3` as text and an unquoted `0.25` as a number: floats may be text, and text may be a number.
+
+    >>> _converted("1e-3", float), _converted([0, 0.25], tuple[str, ...]), _converted(None, int | None)
+    (0.001, ('0', '0.25'), None)
+    """
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list):
+            raise TypeError
+        return tuple(_converted(item, get_args(kind)[0]) for item in value)
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ValueError
+    elif get_origin(kind) in (Union, UnionType):
+        if value is None and NoneType in get_args(kind):
+            return None
+        [kind] = (one for one in get_args(kind) if one is not NoneType)
+        return _converted(value, kind)
+    elif kind in (float, str):
+        if value is None or isinstance(value, (bool, list, dict)):
+            raise TypeError
+        return kind(value)
+    elif kind in (int, bool) and type(value) is not kind:
+        raise TypeError
+    return value
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ ARMS: dict[str, Arm] = {
     "uncertainty_weighted": Arm("ensemble", "uncertainty_weighted(0.1)", "ensemble: mean − c·variance (UWO)"),
     "lower_confidence": Arm("ensemble", "lower_confidence(1)", "ensemble: mean − std"),
     "soft_min": Arm("ensemble", "soft_min(0.5)", "ensemble: soft minimum"),
-    "contrastive": Arm("single", "nominal", "single, less the prompt's baselines", {"shaping": "contrastive"}),
+    "contrastive": Arm("single", "nominal", "single, minus the prompt's baselines", {"shaping": "contrastive"}),
     "par": Arm("single", "nominal", "single: probability of beating the baselines", {"shaping": "par"}),
     "bayesian": Arm("posterior", "lower_confidence(1)", "Bayesian last layer: lower bound of posterior heads"),
     "settle": Arm(

@@ -177,7 +177,7 @@ def _shown(row: Json) -> Json:
 
 
 def distinct_bigrams(texts: list[str]) -> float:
-    """Distinct word pairs as a share of all word pairs: low when a policy says the same of everything.
+    """Distinct word pairs as a share of all word pairs: low when a policy writes the same about everything.
 
     Gold reads one text at a time and cannot see this.
 

@@ -80,7 +80,7 @@ def gold_rewards(texts: Sequence[str]) -> Float[ndarray, " texts"]:
 
 
 def gold_reward(text: str) -> float:
-    """VADER compound less `degeneracy`, at least -1.
+    """VADER compound minus `degeneracy`, at least -1.
 
     >>> gold_reward("A warm, funny and beautifully acted film.") > 0.5
     True

@@ -24,7 +24,7 @@ from poise.runtime.run_folder import Run, write_jsonl
 from poise.studies import best_of_n, compare
 from poise.studies.arms import Arm
 
-# What the reviews are about. Policies are trained on one half and judged on the other.
+# What the reviews are about. Policies are trained on one half and evaluated on the other.
 TRAIN_FILMS = (
     "love", "war", "a lost dog", "a bank robbery", "growing up", "a haunted house", "two brothers", "space travel",
     "a wedding", "a spy", "cooking", "a school", "chess", "the sea", "a murder", "robots", "a road trip", "a king",
