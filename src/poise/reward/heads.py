@@ -5,6 +5,7 @@ Everything here works on features computed once, in float64, centered and scaled
 Shapes: _N pairs, _H hidden, _K heads, _L labels.
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,6 +21,8 @@ from poise.runtime.progress import progress
 from poise.runtime.run_folder import Json
 
 STD_COLLAPSE = 10.0  # warn if the median std falls by this factor while validation MSE is flat
+
+WITHIN_ONE_STD = math.erf(0.5**0.5)  # probability of |z| < 1 for a standard Gaussian, 0.6827
 
 HeadLossName = Literal["sampled_mse", "gaussian_nll", "beta_nll", "crps", "probit_pairs"]
 
@@ -233,11 +236,16 @@ def _pair_loss(mean: Tensor, std: Tensor, _noise: Tensor, _target: Tensor, mask:
 def fit_std_scale(
     mean: Float[Tensor, "texts heads"], std: Float[Tensor, "texts heads"], target: Float[Tensor, " texts"]
 ) -> Float[Tensor, " heads"]:
-    """Per head, the factor s on its std that maximizes the likelihood N(target; mean, (s std)^2) of held-out texts.
+    """Per head, the factor s for which mean ± s std covers 68.3 % of held-out targets, as one std of a Gaussian does.
 
-    s^2 = mean(((target - mean) / std)^2), in closed form.
+    s is the 68.3 % quantile of |z|, z = (target - mean) / std: 1 for Gaussian errors of the std that the head reports.
+    The most likely s, the root of the mean z^2, would be set by the few texts whose std is far too small.
+
+    >>> round(fit_std_scale(torch.zeros(3, 1), torch.ones(3, 1), torch.tensor([-1.0, 2.0, 3.0])).item(), 4)
+    2.3654
     """
-    return ((target.unsqueeze(-1) - mean) / std).square().mean(0).sqrt()
+    z = ((target.unsqueeze(-1) - mean) / std).abs()
+    return torch.stack([own.quantile(WITHIN_ONE_STD) for own in z.unbind(-1)])
 
 
 def std_collapsed(history: list[Json]) -> bool:
