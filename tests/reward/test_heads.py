@@ -13,6 +13,7 @@ from poise.reward.heads import (
     draw_posterior,
     fit_bradley_terry,
     fit_std_scale,
+    penalized_loss,
     posterior_factor,
     std_collapsed,
     train_heads,
@@ -64,9 +65,25 @@ def test_posterior_draws_have_the_laplace_covariance() -> None:
     draws = draw_posterior(weight, posterior_factor(features, weight, 2.0), 60_000, torch.Generator().manual_seed(0))
     d = features.difference_NH.numpy()
     p = 1 / (1 + np.exp(-d @ weight.numpy()))
-    hessian = sum(p[i] * (1 - p[i]) * np.outer(d[i], d[i]) for i in range(len(d))) + 2.0 * np.eye(6)
+    t = (features.chosen_NH + features.rejected_NH).numpy()
+    hessian = sum(p[i] * (1 - p[i]) * np.outer(d[i], d[i]) + 0.02 * np.outer(t[i], t[i]) for i in range(len(d)))
+    hessian = hessian + 2.0 * np.eye(6)
     np.testing.assert_allclose(np.cov(draws.numpy().T), np.linalg.inv(hessian), atol=2e-4)
     torch.testing.assert_close(draws.mean(0), weight)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+def test_posterior_covariance_is_the_inverse_hessian_of_the_fitted_loss(label_smoothing: float) -> None:
+    features = synthetic(60)[0]._replace(margin_N=torch.linspace(0, 1, 60, dtype=torch.float64))
+    weight = fit_bradley_terry(features, 0.5, label_smoothing)
+
+    def loss(w: torch.Tensor) -> torch.Tensor:
+        return penalized_loss(features, w, 0.5, label_smoothing)
+
+    assert torch.autograd.functional.jacobian(loss, weight).abs().max() < 1e-4  # what is minimized is this loss
+    hessian = torch.autograd.functional.hessian(loss, weight)
+    factor = posterior_factor(features, weight, 0.5)
+    torch.testing.assert_close(factor @ factor.T @ hessian, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-10)
 
 
 def test_posterior_spread_grows_away_from_the_data_and_not_along_it() -> None:

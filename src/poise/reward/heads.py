@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from poise.functional.objectives import HeadRewards
-from poise.functional.reward_losses import HEAD_LOSSES, HeadLoss, bradley_terry, probit_pairs
+from poise.functional.reward_losses import CENTERING, HEAD_LOSSES, HeadLoss, bradley_terry, probit_pairs
 from poise.models.reward_model import HeadLayout
 from poise.reward.pairs import FeaturePairs
 from poise.reward.shards import Shards
@@ -47,15 +47,23 @@ class Heads(NamedTuple):
 # ---- stage 1 and its posterior ----
 
 
+def penalized_loss(
+    pairs: FeaturePairs, weight: Float[Tensor, " hidden"], precision: float, label_smoothing: float = 0.0
+) -> Float[Tensor, ""]:
+    """N * bradley_terry(w) + precision/2 |w|^2: the loss of stage 1, whose Hessian `posterior_factor` inverts."""
+    chosen, rejected = pairs.chosen_NH @ weight, pairs.rejected_NH @ weight
+    loss = len(chosen) * bradley_terry(chosen, rejected, pairs.margin_N, label_smoothing=label_smoothing)
+    return loss + precision / 2 * weight.square().sum()
+
+
 def fit_bradley_terry(pairs: FeaturePairs, precision: float, label_smoothing: float = 0.0) -> Float[Tensor, " hidden"]:
-    """argmin_w N * bradley_terry(w) + precision/2 |w|^2, to convergence: the MAP under w ~ N(0, I/precision)."""
+    """argmin_w `penalized_loss`, to convergence: the MAP under w ~ N(0, I/precision)."""
     weight = torch.zeros(pairs.chosen_NH.shape[1], dtype=pairs.chosen_NH.dtype, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight], max_iter=500, tolerance_grad=1e-8, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = len(pairs.chosen_NH) * _bradley_terry(pairs, weight, label_smoothing=label_smoothing)
-        loss = loss + precision / 2 * weight.square().sum()
+        loss = penalized_loss(pairs, weight, precision, label_smoothing)
         loss.backward()
         return loss
 
@@ -93,23 +101,20 @@ def choose_prior(
     return precision, weight
 
 
-def _bradley_terry(pairs: FeaturePairs, weight: Tensor, label_smoothing: float) -> Tensor:
-    chosen, rejected = pairs.chosen_NH @ weight, pairs.rejected_NH @ weight
-    return bradley_terry(chosen, rejected, pairs.margin_N, label_smoothing=label_smoothing)
-
-
 def posterior_factor(
     pairs: FeaturePairs, weight: Float[Tensor, " hidden"], precision: float
 ) -> Float[Tensor, "hidden hidden"]:
     """F with F F^T = H^-1, the covariance of the Laplace posterior N(w, H^-1) of the Bradley-Terry head at its MAP.
 
-    H = sum_i p_i (1 - p_i) d_i d_i^T + precision I,  d = feature difference of a pair, p = sigmoid(w.d - margin).
+    H = sum_i [p_i (1 - p_i) d_i d_i^T + 2 c t_i t_i^T] + precision I is the Hessian of `penalized_loss`, with d and t
+    the difference and the sum of a pair's features, p = sigmoid(w.d - margin) and c = CENTERING.
     Label smoothing does not change H: log sigmoid(x) and log sigmoid(-x) have the same second derivative.
     """
     difference = pairs.difference_NH
     probability = torch.sigmoid(difference @ weight - pairs.margin_N)
     hessian = difference.T @ (difference * (probability * (1 - probability)).unsqueeze(-1))
-    hessian = hessian + precision * torch.eye(len(weight), dtype=weight.dtype)
+    together = pairs.chosen_NH + pairs.rejected_NH
+    hessian = hessian + 2 * CENTERING * together.T @ together + precision * torch.eye(len(weight), dtype=weight.dtype)
     # For H = L L^T, F = L^-T.
     identity = torch.eye(len(weight), dtype=weight.dtype)
     return torch.linalg.solve_triangular(torch.linalg.cholesky(hessian).T, identity, upper=True)
