@@ -9,7 +9,9 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
+from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from poise.functional.objectives import HeadRewards
@@ -251,6 +253,24 @@ def fit_std_scale(
     """
     z = ((target.unsqueeze(-1) - mean) / std).abs()
     return torch.stack([own.quantile(WITHIN_ONE_STD) for own in z.unbind(-1)])
+
+
+def fit_reward_scale(margin: Float[Tensor, " pairs"]) -> float:
+    """The c > 0 for which sigmoid(c * margin) best predicts held-out preferences, as `HeadLayout.reward_scale`.
+
+    margin: reward of the chosen text minus that of the rejected one, mean over heads.
+    For heads of `probit_pairs`, P = Phi(margin / sqrt(1 + std+^2 + std-^2)). Phi(x) is within .01 of sigmoid(1.702 x),
+    so c is about 1.702 / sqrt(1 + std+^2 + std-^2) where they are right. Fitting c also corrects heads that overfit.
+    A human choice counts as (n + 1) / (n + 2) instead of 1 (Platt 1999): c is finite if all margins are positive.
+    """
+    wrong = 1 / (len(margin) + 2)
+
+    def loss(log_scale: float) -> float:
+        logit = math.exp(log_scale) * margin
+        return ((1 - wrong) * F.softplus(-logit) + wrong * F.softplus(logit)).mean().item()
+
+    reach = math.log(1e4 / margin.abs().mean().clamp_min(1e-12).item())
+    return math.exp(minimize_scalar(loss, bounds=(reach - 2 * math.log(1e4), reach), method="bounded").x)
 
 
 def std_collapsed(history: list[Json]) -> bool:
