@@ -97,7 +97,7 @@ def calibrated(
 
     held: features of the validation pairs, as the model's trunk gives them. stage1_scale: reward_scale of the targets.
     Heads of `probit_pairs` do not imitate the stage-1 reward: their unit is the probit's, and each has its own
-    constant. Their `reward_scale` is fitted on the validation pairs. The targets are put in their unit, without constants.
+    constant. Their `reward_scale` is fitted on validation pairs. The targets are put in that unit, without constants.
     """
     layout = model.layout
     heads = layout.decode(held.texts_NH @ model.weight.double().T)
