@@ -243,7 +243,7 @@ def test_what_a_std_is_depends_on_the_loss_and_its_calibration() -> None:
     assert "noise it sees in preferences" in said["probit_pairs"]
     for loss in losses[1:]:
         assert "sampled_mse" not in said[loss]
-    assert "`std_scale`" in text_of("brme", GAUSSIAN | {"std_scale": [2.0, 2.0, 2.0]})
+    assert "`std_scale` (2, 0.5, 1.25)" in text_of("brme", GAUSSIAN | {"std_scale": [2.0, 0.5, 1.25]})
     assert "`std_scale`" not in text_of("brme", GAUSSIAN)
 
 

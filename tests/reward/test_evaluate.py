@@ -23,6 +23,7 @@ from poise.reports import plots
 from poise.reports import reward_page as evaluation_page
 from poise.reward import evaluate as evaluate_reward
 from poise.reward.evaluate import Config
+from poise.reward.model_comparison import over_rewards
 from poise.runtime.run_folder import Json, read_jsonl, write_json
 
 SCRIPT = '<script>document.title="pwned"</script>'
@@ -99,15 +100,19 @@ def test_every_model_has_its_own_uncertainties(evaluation: Path, reward_run: Pat
     assert brme["pairs"]["uncertainties"]["random"] != single["pairs"]["uncertainties"]["random"]
 
 
-def test_means_over_models_are_of_what_all_of_them_have(evaluation: Path) -> None:
+def test_models_of_several_kinds_are_compared_and_not_averaged(evaluation: Path) -> None:
     results = json.loads((evaluation / "results.json").read_text())
-    over, models = results["over_rewards"], results["rewards"]
-    values = [model["pairs"]["accuracy"] for model in models]
-    assert over["pairs accuracy"] == {
-        "mean": pytest.approx(np.mean(values)), "interval": [min(values), max(values)], "values": values,
-    }  # fmt: skip
-    assert "pairs AUROC of errors, random" in over
-    assert "pairs AUROC of errors, disagreement" not in over
+    assert results["over_rewards"] == {}
+    [found], models = results["differences"], results["rewards"]
+    assert (found["reward"], found["versus"]) == (models[1]["reward"], models[0]["reward"])
+    for data in ("pairs", "ood"):
+        brme, single = (model[data] for model in models)
+        assert found[f"{data} accuracy"]["mean"] == pytest.approx(single["accuracy"] - brme["accuracy"])
+        assert found[f"{data} NLL"]["mean"] == pytest.approx(single["probability"]["nll"] - brme["probability"]["nll"])
+    brme_rows, single_rows = (list(read_jsonl(evaluation / f"reward-{number}.jsonl"))[:40] for number in (1, 2))
+    nll = -np.log([row["probability"] for row in single_rows]) + np.log([row["probability"] for row in brme_rows])
+    reach = 1.96 * nll.std() / 40**0.5  # paired: over the 40 pairs' own differences
+    assert found["pairs NLL"]["interval"] == pytest.approx([nll.mean() - reach, nll.mean() + reach], abs=0.4 * reach)
 
 
 def test_a_stopped_run_goes_on_and_a_finished_one_is_not_repeated(
@@ -213,7 +218,8 @@ def test_best_of_n_sets_stand_beside_chance(reward_run: Path, tmp_path: Path) ->
     rows = list(read_jsonl(run.folder / "reward-1.jsonl"))
     assert sets["accuracy"] == pytest.approx(np.mean([max(row["chosen"]) > max(row["rejected"]) for row in rows]))
     assert sets["chance"] == 0.25
-    assert run.results["over_rewards"]["accuracy"]["values"][0] == sets["accuracy"]
+    [found], single = run.results["differences"], run.results["rewards"][1]["sets"]
+    assert found["accuracy"]["mean"] == pytest.approx(single["accuracy"] - sets["accuracy"])
     assert "chance would in 25.0 %" in page_text(run.folder / "evaluation.html")
 
 
@@ -264,7 +270,7 @@ def test_the_page_is_whole_and_points_nowhere(evaluation: Path) -> None:
     assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
     assert "@media print" in page.html  # the style sheet of the house
     text = page_text(evaluation / "evaluation.html")
-    for words in ("Over 2 reward models", "Does it notice other data?", "How the stds came about", "routing_std"):
+    for words in ("Does it notice other data?", "How the stds came about", "routing_std"):
         assert words in text
     with Image.open(evaluation / "calibration.png") as image:
         assert image.width > 1200
@@ -385,6 +391,13 @@ def test_failures_come_first() -> None:
     abroad = evaluation_page.verdicts({"rewards": [good, good | {"ood": lost, "ood_auroc": silent}]})
     assert [verdict.kind for verdict in abroad] == ["unclear", "better", "better"]
     assert abroad[0].text.startswith("runs/Mine: On the other data it orders")
+
+
+def test_the_page_shows_means_over_models_of_one_kind(evaluation: Path, tmp_path: Path) -> None:
+    single = json.loads((evaluation / "results.json").read_text())["rewards"][1]
+    rewards = [single, single | {"reward": "another seed"}]
+    write_json(tmp_path / "results.json", {"kind": "pairs", "rewards": rewards, "over_rewards": over_rewards(rewards)})
+    assert "Over 2 reward models" in page_text(evaluation_page.build(tmp_path))
 
 
 def test_a_model_without_a_mistake_has_a_page(evaluation: Path, tmp_path: Path) -> None:

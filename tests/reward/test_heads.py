@@ -5,8 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import minimize_scalar
-from scipy.stats import norm
 
 from poise.models.reward_model import LastLayer
 from poise.reward.heads import (
@@ -15,6 +13,7 @@ from poise.reward.heads import (
     draw_posterior,
     fit_bradley_terry,
     fit_std_scale,
+    penalized_loss,
     posterior_factor,
     std_collapsed,
     train_heads,
@@ -66,9 +65,25 @@ def test_posterior_draws_have_the_laplace_covariance() -> None:
     draws = draw_posterior(weight, posterior_factor(features, weight, 2.0), 60_000, torch.Generator().manual_seed(0))
     d = features.difference_NH.numpy()
     p = 1 / (1 + np.exp(-d @ weight.numpy()))
-    hessian = sum(p[i] * (1 - p[i]) * np.outer(d[i], d[i]) for i in range(len(d))) + 2.0 * np.eye(6)
+    t = (features.chosen_NH + features.rejected_NH).numpy()
+    hessian = sum(p[i] * (1 - p[i]) * np.outer(d[i], d[i]) + 0.02 * np.outer(t[i], t[i]) for i in range(len(d)))
+    hessian = hessian + 2.0 * np.eye(6)
     np.testing.assert_allclose(np.cov(draws.numpy().T), np.linalg.inv(hessian), atol=2e-4)
     torch.testing.assert_close(draws.mean(0), weight)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+def test_posterior_covariance_is_the_inverse_hessian_of_the_fitted_loss(label_smoothing: float) -> None:
+    features = synthetic(60)[0]._replace(margin_N=torch.linspace(0, 1, 60, dtype=torch.float64))
+    weight = fit_bradley_terry(features, 0.5, label_smoothing)
+
+    def loss(w: torch.Tensor) -> torch.Tensor:
+        return penalized_loss(features, w, 0.5, label_smoothing)
+
+    assert torch.autograd.functional.jacobian(loss, weight).abs().max() < 1e-4  # what is minimized is this loss
+    hessian = torch.autograd.functional.hessian(loss, weight)
+    factor = posterior_factor(features, weight, 0.5)
+    torch.testing.assert_close(factor @ factor.T @ hessian, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-10)
 
 
 def test_posterior_spread_grows_away_from_the_data_and_not_along_it() -> None:
@@ -236,13 +251,28 @@ def test_last_layer_std_is_what_many_draws_say() -> None:
     torch.testing.assert_close(layer.difference_std(x - y), ((x - y) @ draws.T).std(-1), rtol=0.02, atol=0)
 
 
-def test_std_scale_is_the_most_likely_one() -> None:
-    generator = torch.Generator().manual_seed(0)
-    mean, target = torch.zeros(500, 2, dtype=torch.float64), torch.randn(500, generator=generator, dtype=torch.float64)
-    std = torch.rand(500, 2, generator=generator, dtype=torch.float64) + 0.1
+def test_std_scale_by_hand() -> None:
+    """Quantile .6827 of |z| = 1, ..., 101 lies at 1 + .6827 * 100."""
+    target = torch.arange(1, 102, dtype=torch.float64) * torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(51)[:101]
+    mean, std = torch.zeros(101, 2, dtype=torch.float64), torch.tensor([1.0, 10.0], dtype=torch.float64).expand(101, 2)
     scale = fit_std_scale(mean, std, target)
-    for head in range(2):
-        found = minimize_scalar(
-            lambda s, head=head: -norm.logpdf(target.numpy(), 0, s * std[:, head].numpy()).sum(), bounds=(0.1, 20)
-        )
-        assert scale[head].item() == pytest.approx(found.x, rel=1e-3)
+    np.testing.assert_allclose(scale, [69.268949, 6.9268949], rtol=1e-6)
+
+
+def test_std_scale_recovers_gaussian_errors_of_any_std() -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise, std = torch.randn(2, 40_000, 3, generator=generator, dtype=torch.float64)
+    std, truth = std.abs() + 0.1, torch.tensor([0.25, 1.0, 8.0], dtype=torch.float64)
+    target = torch.randn(40_000, generator=generator, dtype=torch.float64)
+    mean = target.unsqueeze(-1) + truth * std * noise
+    np.testing.assert_allclose(fit_std_scale(mean, std, target), truth, rtol=0.02)
+
+
+def test_std_scale_is_not_set_by_a_few_texts() -> None:
+    """One text in twenty with an error of 100 std: the root of the mean square would be 22."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(2000, generator=generator, dtype=torch.float64)
+    target[::20] = 100.0
+    scale = fit_std_scale(torch.zeros(2000, 1).double(), torch.ones(2000, 1).double(), target).item()
+    assert target.square().mean().sqrt() > 20
+    assert 0.9 < scale < 1.2

@@ -18,13 +18,15 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+CENTERING = 0.01  # weight of (r+ + r-)^2, arXiv 2312.09244
+
 
 def bradley_terry(
     chosen: Float[Tensor, " pairs"],
     rejected: Float[Tensor, " pairs"],
     margin: Float[Tensor, " pairs"] | float = 0.0,
     *,
-    centering: float = 0.01,
+    centering: float = CENTERING,
     label_smoothing: float = 0.0,
 ) -> Float[Tensor, ""]:
     """Mean of -(1 - e) log sigmoid(x) - e log sigmoid(-x) + centering * (r+ + r-)^2,  x = r+ - r- - margin.

@@ -132,9 +132,10 @@ def _limits(gaussian: bool, block: Json, settings: Json, results: Json) -> str:
     if gaussian:
         lines.append(STD_MEANS.get(settings["head_loss"], STD_OF_REWARD))
         if block.get("std_scale"):
+            factors = ", ".join(f"{factor:.3g}" for factor in block["std_scale"])
             lines.append(
-                "Times the head's `std_scale` in the `poise` block, it is an error bar for the conventional model's "
-                "reward of the validation texts."
+                f"Times the head's `std_scale` ({factors}) in the `poise` block, it is an error bar for the "
+                "conventional model's reward: mean ± std then covers 68 % of the validation texts."
             )
     return "\n".join(f"- {line}" for line in lines)
 

@@ -17,19 +17,16 @@ Only human labels are used. Nothing is trained or chosen here.
 
 import json
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
-
-import numpy as np
 
 from poise.data.evaluation_sets import Questions, read_questions
 from poise.data.preferences import OnBadRow
 from poise.data.types import Sample
 from poise.errors import PoiseError
 from poise.functional.objectives import Objective, RewardScale, mean, parse_objective
-from poise.functional.statistics import bootstrap_interval
 from poise.models.reward_model import HeadLayout, checkpoint_folder
 from poise.models.scorer import Scorer
+from poise.reward.model_comparison import differences, over_rewards
 from poise.reward.quality import (
     TextScores,
     judge_pairs,
@@ -41,7 +38,7 @@ from poise.reward.quality import (
     text_uncertainties,
 )
 from poise.runtime.progress import console, progress
-from poise.runtime.run_folder import Json, Run, write_json, write_jsonl
+from poise.runtime.run_folder import Json, Run, read_jsonl, write_json, write_jsonl
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,14 @@ def run(config: Config) -> Run:
             write_json(done, results)
         rewards.append(json.loads(done.read_text()))
         console.print(f"{path}: {_in_short(rewards[-1])}")
-    out.finish({"kind": questions.kind, "rewards": rewards, "over_rewards": over_rewards(rewards)})
+    units = {"file": questions.unit, **({"ood": ood.unit} if ood else {})}
+    kept = (list(read_jsonl(out.folder / f"reward-{number}.jsonl")) for number in range(1, len(rewards) + 1))
+    out.finish(
+        {
+            "kind": questions.kind, "rewards": rewards, "over_rewards": over_rewards(rewards),
+            "differences": differences(rewards, kept, questions.kind, units, config.seed),
+        }
+    )  # fmt: skip
     return out
 
 
@@ -149,40 +153,6 @@ def _learning(path: str, layout: HeadLayout) -> Json | None:
     if not results or not results.get("stage2_history"):
         return None
     return {"stage2_history": results["stage2_history"], "std_collapsed": bool(results.get("std_collapsed"))}
-
-
-# ---- several reward models ----
-
-
-def headline(results: Json) -> dict[str, float]:
-    """The numbers of one reward model that are averaged over several."""
-    numbers: Json = {}
-    for data in ("pairs", "ood"):
-        if block := results.get(data):
-            numbers |= {f"{data} accuracy": block["accuracy"], f"{data} over length": block["over_length"]}
-            numbers[f"{data} NLL"] = block["probability"]["nll"]
-            for name, known in block["uncertainties"].items():
-                numbers[f"{data} AUROC of errors, {name}"] = known["auroc"]
-    for name, known in (results.get("ood_auroc") or {}).items():
-        numbers[f"AUROC of --ood texts, {name}"] = known["auroc"]
-    sets = results.get("sets") or {}
-    numbers |= {f"{name} accuracy": score["accuracy"] for name, score in (sets.get("scores") or {}).items()}
-    if "accuracy" in sets:
-        numbers |= {"accuracy": sets["accuracy"], "over chance": sets["over_chance"]}
-    return {name: value for name, value in numbers.items() if value is not None and isfinite(value)}
-
-
-def over_rewards(rewards: list[Json]) -> Json:
-    """Mean of each headline number that all reward models have, with a bootstrap interval over the models."""
-    if len(rewards) < 2:
-        return {}
-    numbers = [headline(results) for results in rewards]
-    shared = [name for name in numbers[0] if all(name in other for other in numbers)]
-    columns = {name: np.array([own[name] for own in numbers]) for name in shared}
-    return {
-        name: {"mean": float(values.mean()), "interval": bootstrap_interval(values), "values": values.tolist()}
-        for name, values in columns.items()
-    }
 
 
 def _in_short(results: Json) -> str:

@@ -12,11 +12,13 @@ from poise.models.reward_model import HeadLayout, LastLayer
 from poise.models.scorer import FeatureExtractor
 from poise.reward.config import Config
 from poise.reward.heads import (
+    HeadLossName,
     Heads,
     Targets,
     choose_prior,
     draw_posterior,
     fit_ensemble,
+    fit_reward_scale,
     fit_std_scale,
     posterior_factor,
     train_heads,
@@ -84,15 +86,27 @@ def train_on_features(
     for name, heads in {"single": single, "ensemble": ensemble, "posterior": posterior, "brme": brme}.items():
         weight, layout = heads.on_raw_features(center, scale, std.item())
         models[name] = TrainedModel(weight, layout, last_layers.get(name), extract)
-    models["brme"] = calibrated(models["brme"], raw.rows(split.validation), targets)
+    models["brme"] = calibrated(models["brme"], raw.rows(split.validation), targets, std.item(), config.head_loss)
     return HeadTraining(models, precision, shards, targets, history)
 
 
-def calibrated(model: TrainedModel, held: FeaturePairs, targets: Targets) -> TrainedModel:
+def calibrated(
+    model: TrainedModel, held: FeaturePairs, targets: Targets, stage1_scale: float, head_loss: HeadLossName
+) -> TrainedModel:
     """The model with the scale that makes each head's std an error bar for the validation targets.
 
-    held: features of the validation pairs, as the model's trunk gives them.
+    held: features of the validation pairs, as the model's trunk gives them. stage1_scale: reward_scale of the targets.
+    Heads of `probit_pairs` do not imitate the stage-1 reward: their unit is the probit's, and each has its own
+    constant. Their `reward_scale` is fitted on validation pairs. The targets are put in that unit, without constants.
     """
-    heads = model.layout.decode(held.texts_NH @ model.weight.double().T)
-    std_scale = tuple(fit_std_scale(heads.mean, heads.std, targets.held_T).tolist())
-    return model._replace(layout=replace(model.layout, std_scale=std_scale))
+    layout = model.layout
+    heads = layout.decode(held.texts_NH @ model.weight.double().T)
+    mean, target = heads.mean, targets.held_T
+    if head_loss == "probit_pairs":
+        chosen, rejected = mean.mean(-1).chunk(2)
+        reward_scale = fit_reward_scale(chosen - rejected)
+        target = target * (stage1_scale / reward_scale)
+        mean = mean + (target.unsqueeze(-1) - mean).median(0).values
+        layout = replace(layout, reward_scale=reward_scale)
+    std_scale = tuple(fit_std_scale(mean, heads.std, target).tolist())
+    return model._replace(layout=replace(layout, std_scale=std_scale))

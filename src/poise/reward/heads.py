@@ -5,14 +5,17 @@ Everything here works on features computed once, in float64, centered and scaled
 Shapes: _N pairs, _H hidden, _K heads, _L labels.
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
+from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from poise.functional.objectives import HeadRewards
-from poise.functional.reward_losses import HEAD_LOSSES, HeadLoss, bradley_terry, probit_pairs
+from poise.functional.reward_losses import CENTERING, HEAD_LOSSES, HeadLoss, bradley_terry, probit_pairs
 from poise.models.reward_model import HeadLayout
 from poise.reward.pairs import FeaturePairs
 from poise.reward.shards import Shards
@@ -20,6 +23,8 @@ from poise.runtime.progress import progress
 from poise.runtime.run_folder import Json
 
 STD_COLLAPSE = 10.0  # warn if the median std falls by this factor while validation MSE is flat
+
+WITHIN_ONE_STD = math.erf(0.5**0.5)  # probability of |z| < 1 for a standard Gaussian, 0.6827
 
 HeadLossName = Literal["sampled_mse", "gaussian_nll", "beta_nll", "crps", "probit_pairs"]
 
@@ -44,15 +49,23 @@ class Heads(NamedTuple):
 # ---- stage 1 and its posterior ----
 
 
+def penalized_loss(
+    pairs: FeaturePairs, weight: Float[Tensor, " hidden"], precision: float, label_smoothing: float = 0.0
+) -> Float[Tensor, ""]:
+    """N * bradley_terry(w) + precision/2 |w|^2: the loss of stage 1, whose Hessian `posterior_factor` inverts."""
+    chosen, rejected = pairs.chosen_NH @ weight, pairs.rejected_NH @ weight
+    loss = len(chosen) * bradley_terry(chosen, rejected, pairs.margin_N, label_smoothing=label_smoothing)
+    return loss + precision / 2 * weight.square().sum()
+
+
 def fit_bradley_terry(pairs: FeaturePairs, precision: float, label_smoothing: float = 0.0) -> Float[Tensor, " hidden"]:
-    """argmin_w N * bradley_terry(w) + precision/2 |w|^2, to convergence: the MAP under w ~ N(0, I/precision)."""
+    """argmin_w `penalized_loss`, to convergence: the MAP under w ~ N(0, I/precision)."""
     weight = torch.zeros(pairs.chosen_NH.shape[1], dtype=pairs.chosen_NH.dtype, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight], max_iter=500, tolerance_grad=1e-8, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = len(pairs.chosen_NH) * _bradley_terry(pairs, weight, label_smoothing=label_smoothing)
-        loss = loss + precision / 2 * weight.square().sum()
+        loss = penalized_loss(pairs, weight, precision, label_smoothing)
         loss.backward()
         return loss
 
@@ -90,23 +103,20 @@ def choose_prior(
     return precision, weight
 
 
-def _bradley_terry(pairs: FeaturePairs, weight: Tensor, label_smoothing: float) -> Tensor:
-    chosen, rejected = pairs.chosen_NH @ weight, pairs.rejected_NH @ weight
-    return bradley_terry(chosen, rejected, pairs.margin_N, label_smoothing=label_smoothing)
-
-
 def posterior_factor(
     pairs: FeaturePairs, weight: Float[Tensor, " hidden"], precision: float
 ) -> Float[Tensor, "hidden hidden"]:
     """F with F F^T = H^-1, the covariance of the Laplace posterior N(w, H^-1) of the Bradley-Terry head at its MAP.
 
-    H = sum_i p_i (1 - p_i) d_i d_i^T + precision I,  d = feature difference of a pair, p = sigmoid(w.d - margin).
+    H = sum_i [p_i (1 - p_i) d_i d_i^T + 2 c t_i t_i^T] + precision I is the Hessian of `penalized_loss`, with d and t
+    the difference and the sum of a pair's features, p = sigmoid(w.d - margin) and c = CENTERING.
     Label smoothing does not change H: log sigmoid(x) and log sigmoid(-x) have the same second derivative.
     """
     difference = pairs.difference_NH
     probability = torch.sigmoid(difference @ weight - pairs.margin_N)
     hessian = difference.T @ (difference * (probability * (1 - probability)).unsqueeze(-1))
-    hessian = hessian + precision * torch.eye(len(weight), dtype=weight.dtype)
+    together = pairs.chosen_NH + pairs.rejected_NH
+    hessian = hessian + 2 * CENTERING * together.T @ together + precision * torch.eye(len(weight), dtype=weight.dtype)
     # For H = L L^T, F = L^-T.
     identity = torch.eye(len(weight), dtype=weight.dtype)
     return torch.linalg.solve_triangular(torch.linalg.cholesky(hessian).T, identity, upper=True)
@@ -233,11 +243,34 @@ def _pair_loss(mean: Tensor, std: Tensor, _noise: Tensor, _target: Tensor, mask:
 def fit_std_scale(
     mean: Float[Tensor, "texts heads"], std: Float[Tensor, "texts heads"], target: Float[Tensor, " texts"]
 ) -> Float[Tensor, " heads"]:
-    """Per head, the factor s on its std that maximizes the likelihood N(target; mean, (s std)^2) of held-out texts.
+    """Per head, the factor s for which mean ± s std covers 68.3 % of held-out targets, as one std of a Gaussian does.
 
-    s^2 = mean(((target - mean) / std)^2), in closed form.
+    s is the 68.3 % quantile of |z|, z = (target - mean) / std: 1 for Gaussian errors of the std that the head reports.
+    The most likely s, the root of the mean z^2, would be set by the few texts whose std is far too small.
+
+    >>> round(fit_std_scale(torch.zeros(3, 1), torch.ones(3, 1), torch.tensor([-1.0, 2.0, 3.0])).item(), 4)
+    2.3654
     """
-    return ((target.unsqueeze(-1) - mean) / std).square().mean(0).sqrt()
+    z = ((target.unsqueeze(-1) - mean) / std).abs()
+    return torch.stack([own.quantile(WITHIN_ONE_STD) for own in z.unbind(-1)])
+
+
+def fit_reward_scale(margin: Float[Tensor, " pairs"]) -> float:
+    """The c > 0 for which sigmoid(c * margin) best predicts held-out preferences, as `HeadLayout.reward_scale`.
+
+    margin: reward of the chosen text minus that of the rejected one, mean over heads.
+    For heads of `probit_pairs`, P = Phi(margin / sqrt(1 + std+^2 + std-^2)). Phi(x) is within .01 of sigmoid(1.702 x),
+    so c is about 1.702 / sqrt(1 + std+^2 + std-^2) where they are right. Fitting c also corrects heads that overfit.
+    A human choice counts as (n + 1) / (n + 2) instead of 1 (Platt 1999): c is finite if all margins are positive.
+    """
+    wrong = 1 / (len(margin) + 2)
+
+    def loss(log_scale: float) -> float:
+        logit = math.exp(log_scale) * margin
+        return ((1 - wrong) * F.softplus(-logit) + wrong * F.softplus(logit)).mean().item()
+
+    reach = math.log(1e4 / margin.abs().mean().clamp_min(1e-12).item())
+    return math.exp(minimize_scalar(loss, bounds=(reach - 2 * math.log(1e4), reach), method="bounded").x)
 
 
 def std_collapsed(history: list[Json]) -> bool:

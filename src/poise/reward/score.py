@@ -15,7 +15,11 @@ from poise.runtime.run_folder import write_jsonl
 
 @dataclass(frozen=True)
 class Config:
-    """Score completions: per-head mean and std, uncertainties, and one objective."""
+    """Score completions: per-head mean and std, uncertainties, and one objective.
+
+    `std` and `routing_std` are the stds as the heads report them. `total_std` is an error bar: it takes each head's std
+    times its `std_scale`, which was fitted on validation pairs, as `poise evaluate-reward` does.
+    """
 
     reward: tyro.conf.Positional[str]
     """Reward model: a checkpoint folder, a hub id of a one-label classifier, or a `poise train-reward` run."""
@@ -51,7 +55,7 @@ def run(config: Config) -> Path:
         "nominal_head": nominal_head(heads),
         "disagreement": disagreement(heads),
         "routing_std": routing_std(heads),
-        "total_std": total_std(heads),
+        "total_std": total_std(scorer.layout.calibrated(heads)),
         "mean": heads.mean,
         "std": heads.std,
     }

@@ -134,7 +134,8 @@ def fit_heads(
     if config.stage2_trunk != "frozen":
         brme = _tune_brme(config, folder, trained, split)
         held_features["brme"] = pair_features(brme.extract, split.held_out)
-        trained.models["brme"] = calibrated(brme, held_features["brme"], trained.targets)
+        scale = trained.models["single"].layout.reward_scale
+        trained.models["brme"] = calibrated(brme, held_features["brme"], trained.targets, scale, config.head_loss)
     return trained, held_features
 
 

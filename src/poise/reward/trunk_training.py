@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from poise.data.types import Preference, Sample
 from poise.errors import PoiseError
-from poise.functional.reward_losses import bradley_terry
+from poise.functional.reward_losses import CENTERING, bradley_terry
 from poise.models.loading import HfModel, has_conv1d, linear_maps
 from poise.models.reward_model import HeadLayout
 from poise.models.scorer import FeatureExtractor
@@ -58,7 +58,7 @@ class TrunkTraining:
 Loss = Callable[[Tensor, dict[str, Tensor]], Tensor]
 
 
-def preference_loss(label_smoothing: float = 0.0, centering: float = 0.01) -> Loss:
+def preference_loss(label_smoothing: float = 0.0, centering: float = CENTERING) -> Loss:
     """Stage 1: Bradley-Terry on the one label, with the pairs' margins."""
 
     def loss(logits_N2L: Tensor, batch: dict[str, Tensor]) -> Tensor:

@@ -1,0 +1,30 @@
+"""`poise score`: what its columns hold."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from poise.data.types import Sample
+from poise.models.scorer import Scorer
+from poise.reward import score
+
+
+def test_total_std_is_calibrated_and_routing_is_not(
+    tiny_model: str, train_tiny_reward: Callable[[str], Path], tmp_path: Path
+) -> None:
+    run = train_tiny_reward(tiny_model)
+    texts = ["good", "bad", "it was not great"]
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": "Review a film.", "completion": text}) + "\n" for text in texts))
+    rows = [json.loads(line) for line in score.run(score.Config(str(run), str(file))).read_text().splitlines()]
+    scorer = Scorer.load(str(run))
+    heads = scorer([Sample("Review a film.", text) for text in texts])
+    scale = np.array(scorer.layout.std_scale)
+    assert np.abs(scale - 1).max() > 0.1
+    np.testing.assert_allclose([row["std"] for row in rows], heads.std, rtol=1e-5)
+    np.testing.assert_allclose([row["routing_std"] for row in rows], heads.std.amin(-1), rtol=1e-5)
+    assert [row["nominal_head"] for row in rows] == heads.std.argmin(-1).tolist()
+    expected = np.sqrt(np.square(heads.std.numpy() * scale).mean(-1) + heads.mean.numpy().var(-1))
+    np.testing.assert_allclose([row["total_std"] for row in rows], expected, rtol=1e-4)
