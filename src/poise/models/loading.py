@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from poise.data.types import Prompt
 from poise.errors import PoiseError, first_line
-from poise.models.chat_format import encode, prompt_text
+from poise.models.chat_format import encode, generation_prompt
 from poise.runtime.downloads import cache_folder, cached, package_file
 from poise.runtime.quiet import quiet_loading
 
@@ -140,7 +140,7 @@ def check_room(model: str, prompts: list[Prompt], max_tokens: int) -> None:
     """Raise PoiseError if a prompt leaves no room for `max_tokens` in a model's context; reads no weights."""
     folder = resolve_model(model)
     tokenizer = load_tokenizer(folder)
-    longest = max(len(encode(tokenizer, prompt_text(tokenizer, prompt))) for prompt in prompts)
+    longest = max(len(encode(tokenizer, generation_prompt(tokenizer, prompt))) for prompt in prompts)
     room_or_raise(longest, max_tokens, transformers.AutoConfig.from_pretrained(folder).max_position_embeddings)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from poise.data.types import Prompt, Sample
 from poise.errors import PoiseError
 from poise.functional.objectives import HeadRewards
-from poise.models.chat_format import completion_text, encode, prompt_text
+from poise.models.chat_format import encode_conversation
 from poise.models.feature_cache import FeatureCache, row_keys
 from poise.models.loading import HfModel, HfTokenizer
 from poise.models.reward_model import HeadLayout, LastLayer, load_last_layer, load_reward_model
@@ -73,10 +73,7 @@ class FeatureExtractor:
         """Token ids through the chat template, cut to `max_length` from the left."""
         if not sample.completion.strip():
             raise PoiseError("an empty completion cannot be scored")
-        prompt = encode(self.tokenizer, prompt_text(self.tokenizer, sample.prompt))
-        completion = encode(
-            self.tokenizer, completion_text(self.tokenizer, sample.prompt, sample.completion), begin=False
-        )
+        prompt, completion = encode_conversation(self.tokenizer, sample.prompt, sample.completion)
         excess = max(len(prompt) + len(completion) - self.max_length, 0)
         self.num_truncated += excess > 0
         return Tokens(tuple(prompt[excess:]), tuple(completion[max(excess - len(prompt), 0) :]))
