@@ -67,7 +67,7 @@ def test_a_reward_model_reads_the_whole_conversation(name: str) -> None:
 
 def test_every_template_was_found() -> None:
     assert len(TEMPLATES) > 50
-    assert DROP_PLAIN_TEXT < TEMPLATES.keys()
+    assert TEMPLATES.keys() > DROP_PLAIN_TEXT
 
 
 @pytest.mark.parametrize("name", ["chatml", "qwen2_5", "llama3", "gemma3", "phi3", "deepseek_r1_distill"])
@@ -95,7 +95,7 @@ def test_a_token_over_the_boundary_is_the_token_of_the_whole_text() -> None:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<|im_end|>", *alphabet, "ĊĊ"])}
     bare = Tokenizer(models.BPE(vocabulary, [("Ċ", "Ċ")]))
-    bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="<|im_end|>")
     tokenizer.chat_template = TEMPLATES["qwen3_5_think"]
     conversation = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]
@@ -111,7 +111,10 @@ def test_a_token_over_the_boundary_is_the_token_of_the_whole_text() -> None:
 def test_the_boundary_does_not_divide_a_special_token() -> None:
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["<think>"], special_tokens=True)
-    tokenizer.chat_template = "{{ messages[0]['content'] }}{% if add_generation_prompt %}<think>{% else %}<{{ messages[1]['content'] }}{% endif %}"
+    tokenizer.chat_template = (
+        "{{ messages[0]['content'] }}"
+        "{% if add_generation_prompt %}<think>{% else %}<{{ messages[1]['content'] }}{% endif %}"
+    )
     assert prompt_text(tokenizer, "Hi") == "Hi"
     assert completion_text(tokenizer, "Hi", "Yes") == "<Yes"
 

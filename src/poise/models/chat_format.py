@@ -9,7 +9,7 @@ found by comparing renderings: a search for the answer's text would also find it
 
 import functools
 import json
-import os
+from collections.abc import Sequence
 from typing import Any
 
 from poise.data.types import Prompt
@@ -82,8 +82,8 @@ def encode_conversation(tokenizer: HfTokenizer, prompt: Prompt, completion: str)
     if tokenizer.chat_template is None:
         return encode(tokenizer, before), encode(tokenizer, after, begin=False)
     whole = encode(tokenizer, before + after)
-    shared = os.path.commonprefix([encode(tokenizer, before), whole[:-1]])
-    return shared, whole[len(shared) :]
+    length = _num_shared(encode(tokenizer, before), whole[:-1])
+    return whole[:length], whole[length:]
 
 
 # ---- rendering ----
@@ -131,7 +131,14 @@ def _shared_text(tokenizer: HfTokenizer, template: str, prompt_json: str) -> str
             thinking.append(_render(tokenizer, [*turns, _answer(text)]))
         except PoiseError:  # then no such answer will be scored either
             continue
-    return _outside_tokens(tokenizer, generation, len(os.path.commonprefix([generation, *plain, *thinking])))
+    cut = min(_num_shared(generation, whole) for whole in (*plain, *thinking))
+    return _outside_tokens(tokenizer, generation, cut)
+
+
+def _num_shared(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many elements two sequences have in common at their beginnings."""
+    shortest = min(len(first), len(second))
+    return next((i for i in range(shortest) if first[i] != second[i]), shortest)
 
 
 def _outside_tokens(tokenizer: HfTokenizer, text: str, cut: int) -> str:
