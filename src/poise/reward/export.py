@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import transformers
 import tyro
 from jaxtyping import Float
 from safetensors import safe_open
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from poise import __version__
 from poise.errors import PoiseError
-from poise.models.loading import load_tokenizer, resolve_model
+from poise.models.loading import load_config, load_tokenizer, resolve_model
 from poise.models.model_card import front_matter
 from poise.models.reward_model import HeadLayout, checkpoint_folder, read_layout
 from poise.runtime.progress import console
@@ -60,7 +59,7 @@ def run(config: Config) -> Path:
     _check(config)
     source, target = Path(resolve_model(checkpoint_folder(config.reward))), Path(config.output)
     _check_target(target, source)
-    settings = transformers.AutoConfig.from_pretrained(source)
+    settings = load_config(str(source))
     if getattr(settings, "poise", None) is None:
         raise PoiseError(f"{config.reward} has no `poise` block in its config.json: there are no heads to export")
     layout = read_layout(str(source))
