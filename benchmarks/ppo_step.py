@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import torch
 
-from poise.models.chat_format import encode, prompt_text
+from poise.models.chat_format import encode, generation_prompt
 from poise.models.loading import DEFAULT_MODEL, load_policy
 from poise.models.policy import Policy, Rollout, uniforms
 from poise.models.reward_model import HeadLayout, load_trunk
@@ -85,7 +85,7 @@ def main() -> None:
     samples = [generated(prompt, text) for prompt, row in zip(prompts, texts, strict=True) for text in row]
     parts = torch.arange(PROMPTS).chunk(MINIBATCHES)
 
-    ids = [encode(tokenizer, prompt_text(tokenizer, prompt)) for prompt in prompts for _ in range(COMPLETIONS)]
+    ids = [encode(tokenizer, generation_prompt(tokenizer, prompt)) for prompt in prompts for _ in range(COMPLETIONS)]
     longest = max(map(len, ids))
     padded = torch.tensor([[tokenizer.pad_token_id] * (longest - len(row)) + row for row in ids])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids])

@@ -33,7 +33,7 @@ import torch
 import transformers
 
 from poise.data.types import Prompt
-from poise.models.chat_format import encode, prompt_text
+from poise.models.chat_format import encode, generation_prompt
 from poise.models.loading import (
     DEFAULT_MODEL,
     HfModel,
@@ -109,7 +109,7 @@ def prompts(tokenizer: HfTokenizer) -> list[Prompt]:
                 {"role": "system", "content": "You write short reviews."},
                 {"role": "user", "content": tokenizer.decode(ids[:end])},
             ]
-            if len(encode(tokenizer, prompt_text(tokenizer, turns))) == PROMPT_TOKENS:
+            if len(encode(tokenizer, generation_prompt(tokenizer, turns))) == PROMPT_TOKENS:
                 found.append(turns)
                 break
         else:
@@ -187,7 +187,7 @@ def trl_side(model: str, layers: int, steps: int, scratch: Path) -> tuple[list[d
         transformers.AutoModelForSequenceClassification.from_pretrained(scratch / "reward", dtype=torch.float32)
         for _ in range(2)
     )
-    rows = [encode(tokenizer, prompt_text(tokenizer, p)) for p in prompts(tokenizer) for _ in range(COMPLETIONS)]
+    rows = [encode(tokenizer, generation_prompt(tokenizer, p)) for p in prompts(tokenizer) for _ in range(COMPLETIONS)]
     depth = policy.config.num_hidden_layers
     adapters = peft.LoraConfig(
         r=RANK, lora_alpha=2 * RANK, task_type="CAUSAL_LM",

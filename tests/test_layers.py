@@ -95,8 +95,7 @@ def test_confined_libraries() -> None:
             "models.policy",
             "models.fused_ops",
             "reward.trunk_training",
-            "models.reward_model",
-            "policy.merge",
+            "models.loading",
             "integrations.trl_trainers",
         },
         "trl": {"integrations.trl_trainers"},
@@ -115,7 +114,7 @@ def test_pickle_and_remote_code_are_nowhere() -> None:
         text = path.read_text()
         assert "import pickle" not in text, path.name
         assert "torch.load" not in text, path.name
-        assert "trust_remote_code" not in text, path.name
+        assert text.count("trust_remote_code") == text.count("trust_remote_code=False"), path.name
 
 
 def test_import_is_light() -> None:

@@ -229,13 +229,21 @@ def test_what_no_ensemble_can_be_made_of(members: list[str], tmp_path: Path) -> 
         Scorer.load(str(tmp_path))
 
 
-def test_a_tokenizer_of_another_model_is_refused(reward_run: Path, tmp_path: Path) -> None:
+def test_a_token_without_an_embedding_is_refused_in_a_text_and_nowhere_else(reward_run: Path, tmp_path: Path) -> None:
+    """Gemma 3 text models have one added token more than embeddings; their texts never hold it."""
+    before = Scorer.load(str(reward_run / "brme"))(SAMPLES)
     folder = Path(edited(reward_run, tmp_path / "x"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["<a token the trunk does not know>"])
     tokenizer.save_pretrained(folder)
-    with pytest.raises(PoiseError, match="are of different models"):
-        Scorer.load(str(folder))
+    scorer = Scorer.load(str(folder))
+    torch.testing.assert_close(scorer(SAMPLES), before)
+    for sample in (
+        Sample("Hi <a token the trunk does not know>", "good"),
+        Sample("Hi", "<a token the trunk does not know>"),
+    ):
+        with pytest.raises(PoiseError, match="are of different models"):
+            scorer([sample])
 
 
 def test_a_model_without_a_padding_token_gets_one(tiny_model: str, tmp_path: Path) -> None:

@@ -182,6 +182,33 @@ def test_adapters_carry_the_heads(tiny_model: str, preferences_file: Path, tmp_p
         export.run(Config(str(folder), str(tmp_path / "x"), adapter=True))
 
 
+def test_adapters_of_another_trunk_are_refused(tiny_model: str, preferences_file: Path, tmp_path: Path) -> None:
+    """After --stage2-trunk the adapters beside the BRME are those of stage 1."""
+    from poise.reward import train as train_reward
+
+    run = train_reward.run(
+        train_reward.Config(
+            str(preferences_file), str(tmp_path / "run"), tiny_model, num_layers=2, trunk="lora", stage2_trunk="lora",
+            learning_rate=1e-2, posterior_heads=4, head_steps=40,
+        )
+    )  # fmt: skip
+    with pytest.raises(PoiseError, match=r"would give other rewards than .*without --adapter"):
+        export.run(Config(str(run.folder / "brme"), str(tmp_path / "small"), adapter=True))
+    assert not (tmp_path / "small").exists()
+    export.run(Config(str(run.folder / "brme"), str(tmp_path / "merged"), "mean"))
+    export.run(Config(str(run.folder / "single"), str(tmp_path / "single"), adapter=True))
+
+
+def test_an_export_is_compared_with_its_source(
+    llama_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row, layout = export.scalar_head(torch.ones(10, 32), HeadLayout(5, "gaussian", (0.0,) * 10), None)
+    monkeypatch.setattr(export, "scalar_head", lambda *_: (row, layout))
+    with pytest.raises(PoiseError, match="would give other rewards"):
+        export.run(Config(str(llama_run / "brme"), str(tmp_path / "rm"), "mean"))
+    assert not (tmp_path / "rm").exists()
+
+
 def test_the_card_of_an_export(llama_run: Path, tmp_path: Path) -> None:
     source = tmp_path / "brme"
     shutil.copytree(llama_run / "brme", source)

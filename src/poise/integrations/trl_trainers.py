@@ -17,7 +17,7 @@ import transformers
 from poise.data.types import Prompt
 from poise.errors import PoiseError
 from poise.integrations.trl_reward import RobustReward, Scored, policy_metrics
-from poise.models.chat_format import encode, prompt_text
+from poise.models.chat_format import encode, generation_prompt
 from poise.models.loading import HfModel, HfTokenizer, has_conv1d, linear_maps, room_or_raise
 from poise.runtime.checkpoints import SafeCheckpoints, latest_checkpoint
 from poise.runtime.distributed import num_processes
@@ -98,7 +98,7 @@ def train(
     """
     if settings.prompts_per_step > len(prompts):
         raise PoiseError(f"{len(prompts)} prompts are fewer than --prompts-per-step {settings.prompts_per_step}")
-    longest = max(len(encode(tokenizer, prompt_text(tokenizer, prompt))) for prompt in prompts)
+    longest = max(len(encode(tokenizer, generation_prompt(tokenizer, prompt))) for prompt in prompts)
     room_or_raise(longest, settings.max_tokens, model.config.max_position_embeddings)
     reward.scale = reward.scale or str(output / "scale.json")
     model.generation_config.eos_token_id = tokenizer.eos_token_id  # a completion ends where PPO's ends
@@ -179,9 +179,9 @@ def _drawn(prompts: list[Prompt], settings: TrlSettings) -> list[Prompt]:
 
 
 def _as_seen(tokenizer: HfTokenizer, prompt: Prompt) -> Prompt:
-    """A prompt that TRL will encode as `prompt_text` writes it."""
+    """A prompt that TRL will encode as `generation_prompt` writes it."""
     if tokenizer.chat_template is None:
-        return prompt_text(tokenizer, prompt)
+        return generation_prompt(tokenizer, prompt)
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 

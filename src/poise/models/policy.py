@@ -28,7 +28,7 @@ from transformers import DynamicCache
 from poise.data.types import Prompt
 from poise.errors import PoiseError
 from poise.functional import ppo
-from poise.models.chat_format import encode, prompt_text
+from poise.models.chat_format import encode, generation_prompt
 from poise.models.fused_ops import AdaptedLinear, ChosenLogprob
 from poise.models.loading import HfModel, HfTokenizer, decoder_layers, has_conv1d, linear_maps, room_or_raise
 from poise.models.shared_prompt import PADDING, additive, attends, equal_completions
@@ -293,7 +293,7 @@ class Policy(nn.Module):
         return self._value_of(self._forward(_without_adapters(self.value_model), rollout, logits=False)[1])
 
     def _encode(self, prompts: list[Prompt], max_tokens: int) -> tuple[Tensor, Tensor]:
-        rows = [encode(self.tokenizer, prompt_text(self.tokenizer, prompt)) for prompt in prompts]
+        rows = [encode(self.tokenizer, generation_prompt(self.tokenizer, prompt)) for prompt in prompts]
         longest = max(map(len, rows))
         room_or_raise(longest, max_tokens, self.context_length)
         device = next(self.model.parameters()).device

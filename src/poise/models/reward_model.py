@@ -12,6 +12,7 @@ place that knows the layout.
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,11 +27,23 @@ from torch import Tensor, nn
 
 from poise.errors import PoiseError, first_line
 from poise.functional.objectives import HeadRewards
-from poise.models.loading import HfModel, HfTokenizer, device, frozen_dtype, load_tokenizer, pad_apart, resolve_model
+from poise.models.loading import (
+    HfModel,
+    HfTokenizer,
+    device,
+    frozen_dtype,
+    load_adapters,
+    load_config,
+    load_tokenizer,
+    load_weights,
+    pad_apart,
+    resolve_model,
+)
 from poise.runtime.quiet import quiet_loading
 from poise.runtime.run_folder import Json, write_folder_atomic
 
 _ADAPTER = "adapter_config.json"
+_SCORE = "score.weight"
 # In a folder of its own: vLLM takes every safetensors file beside config.json for weights.
 _LAST_LAYER = "poise/last_layer.safetensors"
 
@@ -104,7 +117,7 @@ def load_trunk(model: str, num_layers: int, *, dtype: torch.dtype | None = None)
     dtype: of the weights; default `frozen_dtype`.
     """
     folder = resolve_model(model)
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = load_config(folder)
     depth = config.num_hidden_layers
     if num_layers > depth:
         raise PoiseError(f"{model} has {depth} layers, --num-layers asks for {num_layers}")
@@ -114,20 +127,21 @@ def load_trunk(model: str, num_layers: int, *, dtype: torch.dtype | None = None)
             config.layer_types = config.layer_types[:num_layers]
     config.num_labels = 1
     tokenizer = load_tokenizer(folder)
-    classifier = _load_classifier(folder, config, dtype or frozen_dtype())
-    _check_vocabulary(model, tokenizer, classifier)
+    classifier = _load_classifier(
+        folder, config, dtype or frozen_dtype(), fresh={_SCORE}, num_layers=config.num_hidden_layers
+    )
     pad_apart(tokenizer, classifier)
     return classifier, tokenizer
 
 
-def _load_classifier(folder: str, config: Any, dtype: torch.dtype) -> HfModel:
-    with quiet_loading():
-        try:
-            classifier = transformers.AutoModelForSequenceClassification.from_pretrained(
-                folder, config=config, dtype=dtype, use_safetensors=True
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise PoiseError(f"cannot load {folder} as a reward model: {first_line(error)}") from None
+def _load_classifier(
+    folder: str, config: Any, dtype: torch.dtype, *, fresh: Collection[str] = (), num_layers: int = 0
+) -> HfModel:
+    """A classifier with a linear `score` layer, on the device. fresh, num_layers: as for `load_weights`."""
+    auto = transformers.AutoModelForSequenceClassification
+    classifier = load_weights(
+        auto, folder, "reward model", dtype=dtype, config=config, fresh=fresh, num_layers=num_layers
+    )
     score = getattr(classifier, "score", None)
     if not isinstance(score, nn.Linear):
         raise PoiseError(f"{type(classifier).__name__} is no decoder with a linear `score` layer")
@@ -207,7 +221,7 @@ def read_layout(path: str) -> HeadLayout:
     Any one-label classifier of the hub works as a conventional reward model. Raises PoiseError for several labels
     without a `poise` block, or a block that does not fit the labels.
     """
-    config = transformers.AutoConfig.from_pretrained(resolve_model(checkpoint_folder(path)))
+    config = load_config(resolve_model(checkpoint_folder(path)))
     block = getattr(config, "poise", None)
     if block is None:
         if config.num_labels != 1:
@@ -236,39 +250,28 @@ def load_reward_model(path: str) -> tuple[HfModel, HfTokenizer, HeadLayout]:
     """
     layout = read_layout(path)
     folder = resolve_model(checkpoint_folder(path))
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = load_config(folder)
     tokenizer = load_tokenizer(folder)
     if (Path(folder) / _ADAPTER).exists():
         classifier = _load_adapted(folder, config)
     else:
         classifier = _load_classifier(folder, config, frozen_dtype())
-    _check_vocabulary(path, tokenizer, classifier)
+    if not classifier.score.weight.isfinite().all():
+        raise PoiseError(f"{path}: {_SCORE} holds numbers that are not finite; train the reward model again")
     pad_apart(tokenizer, classifier)
     return classifier, tokenizer, layout
 
 
 def _load_adapted(folder: str, config: Any) -> HfModel:
     """The model that an adapter checkpoint names, with as many layers and labels as its config.json says, merged."""
-    import peft
-
-    base = resolve_model(json.loads((Path(folder) / _ADAPTER).read_text())["base_model_name_or_path"])
-    classifier = _load_classifier(base, config, frozen_dtype())
-    with quiet_loading():
-        try:
-            return peft.PeftModel.from_pretrained(classifier, folder).merge_and_unload().eval()
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise PoiseError(f"cannot load the adapter {folder}: {first_line(error)}") from None
+    try:
+        base = json.loads((Path(folder) / _ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        raise PoiseError(f"{Path(folder) / _ADAPTER} names no base_model_name_or_path") from None
+    num_layers = config.num_hidden_layers
+    classifier = _load_classifier(resolve_model(base), config, frozen_dtype(), fresh={_SCORE}, num_layers=num_layers)
+    return load_adapters(classifier, folder, needs="score").merge_and_unload().eval()
 
 
 def _with_tuples(block: Json) -> Any:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in block.items()}
-
-
-def _check_vocabulary(path: str, tokenizer: HfTokenizer, classifier: HfModel) -> None:
-    """Raise PoiseError for a tokenizer that writes ids the trunk has no embedding of."""
-    highest, rows = max(tokenizer.get_vocab().values()), classifier.get_input_embeddings().num_embeddings
-    if highest >= rows:
-        raise PoiseError(
-            f"{path}: its tokenizer writes token ids up to {highest} but its trunk embeds {rows}; "
-            f"tokenizer and trunk are of different models"
-        )

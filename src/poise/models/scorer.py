@@ -18,9 +18,9 @@ from torch import Tensor
 from poise.data.types import Prompt, Sample
 from poise.errors import PoiseError
 from poise.functional.objectives import HeadRewards
-from poise.models.chat_format import completion_text, encode, prompt_text
+from poise.models.chat_format import encode_conversation
 from poise.models.feature_cache import FeatureCache, row_keys
-from poise.models.loading import HfModel, HfTokenizer
+from poise.models.loading import HfModel, HfTokenizer, context_length, embedded_or_raise
 from poise.models.reward_model import HeadLayout, LastLayer, load_last_layer, load_reward_model
 from poise.models.shared_prompt import Family, cached_hidden, num_tokens, pack, separate_hidden, shares_prompts
 from poise.runtime.run_folder import Json, write_json
@@ -50,7 +50,7 @@ class FeatureExtractor:
         cached: keep features on disk, for whoever asks for the same texts through the same trunk.
         """
         self.classifier, self.tokenizer = classifier, tokenizer
-        context = classifier.config.max_position_embeddings
+        context = context_length(classifier.config)
         self.max_length = min(max_length or context, context)
         self.num_truncated = 0
         self._cache = FeatureCache.of(classifier) if cached else None
@@ -70,13 +70,16 @@ class FeatureExtractor:
             return cache.fetch(tokens, keys, lambda part: self.forward(part, progress), progress)
 
     def encode(self, sample: Sample) -> Tokens:
-        """Token ids through the chat template, cut to `max_length` from the left."""
+        """Token ids through the chat template, cut to `max_length` from the left.
+
+        Raises PoiseError for an empty completion, a conversation that the template refuses, or a token that the trunk
+        has no embedding of.
+        """
         if not sample.completion.strip():
             raise PoiseError("an empty completion cannot be scored")
-        prompt = encode(self.tokenizer, prompt_text(self.tokenizer, sample.prompt))
-        completion = encode(
-            self.tokenizer, completion_text(self.tokenizer, sample.prompt, sample.completion), begin=False
-        )
+        prompt, completion = encode_conversation(self.tokenizer, sample.prompt, sample.completion)
+        rows = self.classifier.get_input_embeddings().num_embeddings
+        embedded_or_raise([*prompt, *completion], rows, self.tokenizer)
         excess = max(len(prompt) + len(completion) - self.max_length, 0)
         self.num_truncated += excess > 0
         return Tokens(tuple(prompt[excess:]), tuple(completion[max(excess - len(prompt), 0) :]))

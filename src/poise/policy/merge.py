@@ -12,13 +12,19 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import peft
 import transformers
 import tyro
-from safetensors import SafetensorError
 
 from poise.errors import PoiseError, first_line
-from poise.models.loading import HfModel, HfTokenizer, load_tokenizer, pad_apart, resolve_model
+from poise.models.loading import (
+    HfModel,
+    HfTokenizer,
+    load_adapters,
+    load_tokenizer,
+    load_weights,
+    pad_apart,
+    resolve_model,
+)
 from poise.runtime.progress import console
 from poise.runtime.quiet import quiet_loading
 from poise.runtime.run_folder import write_folder_atomic
@@ -61,15 +67,14 @@ def folded(base: str, adapters: Path) -> tuple[HfModel, HfTokenizer]:
     Summed in float32 and rounded once, to the dtype that the base model is saved in.
     """
     tokenizer = load_tokenizer(base)
-    with quiet_loading():
-        try:
-            model: HfModel = transformers.AutoModelForCausalLM.from_pretrained(base, dtype="auto", use_safetensors=True)
-            dtype = model.dtype
-            pad_apart(tokenizer, model)
-            adapted = peft.PeftModel.from_pretrained(model.float(), str(adapters), torch_device="cpu")
-            return adapted.merge_and_unload(safe_merge=True).to(dtype), tokenizer
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise PoiseError(f"cannot fold {adapters} into {base}: {first_line(error)}") from None
+    try:
+        model = load_weights(transformers.AutoModelForCausalLM, base, "language model", dtype="auto")
+        dtype = model.dtype
+        pad_apart(tokenizer, model)
+        with quiet_loading():
+            return load_adapters(model.float(), str(adapters)).merge_and_unload(safe_merge=True).to(dtype), tokenizer
+    except (PoiseError, ValueError, RuntimeError) as error:
+        raise PoiseError(f"cannot fold {adapters} into {base}: {first_line(error)}") from None
 
 
 def _policy_folder(path: str) -> Path:

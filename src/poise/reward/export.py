@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import transformers
 import tyro
 from jaxtyping import Float
 from safetensors import safe_open
@@ -24,14 +23,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from poise import __version__
+from poise.data.types import Sample
 from poise.errors import PoiseError
-from poise.models.loading import load_tokenizer, resolve_model
+from poise.functional.objectives import HeadRewards
+from poise.models.loading import frozen_dtype, load_config, load_tokenizer, resolve_model
 from poise.models.model_card import front_matter
 from poise.models.reward_model import HeadLayout, checkpoint_folder, read_layout
+from poise.models.scorer import Scorer
 from poise.runtime.progress import console
 from poise.runtime.run_folder import write_folder_atomic, write_json
 
 SCALARS = ("mean", "head")
+# Largest difference between an export and its source, as a share of the largest reward: float32 adds the same numbers
+# in another order; bfloat16, in which a GPU reads both, rounds the new row (2^-9 of each of its terms).
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+_TEXTS = [
+    Sample("Review a film.", "A warm, funny film."),
+    Sample("Is tea hot?", "No."),
+    Sample("Name three colors.", "Red, green and blue. Each of them is also the color of something to eat."),
+]
 _MARK = "poise_export"  # key of config.json by which a folder that may be written again is known
 
 
@@ -60,7 +70,7 @@ def run(config: Config) -> Path:
     _check(config)
     source, target = Path(resolve_model(checkpoint_folder(config.reward))), Path(config.output)
     _check_target(target, source)
-    settings = transformers.AutoConfig.from_pretrained(source)
+    settings = load_config(str(source))
     if getattr(settings, "poise", None) is None:
         raise PoiseError(f"{config.reward} has no `poise` block in its config.json: there are no heads to export")
     layout = read_layout(str(source))
@@ -73,6 +83,7 @@ def run(config: Config) -> Path:
         setattr(settings, _MARK, {"scalar": config.scalar, "head": config.head, "engine": config.engine})
         settings.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
+        _compare(source, scratch, config)
         (scratch / "README.md").write_text(_card(source, layout, exported, config), encoding="utf-8")
     console.print(f"{exported.num_labels} label{'s' * (exported.num_labels > 1)} for {config.engine}: {target}")
     return target
@@ -173,6 +184,32 @@ def _write_adapter(source: Path, target: Path, layout: HeadLayout, config: Confi
 
 def _num_bytes(tensors: dict[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+# ---- comparison ----
+
+
+def _compare(source: Path, target: Path, config: Config) -> None:
+    """Raise PoiseError unless the exported folder gives the rewards of its source on a few texts.
+
+    The largest difference counts, as a share of the largest reward. Adapters of stage 1 beside a BRME with a trunk of
+    its own (`--stage2-trunk`), for instance, are another reward model.
+    """
+    expected = Scorer.load(str(source))(_TEXTS)
+    if config.scalar:
+        mean = expected.mean.mean(-1, keepdim=True) if config.head is None else expected.mean[:, [config.head]]
+        expected = HeadRewards(mean, torch.zeros_like(mean))
+    written = Scorer.load(str(target))(_TEXTS)
+    for what, want, got in zip(("rewards", "stds"), expected, written, strict=True):
+        difference = ((want - got).abs().max() / want.abs().max().clamp_min(1e-12)).item()
+        if not difference <= _TOLERANCE[frozen_dtype()]:
+            cause = (
+                ": the adapters beside it are not those of its trunk, as after `--stage2-trunk`; export the merged "
+                "weights instead, without --adapter" if config.adapter else ""
+            )  # fmt: skip
+            raise PoiseError(
+                f"the export would give other {what} than {config.reward}, by {difference:.2g} of the largest{cause}"
+            )
 
 
 # ---- card ----

@@ -1,0 +1,238 @@
+"""Loading: every weight comes from the checkpoint, or one line says which does not."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from conftest import make_model
+from poise.errors import PoiseError
+from poise.models.loading import load_policy
+from poise.models.policy import Policy
+from poise.models.reward_model import load_reward_model, load_trunk
+from poise.policy.merge import folded
+
+Tensors = dict[str, torch.Tensor]
+Damage = Callable[[Tensors], Tensors]
+WEIGHTS = "model.safetensors"
+
+
+def damaged(source: Path, target: Path, damage: Damage, file: str = WEIGHTS) -> str:
+    """A copy of a folder whose weights went through `damage`."""
+    shutil.copytree(source, target)
+    save_file(damage(load_file(target / file)), target / file, {"format": "pt"})
+    return str(target)
+
+
+def without(part: str) -> Damage:
+    return lambda tensors: {name: value for name, value in tensors.items() if part not in name}
+
+
+def renamed(rename: Callable[[str], str]) -> Damage:
+    return lambda tensors: {rename(name): value for name, value in tensors.items()}
+
+
+def cut(part: str) -> Damage:
+    return lambda tensors: {n: v[:-1].contiguous() if part in n else v for n, v in tensors.items()}
+
+
+DAMAGES: dict[str, tuple[Damage, str]] = {
+    "no embeddings": (without("embed_tokens"), "lack .*embed_tokens"),
+    "no first layer": (without("layers.0."), r"lack .*layers\.0\."),
+    "one tensor missing": (without("layers.1.mlp.up_proj"), r"lack .*layers\.1\.mlp\.up_proj\.weight$"),
+    "no last norm": (without("model.norm"), r"lack .*model\.norm\.weight$"),
+    "module.": (renamed(lambda name: f"module.{name}"), r"lack .*it holds module\."),
+    "base_model.model.": (renamed(lambda name: f"base_model.model.{name}"), r"lack .*it holds base_model\.model\."),
+    "model.language_model.": (
+        renamed(lambda name: name.replace("model.", "model.language_model.", 1)),
+        r"lack .*it holds model\.language_model\.",
+    ),
+    "another shape": (cut("layers.0.self_attn.k_proj"), r"k_proj\.weight has the shape"),
+}
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Qwen3: its output layer is a weight of its own."""
+    return Path(make_model(tmp_path_factory.mktemp("models") / "qwen3", "qwen3"))
+
+
+@pytest.fixture(scope="module")
+def classifier(language_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "classifier"
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(language_model, num_labels=1)
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(language_model).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_weights_that_did_not_load_are_one_line(
+    language_model: Path, classifier: Path, tmp_path: Path, name: str
+) -> None:
+    damage, line = DAMAGES[name]
+    lm = damaged(language_model, tmp_path / "lm", damage)
+    rm = damaged(classifier, tmp_path / "rm", damage)
+    for load in (
+        lambda: load_policy(lm),
+        lambda: load_trunk(lm, 2),
+        lambda: load_trunk(lm, 0),
+        lambda: load_reward_model(rm),
+        lambda: load_trunk(rm, 2),
+        lambda: folded(lm, tmp_path),
+    ):
+        with pytest.raises(PoiseError, match=line) as error:
+            load()
+        assert "\n" not in str(error.value)
+
+
+def test_a_head_may_be_fresh_in_a_trunk_and_nowhere_else(
+    language_model: Path, classifier: Path, tmp_path: Path
+) -> None:
+    headless = damaged(classifier, tmp_path / "rm", without("score"))
+    with pytest.raises(PoiseError, match=r"lack score\.weight$"):
+        load_reward_model(headless)
+    load_trunk(headless, 2)
+    with pytest.raises(PoiseError, match=r"lack lm_head\.weight$"):
+        load_policy(damaged(language_model, tmp_path / "lm", without("lm_head")))
+
+
+def test_a_language_model_that_says_it_has_one_label_is_no_reward_model(language_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(language_model, tmp_path / "x")
+    config = transformers.AutoConfig.from_pretrained(language_model)
+    config.num_labels = 1
+    config.save_pretrained(tmp_path / "x")
+    with pytest.raises(PoiseError, match=r"lack score\.weight$"):
+        load_reward_model(str(tmp_path / "x"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_head_that_is_not_finite_is_refused(classifier: Path, tmp_path: Path, value: float) -> None:
+    def spoil(tensors: Tensors) -> Tensors:
+        tensors["score.weight"][0, 3] = value
+        return tensors
+
+    with pytest.raises(PoiseError, match="not finite"):
+        load_reward_model(damaged(classifier, tmp_path / "x", spoil))
+
+
+def test_tensors_without_a_place_are_named(
+    language_model: Path, classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def add(tensors: Tensors) -> Tensors:
+        return {**tensors, "value_head.weight": torch.ones(2)}
+
+    load_policy(damaged(language_model, tmp_path / "lm", add))
+    assert "value_head.weight" in capsys.readouterr().err
+    load_reward_model(damaged(classifier, tmp_path / "rm", add))
+    assert "value_head.weight" in capsys.readouterr().err
+
+
+def test_what_is_left_out_on_purpose_is_not_named(
+    language_model: Path, classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The upper layers and the output layer of the language model, and the zero bias of an export for SGLang."""
+    load_trunk(str(language_model), 2)
+    load_reward_model(damaged(classifier, tmp_path / "x", lambda t: {**t, "score.bias": torch.zeros(1)}))
+    assert "not read" not in capsys.readouterr().err
+
+
+def test_every_family_loads_without_a_word(any_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Tied output layers and buffers that are not saved are not missing."""
+    load_policy(any_model)
+    load_trunk(any_model, 2)
+    load_trunk(any_model, 0)
+    assert "not read" not in capsys.readouterr().err
+
+
+def test_code_of_a_checkpoint_is_not_run(language_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    shutil.copytree(language_model, folder)
+    text = (folder / "config.json").read_text().replace('"model_type": "qwen3"', '"model_type": "of_its_own"')
+    start = text.index("{") + 1
+    (folder / "config.json").write_text(f'{text[:start]}"auto_map": {{"AutoConfig": "code.Config"}},{text[start:]}')
+    (folder / "code.py").write_text("raise SystemExit('was run')")
+    for load in (load_policy, load_reward_model, lambda path: load_trunk(path, 2)):
+        with pytest.raises(PoiseError, match=r"cannot read|no usable tokenizer"):
+            load(str(folder))
+
+
+# ---- adapters ----
+
+ADAPTERS = "adapter_model.safetensors"
+ADAPTER_DAMAGES: dict[str, tuple[Damage, str]] = {
+    "half of the tensors": (without("lora_B"), "it lacks .*lora_B"),
+    "one layer missing": (without("layers.1.mlp"), r"it lacks .*layers\.1\.mlp"),
+    "another prefix": (renamed(lambda name: f"module.{name}"), "it lacks"),
+    "other layers beside": (
+        lambda t: {**t, **{n.replace("layers.1.", "layers.7."): v.clone() for n, v in t.items() if "layers.1." in n}},
+        "of other layers",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def policy_adapter(language_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters") / "policy"
+    Policy(*load_policy(str(language_model)), adapted_layers=2, rank=2).save(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reward_adapter(language_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A one-label reward model as PEFT saves it: LoRA, the head, and the config.json that says how many layers."""
+    folder = tmp_path_factory.mktemp("adapters") / "reward"
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(language_model, num_labels=1)
+    model.config.save_pretrained(folder)
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj", "up_proj"])
+    peft.get_peft_model(model, config).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(language_model).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ADAPTER_DAMAGES)
+def test_adapters_that_did_not_load_are_one_line(
+    language_model: Path, policy_adapter: Path, reward_adapter: Path, tmp_path: Path, name: str
+) -> None:
+    damage, line = ADAPTER_DAMAGES[name]
+    if name != "one layer missing":
+        with pytest.raises(PoiseError, match=line):
+            load_reward_model(damaged(reward_adapter, tmp_path / "rm", damage, ADAPTERS))
+    folder = damaged(policy_adapter, tmp_path / "lm", damage, ADAPTERS)
+    with pytest.raises(PoiseError, match=line):
+        folded(str(language_model), Path(folder))
+
+
+def test_a_reward_models_adapter_needs_its_head(reward_adapter: Path, tmp_path: Path) -> None:
+    load_reward_model(str(reward_adapter))
+    with pytest.raises(PoiseError, match=r"it lacks .*score"):
+        load_reward_model(damaged(reward_adapter, tmp_path / "x", without("score"), ADAPTERS))
+
+
+def test_an_adapter_that_was_made_without_a_head(language_model: Path, reward_adapter: Path, tmp_path: Path) -> None:
+    shutil.copytree(reward_adapter, tmp_path / "x")
+    model = transformers.AutoModelForCausalLM.from_pretrained(language_model)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "x")
+    with pytest.raises(PoiseError, match="lacks score"):
+        load_reward_model(str(tmp_path / "x"))
+
+
+def test_pickled_adapters_are_refused(
+    language_model: Path, policy_adapter: Path, reward_adapter: Path, tmp_path: Path
+) -> None:
+    for source, load in (
+        (reward_adapter, lambda folder: load_reward_model(str(folder))),
+        (policy_adapter, lambda folder: folded(str(language_model), folder)),
+    ):
+        folder = tmp_path / source.name
+        shutil.copytree(source, folder)
+        torch.save(load_file(folder / ADAPTERS), folder / "adapter_model.bin")
+        (folder / ADAPTERS).unlink()
+        with pytest.raises(PoiseError, match="such as pickle, are not read"):
+            load(folder)
