@@ -20,7 +20,7 @@ from poise.runtime.run_folder import environment
 PROMPTS, PER_PROMPT, SEEDS, HEADS = 64, 256, 20, 5
 WEIGHTS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 OBJECTIVES = {
-    "tradeoff": WEIGHTS, "quantile": WEIGHTS, "expected_tradeoff": WEIGHTS,
+    "tradeoff": WEIGHTS, "quantile": WEIGHTS,
     "uncertainty_weighted": (0.05, 0.1, 0.2, 0.5, 1.0, 2.0), "lower_confidence": (0.1, 0.25, 0.5, 1.0, 2.0, 4.0),
     "soft_min": (0.05, 0.1, 0.25, 0.5, 1.0, 2.0),
 }  # fmt: skip

@@ -185,6 +185,29 @@ def test_bad_specs_are_refused_before_anything_runs(spec: str) -> None:
         parse_objective(spec)
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400"])
+@pytest.mark.parametrize("name", ["lower_confidence", "uncertainty_weighted", "soft_min", "tradeoff", "constant"])
+def test_parameters_that_are_not_finite_are_refused(name: str, value: str) -> None:
+    with pytest.raises(PoiseError, match=f"{name} takes no parameter '{value}'"):
+        parse_objective(f"{name}({value})")
+
+
+@pytest.mark.parametrize(
+    ("floor", "ceiling"), [(2.0, 1.0), (1.0, 1.0), (math.nan, 1.0), (0.0, math.nan), (math.inf, math.inf)]
+)
+def test_a_floor_that_is_not_below_the_ceiling_is_refused(floor: float, ceiling: float) -> None:
+    with pytest.raises(PoiseError, match="the reward's floor must be below its ceiling"):
+        RewardScale((0.0,), 0.0, 1.0, floor, ceiling)
+    with pytest.raises(PoiseError, match="the reward's floor must be below its ceiling"):
+        RewardScale.fit(HEADS, mean, floor, ceiling)
+
+
+@pytest.mark.parametrize(("center", "std"), [(math.nan, 1.0), (0.0, math.nan), (math.inf, 1.0), (0.0, 0.0)])
+def test_a_scale_without_numbers_is_refused(center: float, std: float) -> None:
+    with pytest.raises(PoiseError, match="the reward's scale needs a finite mean and a std > 0"):
+        RewardScale((0.0,), center, std)
+
+
 def test_objectives_survive_pickling() -> None:
     import pickle
 

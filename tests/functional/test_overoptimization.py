@@ -148,6 +148,17 @@ def test_choices_that_cannot_be_read_are_one_line() -> None:
         Choice.parse("brme:nonsense")
 
 
+@pytest.mark.parametrize("objective", ["expected_worst_case", "expected_tradeoff", "expected_tradeoff(0.2)"])
+def test_objectives_that_couple_prompts_are_refused(objective: str) -> None:
+    """What is best for one prompt must not depend on the other prompts of the pool."""
+    message = f"use {objective.removeprefix('expected_')}"
+    with pytest.raises(PoiseError, match="whole pool") as refused:
+        Choice.parse(f"brme:{objective}")
+    assert str(refused.value).endswith(message)
+    with pytest.raises(PoiseError, match="whole pool"):
+        Choice("brme", objective).proxy(make_heads(0), PER_PROMPT)
+
+
 def test_kept_heads_are_those_of_their_checkpoint(tmp_path: Path) -> None:
     heads, path = make_heads(0), tmp_path / "heads" / "one.safetensors"
     PoolHeads(heads, 1.5, "abc").save(path)

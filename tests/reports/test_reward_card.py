@@ -14,12 +14,13 @@ import pytest
 import torch
 import transformers
 import yaml
+from huggingface_hub import ModelCard
 from PIL import Image
 
 from poise.cli import train_reward as command
 from poise.cli.train_reward import Config
 from poise.data.types import Sample
-from poise.models.model_card import is_hub_id, public_name
+from poise.models.model_card import front_matter, front_matter_without_results, is_hub_id, public_name
 from poise.models.scorer import Scorer
 from poise.reports import plots
 from poise.reports import reward_card as model_card
@@ -141,6 +142,7 @@ def test_a_card_names_no_machine(finished: tuple[Path, Config], tmp_path: Path) 
         assert f"`{Path(config.model).name}`" in text  # the folder's own name
         assert "base_model" not in text
         head = yaml.safe_load(text.split("---\n")[1])
+        assert head.pop("model-index")
         assert head == {
             "library_name": "transformers",
             "pipeline_tag": "text-classification",
@@ -170,6 +172,31 @@ def test_hub_model_is_named_and_local_one_is_not() -> None:
         text = text_of("brme", GAUSSIAN, settings=SETTINGS | {"model": local})
         assert "base_model" not in text
         assert "/models" not in text
+
+
+def test_the_hub_reads_the_front_matter_and_the_accuracy_in_it() -> None:
+    data = ModelCard(text_of("brme", GAUSSIAN), ignore_metadata_errors=False).data
+    assert (data.base_model, data.library_name) == ("user/model", "transformers")
+    assert data.model_name == "Reward model of 3 Gaussian heads (BRME)"
+    assert data.eval_results is not None
+    (result,) = data.eval_results
+    assert (result.metric_type, result.metric_value) == ("accuracy", 0.7)
+    assert (result.dataset_type, result.dataset_name, result.dataset_split) == (*2 * ("pairs.jsonl",), "validation")
+    unknown = RESULTS | {"models": {"single": {"validation_accuracy": None}}}
+    assert ModelCard(text_of("single", POINT, unknown)).data.eval_results is None
+    on_hub = ModelCard(text_of("single", POINT, settings=SETTINGS | {"preferences": "org/pairs"})).data.eval_results
+    assert on_hub is not None
+    assert on_hub[0].dataset_type == "org/pairs"
+
+
+def test_an_export_is_another_model_and_does_not_inherit_the_accuracy(tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
+    assert "base_model" not in front_matter_without_results(card)
+    card.write_text(text_of("brme", GAUSSIAN))
+    head = ModelCard(front_matter_without_results(card)).data
+    assert (head.base_model, head.eval_results, head.model_name) == ("user/model", None, None)
+    card.write_text("# A card without a head\n")
+    assert front_matter_without_results(card) == front_matter()
 
 
 def test_an_existing_folder_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

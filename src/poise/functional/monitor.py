@@ -1,4 +1,4 @@
-"""An online alarm for reward over-optimization: reads what every training step logs anyway, and never gold.
+"""An online alarm for reward over-optimization. It reads the statistics that every training step logs, never gold.
 
 Signs, each larger when more suspicious; `recent` is a mean over the last `window` steps, `first` one over the baseline
 (the first `baseline_steps` updates: the initial policy, or nearly), `scale` the statistic's own std over the baseline:
@@ -15,12 +15,12 @@ The score is the largest sign over its limit, among the signs that have a limit;
 statistic that is not logged, is not finite, or cannot vary (the gap of a single head) gives no sign, so the same
 monitor reads heads of any number, and runs without texts.
 
-What an alarm means: the policy now looks less like the one it started from than any policy did whose gold was still
-rising, or never fell, in twelve calibration runs of three seeds, by as much again as the runs of one seed went beyond
-those of the others (experiments/monitor.py). It does not say that gold has turned. On nine runs of three other seeds it
-fired in all five that fell, 4 steps after the peak (median) and before gold was .25 below it, and in two of the four
-that did not fall, whose texts were becoming one sentence for every prompt. All runs are of one task, one model and one
-length of text: set `limits` by `highest` on runs of your own that people found good.
+What an alarm means: the policy has drifted further than any healthy calibration run, plus a margin equal to the spread
+between seeds. Healthy means that gold was still rising or never fell. There were twelve calibration runs of three seeds
+(experiments/monitor.py). An alarm does not prove that gold has fallen. On nine runs of three other seeds it fired in
+all five runs whose gold fell: 4 steps after the peak (median), and before gold was .25 below it. It also fired in two
+of the four runs whose gold did not fall; their texts were converging to one sentence for every prompt. All runs are of
+one task, one model and one length of text: for others, set `limits` by `highest` on runs that people found good.
 """
 
 import itertools

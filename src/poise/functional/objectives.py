@@ -1,8 +1,7 @@
 """Objectives: how the K heads of a reward model become one reward.
 
-Every function reduces the last axis (heads, K) of a `HeadRewards` and leaves the others alone, so the same
-code serves one text, a batch, a pool of completions or a whole study. Training, best-of-n, the command line and
-the report all call these functions; none has a second copy of a formula.
+Every function reduces the last axis (heads, K) of a `HeadRewards` and keeps the others. Training, best-of-n, the
+command line and the report call these functions; none has a second copy of a formula.
 
 Variance is always the population variance (divided by K).
 """
@@ -244,12 +243,14 @@ SHAPINGS: dict[str, Callable[[HeadRewards, HeadRewards], HeadRewards]] = {
 class RewardScale:
     """Constants that put the combined reward on a scale, recorded with the run.
 
-    By default fixed on completions of the initial policy, so that the KL coefficient means the same from the first step
-    to the last. `std` and what bounds the reward are those of the *unbounded* combined reward.
+    By default fixed on completions of the initial policy, so that the KL coefficient keeps its meaning over a run.
+    `mean` and `std` are those of the combined reward before the bounds apply.
 
-    floor, ceiling: bounds of the scaled reward: a completion beyond them counts as one at them. A ceiling of 2 asks for
-    what the best fortieth of the initial policy's completions gets, and trusts no reward beyond it.
+    floor, ceiling: bounds that the scaled reward is clipped to. A ceiling of 2 is reached by about the best fortieth of
+    the initial policy's completions.
     count: completions that `mean` and `std` come from.
+
+    Raises PoiseError for NaN bounds, and where the floor is not below the ceiling: every reward would be equal.
     """
 
     head_baseline: tuple[float, ...]
@@ -258,6 +259,12 @@ class RewardScale:
     floor: float = -math.inf
     ceiling: float = math.inf
     count: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.floor < self.ceiling:  # also where one of them is NaN
+            raise PoiseError(f"the reward's floor must be below its ceiling, got {self.floor:g} and {self.ceiling:g}")
+        if not (math.isfinite(self.mean) and math.isfinite(self.std) and self.std > 0):
+            raise PoiseError(f"the reward's scale needs a finite mean and a std > 0, got {self.mean} and {self.std}")
 
     def combine(self, heads: HeadRewards, objective: Objective) -> Tensor:
         """The reward PPO maximizes, of any shape of heads (…, K)."""
@@ -269,8 +276,7 @@ class RewardScale:
     def centered(self, heads: HeadRewards) -> HeadRewards:
         """Each head less its own mean on the initial policy: the heads then agree where training starts.
 
-        Preferences identify differences of rewards only; a head's constant says nothing, yet would decide which head
-        is the worst case.
+        Preferences identify differences of rewards only: a head's constant must not decide which is the worst case.
         """
         return HeadRewards(heads.mean - torch.tensor(self.head_baseline, dtype=heads.mean.dtype), heads.std)
 
@@ -311,7 +317,7 @@ class RewardScale:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Without infinities, which JSON has not."""
+        """Without infinities, which JSON cannot hold."""
         return {name: value for name, value in vars(self).items() if value not in (math.inf, -math.inf)}
 
     @classmethod
@@ -334,7 +340,7 @@ _SPEC = re.compile(r"^\s*(\w+)\s*(?:\(\s*([^()\s]*)\s*\))?\s*$")
 def parse_objective(spec: str) -> Objective:
     """The picklable objective a config names: `worst_case`, `tradeoff(0.4)`, `lower_confidence(2)`.
 
-    Raises PoiseError for an unknown name, a parameter that is no number or out of range, or one too many.
+    Raises PoiseError for an unknown name, a parameter that is no finite number or out of range, or one too many.
 
     >>> parse_objective("lower_confidence(2)")(HeadRewards(torch.tensor([1.0, 3.0]), torch.zeros(2))).item()
     0.0
@@ -345,7 +351,9 @@ def parse_objective(spec: str) -> Objective:
     function, argument = OBJECTIVES[match[1]], match[2]
     if argument:
         try:
-            function = partial(function, **{_parameter_name(function): float(argument)})
+            if not math.isfinite(value := float(argument)):
+                raise ValueError(argument)
+            function = partial(function, **{_parameter_name(function): value})
         except (ValueError, StopIteration):
             raise PoiseError(f"objective {spec!r}: {match[1]} takes no parameter {argument!r}") from None
     function(HeadRewards(torch.zeros(1), torch.zeros(1)))  # a parameter out of range is said now, not an hour in

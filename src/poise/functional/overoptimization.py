@@ -9,6 +9,7 @@ Shapes: _S reward models (seeds), _P prompts, _N completions of each, _M points 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +26,16 @@ from poise.functional.best_of_n import (
     sizes,
     tilted_weights,
 )
-from poise.functional.objectives import SHAPINGS, HeadRewards, RewardScale, Shaping, parse_objective
+from poise.functional.objectives import (
+    SHAPINGS,
+    HeadRewards,
+    Objective,
+    RewardScale,
+    Shaping,
+    expected_tradeoff,
+    expected_worst_case,
+    parse_objective,
+)
 from poise.functional.statistics import resampled_counts, shared_by_ties
 from poise.runtime.run_folder import Json
 
@@ -43,11 +53,11 @@ class Choice:
 
     @classmethod
     def parse(cls, text: str) -> "Choice":
-        """REWARD:OBJECTIVE; PoiseError for another form or an objective that is not there."""
+        """REWARD:OBJECTIVE; PoiseError for another form, an unknown objective, or one that couples the whole pool."""
         reward, colon, spec = text.partition(":")
         if not colon:
             raise PoiseError(f"{text!r}: REWARD:OBJECTIVE was expected, e.g. brme:tradeoff(0.4)")
-        parse_objective(spec)
+        _refuse_coupled(parse_objective(spec), spec)
         return cls(reward, spec)
 
     def proxy(self, heads: HeadRewards, per_prompt: int, unit: float = 1.0) -> Float[ndarray, "prompts pool"]:
@@ -61,8 +71,19 @@ class Choice:
             others = HeadRewards(*(part.unsqueeze(1) for part in by_prompt))
             heads = HeadRewards(*(part.flatten(0, 1) for part in SHAPINGS[self.shaping](by_prompt, others)))
         objective = parse_objective(self.objective)
+        _refuse_coupled(objective, self.objective)
         _, reward = RewardScale.fit_and_combine(heads, objective, ceiling=self.ceiling)
         return reward.double().numpy().reshape(-1, per_prompt)
+
+
+def _refuse_coupled(objective: Objective, spec: str) -> None:
+    """PoiseError for objectives that take one head for all texts of a call: a prompt's best would depend on others."""
+    function = objective.func if isinstance(objective, partial) else objective
+    if function in (expected_tradeoff, expected_worst_case):
+        per_sample = spec.strip().removeprefix("expected_")
+        raise PoiseError(
+            f"{spec.strip()} chooses one head for the whole pool, so it is undefined for one prompt; use {per_sample}"
+        )
 
 
 class Curves(NamedTuple):

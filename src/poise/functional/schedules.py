@@ -1,14 +1,14 @@
-"""Controllers: coefficients that change while a policy is trained. Pure functions of numbers, one call per step.
+"""Schedules: coefficients that change while a policy is trained. Pure functions of numbers, one call per step.
 
-kl_coef is beta, the price of a nat of KL to the initial policy. There is no rule here by which lambda of
-`objectives.tradeoff` follows the policy: of 44 tried none beat a constant (experiments/adaptive_weight.py, LOG.md).
+kl_coef is beta, the reward units that one nat of KL to the initial policy costs. No rule here adapts the lambda of
+`objectives.tradeoff` to the policy: of 44 rules tried, none beat a constant (experiments/adaptive_weight.py, LOG.md).
 """
 
 from poise.errors import PoiseError
 
 
 def linear(start: float, end: float, progress: float) -> float:
-    """start + (end - start) * progress, progress being the share of training done, held to [0, 1].
+    """start + (end - start) * progress, progress being the share of training done, clipped to [0, 1].
 
     >>> linear(1.0, 0.4, 0.5)
     0.7
@@ -17,13 +17,13 @@ def linear(start: float, end: float, progress: float) -> float:
 
 
 def headroom(reward: float, ceiling: float) -> float:
-    """(ceiling - reward) / ceiling, held to [0, 1]: what is left of the way from the initial policy's reward, 0.
+    """(ceiling - reward) / ceiling, clipped to [0, 1]: the share of the reachable reward that is still to be gained.
 
     reward: mean of a step's completions, on the scale on which the initial policy has 0.
-    ceiling: what rewards are bounded by, > 0.
+    ceiling: upper bound of rewards, > 0.
 
-    Ours: a learning rate in proportion to it lets a policy rest that has all the reward there is to get; at full rate
-    it walks on among texts of equal reward, driven by nothing but noise (LOG.md, 2026-11-24).
+    Scales the learning rate by the remaining headroom; otherwise a policy at the ceiling drifts on noise
+    (LOG.md, 2026-11-24). Not from the literature.
 
     >>> headroom(1.5, ceiling=2.0)
     0.25

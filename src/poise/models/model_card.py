@@ -1,22 +1,57 @@
 """What the cards of reward models and policies share: the front matter, and which names may be shown."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
-from poise.runtime.run_folder import Json
+from huggingface_hub import EvalResult, ModelCardData, metadata_load
 
 
-def front_matter(base_model: str = "") -> str:
-    """The YAML head of a model card. base_model: the hub id of the language model, if it has one."""
-    known: Json = {"base_model": base_model} if base_model else {}
-    known |= {
-        "library_name": "transformers",
-        "pipeline_tag": "text-classification",
-        "tags": ["poise", "reward-model", "reward-robust-rlhf"],
-    }
-    return f"---\n{yaml.safe_dump(known, sort_keys=False)}---\n"
+def front_matter(
+    base_model: str = "",
+    *,
+    library: str = "transformers",
+    task: str = "text-classification",
+    tags: Sequence[str] = ("poise", "reward-model", "reward-robust-rlhf"),
+    title: str = "",
+    results: Sequence[EvalResult] = (),
+) -> str:
+    """The YAML head of a model card, in the form that the hub and its leaderboards read.
+
+    base_model: hub id of the language model; empty if it has none.
+    task: the hub's name of what the model does.
+    title, results: the model's name and its evaluations, for the hub's `model-index`.
+    """
+    known = ModelCardData(
+        base_model=base_model or None, library_name=library, pipeline_tag=task, tags=list(tags),
+        model_name=title if results else None, eval_results=list(results) or None,
+    )  # fmt: skip
+    return _fenced(known)
+
+
+def front_matter_without_results(card: Path) -> str:
+    """The front matter of another card, less its evaluations; the plain one where there is no card, or none in it."""
+    known = metadata_load(card) if card.exists() else None
+    if not known:
+        return front_matter()
+    return _fenced(ModelCardData(**{key: value for key, value in known.items() if key != "model-index"}))
+
+
+def _fenced(known: ModelCardData) -> str:
+    return f"---\n{known.to_yaml()}\n---\n"
+
+
+def validation_accuracy(value: float, source: str) -> EvalResult:
+    """The share of held-out preferences that a reward model orders as people did, for the hub's leaderboards.
+
+    source: file, folder or hub id of the preferences; only its public name is kept.
+    """
+    name = public_name(source)
+    return EvalResult(
+        task_type="text-classification", task_name="preferences between two texts",
+        dataset_type=name, dataset_name=name, dataset_split="validation",
+        metric_type="accuracy", metric_name="accuracy on held-out pairs", metric_value=value,
+    )  # fmt: skip
 
 
 def is_hub_id(name: str) -> bool:

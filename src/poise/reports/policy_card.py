@@ -8,10 +8,8 @@ import json
 from collections.abc import Collection
 from typing import Any
 
-import yaml
-
 from poise.models.loading import HfTokenizer, load_tokenizer
-from poise.models.model_card import is_hub_id, public_name
+from poise.models.model_card import front_matter, is_hub_id, public_name
 from poise.runtime.run_folder import Json, Run, write_atomic
 
 AFTER_ALARM = {
@@ -72,13 +70,12 @@ def card(tokenizer: HfTokenizer, settings: Json, results: Json, versions: Json, 
 
 
 def _front_matter(settings: Json) -> str:
-    known: Json = {"base_model": settings["model"]} if is_hub_id(settings["model"]) else {}
-    known |= {
-        "library_name": "peft" if settings["tune"] == "lora" else "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["poise", "reward-robust-rlhf", settings["algorithm"]],
-    }
-    return f"---\n{yaml.safe_dump(known, sort_keys=False)}---\n"
+    return front_matter(
+        settings["model"] if is_hub_id(settings["model"]) else "",
+        library="peft" if settings["tune"] == "lora" else "transformers",
+        task="text-generation",
+        tags=("poise", "reward-robust-rlhf", settings["algorithm"]),
+    )
 
 
 def _alarms(settings: Json, results: Json) -> str:

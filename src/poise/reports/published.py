@@ -1,8 +1,14 @@
-"""What the literature reports, beside what a study found. Pure: a study's results in, rows of a table out.
+"""Published figures beside what a study found. Pure: a study's results in, rows of a table out.
 
-`replicated` claims no more than the interval: `yes` where all of it is on the published side of zero and it reaches the
-published figure, `smaller` where it ends short of that, `no` where it holds zero or less and ends short of the figure,
-`unclear` otherwise. A single reward model answers nothing.
+`replicated`, from the 95 % interval of the study's own value; v is the published value:
+
+    yes       the interval is above 0 and reaches v
+    smaller   the interval is above 0 and ends below v
+    no        the interval reaches down to 0 or below, and ends below v
+    unclear   any other case
+
+Published directions without a size: `yes` above 0, `no` below 0, `unclear` where the interval holds 0. With a single
+reward model there is no interval and no row.
 """
 
 from collections.abc import Iterator, Sequence

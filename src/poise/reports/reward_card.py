@@ -10,7 +10,7 @@ from typing import Any
 
 from poise.models.chat_format import completion_text
 from poise.models.loading import HfTokenizer, load_tokenizer
-from poise.models.model_card import front_matter, is_hub_id, public_name
+from poise.models.model_card import front_matter, is_hub_id, public_name, validation_accuracy
 from poise.reports import plots
 from poise.runtime.run_folder import Json, Run, write_atomic
 
@@ -81,7 +81,6 @@ def card(name: str, block: Json, tokenizer: HfTokenizer, settings: Json, results
     title, what = (text.format(**block) for text in WHAT[name])
     model = results["models"][name]
     gaussian = block["kind"] == "gaussian"
-    base = settings["model"]
     sections = [
         f"# {title}",
         COIN if (model.get("validation_accuracy_interval") or [1.0])[0] <= 0.5 else "",
@@ -103,7 +102,13 @@ def card(name: str, block: Json, tokenizer: HfTokenizer, settings: Json, results
         if versions
         else "",
     ]
-    return front_matter(base if is_hub_id(base) else "") + "\n" + "\n\n".join(filter(None, sections)) + "\n"
+    return _front_matter(settings, title, model) + "\n" + "\n\n".join(filter(None, sections)) + "\n"
+
+
+def _front_matter(settings: Json, title: str, model: Json) -> str:
+    base, accuracy = settings["model"], model.get("validation_accuracy")
+    results = [] if accuracy is None else [validation_accuracy(accuracy, settings["preferences"])]
+    return front_matter(base if is_hub_id(base) else "", title=title, results=results)
 
 
 def _code(text: Any) -> str:

@@ -27,7 +27,7 @@ from poise.data.types import Sample
 from poise.errors import PoiseError
 from poise.functional.objectives import HeadRewards
 from poise.models.loading import frozen_dtype, load_config, load_tokenizer, resolve_model
-from poise.models.model_card import front_matter
+from poise.models.model_card import front_matter_without_results
 from poise.models.reward_model import HeadLayout, checkpoint_folder, read_layout
 from poise.models.scorer import Scorer
 from poise.runtime.progress import console
@@ -242,11 +242,6 @@ how to read them.
 transformers library calls it unexpected and ignores it. Ask SGLang for `/classify`: its `/v1/classify` applies a
 softmax, which makes one label always 1.
 """
-    return f"{_front_matter_of(source)}\n# {title}\n\n{text}\nWritten by Poise {__version__}.\n"
-
-
-def _front_matter_of(source: Path) -> str:
-    """That of the source's own card, which knows the base model; without a card the plain one."""
-    card = source / "README.md"
-    parts = card.read_text(encoding="utf-8").split("---\n", 2) if card.exists() else []
-    return f"---\n{parts[1]}---\n" if len(parts) == 3 and not parts[0] else front_matter()
+    return (
+        f"{front_matter_without_results(source / 'README.md')}\n# {title}\n\n{text}\nWritten by Poise {__version__}.\n"
+    )
