@@ -14,7 +14,7 @@ import torch
 
 from poise.functional.best_of_n import KL_COEFS
 from poise.functional.objectives import HeadRewards
-from poise.functional.overoptimization import Choice, Curves, Resamples, compare_with, judge, stacked
+from poise.functional.overoptimization import Choice, Curves, Resamples, differences_from, stacked, summarize
 from poise.runtime.run_folder import environment
 
 PROMPTS, PER_PROMPT, SEEDS, HEADS = 64, 256, 20, 5
@@ -54,9 +54,9 @@ def main() -> None:
         then = time.perf_counter()
         curves = Curves.of(proxy, gold_PN)
         later = time.perf_counter()
-        judged = judge(curves, resamples)
+        judged = summarize(curves, resamples)
         first = first or judged
-        compare_with(judged, first)
+        differences_from(judged, first)
         for name, value in zip(seconds, (then - at, later - then, time.perf_counter() - later), strict=True):
             seconds[name] += value
     total = time.perf_counter() - started

@@ -9,21 +9,23 @@ RUN/study/report.html and RUN/study/results.json.
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
 
 from poise.data.preferences import read_preferences, write_preferences
-from poise.data.types import Preference
+from poise.data.types import Preference, Sample
 from poise.functional.objectives import mean
 from poise.models.chat_format import prompt_text
 from poise.models.loading import load_tokenizer, resolve_model
-from poise.models.scorer import Sample, Scorer
+from poise.models.scorer import Scorer
 from poise.reward import train as train_reward
 from poise.runtime.progress import progress
 from poise.runtime.run_folder import write_jsonl
 from poise.studies import study
+from poise.studies.config import POLICY
 
 
 def part_of(preference: Preference) -> int:
@@ -94,7 +96,7 @@ def main() -> None:
             eval_prompts=str(files["prompts"]), output=str(options.output / "study"), model=options.model,
             num_preferences=options.per_reward, gold=str(options.output / "gold" / "single"),
             label_noise=("0", "raters", "0.25"), pool_seeds=options.seeds, pool_size=options.pool, policy_seeds=0,
-            max_tokens=options.max_tokens,
+            policy=dataclasses.replace(POLICY, max_tokens=options.max_tokens),
         )
     )  # fmt: skip
 

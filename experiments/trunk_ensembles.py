@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from scipy.stats import rankdata
 
 from poise.functional.objectives import HeadRewards
-from poise.functional.overoptimization import Choice, Curves, Resamples, compare_with, judge
+from poise.functional.overoptimization import Choice, Curves, Resamples, differences_from, summarize
 from poise.models.loading import DEFAULT_MODEL
 from poise.reward import train as train_reward
 from poise.runtime.progress import parts_of_another, progress
@@ -66,13 +66,13 @@ def judged(rewards_SRK: ndarray, frozen_SR: ndarray, gold_PN: ndarray) -> Json:
     resamples = Resamples.draw(len(gold_PN), len(scaled))
     members = [curves_of(scaled[..., [k]], "nominal", gold_PN) for k in range(scaled.shape[-1])]
     expected = [np.mean(parts, axis=0) for parts in zip(*(one[1:] for one in members), strict=True)]
-    single = judge(Curves(members[0].n, *expected), resamples)
+    single = summarize(Curves(members[0].n, *expected), resamples)
     found = {"single": single.json}
     others = {name: curves_of(scaled, objective, gold_PN) for name, objective in ENSEMBLES.items()}
     others["single, frozen trunk"] = curves_of(frozen_SR[..., None], "nominal", gold_PN)
     for name, curves in others.items():
-        one = judge(curves, resamples)
-        found[name] = one.json | {"measures": compare_with(one, single)}
+        one = summarize(curves, resamples)
+        found[name] = one.json | {"measures": differences_from(one, single)}
     return found
 
 

@@ -10,7 +10,15 @@ import torch
 from poise.errors import PoiseError
 from poise.functional.best_of_n import KL_COEFS, best_of_n, sizes, tilted
 from poise.functional.objectives import HeadRewards
-from poise.functional.overoptimization import Choice, Curves, Resamples, compare_with, judge, pair_accuracy, stacked
+from poise.functional.overoptimization import (
+    Choice,
+    Curves,
+    Resamples,
+    differences_from,
+    pair_accuracy,
+    stacked,
+    summarize,
+)
 from poise.functional.statistics import resampled_counts
 from poise.studies.pool import PoolHeads
 
@@ -69,7 +77,7 @@ def test_measures_by_hand() -> None:
     gold = make_gold()
     proxy = stacked(Choice("brme", "mean"), [(make_heads(1), 1.0), (make_heads(2), 1.0), (make_heads(3), 1.0)], 16)
     curves = Curves.of(proxy, gold)
-    judged = judge(curves, Resamples.draw(PROMPTS, 3))
+    judged = summarize(curves, Resamples.draw(PROMPTS, 3))
     by_seed = curves.best_of_n_gold_SPM.mean(1)
     assert judged.means["final_gold"] == pytest.approx(by_seed[:, -1].mean())
     mean = by_seed.mean(0)
@@ -90,7 +98,9 @@ def test_a_fall_is_not_made_of_noise() -> None:
     found = []
     for _ in range(40):
         proxy, gold = generator.normal(size=(6, 20, 8)), generator.normal(size=(20, 8))
-        found.append(judge(Curves.of(proxy, gold), Resamples.draw(20, 6, 200)).json["measures"]["drawdown"]["interval"])
+        found.append(
+            summarize(Curves.of(proxy, gold), Resamples.draw(20, 6, 200)).json["measures"]["drawdown"]["interval"]
+        )
     assert sum(low > 0 for low, _ in found) <= 8  # it is the worst of nine, so more than one in forty
 
 
@@ -100,21 +110,21 @@ def test_pairs_that_gold_ties_do_not_count() -> None:
     found = pair_accuracy(proxy, gold)
     assert found[0, 0] == 0.0
     assert math.isnan(found[0, 1])
-    judged = judge(Curves.of(proxy, gold), Resamples.draw(2, 1, 50))
+    judged = summarize(Curves.of(proxy, gold), Resamples.draw(2, 1, 50))
     assert judged.means["accuracy"] == 0.0
     # Resamples without the first prompt know nothing of accuracy; in the others it is 0.
     assert judged.json["measures"]["accuracy"]["interval"] == (0.0, 0.0)
-    right = judge(Curves.of(-proxy, gold), Resamples.draw(2, 1, 50))
+    right = summarize(Curves.of(-proxy, gold), Resamples.draw(2, 1, 50))
     assert right.json["measures"]["accuracy"]["interval"] == (right.means["accuracy"],) * 2
-    assert "accuracy" not in judge(Curves.of(proxy, np.zeros((2, 4))), Resamples.draw(2, 1, 50)).means
+    assert "accuracy" not in summarize(Curves.of(proxy, np.zeros((2, 4))), Resamples.draw(2, 1, 50)).means
 
 
 def test_differences_are_paired() -> None:
     gold = make_gold()
     models = [(make_heads(s), 1.0) for s in range(4)]
     resamples = Resamples.draw(PROMPTS, 4)
-    one = judge(Curves.of(stacked(Choice("brme", "nominal"), models, PER_PROMPT), gold), resamples)
-    same = compare_with(one, one)
+    one = summarize(Curves.of(stacked(Choice("brme", "nominal"), models, PER_PROMPT), gold), resamples)
+    same = differences_from(one, one)
     assert same["final_gold"]["vs_baseline"] == 0
     assert tuple(same["final_gold"]["vs_baseline_interval"]) == (0.0, 0.0)
     if one.means["gain"] > 0:

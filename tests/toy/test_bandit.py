@@ -31,7 +31,7 @@ def test_log_probabilities_of_a_table_and_of_a_network() -> None:
 @given(st.integers(0, 10_000), st.floats(0.2, 5.0))
 def test_tilted_is_the_maximum(seed: int, kl_coef: float) -> None:
     reference, reward = example(seed)
-    optimum = bandit.tilted(reference, reward, kl_coef)
+    optimum = bandit.exact_optimum(reference, reward, kl_coef)
 
     def objective(policy: torch.Tensor) -> torch.Tensor:
         return bandit.expected(policy, reward) - kl_coef * bandit.exact_kl(policy, reference)
@@ -115,7 +115,7 @@ def run(reward: torch.Tensor, sizes: tuple[int, ...], seeds: int, num_steps: int
 def test_ppo_reaches_the_optimum(sizes: tuple[int, ...]) -> None:
     reward = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(9))
     trained, reference = run(reward, sizes, 3, 150)
-    optimum = bandit.tilted(reference, reward, 0.5)
+    optimum = bandit.exact_optimum(reference, reward, 0.5)
     assert bandit.total_variation(trained, optimum).max() <= 0.02
     assert bandit.total_variation(reference, optimum).mean() > 0.3  # it had some way to go
 

@@ -156,7 +156,7 @@ class Resamples(NamedTuple):
         return np.einsum("ds,ds...->d...", self.seeds_DS, values_DS)
 
 
-class Judged(NamedTuple):
+class CurveSummary(NamedTuple):
     """A choice's curves and measures as JSON, and its measures' draws for comparisons with others."""
 
     json: Json
@@ -164,7 +164,7 @@ class Judged(NamedTuple):
     draws: dict[str, Float[ndarray, " draws"]]
 
 
-def judge(curves: Curves, resamples: Resamples) -> Judged:
+def summarize(curves: Curves, resamples: Resamples) -> CurveSummary:
     """Points with 95 % intervals over prompts and reward models, fitted laws, peak, final and drawdown of gold."""
     gold_DSM = resamples.by_seed(curves.best_of_n_gold_SPM)
     kls, tilted_kls = best_of_n_kl(curves.n), curves.tilted_kl_SPM.mean((0, 1))
@@ -195,7 +195,7 @@ def judge(curves: Curves, resamples: Resamples) -> Judged:
     means = {name: float(value.mean()) for name, value in own.items()}
     draws = {name: resamples.over_seeds(value) for name, value in drawn.items()}
     measures = {name: {"mean": means[name], "interval": interval(draws[name])} for name in means}
-    return Judged(
+    return CurveSummary(
         {
             "seeds": len(curves.best_of_n_gold_SPM), "initial_gold": initial, "best_of_n": best, "tilted": tilted,
             "fits": {name: law._asdict() for name, law in laws.items()}, "measures": measures,
@@ -205,7 +205,7 @@ def judge(curves: Curves, resamples: Resamples) -> Judged:
     )  # fmt: skip
 
 
-def compare_with(own: Judged, first: Judged) -> Json:
+def differences_from(own: CurveSummary, first: CurveSummary) -> Json:
     """The measures of `own` and what they are less those of `first`, paired; its gain also as a share of theirs."""
     measures: Json = {}
     for name, entry in own.json["measures"].items():

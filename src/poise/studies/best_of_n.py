@@ -25,7 +25,7 @@ from poise.functional.overoptimization import Choice
 from poise.models.loading import DEFAULT_MODEL
 from poise.runtime.run_folder import Json, Run, read_jsonl, write_jsonl
 from poise.studies.gold import label_with_gold
-from poise.studies.pool import PoolHeads, judge_choices, prompt_key, prompt_label, sample_pool, score_pool
+from poise.studies.pool import PoolHeads, compare_choices, prompt_key, prompt_label, sample_pool, score_pool
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def summarize(
     gold = np.array([row["gold"] for row in pool]).reshape(-1, per_prompt)
     curves = [
         {"name": name, "label": name, "reward": choices[name].reward, "objective": choices[name].objective} | judged
-        for name, judged in judge_choices(gold, heads, choices).items()
+        for name, judged in compare_choices(gold, heads, choices).items()
     ]
     spread = []
     for reward in sorted({choice.reward for choice in choices.values()}):

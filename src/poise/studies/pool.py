@@ -18,7 +18,15 @@ from torch import Tensor
 from poise.data.types import Prompt, Sample
 from poise.errors import PoiseError, first_line
 from poise.functional.objectives import HeadRewards
-from poise.functional.overoptimization import Choice, Curves, Judged, Resamples, compare_with, judge, stacked
+from poise.functional.overoptimization import (
+    Choice,
+    Curves,
+    CurveSummary,
+    Resamples,
+    differences_from,
+    stacked,
+    summarize,
+)
 from poise.models.loading import load_policy
 from poise.models.policy import Policy, uniforms
 from poise.models.reward_model import heads_fingerprint
@@ -135,7 +143,7 @@ def proxies(choice: Choice, heads: Sequence[Mapping[str, PoolHeads]], per_prompt
     return stacked(choice, [(run[choice.reward].heads, run[choice.reward].unit) for run in heads], per_prompt)
 
 
-def judge_choices(
+def compare_choices(
     gold_PN: ndarray,
     heads: Sequence[Mapping[str, PoolHeads]],
     choices: Mapping[str, Choice],
@@ -146,11 +154,11 @@ def judge_choices(
     advance: called after each choice.
     """
     resamples = Resamples.draw(len(gold_PN), len(heads))
-    first: Judged | None = None
+    first: CurveSummary | None = None
     found: dict[str, Json] = {}
     for name, choice in choices.items():
-        judged = judge(Curves.of(proxies(choice, heads, gold_PN.shape[1]), gold_PN), resamples)
-        found[name] = judged.json | ({"measures": compare_with(judged, first)} if first else {})
+        judged = summarize(Curves.of(proxies(choice, heads, gold_PN.shape[1]), gold_PN), resamples)
+        found[name] = judged.json | ({"measures": differences_from(judged, first)} if first else {})
         first = first or judged
         advance()
     return found

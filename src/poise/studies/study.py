@@ -55,7 +55,7 @@ from poise.studies.config import (
     world_folder,
     worlds,
 )
-from poise.studies.pool import judge_choices, prompt_key, prompt_label
+from poise.studies.pool import compare_choices, prompt_key, prompt_label
 
 VERSION = 2  # of results.json
 
@@ -148,7 +148,7 @@ def _best_of_n(config: Config, folder: Path) -> Json:
             unstable[f"{noise}, other preferences"] = study_pool.instability(pool, heads)
             unstable[f"{noise}, same preferences, other seeds"] = study_pool.instability(pool, same)
     with progress("study: best-of-n", len(of_noise) * len(choices)) as advance:
-        curves = {noise: judge_choices(pool.gold_PN, heads, choices, advance) for noise, heads in of_noise.items()}
+        curves = {noise: compare_choices(pool.gold_PN, heads, choices, advance) for noise, heads in of_noise.items()}
     return {"best_of_n": curves, "instability": unstable}
 
 

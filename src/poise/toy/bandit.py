@@ -22,10 +22,10 @@ TABLE_RATE, NETWORK_RATE, VALUE_RATE = 0.05, 0.02, 0.1  # of Adam, falling linea
 Responses = Float[Tensor, "*worlds prompts responses"]
 Drawn = Int[Tensor, "*worlds prompts samples"]
 Prompts = Float[Tensor, "*worlds prompts"]
-Policy = tuple[Float[Tensor, "_ _ _"], ...]  # layers, (worlds, inputs, outputs) each
+ToyPolicy = tuple[Float[Tensor, "_ _ _"], ...]  # layers, (worlds, inputs, outputs) each
 
 
-def new_policy(sizes: Sequence[int], generator: torch.Generator) -> Policy:
+def new_policy(sizes: Sequence[int], generator: torch.Generator) -> ToyPolicy:
     """A random policy of one world: sizes (P, A) for a table of logits, (P, hidden, ..., A) for a network.
 
     log pi varies by about 1 between responses, for a table as for a network.
@@ -35,12 +35,12 @@ def new_policy(sizes: Sequence[int], generator: torch.Generator) -> Policy:
     return (layers[0], *(1.5 * layer * layer.shape[1] ** -0.5 for layer in layers[1:]))
 
 
-def stack(policies: Sequence[Policy]) -> Policy:
+def stack(policies: Sequence[ToyPolicy]) -> ToyPolicy:
     """Policies of several worlds side by side."""
     return tuple(torch.cat(layers) for layers in zip(*policies, strict=True))
 
 
-def log_probabilities(policy: Policy) -> Responses:
+def log_probabilities(policy: ToyPolicy) -> Responses:
     """log pi of a network on one-hot prompts, tanh between its layers: log softmax(tanh(tanh(W_1) W_2) W_3).
 
     Of a single layer: of a table of logits.
@@ -58,7 +58,7 @@ def draw(logprob: Responses, count: int, generator: torch.Generator) -> Drawn:
 
 
 def train(
-    policy: Policy,
+    policy: ToyPolicy,
     reference: Responses,
     score: Callable[[Responses, Drawn], Float[Tensor, "worlds prompts samples"]],
     kl_coef: float,
@@ -150,7 +150,7 @@ def policy_gradients(
 # ---- what is known ----
 
 
-def tilted(reference: Responses, reward: Responses, kl_coef: float) -> Responses:
+def exact_optimum(reference: Responses, reward: Responses, kl_coef: float) -> Responses:
     """log pi* of pi* ~ pi_ref exp(r / beta), what maximizes E[r] - beta KL(pi || pi_ref)."""
     return (reference + reward / kl_coef).log_softmax(-1)
 

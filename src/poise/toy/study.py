@@ -37,14 +37,14 @@ from poise.runtime.run_folder import Json, Run
 from poise.toy import bandit
 from poise.toy import unseen_responses as blind_spots
 from poise.toy.bandit import (
-    Policy,
     Responses,
+    ToyPolicy,
     exact_kl,
+    exact_optimum,
     expected,
     log_probabilities,
     new_policy,
     stack,
-    tilted,
     total_variation,
 )
 from poise.toy.unseen_responses import PROMPTS, RESPONSES, Worlds
@@ -84,7 +84,7 @@ class Config:
     """Share of the preferences that are flipped."""
 
 
-Train = Callable[[Policy, Responses, Callable[[Tensor, Tensor], Tensor], float], Responses]
+Train = Callable[[ToyPolicy, Responses, Callable[[Tensor, Tensor], Tensor], float], Responses]
 Seeds = Float[Tensor, " worlds"]
 
 
@@ -161,7 +161,7 @@ def _known_reward(sizes: tuple[int, ...], config: Config, train: Train) -> dict[
 
     policies = train(stack([start, start, elsewhere]), reference.repeat(3, 1, 1), score, config.kl_coef)
     learned, stayed, back = policies.chunk(3)
-    optimum = tilted(reference, gold, config.kl_coef)
+    optimum = exact_optimum(reference, gold, config.kl_coef)
     distance = total_variation(learned, optimum)
     kl = exact_kl(stayed, reference).mean(-1)
     return {
@@ -228,7 +228,7 @@ def gradient_rows(logprob: Responses, reward: Responses, worlds: list[torch.Gene
     return rows
 
 
-def noise_rows(config: Config, train: Train, start: Policy, gold: Responses) -> list[Json]:
+def noise_rows(config: Config, train: Train, start: ToyPolicy, gold: Responses) -> list[Json]:
     """Where PPO ends if noise that does not depend on the response is added to the reward: at the same optimum."""
     generator = torch.Generator().manual_seed(config.first_seed)
     reference = log_probabilities(start)
@@ -239,7 +239,7 @@ def noise_rows(config: Config, train: Train, start: Policy, gold: Responses) -> 
         return torch.cat([none, shared, own + NOISE_STD * torch.randn(own.shape, generator=generator)])
 
     policies = train(stack([start] * 3), reference.repeat(3, 1, 1), score, config.kl_coef).chunk(3)
-    optimum, best, rows = tilted(reference, gold, config.kl_coef), gold.argmax(-1, keepdim=True), []
+    optimum, best, rows = exact_optimum(reference, gold, config.kl_coef), gold.argmax(-1, keepdim=True), []
     for name, policy in zip(("no noise", "noise by prompt", "noise by call"), policies, strict=True):
         aim, share = (logprob.exp().gather(-1, best).mean((1, 2)) for logprob in (optimum, policy))
         rows.append(row(f"{name}: probability of the best response", aim, share))
@@ -248,10 +248,10 @@ def noise_rows(config: Config, train: Train, start: Policy, gold: Responses) -> 
     return rows
 
 
-def misscoring_rows(config: Config, train: Train, start: Policy, gold: Responses) -> list[Json]:
+def misscoring_rows(config: Config, train: Train, start: ToyPolicy, gold: Responses) -> list[Json]:
     """Gold lost where every prompt's worst response is scored too high, or its best too low."""
     reference = log_probabilities(start)
-    optimum = tilted(reference, gold, config.kl_coef)
+    optimum = exact_optimum(reference, gold, config.kl_coef)
     worst, best = gold.argmin(-1, keepdim=True), gold.argmax(-1, keepdim=True)
     cases = [("worst response scored too high", worst, error) for error in ERRORS]
     cases += [("best response scored too low", best, -error) for error in ERRORS]
@@ -290,12 +290,12 @@ def unseen_responses(config: Config, train: Train) -> Json:
     ppo = train((start,), start, lambda _, drawn: reward.gather(-1, drawn), config.heads_kl_coef).chunk(num)
     rows: dict[str, Json] = {name: {"name": name, "exact": []} for name in arms}
     for kl_coef in KL_COEFS:
-        policies = {name: tilted(worlds.reference_WPA, table, kl_coef) for name, table in arms.items()}
+        policies = {name: exact_optimum(worlds.reference_WPA, table, kl_coef) for name, table in arms.items()}
         for name, entry in rows.items():
             entry["exact"].append({"kl_coef": kl_coef, **outcome(worlds, policies[name], policies["single"])})
     found = dict(zip(arms, ppo, strict=True))
     for name, entry in rows.items():
-        optimum = tilted(worlds.reference_WPA, arms[name], config.heads_kl_coef)
+        optimum = exact_optimum(worlds.reference_WPA, arms[name], config.heads_kl_coef)
         distance = total_variation(found[name], optimum).mean().item()
         entry["ppo"] = {**outcome(worlds, found[name], found["single"]), "total_variation": distance}
     return {"heads": what_heads_know(worlds, heads), "objectives": list(rows.values())}
