@@ -123,6 +123,30 @@ def test_layout_by_hand() -> None:
     assert heads.std.tolist() == pytest.approx([0.1 + 0.693147, 0.1])
 
 
+@pytest.mark.parametrize("objective", ["nominal", "tradeoff(0.4)", "tradeoff", "expected_tradeoff(0.4)"])
+def test_the_nominal_of_several_point_heads_is_refused(reward_run: Path, tmp_path: Path, objective: str) -> None:
+    """By every command that binds an objective to a reward model; of one head it is that head."""
+    from poise.integrations.trl_reward import RobustReward
+    from poise.policy import train as train_policy
+    from poise.policy.loop import Training
+    from poise.reward import score
+    from poise.runtime.run_folder import Run
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "Review a film.", "completion": "good"}\n')
+    posterior = str(reward_run / "posterior")
+    with pytest.raises(PoiseError, match="point heads of std 0"):
+        score.run(score.Config(posterior, str(rows), objective))
+    with pytest.raises(PoiseError, match="point heads of std 0"):
+        RobustReward.load(posterior, objective)
+    config = train_policy.Config(prompts="", reward=posterior, objective=objective)
+    with pytest.raises(PoiseError, match="point heads of std 0"):
+        Training(config, Run(tmp_path), [])
+    HeadLayout(1, "point", (0.0,)).check_objective(objective)
+    HeadLayout(2, "gaussian", (0.0,) * 4).check_objective(objective)
+    HeadLayout(2, "point", (0.0,) * 2).check_objective("worst_case")
+
+
 def test_any_scalar_classifier_is_a_conventional_reward_model(tiny_model: str, tmp_path: Path) -> None:
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1)
     model.save_pretrained(tmp_path / "scalar")
@@ -130,6 +154,34 @@ def test_any_scalar_classifier_is_a_conventional_reward_model(tiny_model: str, t
     heads = Scorer.load(str(tmp_path / "scalar"))(SAMPLES)
     assert heads.mean.shape == (4, 1)
     assert (heads.std == 0).all()
+
+
+@pytest.mark.parametrize("template", ["llama3", "qwen3", "qwen3_5_think", "gemma3", "deepseek_r1_distill"])
+def test_a_public_classifier_gets_the_scores_of_its_own_card(any_model: str, tmp_path: Path, template: str) -> None:
+    """As cards compute them: apply_chat_template of the whole conversation, then the stock classifier.
+
+    Exact where the template ends at the end of turn; the white space after it is not read.
+    """
+    import trl
+
+    folder = tmp_path / "public"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(any_model)
+    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / f"{template}.jinja").read_text()
+    tokenizer.pad_token = "<|endoftext|>"  # were it the end of turn, the stock classifier would read one token before
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(any_model, num_labels=1)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    stock = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    samples = [*SAMPLES, Sample("Which letter?", "d"), Sample("Why?", "<think>\nHm.\n</think>\n\nIt is b.")]
+    expected = []
+    for sample in samples:
+        turns = [{"role": "user", "content": sample.prompt}] if isinstance(sample.prompt, str) else sample.prompt
+        conversation = [*turns, {"role": "assistant", "content": sample.completion}]
+        text = tokenizer.apply_chat_template(conversation, tokenize=False).rstrip()
+        with torch.no_grad():
+            expected.append(stock(**tokenizer(text, return_tensors="pt", add_special_tokens=False)).logits[0])
+    torch.testing.assert_close(Scorer.load(str(folder))(samples).mean, torch.stack(expected), rtol=1e-5, atol=1e-5)
 
 
 def test_long_samples_lose_their_oldest_tokens_and_are_counted(reward_run: Path) -> None:
@@ -190,13 +242,17 @@ def members(tiny_model: str, train_tiny_reward: Callable[[str], Path]) -> list[s
     return [str(run / name) for name in ("single", "posterior", "brme")]
 
 
-def test_an_ensemble_is_its_members_heads_on_one_scale(members: list[str]) -> None:
-    ensemble = Ensemble.fit(members, SAMPLES)
+@pytest.mark.parametrize(("names", "num_heads"), [(("single", "posterior"), 7), (("brme", "brme"), 10)])
+def test_an_ensemble_is_its_members_heads_on_one_scale(
+    members: list[str], names: tuple[str, ...], num_heads: int
+) -> None:
+    chosen = [path for name in names for path in members if Path(path).name == name]
+    ensemble = Ensemble.fit(chosen, SAMPLES)
     heads = ensemble(SAMPLES)
-    assert heads.mean.shape == (4, 1 + 6 + 5) == heads.std.shape
-    assert ensemble.layout.num_heads == 12
+    assert heads.mean.shape == (4, num_heads) == heads.std.shape
+    assert ensemble.layout.num_heads == num_heads
     start = 0
-    for path in members:
+    for path in chosen:
         own = Scorer.load(path)(SAMPLES)
         part = heads.mean[:, start : start + own.mean.shape[1]]
         reward = own.mean.mean(-1)
@@ -217,13 +273,15 @@ def test_an_ensemble_is_saved_and_found_again(members: list[str], tmp_path: Path
 
 
 def test_members_of_one_trunk_share_it(members: list[str]) -> None:
-    ensemble = Ensemble.fit(members, SAMPLES)
+    ensemble = Ensemble.fit(members[:2], SAMPLES)
     assert len({id(member.extract) for member in ensemble.members}) == 1
 
 
 def test_what_no_ensemble_can_be_made_of(members: list[str], tmp_path: Path) -> None:
+    with pytest.raises(PoiseError, match="point heads and Gaussian heads"):
+        Ensemble.fit(members, SAMPLES)
     with pytest.raises(PoiseError, match="the same reward"):
-        Ensemble.fit(members, [SAMPLES[0], SAMPLES[0]])
+        Ensemble.fit(members[:2], [SAMPLES[0], SAMPLES[0]])
     (tmp_path / "ensemble.json").write_text('{"members": 3}')
     with pytest.raises(PoiseError, match="not one this version reads"):
         Scorer.load(str(tmp_path))

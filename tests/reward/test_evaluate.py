@@ -150,7 +150,7 @@ def test_truncated_samples_are_counted(reward_run: Path, preferences_file: Path,
 def test_an_ensemble_is_judged_without_a_last_layer(
     reward_run: Path, preferences_file: Path, sums_file: Path, tmp_path: Path
 ) -> None:
-    members = [str(reward_run / "brme"), str(reward_run / "single")]
+    members = [str(reward_run / "posterior"), str(reward_run / "single")]
     samples = [Sample(p.prompt, p.chosen) for p in read_preferences(preferences_file)]
     Ensemble.fit(members, samples).save(tmp_path / "ensemble", members)
     config = Config(
@@ -158,7 +158,7 @@ def test_an_ensemble_is_judged_without_a_last_layer(
     )  # fmt: skip
     results = evaluate_reward.run(config).results
     assert results
-    assert results["rewards"][0]["num_heads"] == 6
+    assert results["rewards"][0]["num_heads"] == 7
     assert "last_layer_std" not in results["rewards"][0]["pairs"]["uncertainties"]
 
 

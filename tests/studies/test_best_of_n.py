@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from poise.errors import PoiseError
@@ -86,11 +85,11 @@ def test_a_pool_is_judged_anew_by_another_gold(settings: Config, reward: Path, t
 
 
 def with_nan(checkpoint: Path, copy: Path) -> str:
-    """A copy of a reward model, one of whose heads says NaN."""
+    """A copy of a reward model, one of whose heads overflows; one that is not finite itself would not be loaded."""
     shutil.copytree(checkpoint, copy)
     [file] = [file for file in copy.glob("*.safetensors") if "score.weight" in load_file(file)]
     tensors = load_file(file)
-    tensors["score.weight"][-1] = torch.nan
+    tensors["score.weight"][-1] = 3e38
     save_file(tensors, file, {"format": "pt"})
     return str(copy)
 

@@ -94,17 +94,19 @@ class RobustReward:
         scale: JSON file with the reward's constants; written on the first call, read where it exists.
         max_length: longest sample in tokens; 0 takes the reward model's context.
         floor, ceiling: bounds of the reward, in stds of the initial policy's.
-        Raises PoiseError for an unknown objective, or a model of several labels without a `poise` block. The weights
-        are read on the first call, when the process knows its device.
+        Raises PoiseError for an unknown objective, one that means nothing for the model's heads, or a model of several
+        labels without a `poise` block. The weights are read on the first call, when the process knows its device.
         """
         if not (Path(path) / ENSEMBLE_FILE).exists():
-            read_layout(path)
+            read_layout(path).check_objective(objective)
         return RobustReward(path, objective, scale, max_length, floor, ceiling)
 
     @property
     def scorer(self) -> Scorer:
         if self._scorer is None:
-            self._scorer = Scorer.load(self.path, self.max_length)
+            scorer = Scorer.load(self.path, self.max_length)
+            scorer.layout.check_objective(self.objective)
+            self._scorer = scorer
         return self._scorer
 
     def __getstate__(self) -> dict[str, Any]:

@@ -44,6 +44,7 @@ from poise.runtime.run_folder import Json, write_folder_atomic
 
 _ADAPTER = "adapter_config.json"
 _SCORE = "score.weight"
+_READ_NOMINAL = {"nominal", "tradeoff", "expected_tradeoff"}
 # In a folder of its own: vLLM takes every safetensors file beside config.json for weights.
 _LAST_LAYER = "poise/last_layer.safetensors"
 
@@ -82,6 +83,18 @@ class HeadLayout:
             return HeadRewards(logits, torch.zeros_like(logits))
         mean, raw = logits.split(self.num_heads, -1)
         return HeadRewards(mean, self.floor + F.softplus(raw))
+
+    def check_objective(self, objective: str) -> None:
+        """Raise PoiseError for an objective, as a config names it, that means nothing for these heads.
+
+        `nominal`, and what contains it, reads the head with the lowest std. Several point heads all have std 0.
+        """
+        name = objective.split("(")[0].strip()
+        if self.kind == "point" and self.num_heads > 1 and name in _READ_NOMINAL:
+            raise PoiseError(
+                f"objective {objective} reads the head with the lowest std, but all {self.num_heads} heads of this "
+                f"reward model are point heads of std 0; choose mean, worst_case, quantile(0.25) or lower_confidence(1)"
+            )
 
     def calibrated(self, heads: HeadRewards) -> HeadRewards:
         """The same rewards with stds as error bars. Not for routing: the scale would change which head is lowest."""

@@ -9,7 +9,7 @@ import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -179,7 +179,7 @@ class Scorer:
 
 
 class Ensemble(Scorer):
-    """Several reward models, of point or Gaussian heads, as one: all their heads side by side.
+    """Several reward models as one: all their heads side by side, all point heads or all Gaussian ones.
 
     Each member is put on one scale first: less the mean, divided by the std, of its own reward (the mean of its heads)
     over a reference set. Otherwise the member with the widest scale would decide every worst case.
@@ -189,9 +189,12 @@ class Ensemble(Scorer):
         self.members, self.means, self.stds = list(members), list(means), list(stds)
         layouts = [member.layout for member in members]
         num_heads = sum(layout.num_heads for layout in layouts)
-        kind: Literal["gaussian", "point"] = (
-            "gaussian" if any(layout.kind == "gaussian" for layout in layouts) else "point"
-        )
+        if len({layout.kind for layout in layouts}) > 1:
+            raise PoiseError(
+                "an ensemble of point heads and Gaussian heads: the nominal head would always be a point head, whose "
+                "std is 0; take members of one kind"
+            )
+        kind = layouts[0].kind
         std_scale = [s for layout in layouts for s in layout.std_scale or (1.0,) * layout.num_heads]
         # In normalized units a member's Bradley-Terry scale grows by the std it was divided by.
         scale = sum(layout.reward_scale * std for layout, std in zip(layouts, stds, strict=True)) / len(layouts)

@@ -50,6 +50,7 @@ class Training:
         keep_freed_memory()
         self.config, self.out, self.prompts = config, out, prompts
         scorer = Scorer.load(config.reward)
+        scorer.layout.check_objective(config.objective)
         torch.manual_seed(config.seed)  # initial adapters
         model, tokenizer = load_policy(config.model)
         self.policy = Policy(

@@ -43,6 +43,7 @@ def run(config: Config) -> Path:
     if path.is_dir():
         raise PoiseError(f"--output {path} is a folder; name a file")
     scorer = Scorer.load(config.reward, config.max_length)
+    scorer.layout.check_objective(config.objective)
     with progress("scoring", len(samples)) as advance:
         heads = scorer(samples, advance)
     if scorer.extract.num_truncated:
