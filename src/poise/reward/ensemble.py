@@ -17,7 +17,7 @@ from poise.runtime.progress import console, progress
 
 @dataclass(frozen=True)
 class Config:
-    """Combine reward models, the members, into a folder that every command reads as one reward model with all their heads."""
+    """Combine reward models, the members, into a folder that every command reads as one with all their heads."""
 
     members: tyro.conf.Positional[tuple[str, ...]]
     """Reward models: checkpoint folders, hub ids or `poise train-reward` runs."""
