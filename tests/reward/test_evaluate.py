@@ -400,6 +400,14 @@ def test_the_page_shows_means_over_models_of_one_kind(evaluation: Path, tmp_path
     assert "Over 2 reward models" in page_text(evaluation_page.build(tmp_path))
 
 
+def test_the_page_shows_differences_between_models_of_several_kinds(evaluation: Path) -> None:
+    results = json.loads((evaluation / "results.json").read_text())
+    [found], text = results["differences"], page_text(evaluation / "evaluation.html")
+    assert "Differences between reward models" in text
+    assert f"{found['reward']} minus {found['versus']}" in text
+    assert f"{found['pairs accuracy']['mean']:+.3f}".replace("-", "−") in text
+
+
 def test_a_model_without_a_mistake_has_a_page(evaluation: Path, tmp_path: Path) -> None:
     results = json.loads((evaluation / "results.json").read_text())
     one = results["rewards"][1]
