@@ -29,7 +29,7 @@ FSDP2 = Path(poise.__file__).parent / "runtime" / "accelerate_configs" / "fsdp2.
 SAMPLES = [Sample("Review a film.", f"a {word} film {i}") for i, word in enumerate(("good", "bad", "fine", "awful"))]
 
 # bfloat16 keeps 8 bits of a number: rounding to nearest errs by at most 2^-8 of it. The tiny trunk rounds the
-# embedding, then two layers of two sublayers, each of them six times (norm, input product, nonlinearity, output product,
+# embedding, then two layers of two sublayers, each six times (norm, input product, nonlinearity, output product,
 # residual sum, weights), then the final norm: 26 roundings in sequence. If every one errs by the most, in the same
 # direction, the features h err by 26 * 2^-8 |h|; a reward w h then errs by at most |w| times that (Cauchy-Schwarz).
 # Independent errors would add up to a fifth of it, which leaves room for norms and residual sums that amplify errors.
@@ -44,8 +44,8 @@ def reward_folder(tiny_model: str, train_tiny_reward: Callable[[str], Path]) -> 
 def trunk_config(model: str, preferences: Path, output: Path, trunk: Trunk) -> train_reward.Config:
     """A run of `train-reward` whose trunk takes one step: the batch holds all pairs."""
     return train_reward.Config(
-        str(preferences), str(output), model, num_layers=2, trunk=trunk, batch_size=64, device_batch_size=64, lora_rank=4,
-        posterior_heads=4, head_steps=20, feature_cache=False,
+        str(preferences), str(output), model, num_layers=2, trunk=trunk, batch_size=64, device_batch_size=64,
+        lora_rank=4, posterior_heads=4, head_steps=20, feature_cache=False,
     )  # fmt: skip
 
 
