@@ -1,9 +1,13 @@
 # Two commands: `make quickstart` and `make test`. Both make their own .venv from requirements.lock.
+# `make test-fast` leaves out the tests marked slow.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test clean
+# Two processes of one thread each: more threads would only wait for one another.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+.PHONY: quickstart check test test-fast clean
 
 $(VENV)/installed: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Poise needs Python 3.11 or newer; set PYTHON=python3.11"'
@@ -15,11 +19,16 @@ $(VENV)/installed: requirements.lock pyproject.toml
 quickstart: $(VENV)/installed
 	$(BIN)/poise quickstart
 
-test: $(VENV)/installed
+check: $(VENV)/installed
 	$(BIN)/ruff format --check src tests benchmarks experiments
 	$(BIN)/ruff check src tests benchmarks experiments
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+
+test: check
+	$(PYTEST)
+
+test-fast: check
+	$(PYTEST) -m "not slow"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -250,6 +250,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_rewards_of_one(tiny_model: str, reward_run: str, tmp_path: Path) -> None:
     """Each prompt's completions lie on both processes, and one of the objectives couples all of a batch."""
     coupled = RobustReward.load(reward_run, "expected_tradeoff(0.4)", scale=str(tmp_path / "coupled.json"))
@@ -305,6 +306,7 @@ def run(
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
 def test_a_run_and_one_that_was_interrupted(algorithm: str, tiny_model: str, reward_run: str, tmp_path: Path) -> None:
     how = settings(algorithm)

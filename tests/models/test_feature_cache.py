@@ -358,6 +358,7 @@ def test_a_segment_is_not_seen_before_it_is_whole(tmp_path: Path, monkeypatch: p
     assert len(FeatureCache(tmp_path, "trunk", HIDDEN)) == 4
 
 
+@pytest.mark.slow
 def test_two_processes_write_at_once(tmp_path: Path, processes: multiprocessing.context.ForkServerContext) -> None:
     start = processes.Event()
     shares = [list(range(20)), list(range(10, 30))]
@@ -376,6 +377,7 @@ def test_two_processes_write_at_once(tmp_path: Path, processes: multiprocessing.
         np.testing.assert_array_equal(rows, rows_of(written(number), WIDTH))
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_a_cache_that_can_be_read(
     tmp_path: Path, processes: multiprocessing.context.ForkServerContext
 ) -> None:

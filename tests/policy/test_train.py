@@ -90,6 +90,7 @@ def same_end(one: Path, other: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_bitwise_as_an_undisturbed_one(config: Config, tmp_path: Path) -> None:
     """kill -9 at several moments of a real process, restarted each time."""
     config = dataclasses.replace(config, num_steps=12, save_every=1)
@@ -259,6 +260,7 @@ def test_parts_of_a_minibatch_add_up(config: Config, tmp_path: Path) -> None:
     assert losses_of(parts) == [pytest.approx(row, abs=2e-5) for row in losses_of(whole)]
 
 
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does(config: Config, tmp_path: Path) -> None:
     """accelerate launch, gloo on the CPU: the same rewards and losses, with an objective that couples the batch."""
     config = dataclasses.replace(

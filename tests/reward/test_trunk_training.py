@@ -127,6 +127,7 @@ def test_the_tuned_trunk_is_part_of_every_checkpoint(
             torch.testing.assert_close(adapted(ids).logits, tuned.eval()(ids).logits, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trunk", ["lora", "full"])
 def test_killed_at_any_moment_it_ends_in_the_same_weights(
     trunk: str, tiny_model: str, preferences_file: Path, tmp_path: Path
@@ -232,6 +233,7 @@ def test_scores_of_a_tuned_run(tiny_model: str, preferences_file: Path, tmp_path
     assert heads.mean[0] > heads.mean[1]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_the_same_batch(
     tiny_model: str, preferences_file: Path, tmp_path: Path
 ) -> None:

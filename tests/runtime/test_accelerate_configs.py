@@ -63,6 +63,7 @@ def test_fields_of_each_kind() -> None:
     assert (zero["zero_stage"], zero["zero3_save_16bit_model"]) == (3, True)
 
 
+@pytest.mark.slow
 def test_the_launcher_understands_it(launched: str) -> None:
     """What the processes will make of the environment, not what the file seems to say."""
     assert os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
@@ -83,6 +84,7 @@ def test_the_launcher_understands_it(launched: str) -> None:
         assert (config["gradient_accumulation_steps"], config["gradient_clipping"]) == ("auto", "auto")
 
 
+@pytest.mark.slow
 def test_policies_are_not_sharded(launched: str) -> None:
     if launched == "ddp":
         processes.refuse_sharding()

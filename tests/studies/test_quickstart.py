@@ -40,6 +40,7 @@ def shorten(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(recipes, "NUM_LAYERS", 2)
 
 
+@pytest.mark.slow
 def test_everything_is_there(finished: Path) -> None:
     results = json.loads((finished / "results.json").read_text())
     assert [stage["name"] for stage in results["stages"]] == [
@@ -58,6 +59,7 @@ def test_everything_is_there(finished: Path) -> None:
     assert "robust" in page
 
 
+@pytest.mark.slow
 def test_arms_start_from_the_same_policy_and_prompts(finished: Path) -> None:
     def first_step(arm: str) -> list[tuple[str, str]]:
         lines = (finished / f"policy-{arm}" / "samples.jsonl").read_text().splitlines()
@@ -67,6 +69,7 @@ def test_arms_start_from_the_same_policy_and_prompts(finished: Path) -> None:
     assert first_step("conventional") == first_step("robust") == first_step("brme")
 
 
+@pytest.mark.slow
 def test_starting_again_does_nothing_twice(finished: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from poise.policy import train as train_policy
     from poise.reward import train as train_reward
@@ -86,11 +89,13 @@ def test_training_and_evaluation_prompts_are_disjoint() -> None:
     assert len({*TRAIN_FILMS, *TRAIN_PRODUCTS, *EVAL_FILMS, *EVAL_PRODUCTS}) == 80
 
 
+@pytest.mark.slow
 def test_no_training_file_holds_gold(finished: Path) -> None:
     for path in finished.glob("policy-*/*.jsonl"):
         assert "gold" not in json.loads(path.read_text().splitlines()[0]), path
 
 
+@pytest.mark.slow
 def test_unfinished_arm_is_one_line(finished: Path, tmp_path: Path) -> None:
     arms = (str(finished / "policy-robust"), str(finished / "reward"))
     with pytest.raises(PoiseError, match="not a finished policy run"):

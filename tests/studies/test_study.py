@@ -58,6 +58,7 @@ def in_this_process(job: jobs.Job, _at_a_time: int = 1) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_a_study_grows_and_repeats_nothing(
     tmp_path: Path, preferences_file: Path, prompts_file: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +123,7 @@ def test_a_study_of_which_every_cell_fails_says_so(
     assert "1 run is missing" in (tmp_path / "study" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_cell_in_a_process_of_its_own(tmp_path: Path, tiny_model: str, prompts_file: Path) -> None:
     bad = train_policy.Config(
         prompts=str(prompts_file), reward=str(tmp_path / "nowhere"), output=str(tmp_path / "cell"), model=tiny_model,
@@ -164,6 +166,7 @@ def test_a_part_of_the_preferences_is_a_seeds_own() -> None:
         study.part(pairs, 51, seed=3)
 
 
+@pytest.mark.slow
 def test_best_of_n_alone_and_what_is_kept_of_it(
     tmp_path: Path, preferences_file: Path, prompts_file: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
