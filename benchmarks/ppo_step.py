@@ -4,8 +4,8 @@
 
 The plain way: `generate` on every row with its own copy of the prompt, then full forward passes of padded rows for the
 sampled tokens' log-probabilities, for the reference and for each update. The same model, adapters, prompts, number of
-completions, completion length (no row ends early, for both), epochs and minibatches. Prints JSON; dated results lie
-beside this file. Floor: the larger of the FLOPs that cannot be avoided over the GEMM rate, and the bytes of weights
+completions, completion length (no row ends early, for both), epochs and minibatches. Prints JSON; dated results lie in
+results/. Floor: the larger of the FLOPs that cannot be avoided over the GEMM rate, and the bytes of weights
 that must be read over the memory bandwidth, both measured in the same run.
 """
 

@@ -23,7 +23,9 @@ from torch import Tensor
 
 from poise.functional.reward_losses import sampled_mse
 from poise.models.reward_model import HeadLayout
-from poise.reward.heads import Heads, Pairs, Shards, Targets, make_shards, train_heads
+from poise.reward.heads import Heads, Targets, train_heads
+from poise.reward.pairs import FeaturePairs
+from poise.reward.shards import Shards, make_shards
 from poise.runtime.progress import console
 from poise.runtime.run_folder import environment
 
@@ -32,12 +34,12 @@ PAIRS, HELD, HIDDEN, HEADS, STEPS, RATE, INITIAL_STD, EVALUATE = 4000, 1000, 576
 Noise = Callable[[int, int], Tensor]  # (step, head) -> (texts, 1)
 
 
-def make_problem() -> tuple[Pairs, Pairs, Targets, Shards]:
+def make_problem() -> tuple[FeaturePairs, FeaturePairs, Targets, Shards]:
     generator = torch.Generator().manual_seed(0)
 
-    def pairs(count: int) -> Pairs:
+    def pairs(count: int) -> FeaturePairs:
         chosen, rejected = torch.randn(2, count, HIDDEN, generator=generator, dtype=torch.float64)
-        return Pairs(chosen, rejected, torch.zeros(count, dtype=torch.float64))
+        return FeaturePairs(chosen, rejected, torch.zeros(count, dtype=torch.float64))
 
     fit, held = pairs(PAIRS), pairs(HELD)
     weight = torch.randn(1, HIDDEN, generator=generator, dtype=torch.float64) / HIDDEN**0.5
@@ -46,7 +48,7 @@ def make_problem() -> tuple[Pairs, Pairs, Targets, Shards]:
 
 
 def one_after_another(
-    fit: Pairs, held: Pairs, targets: Targets, shards: Shards, initial: Tensor, noise: Noise
+    fit: FeaturePairs, held: FeaturePairs, targets: Targets, shards: Shards, initial: Tensor, noise: Noise
 ) -> list[Tensor]:
     """Weights (2K, hidden) at each evaluation."""
     layout = HeadLayout(1, "gaussian", (0.0, 0.0))
@@ -73,7 +75,7 @@ def one_after_another(
     return snapshots
 
 
-def largest_difference(fit: Pairs, held: Pairs, targets: Targets, shards: Shards) -> tuple[float, float]:
+def largest_difference(fit: FeaturePairs, held: FeaturePairs, targets: Targets, shards: Shards) -> tuple[float, float]:
     """(between the weights of both ways, when fed the same noise; how far training moved them)."""
     heads, history = train(fit, held, targets, shards)
     generator = torch.Generator().manual_seed(1)  # the draws of train_heads, in its order
@@ -85,7 +87,9 @@ def largest_difference(fit: Pairs, held: Pairs, targets: Targets, shards: Shards
     return (weight - snapshots[best]).abs().max().item(), (weight - initial).abs().max().item()
 
 
-def train(fit: Pairs, held: Pairs, targets: Targets, shards: Shards) -> tuple[Heads, list[dict[str, float]]]:
+def train(
+    fit: FeaturePairs, held: FeaturePairs, targets: Targets, shards: Shards
+) -> tuple[Heads, list[dict[str, float]]]:
     generator = torch.Generator().manual_seed(1)
     return train_heads(
         fit, held, targets, shards, generator, num_steps=STEPS, learning_rate=RATE, initial_std=INITIAL_STD
@@ -104,13 +108,13 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def products(fit: Pairs, columns: int) -> float:
+def products(fit: FeaturePairs, columns: int) -> float:
     """Seconds of the matrix products alone: per step, texts times weights and the gradient of the weights."""
     texts, weight = fit.texts_NH, torch.randn(columns, HIDDEN, dtype=torch.float64)
     return seconds(lambda: [(texts @ weight.T).T @ texts for _ in range(STEPS)])
 
 
-def measure(fit: Pairs, held: Pairs, targets: Targets, shards: Shards, repeats: int) -> dict[str, object]:
+def measure(fit: FeaturePairs, held: FeaturePairs, targets: Targets, shards: Shards, repeats: int) -> dict[str, object]:
     generator = torch.Generator().manual_seed(1)
 
     def noise(_step: int, _head: int) -> Tensor:

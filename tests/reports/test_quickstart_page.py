@@ -1,19 +1,17 @@
 """The report page: what it claims, that nothing in it runs or is fetched, and that a browser shows it."""
 
-import itertools
 import json
 import math
 import re
-import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 from PIL import Image
 
+from pages import CHROMIUM, Page, needs_chromium
 from poise.errors import PoiseError
 from poise.reports import plots
 from poise.reports import quickstart_page as report
@@ -21,8 +19,6 @@ from poise.runtime.run_folder import Json, write_json
 
 SCRIPT = '<script>document.title="pwned"</script>'
 BREAKOUT = '"><img src=x onerror="document.title=1"></style></svg>'
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on PATH")
 
 
 # ---- a finished quickstart, made up ----
@@ -122,51 +118,6 @@ def quickstart(tmp_path: Path) -> Path:
     environment |= {"versions": {"torch": "2.6.0"}, "command": ["poise", "quickstart", "--output", "a b"]}
     write_json(folder / "environment.json", environment)
     return folder
-
-
-class Page(HTMLParser):
-    """What a browser would make of a page, as far as the tests ask."""
-
-    def __init__(self, path: Path):
-        super().__init__()
-        self.html = path.read_text()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self._text: list[str] = []
-        self.feed(self.html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self._text.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join("".join(self._text).split())
-
-    @property
-    def security_policy(self) -> str:
-        content = next(tag["content"] for name, tag in self.tags if name == "meta" and "http-equiv" in tag)
-        assert content
-        return content
-
-    def assert_fetches_nothing(self) -> None:
-        links = [
-            value for _, attributes in self.tags for name, value in attributes.items()
-            if name in ("src", "href", "xlink:href", "action", "data", "srcset")
-        ]  # fmt: skip
-        assert all(link and link.startswith(("#", "data:")) for link in links)
-        assert "@import" not in self.html
-
-    def assert_accessible(self) -> None:
-        """Identifiers are unique, no heading is skipped, every column and row of a table is named."""
-        identifiers = [attributes["id"] for _, attributes in self.tags if "id" in attributes]
-        assert len(identifiers) == len(set(identifiers)) > 0
-        levels = [int(tag[1]) for tag, _ in self.tags if re.fullmatch(r"h\d", tag)]
-        assert levels[0] == 1
-        assert levels.count(1) == 1
-        assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
-        assert all("scope" in attributes for tag, attributes in self.tags if tag == "th")
 
 
 # ---- what it says ----

@@ -19,15 +19,15 @@ import torch
 from numpy import ndarray
 from PIL import Image
 
+from pages import CHROMIUM, Page, needs_chromium
 from poise.errors import PoiseError
 from poise.functional import best_of_n as selection
 from poise.functional.objectives import HeadRewards, RewardScale, parse_objective
-from poise.reports import plots, study_page
+from poise.reports import study_page, study_plots
 from poise.reports import verdicts as study_verdicts
 from poise.reports.quickstart_page import Verdict
 from poise.reports.summary import MEASURES
 from poise.runtime.run_folder import Json, write_json
-from reports.test_quickstart_page import CHROMIUM, Page, needs_chromium
 
 HOSTILE = '</script><script>document.title="pwned"</script><img src=x onerror="document.title=1"><!--<script>'
 ARMS = {
@@ -472,14 +472,16 @@ def test_the_figure_has_a_panel_for_all_that_was_measured(tmp_path: Path):
     results["cells"] = [{"noise": "0", "arm": name, "final_gold": 0.3} for name in results["summary"]["0"]]
     widths = []
     for left_out in ((), ("best_of_n",), ("best_of_n", "cells")):
-        plots.save_study({key: value for key, value in results.items() if key not in left_out}, tmp_path / "study.png")
+        study_plots.save_study(
+            {key: value for key, value in results.items() if key not in left_out}, tmp_path / "study.png"
+        )
         with Image.open(tmp_path / "study.png") as image:
             widths.append(image.width)
     assert widths == sorted(widths, reverse=True)
     assert len(set(widths)) == 3
     single = results["summary"]["0"]["single"]["final_gold"]
     single["interval"] = None  # of one reward model
-    plots.save_study(results, tmp_path / "study.png")
+    study_plots.save_study(results, tmp_path / "study.png")
 
 
 # ---- in a browser ----

@@ -11,24 +11,23 @@ from scipy.stats import norm
 from poise.models.reward_model import LastLayer
 from poise.reward.heads import (
     Heads,
-    Pairs,
-    Shards,
     Targets,
     draw_posterior,
     fit_bradley_terry,
     fit_std_scale,
-    make_shards,
     posterior_factor,
     std_collapsed,
     train_heads,
 )
+from poise.reward.pairs import FeaturePairs
+from poise.reward.shards import Shards, make_shards
 
 
-def pairs(chosen: torch.Tensor, rejected: torch.Tensor, margin: float = 0.0) -> Pairs:
-    return Pairs(chosen, rejected, torch.full((len(chosen),), margin, dtype=torch.float64))
+def pairs(chosen: torch.Tensor, rejected: torch.Tensor, margin: float = 0.0) -> FeaturePairs:
+    return FeaturePairs(chosen, rejected, torch.full((len(chosen),), margin, dtype=torch.float64))
 
 
-def synthetic(count: int, hidden: int = 6, seed: int = 0) -> tuple[Pairs, torch.Tensor]:
+def synthetic(count: int, hidden: int = 6, seed: int = 0) -> tuple[FeaturePairs, torch.Tensor]:
     """Pairs labeled by a known linear reward through the Bradley-Terry model."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.linspace(-1, 1, hidden, dtype=torch.float64)
@@ -135,7 +134,7 @@ def test_heads_of_regions_are_stopped_by_their_own_region() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.linspace(-1, 1, 6, dtype=torch.float64)
 
-    def draw(count: int) -> tuple[Pairs, torch.Tensor]:
+    def draw(count: int) -> tuple[FeaturePairs, torch.Tensor]:
         region = torch.arange(count) % 2
         center = torch.zeros(count, 6, dtype=torch.float64)
         center[:, 0] = 20.0 * region
@@ -184,7 +183,7 @@ def test_alarm_when_std_collapses_while_error_stands_still() -> None:
 def test_margins_push_the_rewards_apart() -> None:
     """Pairs that are exactly 2 apart in truth, fitted with margin 2: p = sigmoid(w.d - 2), by an independent solver."""
     features, _ = synthetic(300)
-    weight = fit_bradley_terry(Pairs(*features[:2], torch.full((300,), 2.0, dtype=torch.float64)), 5.0)
+    weight = fit_bradley_terry(FeaturePairs(*features[:2], torch.full((300,), 2.0, dtype=torch.float64)), 5.0)
     d, together = features.difference_NH.numpy(), (features.chosen_NH + features.rejected_NH).numpy()
 
     def gradient(w: np.ndarray) -> np.ndarray:

@@ -12,8 +12,8 @@ from poise.functional.objectives import HeadRewards, RewardScale, mean, worst_ca
 from poise.functional.statistics import auroc
 from poise.models.reward_model import HeadLayout, LastLayer
 from poise.reward.quality import (
-    Opinions,
-    Pairs,
+    PairJudgments,
+    TextScores,
     by_subset,
     judge_pairs,
     judge_sets,
@@ -43,7 +43,7 @@ HEADS = HeadRewards(
 def test_uncertainties_of_pairs_by_hand() -> None:
     last_layer = LastLayer(torch.diag(torch.tensor([1.0, 2.0])), torch.zeros(2))
     features = torch.tensor([[3.0, 2.0], [0.0, 0.0], [1.0, 1.0], [1.0, 0.0]])
-    pairs = pairs_of(Opinions(HEADS, GAUSSIAN, last_layer, features), TWO, mean, seed=0)
+    pairs = pairs_of(TextScores(HEADS, GAUSSIAN, last_layer, features), TWO, mean, seed=0)
     np.testing.assert_allclose(pairs.margin, [2.0 - 0.5, 0.0 - 0.5])
     np.testing.assert_allclose(pairs.probability, [sigmoid(3), sigmoid(-1)])
     heads = [(sigmoid(2) + sigmoid(4)) / 2, (sigmoid(-2) + sigmoid(0)) / 2]
@@ -69,7 +69,7 @@ def test_uncertainties_of_pairs_by_hand() -> None:
 
 
 def test_the_objective_orders_pairs_and_heads_keep_their_own_probability() -> None:
-    pairs = pairs_of(Opinions(HEADS, GAUSSIAN), TWO, worst_case, seed=0)
+    pairs = pairs_of(TextScores(HEADS, GAUSSIAN), TWO, worst_case, seed=0)
     np.testing.assert_allclose(pairs.margin, [1.0 - 0.0, 0.0 - 0.0])
     assert pairs.correct.tolist() == [1.0, 0.5]
     np.testing.assert_allclose(pairs.heads_probability[0], (sigmoid(2) + sigmoid(4)) / 2)
@@ -77,20 +77,20 @@ def test_the_objective_orders_pairs_and_heads_keep_their_own_probability() -> No
 
 def test_an_absurd_margin_has_a_finite_cost() -> None:
     heads = HeadRewards(torch.tensor([[-5000.0], [5000.0], [1.0], [0.0]]), torch.zeros(4, 1))
-    pairs = pairs_of(Opinions(heads, HeadLayout(1, "point", (0.0,))), TWO, mean, seed=0)
+    pairs = pairs_of(TextScores(heads, HeadLayout(1, "point", (0.0,))), TWO, mean, seed=0)
     assert 600 < judge_pairs(pairs, TWO.items, seed=0)["probability"]["nll"] * 2 < 800
 
 
 def test_point_heads_have_no_stds_and_one_head_no_disagreement() -> None:
     layout = HeadLayout(1, "point", (0.0,))
     one = HeadRewards(HEADS.mean[:, :1], torch.zeros(4, 1))
-    assert list(pairs_of(Opinions(one, layout), TWO, mean, seed=0).uncertainties) == ["random"]  # |margins| are equal
+    assert list(pairs_of(TextScores(one, layout), TWO, mean, seed=0).uncertainties) == ["random"]  # |margins| are equal
     several = HeadRewards(torch.tensor([[1.0, 3.0], [0.0, 1.0], [0.0, 0.0], [2.0, 0.0]]), torch.zeros(4, 2))
-    named = pairs_of(Opinions(several, HeadLayout(2, "point", (0.0, 0.0))), TWO, mean, seed=0).uncertainties
+    named = pairs_of(TextScores(several, HeadLayout(2, "point", (0.0, 0.0))), TWO, mean, seed=0).uncertainties
     assert list(named) == ["disagreement", "small_margin", "error_probability", "random"]
 
 
-def made_up(num_pairs: int = 400, wrong: float = 0.3) -> Pairs:
+def made_up(num_pairs: int = 400, wrong: float = 0.3) -> PairJudgments:
     """Pairs with an uncertainty that knows the errors and one that does not."""
     generator = np.random.default_rng(0)
     margin = np.where(generator.random(num_pairs) < wrong, -1.0, 1.0) * generator.uniform(0.1, 2, num_pairs)
@@ -98,7 +98,7 @@ def made_up(num_pairs: int = 400, wrong: float = 0.3) -> Pairs:
     knowing = generator.normal(size=num_pairs) + 2 * (margin < 0)
     uncertainties = {"disagreement": knowing, "random": generator.random(num_pairs)}
     longer = generator.choice([0.0, 0.5, 1.0], num_pairs)
-    return Pairs(margin, probability, probability, uncertainties, longer, np.arange(num_pairs))
+    return PairJudgments(margin, probability, probability, uncertainties, longer, np.arange(num_pairs))
 
 
 def test_judged_pairs_are_the_plain_definitions() -> None:
@@ -146,7 +146,7 @@ def test_interval_of_an_auroc_covers_the_truth_as_often_as_it_says() -> None:
         margin = np.where(generator.random(150) < 0.3, -1.0, 1.0)
         value = generator.normal(size=150) + (margin < 0)
         probability = np.full(150, 0.6)
-        pairs = Pairs(margin, probability, probability, {"disagreement": value}, margin * 0, np.arange(150))
+        pairs = PairJudgments(margin, probability, probability, {"disagreement": value}, margin * 0, np.arange(150))
         judged = judge_pairs(pairs, [item("c", "r")] * 150, seed)
         low, high = judged["uncertainties"]["disagreement"]["auroc_interval"]
         covered += low <= truth <= high
@@ -165,7 +165,7 @@ def test_a_model_without_a_mistake_leaves_nothing_to_tell() -> None:
 def test_twenty_votes_on_each_of_twenty_pairs_are_worth_twenty_pairs() -> None:
     few = made_up(20)
     repeated = {name: np.repeat(value, 20) for name, value in few.uncertainties.items()}
-    votes = Pairs(
+    votes = PairJudgments(
         np.repeat(few.margin, 20), np.repeat(few.probability, 20), np.repeat(few.heads_probability, 20),
         repeated, np.repeat(few.longer, 20), np.arange(400) // 20,
     )  # fmt: skip
@@ -180,7 +180,7 @@ def test_twenty_votes_on_each_of_twenty_pairs_are_worth_twenty_pairs() -> None:
 def test_the_surest_mistakes_come_first_and_once() -> None:
     margin = np.array([1.0, -2.0, -0.5, -3.0, -2.0])
     p = 1 / (1 + np.exp(-margin))
-    pairs = Pairs(margin, p, p, {}, np.zeros(5), np.array([0, 1, 2, 3, 1]))
+    pairs = PairJudgments(margin, p, p, {}, np.zeros(5), np.array([0, 1, 2, 3, 1]))
     items = [item(f"c{i}", f"r{i}", "s") for i in range(5)]
     mistakes = judge_pairs(pairs, items, seed=0)["mistakes"]
     assert [(m["chosen"], m["margin"]) for m in mistakes] == [("c3", -3.0), ("c1", -2.0), ("c2", -0.5)]
@@ -207,7 +207,7 @@ def test_uncertainties_of_texts_ignore_what_a_head_adds_to_every_reward() -> Non
     last_layer = LastLayer(torch.diag(torch.tensor([1.0, 2.0])), torch.tensor([1.0, 0.0]))
     features = torch.tensor([[4.0, 2.0], [1.0, 0.0], [1.0, 1.0], [1.0, 0.0]])
     baseline = RewardScale.fit(HEADS, mean)
-    named = text_uncertainties(Opinions(HEADS, GAUSSIAN, last_layer, features), baseline)
+    named = text_uncertainties(TextScores(HEADS, GAUSSIAN, last_layer, features), baseline)
     centered = HEADS.mean.numpy() - HEADS.mean.numpy().mean(0)
     np.testing.assert_allclose(named["disagreement"], centered.std(-1), rtol=1e-6)
     np.testing.assert_allclose(named["routing_std"], [0.1, 0.2, 0.5, 0.5], rtol=1e-6)
@@ -215,7 +215,7 @@ def test_uncertainties_of_texts_ignore_what_a_head_adds_to_every_reward() -> Non
     np.testing.assert_allclose(named["total_std"], np.sqrt(spread), rtol=1e-6)
     np.testing.assert_allclose(named["last_layer_std"], [5.0, 0.0, 2.0, 0.0])
     shifted = HeadRewards(HEADS.mean + torch.tensor([0.0, 100.0]), HEADS.std)
-    again = text_uncertainties(Opinions(shifted, GAUSSIAN), RewardScale.fit(shifted, mean))
+    again = text_uncertainties(TextScores(shifted, GAUSSIAN), RewardScale.fit(shifted, mean))
     np.testing.assert_allclose(again["disagreement"], named["disagreement"], rtol=1e-4)
 
 

@@ -39,7 +39,7 @@ def make_arm(folder: Path, steps: list[tuple[float, float]], final: dict[str, fl
 @pytest.fixture(autouse=True)
 def gold_is_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (compare, gold):
-        monkeypatch.setattr(module, "judged", lambda rows, _: np.array([float(row["completion"]) for row in rows]))
+        monkeypatch.setattr(module, "gold_of", lambda rows, _: np.array([float(row["completion"]) for row in rows]))
 
 
 def test_peak_end_and_fall_by_hand(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
-"""The study: which cells there are, what survives a failure or a stop, and means over seeds by hand."""
+"""The study: its settings and jobs, what survives a failure or a stop, and what is refused."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
+from poise.cli.main import parse_config
 from poise.data.preferences import read_preferences
 from poise.data.types import Preference
 from poise.errors import PoiseError
 from poise.policy import train as train_policy
 from poise.reward import train as train_reward
-from poise.runtime import jobs as cells
-from poise.runtime.run_folder import Run
+from poise.runtime import jobs
+from poise.runtime.run_folder import Run, config_dict
+from poise.studies import config as study_config
 from poise.studies import gold, study
 from poise.studies import pool_study as study_pool
 from poise.studies import quickstart as recipes
@@ -26,8 +30,8 @@ ARMS = ("single", "brme_0.4")
 
 def config(tmp_path: Path, preferences: Path, prompts: Path, model: str, **changes: Any) -> study.Config:
     settings = {
-        "arms": ARMS, "reward_seeds": 1, "num_layers": 2, "num_steps": 2, "max_tokens": 4, "num_preferences": 0,
-        "label_noise": ("0",), "pool_size": 0,
+        "arms": ARMS, "reward_seeds": 1, "num_preferences": 0, "label_noise": ("0",), "pool_size": 0,
+        **of_reward(), **of_policy(),
     } | changes  # fmt: skip
     return study.Config(
         preferences=str(preferences), prompts=str(prompts), eval_prompts=str(prompts), output=str(tmp_path / "study"),
@@ -35,10 +39,20 @@ def config(tmp_path: Path, preferences: Path, prompts: Path, model: str, **chang
     )  # fmt: skip
 
 
-def in_this_process(cell: cells.Cell, _jobs: int = 1) -> str:
-    """`cells.run_cell` without starting an interpreter."""
+def of_policy(**changes: Any) -> dict[str, Any]:
+    """A study's settings with some of its policies' changed."""
+    return {"policy": replace(study_config.POLICY, **({"num_steps": 2, "max_tokens": 4} | changes))}
+
+
+def of_reward(**changes: Any) -> dict[str, Any]:
+    """A study's settings with some of its reward models' changed."""
+    return {"reward": replace(study_config.REWARD, **({"num_layers": 2} | changes))}
+
+
+def in_this_process(job: jobs.Job, _at_a_time: int = 1) -> str:
+    """`jobs.run_job` without starting an interpreter."""
     try:
-        (train_reward if cell.command == "train-reward" else train_policy).run(cell.config)
+        (train_reward if job.command == "train-reward" else train_policy).run(job.config)
     except PoiseError as error:
         return str(error)
     return ""
@@ -49,11 +63,11 @@ def test_a_study_grows_and_repeats_nothing(
 ) -> None:
     ran: list[str] = []
 
-    def note(cell: cells.Cell, _jobs: int = 1) -> str:
-        ran.append(str(cell.folder.relative_to(tmp_path / "study")))
-        return in_this_process(cell)
+    def note(job: jobs.Job, _at_a_time: int = 1) -> str:
+        ran.append(str(job.folder.relative_to(tmp_path / "study")))
+        return in_this_process(job)
 
-    monkeypatch.setattr(cells, "run_cell", note)
+    monkeypatch.setattr(jobs, "run_job", note)
     first = study.run(config(tmp_path, preferences_file, prompts_file, tiny_model)).results
     assert ran == ["noise-0/reward-0/reward", *(f"noise-0/reward-0/policy-0/{arm}" for arm in ARMS)]
     assert first["missing"] == {}
@@ -77,22 +91,23 @@ def test_a_study_grows_and_repeats_nothing(
     ]  # fmt: skip
     assert [cell for cell in grown["cells"] if cell in first["cells"]] == first["cells"]
     assert grown["summary"].keys() == {"0", "0.25"}
-    with pytest.raises(PoiseError, match=r"other settings \(differs in num_steps\)"):
-        study.run(config(tmp_path, preferences_file, prompts_file, tiny_model, num_steps=3))
+    other = of_policy(num_steps=3) | of_reward(num_layers=1)
+    with pytest.raises(PoiseError, match=r"other settings \(differs in policy\.num_steps, reward\.num_layers\)"):
+        study.run(config(tmp_path, preferences_file, prompts_file, tiny_model, **other))
 
 
 def test_a_cell_that_fails_is_named_and_the_others_go_on(
     tmp_path: Path, preferences_file: Path, prompts_file: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail_once(cell: cells.Cell, _jobs: int = 1) -> str:
-        return "out of memory" if cell.folder.name == "constant" else in_this_process(cell)
+    def fail_once(job: jobs.Job, _at_a_time: int = 1) -> str:
+        return "out of memory" if job.folder.name == "constant" else in_this_process(job)
 
-    monkeypatch.setattr(cells, "run_cell", fail_once)
+    monkeypatch.setattr(jobs, "run_job", fail_once)
     wanted = config(tmp_path, preferences_file, prompts_file, tiny_model, arms=(*ARMS, "constant"))
     results = study.run(wanted).results
     assert results["missing"] == {"noise-0/reward-0/policy-0/constant": "out of memory"}
     assert results["summary"]["0"].keys() == set(ARMS)
-    monkeypatch.setattr(cells, "run_cell", in_this_process)
+    monkeypatch.setattr(jobs, "run_job", in_this_process)
     again = study.run(wanted).results
     assert again["missing"] == {}
     assert again["summary"]["0"].keys() == {*ARMS, "constant"}
@@ -101,7 +116,7 @@ def test_a_cell_that_fails_is_named_and_the_others_go_on(
 def test_a_study_of_which_every_cell_fails_says_so(
     tmp_path: Path, preferences_file: Path, prompts_file: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cells, "run_cell", lambda _cell, _jobs: "out of memory")
+    monkeypatch.setattr(jobs, "run_job", lambda _job, _at_a_time: "out of memory")
     results = study.run(config(tmp_path, preferences_file, prompts_file, tiny_model)).results
     assert results["missing"] == {"noise-0/reward-0/reward": "out of memory"}
     assert "1 run is missing" in (tmp_path / "study" / "report.html").read_text()
@@ -112,12 +127,12 @@ def test_a_cell_in_a_process_of_its_own(tmp_path: Path, tiny_model: str, prompts
         prompts=str(prompts_file), reward=str(tmp_path / "nowhere"), output=str(tmp_path / "cell"), model=tiny_model,
         num_steps=1,
     )  # fmt: skip
-    why = cells.run_cell(cells.Cell("train-policy", bad))
+    why = jobs.run_job(jobs.Job("train-policy", bad))
     assert "nowhere" in why
     assert "Traceback" not in why
     assert why in (tmp_path / "cell" / "error.txt").read_text()
     Run(tmp_path / "cell").finish({})  # as if another process had finished it while this one waited for the lock
-    assert cells.run_cell(cells.Cell("train-policy", bad)) == ""
+    assert jobs.run_job(jobs.Job("train-policy", bad)) == ""
 
 
 def test_a_cell_begun_with_other_settings_fails_alone(tmp_path: Path, tiny_model: str, prompts_file: Path) -> None:
@@ -125,7 +140,7 @@ def test_a_cell_begun_with_other_settings_fails_alone(tmp_path: Path, tiny_model
         prompts=str(prompts_file), reward=str(tmp_path), output=str(tmp_path / "cell"), model=tiny_model
     )
     Run.open(begun.output, begun)
-    failed = cells.run_cells([cells.Cell("train-policy", replace(begun, eval_every=10))], 1, "cells")
+    failed = jobs.run_jobs([jobs.Job("train-policy", replace(begun, eval_every=10))], 1, "cells")
     assert "differs in eval_every" in failed[tmp_path / "cell"]
     assert "differs in eval_every" in (tmp_path / "cell" / "error.txt").read_text()
 
@@ -157,7 +172,7 @@ def test_best_of_n_alone_and_what_is_kept_of_it(
         label_noise=("0", "0.25"),
     )  # fmt: skip
     # a reader of reviews thinks all alike of what a random model writes
-    monkeypatch.setattr(gold, "judged", lambda rows, _: np.sin(np.arange(len(rows))))
+    monkeypatch.setattr(gold, "gold_of", lambda rows, _: np.sin(np.arange(len(rows))))
     results = study.run(wanted).results
     assert results["cells"] == []
     assert results["best_of_n"].keys() == {"0", "0.25"}
@@ -212,9 +227,9 @@ def test_a_cell_counts_its_processor_time(tmp_path: Path, tiny_model: str, prefe
     settings = train_reward.Config(
         preferences=str(preferences_file), output=str(tmp_path / "cell"), model=tiny_model, num_layers=2
     )
-    assert cells.cpu_hours(tmp_path / "cell") == 0.0
-    assert cells.run_cell(cells.Cell("train-reward", settings)) == ""
-    assert 0.3 < cells.cpu_hours(tmp_path / "cell") * 3600 < 120  # seconds: importing torch alone takes some
+    assert jobs.cpu_hours(tmp_path / "cell") == 0.0
+    assert jobs.run_job(jobs.Job("train-reward", settings)) == ""
+    assert 0.3 < jobs.cpu_hours(tmp_path / "cell") * 3600 < 120  # seconds: importing torch alone takes some
     assert not (tmp_path / "cell" / "error.txt").exists()
 
 
@@ -235,13 +250,114 @@ def test_a_cell_counts_its_processor_time(tmp_path: Path, tiny_model: str, prefe
         ({"policy_seeds": 0}, "leave nothing to study"),
         ({"prompts": ""}, "--preferences, --prompts and --eval-prompts belong together"),
         ({"reward_seeds": 0}, "--reward-seeds must be at least 1"),
-        ({"num_steps": 0}, "--num-steps must be at least 1"),
+        (of_policy(num_steps=0), "arm single: --policy.num-steps must be at least 1"),
+        (of_policy(settle=True), "arm single: --policy.settle needs a --policy.reward-ceiling above 0"),
+        (of_policy(objective="mean"), "--policy.objective is set by the study; leave it out and see --arms"),
+        (of_policy(eval_prompts="x"), "--policy.eval-prompts is set by the study; leave it out and see --eval-prompts"),
+        (of_policy(seed=1), "--policy.seed is set by the study; leave it out and see --policy-seeds"),
+        (of_reward(seed=1), "--reward.seed is set by the study; leave it out and see --reward-seeds"),
+        (of_reward(preferences="x"), "--reward.preferences is set by the study; leave it out and see --preferences"),
+        (of_reward(output="x"), "--reward.output is set by the study; leave it out and see --output"),
+        (of_reward(trunk="lora") | {"pool_size": 8}, "--reward.trunk lora needs --pool-size 0"),
+        (of_reward(stage2_trunk="full") | {"pool_size": 8}, "--reward.stage2-trunk full needs --pool-size 0"),
     ],
 )
 def test_bad_settings_are_one_line(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(PoiseError, match=message):
         study.run(replace(config(tmp_path, tmp_path / "p", tmp_path / "q", "model"), **changes))
     assert not (tmp_path / "study").exists()  # nothing is written for a study that cannot be
+
+
+def test_dotted_options_reach_every_job() -> None:
+    options = ["--reward.trunk", "lora", "--policy.learning-rate", "3e-4", "--pool-size", "0", "--model", "mine"]
+    wanted = parse_config(study.Config, "poise study", [*options, "--policy.model", "theirs"])
+    reward = study_config.reward_job(wanted, "0.25", 2).config
+    assert (reward.trunk, reward.model, reward.seed) == ("lora", "mine", 2)
+    assert reward.output == "runs/study/noise-0.25/reward-2/reward"
+    large = study_config.policy_job(wanted, "brme_large_kl", 1, "0.25", 2).config
+    assert (large.learning_rate, large.model, large.seed) == (3e-4, "theirs", 2001)
+    assert (large.kl_coef, large.objective) == (20 * 0.01, "tradeoff(0.4)")
+    settled = study_config.policy_job(wanted, "settle", 0, "0", 0).config
+    assert (settled.reward_ceiling, settled.settle, settled.kl_coef) == (2.0, True, 0.01)
+
+
+def test_a_job_by_default_has_the_settings_of_its_command() -> None:
+    given = study.Config(prompts="p", eval_prompts="q", output="o")
+    assert study_config.reward_config(given, "0", 1) == train_reward.Config(
+        preferences="o/noise-0/reward-1/preferences.jsonl", output="o/noise-0/reward-1/reward", seed=1
+    )
+    assert study_config.policy_job(given, "single", 0, "0", 1).config == train_policy.Config(
+        prompts="p", eval_prompts="q", reward="o/noise-0/reward-1/reward/single", objective="nominal", kl_coef=0.01,
+        output="o/noise-0/reward-1/policy-0/single", seed=1000,
+    )  # fmt: skip
+
+
+def test_best_of_n_has_the_ceiling_and_shaping_of_the_policies() -> None:
+    choice = ALL_ARMS["single"].choice(replace(study_config.POLICY, reward_ceiling=3.0, shaping="par"))
+    assert (choice.ceiling, choice.shaping) == (3.0, "par")
+    assert ALL_ARMS["settle"].choice(study_config.POLICY).ceiling == 2.0
+    assert ALL_ARMS["single"].choice(study_config.POLICY).ceiling == math.inf
+
+
+def test_config_yaml_repeats_a_study(tmp_path: Path) -> None:
+    options = ["--reward.trunk", "lora", "--policy.eval-tasks", "lambada", "race", "--arms", "mean", "brme_1"]
+    wanted = parse_config(study.Config, "poise study", [*options, "--policy.max-step-kl", "0.1"])
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config_dict(wanted)))
+    assert parse_config(study.Config, "poise study", ["--config", str(file)], study.RENAMED) == wanted
+    again = parse_config(study.Config, "poise study", ["--config", str(file), "--policy.max-step-kl", "0.2"])
+    assert again == replace(wanted, policy=replace(wanted.policy, max_step_kl=0.2))
+
+
+def test_a_config_file_with_the_names_of_old_studies(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("num_layers: 4\nkl_coef: 0.1\neval_tasks: [race]\npolicy: {clip: 0.3}\nreward: {epochs: 2.0}\n")
+    parsed = parse_config(study.Config, "poise study", ["--config", str(file)], study.RENAMED)
+    assert (parsed.reward.num_layers, parsed.reward.epochs) == (4, 2.0)
+    assert (parsed.policy.kl_coef, parsed.policy.clip, parsed.policy.eval_tasks) == (0.1, 0.3, ("race",))
+    assert parsed.policy.prompts == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("armz: [mean]\npolicy: {clip: 0.3, clop: 1}\nreward: {trunc: lora}\n",
+         "settings poise study does not know: armz, policy.clop, reward.trunc$"),
+        ("policy:\n", "policy must hold settings, each as `name: value`$"),
+        ("kl_coef: 0.1\npolicy: 3\n", "policy must hold settings, each as `name: value`$"),
+    ],
+)  # fmt: skip
+def test_bad_nested_settings_of_a_file_are_one_line(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    with pytest.raises(PoiseError, match=message):
+        parse_config(study.Config, "poise study", ["--config", str(file)], study.RENAMED)
+
+
+def test_a_study_folder_written_with_the_old_names_goes_on(tmp_path: Path, prompts_file: Path) -> None:
+    pairs = write_pairs(tmp_path / "pairs.jsonl", ("a", "b"))
+    wanted = config(tmp_path, pairs, prompts_file, "model")
+    old = {
+        "preferences": str(pairs), "raters": "", "prompts": str(prompts_file), "eval_prompts": str(prompts_file),
+        "num_preferences": 0, "model": "model", "num_layers": 2, "num_steps": 2, "kl_coef": 0.01, "max_tokens": 4,
+        "gold": "",
+    }  # fmt: skip
+    (tmp_path / "study").mkdir()
+    saved = tmp_path / "study" / "study.json"
+    saved.write_text(json.dumps(old | {"kl_coef": 0.02}))
+    with pytest.raises(PoiseError, match=r"differs in policy\.kl_coef\)"):
+        study._open(wanted)
+    saved.write_text(json.dumps(old))
+    study._open(wanted)
+    kept = json.loads(saved.read_text())
+    assert (kept["policy.num_steps"], kept["reward.num_layers"]) == (2, 2)
+    assert not kept.keys() & (study_config.RENAMED.keys() | study_config.GROWS | study_config.SET_BY_STUDY.keys())
+    study._open(replace(wanted, policy=replace(wanted.policy, eval_every=10)))
+    with pytest.raises(PoiseError, match=r"differs in policy\.learning_rate, reward\.trunk\)"):
+        study._open(replace(wanted, **of_policy(learning_rate=1e-4), **of_reward(trunk="lora")))
+    saved.write_text("{")
+    with pytest.raises(PoiseError, match=r"study\.json is damaged; choose another --output$"):
+        study._open(wanted)
 
 
 def write_pairs(path: Path, *pairs: tuple[str, str]) -> Path:
@@ -310,7 +426,7 @@ def test_conversations_that_share_their_last_turn_make_a_pool(
 
 
 def test_the_standard_study_has_files_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from test_quickstart import fake_ratings, shorten
+    from studies.test_quickstart import fake_ratings, shorten
 
     monkeypatch.setattr(recipes, "human_ratings", fake_ratings)
     shorten(monkeypatch)

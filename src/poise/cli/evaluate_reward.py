@@ -1,4 +1,4 @@
-"""`poise evaluate-reward`: the evaluation, then its page."""
+"""`poise evaluate-reward`: evaluates, then writes the page."""
 
 from poise.reports import reward_page
 from poise.reward import evaluate

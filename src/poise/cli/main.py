@@ -1,28 +1,34 @@
-"""The command line: `poise COMMAND`. Each command is a study's config; its help texts are the config's own."""
+"""The command line: `poise COMMAND`.
+
+A command is a module with `Config` and `run`. The options and their help texts are the fields of `Config` and their
+docstrings; a field that is a config itself gives dotted options. `RENAMED` in the module, if any, maps names of
+settings in older config files to the dotted names they have now.
+"""
 
 import importlib
 import sys
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from poise import __version__
 from poise.errors import PoiseError
 
 COMMANDS = {
-    "quickstart": ("poise.studies.quickstart", "the whole story on a laptop, ending in one page"),
-    "train-reward": ("poise.cli.train_reward", "preferences -> conventional and multi-head reward models"),
+    "quickstart": ("poise.studies.quickstart", "all steps on a laptop in one command, ending in one page"),
+    "train-reward": ("poise.cli.train_reward", "preferences -> a conventional reward model and multi-head ones (BRME)"),
     "evaluate-reward": (
         "poise.cli.evaluate_reward",
-        "is a reward model right, and do its uncertainties mean something?",
+        "accuracy of a reward model, and whether its uncertainties find its errors",
     ),
     "train-policy": ("poise.cli.train_policy", "PPO against a reward model, conventional or robust"),
-    "best-of-n": ("poise.studies.best_of_n", "what each objective would select, before any RL"),
-    "compare": ("poise.studies.compare", "judge finished policies by gold, side by side"),
+    "best-of-n": ("poise.studies.best_of_n", "which completions each objective selects, before any RL"),
+    "compare": ("poise.studies.compare", "finished policies side by side, scored by gold"),
     "evaluate-policy": ("poise.policy.evaluate", "the 16 benchmarks of the paper, before and after training"),
     "study": ("poise.studies.study", "arms x seeds x label noise: does a robust reward help, and by how much?"),
-    "toy": ("poise.cli.toy", "PPO and robust rewards where the optimum is known"),
-    "score": ("poise.reward.score", "every head's opinion of given completions"),
+    "toy": ("poise.cli.toy", "PPO and robust rewards on a bandit whose optimum is known"),
+    "score": ("poise.reward.score", "every head's scores of given completions"),
     "ensemble": ("poise.reward.ensemble", "several reward models as one"),
     "export": ("poise.reward.export", "a reward model for tools that take one scalar, as adapters, or for SGLang"),
     "merge": ("poise.policy.merge", "a policy's LoRA adapters folded into its language model"),
@@ -36,6 +42,9 @@ USAGE = "\n".join(
         "",
         "Reward-robust RLHF: multi-head reward models, PPO that weighs the nominal reward against the worst case,",
         "and a page that shows whether it helped.",
+        "",
+        "  BRME   Bayesian reward model ensemble: heads that each predict the mean and std of a reward",
+        "  gold   a reference score that stands for human judgment; no training reads it",
         "",
         *(f"  {name:<17}{summary}" for name, (_, summary) in COMMANDS.items()),
         "",
@@ -58,8 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command not in COMMANDS:
             raise PoiseError(f"no command {command!r}; choose from {', '.join(COMMANDS)}")
-        study = importlib.import_module(COMMANDS[command][0])  # only now: torch takes seconds to import
-        study.run(parse_config(study.Config, f"poise {command}", rest))
+        module = importlib.import_module(COMMANDS[command][0])  # only now: torch takes seconds to import
+        renamed = getattr(module, "RENAMED", {})
+        module.run(parse_config(module.Config, f"poise {command}", rest, renamed))
         importlib.import_module("poise.runtime.distributed").leave()
     except PoiseError as error:
         print(f"poise: {error}", file=sys.stderr)
@@ -70,9 +80,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse_config(config: type, program: str, arguments: list[str]) -> Any:
+def parse_config(
+    config: type, program: str, arguments: list[str], renamed: Mapping[str, str] = MappingProxyType({})
+) -> Any:
     """The config that the arguments describe, on top of `--config FILE` if given.
 
+    renamed: dotted names that settings have now, by the names they have in older files.
     Raises PoiseError for a config file with settings this command does not have.
     """
     import tyro
@@ -84,16 +97,52 @@ def parse_config(config: type, program: str, arguments: list[str]) -> Any:
     at = arguments.index("--config")
     if at + 1 >= len(arguments):
         raise PoiseError("--config needs a file, e.g. --config RUN/config.yaml")
-    settings = load_config_file(arguments[at + 1])
-    known = {field.name: field.type for field in fields(config)}
-    if unknown := settings.keys() - known.keys():
-        raise PoiseError(f"{arguments[at + 1]} has settings {program} does not know: {', '.join(sorted(unknown))}")
-    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    path = arguments[at + 1]
+    settings = _with_new_names(load_config_file(path), renamed)
+    values, unknown = _values(settings, config, path)
+    if unknown:
+        raise PoiseError(f"{path} has settings {program} does not know: {', '.join(sorted(unknown))}")
     try:
-        default = config(**settings)
+        default = config(**values)
     except TypeError as error:
-        raise PoiseError(f"{arguments[at + 1]} is incomplete: {error}") from None
+        raise PoiseError(f"{path} is incomplete: {error}") from None
     return tyro.cli(config, prog=program, args=arguments[:at] + arguments[at + 2 :], default=default)
+
+
+def _with_new_names(settings: dict[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
+    """Settings of a file, those with an older name moved to the place they have now, unless that is given too."""
+    moved: dict[str, Any] = {}
+    for name, value in settings.items():
+        group, _, key = renamed.get(name, name).rpartition(".")
+        if name in renamed and not isinstance(settings.get(group, {}), dict):
+            continue  # the group is no mapping, which `_values` reports
+        if name in renamed:
+            moved[group] = {key: value, **moved.get(group, {}), **settings.get(group, {})}
+        elif name not in moved:
+            moved[name] = value
+    return moved
+
+
+def _values(settings: dict[Any, Any], config: type, path: str, inside: str = "") -> tuple[dict[str, Any], list[str]]:
+    """Values to construct `config` from, and the dotted names of settings it does not have.
+
+    A field whose default is a config itself takes a mapping, whose settings replace those of the default.
+    """
+    known = {field.name: field.default for field in fields(config)}
+    values: dict[str, Any] = {}
+    unknown: list[str] = []
+    for name, value in settings.items():
+        if name not in known:
+            unknown.append(f"{inside}{name}")
+        elif is_dataclass(default := known[name]) and not isinstance(default, type):
+            if not isinstance(value, dict):
+                raise PoiseError(f"{path}: {inside}{name} must hold settings, each as `name: value`")
+            inner, others = _values(value, type(default), path, f"{inside}{name}.")
+            values[name] = replace(default, **inner)
+            unknown += others
+        else:
+            values[name] = tuple(value) if isinstance(value, list) else value
+    return values, unknown
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """`poise toy` with its figure: RUN/toy.png beside the tables."""
 
-from poise.reports import plots
+from poise.reports import study_plots
 from poise.runtime.run_folder import Run
 from poise.toy import study as toy
 
@@ -10,5 +10,5 @@ Config = toy.Config
 def run(config: Config) -> Run:
     """The study, then its figure."""
     out = toy.run(config)
-    plots.save_toy(out.results or {}, out.folder / "toy.png")
+    study_plots.save_toy(out.results or {}, out.folder / "toy.png")
     return out

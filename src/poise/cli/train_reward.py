@@ -1,4 +1,4 @@
-"""`poise train-reward`: the training, then a model card in every checkpoint."""
+"""`poise train-reward`: trains, then writes a model card into every checkpoint."""
 
 from poise.reports import reward_card
 from poise.reward import train

@@ -17,7 +17,7 @@ monitor reads heads of any number, and runs without texts.
 
 What an alarm means: the policy now looks less like the one it started from than any policy did whose gold was still
 rising, or never fell, in twelve calibration runs of three seeds, by as much again as the runs of one seed went beyond
-those of the others (benchmarks/monitor.py). It does not say that gold has turned. On nine runs of three other seeds it
+those of the others (experiments/monitor.py). It does not say that gold has turned. On nine runs of three other seeds it
 fired in all five that fell, 4 steps after the peak (median) and before gold was .25 below it, and in two of the four
 that did not fall, whose texts were becoming one sentence for every prompt. All runs are of one task, one model and one
 length of text: set `limits` by `highest` on runs of your own that people found good.

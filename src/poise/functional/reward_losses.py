@@ -2,8 +2,8 @@
 
 The losses of Gaussian heads share one signature, `loss(mean, std, noise, target, mask)`:
 
-    mean, std  (batch, heads)  what the heads say, std > 0
-    noise      (batch, heads)  one independent N(0, 1) draw per sample *and* head; only `sampled_mse` looks at it
+    mean, std  (batch, heads)  rewards and stds of the heads, std > 0
+    noise      (batch, heads)  one independent N(0, 1) draw per sample *and* head; only `sampled_mse` uses it
     target     (batch,)        the standardized stage-1 reward
     mask       (batch, heads)  1 where a head is trained on a sample, else 0
 
@@ -30,8 +30,8 @@ def bradley_terry(
     """Mean of -(1 - e) log sigmoid(x) - e log sigmoid(-x) + centering * (r+ + r-)^2,  x = r+ - r- - margin.
 
     margin: by how much r+ should exceed r-, in reward units (Llama 2, arXiv 2307.09288).
-    label_smoothing: e in [0, .5), the share of preferences taken to be the wrong way round.
-    The likelihood sees differences only; the centering term (arXiv 2312.09244) pins the free constant near zero.
+    label_smoothing: e in [0, .5), the assumed share of preferences whose texts are swapped.
+    The likelihood depends on differences only; the centering term (arXiv 2312.09244) keeps the free constant near zero.
 
     >>> round(bradley_terry(torch.tensor([1.0]), torch.tensor([0.0]), centering=0.0).item(), 4)
     0.3133
@@ -49,8 +49,8 @@ Scalar = Float[Tensor, ""]
 def sampled_mse(mean: BatchHeads, std: BatchHeads, noise: BatchHeads, target: Batch, mask: BatchHeads) -> Scalar:
     """(mean + std * noise - target)^2, the squared error of the sampled reward (arXiv 2409.15360, stage 2).
 
-    Its expectation is (mean - target)^2 + std^2: std only ever shrinks where there is data. It counts coverage;
-    it is not an error bar.
+    Its expectation is (mean - target)^2 + std^2, so std shrinks wherever there is data. The std measures coverage by
+    training data; it is not an error bar.
     """
     return _over_heads((mean + std * noise - target.unsqueeze(-1)).square(), mask)
 
@@ -96,8 +96,8 @@ def probit_pairs(
 ) -> Scalar:
     """-log Phi((mu+ - mu-) / sqrt(1 + std+^2 + std-^2)), on preferences directly, no stage-1 reward.
 
-    From pairs alone only this ratio is identified, not its numerator and denominator (arXiv 2605.11865): a std learned
-    so says how decided a preference is, not how large a reward's error.
+    Pairs identify only this ratio, not its numerator and denominator (arXiv 2605.11865). The learned std measures how
+    decided a preference is, not the error of a reward.
     """
     ratio = (chosen_mean - rejected_mean) / (1 + chosen_std.square() + rejected_std.square()).sqrt()
     return _over_heads(-torch.special.log_ndtr(ratio), mask)

@@ -1,7 +1,7 @@
 """Controllers: coefficients that change while a policy is trained. Pure functions of numbers, one call per step.
 
 kl_coef is beta, the price of a nat of KL to the initial policy. There is no rule here by which lambda of
-`objectives.tradeoff` follows the policy: of 44 tried none beat a constant (benchmarks/adaptive_weight.py, LOG.md).
+`objectives.tradeoff` follows the policy: of 44 tried none beat a constant (experiments/adaptive_weight.py, LOG.md).
 """
 
 from poise.errors import PoiseError

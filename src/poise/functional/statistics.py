@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
-from scipy.stats import rankdata
+from scipy.stats import mannwhitneyu, sem, spearmanr
 from scipy.stats import t as t_distribution
 
 
@@ -79,8 +79,8 @@ def t_interval(values: Float[ndarray, "samples ..."]) -> Float[ndarray, "2 ..."]
     count, mean = len(values), values.mean(0)
     if count < 2:
         return np.full((2, *mean.shape), np.nan)
-    reach = t_distribution.ppf(0.975, count - 1) * values.std(0, ddof=1) / np.sqrt(count)
-    return np.stack([mean - reach, mean + reach])
+    # Not by `loc` and `scale`: scipy gives NaN for equal values, whose interval is their mean.
+    return np.stack([mean + end * sem(values) for end in t_distribution.interval(0.95, count - 1)])
 
 
 def resampled_counts(num_units: int, draws: int, seed: int) -> Float[ndarray, "draws {num_units}"]:
@@ -92,9 +92,8 @@ def resampled_counts(num_units: int, draws: int, seed: int) -> Float[ndarray, "d
 
 def auroc(positive: Float[ndarray, " n"], negative: Float[ndarray, " m"]) -> float:
     """P(a random positive scores above a random negative), ties counted half."""
-    ranks = rankdata(np.concatenate([positive, negative]))
-    n, m = len(positive), len(negative)
-    return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * m))
+    wins = mannwhitneyu(positive, negative, method="asymptotic").statistic  # the p-value is not used
+    return float(wins / (len(positive) * len(negative)))
 
 
 # ---- resamples of rows ----
@@ -109,10 +108,9 @@ def spearman(one: Float[ndarray, " n"], other: Float[ndarray, " n"]) -> float:
     >>> spearman(np.array([1.0, 2.0, 4.0]), np.array([3.0, 2.0, 1.0]))
     -1.0
     """
-    ranks = np.stack([rankdata(one), rankdata(other)])
-    ranks -= ranks.mean(-1, keepdims=True)
-    scale = np.sqrt(np.square(ranks).sum(-1).prod())
-    return float(ranks.prod(0).sum() / scale) if scale > 0 else float("nan")
+    if np.ptp(one) == 0 or np.ptp(other) == 0:  # scipy warns
+        return math.nan
+    return float(spearmanr(one, other).statistic)
 
 
 def bootstrap_intervals(

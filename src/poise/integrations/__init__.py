@@ -1,1 +1,1 @@
-"""Other projects contracts, one file a project: TRL, lm-evaluation-harness."""
+"""The contracts of other projects, one file each: TRL, lm-evaluation-harness."""

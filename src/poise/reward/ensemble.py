@@ -17,12 +17,12 @@ from poise.runtime.progress import console, progress
 
 @dataclass(frozen=True)
 class Config:
-    """Make a folder that every command takes for a reward model, and that reads the heads of all members."""
+    """Combine reward models into a folder that every command reads as one reward model with all their heads."""
 
     members: tyro.conf.Positional[tuple[str, ...]]
     """Reward models: checkpoint folders, hub ids or `poise train-reward` runs."""
     reference: str
-    """Preferences on whose texts each member's reward gets mean 0 and std 1, so that none drowns the others."""
+    """Preferences. Each member's reward is scaled to mean 0 and std 1 over their texts, so that none dominates."""
     output: str = "runs/ensemble"
     """Folder to write."""
     max_length: int = 0

@@ -1,17 +1,18 @@
-"""`poise evaluate-reward`: is a reward model right, and do its uncertainties mean something?
+"""`poise evaluate-reward`: accuracy and calibration of reward models, and how well their uncertainties predict errors.
 
-The shape of the file says what is asked (data/evaluation_sets.py):
+The rows of the file decide which evaluation runs (data/evaluation_sets.py):
 
-    pairs               accuracy beside that of picking the longer text, calibration, and what each uncertainty knows of
-                        the errors; by subset if there are subsets, as RewardBench has
+    pairs               accuracy beside that of picking the longer text, calibration, and how well each uncertainty
+                        predicts the errors; by subset if there are subsets, as in RewardBench
     RM-Bench rows       every style of the chosen text against every style of the rejected one
-    best-of-n sets      is the best text a chosen one?
+    best-of-n sets      how often the text of highest reward is a chosen one
 
     RUN/results.json      everything the page shows
-    RUN/reward-1.jsonl    of the first reward model a line per pair (margin, probabilities, uncertainties) or per set
-                          (rewards); RUN/reward-1.json, its results, is where a stopped run goes on
+    RUN/reward-1.jsonl    of the first reward model: a line per pair (margin, probabilities, uncertainties) or per set
+                          (rewards)
+    RUN/reward-1.json     its results; a run that was stopped goes on after the last of these files
 
-Human labels only: nothing here is trained or chosen, and gold is not involved.
+Only human labels are used. Nothing is trained or chosen here.
 """
 
 import json
@@ -30,7 +31,7 @@ from poise.functional.statistics import bootstrap_interval
 from poise.models.reward_model import HeadLayout, checkpoint_folder
 from poise.models.scorer import Scorer
 from poise.reward.quality import (
-    Opinions,
+    TextScores,
     judge_pairs,
     judge_sets,
     judge_styles,
@@ -45,7 +46,7 @@ from poise.runtime.run_folder import Json, Run, write_json, write_jsonl
 
 @dataclass(frozen=True)
 class Config:
-    """Judge reward models by human labels: accuracy, calibration, and what their uncertainties know."""
+    """Judge reward models by human labels: accuracy, calibration, and the quality of their uncertainties."""
 
     rewards: tuple[str, ...]
     """Reward models, e.g. one training from several seeds: checkpoint folders, hub ids of one-label classifiers,
@@ -54,7 +55,7 @@ class Config:
     """`prompt`, `chosen`, `rejected`: texts (pairs) or lists of texts (three each: RM-Bench; else best-of-n sets);
     `subset` if there is one."""
     ood: str = ""
-    """Pairs of another kind of data, to ask whether the uncertainties notice that they are."""
+    """Pairs of another kind of data, to measure whether the uncertainties are larger there."""
     objective: str = "mean"
     """How the heads become the reward that orders texts, e.g. nominal, worst_case, tradeoff(0.4)."""
     output: str = "runs/evaluation"
@@ -107,21 +108,21 @@ def _evaluate(
         "reward": path, "num_heads": layout.num_heads, "kind": layout.kind, "reward_scale": layout.reward_scale,
         "learning": _learning(path, layout),
     }  # fmt: skip
-    says = _opinions(scorer, questions.samples, path)
+    scores = _score_texts(scorer, questions.samples, path)
     if questions.kind == "pairs":
-        pairs = pairs_of(says, questions, objective, seed)
+        pairs = pairs_of(scores, questions, objective, seed)
         results["pairs"] = judge_pairs(pairs, questions.items, seed)
         rows = [{"data": "file", **row} for row in rows_of(pairs, questions.items)]
     else:
-        rewards = objective(says.heads).numpy().astype(float)
+        rewards = objective(scores.heads).numpy().astype(float)
         judge = judge_styles if questions.kind == "rm_bench" else judge_sets
         results["sets"], rows = judge(questions.items, rewards, seed)
     if ood:
-        foreign = _opinions(scorer, ood.samples, f"{path} (--ood)")
+        foreign = _score_texts(scorer, ood.samples, f"{path} (--ood)")
         pairs = pairs_of(foreign, ood, objective, seed)
         results["ood"] = judge_pairs(pairs, ood.items, seed)
-        baseline = RewardScale.fit(says.heads, mean)
-        inside, outside = (text_uncertainties(opinions, baseline) for opinions in (says, foreign))
+        baseline = RewardScale.fit(scores.heads, mean)
+        inside, outside = (text_uncertainties(own, baseline) for own in (scores, foreign))
         results["ood_auroc"] = tells_apart(inside, outside, questions.unit, ood.unit, seed)
         rows += [{"data": "ood", **row} for row in rows_of(pairs, ood.items)]
     num_samples = len(questions.samples) + (len(ood.samples) if ood else 0)
@@ -134,16 +135,16 @@ def _evaluate(
     return results, rows
 
 
-def _opinions(scorer: Scorer, samples: list[Sample], label: str) -> Opinions:
+def _score_texts(scorer: Scorer, samples: list[Sample], label: str) -> TextScores:
     with progress(f"scoring, {Path(label).name}", len(samples)) as advance:
         if scorer.last_layer is None:
-            return Opinions(scorer(samples, advance), scorer.layout)
+            return TextScores(scorer(samples, advance), scorer.layout)
         features = scorer.extract(samples, advance)
-    return Opinions(scorer.decode(features), scorer.layout, scorer.last_layer, features.cpu())
+    return TextScores(scorer.decode(features), scorer.layout, scorer.last_layer, features.cpu())
 
 
 def _learning(path: str, layout: HeadLayout) -> Json | None:
-    """How the stds came about, if the checkpoint is the BRME of a `poise train-reward` run."""
+    """Validation error during stage 2, if the checkpoint is the BRME of a `poise train-reward` run."""
     results = Run(Path(checkpoint_folder(path)).parent).results if layout.kind == "gaussian" else None
     if not results or not results.get("stage2_history"):
         return None

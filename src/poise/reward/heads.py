@@ -5,46 +5,23 @@ Everything here works on features computed once, in float64, centered and scaled
 Shapes: _N pairs, _H hidden, _K heads, _L labels.
 """
 
-from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from poise.functional.objectives import HeadRewards
 from poise.functional.reward_losses import HEAD_LOSSES, HeadLoss, bradley_terry, probit_pairs
 from poise.models.reward_model import HeadLayout
+from poise.reward.pairs import FeaturePairs
+from poise.reward.shards import Shards
 from poise.runtime.progress import progress
 from poise.runtime.run_folder import Json
 
-STD_COLLAPSE = 10.0  # a fall of the median std by this factor while validation MSE is flat is said aloud
+STD_COLLAPSE = 10.0  # warn if the median std falls by this factor while validation MSE is flat
 
-ShardKind = Literal["disjoint", "cluster", "source", "bootstrap", "same"]
 HeadLossName = Literal["sampled_mse", "gaussian_nll", "beta_nll", "crps", "probit_pairs"]
-
-
-class Pairs(NamedTuple):
-    """Trunk features of N pairs, and by how much the reward of the chosen text must exceed the other's."""
-
-    chosen_NH: Float[Tensor, "pairs hidden"]
-    rejected_NH: Float[Tensor, "pairs hidden"]
-    margin_N: Float[Tensor, " pairs"]
-
-    def rows(self, index: Tensor) -> "Pairs":
-        return Pairs(*(part[index] for part in self))
-
-    def standardized(self, center: Float[Tensor, " hidden"], scale: Float[Tensor, " hidden"]) -> "Pairs":
-        return Pairs((self.chosen_NH - center) / scale, (self.rejected_NH - center) / scale, self.margin_N)
-
-    @property
-    def difference_NH(self) -> Tensor:
-        return self.chosen_NH - self.rejected_NH
-
-    @property
-    def texts_NH(self) -> Tensor:
-        return torch.cat([self.chosen_NH, self.rejected_NH])
 
 
 class Heads(NamedTuple):
@@ -67,7 +44,7 @@ class Heads(NamedTuple):
 # ---- stage 1 and its posterior ----
 
 
-def fit_bradley_terry(pairs: Pairs, precision: float, label_smoothing: float = 0.0) -> Float[Tensor, " hidden"]:
+def fit_bradley_terry(pairs: FeaturePairs, precision: float, label_smoothing: float = 0.0) -> Float[Tensor, " hidden"]:
     """argmin_w N * bradley_terry(w) + precision/2 |w|^2, to convergence: the MAP under w ~ N(0, I/precision)."""
     weight = torch.zeros(pairs.chosen_NH.shape[1], dtype=pairs.chosen_NH.dtype, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight], max_iter=500, tolerance_grad=1e-8, line_search_fn="strong_wolfe")
@@ -84,7 +61,7 @@ def fit_bradley_terry(pairs: Pairs, precision: float, label_smoothing: float = 0
 
 
 def fit_ensemble(
-    pairs: Pairs, precision: float, num_heads: int, generator: torch.Generator, label_smoothing: float = 0.0
+    pairs: FeaturePairs, precision: float, num_heads: int, generator: torch.Generator, label_smoothing: float = 0.0
 ) -> Float[Tensor, "heads hidden"]:
     """K Bradley-Terry heads, each on a bootstrap of the pairs (as many, drawn with replacement).
 
@@ -96,14 +73,16 @@ def fit_ensemble(
     return torch.stack([fit_bradley_terry(pairs.rows(rows), precision, label_smoothing) for rows in drawn])
 
 
-def choose_prior(fit: Pairs, held: Pairs, label_smoothing: float = 0.0) -> tuple[float, Float[Tensor, " hidden"]]:
+def choose_prior(
+    fit: FeaturePairs, held: FeaturePairs, label_smoothing: float = 0.0
+) -> tuple[float, Float[Tensor, " hidden"]]:
     """(precision, weights): of a grid of priors, the one with the lowest validation loss on preferences."""
     candidates = [10.0 ** (power / 2) for power in range(9)]
     with progress("reward model: Bradley-Terry head", len(candidates)) as advance:
         fitted = []
         for precision in candidates:
             weight = fit_bradley_terry(fit, precision, label_smoothing)
-            # Margins and smoothing shape the fit; what is judged is how well it predicts preferences.
+            # Margins and smoothing shape the fit; the prior is chosen by how well the fit predicts preferences.
             loss = bradley_terry(held.chosen_NH @ weight, held.rejected_NH @ weight, centering=0.0)
             fitted.append((loss.item(), precision, weight))
             advance(1)
@@ -111,18 +90,18 @@ def choose_prior(fit: Pairs, held: Pairs, label_smoothing: float = 0.0) -> tuple
     return precision, weight
 
 
-def _bradley_terry(pairs: Pairs, weight: Tensor, label_smoothing: float) -> Tensor:
+def _bradley_terry(pairs: FeaturePairs, weight: Tensor, label_smoothing: float) -> Tensor:
     chosen, rejected = pairs.chosen_NH @ weight, pairs.rejected_NH @ weight
     return bradley_terry(chosen, rejected, pairs.margin_N, label_smoothing=label_smoothing)
 
 
 def posterior_factor(
-    pairs: Pairs, weight: Float[Tensor, " hidden"], precision: float
+    pairs: FeaturePairs, weight: Float[Tensor, " hidden"], precision: float
 ) -> Float[Tensor, "hidden hidden"]:
     """F with F F^T = H^-1, the covariance of the Laplace posterior N(w, H^-1) of the Bradley-Terry head at its MAP.
 
     H = sum_i p_i (1 - p_i) d_i d_i^T + precision I,  d = feature difference of a pair, p = sigmoid(w.d - margin).
-    Label smoothing mixes log sigmoid(x) and log sigmoid(-x), whose second derivatives are the same: H does not see it.
+    Label smoothing does not change H: log sigmoid(x) and log sigmoid(-x) have the same second derivative.
     """
     difference = pairs.difference_NH
     probability = torch.sigmoid(difference @ weight - pairs.margin_N)
@@ -136,8 +115,11 @@ def posterior_factor(
 def draw_posterior(
     weight: Float[Tensor, " hidden"], factor: Float[Tensor, "hidden hidden"], num_draws: int, generator: torch.Generator
 ) -> Float[Tensor, "draws hidden"]:
-    """Draws w + F z of the posterior, as K heads. Their mean is moved to w exactly, so that K heads lose nothing
-    against the single one on average."""
+    """Draws w + F z of the posterior, as K heads.
+
+    They are shifted and rescaled: their mean is exactly w, so on average they order texts as the single head does, and
+    their expected covariance stays F F^T.
+    """
     noise = torch.randn(num_draws, len(weight), generator=generator, dtype=weight.dtype)
     draws = noise @ factor.T
     return weight + (draws - draws.mean(0)) * (num_draws / (num_draws - 1)) ** 0.5
@@ -146,91 +128,22 @@ def draw_posterior(
 # ---- stage 2: the BRME heads ----
 
 
-class Shards(NamedTuple):
-    """Which head is trained on which pair, and on which held-out pairs it is judged to stop its training."""
-
-    fit_NK: Bool[Tensor, "fit heads"]
-    held_NK: Bool[Tensor, "held heads"]
-
-
-def make_shards(
-    kind: ShardKind,
-    fit: Pairs,
-    held: Pairs,
-    num_heads: int,
-    generator: torch.Generator,
-    sources: Sequence[str] = (),
-    held_sources: Sequence[str] = (),
-) -> Shards:
-    """Every head gets at least one pair if there are as many pairs as heads.
-
-    A head that owns a cluster or a source is judged on held-out pairs of its own kind, where there are any: judged on
-    all, it would be stopped as soon as it knows its own part better than the rest.
-    sources, held_sources: one name per pair, for `source`; the sources share the heads out among them.
-    """
-    count = len(fit.chosen_NH)
-    all_held = torch.ones(len(held.chosen_NH), num_heads, dtype=torch.bool)
-    if kind == "same":
-        return Shards(torch.ones(count, num_heads, dtype=torch.bool), all_held)
-    if kind == "bootstrap":
-        return Shards(torch.rand(count, num_heads, generator=generator) < 0.8, all_held)
-    if kind == "disjoint":
-        return Shards(F.one_hot(torch.randperm(count, generator=generator) % num_heads, num_heads).bool(), all_held)
-    if kind == "cluster":
-        from sklearn.cluster import KMeans
-
-        seed = int(torch.randint(2**31, (1,), generator=generator))
-        kmeans = KMeans(min(num_heads, count), n_init=4, random_state=seed)
-        fit_owner = kmeans.fit_predict(((fit.chosen_NH + fit.rejected_NH) / 2).numpy())
-        held_owner = kmeans.predict(((held.chosen_NH + held.rejected_NH) / 2).numpy())
-        fit_mask, held_mask = (
-            F.one_hot(torch.tensor(owner).long(), num_heads).bool() for owner in (fit_owner, held_owner)
-        )
-    else:
-        fit_mask = F.one_hot(_owner_by_source(sources, num_heads, generator), num_heads).bool()
-        held_mask = torch.zeros_like(all_held)
-        for i, source in enumerate(held_sources):
-            mine = torch.tensor([other == source for other in sources])
-            held_mask[i] = fit_mask[mine].any(0)
-    return Shards(fit_mask, held_mask | ~held_mask.any(0))
-
-
-def _owner_by_source(sources: Sequence[str], num_heads: int, generator: torch.Generator) -> Tensor:
-    """Each pair's head. More sources than heads: the next largest joins the head with fewest pairs. Fewer: the
-    largest share per head is split further, at random."""
-    owner = torch.zeros(len(sources), dtype=torch.long)
-    members = {name: [i for i, source in enumerate(sources) if source == name] for name in dict.fromkeys(sources)}
-    load = [0] * num_heads
-    parts = sorted(members.values(), key=len, reverse=True)
-    while len(parts) < num_heads and len(parts[0]) > 1:
-        largest = parts.pop(0)
-        order = torch.randperm(len(largest), generator=generator).tolist()
-        half = len(largest) // 2
-        parts += [[largest[i] for i in order[:half]], [largest[i] for i in order[half:]]]
-        parts.sort(key=len, reverse=True)
-    for part in parts:
-        head = load.index(min(load))
-        owner[torch.tensor(part)] = head
-        load[head] += len(part)
-    return owner
-
-
 class Targets(NamedTuple):
-    """What Gaussian heads are fitted to: a reward for each text, in the order of `Pairs.texts_NH`. _T texts."""
+    """What Gaussian heads are fitted to: a reward for each text, in the order of `FeaturePairs.texts_NH`. _T texts."""
 
     fit_T: Float[Tensor, " fit"]
     held_T: Float[Tensor, " held"]
 
     @classmethod
-    def of(cls, single: Heads, fit: Pairs, held: Pairs) -> "Targets":
+    def of(cls, single: Heads, fit: FeaturePairs, held: FeaturePairs) -> "Targets":
         """The standardized stage-1 reward."""
         weight = single.weight_LH[0]
         return cls(*(part.texts_NH @ weight - single.offset_L for part in (fit, held)))
 
 
 def train_heads(
-    fit: Pairs,
-    held: Pairs,
+    fit: FeaturePairs,
+    held: FeaturePairs,
     targets: Targets,
     shards: Shards,
     generator: torch.Generator,
@@ -242,9 +155,9 @@ def train_heads(
 ) -> tuple[Heads, list[Json]]:
     """(K Gaussian heads, history of validation error), all K in one product and one optimizer.
 
-    initial_std: of the first weights of the means. At the scale of the stage-1 weights, what a head's shard does not
-    determine stays as it was drawn: the heads agree only where they have data.
-    Each head is left where its own validation loss was lowest; training stops when none has improved for ten
+    initial_std: of the first weights of the means. At the scale of the stage-1 weights, directions that a head's shard
+    does not determine keep their random first values, so heads agree only where they have data.
+    Each head keeps the weights of its lowest validation loss; training stops when no head has improved for ten
     evaluations.
     """
     num_heads, hidden = shards.fit_NK.shape[1], fit.chosen_NH.shape[1]
@@ -259,9 +172,7 @@ def train_heads(
     optimizer = torch.optim.Adam([weight, bias], lr=learning_rate)
     layout = HeadLayout(num_heads, "gaussian", (0.0,) * (2 * num_heads))
     history: list[Json] = []
-    best_weight, best_bias = weight.detach().clone(), bias.detach().clone()
-    best_K = torch.full((num_heads,), float("inf"), dtype=texts.dtype)
-    stale = 0
+    best = _BestHeads(weight, bias)
     with progress("reward model: BRME heads", num_steps) as advance:
         for step in range(num_steps):
             heads = layout.decode(texts @ weight.T + bias)
@@ -280,14 +191,26 @@ def train_heads(
                     {"step": step + 1, "loss": value_K.sum().item(), "mse": error.item(),
                      "std": heads.std.median().item()}
                 )  # fmt: skip
-                better = value_K < best_K
-                best_K = torch.where(better, value_K, best_K)
-                labels = better.repeat(2)
-                best_weight[labels], best_bias[labels] = weight.detach()[labels], bias.detach()[labels]
-                stale = 0 if better.any() else stale + 1
-                if stale == 10:
+                best.keep(value_K, weight, bias)
+                if best.evaluations_without_gain == 10:
                     break
-    return Heads(best_weight, -best_bias, "gaussian"), history
+    return Heads(best.weight, -best.bias, "gaussian"), history
+
+
+class _BestHeads:
+    """Each head's weights and bias at its lowest validation loss so far."""
+
+    def __init__(self, weight: Tensor, bias: Tensor):
+        self.weight, self.bias = weight.detach().clone(), bias.detach().clone()
+        self.loss_K = torch.full((len(bias) // 2,), float("inf"), dtype=bias.dtype)
+        self.evaluations_without_gain = 0
+
+    def keep(self, loss_K: Tensor, weight: Tensor, bias: Tensor) -> None:
+        better = loss_K < self.loss_K
+        self.loss_K = torch.where(better, loss_K, self.loss_K)
+        labels = better.repeat(2)
+        self.weight[labels], self.bias[labels] = weight.detach()[labels], bias.detach()[labels]
+        self.evaluations_without_gain = 0 if better.any() else self.evaluations_without_gain + 1
 
 
 def _loss_of_each(loss_of: HeadLoss, heads: HeadRewards, target: Tensor, mask_TK: Tensor) -> Float[Tensor, " heads"]:
@@ -318,7 +241,7 @@ def fit_std_scale(
 
 
 def std_collapsed(history: list[Json]) -> bool:
-    """Did the std fall by more than STD_COLLAPSE over a stretch in which validation MSE moved by less than 5 %?"""
+    """True if the std fell by more than STD_COLLAPSE between two evaluations whose MSE differs by less than 5 %."""
     return any(
         early["std"] > STD_COLLAPSE * late["std"] and abs(late["mse"] - early["mse"]) < 0.05 * early["mse"]
         for i, early in enumerate(history)

@@ -1,6 +1,6 @@
-"""What a reward model's rewards and uncertainties are worth, given what people preferred: numbers in, JSON out.
+"""How well a reward model's rewards and uncertainties agree with human labels: numbers in, JSON out.
 
-Every figure stands beside what knowing nothing would give: a coin, the longer text, one confidence for all, a random
+Every figure stands beside a baseline without knowledge: a coin, the longer text, one confidence for all pairs, a random
 uncertainty. Intervals are 95 % bootstrap intervals over pairs or sets; votes on one pair are drawn together.
 """
 
@@ -30,14 +30,14 @@ from poise.functional.statistics import bootstrap_intervals, spearman
 from poise.models.reward_model import HeadLayout, LastLayer
 from poise.runtime.run_folder import Json
 
-NUM_MISTAKES = 8  # pairs shown of those that a model orders wrongly and most surely
+NUM_MISTAKES = 8  # the wrongly ordered pairs of largest margin that are shown
 NUM_CURVE_POINTS = 60
 
 
-class Opinions(NamedTuple):
-    """What a reward model says of N texts, and how to read it.
+class TextScores(NamedTuple):
+    """What a reward model gives N texts: rewards and stds of every head, and how to read them.
 
-    features: what the trunk made of the texts, (N, hidden); only where there is a Bayesian last layer to read them.
+    features: (N, hidden), the trunk's; only for a checkpoint with a Bayesian last layer, which reads them.
     """
 
     heads: HeadRewards
@@ -49,15 +49,15 @@ class Opinions(NamedTuple):
 # ---- pairs ----
 
 
-class Pairs(NamedTuple):
+class PairJudgments(NamedTuple):
     """One reward model's judgment of N pairs.
 
-    margin: reward of the chosen text less that of the rejected one, by the objective.
-    probability: sigmoid(reward_scale * margin), that of the human choice.
+    margin: reward of the chosen text minus that of the rejected one, by the objective.
+    probability: sigmoid(reward_scale * margin), the predicted probability of the human choice.
     heads_probability: the mean over heads of sigmoid(reward_scale * the head's own margin).
-    uncertainties: by name; those that say the same of every pair are left out.
-    longer: 1 where the chosen text is the longer in characters, 1/2 where both are as long.
-    unit: pairs of one number are not independent.
+    uncertainties: by name; one that is equal for all pairs is left out.
+    longer: 1 where the chosen text has more characters, 1/2 where both have equally many, else 0.
+    unit: pairs of equal number depend on each other, e.g. votes on one pair.
     """
 
     margin: Float[ndarray, " pairs"]
@@ -73,19 +73,19 @@ class Pairs(NamedTuple):
         return (np.sign(self.margin) + 1) / 2
 
 
-def pairs_of(says: Opinions, questions: Questions, objective: Objective, seed: int) -> Pairs:
+def pairs_of(scores: TextScores, questions: Questions, objective: Objective, seed: int) -> PairJudgments:
     """Margins, probabilities and uncertainties of pairs whose texts alternate: chosen, rejected, chosen, …
 
     disagreement        Std_k of the heads' margins
     routing_std         the larger of the two texts' min_k std
     total_std           sqrt(mean_k(std+^2 + std-^2) + Var_k margin_k), stds as calibrated error bars
     last_layer_std      std of the margin under the posterior of the last layer, where the checkpoint has one
-    small_margin        -|margin|: how close the model itself calls it
+    small_margin        -|margin|
     error_probability   1 - max(q, 1 - q), q = heads_probability
-    random              what knowing nothing looks like
+    random              independent of the pair, for comparison
     """
-    layout = says.layout
-    heads = HeadRewards(says.heads.mean.double(), says.heads.std.double())
+    layout = scores.layout
+    heads = HeadRewards(scores.heads.mean.double(), scores.heads.std.double())
     calibrated = layout.calibrated(heads).std
     spread = (calibrated[0::2].square() + calibrated[1::2].square()).sqrt()
     difference = HeadRewards(heads.mean[0::2] - heads.mean[1::2], spread)
@@ -96,15 +96,17 @@ def pairs_of(says: Opinions, questions: Questions, objective: Objective, seed: i
     if layout.kind == "gaussian":  # point heads have no stds: total_std would be the disagreement again
         uncertainties["routing_std"] = torch.maximum(route[0::2], route[1::2])
         uncertainties["total_std"] = total_std(difference)
-    if says.last_layer is not None and says.features is not None:
-        uncertainties["last_layer_std"] = says.last_layer.difference_std(says.features[0::2] - says.features[1::2])
+    if scores.last_layer is not None and scores.features is not None:
+        uncertainties["last_layer_std"] = scores.last_layer.difference_std(
+            scores.features[0::2] - scores.features[1::2]
+        )
     uncertainties["small_margin"] = -margin.abs()
     if layout.num_heads > 1:  # that of one head orders pairs as small_margin does
         uncertainties["error_probability"] = 1 - torch.maximum(heads_probability, 1 - heads_probability)
     named = {name: value.numpy().astype(float) for name, value in uncertainties.items()}
     named["random"] = np.random.default_rng(seed).random(len(margin))
     length = np.array([len(item.chosen[0]) - len(item.rejected[0]) for item in questions.items])
-    return Pairs(
+    return PairJudgments(
         margin.numpy(),
         _probability(layout.reward_scale * margin).numpy(),
         heads_probability.numpy(),
@@ -115,12 +117,12 @@ def pairs_of(says: Opinions, questions: Questions, objective: Objective, seed: i
 
 
 def _probability(logit: Tensor) -> Tensor:
-    """sigmoid, kept above zero: an absurd margin costs hundreds of nats, not infinitely many."""
+    """sigmoid, kept above zero: an absurd margin costs hundreds of nats, not infinity."""
     return torch.sigmoid(logit).clamp_min(torch.finfo(logit.dtype).tiny)
 
 
-def judge_pairs(pairs: Pairs, items: list[Item], seed: int) -> Json:
-    """Accuracy, calibration and what the uncertainties know, with intervals; by subset; the surest mistakes."""
+def judge_pairs(pairs: PairJudgments, items: list[Item], seed: int) -> Json:
+    """Accuracy, calibration and quality of the uncertainties, with intervals; by subset; the largest mistakes."""
     correct = pairs.correct
     rows = np.stack([correct, correct - pairs.longer, -np.log(pairs.probability)], -1)
 
@@ -138,19 +140,19 @@ def judge_pairs(pairs: Pairs, items: list[Item], seed: int) -> Json:
         "coin_nll": float(np.log(2)), "constant_nll": constant_log_loss(float(correct.mean())),
         "probability": _calibration(pairs.probability) | {"nll_interval": nll},
         "heads_probability": _calibration(pairs.heads_probability),
-        "uncertainties": _what_is_known(pairs, seed), "risk_coverage": _curves(pairs),
+        "uncertainties": _uncertainty_quality(pairs, seed), "risk_coverage": _curves(pairs),
         "by_subset": by_subset(correct, pairs.longer, items), "mistakes": _mistakes(pairs, items),
     }  # fmt: skip
 
 
-def _what_is_known(pairs: Pairs, seed: int) -> Json:
-    """What each uncertainty knows of wrong order: AUROC, area under risk–coverage, rank correlation with 1 - p."""
+def _uncertainty_quality(pairs: PairJudgments, seed: int) -> Json:
+    """How well each uncertainty predicts wrong order: AUROC, area under risk–coverage, rank correlation with 1 - p."""
     correct = pairs.correct
     known: Json = {}
     for name, value in pairs.uncertainties.items():
 
         def statistics(counts: ndarray, value: ndarray = value) -> ndarray:
-            error = 1 - counts @ correct / counts.sum(-1)  # the area of an uncertainty that knows nothing
+            error = 1 - counts @ correct / counts.sum(-1)  # the area of a random uncertainty
             return np.column_stack([weighted_auroc(1 - correct, value, counts), aurc(correct, value, counts) - error])
 
         auroc, excess = statistics(np.ones((1, len(correct))))[0].tolist()
@@ -172,7 +174,7 @@ def _calibration(probability: Float[ndarray, " pairs"]) -> Json:
     }  # fmt: skip
 
 
-def _curves(pairs: Pairs) -> Json:
+def _curves(pairs: PairJudgments) -> Json:
     """Risk–coverage of every uncertainty, at a few dozen coverages."""
     count = len(pairs.margin)
     shown = np.unique(np.linspace(0, count - 1, NUM_CURVE_POINTS).round().astype(int))
@@ -180,7 +182,7 @@ def _curves(pairs: Pairs) -> Json:
     return {"coverage": ((shown + 1) / count).tolist(), "risk": risk}
 
 
-def rows_of(pairs: Pairs, items: list[Item]) -> list[Json]:
+def rows_of(pairs: PairJudgments, items: list[Item]) -> list[Json]:
     columns = {
         "margin": pairs.margin, "probability": pairs.probability, "heads_probability": pairs.heads_probability,
         "correct": pairs.correct, "longer_is_chosen": pairs.longer, **pairs.uncertainties,
@@ -192,7 +194,7 @@ def rows_of(pairs: Pairs, items: list[Item]) -> list[Json]:
     ]
 
 
-def _mistakes(pairs: Pairs, items: list[Item]) -> list[Json]:
+def _mistakes(pairs: PairJudgments, items: list[Item]) -> list[Json]:
     """The pairs that the model orders wrongly by the largest margin, each once."""
     shown: dict[int, Json] = {}
     for i in np.argsort(pairs.margin, kind="stable").tolist():
@@ -230,18 +232,18 @@ def by_subset(correct: Float[ndarray, " items"], baseline: Float[ndarray, " item
 # ---- other data ----
 
 
-def text_uncertainties(says: Opinions, baseline: RewardScale) -> dict[str, Float[ndarray, " texts"]]:
+def text_uncertainties(scores: TextScores, baseline: RewardScale) -> dict[str, Float[ndarray, " texts"]]:
     """Uncertainties of single texts, by name.
 
-    baseline: whose head means count as zero; a head's constant says nothing, yet would look like disagreement.
+    baseline: subtracted from each head's mean; a constant that a head adds to all rewards is no disagreement.
     """
-    heads = baseline.centered(says.heads)
+    heads = baseline.centered(scores.heads)
     uncertainties = {"disagreement": disagreement(heads)}
-    if says.layout.kind == "gaussian":
+    if scores.layout.kind == "gaussian":
         uncertainties["routing_std"] = routing_std(heads)
-        uncertainties["total_std"] = total_std(says.layout.calibrated(heads))
-    if says.last_layer is not None and says.features is not None:
-        uncertainties["last_layer_std"] = says.last_layer.std(says.features)
+        uncertainties["total_std"] = total_std(scores.layout.calibrated(heads))
+    if scores.last_layer is not None and scores.features is not None:
+        uncertainties["last_layer_std"] = scores.last_layer.std(scores.features)
     return {name: value.numpy().astype(float) for name, value in uncertainties.items()}
 
 
@@ -252,9 +254,9 @@ def tells_apart(
     outside_unit: Int[ndarray, " outside_pairs"],
     seed: int,
 ) -> Json:
-    """AUROC of each uncertainty of a text, and of a random one, telling other data from the file's.
+    """AUROC with which each uncertainty of a text, and a random one, tells --ood texts from the file's.
 
-    The two texts of a pair follow each other, and are drawn together with those of the same unit.
+    The two texts of a pair follow each other. The bootstrap draws them together with those of the same unit.
     """
     unit = np.concatenate([np.repeat(inside_unit, 2), np.repeat(outside_unit, 2) + inside_unit.max() + 1])
     foreign = np.repeat([0.0, 1.0], [2 * len(inside_unit), 2 * len(outside_unit)])

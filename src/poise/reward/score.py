@@ -1,4 +1,4 @@
-"""`poise score`: every head's opinion of given completions, and the objective's."""
+"""`poise score`: every head's reward of given completions, their uncertainties, and one objective."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,8 +1,8 @@
 """Training with the trunk, of all weights or of LoRA adapters, by `transformers.Trainer`: stage 1 and stage 2.
 
-The Trainer brings accelerate's parallel runs. Ours are the rows (a pair's prompt is encoded once,
-`models/shared_prompt.py`), the loss, and checkpoints without pickle. A run killed at any moment goes on from its last
-checkpoint to the same weights, bit for bit on a CPU.
+The Trainer provides accelerate's parallel runs. This file adds the rows (a pair's prompt is encoded once,
+`models/shared_prompt.py`), the loss, and checkpoints without pickle. A run that is killed resumes from its last
+checkpoint and ends in the same weights, bit for bit on a CPU.
 
 Shapes: _N pairs, _L labels.
 """
@@ -54,7 +54,7 @@ class TrunkTraining:
     seed: int
 
 
-# Of the logits (N, 2, L) of chosen and rejected texts, and of whatever else a batch holds.
+# A function of the logits (N, 2, L) of chosen and rejected texts, and of the other tensors of the batch.
 Loss = Callable[[Tensor, dict[str, Tensor]], Tensor]
 
 
@@ -96,9 +96,10 @@ def token_pairs(
     targets_N2: Float[Tensor, "pairs 2"] | None = None,
     mask_NK: Bool[Tensor, "pairs heads"] | None = None,
 ) -> list[TokenPair]:
-    """Encoded and truncated as for scoring. Truncation that cuts two prompts differently parts them.
+    """Preferences as token ids, encoded and truncated as for scoring.
 
-    share: False encodes the prompt twice, as a trunk that cannot take packed rows needs.
+    A pair whose two prompts are truncated differently does not share its prompt.
+    share: False encodes the prompt twice, for a trunk that cannot take packed rows.
     """
     pairs = []
     for i, p in enumerate(preferences):
@@ -115,13 +116,13 @@ def token_pairs(
 
 
 class PairModel(nn.Module):
-    """Rewards of packed rows: what the Trainer, and whatever it wraps the model in, calls."""
+    """Rewards of packed rows, as the module that the Trainer calls and wraps."""
 
     def __init__(self, classifier: HfModel, *, packed: bool):
         super().__init__()
         self.classifier = classifier
         self.packed = packed
-        self._no_split_modules = classifier._no_split_modules  # the layers, for those who shard the model
+        self._no_split_modules = classifier._no_split_modules  # the layers, for FSDP
 
     def forward(
         self, ids_BL: Tensor, position_BL: Tensor, group_BL: Tensor, part_BL: Tensor, last_C2: Tensor
@@ -169,7 +170,7 @@ class PairTrainer(SafeCheckpoints, transformers.Trainer):
 
 
 def _load_trained(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """Weights into a model that has more of them; PoiseError for one it does not have."""
+    """Load some of a model's weights; PoiseError for a weight that the model does not have."""
     found = model.load_state_dict(tensors, strict=False)
     if found.unexpected_keys:
         raise PoiseError(f"{source} is of another model: it holds {found.unexpected_keys[0]}")
@@ -207,8 +208,8 @@ def fine_tune(
     """Train a classifier, `score` layer included; returns it, adapters merged, in eval mode.
 
     Writes FOLDER/trainer (checkpoints, while it trains), one line per step to FOLDER/metrics.jsonl and, for LoRA,
-    FOLDER/adapter in PEFT's format. Goes on from the last whole checkpoint.
-    packed: do the pairs share their prompts, and does the trunk take such rows?
+    FOLDER/adapter in PEFT's format. Resumes from the last whole checkpoint.
+    packed: whether the pairs share their prompts and the trunk takes packed rows.
     """
     torch.manual_seed(how.seed)  # initial adapters, dropout, noise
     adapters = None
@@ -228,7 +229,7 @@ def fine_tune(
         PairModel(classifier, packed=packed), args, pairs, pad_id, loss, callbacks=[_Record(metrics, len(pairs))]
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    # Sharding takes a model apart in place; what it has learned is put together in this copy.
+    # FSDP shards a model in place; the trained weights are gathered into this copy.
     spare = copy.deepcopy((classifier, adapters)) if trainer.sharded else None
     checkpoint = latest_checkpoint(folder / "trainer")
     if is_main_process():
@@ -248,7 +249,7 @@ def fine_tune(
 
 
 def training_arguments(how: TrunkTraining, folder: Path) -> transformers.TrainingArguments:
-    """The Trainer's own settings for ours."""
+    """Our settings as the Trainer's. PoiseError if the batch does not divide over processes."""
     gpu = torch.cuda.is_available()
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     per_step = how.device_batch_size * processes

@@ -1,7 +1,7 @@
-"""Cells: trainings in processes of their own, several at a time, that outlive a stop and may fail alone.
+"""Runs each job in a subprocess, several at a time. Jobs survive a stop and fail independently.
 
 FOLDER/error.txt   why the last try failed
-FOLDER/cost.json   processor time of every try together
+FOLDER/cost.json   processor time of all tries together
 """
 
 import fcntl
@@ -18,23 +18,28 @@ from poise.runtime.progress import progress
 from poise.runtime.run_folder import Run, write_json
 
 
-class Cell(NamedTuple):
-    """One run of a command: of a reward model's training, or a policy's."""
+class Job(NamedTuple):
+    """One `poise` command and its config, for example the training of one policy."""
 
     command: str
     config: Any
 
     @property
     def folder(self) -> Path:
+        """The run folder that the job writes."""
         return Path(self.config.output)
 
 
-def run_cells(cells: list[Cell], jobs: int, label: str) -> dict[Path, str]:
-    """Run what is not finished, `jobs` at a time; returns the folders of those that failed, and why."""
-    todo = [cell for cell in cells if Run(cell.folder).results is None]
+def run_jobs(jobs: list[Job], at_a_time: int, label: str) -> dict[Path, str]:
+    """Run the jobs that are not finished, `at_a_time` of them at a time.
+
+    label: title of the progress bar.
+    Returns the folders of the jobs that failed, each with the reason.
+    """
+    todo = [job for job in jobs if Run(job.folder).results is None]
     failed: dict[Path, str] = {}
-    with progress(label, len(cells), len(cells) - len(todo)) as advance, ThreadPoolExecutor(jobs) as pool:
-        running = {pool.submit(run_cell, cell, jobs): cell for cell in todo}
+    with progress(label, len(jobs), len(jobs) - len(todo)) as advance, ThreadPoolExecutor(at_a_time) as pool:
+        running = {pool.submit(run_job, job, at_a_time): job for job in todo}
         try:
             for done in as_completed(running):
                 if why := done.result():
@@ -46,31 +51,34 @@ def run_cells(cells: list[Cell], jobs: int, label: str) -> dict[Path, str]:
     return failed
 
 
-def run_cell(cell: Cell, jobs: int = 1) -> str:
-    """One cell in a process of its own; returns what went wrong, or nothing."""
-    error = cell.folder / "error.txt"
+def run_job(job: Job, at_a_time: int = 1) -> str:
+    """Run one job in a subprocess, on its share of the processor's cores.
+
+    Returns the reason if it failed, otherwise an empty string.
+    """
+    error = job.folder / "error.txt"
     try:
-        run = Run.open(cell.folder, cell.config)
-    except PoiseError as other:  # begun with other settings: it alone cannot go on
+        run = Run.open(job.folder, job.config)
+    except PoiseError as other:  # the folder was begun with other settings: only this job cannot go on
         error.write_text(str(other))
         return str(other)
     with (
-        (cell.folder / ".lock").open("w") as lock,
-        (cell.folder / "log.txt").open("a") as log,
-        (cell.folder / "error.txt.part").open("w+") as stderr,
+        (job.folder / ".lock").open("w") as lock,
+        (job.folder / "log.txt").open("a") as log,
+        (job.folder / "error.txt.part").open("w+") as stderr,
     ):
-        # The process holds the lock, too: one that outlived a killed study is waited for, not doubled.
+        # The subprocess inherits the lock. If it outlives a killed parent, the next start waits for it here.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if run.results is not None:
             return ""
-        threads = str(max((os.cpu_count() or 1) // jobs, 1))
+        threads = str(max((os.cpu_count() or 1) // at_a_time, 1))
         process = subprocess.Popen(
-            [sys.executable, "-m", "poise.cli", cell.command, "--config", str(cell.folder / "config.yaml")],
+            [sys.executable, "-m", "poise.cli", job.command, "--config", str(job.folder / "config.yaml")],
             stdout=log, stderr=stderr, pass_fds=[lock.fileno()], env={"OMP_NUM_THREADS": threads, **os.environ},
         )  # fmt: skip
-        _, status, usage = os.wait4(process.pid, 0)  # its own processor time, which `wait` does not tell
+        _, status, usage = os.wait4(process.pid, 0)  # `Popen.wait` does not report the subprocess's processor time
         process.returncode = os.waitstatus_to_exitcode(status)
-        write_json(cell.folder / "cost.json", {"cpu_hours": cpu_hours(cell.folder) + _hours(usage)})
+        write_json(job.folder / "cost.json", {"cpu_hours": cpu_hours(job.folder) + _hours(usage)})
         stderr.seek(0)
         said = stderr.read()
         Path(stderr.name).unlink()
@@ -83,9 +91,9 @@ def run_cell(cell: Cell, jobs: int = 1) -> str:
 
 
 def cpu_hours(folder: Path) -> float:
-    """Processor hours that a cell took so far, tries that failed included; 0 if nobody counted them.
+    """Processor hours of all tries of a job so far, failed ones included; 0 if none is recorded.
 
-    The study counts them when a try ends: a try whose study was killed before that is not in it.
+    The time of a try is recorded when the try ends. If the parent process is killed first, that try is not counted.
     """
     path = folder / "cost.json"
     return float(json.loads(path.read_text())["cpu_hours"]) if path.exists() else 0.0

@@ -1,29 +1,43 @@
-"""The arms of a study: which reward model, which objective, and how training departs from the study's settings."""
+"""The arms of a study: which reward model, which objective, and what differs from the study's policy settings."""
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 from poise.functional.overoptimization import Choice
+from poise.policy.config import Config as PolicySettings
 from poise.runtime.run_folder import Json
 
 
 class Arm(NamedTuple):
-    """What one policy of the study is trained on, and how far from the study's settings."""
+    """One kind of policy in a comparison.
+
+    reward: folder of the reward model in a `poise train-reward` run.
+    objective: as `poise train-policy` takes it.
+    label: a few words for tables.
+    changes: policy settings in which the arm differs.
+    kl_factor: multiplies kl_coef.
+    only_policy: the arm differs from another only in how a policy is trained, so best-of-n leaves it out.
+    """
 
     reward: str
     objective: str
     label: str
-    changes: Json = {}  # noqa: RUF012  of the policy's config
+    changes: Json = {}  # noqa: RUF012  no arm modifies it
     kl_factor: float = 1.0
-    # Such an arm differs from another in how a policy is trained: best-of-n cannot tell them apart.
     only_policy: bool = False
 
-    def choice(self) -> Choice:
-        """The same reward for best-of-n."""
-        ceiling = self.changes.get("reward_ceiling", math.inf)
-        # arXiv 2310.02743 takes another coefficient where nothing is trained
+    def applied(self, policy: PolicySettings) -> PolicySettings:
+        """The study's policy settings with the arm's differences."""
+        return replace(policy, objective=self.objective, kl_coef=policy.kl_coef * self.kl_factor, **self.changes)
+
+    def choice(self, policy: PolicySettings) -> Choice:
+        """The arm's reward for best-of-n, with the shaping and ceiling that its policies have."""
+        settings = self.applied(policy)
+        ceiling = math.inf if settings.reward_ceiling is None else settings.reward_ceiling
+        # arXiv 2310.02743 uses another coefficient for best-of-n than for PPO.
         objective = "uncertainty_weighted(0.5)" if self.objective.startswith("uncertainty") else self.objective
-        return Choice(self.reward, objective, self.changes.get("shaping", "none"), ceiling)
+        return Choice(self.reward, objective, settings.shaping, ceiling)
 
 
 ARMS: dict[str, Arm] = {

@@ -1,13 +1,13 @@
-"""`poise best-of-n`: what each objective would select, before any RL.
+"""`poise best-of-n`: the completions that each objective selects, before any RL.
 
 One pool of the initial policy's completions is scored once by every reward model of one or several `poise train-reward`
 runs; from those scores best-of-n and the exactly tilted policy pi ~ pi_0 exp(r / beta) follow for any objective in
 milliseconds.
 
-    RUN/pool.jsonl          prompt, completion, gold, judge: a fingerprint of what said the gold
+    RUN/pool.jsonl          prompt, completion, gold, judge: the fingerprint of that gold
     RUN/heads/…             every head's mean and std, per reward model
     RUN/results.json        per objective: gold and proxy against KL with 95 % intervals over prompts and reward-model
-                            runs, fitted laws, peak, final and fall of gold, and what it is less the first objective's
+                            runs, fitted laws, peak, final and fall of gold, and differences from the first objective
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ from poise.functional.objectives import RewardScale, disagreement, mean, routing
 from poise.functional.overoptimization import Choice
 from poise.models.loading import DEFAULT_MODEL
 from poise.runtime.run_folder import Json, Run, read_jsonl, write_jsonl
-from poise.studies.gold import judge
+from poise.studies.gold import label_with_gold
 from poise.studies.pool import PoolHeads, judge_choices, prompt_key, prompt_label, sample_pool, score_pool
 
 
@@ -50,7 +50,8 @@ class Config:
     max_tokens: int = 20
     """Longest completion, in tokens."""
     gold: str = ""
-    """Reward model that plays the human, trained on other data; default: a reader of short reviews."""
+    """Reward model that serves as gold, the reference score that stands for human judgment; it must be trained on other
+    data. Default: rules that score short reviews."""
     on_bad_row: OnBadRow = "error"
     """`skip` sets bad rows aside in a file beside the data."""
     seed: int = 0
@@ -76,13 +77,13 @@ def run(config: Config) -> Run:
 
 
 def make_pool(folder: Path, config: Config) -> list[Json]:
-    """Rows of the pool in `folder`, with gold; sampled if they are not there yet, judged anew if by another gold."""
+    """Rows of the pool in `folder`, with gold; sampled if the file is missing, and relabeled if the gold is another."""
     path = folder / "pool.jsonl"
     if not path.exists():
         prompts = pool_prompts(config.prompts, config.on_bad_row)
         write_jsonl(path, sample_pool(config.model, prompts, config.per_prompt, config.max_tokens, config.seed))
     rows = list(read_jsonl(path))
-    if judge(rows, config.gold):
+    if label_with_gold(rows, config.gold):
         write_jsonl(path, rows)
     return rows
 
@@ -106,7 +107,7 @@ def summarize(
 ) -> Json:
     """Curves of every choice over a pool scored by several runs, rows grouped by prompt.
 
-    heads: per run, what each of its reward models says.
+    heads: per run, the scores of each of its reward models.
     """
     gold = np.array([row["gold"] for row in pool]).reshape(-1, per_prompt)
     curves = [

@@ -1,4 +1,4 @@
-"""Judge finished policies by gold, side by side. The only study of trained policies that may look at gold.
+"""Finished policies side by side, scored by gold. No other module reads gold of trained policies.
 
 RUN/results.json   per arm: gold, proxy, KL and heads per step; final gold with intervals; differences between
                    arms; completions, most over-scored first
@@ -14,7 +14,7 @@ from poise.errors import PoiseError
 from poise.functional.monitor import text_signs
 from poise.functional.statistics import bootstrap_interval
 from poise.runtime.run_folder import Json, Run, load_config_file, read_jsonl
-from poise.studies.gold import judge, judged
+from poise.studies.gold import gold_of, label_with_gold
 from poise.studies.pool import prompt_key, prompt_label
 
 NUM_SHOWN = 24
@@ -22,7 +22,7 @@ NUM_SHOWN = 24
 
 @dataclass(frozen=True)
 class Config:
-    """Judge finished policies by gold, side by side."""
+    """Finished policies side by side, scored by gold: a reference that stands for human judgment."""
 
     arms: tuple[str, ...]
     """`poise train-policy` run folders of the same evaluation prompts; differences are taken against the first."""
@@ -31,7 +31,7 @@ class Config:
     pool: str = ""
     """A `poise best-of-n` run on the evaluation prompts: the initial policy's gold."""
     gold: str = ""
-    """Reward model that plays the human, trained on data no arm has seen; default: a reader of short reviews."""
+    """Reward model that serves as gold, trained on data no arm has seen; default: rules that score short reviews."""
     output: str = "runs/comparison"
     """Run folder to write."""
 
@@ -71,7 +71,7 @@ def _initial(pool: Path, per_prompt: int, gold: str) -> Json:
     """The initial policy on the same prompts; variety is counted on as many completions as the arms have."""
     rows = list(read_jsonl(pool / "pool.jsonl"))
     texts = [row["completion"] for part in _by_prompt(rows).values() for row in part[:per_prompt]]
-    judge(rows, gold)  # another gold may have judged the pool
+    label_with_gold(rows, gold)  # the pool may have labels of another gold
     golds = np.array([row["gold"] for row in rows])
     return {"gold": float(golds.mean()), "gold_std": _std(golds), "distinct_bigrams": distinct_bigrams(texts)}
 
@@ -81,7 +81,7 @@ def _final(arm: Path, gold: str) -> list[Json]:
     if not path.exists():
         raise PoiseError(f"{arm} is not a finished policy run: it has no final.jsonl")
     rows = list(read_jsonl(path))
-    for row, value in zip(rows, judged(rows, gold), strict=True):
+    for row, value in zip(rows, gold_of(rows, gold), strict=True):
         row["gold"] = float(value)
     return rows
 
@@ -102,11 +102,11 @@ def _arm(folder: Path, label: str, final: list[Json], gold: str) -> Json:
     settings, metrics = load_config_file(folder / "config.yaml"), list(read_jsonl(folder / "metrics.jsonl"))
     samples = list(read_jsonl(folder / "samples.jsonl"))
     golds: dict[int, list[float]] = {}
-    for row, value in zip(samples, judged(samples, gold), strict=True):
+    for row, value in zip(samples, gold_of(samples, gold), strict=True):
         golds.setdefault(row["step"], []).append(float(value))
     steps = [
         {
-            "step": step["step"], "kl": step["kl"], "proxy": step["reward"],
+            "step": step["step"], "kl": step.get("kl"), "proxy": step["reward"],
             "gold": float(np.mean(golds[step["step"]])), "disagreement": step["disagreement"],
             "gap": step["gap"], "routing_std": step["routing_std"], "heads": step["heads"],
         }
@@ -117,7 +117,8 @@ def _arm(folder: Path, label: str, final: list[Json], gold: str) -> Json:
     # Peak of a moving average: single steps of a few dozen completions are too noisy to name a peak.
     peak = max(final_gold, float(_moving_average(np.array([step["gold"] for step in steps])).max()))
     first = np.array(golds[metrics[0]["step"]])  # the initial policy's
-    laps = ("sample", "score", "reference", "update")
+    # TRL's trainers log no times, and no KL at beta 0.
+    laps = [lap for lap in ("sample", "score", "reference", "update") if f"{lap}_seconds" in metrics[0]]
     return {
         "name": folder.name.removeprefix("policy-"), "label": label, "objective": settings["objective"],
         "reward": Path(settings["reward"]).name, "kl_coef": settings["kl_coef"], "steps": steps,
@@ -148,7 +149,7 @@ def _moving_average(values: ndarray, width: int = 3) -> ndarray:
 def _side_by_side(names: list[str], finals: list[list[Json]]) -> list[Json]:
     """One completion of each arm per evaluation prompt, sorted by how much the first arm's proxy over-scores its own.
 
-    over_scored: standardized proxy less standardized gold, both over all final completions of the arm and, for the
+    over_scored: standardized proxy minus standardized gold, both over all final completions of the arm and, for the
     comparison to mean something, of the other arms too.
     """
     gold = np.array([row["gold"] for rows in finals for row in rows])
@@ -166,12 +167,12 @@ def _side_by_side(names: list[str], finals: list[list[Json]]) -> list[Json]:
             same = [rows[prompt] for rows in by_prompt]
             shown[prompt] = {
                 "prompt": prompt_label(rows[i]["prompt"]), "over_scored": float(gap[i]),
-                "arms": {name: _opinion(arm[number % len(arm)]) for name, arm in zip(names, same, strict=True)},
+                "arms": {name: _shown(arm[number % len(arm)]) for name, arm in zip(names, same, strict=True)},
             }  # fmt: skip
     return list(shown.values())
 
 
-def _opinion(row: Json) -> Json:
+def _shown(row: Json) -> Json:
     return {"completion": row["completion"], "proxy": row["reward"], "gold": row["gold"], "heads": row["mean"]}
 
 

@@ -1,26 +1,51 @@
-"""Settings of a study, what may be wrong with them, and the cells that they come to."""
+"""Settings of a study: their help texts, the checks before anything is trained, and the jobs they come to.
+
+A study holds the whole config of `poise train-reward` (`reward`) and of `poise train-policy` (`policy`). Every job gets
+that config, and the study sets the fields in SET_BY_STUDY.
+"""
 
 import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from poise.errors import PoiseError
 from poise.models.loading import DEFAULT_MODEL
-from poise.policy import train as train_policy
-from poise.reward import train as train_reward
-from poise.runtime.jobs import Cell
+from poise.policy.config import Config as PolicySettings
+from poise.reward.train import Config as RewardSettings
+from poise.runtime.jobs import Job
+from poise.runtime.run_folder import Json, config_dict
 from poise.studies.arms import ARMS
 
+# Settings that may change when a study goes on: what they already made is kept.
 GROWS = {
     "output", "arms", "reward_seeds", "policy_seeds", "pool_seeds", "pool_size", "label_noise", "policy_noise", "jobs",
-    "eval_every", "eval_data", "eval_tasks", "eval_rows",
+    "policy.eval_every", "policy.eval_data", "policy.eval_tasks", "policy.eval_rows",
 }  # fmt: skip
+# Settings of the nested configs that the study chooses for every job, each with the study's own option for it.
+SET_BY_STUDY = {
+    "reward.preferences": "--preferences", "reward.output": "--output", "reward.seed": "--reward-seeds",
+    "policy.prompts": "--prompts", "policy.eval_prompts": "--eval-prompts", "policy.output": "--output",
+    "policy.reward": "--arms", "policy.objective": "--arms", "policy.seed": "--policy-seeds",
+}  # fmt: skip
+# Names of settings in study folders written before a study held whole configs.
+RENAMED = {
+    "num_layers": "reward.num_layers",
+    **{
+        name: f"policy.{name}"
+        for name in ("num_steps", "kl_coef", "max_tokens", "eval_every", "eval_data", "eval_tasks", "eval_rows")
+    },
+}
+# What the study sets is empty here, and so is the model: --model stands for both.
+REWARD = RewardSettings(preferences="", output="", model="")
+POLICY = PolicySettings(prompts="", reward="", output="", model="", objective="", kl_coef=0.01)
 
 
 @dataclass(frozen=True)
 class Config:
-    """Arms × seeds × label noise, side by side: does a robust reward help, and by how much?"""
+    """Does a robust reward help, and by how much? Trains every arm on several seeds and levels of label noise, and
+    compares them by gold. Gold stands for human judgment: a reference score that no training reads."""
 
     output: str = "runs/study"
     """Folder to write; start again with the same one to go on, or with more arms, seeds or noise to extend it."""
@@ -32,55 +57,46 @@ class Config:
     prompts: str = ""
     """JSON lines with `prompt`, to train the policies on."""
     eval_prompts: str = ""
-    """Other prompts, to judge them on."""
+    """Other prompts, to evaluate the policies on."""
     num_preferences: int = 400
-    """Preferences each reward model is trained on, drawn from the file by its seed; 0 takes all."""
+    """Preferences that each reward model is trained on, drawn from the file by its seed; 0 takes all."""
     model: str = DEFAULT_MODEL
-    """Language model: local folder or hub id."""
+    """Language model of the reward models and the policies: local folder or hub id."""
     arms: tuple[str, ...] = (
         "single", "single_large_kl", "mean", "worst_case", "uncertainty_weighted", "brme_0.4", "brme_1",
         "brme_large_kl",
     )  # fmt: skip
     """Differences are taken against the first. Also: lower_confidence, soft_min, contrastive, par, bayesian, settle,
-    brme_0, brme_0.2, brme_0.6, brme_0.8, brme_mean, brme_random, brme_adaptive, constant."""
+    brme_0, brme_0.2, brme_0.6, brme_0.8, brme_mean, brme_random, brme_adaptive, constant. BRME is the Bayesian reward
+    model ensemble, with its nominal weight λ."""
     label_noise: tuple[str, ...] = ("0", "0.25")
-    """Shares of the preferences to flip; 0 leaves them as they are; `raters` takes those of --raters."""
+    """Shares of the preferences to flip. 0 leaves the preferences as they are; `raters` takes those of --raters."""
     pool_seeds: int = 20
-    """Reward models of each noise for best-of-n, each of a seed of its own, which also decides whose labels are
-    flipped; all objectives are tried on them."""
+    """Reward models of each label noise for best-of-n. The seed of each also decides which labels are flipped."""
     pool_size: int = 64
-    """Completions of each evaluation prompt to choose from; 0 leaves best-of-n out."""
+    """Completions of each evaluation prompt to choose from; 0 leaves best-of-n out. Best-of-n needs a frozen trunk."""
     policy_noise: tuple[str, ...] = ("0",)
-    """Of the label noise, what policies are trained on."""
+    """Levels of --label-noise on which policies are trained."""
     reward_seeds: int = 3
-    """Reward models, of the first seeds, that policies are trained on."""
+    """Number of reward-model seeds on which policies are trained: 0, 1, …"""
     policy_seeds: int = 1
-    """Policies of every arm trained on each; 0 trains none."""
-    num_layers: int = 8
-    """Layers of the model that the reward models read; 0 keeps all."""
-    num_steps: int = 40
-    """PPO steps of every policy."""
-    kl_coef: float = 0.01
-    """β; the arms called `large_kl` have twenty times as much."""
-    max_tokens: int = 20
-    """Longest completion, in tokens."""
+    """Policies of every arm for each reward-model seed; 0 trains none."""
     gold: str = ""
-    """Reward model that plays the human, trained on data none of these preferences are from; default: a reader of
-    short reviews."""
-    eval_every: int = 0
-    """PPO steps between benchmarks asked during training, for how much they move over checkpoints; 0 asks none."""
-    eval_data: str = ""
-    """Folder of their rows; default: the harness's own tasks, from the model hub."""
-    eval_tasks: tuple[str, ...] = train_policy.Config.eval_tasks
-    """Which benchmarks."""
-    eval_rows: int = train_policy.Config.eval_rows
-    """Rows of each, the same ones every time."""
+    """Reward model that serves as gold, trained on data that none of these preferences are from. Default: rules that
+    score short reviews."""
     jobs: int = 1
-    """Cells at a time; the processor's cores are shared out among them."""
+    """Jobs at a time; they share the processor's cores."""
+    reward: RewardSettings = REWARD
+    """Settings of all reward models, those of `poise train-reward`. An empty model means --model. The study sets
+    preferences, output and seed."""
+    policy: PolicySettings = POLICY
+    """Settings of all policies, those of `poise train-policy`. An arm may change some: the arms called `large_kl`
+    multiply kl_coef by twenty. An empty model means --model. The study sets prompts, eval-prompts, reward, objective,
+    output and seed."""
 
 
 def completed(config: Config) -> Config:
-    """The config with label noise as folders write it, and the files of the standard study if it names none."""
+    """The config with label noise as in folder names, and with the files of the standard study if it names none."""
     label_noise, policy_noise = (tuple(map(_canonical, noise)) for noise in (config.label_noise, config.policy_noise))
     config = replace(config, label_noise=label_noise, policy_noise=policy_noise)
     if not is_standard(config):
@@ -93,7 +109,7 @@ def completed(config: Config) -> Config:
 
 
 def is_standard(config: Config) -> bool:
-    """Does it name no files?"""
+    """Does the config name no files, and so ask for the standard study?"""
     return not any((config.preferences, config.raters, config.prompts, config.eval_prompts))
 
 
@@ -105,8 +121,19 @@ def _canonical(noise: str) -> str:
         return noise
 
 
+def settings(config: Config) -> Json:
+    """Every setting by its dotted name, as plain values, without the nested ones that the study sets itself."""
+    found: Json = {}
+    for name, value in config_dict(config).items():
+        found |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
+    return {name: value for name, value in found.items() if name not in SET_BY_STUDY}
+
+
+# ---- checks ----
+
+
 def check(config: Config) -> None:
-    """Raises PoiseError, one line, for settings that no study can have."""
+    """Raise PoiseError, one line, for settings that no study can have."""
     if not all((config.preferences, config.prompts, config.eval_prompts)):
         raise PoiseError(
             "--preferences, --prompts and --eval-prompts belong together; leave out all for the standard study"
@@ -118,6 +145,11 @@ def check(config: Config) -> None:
         raise PoiseError("--pool-size must be at least 2, or 0 for no best-of-n; --policy-seeds at least 0")
     if not config.pool_size and not config.policy_seeds:
         raise PoiseError("--pool-size 0 and --policy-seeds 0 leave nothing to study")
+    _check_arms_and_noise(config)
+    _check_nested(config)
+
+
+def _check_arms_and_noise(config: Config) -> None:
     if unknown := [arm for arm in config.arms if arm not in ARMS]:
         raise PoiseError(f"no arm {unknown[0]!r}; choose from {', '.join(ARMS)}")
     if len(set(config.arms)) < max(len(config.arms), 2):
@@ -128,8 +160,30 @@ def check(config: Config) -> None:
         raise PoiseError(f"--policy-noise {unknown[0]} is not among --label-noise {' '.join(config.label_noise)}")
     if "raters" in config.label_noise and not config.raters:
         raise PoiseError("--label-noise raters needs --raters: the same pairs with the labels of single raters")
-    for arm in config.arms:  # what a policy's config refuses is said before anything is trained
-        policy_cell(config, arm, 0, "0", 0).config.check()
+
+
+def _check_nested(config: Config) -> None:
+    """Refuse what the study sets itself, and what the trainings would refuse later."""
+    given, default = config_dict(config), config_dict(Config())
+    for name, own in SET_BY_STUDY.items():
+        group, key = name.split(".")
+        if given[group][key] != default[group][key]:
+            raise PoiseError(f"--{_option(name)} is set by the study; leave it out and see {own}")
+    tuned = next((name for name in ("trunk", "stage2_trunk") if given["reward"][name] != "frozen"), None)
+    if tuned and config.pool_size:
+        raise PoiseError(
+            f"--{_option(f'reward.{tuned}')} {given['reward'][tuned]} needs --pool-size 0: "
+            "best-of-n trains its reward models on one frozen trunk"
+        )
+    for arm in config.arms:
+        try:
+            policy_job(config, arm, 0, "0", 0).config.check()
+        except PoiseError as error:
+            raise PoiseError(f"arm {arm}: {re.sub(r'--(?=[a-z])', '--policy.', str(error))}") from None
+
+
+def _option(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def _is_noise(label: str) -> bool:
@@ -139,7 +193,7 @@ def _is_noise(label: str) -> bool:
         return False
 
 
-# ---- cells ----
+# ---- jobs ----
 
 
 def worlds(config: Config) -> Iterator[tuple[str, int]]:
@@ -148,34 +202,35 @@ def worlds(config: Config) -> Iterator[tuple[str, int]]:
 
 
 def world_folder(config: Config, noise: str, seed: int) -> Path:
-    """Of one label noise and reward seed: its preferences, reward models and policies."""
+    """The folder of one label noise and reward seed: its preferences, reward models and policies."""
     return Path(config.output) / f"noise-{noise}" / f"reward-{seed}"
 
 
-def reward_cell(config: Config, noise: str, seed: int) -> Cell:
-    """The reward models of one world, trained in a run folder."""
-    return Cell("train-reward", reward_config(config, noise, seed))
+def reward_job(config: Config, noise: str, seed: int) -> Job:
+    """Trains the reward models of one label noise and seed, in a run folder."""
+    return Job("train-reward", reward_config(config, noise, seed))
 
 
-def reward_config(config: Config, noise: str, seed: int) -> train_reward.Config:
-    """Their settings, which those in memory have too."""
+def reward_config(config: Config, noise: str, seed: int) -> RewardSettings:
+    """Settings of the reward models of one label noise and seed; best-of-n trains the same ones in memory."""
     world = world_folder(config, noise, seed)
-    return train_reward.Config(
-        preferences=str(world / "preferences.jsonl"), output=str(world / "reward"), model=config.model,
-        num_layers=config.num_layers, seed=seed,
+    return replace(
+        config.reward, preferences=str(world / "preferences.jsonl"), output=str(world / "reward"),
+        model=config.reward.model or config.model, seed=seed,
     )  # fmt: skip
 
 
-def policy_cell(config: Config, name: str, policy_seed: int, noise: str, seed: int) -> Cell:
-    """One policy of an arm."""
+def policy_model(config: Config) -> str:
+    """The language model that the policies start from."""
+    return config.policy.model or config.model
+
+
+def policy_job(config: Config, name: str, policy_seed: int, noise: str, seed: int) -> Job:
+    """Trains one policy of the arm `name`."""
     arm, world = ARMS[name], world_folder(config, noise, seed)
-    return Cell(
-        "train-policy",
-        train_policy.Config(
-            prompts=config.prompts, eval_prompts=config.eval_prompts, reward=str(world / "reward" / arm.reward),
-            output=str(world / f"policy-{policy_seed}" / name), model=config.model, objective=arm.objective,
-            kl_coef=config.kl_coef * arm.kl_factor, num_steps=config.num_steps, max_tokens=config.max_tokens,
-            seed=1000 * seed + policy_seed, eval_every=config.eval_every, eval_data=config.eval_data,
-            eval_tasks=config.eval_tasks, eval_rows=config.eval_rows, **arm.changes,
-        ),
+    settings = replace(
+        arm.applied(config.policy), prompts=config.prompts, eval_prompts=config.eval_prompts,
+        reward=str(world / "reward" / arm.reward), output=str(world / f"policy-{policy_seed}" / name),
+        model=policy_model(config), seed=1000 * seed + policy_seed,
     )  # fmt: skip
+    return Job("train-policy", settings)

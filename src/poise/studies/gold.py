@@ -1,14 +1,16 @@
-"""Gold: a stand-in for the human reader of generated text. Deterministic, documented, and never part of training.
+"""Gold: a reference score that stands for human judgment of generated text. No training reads it.
+
+An RL policy can raise the learned reward (the proxy) without writing better text. Gold is the independent score that
+shows it. Gold is deterministic:
 
     gold = VADER compound sentiment - degeneracy,        clipped to [-1, 1]
 
 VADER (Hutto & Gilbert 2014) is a rule and lexicon model fitted to ratings of ~20 people per text; `compound` is in
-[-1, 1]. It reads words, not sense, so what a person would not accept as a sentence pays a penalty in [0, 2]:
-repetition, words that are not words, too short, no text at all. So a high gold means: positive, and
-still a readable sentence.
+[-1, 1]. VADER reads single words. Text that a person would not accept as a sentence therefore gets a penalty in [0, 2]:
+for repetition, for non-words, for fewer than four words. A high gold means: positive, and a readable sentence.
 
-That is a reader of short reviews. For other texts a reward model plays the human (`judged`): one trained on data that
-no proxy has seen.
+These rules score short reviews. For other texts a reward model serves as the gold standard (`gold_of`). It must be
+trained on data that no proxy has seen.
 
 No module that trains or chooses may import this one (tests/test_layers.py).
 """
@@ -37,11 +39,11 @@ MIN_WORDS = 4
 _WORD = re.compile(r"[^\W\d_]+(?:['’\-][^\W\d_]+)*")
 
 
-def judged(rows: Sequence[Json], gold: str = "") -> Float[ndarray, " rows"]:
+def gold_of(rows: Sequence[Json], gold: str = "") -> Float[ndarray, " rows"]:
     """Gold of rows of `prompt` and `completion`.
 
-    gold: a reward model to be the human (the mean of its heads); default: `gold_rewards`.
-    PoiseError where it says NaN or infinity.
+    gold: a reward model, whose mean over heads is taken; default: `gold_rewards`.
+    Raises PoiseError if the reward model gives NaN or infinity.
     """
     if not gold:
         return gold_rewards([row["completion"] for row in rows])
@@ -54,18 +56,18 @@ def judged(rows: Sequence[Json], gold: str = "") -> Float[ndarray, " rows"]:
     return values
 
 
-def judge(rows: Sequence[Json], gold: str = "") -> bool:
-    """Give rows their `gold`, and as `judge` what said it, unless this gold has done so; returns whether it had not."""
+def label_with_gold(rows: Sequence[Json], gold: str = "") -> bool:
+    """Set `gold` of every row, and as `judge` the fingerprint of this gold. Returns False if the rows had them."""
     by = fingerprint(gold)
     if all(row.get("judge") == by for row in rows):
         return False
-    for row, value in zip(rows, judged(rows, gold), strict=True):
+    for row, value in zip(rows, gold_of(rows, gold), strict=True):
         row.update(gold=float(value), judge=by)
     return True
 
 
 def fingerprint(gold: str = "") -> str:
-    """Of what judges: a reward model's heads, or the rules of this file and VADER's version."""
+    """Fingerprint of a gold: of a reward model's heads, or of this file and VADER's version."""
     if gold:
         return heads_fingerprint(gold)
     rules = Path(__file__).read_bytes() + metadata.version("vaderSentiment").encode()

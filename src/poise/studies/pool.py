@@ -1,4 +1,4 @@
-"""A pool: completions of one policy, sampled once, and what reward models say of them, kept beside it.
+"""A pool: completions of one policy, sampled once, and the scores that reward models give them.
 
 FOLDER/pool.jsonl               prompt, completion; rows grouped by prompt, equally many of each
 FOLDER/heads/NAME.safetensors   every head's mean and std of each row, by one reward model
@@ -31,10 +31,10 @@ ROWS_PER_BATCH = 256
 
 @dataclass(frozen=True)
 class PoolHeads:
-    """What one reward model says of a pool.
+    """The scores of one reward model on a pool.
 
     heads: (rows, K). unit: Bradley-Terry log odds per unit of its rewards.
-    fingerprint: of the checkpoint that said it.
+    fingerprint: of the reward model.
     """
 
     heads: HeadRewards
@@ -42,7 +42,7 @@ class PoolHeads:
     fingerprint: str
 
     def save(self, path: Path) -> None:
-        """PoiseError, and nothing is written, where it says NaN or infinity."""
+        """Write the scores; PoiseError, and nothing is written, if any is NaN or infinite."""
         if not (self.heads.mean.isfinite().all() and self.heads.std.isfinite().all()):
             name = path.with_suffix("")
             raise PoiseError(f"the reward model of {name} says NaN or infinity of some completions; train it anew")
@@ -55,7 +55,7 @@ class PoolHeads:
 
     @staticmethod
     def load(path: Path, fingerprint: str, num_rows: int) -> "PoolHeads":
-        """PoiseError unless this reward model wrote it, about a pool of so many rows."""
+        """Read scores; PoiseError unless they are of this reward model and of a pool with this number of rows."""
         try:
             with safe_open(path, framework="pt") as file:
                 about = file.metadata()
@@ -86,12 +86,12 @@ def sample_pool(model: str, prompts: Sequence[Prompt], per_prompt: int, max_toke
 
 
 def prompt_key(prompt: Prompt) -> str:
-    """The whole prompt as text: what tells prompts apart."""
+    """The whole prompt as text, as a key."""
     return json.dumps(prompt, sort_keys=True)
 
 
 def prompt_label(prompt: Prompt) -> str:
-    """A prompt as one line, to be shown: its last user turn, which conversations may share."""
+    """A prompt as one line for display: its last user turn, which several conversations may share."""
     return prompt if isinstance(prompt, str) else next(t["content"] for t in reversed(prompt) if t["role"] == "user")
 
 
@@ -101,9 +101,9 @@ def samples_of(rows: Sequence[Json]) -> list[Sample]:
 
 
 def score_pool(folder: Path, rows: Sequence[Json], checkpoints: dict[str, str]) -> dict[str, PoolHeads]:
-    """What every checkpoint (name -> folder or hub id) says of the rows: read where it was kept, computed elsewhere.
+    """The scores of every checkpoint (name -> folder or hub id) on the rows; computed once and kept.
 
-    Checkpoints with equal trunks read the texts once. PoiseError where what was kept is another checkpoint's.
+    Checkpoints with equal trunks read the texts once. Raises PoiseError if kept scores are of another checkpoint.
     """
     found: dict[str, PoolHeads] = {}
     read: list[tuple[Scorer, Tensor]] = []
@@ -117,7 +117,7 @@ def score_pool(folder: Path, rows: Sequence[Json], checkpoints: dict[str, str]) 
 
 
 def _heads(scorer: Scorer, rows: Sequence[Json], read: list[tuple[Scorer, Tensor]]) -> HeadRewards:
-    """By a scorer; `read` remembers each trunk's features."""
+    """The scores of one scorer; `read` keeps each trunk's features."""
     samples = samples_of(rows)
     if isinstance(scorer, Ensemble):
         with progress("pool: scoring", len(samples)) as advance:
@@ -131,7 +131,7 @@ def _heads(scorer: Scorer, rows: Sequence[Json], read: list[tuple[Scorer, Tensor
 
 
 def proxies(choice: Choice, heads: Sequence[Mapping[str, PoolHeads]], per_prompt: int) -> ndarray:
-    """Rewards (S, P, N) of one choice; heads: per run, what each of its reward models says."""
+    """Rewards (S, P, N) of one choice; heads: per run, the scores of each of its reward models."""
     return stacked(choice, [(run[choice.reward].heads, run[choice.reward].unit) for run in heads], per_prompt)
 
 
@@ -141,9 +141,9 @@ def judge_choices(
     choices: Mapping[str, Choice],
     advance: Callable[[], object] = lambda: None,
 ) -> dict[str, Json]:
-    """Every choice over the same runs: curves, laws, measures, and what they are less those of the first.
+    """Curves, laws and measures of every choice over the same runs, with differences from the first choice.
 
-    advance: told after each choice.
+    advance: called after each choice.
     """
     resamples = Resamples.draw(len(gold_PN), len(heads))
     first: Judged | None = None

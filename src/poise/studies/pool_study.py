@@ -1,7 +1,7 @@
-"""The half of a study that needs no RL: many reward models, one pool of the initial policy's completions.
+"""Best-of-n in a study: many reward models score one pool of the initial policy's completions. It needs no RL.
 
-    RUN/pool/pool.jsonl, RUN/pool/heads/…   the pool, and what every reward model says of it
-    RUN/page-pool.json                      a part of it, for the page to compute with
+    RUN/pool/pool.jsonl, RUN/pool/heads/…   the pool, and the scores of every reward model
+    RUN/page-pool.json                      a part of it, from which the page computes
 
 The reward models are trained in memory: heads on the features of one frozen trunk, which are kept on disk.
 """
@@ -30,7 +30,7 @@ from poise.studies.pool import PoolHeads, proxies, samples_of
 
 PAGE_SEEDS, PAGE_COMPLETIONS = 5, 64
 DRAWS = 1000
-UNSTABLE = {  # whose opinions are compared between seeds
+UNSTABLE = {  # whose scores are compared between seeds
     "single": Choice("single", "nominal"),
     "ensemble, mean": Choice("ensemble", "mean"),
     "ensemble, worst case": Choice("ensemble", "worst_case"),
@@ -55,15 +55,17 @@ class Pool(NamedTuple):
 
 
 def score(pool: Pool, configs: Mapping[str, train_reward.Config]) -> dict[str, ByReward]:
-    """Per name (`noise-0/reward-3`): what the reward models of that config say of the pool. Kept; missing ones made.
+    """Per name (`noise-0/reward-3`): the scores of that config's reward models on the pool; missing ones are trained.
 
-    Raises PoiseError where what is kept is of other preferences or settings.
+    Raises PoiseError if kept scores are of other preferences or settings.
     """
     files = {name: pool.folder / "heads" / name for name in configs}
     missing = [name for name, folder in files.items() if not (folder / "done").exists()]
     if missing:
         first = configs[missing[0]]
-        extract = FeatureExtractor(*load_trunk(first.model, first.num_layers), first.max_length, cached=True)
+        extract = FeatureExtractor(
+            *load_trunk(first.model, first.num_layers), first.max_length, cached=first.feature_cache
+        )
         samples = samples_of(pool.rows)
         with progress("study: features of the pool", len(samples)) as advance:
             features = extract(samples, advance).cpu()
@@ -148,7 +150,7 @@ def _std_draws(values_S: ndarray, drawn_DS: ndarray) -> ndarray:
     return np.sqrt(np.maximum(drawn_DS @ np.square(values_S) - np.square(middle), 0) * count / (count - 1))
 
 
-# ---- the part the page computes with ----
+# ---- the part from which the page computes ----
 
 
 def write_page_pool(path: Path, pool: Pool, labels: Sequence[str], heads: Mapping[str, Sequence[ByReward]]) -> None:

@@ -1,4 +1,4 @@
-"""The quickstart: one recipe made of the same studies that run on anybody's files.
+"""The quickstart: one recipe made of the same commands that run on any files.
 
 Each stage is a run folder of its own inside RUN, and is skipped if it is complete; a stopped quickstart goes on
 where it was. Nothing here computes; it chooses configs. The choices were fixed before the seeds that the README shows,
@@ -22,6 +22,7 @@ from poise.reward import train as train_reward
 from poise.runtime.progress import console
 from poise.runtime.run_folder import Run, write_jsonl
 from poise.studies import best_of_n, compare
+from poise.studies.arms import Arm
 
 # What the reviews are about. Policies are trained on one half and judged on the other.
 TRAIN_FILMS = (
@@ -60,31 +61,21 @@ NUM_LAYERS = 8
 RATED_DOMAINS = {"movieReviewSnippets": review_prompt("a film"), "amazonReviewSnippets": review_prompt("a product")}
 
 
-@dataclass(frozen=True)
-class Arm:
-    """One policy of the comparison."""
-
-    name: str
-    label: str
-    reward: str
-    objective: str
-    ceiling: float | None = None
-
-
-ARMS = (
-    Arm("conventional", "conventional: one Bradley–Terry head", "single", "nominal"),
-    # The ceiling: no reward is trusted beyond what one in forty of the initial policy's completions gets; the policy
-    # settles where it is reached.
-    Arm(
-        "robust", "robust: lower bound of posterior heads, at most +2", "posterior", "lower_confidence(1)", ceiling=2.0
+ARMS = {
+    "conventional": Arm("single", "nominal", "conventional: one Bradley–Terry head"),
+    # The ceiling: one in forty of the initial policy's completions gets this reward, and higher ones are not trusted.
+    # The learning rate falls to zero as the mean reward reaches the ceiling.
+    "robust": Arm(
+        "posterior", "lower_confidence(1)", "robust: lower bound of posterior heads, at most +2",
+        {"reward_ceiling": 2.0, "settle": True},
     ),
-    Arm("brme", "BRME: nominal and worst case of Gaussian heads", "brme", "tradeoff(0.4)"),
-)
+    "brme": Arm("brme", "tradeoff(0.4)", "BRME: nominal and worst case of Gaussian heads"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Config:
-    """The whole story on a laptop: human ratings, reward models, PPO against each, and one page that compares."""
+    """All steps on a laptop: human ratings, reward models, PPO against each, and a page that compares them."""
 
     output: str = "runs/quickstart"
     """Folder to write; start again with the same one to go on after a stop."""
@@ -113,19 +104,19 @@ def run(config: Config) -> Run:
     _stage(out, "reward models", lambda: train_reward.run(reward))
     pool = best_of_n.Config(
         prompts=str(folder / "eval_prompts.jsonl"), reward=(str(folder / "reward"),), output=str(folder / "pool"),
-        model=config.model, objectives=tuple(f"{arm.reward}:{arm.objective}" for arm in ARMS), seed=config.seed,
+        model=config.model, seed=config.seed,
+        objectives=tuple(f"{arm.reward}:{arm.objective}" for arm in ARMS.values()),
     )  # fmt: skip
     _stage(out, "best-of-n pool", lambda: best_of_n.run(pool))
-    for arm in ARMS:
+    for name, arm in ARMS.items():
         policy = train_policy.Config(
             prompts=str(folder / "prompts.jsonl"), eval_prompts=str(folder / "eval_prompts.jsonl"),
-            reward=str(folder / "reward" / arm.reward), output=str(folder / f"policy-{arm.name}"),
-            model=config.model, objective=arm.objective, reward_ceiling=arm.ceiling,
-            settle=arm.ceiling is not None, kl_coef=config.kl_coef, num_steps=config.num_steps, seed=config.seed,
+            reward=str(folder / "reward" / arm.reward), output=str(folder / f"policy-{name}"),
+            model=config.model, kl_coef=config.kl_coef, num_steps=config.num_steps, seed=config.seed,
         )  # fmt: skip
-        _stage(out, f"PPO, {arm.name}", functools.partial(train_policy.run, policy))
+        _stage(out, f"PPO, {name}", functools.partial(train_policy.run, arm.applied(policy)))
     comparison = compare.Config(
-        arms=tuple(str(folder / f"policy-{arm.name}") for arm in ARMS), labels=tuple(arm.label for arm in ARMS),
+        arms=tuple(str(folder / f"policy-{name}") for name in ARMS), labels=tuple(arm.label for arm in ARMS.values()),
         pool=str(folder / "pool"), output=str(folder / "comparison"),
     )  # fmt: skip
     _stage(out, "comparison", lambda: compare.run(comparison))

@@ -1,15 +1,16 @@
 """`poise study`: does a robust reward help? Arms x reward-model seeds x policy seeds x label noise.
 
-    RUN/pool/                               best-of-n: one pool, judged by many reward models (studies/pool_study.py)
-    RUN/noise-0.25/reward-1/                the preferences, flipped; what `poise train-reward` makes of them
-    RUN/noise-0.25/reward-1/policy-0/ARM/   a `poise train-policy` run; error.txt says why a cell failed
+    RUN/pool/                               best-of-n: one pool, scored by many reward models (studies/pool_study.py)
+    RUN/noise-0.25/reward-1/                the preferences, flipped; the run of `poise train-reward` on them
+    RUN/noise-0.25/reward-1/policy-0/ARM/   a `poise train-policy` run; error.txt says why it failed
     RUN/benchmarks/                         `poise evaluate-policy` on some of these policies, if it was run
     RUN/results.json                        curves, cells, means over seeds with intervals; what is missing
     RUN/report.html, RUN/study.png          all of it, to explore; the main figure
 
-A cell runs in a process of its own, `--jobs` of them at a time. A study stopped at any moment goes on where it was, and
-one with more arms, seeds or noise keeps the cells it has. Gold is read when all cells are done, by `compare` and
-`best_of_n` alone.
+Each training is a job in a subprocess, `--jobs` of them at a time (runtime/jobs.py). The same command continues a
+stopped study. With more arms, seeds or noise it keeps the finished jobs. A cell of results.json is one trained policy.
+Gold is read only by `compare` and `best_of_n`: the pool's completions get it before any policy is trained, and the
+trained policies get it when all jobs are done.
 
 Intervals are 95 %: of policies Student's, over reward models (reports/summary.py); of best-of-n bootstrap, over reward
 models and prompts (functional/overoptimization.py). Differences are paired.
@@ -29,10 +30,10 @@ from poise.data.preferences import read_preferences, read_prompts, write_prefere
 from poise.data.types import Preference, Prompt
 from poise.errors import PoiseError
 from poise.policy.evaluate import fluctuation
-from poise.reports import plots, study_page
 from poise.reports import published as claims
+from poise.reports import study_page, study_plots
 from poise.reports.summary import contrasts, measured, summary
-from poise.runtime.jobs import cpu_hours, run_cells
+from poise.runtime.jobs import cpu_hours, run_jobs
 from poise.runtime.progress import console, progress
 from poise.runtime.run_folder import Json, Run, config_dict, environment, read_jsonl, write_atomic, write_json
 from poise.studies import best_of_n, compare
@@ -41,13 +42,16 @@ from poise.studies import quickstart as recipes
 from poise.studies.arms import ARMS
 from poise.studies.config import (
     GROWS,
+    RENAMED,
     Config,
     check,
     completed,
     is_standard,
-    policy_cell,
-    reward_cell,
+    policy_job,
+    policy_model,
     reward_config,
+    reward_job,
+    settings,
     world_folder,
     worlds,
 )
@@ -57,7 +61,7 @@ VERSION = 2  # of results.json
 
 
 def run(config: Config) -> Run:
-    """Train what is missing, then judge all that is there; a cell that fails is named and left out."""
+    """Train what is missing, then score everything by gold. A job that fails is named and left out."""
     standard, config = is_standard(config), completed(config)
     check(config)
     if standard:
@@ -65,15 +69,15 @@ def run(config: Config) -> Run:
     sources = _read(config)
     out = _open(config)
     _write_preferences(config, sources)
-    of_pool = _judge_pool(config, out.folder) if config.pool_size else {}
+    of_pool = _best_of_n(config, out.folder) if config.pool_size else {}
     failed = _train(config)
     for folder, why in failed.items():
         console.print(f"[bold red]failed:[/] {folder.relative_to(out.folder)}: {why}", soft_wrap=True)
     comparisons: list[str] = []
-    cells = list(_judged(config, comparisons))
+    cells = list(_cells(config, comparisons))
     results: Json = {
         "version": VERSION,
-        "settings": config_dict(config),
+        "settings": settings(config),
         "arms": {
             name: {"reward": arm.reward, "objective": arm.objective, "label": arm.label} for name, arm in ARMS.items()
         },
@@ -88,8 +92,8 @@ def run(config: Config) -> Run:
     out.finish(results | {"published": claims.published(results)})
     write_atomic(out.folder / "environment.json", json.dumps(environment(), indent=2))
     write_atomic(out.folder / "config.yaml", yaml.safe_dump(config_dict(config), sort_keys=False))
-    if cells or of_pool:  # else every cell failed: there is nothing to draw
-        plots.save_study(results, out.folder / "study.png")
+    if cells or of_pool:  # otherwise every job failed and there is nothing to draw
+        study_plots.save_study(results, out.folder / "study.png")
     _say(results)
     console.print(f"[bold]Report:[/] {study_page.build(out.folder)}")
     return out
@@ -99,26 +103,26 @@ def _train(config: Config) -> dict[Path, str]:
     """Reward models and policies; returns what failed, and why."""
     if not config.policy_seeds:
         return {}
-    rewards = [reward_cell(config, *at) for at in worlds(config)]
-    failed = run_cells(rewards, config.jobs, "study: reward models of the policies")
+    rewards = [reward_job(config, *at) for at in worlds(config)]
+    failed = run_jobs(rewards, config.jobs, "study: reward models of the policies")
     policies = [
-        policy_cell(config, arm, seed, *at)
+        policy_job(config, arm, seed, *at)
         for at, reward in zip(worlds(config), rewards, strict=True)
         for seed in range(config.policy_seeds)
         for arm in config.arms
         if reward.folder not in failed
     ]
-    return failed | run_cells(policies, config.jobs, "study: policies")
+    return failed | run_jobs(policies, config.jobs, "study: policies")
 
 
-def _judge_pool(config: Config, folder: Path) -> Json:
-    """Best-of-n of every arm over many reward models, and how far those are apart."""
-    settings = best_of_n.Config(
-        prompts=config.eval_prompts, reward=(), model=config.model, per_prompt=config.pool_size,
-        max_tokens=config.max_tokens, gold=config.gold,
+def _best_of_n(config: Config, folder: Path) -> Json:
+    """Best-of-n of every arm over many reward models, and how much these reward models differ."""
+    sampling = best_of_n.Config(
+        prompts=config.eval_prompts, reward=(), model=policy_model(config), per_prompt=config.pool_size,
+        max_tokens=config.policy.max_tokens, gold=config.gold, on_bad_row=config.policy.on_bad_row,
     )  # fmt: skip
     (folder / "pool").mkdir(exist_ok=True)
-    rows = best_of_n.make_pool(folder / "pool", settings)
+    rows = best_of_n.make_pool(folder / "pool", sampling)
     labels = [prompt_label(row["prompt"]) for row in rows[:: config.pool_size]]
     if len(rows) != len({prompt_key(row["prompt"]) for row in rows}) * config.pool_size:
         raise PoiseError(f"{folder}/pool is not of {config.pool_size} completions a prompt; delete it to sample again")
@@ -135,7 +139,7 @@ def _judge_pool(config: Config, folder: Path) -> Json:
     }
     scored = study_pool.score(pool, configs | again)
     of_noise = {noise: [scored[f"noise-{noise}/reward-{s}"] for s in seeds] for noise in config.label_noise}
-    choices = {name: arm.choice() for name, arm in ARMS.items() if not arm.only_policy}
+    choices = {name: arm.choice(config.policy) for name, arm in ARMS.items() if not arm.only_policy}
     study_pool.write_page_pool(folder / "page-pool.json", pool, labels, of_noise)
     unstable: Json = {}
     if config.pool_seeds > 1:
@@ -181,15 +185,16 @@ def _say(results: Json) -> None:
 
 
 def _open(config: Config) -> Run:
-    """The study's folder. Arms, seeds and noise may grow; all else must be what it was, the bytes of files too."""
+    """The study's folder. Settings in GROWS may change; all others must be as before, and so must the files' bytes."""
     folder = Path(config.output)
     path = folder / "study.json"
-    fixed = {key: value for key, value in config_dict(config).items() if key not in GROWS}
+    fixed = {key: value for key, value in settings(config).items() if key not in GROWS}
     digests = _digests(config)
     out = Run(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if path.exists():
-        before = config_dict(Config()) | json.loads(path.read_text())  # it may be of a time with fewer settings
+        # An earlier version may have written it: some settings had other names, and a missing one had its default.
+        before = settings(Config()) | {RENAMED.get(key, key): value for key, value in _kept(path).items()}
         known = before.get("digests", {})
         changed = sorted(key for key in fixed if before.get(key) != fixed[key])
         changed += [f"what {key} holds" for key in digests if known.get(key, digests[key]) != digests[key]]
@@ -200,6 +205,17 @@ def _open(config: Config) -> Run:
         digests = known | digests
     write_json(path, fixed | {"digests": digests})
     return out
+
+
+def _kept(path: Path) -> Json:
+    """What study.json holds; PoiseError for a damaged one."""
+    try:
+        kept = json.loads(path.read_text())
+    except ValueError:
+        kept = None
+    if not isinstance(kept, dict):
+        raise PoiseError(f"{path} is damaged; choose another --output")
+    return kept
 
 
 def _digests(config: Config) -> dict[str, str]:
@@ -228,13 +244,13 @@ def _read(config: Config) -> dict[str, list[Preference]]:
     """Preferences by file, if some are to be written; a bad file is refused before anything is made of any."""
     if not any(_unwritten(config)):
         return {}
-    read_prompts(config.prompts)
-    (best_of_n.pool_prompts if config.pool_size else read_prompts)(config.eval_prompts)
-    pairs = read_preferences(config.preferences)
+    read_prompts(config.prompts, config.policy.on_bad_row)
+    (best_of_n.pool_prompts if config.pool_size else read_prompts)(config.eval_prompts, config.policy.on_bad_row)
+    pairs = read_preferences(config.preferences, config.reward.on_bad_row)
     part(pairs, config.num_preferences, 0)
     if "raters" not in config.label_noise:
         return {config.preferences: pairs}
-    rated = read_preferences(config.raters)
+    rated = read_preferences(config.raters, config.reward.on_bad_row)
     for number, (one, other) in enumerate(itertools.zip_longest(pairs, rated), 1):
         if not one or not other or _texts(one) != _texts(other):
             raise PoiseError(
@@ -275,25 +291,25 @@ def flipped(preferences: list[Preference], share: float, seed: int) -> list[Pref
     ]
 
 
-# ---- judging ----
+# ---- scores by gold ----
 
 
-def _judged(config: Config, comparisons: list[str]) -> Iterator[Json]:
-    """Every finished policy, by gold; `comparisons` gets the folders of `compare`'s runs."""
+def _cells(config: Config, comparisons: list[str]) -> Iterator[Json]:
+    """Every finished policy, scored by gold; appends the folders of the `compare` runs to `comparisons`."""
     for noise, seed in worlds(config):
         for policy_seed in range(config.policy_seeds):
-            cells = [policy_cell(config, arm, policy_seed, noise, seed) for arm in config.arms]
-            done = [str(cell.folder) for cell in cells if Run(cell.folder).results is not None]
+            jobs = [policy_job(config, arm, policy_seed, noise, seed) for arm in config.arms]
+            done = [str(job.folder) for job in jobs if Run(job.folder).results is not None]
             if len(done) < 2:
                 continue
             output = world_folder(config, noise, seed) / f"policy-{policy_seed}" / "comparison"
-            (output / "config.yaml").unlink(missing_ok=True)  # done anew: there may be more arms than last time
+            (output / "config.yaml").unlink(missing_ok=True)  # compared again: there may be more arms than last time
             pool = str(Path(config.output) / "pool") if config.pool_size else ""
-            settings = compare.Config(arms=tuple(done), output=str(output), gold=config.gold, pool=pool)
+            side_by_side = compare.Config(arms=tuple(done), output=str(output), gold=config.gold, pool=pool)
             comparisons.append(str(output.relative_to(config.output)))
-            for arm in (compare.run(settings).results or {})["arms"]:
+            for arm in (compare.run(side_by_side).results or {})["arms"]:
                 at = {"noise": noise, "reward_seed": seed, "policy_seed": policy_seed, "arm": arm["name"]}
-                folder = policy_cell(config, arm["name"], policy_seed, noise, seed).folder
+                folder = policy_job(config, arm["name"], policy_seed, noise, seed).folder
                 cell = at | measured(arm) | {"cpu_hours": cpu_hours(folder)}
                 if (folder / "benchmarks.jsonl").exists():
                     cell["checkpoints"] = fluctuation(list(read_jsonl(folder / "benchmarks.jsonl")))

@@ -1,6 +1,6 @@
 """Should lambda fall as the policy leaves what the heads know? Rules against fixed weights and schedules, on the toy.
 
-    python benchmarks/adaptive_weight.py [--choose-on 100 --report-on 200 --seeds 20]
+    python experiments/adaptive_weight.py [--choose-on 100 --report-on 200 --seeds 20]
 
 Worlds of `poise toy`: eight prompts, eight responses, 2 to 4 of them in no preference pair; PPO on
 lambda * nominal + (1 - lambda) * worst case of five Gaussian heads, beta = 0.25, tabular policies. A signal is measured

@@ -1,7 +1,7 @@
 """Does a policy's gold hold under long optimization at next to no KL? Arms side by side, over seeds.
 
-    python benchmarks/holds.py train --seeds 31 32 33 34 35 --output runs/holds      # hours on a laptop; resumable
-    python benchmarks/holds.py report --output runs/holds > results/holds-DATE.json
+    python experiments/holds.py train --seeds 31 32 33 34 35 --output runs/holds      # hours on a laptop; resumable
+    python experiments/holds.py report --output runs/holds > results/holds-DATE.json
 
 Setting of the quickstart (400 human preference pairs, 8 frozen layers, β = 0.01), trained longer. A seed draws other
 pairs and raters, other heads, other prompts and samples. Gold is read by `report` alone.

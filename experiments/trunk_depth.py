@@ -1,11 +1,11 @@
 """What limits a small reward model on human pairs: the trunk's depth, the number of pairs, or how uncertainty is told?
 
-    python benchmarks/trunk_depth.py --train train.jsonl --test test.jsonl [--pairs 2000]
+    python experiments/trunk_depth.py --train train.jsonl --test test.jsonl [--pairs 2000]
 
 One pass of the frozen model gives the features after every layer asked for, as a trunk of that many layers would. On
 each depth, with ever more pairs, a Bradley-Terry head with its prior chosen on a fifth of the training pairs; judged on
 the test file: accuracy, and each uncertainty's AUROC for wrong order, beside a random one's. Both files are what
-benchmarks/hh_rlhf.py writes.
+experiments/hh_rlhf.py writes.
 """
 
 import argparse
@@ -23,8 +23,9 @@ from poise.models.loading import DEFAULT_MODEL
 from poise.models.reward_model import LastLayer, load_trunk
 from poise.models.scorer import FeatureExtractor
 from poise.models.shared_prompt import additive, attends, num_tokens, pack
-from poise.reward.heads import Heads, Pairs, choose_prior, draw_posterior, posterior_factor
-from poise.reward.quality import Opinions, judge_pairs, pairs_of
+from poise.reward.heads import Heads, choose_prior, draw_posterior, posterior_factor
+from poise.reward.pairs import FeaturePairs
+from poise.reward.quality import TextScores, judge_pairs, pairs_of
 from poise.reward.trunk_training import token_pairs
 from poise.runtime.progress import progress
 from poise.runtime.run_folder import environment
@@ -33,7 +34,9 @@ TOKENS_PER_BATCH = 4096
 
 
 @torch.no_grad()
-def features(extract: FeatureExtractor, preferences: Sequence[Preference], depths: Sequence[int]) -> dict[int, Pairs]:
+def features(
+    extract: FeatureExtractor, preferences: Sequence[Preference], depths: Sequence[int]
+) -> dict[int, FeaturePairs]:
     """Features of each pair after each number of layers."""
     trunk, pad_id = extract.classifier.base_model, extract.tokenizer.pad_token_id
     families = [pair.families for pair in token_pairs(extract, preferences)]
@@ -56,10 +59,10 @@ def features(extract: FeatureExtractor, preferences: Sequence[Preference], depth
                 found[depth][batch] = hidden.double().view(len(batch), 2, -1)
             advance(len(batch))
     margin = torch.tensor([p.margin for p in preferences], dtype=torch.float64)
-    return {depth: Pairs(both[:, 0], both[:, 1], margin) for depth, both in found.items()}
+    return {depth: FeaturePairs(both[:, 0], both[:, 1], margin) for depth, both in found.items()}
 
 
-def judge(train: Pairs, test: Pairs, items: list[Item], seed: int) -> dict:
+def judge(train: FeaturePairs, test: FeaturePairs, items: list[Item], seed: int) -> dict:
     """Of a head and its posterior, on the test pairs."""
     generator = torch.Generator().manual_seed(seed)
     center, scale = train.texts_NH.mean(0), train.texts_NH.std(0).clamp_min(1e-6)
@@ -72,8 +75,8 @@ def judge(train: Pairs, test: Pairs, items: list[Item], seed: int) -> dict:
     raw_weight, layout = heads.on_raw_features(center, scale, 1.0)
     alternating: Tensor = torch.stack([test.chosen_NH, test.rejected_NH], 1).flatten(0, 1)
     last_layer = LastLayer(factor / scale.unsqueeze(-1), center)
-    says = Opinions(layout.decode(alternating @ raw_weight.double().T), layout, last_layer, alternating)
-    judged = judge_pairs(pairs_of(says, Questions("pairs", items), mean, seed), items, seed)
+    scores = TextScores(layout.decode(alternating @ raw_weight.double().T), layout, last_layer, alternating)
+    judged = judge_pairs(pairs_of(scores, Questions("pairs", items), mean, seed), items, seed)
     return {
         "pairs": len(part), "prior_precision": precision, "accuracy": judged["accuracy"],
         "interval": judged["accuracy_interval"], "nll": judged["probability"]["nll"],

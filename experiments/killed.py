@@ -1,6 +1,6 @@
 """A PPO run killed with SIGKILL at random moments, restarted each time, against one left alone: are they bitwise equal?
 
-    python benchmarks/killed.py [--kills 20] [--layers 4]
+    python experiments/killed.py [--kills 20] [--layers 4]
 
 The first layers of the default model as the policy, and a random reward head on two of them: what is tested is the
 bookkeeping, not the learning. Prints JSON.

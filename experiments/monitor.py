@@ -1,7 +1,7 @@
 """Does the monitor fire when gold turns? Its signs, its alarm and trivial rules, on finished policy runs.
 
-    python benchmarks/monitor.py RUN_FOLDERS... [--calibrate 0 1 2] > results/monitor.json
-    python benchmarks/monitor.py RUN_FOLDERS... --calibrate > results/monitor.json      # the limits that are shipped
+    python experiments/monitor.py RUN_FOLDERS... [--calibrate 0 1 2] > results/monitor.json
+    python experiments/monitor.py RUN_FOLDERS... --calibrate > results/monitor.json      # the limits that are shipped
 
 RUN_FOLDERS are those of `poise train-policy`. Runs whose seed is in --calibrate set every limit; the others are only
 reported. Gold, which the monitor never sees, is scored from samples.jsonl and smoothed over 5 steps. A run fell if its

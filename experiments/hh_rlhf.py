@@ -1,6 +1,6 @@
 """HH-RLHF: is the BRME as accurate as a single head, and does any uncertainty know which pairs are in the wrong order?
 
-    python benchmarks/hh_rlhf.py --preferences hh_rlhf.jsonl.gz --output runs/hh [--layers 16] [--trunk full]
+    python experiments/hh_rlhf.py --preferences hh_rlhf.jsonl.gz --output runs/hh [--layers 16] [--trunk full]
 
 A fifth of the prompts, with all their pairs, is set aside for the judgment; `poise train-reward` sees the others only,
 and `poise evaluate-reward` judges its three models on the rest. Both runs are resumable. Prints JSON: accuracies,

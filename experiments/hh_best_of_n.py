@@ -1,6 +1,6 @@
 """Best-of-n on HH-RLHF, where gold is a reward model that no proxy's preferences were used for.
 
-    python benchmarks/hh_best_of_n.py --preferences hh_rlhf.jsonl.gz --output runs/hh-best-of-n
+    python experiments/hh_best_of_n.py --preferences hh_rlhf.jsonl.gz --output runs/hh-best-of-n
 
 Short pairs are split by prompt into three: gold is trained on the first part (its own trunk, deeper than the proxies'),
 labels the second, on parts of which the proxies are trained (0 % and 25 % of the labels flipped; and, as `raters`, with

@@ -1,6 +1,6 @@
 """Best-of-n of ensembles whose members have trunks of their own, as in arXiv 2310.02743.
 
-    python benchmarks/trunk_ensembles.py --study runs/study --noise 0.25 --seeds 0 1 2 3 4
+    python experiments/trunk_ensembles.py --study runs/study --noise 0.25 --seeds 0 1 2 3 4
 
 The ensembles of a study share one frozen trunk; this says what that leaves open. Takes the preferences and the pool of
 a `poise study`. For every seed, members are reward models tuned with LoRA on that seed's preferences, each from a seed

@@ -1,6 +1,6 @@
 """Does the head with the lowest std know best? Min-std routing against the mean of the heads and a random head.
 
-    python benchmarks/routing.py [--seeds 20] [--run RUN --test FILE]
+    python experiments/routing.py [--seeds 20] [--run RUN --test FILE]
 
 Synthetic: texts are points around five centers. "content": the true reward is another linear function in each region.
 "noise": one linear reward for all, with noise of std .1 to 2 on the targets, another in each region. Heads are trained
@@ -25,7 +25,9 @@ from poise.functional.statistics import bootstrap_interval
 from poise.models.reward_model import HeadLayout, load_trunk
 from poise.models.scorer import FeatureExtractor
 from poise.reward import train as train_reward
-from poise.reward.heads import Heads, Pairs, ShardKind, Targets, choose_prior, make_shards, train_heads
+from poise.reward.heads import Heads, Targets, choose_prior, train_heads
+from poise.reward.pairs import FeaturePairs
+from poise.reward.shards import ShardKind, make_shards
 from poise.runtime.run_folder import environment, load_config_file
 
 HEADS, HIDDEN, PAIRS = 5, 16, 300
@@ -54,11 +56,11 @@ def synthetic(world: str, seed: int) -> dict[str, dict[str, float]]:
     weights = local if world == "content" else local[:1].expand(HEADS, -1)
     noise = torch.zeros(HEADS) if world == "content" else torch.logspace(-1, np.log10(2), HEADS)
 
-    def draw(count: int, *, noisy: bool) -> tuple[Pairs, Tensor]:
+    def draw(count: int, *, noisy: bool) -> tuple[FeaturePairs, Tensor]:
         region = torch.arange(count) % HEADS
         texts = [centers[region] + normal(count, HIDDEN) for _ in range(2)]
         reward = [(x * weights[region]).sum(-1) + noisy * noise[region] * normal(count) for x in texts]
-        return Pairs(texts[0], texts[1], torch.zeros(count, dtype=torch.float64)), torch.cat(reward)
+        return FeaturePairs(texts[0], texts[1], torch.zeros(count, dtype=torch.float64)), torch.cat(reward)
 
     (fit, target), (held, held_target), (test, truth) = (draw(PAIRS, noisy=n) for n in (True, True, False))
     found = {}
@@ -74,7 +76,7 @@ def synthetic(world: str, seed: int) -> dict[str, dict[str, float]]:
 def real(run: Path, test: str) -> Callable[[int], dict[str, dict[str, float]]]:
     """Accuracy on the pairs of `test`, heads trained on those of the run; a new draw of its pairs for each seed."""
     config = train_reward.Config(**load_config_file(run / "config.yaml"))
-    data = train_reward.Data.read(config)
+    data = train_reward.read(config)
     classifier, tokenizer = load_trunk(*train_reward.trunk_source(config, run))
     extract = FeatureExtractor(classifier, tokenizer, config.max_length, cached=True)
     raw, judged = (train_reward.pair_features(extract, rows) for rows in (data.preferences, read_preferences(test)))

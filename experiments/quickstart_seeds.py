@@ -1,7 +1,7 @@
 """Several seeds of the quickstart side by side.
 
     for s in 1 2 3 4 5; do poise quickstart --seed $s --output runs/seed-$s; done
-    python benchmarks/quickstart_seeds.py runs/seed-* > results/quickstart-seeds.json
+    python experiments/quickstart_seeds.py runs/seed-* > results/quickstart-seeds.json
 
 A seed draws other preference pairs and raters, other heads, other prompts per step and other samples: everything but
 the texts, the model and the settings. Intervals are over seeds (bootstrap); each seed's own are over held-out prompts.

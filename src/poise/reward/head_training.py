@@ -1,0 +1,98 @@
+"""The head stage of `poise train-reward`: from trunk features to four reward models, without another forward pass.
+
+Shapes: _H hidden.
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from torch import Tensor
+
+from poise.models.reward_model import HeadLayout, LastLayer
+from poise.models.scorer import FeatureExtractor
+from poise.reward.config import Config
+from poise.reward.heads import (
+    Heads,
+    Targets,
+    choose_prior,
+    draw_posterior,
+    fit_ensemble,
+    fit_std_scale,
+    posterior_factor,
+    train_heads,
+)
+from poise.reward.pairs import FeaturePairs, PreferenceSplit
+from poise.reward.shards import Shards, make_shards
+from poise.runtime.run_folder import Json
+
+
+class TrainedModel(NamedTuple):
+    """A reward model to be saved: heads on the features of a trunk."""
+
+    weight: Tensor
+    layout: HeadLayout
+    last_layer: LastLayer | None
+    extract: FeatureExtractor
+
+
+class HeadTraining(NamedTuple):
+    """The reward models, by name, and how their training went.
+
+    precision: of the prior of stage 1. shards, targets: of stage 2. history: validation error of stage 2.
+    """
+
+    models: dict[str, TrainedModel]
+    precision: float
+    shards: Shards
+    targets: Targets
+    history: list[Json]
+
+
+def train_on_features(
+    config: Config, split: PreferenceSplit, extract: FeatureExtractor, raw: FeaturePairs
+) -> HeadTraining:
+    """Fit the head of stage 1, its posterior, its ensemble and the heads of stage 2.
+
+    raw: features of all pairs of `split`, as `extract` gives them.
+    """
+    train = raw.rows(split.train).texts_NH
+    center, scale = train.mean(0), train.std(0).clamp_min(1e-6)
+    pairs = raw.standardized(center, scale)
+    fit, held = pairs.rows(split.train), pairs.rows(split.validation)
+
+    precision, weight_H = choose_prior(fit, held, config.label_smoothing)
+    rewards = fit.texts_NH @ weight_H
+    middle, std = rewards.mean(), rewards.std().clamp_min(1e-12)
+    # From here on the stage-1 reward is standardized: mean 0, std 1 over the training texts.
+    single = Heads((weight_H / std).unsqueeze(0), (middle / std).unsqueeze(0), "point")
+    sources = ([p.source for p in rows] for rows in (split.fit_on, split.held_out))
+    shards = make_shards(config.shards, fit, held, config.num_heads, split.generator, *sources)
+    targets = Targets.of(single, fit, held)
+    brme, history = train_heads(
+        fit, held, targets, shards, split.generator, loss_name=config.head_loss, num_steps=config.head_steps,
+        learning_rate=config.head_lr, initial_std=single.weight_LH.std().item(),
+    )  # fmt: skip
+    factor = posterior_factor(fit, weight_H, precision)
+    draws = draw_posterior(weight_H, factor, config.posterior_heads, split.generator) / std
+    posterior = Heads(draws, single.offset_L.expand(len(draws)), "point")
+    members = fit_ensemble(fit, precision, config.num_heads, split.generator, config.label_smoothing) / std
+    ensemble = Heads(members, (fit.texts_NH @ members.T).mean(0), "point")
+    # A draw moves a reward by (F z).x. For raw features, in units of the standardized reward, F becomes
+    # F / (scale std).
+    last_layers = {"posterior": LastLayer(factor / scale.unsqueeze(-1) / std, center)}
+    models = {}
+    for name, heads in {"single": single, "ensemble": ensemble, "posterior": posterior, "brme": brme}.items():
+        weight, layout = heads.on_raw_features(center, scale, std.item())
+        models[name] = TrainedModel(weight, layout, last_layers.get(name), extract)
+    models["brme"] = calibrated(models["brme"], raw.rows(split.validation), targets)
+    return HeadTraining(models, precision, shards, targets, history)
+
+
+def calibrated(model: TrainedModel, held: FeaturePairs, targets: Targets) -> TrainedModel:
+    """The model with the scale that makes each head's std an error bar for the validation targets.
+
+    held: features of the validation pairs, as the model's trunk gives them.
+    """
+    heads = model.layout.decode(held.texts_NH @ model.weight.double().T)
+    std_scale = tuple(fit_std_scale(heads.mean, heads.std, targets.held_T).tolist())
+    return model._replace(layout=replace(model.layout, std_scale=std_scale))
