@@ -140,8 +140,8 @@ class Config(PpoConfig):
     eval_completions: int = 4
     """Completions of each evaluation prompt."""
     eval_every: int = 0
-    """Steps between evaluations on benchmarks (benchmarks.jsonl), which also run at step 0 and at the end; 0: none. Needs
-    pip install 'poise-rlhf[eval]'."""
+    """Steps between evaluations on benchmarks (benchmarks.jsonl), which also run at step 0 and at the end; 0: none.
+    Needs pip install 'poise-rlhf[eval]'."""
     eval_tasks: tuple[str, ...] = ("lambada",)
     """Benchmarks to evaluate on, of those that `poise evaluate-policy` offers."""
     eval_data: str = ""
@@ -149,8 +149,8 @@ class Config(PpoConfig):
     eval_rows: int = 100
     """Rows of each benchmark; a benchmark of several parts from the hub takes a few more."""
     on_alarm: Literal["log", "stop", "rollback", "pessimism"] = "log"
-    """What to do at signs of over-optimization: `log` them; `stop` the run; `rollback`: stop and return to the last policy
-    that looked safe; `pessimism`: go on with a doubled β and a more pessimistic objective."""
+    """What to do at signs of over-optimization: `log` them; `stop` the run; `rollback`: stop and return to the last
+    policy that looked safe; `pessimism`: go on with a doubled β and a more pessimistic objective."""
     alarm_threshold: float = MonitorConfig.threshold
     """The monitor raises an alarm above this score."""
     trackers: tuple[str, ...] = ()

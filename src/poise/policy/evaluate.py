@@ -58,8 +58,8 @@ class Config:
     tasks: tuple[str, ...] = DEFAULT_TASKS
     """Benchmarks to evaluate on; bbh is a 17th."""
     rows: int = 100
-    """Rows of each benchmark, at most, from the beginning; 0: all. Without --data each part of a benchmark takes the same
-    number, rounded up: 100 become 114 of mmlu, which has 57 parts, and 108 of bbh, which has 27."""
+    """Rows of each benchmark, at most, from the beginning; 0: all. Without --data each part of a benchmark takes the
+    same number, rounded up: 100 become 114 of mmlu, which has 57 parts, and 108 of bbh, which has 27."""
     batch_size: int = 8
     """Requests at a time; fewer where they are long."""
     max_tokens: int = MAX_TOKENS
