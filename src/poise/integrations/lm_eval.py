@@ -1,8 +1,7 @@
-"""lm-evaluation-harness: it asks a model the benchmarks, scores, and extracts the answers, row by row.
+"""Evaluate a language model on benchmarks with lm-evaluation-harness, and extract the outcome of every row.
 
-This file makes tasks of local rows (lm_eval_tasks.py says how) or takes the harness's own, and keeps it quiet.
-No chat template is applied. Local rows are asked zero-shot, the harness's own tasks with the examples that their
-authors give them (gsm8k: five).
+Tasks are made of local rows (lm_eval_tasks.py) or are the harness's own. No chat template is applied. Local rows are
+evaluated zero-shot, the harness's own tasks with the examples that their authors chose (gsm8k: five).
 """
 
 import contextlib
@@ -35,7 +34,7 @@ LOGIT_BYTES = 2**30  # of one batch: logits and their log-softmax, in float32
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model made of a benchmark.
+    """A model's outcomes on a benchmark.
 
     outcomes: a character per row, 1 for right and 0 for wrong by `metric`.
     also: other metrics of the same rows: `acc` where acc_norm counts, `perplexity` of a word.
@@ -91,15 +90,15 @@ class Task:
         return -(-self.rows // len(self.parts)) if self.rows else None
 
     def identity(self, max_tokens: int) -> str:
-        """Digest of all that decides what is asked and how it is scored, the model apart."""
-        asked: Json = {"lm_eval": _version(), "name": self.name, "tokens": max_tokens if self.generates else 0}
+        """Digest of everything but the model that determines the outcomes: rows, settings, the harness's version."""
+        parts: Json = {"lm_eval": _version(), "name": self.name, "tokens": max_tokens if self.generates else 0}
         if self.docs:
-            asked |= {"settings": settings_of(self.name), "docs": self.docs}
+            parts |= {"settings": settings_of(self.name), "docs": self.docs}
         else:
             for name, part in self.loaded.items():
                 docs = list(itertools.islice(part.eval_docs, self.limit))
-                asked[name] = {"version": part.VERSION, "shots": part.config.num_fewshot, "docs": docs}
-        return blake2b(json.dumps(asked, sort_keys=True, default=str).encode(), digest_size=20).hexdigest()
+                parts[name] = {"version": part.VERSION, "shots": part.config.num_fewshot, "docs": docs}
+        return blake2b(json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=20).hexdigest()
 
     def requests(self) -> list[Any]:
         """The harness's requests, one per choice, context or completion."""
@@ -175,7 +174,7 @@ def evaluate(
     model: HfModel, tokenizer: HfTokenizer, task: Task, *, batch_size: int = 8, max_tokens: int = MAX_TOKENS,
     advance: Callable[[], None] = lambda: None,
 ) -> Answers:  # fmt: skip
-    """Ask a causal language model (PEFT adapters and all), where it is and in its dtype; it is left as it was found.
+    """Evaluate a causal language model, with its PEFT adapters, on its device and in its dtype; it is not changed.
 
     batch_size: requests at a time; fewer where they are so long that their logits would exceed LOGIT_BYTES.
     max_tokens: longest completion of a generative task. advance: called once per request.
@@ -183,7 +182,7 @@ def evaluate(
     """
     _require()
     with _quiet() as cut, _undisturbed(model):
-        from lm_eval.evaluator import evaluate as ask
+        from lm_eval.evaluator import evaluate as harness_evaluate
         from lm_eval.models.huggingface import HFLM
 
         requests = task.requests()
@@ -204,7 +203,7 @@ def evaluate(
                 part.set_config("generation_kwargs", {"max_gen_toks": max_tokens}, update=True)
         try:
             # bootstrap_iters=0: no standard errors, which would be drawn 100,000 times in processes of their own
-            found = ask(lm, {"tasks": task.parts}, limit=task.limit, bootstrap_iters=0)
+            found = harness_evaluate(lm, {"tasks": task.parts}, limit=task.limit, bootstrap_iters=0)
         except AssertionError:  # the one thing it refuses in well-formed rows
             raise PoiseError(
                 f"{task.name}: an answer alone is longer than the model's context of {lm.max_length} tokens; "

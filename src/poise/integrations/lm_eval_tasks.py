@@ -1,10 +1,10 @@
-"""The benchmarks there are, and how local rows of them become what lm-evaluation-harness is to ask.
+"""The known benchmarks, and how their local rows become tasks of lm-evaluation-harness.
 
 Rows come from a folder, DIR/NAME.jsonl or .jsonl.gz. Their shapes:
 
     choices    query, choices, gold                    log-likelihood of " choice" after the query
     contexts   context_options, continuation, gold     log-likelihood of " continuation" after each context (winogrande)
-    word       context, continuation                   is " continuation" what greedy decoding would say? (lambada)
+    word       context, continuation                   does greedy decoding give " continuation"? (lambada)
     number     question, answer (…#### 18)             the last number of a greedy completion (gsm8k)
     text       task, input, target                     its first line, or the (A) that it begins with (bbh)
 
@@ -134,7 +134,7 @@ def _index(row: Json, count: int) -> int:
     return gold
 
 
-# ---- asking ----
+# ---- settings ----
 
 
 def settings_of(name: str) -> Json:

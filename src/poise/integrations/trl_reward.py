@@ -5,8 +5,8 @@
     reward = RobustReward.load("my-brme", objective="tradeoff(0.4)")
     trainer = GRPOTrainer(model, reward_funcs=[reward], …)
 
-Pass this callable, never the reward model itself: of a classifier with several labels TRL reads `logits[:, 0]` without
-a word, which here is the first head's mean, uncentered, and no objective at all.
+Pass this callable, never the reward model itself. Of a classifier with several labels TRL silently reads
+`logits[:, 0]`: the first head's uncentered mean, without an objective.
 """
 
 import json
@@ -47,7 +47,7 @@ Completion = str | list[dict[str, Any]]  # text, or the turns that answered a co
 
 
 class Scored(NamedTuple):
-    """One batch of all processes with what the heads said (N, K) and the reward that was given (N,)."""
+    """One batch of all processes: the samples, their heads (N, K) and their rewards (N,)."""
 
     samples: list[Sample]
     heads: HeadRewards
@@ -119,8 +119,8 @@ class RobustReward:
         part = (own, self.scorer(own), self.saved_scale() if self.fitted is None else None)
         parts = gathered_rows([part])
         samples = [sample for there, _, _ in parts for sample in there]
-        heads = HeadRewards(*(torch.cat(said) for said in zip(*(said for _, said, _ in parts), strict=True)))
-        if self.fitted is None:  # whoever sees the file sees it for all
+        heads = HeadRewards(*(torch.cat(part) for part in zip(*(scored for _, scored, _ in parts), strict=True)))
+        if self.fitted is None:  # one process that can read the file is enough: folders may not be shared
             step = getattr(columns.get("trainer_state"), "global_step", 0)
             self.fitted = next((saved for _, _, saved in parts if saved), None) or self._fit(heads, step)
         reward = self.fitted.combine(heads, self._combine)
@@ -128,9 +128,9 @@ class RobustReward:
             raise PoiseError(f"the reward of {samples[int((~reward.isfinite()).nonzero()[0])]} is not finite")
         self.last = Scored(samples, heads, reward)
         if log_metric := columns.get("log_metric"):
-            said = statistics(samples, self.fitted.centered(heads))
-            said["truncated"] = (self.scorer.num_truncated - before) / len(own)
-            for name, value in said.items():
+            logged = statistics(samples, self.fitted.centered(heads))
+            logged["truncated"] = (self.scorer.num_truncated - before) / len(own)
+            for name, value in logged.items():
                 log_metric(f"poise/{name}", value)
         start = sum(len(there) for there, _, _ in parts[: process_index()])
         mine = slice(start, start + len(own))

@@ -30,9 +30,9 @@ class PpoConfig:
     """The settings of PPO itself."""
 
     learning_rate: float = 1e-3
-    """Of the policy (Adam). For tune=full choose 1e-6 to 1e-5."""
+    """Learning rate of the policy (Adam). For --tune full choose 1e-6 to 1e-5."""
     value_learning_rate: float = 1e-3
-    """Of the value head, and of its trunk if it has its own (Adam)."""
+    """Learning rate of the value head, and of its trunk with --value-trunk own (Adam)."""
     num_epochs: int = 2
     """Passes over each step's completions."""
     num_minibatches: int = 2
@@ -50,7 +50,7 @@ class PpoConfig:
     whiten_advantages: bool = True
     """Give each step's advantages mean 0 and variance 1."""
     entropy_coef: float = 0.0
-    """Weight of an entropy bonus per token; above 0 an update takes about half as long again."""
+    """Weight of an entropy bonus per token; above 0 an update takes about 1.5 times as long."""
     max_step_kl: float | None = None
     """Leave the remaining minibatches of a step once KL(old policy || new) exceeds this, in nats per token."""
     max_grad_norm: float = 1.0
@@ -102,24 +102,23 @@ class Config(PpoConfig):
     final_parameter: float | None = None
     """Move the objective's parameter linearly from its own value to this one by the last step."""
     reward_norm: Literal["initial", "running", "batch"] = "initial"
-    """Mean and std that put the reward on a scale: of the initial policy, all completions so far, or each batch."""
+    """Completions whose mean and std scale the reward: the initial policy's, all so far (running), or the batch's."""
     reward_ceiling: float | None = None
-    """Completions above it count as it, in stds of the reward's scale: 2 trusts no reward beyond what one in forty of
-    the initial policy's completions gets."""
+    """Upper bound of the reward, in stds of its scale. One in forty of the initial policy's completions exceeds 2."""
     settle: bool = False
-    """Lower the learning rate in proportion to what a step's mean reward lacks to --reward-ceiling: a policy that has
-    what there is to get stays where it is."""
+    """Scale the policy's learning rate by the distance of the step's mean reward to --reward-ceiling: training slows to
+    zero as the mean reward reaches the ceiling."""
     reward_floor: float | None = None
-    """Completions below it count as it."""
+    """Lower bound of the reward, in stds of its scale."""
     shaping: Shaping = "none"
-    """Compare every head with its opinion of other completions of the prompt: `contrastive` (less their mean) or `par`
-    (probability of being preferred to them)."""
+    """Compare each head's score of a completion with its scores of other completions of the prompt: `contrastive`
+    (minus their mean) or `par` (probability of being preferred to them)."""
     baselines: str = ""
-    """Rows of `prompt`, `completion` to compare with; default: the initial policy's own."""
+    """File of `prompt`, `completion` rows for --shaping; default: completions of the initial policy."""
     baselines_per_prompt: int = 4
-    """Completions of the initial policy to compare with, where no file is given."""
+    """Completions of the initial policy per prompt for --shaping, if --baselines names no file."""
     missing_eos_penalty: float = 0.0
-    """Taken from the reward of a completion that was cut off before its end."""
+    """Subtracted from the reward of a completion that was cut off at --max-tokens."""
     kl_coef: float = 0.05
     """β: weight of the KL to the initial policy, per nat, against a reward of std 1."""
     kl_target: float | None = None
@@ -135,36 +134,36 @@ class Config(PpoConfig):
     max_tokens: int = 20
     """Longest completion, in tokens."""
     baseline_completions: int = 64
-    """Completions of the initial policy that fix the reward's zero and scale."""
+    """Completions of the initial policy on which the reward's zero and unit are fitted."""
     eval_prompts: str = ""
     """Prompts for the completions in final.jsonl; default: the training prompts."""
     eval_completions: int = 4
     """Completions of each evaluation prompt."""
     eval_every: int = 0
-    """Ask benchmarks every so many steps, at step 0 and at the end (benchmarks.jsonl); 0 never does. Needs
-    pip install 'poise-rlhf[eval]'."""
+    """Steps between evaluations on benchmarks (benchmarks.jsonl), which also run at step 0 and at the end; 0: none.
+    Needs pip install 'poise-rlhf[eval]'."""
     eval_tasks: tuple[str, ...] = ("lambada",)
-    """Which benchmarks, of those that `poise evaluate-policy` knows."""
+    """Benchmarks to evaluate on, of those that `poise evaluate-policy` offers."""
     eval_data: str = ""
-    """Folder of their rows (NAME.jsonl or .jsonl.gz); default: from the model hub."""
+    """Folder of the benchmarks' rows (NAME.jsonl or .jsonl.gz); default: the model hub."""
     eval_rows: int = 100
-    """Rows of each benchmark; of those that come in parts from the hub, a few more."""
+    """Rows of each benchmark; a benchmark of several parts from the hub takes a few more."""
     on_alarm: Literal["log", "stop", "rollback", "pessimism"] = "log"
-    """When the monitor sees signs of over-optimization: say so, end the run, end it with the last policy that looked
-    safe, or go on with a doubled β and a more pessimistic objective."""
+    """What to do at signs of over-optimization: `log` them; `stop` the run; `rollback`: stop and return to the last
+    policy that looked safe; `pessimism`: go on with a doubled β and a more pessimistic objective."""
     alarm_threshold: float = MonitorConfig.threshold
-    """Monitor score above which there is an alarm."""
+    """The monitor raises an alarm above this score."""
     trackers: tuple[str, ...] = ()
-    """Where else to log, through accelerate: tensorboard, wandb, trackio, … (if installed)."""
+    """Trackers to log to as well, through accelerate: tensorboard, wandb, trackio, … (if installed)."""
     save_every: int = 5
     """Steps between checkpoints."""
     on_bad_row: OnBadRow = "error"
     """`skip` sets bad rows aside in a file beside the data."""
     seed: int = 0
-    """Of the prompts' order, the sampling and the minibatches."""
+    """Seed of the prompts' order, the sampling and the minibatches."""
 
     def check(self) -> None:
-        """Everything that can be wrong before a model is loaded."""
+        """Raise PoiseError for bad settings, before a model is loaded."""
         super().check()
         objective = parse_objective(self.objective)
         counts = ("num_steps", "prompts_per_step", "completions_per_prompt", "max_tokens", "baseline_completions")
@@ -202,7 +201,7 @@ class Config(PpoConfig):
         check_trackers(self.trackers)
 
     def _check_without_ppo(self) -> None:
-        """Refuse what TRL's trainers would silently do without."""
+        """Raise PoiseError for settings that TRL's trainers would silently ignore."""
         for field in fields(self):
             if field.name in PPO_ONLY and getattr(self, field.name) != field.default:
                 raise PoiseError(f"--{field.name.replace('_', '-')} is for --algorithm ppo, not {self.algorithm}")

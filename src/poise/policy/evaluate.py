@@ -1,19 +1,19 @@
 """`poise evaluate-policy`: what training did to what a language model knows, on the 16 benchmarks of the paper.
 
-lm-evaluation-harness asks and scores (integrations/lm_eval.py); here its answers, row by row, are compared with those
-of the model that training started from, on the same rows:
+lm-evaluation-harness evaluates each policy (integrations/lm_eval.py). This module compares the outcomes, row by row,
+with those of the model that training started from, on the same rows:
 
     one benchmark       exact McNemar test; interval of the difference after Agresti and Min
     average of them     benchmarks count equally, rows within them are the random unit; sign-flip test, interval around
                         the average itself
 
-    RUN/results.json    tasks: their names; policies, the start first: per task and on average mean, stderr and, against
-                        the start, difference, interval, p_value; of each row whether it was right (outcomes: a
-                        character per row, 0 or 1); fluctuation over the checkpoints of run folders that asked
-                        benchmarks while they trained (--eval-every), per policy and task
+    RUN/results.json    tasks: their names
+                        policies, the start first: mean and stderr per task and on average; against the start:
+                        difference, interval, p_value; outcomes: one character per row, 1 if right, else 0
+                        fluctuation: per policy and task, over the checkpoints that a run evaluated during training
+                        (--eval-every)
 
-Answers are kept in the user's cache folder, by the weights, the rows and the harness's version: the same is not asked
-twice.
+Outcomes are cached in the user's cache folder by weights, rows and the harness's version: nothing is evaluated twice.
 """
 
 import hashlib
@@ -46,24 +46,24 @@ FLIPS = 100_000  # draws of the sign-flip test, so p is known to a step of 1e-5
 
 @dataclass(frozen=True)
 class Config:
-    """Ask policies the benchmarks of the paper, and compare them with the model that training started from."""
+    """Evaluate policies on the benchmarks of the paper, and compare them with the model that training started from."""
 
     policies: tuple[str, ...] = ()
     """`poise train-policy` runs, model folders or hub ids."""
     model: str = DEFAULT_MODEL
     """The model before training, folder or hub id: differences are taken against it."""
     data: str = ""
-    """Folder of the benchmarks' rows, NAME.jsonl or NAME.jsonl.gz, asked zero-shot and without a network; default: the
-    harness's own tasks, from the model hub."""
+    """Folder of the benchmarks' rows, NAME.jsonl or NAME.jsonl.gz, evaluated zero-shot and without a network; default:
+    the harness's own tasks, from the model hub."""
     tasks: tuple[str, ...] = DEFAULT_TASKS
-    """Which benchmarks; bbh is a 17th."""
+    """Benchmarks to evaluate on; bbh is a 17th."""
     rows: int = 100
-    """Rows of each benchmark, at most, from the beginning; 0: all. Without --data each part of a benchmark is asked as
-    many, rounded up: 100 become 114 of mmlu, which has 57 parts, and 108 of bbh, which has 27."""
+    """Rows of each benchmark, at most, from the beginning; 0: all. Without --data each part of a benchmark takes the
+    same number, rounded up: 100 become 114 of mmlu, which has 57 parts, and 108 of bbh, which has 27."""
     batch_size: int = 8
     """Requests at a time; fewer where they are long."""
     max_tokens: int = MAX_TOKENS
-    """Longest answer where one is written (gsm8k, bbh), in tokens."""
+    """Longest completion of the generative benchmarks (gsm8k, bbh), in tokens."""
     output: str = "runs/benchmarks"
     """Run folder to write."""
 
@@ -75,7 +75,7 @@ class Config:
 
 
 def run(config: Config) -> Run:
-    """Ask, compare, show. A finished run is only shown; what the cache knows is not asked again."""
+    """Evaluate, compare, show. A finished run is only shown; cached outcomes are not computed again."""
     config.check()
     finished = Run(Path(config.output)).results is not None
     if not finished:  # all that can be wrong comes before a folder is made or a model loaded
@@ -84,9 +84,9 @@ def run(config: Config) -> Run:
         logged = {source.path: _logged(Path(source.path)) for source in sources}
     out = Run.open(config.output, config)
     if not finished:
-        found = [_ask(source, tasks, config) for source in sources]
+        found = [_evaluate_source(source, tasks, config) for source in sources]
         policies = [
-            {"name": name, "path": source.path, **_scores(answers, found[0] if number else None)}
+            {"name": name, "path": source.path, **_compared(answers, found[0] if number else None)}
             for number, (name, source, answers) in enumerate(zip(_names(sources), sources, found, strict=True))
         ]
         fluctuations = {
@@ -136,11 +136,11 @@ def average_difference(
                      paired_difference)
         p_value    = (1 + #{|D*| >= |D|}) / (1 + draws)                                   (sign-flip test)
 
-    Without a difference a row of which one side is right alone could as well be the other's: D* gives each such row to
-    either at random, so b*_t ~ Binomial(b_t + c_t, 1/2).
+    Under the null hypothesis a row that only one side has right is equally likely to be either side's. D* assigns each
+    such row at random: b*_t ~ Binomial(b_t + c_t, 1/2).
 
-    The rows added to a task only widen the interval. As centers, d_t = D_t n_t / (n_t + 2) would all lean toward 0:
-    beside one task's width that is little, but it does not shrink with T as the width does.
+    The added rows widen the interval but do not move its center. The shrunken centers d_t = D_t n_t / (n_t + 2) are all
+    biased toward 0; this bias does not shrink with T, as the width does.
     """
     counts = [(*_discordant(one, other), len(one)) for one, other in zip(after, before, strict=True)]
     b, c, n = np.array(counts).T
@@ -175,7 +175,7 @@ def average(answers: Sequence[Answers]) -> tuple[float, float]:
 def fluctuation(rows: Sequence[Json]) -> Json:
     """How much each task's mean moves over the checkpoints of a run.
 
-    rows: of benchmarks.jsonl. Per task: steps, mean; std over checkpoints (n - 1; None for one); range, highest less
+    rows: of benchmarks.jsonl. Per task: steps, mean; std over checkpoints (n - 1; None for one); range, highest minus
     lowest; largest_drop, from a checkpoint to any later one, 0 if it never falls.
 
     >>> rows = [{"step": i, "task": "race", "mean": mean} for i, mean in enumerate([0.25, 0.75, 0.5])]
@@ -195,8 +195,8 @@ def fluctuation(rows: Sequence[Json]) -> Json:
     return found
 
 
-def _scores(answers: dict[str, Answers], start: dict[str, Answers] | None) -> Json:
-    """A policy's part of the results; compared with those of the start, if it is not the start itself."""
+def _compared(answers: dict[str, Answers], start: dict[str, Answers] | None) -> Json:
+    """A policy's part of the results; with `start`, its differences to it."""
     tasks: Json = {}
     for name, task in answers.items():
         tasks[name] = {"metric": task.metric, "mean": task.mean, "stderr": task.stderr, "rows": len(task.outcomes)}
@@ -216,7 +216,7 @@ def _scores(answers: dict[str, Answers], start: dict[str, Answers] | None) -> Js
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a policy is: a model, or the adapters of a run folder (with its settings) on one."""
+    """A policy to evaluate: a model, with the adapters and settings of a run folder if it is one."""
 
     path: str
     model: str
@@ -237,7 +237,7 @@ class _Source:
         return policy.model, tokenizer
 
     def digest(self) -> str:
-        """Of the files that decide what it answers, and of the precision it is run in."""
+        """Digest of the files that determine the outcomes, and of the precision of the weights."""
         whole = hashlib.blake2b(str(frozen_dtype()).encode(), digest_size=20)
         for folder in filter(None, [Path(resolve_model(self.model)), self.adapters]):
             for path in sorted(folder.iterdir()):
@@ -271,13 +271,13 @@ def _names(sources: Sequence[_Source]) -> list[str]:
 
 
 def _logged(folder: Path) -> list[Json]:
-    """What a run folder's benchmarks said during its training, if they were asked."""
+    """Rows of a run folder's benchmarks.jsonl (--eval-every); none if it has no such file."""
     path = folder / "benchmarks.jsonl"
     return list(read_jsonl(path)) if path.exists() else []
 
 
-def _ask(source: _Source, tasks: Sequence[Task], config: Config) -> dict[str, Answers]:
-    """A policy's answers, by task; from the cache where it has them, and kept there task by task."""
+def _evaluate_source(source: _Source, tasks: Sequence[Task], config: Config) -> dict[str, Answers]:
+    """A policy's answers by task: read from the cache, or computed and cached task by task."""
     digest = source.digest()
     kept = {
         task.name: cache_folder() / "benchmarks" / f"{digest}-{task.identity(config.max_tokens)}.json" for task in tasks
@@ -286,7 +286,7 @@ def _ask(source: _Source, tasks: Sequence[Task], config: Config) -> dict[str, An
     if missing:
         model, tokenizer = source.load()
         total = sum(len(task.requests()) for task in missing)
-        with progress(f"asking {Path(source.path).name}", total) as advance:
+        with progress(f"evaluating {Path(source.path).name}", total) as advance:
             for task in missing:
                 advance(0, task.name)
                 answers = evaluate(
@@ -312,8 +312,8 @@ def table(results: Json) -> Table:
     return shown
 
 
-def _cell(score: Json) -> str:
-    spread = f" ± {100 * score['stderr']:.1f}" if score["stderr"] is not None else ""
-    if "difference" not in score:
-        return f"{100 * score['mean']:.1f}{spread}"
-    return f"{100 * score['mean']:.1f}{spread} ({100 * score['difference']:+.1f}, p {score['p_value']:.2g})"
+def _cell(result: Json) -> str:
+    spread = f" ± {100 * result['stderr']:.1f}" if result["stderr"] is not None else ""
+    if "difference" not in result:
+        return f"{100 * result['mean']:.1f}{spread}"
+    return f"{100 * result['mean']:.1f}{spread} ({100 * result['difference']:+.1f}, p {result['p_value']:.2g})"

@@ -2,7 +2,7 @@
 
     heads of each completion  ->  shaped against baseline completions of its prompt (or not)
                               ->  centered on the initial policy, combined by the objective, scaled, bounded
-                              ->  less a penalty for what never ended
+                              ->  minus a penalty for completions that never ended
 
 Heads are gathered from all processes before they are combined: objectives that couple a batch see the whole of it.
 """
@@ -26,10 +26,10 @@ from poise.runtime.run_folder import append_jsonl, keep_rows_before, read_jsonl
 
 
 class Baselines:
-    """Completions that others of the same prompt are compared with: given in a file, or the initial policy's own.
+    """Baseline completions of each prompt for --shaping: read from a file, or sampled from the initial policy.
 
-    The policy's own are sampled when a prompt is first drawn, with random numbers that only the prompt and the seed
-    decide, and kept in RUN/baselines.jsonl; each process samples for the prompts it meets and keeps its own file.
+    Sampling happens when a prompt is first drawn. Its random numbers depend only on the prompt and the seed. The
+    completions are kept in RUN/baselines.jsonl; each process has a file of its own, for the prompts it draws.
     """
 
     def __init__(self, scorer: Scorer, per_prompt: int, max_tokens: int, seed: int, folder: Path):
@@ -50,13 +50,13 @@ class Baselines:
                 self._heads[_key(prompt)] = self.scorer(texts[_key(prompt)])
 
     def resume(self, step: int) -> None:
-        """Take up what an earlier process sampled before `step`."""
+        """Read the baselines that the run sampled before `step`, and drop later ones."""
         keep_rows_before(self.path, step)
         for row in read_jsonl(self.path) if self.path.exists() else ():
             self._heads[row["key"]] = HeadRewards(torch.tensor(row["mean"]), torch.tensor(row["std"]))
 
     def of(self, prompts: list[Prompt], step: int, policy: Policy) -> HeadRewards:
-        """Heads (P, m, K) of the baselines of each prompt; m is the fewest that any of them has."""
+        """Heads (P, m, K) of each prompt's baselines; m is the smallest number of baselines among the prompts."""
         new = [prompt for prompt in prompts if _key(prompt) not in self._heads]
         if new:
             with policy.as_reference():
@@ -65,8 +65,8 @@ class Baselines:
             for prompt, texts in zip(new, policy.texts(rollout), strict=True):
                 heads = self.scorer([generated(prompt, text) for text in texts])
                 self._heads[_key(prompt)] = heads
-                opinions = {"mean": heads.mean.tolist(), "std": heads.std.tolist()}
-                rows.append({"step": step, "key": _key(prompt), "completions": texts, **opinions})
+                scores = {"mean": heads.mean.tolist(), "std": heads.std.tolist()}
+                rows.append({"step": step, "key": _key(prompt), "completions": texts, **scores})
             append_jsonl(self.path, rows)
         found = [self._heads[_key(prompt)] for prompt in prompts]
         count = min(len(heads.mean) for heads in found)
@@ -93,7 +93,7 @@ class PolicyReward:
     def heads(self, policy: Policy, prompts: list[Prompt], texts: list[list[str]], step: int) -> HeadRewards:
         """Heads (P * M, K) of this process's completions, on the CPU; M texts of each prompt.
 
-        Raises PoiseError if one is not finite: a broken reward model, found where it speaks.
+        Raises PoiseError if a head is not finite.
         """
         samples = [generated(prompt, text) for prompt, row in zip(prompts, texts, strict=True) for text in row]
         heads = self.scorer(samples)

@@ -1,15 +1,15 @@
 """`poise train-policy`: PPO against a reward model, conventional or robust; or RLOO and GRPO, through TRL.
 
     RUN/metrics.jsonl     per step: reward, every head, gap, disagreement, KL, lengths, losses, the monitor's signs
-    RUN/samples.jsonl     every completion of every step with what each head said
-    RUN/benchmarks.jsonl  with --eval-every: mean and stderr of each benchmark, after so many steps
+    RUN/samples.jsonl     every completion of every step, with each head's mean and std
+    RUN/benchmarks.jsonl  with --eval-every: mean and stderr of each benchmark, at each evaluated step
     RUN/final.jsonl       completions of the trained policy on the evaluation prompts
     RUN/policy/           LoRA adapters (PEFT format), or the whole model with --tune full
-    RUN/checkpoint.safetensors   everything needed to go on after a kill, to the same result
+    RUN/checkpoint.safetensors   all that a killed run needs to resume and end with the same result
 
 Rewards: each head is centered on the initial policy's completions, the objective combines the heads, and the combined
-reward is divided by its std on those completions. By default the constants are fixed before step 0 and recorded, so
-kl_coef means the same from the first step to the last.
+reward is divided by its std on those completions. By default these constants are fixed before step 0 and recorded:
+kl_coef keeps one meaning during the whole run.
 
 Under `accelerate launch` or `torchrun` every process takes its share of a step's prompts, and the run computes what one
 process would.
@@ -52,7 +52,7 @@ __all__ = ["Config", "run"]
 
 
 def run(config: Config) -> Run:
-    """Train to the end, from the last checkpoint if there is one; a finished run is returned as it is."""
+    """Train, resuming from the last checkpoint if there is one. A finished run is returned unchanged."""
     processes.refuse_sharding()
     processes.join()
     config.check()
@@ -100,23 +100,23 @@ def _ppo(config: Config, out: Run, prompts: list[Prompt], track: Track) -> tuple
             while training.step < config.num_steps and not training.alarms.ended:
                 if tasks and training.step % config.eval_every == 0:
                     advance(0, "benchmarks")
-                    _ask_benchmarks(training, tasks)
+                    evaluate_on_benchmarks(training, tasks)
                 metrics = training.one_step()
                 track(metrics, training.step - 1)
                 advance(1, f"reward {metrics['reward']:+.2f}  KL {metrics['kl']:.1f}")
-                if processes.total(torch.tensor(float(asked_to_stop()))):  # one process was asked: all stop
+                if processes.total(torch.tensor(float(asked_to_stop()))):  # if any process got a signal, all stop
                     training.save()
                     raise KeyboardInterrupt
         training.save()
     if tasks:
-        _ask_benchmarks(training, tasks)
+        evaluate_on_benchmarks(training, tasks)
     return training.policy, training.reward, {"steps": training.step, "alarms": training.alarms.raised}
 
 
-def _ask_benchmarks(training: Training, tasks: list[Task]) -> None:
-    """Log what the policy makes of benchmarks after `training.step` steps; the training goes on as if nothing had been.
+def evaluate_on_benchmarks(training: Training, tasks: list[Task]) -> None:
+    """Evaluate the policy on benchmarks after `training.step` steps and log the results; training is not affected.
 
-    A run that went back to an earlier policy (--on-alarm rollback) does not ask that one again.
+    A step that benchmarks.jsonl already holds is not evaluated again (--on-alarm rollback returns to such a step).
     """
     path, policy = training.out.folder / "benchmarks.jsonl", training.policy
     if is_main_process() and not (path.exists() and any(row["step"] == training.step for row in read_jsonl(path))):
@@ -173,7 +173,7 @@ def _by_trl(config: Config, out: Run, prompts: list[Prompt], track: Track) -> tu
 
 
 def _open(config: Config) -> Run:
-    """The run folder, opened by the process that writes."""
+    """The run folder. The main process creates it."""
     if is_main_process():
         Run.open(config.output, config)
     processes.wait()

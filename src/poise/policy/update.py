@@ -1,7 +1,7 @@
-"""PPO on one rollout at a time, and the state that survives a kill.
+"""PPO updates on one rollout, and the learner's checkpoint.
 
-The equations are in functional/ppo.py; here is what they are applied to, in which order, and how a batch is shared out
-among minibatches, their parts and processes without changing what is computed.
+The equations are in functional/ppo.py. This module divides a batch into minibatches, their parts and processes; the
+division into parts and processes does not change the result.
 
 Shapes: _P prompts, _M completions per prompt, _T tokens of a completion.
 """
@@ -22,8 +22,8 @@ from poise.runtime import distributed as processes
 from poise.runtime.checkpoints import write_tensors
 from poise.runtime.run_folder import Json
 
-# Log-probabilities of one token, computed while sampling and in packed rows, differ by so much in float32 (nats). It is
-# not KL; whitened, and stepped along by Adam, it would lead a policy away from a reference that nothing draws it from.
+# Largest rounding difference (nats, float32) between a token's log-probability at sampling and in packed rows. Counted
+# as KL, whitened and scaled up by Adam, it would move a policy away from the reference under a constant reward.
 ROUNDING = 5e-5
 
 
@@ -82,10 +82,10 @@ class Learner:
         return means | {"updates": len(done)}
 
     def _minibatches(self, num_prompts: int) -> list[Tensor]:
-        """For every epoch and minibatch, which of this process's prompts it has.
+        """Indices of this process's prompts in each minibatch of each epoch.
 
-        The step's prompts lie in blocks of `num_minibatches` consecutive ones, of which every minibatch takes one, at
-        random. So the whole minibatch is the same however many processes share it out in whole blocks.
+        The step's prompts form blocks of `num_minibatches` consecutive ones. Every minibatch takes one prompt of each
+        block, at random. Processes hold whole blocks, so their number does not change the minibatches.
         """
         number = self.config.num_minibatches
         blocks = num_prompts * processes.num_processes() // number
@@ -132,7 +132,7 @@ class Learner:
     # ---- checkpoints ----
 
     def save(self, path: Path, extra: Json) -> None:
-        """Weights, optimizer and random numbers, with what else the run must remember, in one safetensors file.
+        """Write weights, optimizer, random numbers and `extra` to one safetensors file.
 
         Raises PoiseError if the disk refuses it; a file that was there before stays.
         """
