@@ -62,7 +62,8 @@ def test_logprobs_kept_recomputed_and_naive_agree(any_model: str, adapted_layers
     assert entropy is None
     torch.testing.assert_close(rollout.logprob_PMT, naive, rtol=0, atol=2e-5)
     torch.testing.assert_close(recomputed * rollout.mask_PMT, naive, rtol=0, atol=2e-5)
-    torch.testing.assert_close(values * rollout.mask_PMT, rollout.value_PMT, rtol=0, atol=2e-5)
+    # Values reach 13 here, where 2e-5 is 20 roundings of float32: less than a processor's kernels differ by.
+    torch.testing.assert_close(values * rollout.mask_PMT, rollout.value_PMT, rtol=2e-6, atol=2e-5)
     # and the reference is the model as it was loaded
     fresh = Policy(*load_policy(any_model), adapted_layers=adapted_layers, rank=4)
     reference = policy.reference_logprobs(rollout) * rollout.mask_PMT
