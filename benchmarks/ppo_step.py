@@ -19,8 +19,9 @@ import torch
 
 from poise.models.chat_format import encode, generation_prompt
 from poise.models.loading import DEFAULT_MODEL, load_policy
-from poise.models.policy import Policy, Rollout, uniforms
+from poise.models.policy import Policy, uniforms
 from poise.models.reward_model import HeadLayout, load_trunk
+from poise.models.rollout import Rollout
 from poise.models.scorer import FeatureExtractor, Scorer, generated
 from poise.runtime.run_folder import environment
 from poise.studies import quickstart as recipes

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from conftest import make_model
 from poise.errors import PoiseError
 from poise.models.loading import load_policy
-from poise.models.policy import Policy, Rollout, _draw, packed_attention, uniforms
+from poise.models.policy import Policy, _draw, uniforms
 from poise.models.reward_model import load_trunk
+from poise.models.rollout import Rollout, packed_attention
 
 PROMPTS = ["Review a film.", [{"role": "user", "content": "And now review a phone, please."}]]
 

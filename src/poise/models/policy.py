@@ -14,7 +14,6 @@ Shapes: _P prompts, _M completions per prompt, _T tokens of a completion, _L row
 import contextlib
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
 import peft
@@ -31,32 +30,12 @@ from poise.functional import ppo
 from poise.models.chat_format import encode, generation_prompt
 from poise.models.fused_ops import AdaptedLinear, ChosenLogprob
 from poise.models.loading import HfModel, HfTokenizer, decoder_layers, has_conv1d, linear_maps, room_or_raise
-from poise.models.shared_prompt import PADDING, additive, attends, equal_completions
+from poise.models.rollout import Rollout, packed_attention
+from poise.models.shared_prompt import additive, equal_completions
 from poise.runtime.quiet import quiet_loading
 
 Tune = Literal["lora", "full"]
 ValueTrunk = Literal["shared", "own"]
-
-
-@dataclass
-class Rollout:
-    """Completions as they were sampled. Prompts are padded on the left, completions on the right."""
-
-    prompt_ids_PL: Tensor
-    prompt_mask_PL: Tensor
-    completion_ids_PMT: Tensor
-    mask_PMT: Tensor  # 1.0 for sampled tokens, the end-of-turn token included
-    logprob_PMT: Tensor
-    value_PMT: Tensor
-    hidden_PLH: Tensor | None  # input of the first adapted layer; None if the model cannot be split
-
-    def rows(self, index: Tensor) -> "Rollout":
-        """The prompts at `index`, with their completions."""
-        chosen: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            chosen[field.name] = value if value is None else value[index]
-        return Rollout(**chosen)
 
 
 class Evaluation(NamedTuple):
@@ -104,7 +83,7 @@ class Policy(nn.Module):
         decoder = self._base.base_model
         if not (hasattr(decoder, "rotary_emb") and hasattr(decoder, "layers") and uniform):
             self._first_adapted = 0
-        self._plain_head = self._has_plain_head()
+        self._plain_head = _has_plain_head(self._base)
         self.value_head = nn.Linear(model.config.hidden_size, 1, device=device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
@@ -273,15 +252,6 @@ class Policy(nn.Module):
         chosen = logits.gather(-1, rollout.completion_ids_PMT.unsqueeze(-1)).squeeze(-1)
         return chosen - logits.logsumexp(-1), hidden, ppo.token_entropy(logits) if entropy else None
 
-    @torch.no_grad()
-    def _has_plain_head(self) -> bool:
-        """Are the logits nothing but head @ last hidden state? Tried, not guessed: some models cap or scale them."""
-        head = self._base.get_output_embeddings()
-        if not isinstance(head, nn.Linear) or head.bias is not None:
-            return False
-        out = self._base(input_ids=torch.arange(4, device=head.weight.device)[None], output_hidden_states=True)
-        return bool((out.logits == head(out.hidden_states[-1])).all())  # bitwise: it would be the same operation
-
     @property
     def _base(self) -> HfModel:
         return _without_adapters(self.model)
@@ -388,6 +358,16 @@ def _draw(logprobs: Float[Tensor, "rows vocabulary"], uniform: Float[Tensor, " r
     return drawn.clamp_max(logprobs.shape[-1] - 1)
 
 
+@torch.no_grad()
+def _has_plain_head(base: HfModel) -> bool:
+    """Are the logits nothing but head @ last hidden state? Tried, not guessed: some models cap or scale them."""
+    head = base.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        return False
+    out = base(input_ids=torch.arange(4, device=head.weight.device)[None], output_hidden_states=True)
+    return bool((out.logits == head(out.hidden_states[-1])).all())  # bitwise: it would be the same operation
+
+
 def _without_adapters(model: HfModel) -> HfModel:
     return model.get_base_model() if isinstance(model, peft.PeftModel) else model
 
@@ -404,16 +384,3 @@ def _twin(model: HfModel, trained: list[nn.Parameter]) -> HfModel:
     """A copy of a model with its own copies of the parameters to be trained; all others are the same tensors."""
     kept = {id(parameter) for parameter in trained}
     return copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in kept})
-
-
-def packed_attention(rollout: Rollout) -> tuple[Tensor, Tensor]:
-    """(who sees whom (P, L, L) as booleans, positions (P, L)) of rows [prompt | completion 1 | … | completion M]."""
-    per_prompt, max_tokens = rollout.completion_ids_PMT.shape[1:]
-    prompt_mask = rollout.prompt_mask_PL.bool()
-    number = 1 + torch.arange(per_prompt, device=prompt_mask.device).repeat_interleave(max_tokens)
-    part = torch.cat([torch.zeros_like(prompt_mask, dtype=torch.long), number.expand(len(prompt_mask), -1)], 1)
-    written = torch.cat([prompt_mask, rollout.mask_PMT.flatten(1).bool()], 1)
-    group = torch.where(written, 0, PADDING)
-    prompt_positions = (prompt_mask.long().cumsum(-1) - 1).clamp_min(0)
-    after = prompt_mask.sum(-1, keepdim=True) + torch.arange(max_tokens, device=prompt_mask.device)
-    return attends(group, part), torch.cat([prompt_positions, after.repeat(1, per_prompt)], 1)

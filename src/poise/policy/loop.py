@@ -31,7 +31,8 @@ from poise.functional.objectives import (
 from poise.functional.schedules import adaptive_kl_coef, headroom, linear
 from poise.models.fused_ops import keep_freed_memory
 from poise.models.loading import load_policy
-from poise.models.policy import Policy, Rollout, uniforms
+from poise.models.policy import Policy, uniforms
+from poise.models.rollout import Rollout
 from poise.models.scorer import Scorer
 from poise.policy.alarms import Alarms
 from poise.policy.config import Config

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from poise.errors import PoiseError, first_line
 from poise.functional import ppo
-from poise.models.policy import Policy, Rollout
+from poise.models.policy import Policy
+from poise.models.rollout import Rollout
 from poise.policy.config import PpoConfig
 from poise.runtime import distributed as processes
 from poise.runtime.checkpoints import write_tensors

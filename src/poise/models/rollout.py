@@ -1,0 +1,46 @@
+"""Completions as a policy sampled them, and the rows in which they are read again.
+
+Shapes: _P prompts, _M completions per prompt, _T tokens of a completion, _L row length (prompt + M * T), _H hidden.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poise.models.shared_prompt import PADDING, attends
+
+
+@dataclass
+class Rollout:
+    """Completions as they were sampled. Prompts are padded on the left, completions on the right."""
+
+    prompt_ids_PL: Tensor
+    prompt_mask_PL: Tensor
+    completion_ids_PMT: Tensor
+    mask_PMT: Tensor  # 1.0 for sampled tokens, the end-of-turn token included
+    logprob_PMT: Tensor
+    value_PMT: Tensor
+    hidden_PLH: Tensor | None  # input of the first adapted layer; None if the model cannot be split
+
+    def rows(self, index: Tensor) -> "Rollout":
+        """The prompts at `index`, with their completions."""
+        chosen: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            chosen[field.name] = value if value is None else value[index]
+        return Rollout(**chosen)
+
+
+def packed_attention(rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """(who sees whom (P, L, L) as booleans, positions (P, L)) of rows [prompt | completion 1 | … | completion M]."""
+    per_prompt, max_tokens = rollout.completion_ids_PMT.shape[1:]
+    prompt_mask = rollout.prompt_mask_PL.bool()
+    number = 1 + torch.arange(per_prompt, device=prompt_mask.device).repeat_interleave(max_tokens)
+    part = torch.cat([torch.zeros_like(prompt_mask, dtype=torch.long), number.expand(len(prompt_mask), -1)], 1)
+    written = torch.cat([prompt_mask, rollout.mask_PMT.flatten(1).bool()], 1)
+    group = torch.where(written, 0, PADDING)
+    prompt_positions = (prompt_mask.long().cumsum(-1) - 1).clamp_min(0)
+    after = prompt_mask.sum(-1, keepdim=True) + torch.arange(max_tokens, device=prompt_mask.device)
+    return attends(group, part), torch.cat([prompt_positions, after.repeat(1, per_prompt)], 1)
