@@ -256,3 +256,11 @@ def test_pickled_weights_are_refused(tiny_model: str, tmp_path: Path) -> None:
     for load in (load_policy, lambda path: load_trunk(path, 0)):
         with pytest.raises(PoiseError, match=r"cannot load .*safetensors"):
             load(str(folder))
+
+
+def test_a_rollout_beyond_a_sliding_window_is_one_line(tmp_path: Path) -> None:
+    model, tokenizer = load_policy(make_model(tmp_path, "gemma2"))
+    model.config.sliding_window = 16
+    policy = Policy(model, tokenizer, adapted_layers=0, rank=4)
+    with pytest.raises(PoiseError, match="sliding window of 16 tokens"):
+        policy.sample(["Review the lamp, which is tall."], uniforms(1, 2, 8, torch.Generator().manual_seed(0)))

@@ -1,20 +1,27 @@
 """Packed rows: the same rewards and gradients as separate rows, for any trunk that can take them."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from transformers import AttentionInterface
 
+from conftest import make_tokenizer
+from poise.data.types import Sample
 from poise.models.loading import has_conv1d, linear_maps, load_policy
 from poise.models.reward_model import load_trunk
+from poise.models.scorer import Scorer
 from poise.models.shared_prompt import (
     EQUAL_COMPLETIONS,
     PADDING,
     Family,
     additive,
     attends,
+    attention_window,
     cached_hidden,
     equal_completions,
     num_tokens,
@@ -188,3 +195,26 @@ def test_attention_is_taken_apart_where_it_can_be_and_only_there(tiny_model: str
     model.config._attn_implementation = "eager"
     with equal_completions(model, 2, 3):
         assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma2"])
+def test_texts_beyond_a_sliding_window_score_alone_as_beside_siblings(kind: str, tmp_path: Path) -> None:
+    """A mask from outside would replace the window: such trunks read each text in a row of its own."""
+    shape = {
+        "vocab_size": 259, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "sliding_window": 8, "pad_token_id": 0,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    configs = {"mistral": transformers.MistralConfig, "gemma2": transformers.Gemma2Config}
+    config = configs[kind](**shape, num_labels=1)
+    classifier = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    assert attention_window(classifier.config) == 8
+    assert not shares_prompts(classifier)
+    assert not takes_packed_rows(classifier)
+    classifier.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    scorer = Scorer.load(str(tmp_path))
+    samples = [Sample("Review the lamp, which is tall and grey.", text) for text in ("good", "a very good lamp")]
+    together = scorer(samples).mean
+    alone = torch.cat([scorer([sample]).mean for sample in samples])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)

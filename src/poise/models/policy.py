@@ -31,7 +31,7 @@ from poise.models.chat_format import encode, generation_prompt
 from poise.models.fused_ops import AdaptedLinear, ChosenLogprob
 from poise.models.loading import HfModel, HfTokenizer, decoder_layers, has_conv1d, linear_maps, room_or_raise
 from poise.models.rollout import Rollout, packed_attention
-from poise.models.shared_prompt import additive, equal_completions
+from poise.models.shared_prompt import additive, attention_window, equal_completions
 from poise.runtime.quiet import quiet_loading
 
 Tune = Literal["lora", "full"]
@@ -266,6 +266,12 @@ class Policy(nn.Module):
         rows = [encode(self.tokenizer, generation_prompt(self.tokenizer, prompt)) for prompt in prompts]
         longest = max(map(len, rows))
         room_or_raise(longest, max_tokens, self.context_length)
+        window = attention_window(self.model.config)
+        if window is not None and longest + max_tokens > window:
+            raise PoiseError(
+                f"the model attends over a sliding window of {window} tokens, which a prompt of {longest} tokens and "
+                f"{max_tokens} new ones exceed: PPO cannot read such rows yet; shorten the prompt or --max-tokens"
+            )
         device = next(self.model.parameters()).device
         ids = [[self.tokenizer.pad_token_id] * (longest - len(row)) + row for row in rows]
         mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]

@@ -308,9 +308,26 @@ def _rows_of(cache: DynamicCache, index: Int[Tensor, " rows"]) -> DynamicCache:
     return part
 
 
+def attention_window(config: Any) -> int | None:
+    """Tokens that the layers with the smallest sliding window attend to; None if every layer attends to all.
+
+    A 4-D mask given from outside replaces the window, so rows that need such a mask are not for texts beyond it.
+    """
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
+    if kinds is not None and set(kinds) <= {"full_attention", "global"}:
+        return None
+    if getattr(config, "use_sliding_window", True) is False:
+        return None
+    names = ("sliding_window", "window_size", "attention_chunk_size")
+    sizes = [size for name in names if isinstance(size := getattr(config, name, None), int) and size > 0]
+    return min(sizes, default=None)
+
+
 @torch.no_grad()
 def shares_prompts(classifier: HfModel) -> bool:
-    """Does `cached_hidden` give this trunk's own hidden states? Tried on a dozen tokens, not guessed."""
+    """Does `cached_hidden` give this trunk's own hidden states? Tried on a dozen tokens; no sliding window."""
+    if attention_window(classifier.config) is not None:
+        return False
     families = [Family([1, 2, 3, 4], [[5, 6, 7], [8, 9, 1, 2, 3]]), Family([3, 1], [[2]])]
     apart = [Family(prompt, [completion]) for prompt, completions in families for completion in completions]
     device = next(classifier.parameters()).device
@@ -333,6 +350,8 @@ def takes_packed_rows(classifier: HfModel) -> bool:
     State-space layers, sliding windows shorter than the context and bidirectional attention do not.
     """
     device = next(classifier.parameters()).device
+    if attention_window(classifier.config) is not None:
+        return False
     if set(getattr(classifier.config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
         return False
     prompt, first, second = [1, 2, 3, 4], [5, 6, 7], [8, 9, 1, 2, 3]
