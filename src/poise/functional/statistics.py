@@ -139,3 +139,14 @@ def bootstrap_intervals(
     stacked[:, unknown] = 0.0
     low, high = np.nanquantile(stacked, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return np.where(unknown[:, None], np.nan, np.stack([low, high], -1))
+
+
+def intervals_of_means(
+    values: Float[ndarray, "rows columns"], unit: Int[ndarray, " rows"], seed: int
+) -> list[list[float]]:
+    """95 % bootstrap intervals of each column's mean; rows of equal `unit` are drawn together."""
+
+    def means(counts: Counts) -> ndarray:
+        return counts @ values / counts.sum(-1, keepdims=True)
+
+    return bootstrap_intervals(means, unit, seed=seed).tolist()

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 
 from poise.functional.reward_benchmarks import picks_chosen, style_matrix, style_scores
-from poise.functional.statistics import bootstrap_intervals, t_interval
+from poise.functional.statistics import intervals_of_means, t_interval
 from poise.runtime.run_folder import Json
 
 
@@ -71,7 +71,7 @@ def differences(
         for data, unit in units.items():
             names = list(columns[first][data])
             values = np.column_stack([columns[second][data][name] - columns[first][data][name] for name in names])
-            intervals = _intervals_of_means(values, unit, seed)
+            intervals = intervals_of_means(values, unit, seed)
             prefix = {"file": "pairs ", "ood": "ood "}[data] if kind == "pairs" else ""
             for name, mean, interval in zip(names, values.mean(0).tolist(), intervals, strict=True):
                 entry[prefix + name] = {"mean": mean, "interval": interval}
@@ -94,12 +94,3 @@ def _columns(rows: list[Json], kind: str) -> dict[str, dict[str, Float[ndarray, 
         scores = [style_scores(style_matrix(chosen[None], rejected[None])) for chosen, rejected in sides]
         return {"file": {f"{name} accuracy": np.array([own[name] for own in scores]) for name in scores[0]}}
     return {"file": {"accuracy": np.array([float(picks_chosen(*side)) for side in sides])}}
-
-
-def _intervals_of_means(
-    values: Float[ndarray, "items columns"], unit: Int[ndarray, " items"], seed: int
-) -> list[list[float]]:
-    def means(counts: ndarray) -> ndarray:
-        return counts @ values / counts.sum(-1, keepdims=True)
-
-    return bootstrap_intervals(means, unit, seed=seed).tolist()

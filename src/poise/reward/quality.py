@@ -26,7 +26,7 @@ from poise.functional.calibration import (
 )
 from poise.functional.objectives import HeadRewards, Objective, RewardScale, disagreement, routing_std, total_std
 from poise.functional.reward_benchmarks import REWARD_BENCH, picks_chosen, reward_bench, style_matrix, style_scores
-from poise.functional.statistics import bootstrap_intervals, spearman
+from poise.functional.statistics import bootstrap_intervals, intervals_of_means, spearman
 from poise.models.reward_model import HeadLayout, LastLayer
 from poise.runtime.run_folder import Json
 
@@ -285,7 +285,7 @@ def judge_styles(items: list[Item], rewards: Float[ndarray, " texts"], seed: int
     each = np.array([list(style_scores(style_matrix(s[:1], s[1:])).values()) for s in sets])
     matrix = style_matrix(sets[:, 0], sets[:, 1])
     scores, by_length = style_scores(matrix), style_scores(style_matrix(length[:, 0], length[:, 1]))
-    intervals = _intervals_of_means(each, seed)
+    intervals = intervals_of_means(each, np.arange(len(each)), seed)
     results: Json = {
         "num_sets": len(items), "matrix": matrix.tolist(),
         "scores": {
@@ -310,7 +310,10 @@ def judge_sets(items: list[Item], rewards: Float[ndarray, " texts"], seed: int) 
     longest = np.array([picks_chosen(_lengths(item.chosen), _lengths(item.rejected)) for item in items])
     chance = np.array([len(item.chosen) / (len(item.chosen) + len(item.rejected)) for item in items])
     values = np.column_stack([correct, correct - chance, correct - longest])
-    (accuracy, over_chance, over_length), intervals = values.mean(0).tolist(), _intervals_of_means(values, seed)
+    (accuracy, over_chance, over_length), intervals = (
+        values.mean(0).tolist(),
+        intervals_of_means(values, np.arange(len(values)), seed),
+    )
     results: Json = {
         "num_sets": len(items), "accuracy": accuracy, "accuracy_interval": intervals[0],
         "chance": float(chance.mean()), "over_chance": over_chance, "over_chance_interval": intervals[1],
@@ -323,10 +326,3 @@ def judge_sets(items: list[Item], rewards: Float[ndarray, " texts"], seed: int) 
 
 def _lengths(texts: tuple[str, ...]) -> Float[ndarray, " texts"]:
     return np.array([float(len(text)) for text in texts])
-
-
-def _intervals_of_means(values: Float[ndarray, "rows columns"], seed: int) -> list[list[float]]:
-    def means(counts: ndarray) -> ndarray:
-        return counts @ values / counts.sum(-1, keepdims=True)
-
-    return bootstrap_intervals(means, np.arange(len(values)), seed=seed).tolist()
