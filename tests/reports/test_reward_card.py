@@ -226,6 +226,10 @@ def test_numbers_are_those_of_the_results() -> None:
     assert (
         "100 preferences from `pairs.jsonl`: 80 to train on, 20 held out for validation (20 %). 1 sample lost" in text
     )
+    by_prompt = RESULTS | {"split": {"unit": "prompt", "num_train": 31, "num_validation": 9}}
+    assert "(20 %). No prompt is on both sides (31 and 9 prompts). 1 sample lost" in text_of(
+        "brme", GAUSSIAN, results=by_prompt
+    )
     assert "on the first 2 layers of `user/model`, as they are." in text
     tuned = text_of("brme", GAUSSIAN, settings=SETTINGS | {"trunk": "lora"})
     assert "on the first 2 layers of `user/model`, tuned by LoRA." in tuned

@@ -24,7 +24,8 @@ def test_the_whole_run_learns_good_from_bad(finished: train_reward.Run) -> None:
     results = finished.results
     assert results is not None
     assert set(results["models"]) == {"single", "ensemble", "brme", "posterior"}
-    assert results["num_train"] + results["num_validation"] == 40
+    assert (results["num_train"], results["num_validation"]) == (32, 8)
+    assert results["split"] == {"unit": "text", "num_train": 64, "num_validation": 16}  # of two prompts
     scorer = Scorer.load(str(finished.folder))  # a run folder stands for its BRME
     assert scorer.layout.kind == "gaussian"
     assert scorer.layout.num_heads == 5
@@ -67,7 +68,7 @@ def test_too_little_data_and_bad_settings(tmp_path: Path, tiny_model: str) -> No
     path.write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n' * 2)
     with pytest.raises(PoiseError, match="too few"):
         train_reward.run(Config(preferences=str(path), output=str(tmp_path / "x"), model=tiny_model))
-    path.write_text("".join(f'{{"prompt": "p", "chosen": "a{i}", "rejected": "b"}}\n' for i in range(9)))
+    path.write_text("".join(f'{{"prompt": "p", "chosen": "a{i}", "rejected": "b{i}"}}\n' for i in range(9)))
     with pytest.raises(PoiseError, match="has 3 layers"):
         train_reward.run(Config(str(path), str(tmp_path / "y"), model=tiny_model, num_layers=9))
     with pytest.raises(PoiseError, match="num-heads"):

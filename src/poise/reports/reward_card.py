@@ -190,12 +190,22 @@ heads = Scorer.load(".")([Sample("Review a film.", "A warm, funny film.")])  # h
 
 def _data(settings: Json, results: Json) -> str:
     truncated = results.get("num_truncated", 0)
+    share = _percent(results["num_validation"] / results["num_preferences"], 0)
     return (
         f"{results['num_preferences']} preferences from {_code(public_name(settings['preferences']))}: "
-        f"{results['num_train']} to train on, {results['num_validation']} held out for validation "
-        f"({_percent(settings['validation_share'], 0)}). {truncated or 'No'} sample{'s' * (truncated > 1)} "
+        f"{results['num_train']} to train on, {results['num_validation']} held out for validation ({share}). "
+        f"{_split(results)}{truncated or 'No'} sample{'s' * (truncated > 1)} "
         f"lost the oldest tokens (longer than {settings['max_length']})."
     )
+
+
+def _split(results: Json) -> str:
+    """What the two sides do not share; nothing for runs of versions that split pairs at random."""
+    split = results.get("split")
+    if not split:
+        return ""
+    unit = split["unit"]
+    return f"No {unit} is on both sides ({split['num_train']} and {split['num_validation']} {unit}s). "
 
 
 def _metrics(model: Json, results: Json) -> str:

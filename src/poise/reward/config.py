@@ -27,7 +27,8 @@ class Config:
     max_length: int = 1024
     """Longest sample in tokens; longer ones lose their oldest tokens. Their number is reported."""
     validation_share: float = 0.2
-    """Share of the preferences held out to choose the prior and to report accuracy."""
+    """Share of the preferences held out to choose the prior and to report accuracy: whole prompts, or whole texts where
+    there are few prompts."""
     label_smoothing: float = 0.0
     """Assumed share of preferences whose chosen and rejected texts are swapped, in [0, 0.5)."""
     trunk: Trunk = "frozen"

@@ -1,19 +1,38 @@
 """Preferences on their way to a head: split into training and validation, then turned into trunk features.
 
+The split. Nothing that is trained may have seen what validation asks, so whole groups of pairs are held out:
+
+    by prompt   Pairs of one prompt are one group, every vote on a pair among them. A prompt that another one goes on
+                from (the first turns of a longer conversation) belongs to the same group.
+    by text     Where there are fewer than `FEW_PROMPTS` such groups (e.g. reviews of a film), or where one prompt has
+                nearly all pairs. Pairs that share a text are one group, and so are pairs linked by a chain of shared
+                texts. Prompts are then on both sides; no text is.
+
 Shapes: _N pairs, _H hidden.
 """
 
-from typing import NamedTuple
+from collections.abc import Hashable, Iterable
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy import ndarray
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from poise.data.preferences import OnBadRow, read_preferences
-from poise.data.types import Preference, Sample
+from poise.data.types import Preference, Prompt, Sample
 from poise.errors import PoiseError
 from poise.models.scorer import FeatureExtractor
 from poise.runtime.progress import progress
+
+# With fewer prompts, a held-out fifth would be one or two of them: its accuracy would tell how hard those two are, and
+# training would lose all that the file says about them.
+FEW_PROMPTS = 10
+
+SplitUnit = Literal["prompt", "text"]
 
 
 class PreferenceSplit(NamedTuple):
@@ -21,24 +40,47 @@ class PreferenceSplit(NamedTuple):
 
     train, validation: row numbers, in random order.
     generator: the one that drew the split; the training of the heads draws on from it.
+    unit: what no two rows on different sides share.
     """
 
     preferences: list[Preference]
     train: Int[Tensor, " train"]
     validation: Int[Tensor, " validation"]
     generator: torch.Generator
+    unit: SplitUnit = "prompt"
 
     @classmethod
     def read(cls, path: str, validation_share: float, seed: int, on_bad_row: OnBadRow = "error") -> "PreferenceSplit":
-        """Read preferences and split them at random. PoiseError if fewer than two are left to train on."""
-        preferences = read_preferences(path, on_bad_row)
+        """Read preferences and split them (see `draw`)."""
+        return cls.draw(read_preferences(path, on_bad_row), validation_share, seed)
+
+    @classmethod
+    def draw(cls, preferences: list[Preference], validation_share: float, seed: int) -> "PreferenceSplit":
+        """Hold out about `validation_share` of the preferences, in whole groups taken at random.
+
+        The same preferences, share and seed give the same split.
+        Raises PoiseError if fewer than two preferences are left to train on, or if the groups are so large that
+        neither unit gives between half and twice the share.
+        """
         count = len(preferences)
-        num_validation = max(1, round(count * validation_share))
-        if count - num_validation < 2:
+        size = max(1, round(count * validation_share))
+        if count - size < 2:
             raise PoiseError(f"{count} preferences are too few to train on")
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(count, generator=generator)
-        return cls(preferences, order[num_validation:], order[:num_validation], generator)
+        groups: dict[SplitUnit, ndarray] = {"prompt": prompt_groups(preferences), "text": text_groups(preferences)}
+        units: list[SplitUnit] = ["prompt", "text"]
+        if groups["prompt"].max() + 1 < FEW_PROMPTS:
+            units.reverse()
+        for unit in units:
+            held = torch.from_numpy(_hold_out(groups[unit][order.numpy()], size))
+            if size / 2 <= held.sum() <= min(2 * size, count - 2):
+                return cls(preferences, order[~held], order[held], generator, unit)
+        largest = np.bincount(groups["text"]).max()
+        raise PoiseError(
+            f"no validation part can be held out: {largest} of {count} preferences are linked by texts they share, and "
+            "there are too few prompts to hold out whole ones; give preferences on more prompts or more texts"
+        )
 
     @property
     def fit_on(self) -> list[Preference]:
@@ -49,6 +91,92 @@ class PreferenceSplit(NamedTuple):
     def held_out(self) -> list[Preference]:
         """The validation rows."""
         return [self.preferences[i] for i in self.validation]
+
+    @property
+    def num_units(self) -> tuple[int, int]:
+        """How many prompts (or texts) are on the training side, and how many on the validation side."""
+        train, held = (len(_units_of(rows, self.unit)) for rows in (self.fit_on, self.held_out))
+        return train, held
+
+    def __str__(self) -> str:
+        train, held = self.num_units
+        return (
+            f"{len(self.train)} preferences train ({train} {self.unit}s), {len(self.validation)} validate "
+            f"({held} {self.unit}s); no {self.unit} is on both sides"
+        )
+
+
+# ---- groups of preferences that stay on one side ----
+
+
+def prompt_groups(preferences: list[Preference]) -> Int[ndarray, " preferences"]:
+    """The number of each preference's conversation: equal where one prompt is, or begins, the other."""
+    prompts = [_transcript(p.prompt) for p in preferences]
+    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    links = ((number[start], number[prompt]) for start, prompt in _beginnings(number))
+    return _components(links, len(number))[[number[prompt] for prompt in prompts]]
+
+
+def text_groups(preferences: list[Preference]) -> Int[ndarray, " preferences"]:
+    """The number of each preference's texts: equal where a chain of preferences, each sharing a text with the next,
+    leads from one to the other."""
+    number = {text: i for i, text in enumerate(dict.fromkeys(text for p in preferences for text in _texts(p)))}
+    links = ((number[p.chosen], number[p.rejected]) for p in preferences)
+    return _components(links, len(number))[[number[p.chosen] for p in preferences]]
+
+
+def _units_of(preferences: list[Preference], unit: SplitUnit) -> set[Hashable]:
+    if unit == "prompt":
+        return {_transcript(p.prompt) for p in preferences}
+    return {text for p in preferences for text in _texts(p)}
+
+
+def _texts(preference: Preference) -> tuple[str, str]:
+    return preference.chosen, preference.rejected
+
+
+def _transcript(prompt: Prompt) -> str:
+    """A prompt as one text, so that a conversation begins with the transcript of its first turns."""
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return "".join(f"\0{turn['role']}\0{turn['content']}" for turn in turns)
+
+
+def _beginnings(transcripts: Iterable[str]) -> Iterable[tuple[str, str]]:
+    """(beginning, transcript) for every transcript that goes on from another; never from the middle of a word."""
+    above: list[str] = []  # each begins the next; in sorted order a beginning comes right before what goes on from it
+    for transcript in sorted(transcripts):
+        while above and not transcript.startswith(above[-1]):
+            above.pop()
+        for start in above:
+            if not (start[-1].isalnum() and transcript[len(start)].isalnum()):
+                yield start, transcript
+        above.append(transcript)
+
+
+def _components(links: Iterable[tuple[int, int]], count: int) -> Int[ndarray, " nodes"]:
+    """The number of each node's connected component."""
+    ends = np.array(list(links), dtype=np.int64).reshape(-1, 2)
+    graph = coo_matrix((np.ones(len(ends), dtype=bool), (ends[:, 0], ends[:, 1])), (count, count))
+    return connected_components(graph, directed=False)[1]
+
+
+def _hold_out(groups: Int[ndarray, " rows"], size: int) -> ndarray:
+    """Which rows to hold out: whole groups in the order of their first rows, as far as they fit into `size` rows, then
+    the smallest other group if that brings the number nearer to `size`."""
+    rows_of = np.bincount(groups)
+    held, num_held = np.zeros(len(rows_of), dtype=bool), 0
+    for group in dict.fromkeys(groups.tolist()):
+        if num_held + rows_of[group] <= size:
+            held[group] = True
+            num_held += rows_of[group]
+    others = np.flatnonzero(~held)
+    if len(others):
+        smallest = others[np.argmin(rows_of[others])]
+        held[smallest] = rows_of[smallest] < 2 * (size - num_held)
+    return held[groups]
+
+
+# ---- features ----
 
 
 class FeaturePairs(NamedTuple):

@@ -55,6 +55,7 @@ def run(config: Config) -> Run:
     if out.results is not None:
         return out
     split = read(config)
+    console.print(f"reward model: {split}")
     extract = make_trunk(config, out.folder, split)
     trained, held_features = fit_heads(config, out.folder, split, extract)
     judged = judge(trained, held_features, split, config.seed)
@@ -209,6 +210,7 @@ def _save(out: Run, split: PreferenceSplit, extract: FeatureExtractor, trained: 
         {
             "num_preferences": len(split.preferences), "num_train": len(split.train),
             "num_validation": len(split.validation),
+            "split": dict(zip(("unit", "num_train", "num_validation"), (split.unit, *split.num_units), strict=True)),
             "num_truncated": extract.num_truncated, "num_layers": extract.classifier.config.num_hidden_layers,
             "prior_precision": trained.precision, "stage1_reward_std": trained.models["single"].layout.reward_scale,
             "stage2_history": trained.history, "std_collapsed": collapsed, "models": judged,
