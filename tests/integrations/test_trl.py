@@ -24,7 +24,7 @@ from poise.errors import PoiseError
 from poise.functional.monitor import Monitor, MonitorConfig
 from poise.integrations import trl_reward as adapter
 from poise.integrations.trl_reward import MonitorCallback, RobustReward, as_sample, policy_metrics
-from poise.integrations.trl_trainers import TrlSettings, steps_kept, train
+from poise.integrations.trl_trainers import TrlSettings, make_trainer, steps_kept, train
 from poise.models.loading import load_policy
 from poise.models.scorer import Scorer
 from poise.runtime.checkpoints import latest_checkpoint
@@ -367,6 +367,44 @@ def test_what_cannot_be_trained_is_one_line(tiny_model: str, reward_run: str, tm
         run(settings(prompts_per_step=5, num_minibatches=1), tiny_model, reward_run, tmp_path)
     with pytest.raises(PoiseError, match="exceed the model's context of 256"):
         run(settings(max_tokens=250), tiny_model, reward_run, tmp_path)
+
+
+@TRL_SETS_A_DEPRECATED_DEFAULT
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
+@pytest.mark.parametrize("ends", [(), (2, 20, 30, 40)])
+def test_completions_end_where_ppos_end(
+    algorithm: str, ends: tuple[int, ...], tiny_model: str, reward_run: str, tmp_path: Path
+) -> None:
+    """Sampled, scored, trained on: up to the first end token of several, or to the longest length without any."""
+    model, tokenizer = load_policy(tiny_model)
+    model.generation_config.eos_token_id = list(ends) or None
+    if not ends:
+        tokenizer.eos_token, tokenizer.chat_template = None, None
+    how = settings(algorithm, completions_per_prompt=16, max_tokens=12, num_minibatches=1, num_epochs=1)
+    trainer = make_trainer(how, RobustReward.load(reward_run), model, tokenizer, PROMPTS, tmp_path)
+    batches = []
+
+    def kept(inputs: Any) -> Any:
+        batches.append(original(inputs))
+        return batches[-1]
+
+    original = trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = kept
+    trainer.train()
+    logged = [row for row in trainer.state.log_history if "reward" in row]
+    assert len(batches) == len(logged) == 3
+    seen = set()
+    for batch, row in zip(batches, logged, strict=True):
+        ended = 0
+        for ids, mask in zip(batch["completion_ids"], batch["completion_mask"], strict=True):
+            own = ids[mask.bool()].tolist()
+            at = [token in ends for token in own]
+            assert sum(at) == at[-1]
+            assert len(own) == 12 or at[-1]
+            ended += at[-1]
+            seen |= set(own) & set(ends)
+        assert policy_metrics(row)["ended"] == pytest.approx(ended / 32)
+    assert (len(seen) > 1) == bool(ends)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_model: str, reward_run: str, tmp_path: Path) -> None:

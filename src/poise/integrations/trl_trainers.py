@@ -18,7 +18,8 @@ from poise.data.types import Prompt
 from poise.errors import PoiseError
 from poise.integrations.trl_reward import RobustReward, Scored, policy_metrics
 from poise.models.chat_format import encode, generation_prompt
-from poise.models.loading import HfModel, HfTokenizer, has_conv1d, linear_maps, room_or_raise
+from poise.models.end_tokens import end_token_ids
+from poise.models.loading import HfModel, HfTokenizer, context_length, has_conv1d, linear_maps, room_or_raise
 from poise.runtime.checkpoints import SafeCheckpoints, latest_checkpoint
 from poise.runtime.distributed import num_processes
 from poise.runtime.quiet import quiet_loading
@@ -99,9 +100,8 @@ def train(
     if settings.prompts_per_step > len(prompts):
         raise PoiseError(f"{len(prompts)} prompts are fewer than --prompts-per-step {settings.prompts_per_step}")
     longest = max(len(encode(tokenizer, generation_prompt(tokenizer, prompt))) for prompt in prompts)
-    room_or_raise(longest, settings.max_tokens, model.config.max_position_embeddings)
+    room_or_raise(longest, settings.max_tokens, context_length(model.config))
     reward.scale = reward.scale or str(output / "scale.json")
-    model.generation_config.eos_token_id = tokenizer.eos_token_id  # a completion ends where PPO's ends
     with quiet_loading():
         trainer = make_trainer(settings, reward, model, tokenizer, prompts, output / "trainer")
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
@@ -143,10 +143,16 @@ def make_trainer(
         target_modules=linear_maps(model, max(first_adapted, 0)), fan_in_fan_out=has_conv1d(model),
     )  # fmt: skip
     rows = [{"prompt": _as_seen(tokenizer, prompt)} for prompt in _drawn(prompts, settings)]
-    return type(trainer_class.__name__, (_Ours, trainer_class), {})(
+    ends = end_token_ids(model, tokenizer)
+    trainer = type(trainer_class.__name__, (_Ours, trainer_class), {})(
         model=model, args=config_class(**_arguments(settings, folder), **specific), reward_funcs=[reward],
         train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer, peft_config=adapters,
     )  # fmt: skip
+    # A completion ends where PPO's does. TRL samples to these, and masks what follows them; on its own it would also
+    # list the tokenizer's eos where there is none.
+    trainer.eos_token_ids = ends
+    trainer.generation_config.eos_token_id = trainer.generation_kwargs["eos_token_id"] = ends or None
+    return trainer
 
 
 def _arguments(settings: TrlSettings, folder: Path) -> Json:
@@ -186,11 +192,22 @@ def _as_seen(tokenizer: HfTokenizer, prompt: Prompt) -> Prompt:
 
 
 class _Ours(SafeCheckpoints):
-    """Mixed into a trainer of TRL: checkpoints without pickle, no model card of TRL's, no message to its makers."""
+    """Mixed into a trainer of TRL: checkpoints without pickle, `ended` as in PPO, no model card or message of TRL's."""
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         trainer = cast(Any, self)
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(output_dir)
+
+    def _generate_and_score_completions(self, *arguments: Any) -> Any:
+        """As TRL does it, but a completion that was cut at a padding token that the policy sampled has not ended."""
+        trainer = cast(Any, self)
+        batch = cast(Any, super())._generate_and_score_completions(*arguments)
+        mask = batch["completion_mask"].bool()
+        ends = torch.tensor(trainer.eos_token_ids, dtype=torch.long, device=mask.device)
+        cut = ~(torch.isin(batch["completion_ids"], ends) & mask).any(-1)
+        logged = trainer._metrics["train" if trainer.model.training else "eval"]["completions/clipped_ratio"]
+        logged[-1] = trainer.accelerator.gather(cut).float().mean().item()
+        return batch
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         pass

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from poise.data.types import Prompt
 from poise.errors import PoiseError, first_line
 from poise.models.chat_format import encode, generation_prompt
+from poise.models.end_tokens import agree_on_ends
 from poise.runtime.downloads import cache_folder, cached, package_file
 from poise.runtime.progress import console
 from poise.runtime.quiet import quiet_loading
@@ -248,6 +249,7 @@ def load_policy(model: str) -> tuple[HfModel, HfTokenizer]:
     policy = load_weights(transformers.AutoModelForCausalLM, folder, "language model", dtype=frozen_dtype())
     policy.name_or_path = model  # what its adapters will say they belong to
     pad_apart(tokenizer, policy)
+    agree_on_ends(policy, tokenizer)
     return policy.to(device()).eval(), tokenizer
 
 

@@ -28,8 +28,17 @@ from poise.data.types import Prompt
 from poise.errors import PoiseError
 from poise.functional import ppo
 from poise.models.chat_format import encode, generation_prompt
+from poise.models.end_tokens import end_token_ids
 from poise.models.fused_ops import AdaptedLinear, ChosenLogprob
-from poise.models.loading import HfModel, HfTokenizer, decoder_layers, has_conv1d, linear_maps, room_or_raise
+from poise.models.loading import (
+    HfModel,
+    HfTokenizer,
+    context_length,
+    decoder_layers,
+    has_conv1d,
+    linear_maps,
+    room_or_raise,
+)
 from poise.models.rollout import Rollout, packed_attention
 from poise.models.shared_prompt import additive, attention_window, equal_completions
 from poise.runtime.quiet import quiet_loading
@@ -68,6 +77,7 @@ class Policy(nn.Module):
     ):
         super().__init__()
         self.tokenizer, self.tune = tokenizer, tune
+        self.end_ids = end_token_ids(model, tokenizer)
         num_layers = model.config.num_hidden_layers
         self._first_adapted = max(num_layers - adapted_layers, 0) if adapted_layers else 0
         device = next(model.parameters()).device
@@ -113,7 +123,7 @@ class Policy(nn.Module):
 
     @property
     def context_length(self) -> int:
-        return self.model.config.max_position_embeddings
+        return context_length(self.model.config)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """All that training changes and a checkpoint must hold: adapters or upper layers, and the values' own."""
@@ -127,13 +137,16 @@ class Policy(nn.Module):
         at most, and which. A completion depends on its own numbers only, not on what it is sampled together with (up to
         rounding), so that one process and several draw the same; see `uniforms`.
 
+        It ends at any of the model's end tokens (`end_token_ids`), or after the longest length.
+
         Raises PoiseError if a prompt leaves no room for the completion in the model's context.
         """
         per_prompt, max_tokens = uniform.shape[1:]
         prompt_ids, prompt_mask = self._encode(prompts, max_tokens)
         num_prompts = len(prompt_ids)
         num_rows = num_prompts * per_prompt
-        device, end = prompt_ids.device, self.tokenizer.eos_token_id
+        device = prompt_ids.device
+        ends = torch.tensor(self.end_ids, dtype=torch.long, device=device)
         ids = torch.full((num_rows, max_tokens), self.tokenizer.pad_token_id, device=device)
         logprob = torch.zeros(num_rows, max_tokens, device=device)
         mask = torch.zeros(num_rows, max_tokens, device=device)
@@ -164,7 +177,7 @@ class Policy(nn.Module):
                 logprob[alive, step] = logprobs.gather(-1, drawn)[:, 0]
                 mask[alive, step] = 1.0
                 value[alive, step] = self._value_of(predicting)
-                going = drawn[:, 0] != end
+                going = ~torch.isin(drawn[:, 0], ends)
                 if step + 1 == max_tokens or not going.any():
                     break
                 if not going.all():  # finished rows leave the batch

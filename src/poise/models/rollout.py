@@ -3,6 +3,7 @@
 Shapes: _P prompts, _M completions per prompt, _T tokens of a completion, _L row length (prompt + M * T), _H hidden.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -19,7 +20,7 @@ class Rollout:
     prompt_ids_PL: Tensor
     prompt_mask_PL: Tensor
     completion_ids_PMT: Tensor
-    mask_PMT: Tensor  # 1.0 for sampled tokens, the end-of-turn token included
+    mask_PMT: Tensor  # 1.0 for sampled tokens, the end token included
     logprob_PMT: Tensor
     value_PMT: Tensor
     hidden_PLH: Tensor | None  # input of the first adapted layer; None if the model cannot be split
@@ -31,6 +32,11 @@ class Rollout:
             value = getattr(self, field.name)
             chosen[field.name] = value if value is None else value[index]
         return Rollout(**chosen)
+
+    def ended(self, end_ids: Sequence[int]) -> Tensor:
+        """Which completions (P, M) wrote one of the end tokens; the others were cut at the longest length."""
+        ends = torch.tensor(end_ids, dtype=torch.long, device=self.mask_PMT.device)
+        return (torch.isin(self.completion_ids_PMT, ends) & self.mask_PMT.bool()).any(-1)
 
 
 def packed_attention(rollout: Rollout) -> tuple[Tensor, Tensor]:

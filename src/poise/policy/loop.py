@@ -84,7 +84,7 @@ class Training:
         clock.lap("reference")
         with self._naming_the_step():
             heads = gather(self.reward.heads(self.policy, batch, texts, self.step))
-        facts = processes.gathered(_facts(rollout, reference, self.policy.tokenizer.eos_token_id))
+        facts = processes.gathered(_facts(rollout, reference, self.policy.end_ids))
         score = self._score(heads, ended=facts[:, _FACTS.index("ended")])
         clock.lap("score")
         mine = processes.share(len(score))
@@ -255,11 +255,11 @@ class Training:
 _FACTS = ("kl", "kl_k3", "logprob", "tokens", "ended")
 
 
-def _facts(rollout: Rollout, reference: Tensor, end: int) -> Tensor:
+def _facts(rollout: Rollout, reference: Tensor, end_ids: list[int]) -> Tensor:
     """Per completion (N, 5), on the CPU: see _FACTS."""
     mask, logprob = rollout.mask_PMT.flatten(0, 1), rollout.logprob_PMT.flatten(0, 1)
     reference = reference.flatten(0, 1)
-    ended = (rollout.completion_ids_PMT.flatten(0, 1) == end).any(-1).float()
+    ended = rollout.ended(end_ids).flatten().float()
     columns = (
         ppo.sequence_kl(logprob, reference, mask), ppo.sequence_kl_k3(logprob, reference, mask),
         (logprob * mask).sum(-1), mask.sum(-1), ended,
