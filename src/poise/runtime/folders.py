@@ -44,6 +44,19 @@ def inside(folder: Path, name: object) -> Path:
     return path
 
 
+def own_file(folder: Path, name: object) -> Path:
+    """`inside`, and the file itself lies in the folder too: what is copied or uploaded follows no link out of it.
+
+    The hub's cache keeps the files of a snapshot as links to its blobs, which are taken.
+    """
+    path = inside(folder, name)
+    home = folder.resolve()
+    allowed = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
+    if not any(path.resolve().is_relative_to(place) for place in allowed):
+        raise PoiseError(f"{path} is a symbolic link out of the folder; copy the file there instead")
+    return path
+
+
 # ---- whose a folder is ----
 
 

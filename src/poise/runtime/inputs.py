@@ -14,8 +14,8 @@ from poise.errors import PoiseError
 Inputs = Mapping[str, Sequence[Path]]  # files and model folders, by the name that the user knows them by
 
 FILE = "inputs.json"
-# What of a model folder decides what the model says.
-_SUFFIXES = {".safetensors", ".json", ".txt", ".model", ".jinja"}
+# What of a folder decides what a model says, or which rows a data set has.
+_SUFFIXES = {".safetensors", ".json", ".txt", ".model", ".jinja", ".arrow", ".parquet"}
 
 
 def fingerprints(inputs: Inputs, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
