@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from huggingface_hub.utils import filter_repo_objects
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from poise.data.types import Sample
@@ -340,7 +341,7 @@ def test_only_the_checkpoint_is_uploaded(llama_run: Path, name: str, tmp_path: P
     assert push.run(push.Config(str(folder), "user/rm", private=True)) == "hub:user/rm"
     (first, created), (second, uploaded) = hub.calls
     assert (first, second) == ("create_repo", "upload_folder")
-    assert created == {"repo_id": "user/rm", "private": True, "exist_ok": True}
+    assert created == {"repo_id": "user/rm", "private": True, "exist_ok": False}
     assert (uploaded["repo_id"], Path(uploaded["folder_path"])) == ("user/rm", folder)
     everything = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
     sent = set(filter_repo_objects(everything, allow_patterns=uploaded["allow_patterns"]))  # as the hub client does
@@ -351,7 +352,9 @@ def test_only_the_checkpoint_is_uploaded(llama_run: Path, name: str, tmp_path: P
 def test_a_run_stands_for_its_brme(llama_run: Path, hub: FakeHub) -> None:
     push.run(push.Config(str(llama_run), "user/rm"))
     assert Path(hub.calls[1][1]["folder_path"]) == llama_run / "brme"
-    assert hub.calls[0][1]["private"] is False
+    assert hub.calls[0][1]["private"] is True  # unless asked for
+    push.run(push.Config(str(llama_run), "user/rm", private=False, existing=True))
+    assert hub.calls[2][1] == {"repo_id": "user/rm", "private": False, "exist_ok": True}
 
 
 def test_upload_refusals(
@@ -379,3 +382,84 @@ def test_upload_refusals(
     monkeypatch.setattr(push, "get_token", lambda: None)
     with pytest.raises(PoiseError, match="log in with `hf auth login`"):
         push.run(push.Config(str(llama_run), "user/rm"))
+
+
+def test_an_existing_repository_needs_a_flag(llama_run: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    class ConflictError(OSError):
+        class response:  # noqa: N801  as in the hub client's errors
+            status_code = 409
+
+    def exists(*_: object, **__: object) -> str:
+        raise ConflictError("409 Conflict: you already created this model repo")
+
+    monkeypatch.setattr(hub, "create_repo", exists)
+    with pytest.raises(PoiseError, match="user/rm exists already; --existing uploads into it"):
+        push.run(push.Config(str(llama_run), "user/rm"))
+
+
+def test_an_upload_carries_no_paths_of_this_machine(
+    llama_run: Path, tiny_model: str, tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    folder = tmp_path / "rm"
+    shutil.copytree(llama_run / "brme", folder)
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": tiny_model, "r": 4}))
+    (folder / "README.md").write_text(f"poise score {folder.resolve()} x.jsonl\nand/or <br/> `/v1/classify`\n")
+    sent: dict[str, bytes] = {}
+
+    def upload(*, folder_path: Path, allow_patterns: list[str], **_: object) -> None:
+        sent.update({name: (Path(folder_path) / name).read_bytes() for name in allow_patterns})
+
+    monkeypatch.setattr(hub, "upload_folder", upload)
+    push.run(push.Config(str(folder), "user/rm"))
+    assert json.loads(sent["adapter_config.json"]) == {"base_model_name_or_path": Path(tiny_model).name, "r": 4}
+    assert sent["README.md"].decode() == "poise score rm x.jsonl\nand/or <br/> `/v1/classify`\n"
+    assert not [name for name, content in sent.items() if str(tmp_path).encode() in content]
+    assert sent["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    assert tiny_model in (folder / "adapter_config.json").read_text()  # here it stays usable
+    said = capsys.readouterr().err
+    assert all(name in said for name in sent)
+
+
+@pytest.mark.parametrize("name", ["README.md", "tokenizer_config.json", "model.safetensors"])
+def test_links_out_of_the_folder_are_not_followed(llama_run: Path, tmp_path: Path, hub: FakeHub, name: str) -> None:
+    folder, secret = tmp_path / "rm", tmp_path / "secret"
+    shutil.copytree(llama_run / "brme", folder)
+    (folder / name).touch()
+    (folder / name).rename(secret)
+    (folder / name).symlink_to(secret)
+    with pytest.raises(PoiseError, match=f"{name} is a symbolic link out of the folder"):
+        push.run(push.Config(str(folder), "user/rm"))
+    assert hub.calls == []
+    if name == "model.safetensors":
+        with pytest.raises(PoiseError, match="is a symbolic link out of the folder"):
+            export.run(Config(str(folder), str(tmp_path / "output"), "mean"))
+
+
+def test_the_links_of_the_hubs_cache_are_read(llama_run: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "models--user--rm"
+    snapshot, blobs = cache / "snapshots" / "abc", cache / "blobs"
+    shutil.copytree(llama_run / "brme", snapshot)
+    blobs.mkdir()
+    (snapshot / "model.safetensors").rename(blobs / "123")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/123")
+    assert (export.run(Config(str(snapshot), str(tmp_path / "output"), "mean")) / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["../payload.sh", "/tmp/payload.sh", "sub/../../payload.sh", "run.sh", 7, None, ""])
+def test_a_weight_map_names_no_file_outside(llama_run: Path, tmp_path: Path, name: object) -> None:
+    folder, output = tmp_path / "sub" / "rm", tmp_path / "out" / "rm"
+    shutil.copytree(llama_run / "brme", folder)
+    (folder.parent / "payload.sh").write_text("evil")
+    (folder / "run.sh").write_text("evil")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "payload.sh").write_text("mine")
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        weight_map: dict[str, object] = dict.fromkeys(file.keys(), "model.safetensors")
+    weight_map["model.norm.weight"] = name
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(PoiseError, match=r"names") as caught:
+        export.run(Config(str(folder), str(output), "mean"))
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "out" / "payload.sh").read_text() == "mine"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["payload.sh"]

@@ -4,6 +4,7 @@ Every model and every adapter is loaded here, without the report of the library 
 here: each weight of the model comes from the checkpoint, with its shape, and no code of the checkpoint is run.
 """
 
+import json
 import re
 import shutil
 import sys
@@ -114,15 +115,27 @@ def load_tokenizer(folder: str) -> HfTokenizer:
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        if "custom code" in str(error):
+            raise PoiseError(f"the tokenizer in {folder} has code of its own, which Poise never runs") from None
         raise PoiseError(f"no usable tokenizer in {folder}: {first_line(error)}") from None
 
 
 def load_config(folder: str) -> Any:
-    """The config.json of a model folder. Raises PoiseError if transformers knows no such model."""
+    """The config.json of a model folder.
+
+    Raises PoiseError if transformers knows no such model, or if the model needs code that is not of transformers.
+    """
     try:
-        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
+        if "custom code" in str(error):
+            raise PoiseError(f"{folder} is a model with code of its own (auto_map), which Poise never runs") from None
         raise PoiseError(f"cannot read {folder}/config.json: {first_line(error)}") from None
+    # transformers reads a name with a slash as a repository of kernels, downloads its code and runs it.
+    asked = getattr(config, "_attn_implementation", None)
+    if isinstance(asked, str) and "/" in asked:
+        raise PoiseError(f"{folder}/config.json asks for attention code from {asked}, which Poise never runs")
+    return config
 
 
 def load_weights(
@@ -180,6 +193,10 @@ def load_adapters(model: HfModel, folder: str, *, needs: str = "") -> HfModel:
     if not (Path(folder) / _ADAPTERS).exists():
         raise PoiseError(f"{folder} has no {_ADAPTERS}; adapters in other formats, such as pickle, are not read")
     try:
+        # Other kinds of adapters read files or import modules that adapter_config.json names.
+        settings = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+        if not isinstance(settings, dict) or settings.get("peft_type") != "LORA" or settings.get("megatron_config"):
+            raise PoiseError(f"cannot load the adapter {folder}: adapter_config.json is not of plain LoRA adapters")
         with safe_open(Path(folder) / _ADAPTERS, framework="pt") as file:
             there = set(file.keys())
         if needs and not any(name.endswith(f"{needs}.weight") for name in there):

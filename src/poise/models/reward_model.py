@@ -201,6 +201,23 @@ def checkpoint_folder(path: str) -> str:
     return path
 
 
+def files_of(path: str) -> list[Path]:
+    """Folders that decide what a reward model says: its own, those of an ensemble's members, and an adapter's base.
+
+    What cannot be read is left out: loading says what is wrong with it.
+    """
+    place = checkpoint_folder(path)
+    folder = Path(place) if (Path(place) / "ensemble.json").exists() else Path(resolve_model(place))
+    found = [folder]
+    for name, key in (("ensemble.json", "members"), (_ADAPTER, "base_model_name_or_path")):
+        try:
+            named = json.loads((folder / name).read_text(encoding="utf-8"))[key]
+            found += [folder / one for one in named] if isinstance(named, list) else [Path(resolve_model(named))]
+        except (OSError, ValueError, KeyError, TypeError, PoiseError):
+            continue
+    return found
+
+
 def heads_fingerprint(path: str) -> str:
     """A hash of what a checkpoint's heads are: its config.json and `score` weights, or its ensemble.json."""
     folder = Path(resolve_model(checkpoint_folder(path)))

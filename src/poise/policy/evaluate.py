@@ -82,7 +82,7 @@ def run(config: Config) -> Run:
         tasks = read_tasks(config.tasks, config.data, config.rows)
         sources = [_source(path) for path in (config.model, *config.policies)]
         logged = {source.path: _logged(Path(source.path)) for source in sources}
-    out = Run.open(config.output, config)
+    out = Run.open(config.output, config, lambda: {source.path: source.folders() for source in sources})
     if not finished:
         found = [_evaluate_source(source, tasks, config) for source in sources]
         policies = [
@@ -236,10 +236,14 @@ class _Source:
             raise PoiseError(f"cannot use the adapters in {self.adapters}: {first_line(error)}") from None
         return policy.model, tokenizer
 
+    def folders(self) -> list[Path]:
+        """The folders that determine the outcomes: the model's and, if it has some, the adapters'."""
+        return [Path(resolve_model(self.model)), *filter(None, [self.adapters])]
+
     def digest(self) -> str:
         """Digest of the files that determine the outcomes, and of the precision of the weights."""
         whole = hashlib.blake2b(str(frozen_dtype()).encode(), digest_size=20)
-        for folder in filter(None, [Path(resolve_model(self.model)), self.adapters]):
+        for folder in self.folders():
             for path in sorted(folder.iterdir()):
                 if path.suffix in {".safetensors", ".json", ".txt", ".model"}:
                     with path.open("rb") as file:

@@ -25,9 +25,9 @@ from poise.models.loading import (
     pad_apart,
     resolve_model,
 )
+from poise.runtime.folders import own_file, write_folder_atomic
 from poise.runtime.progress import console
 from poise.runtime.quiet import quiet_loading
-from poise.runtime.run_folder import write_folder_atomic
 
 _SETTINGS, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -48,6 +48,8 @@ def run(config: Config) -> Path:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise PoiseError(f"--output {target} exists; choose another folder or delete it")
     if not (source / _SETTINGS).exists():
+        for path in source.rglob("*"):
+            own_file(source, path.relative_to(source).as_posix())
         with write_folder_atomic(target) as scratch:
             shutil.copytree(source, scratch, dirs_exist_ok=True)
         console.print(f"{source} is a whole model, there is nothing to fold: copied to {target}")

@@ -28,8 +28,9 @@ from poise.errors import PoiseError
 from poise.functional.monitor import Monitor, MonitorConfig
 from poise.functional.objectives import parse_objective
 from poise.integrations.lm_eval import Task, evaluate, read_tasks
-from poise.models.loading import check_room, load_policy
+from poise.models.loading import check_room, load_policy, resolve_model
 from poise.models.policy import Policy
+from poise.models.reward_model import files_of
 from poise.policy.config import Config
 from poise.policy.loop import Training
 from poise.policy.reward import PolicyReward
@@ -37,6 +38,7 @@ from poise.policy.sampling import sample_policy
 from poise.runtime import distributed as processes
 from poise.runtime.progress import finish_the_step, progress
 from poise.runtime.run_folder import (
+    Inputs,
     Json,
     Run,
     append_jsonl,
@@ -175,6 +177,17 @@ def _by_trl(config: Config, out: Run, prompts: list[Prompt], track: Track) -> tu
 def _open(config: Config) -> Run:
     """The run folder. The main process creates it."""
     if is_main_process():
-        Run.open(config.output, config)
+        Run.open(config.output, config, lambda: _inputs(config))
     processes.wait()
     return Run(Path(config.output))
+
+
+def _inputs(config: Config) -> Inputs:
+    """What the run reads, by the setting that names it."""
+    files = {
+        "--prompts": config.prompts, "--eval-prompts": config.eval_prompts, "--baselines": config.baselines,
+    }  # fmt: skip
+    found = {name: [Path(path)] for name, path in files.items() if path}
+    if config.eval_every and config.eval_data:
+        found["--eval-data"] = sorted(Path(config.eval_data).glob("*.jsonl*"))
+    return found | {"--reward": files_of(config.reward), "--model": [Path(resolve_model(config.model))]}

@@ -11,7 +11,7 @@ from poise.data.types import Sample
 from poise.errors import PoiseError
 from poise.models.loading import resolve_model
 from poise.models.reward_model import checkpoint_folder
-from poise.models.scorer import Ensemble
+from poise.models.scorer import ENSEMBLE_FILE, Ensemble
 from poise.runtime.progress import console, progress
 
 
@@ -35,11 +35,13 @@ def run(config: Config) -> Path:
     """Normalize and save; returns the folder. The members stay where they are."""
     if len(config.members) < 2:
         raise PoiseError("an ensemble needs at least two reward models")
+    folder = Path(config.output)
+    if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - {ENSEMBLE_FILE}):
+        raise PoiseError(f"--output {folder} exists and is no earlier ensemble; choose another folder or delete it")
     preferences = read_preferences(config.reference, config.on_bad_row)
     reference = [Sample(p.prompt, text) for p in preferences for text in (p.chosen, p.rejected)]
     with progress("ensemble: reference texts", len(reference)) as advance:
         ensemble = Ensemble.fit(config.members, reference, config.max_length, advance)
-    folder = Path(config.output)
     folders = [resolve_model(checkpoint_folder(member)) for member in config.members]
     ensemble.save(folder, [os.path.relpath(member, folder) for member in folders])
     console.print(f"{ensemble.layout.num_heads} heads of {len(config.members)} reward models: {folder}")

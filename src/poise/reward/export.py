@@ -18,20 +18,21 @@ from typing import Literal
 import torch
 import tyro
 from jaxtyping import Float
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from poise import __version__
 from poise.data.types import Sample
-from poise.errors import PoiseError
+from poise.errors import PoiseError, first_line
 from poise.functional.objectives import HeadRewards
 from poise.models.loading import frozen_dtype, load_config, load_tokenizer, resolve_model
 from poise.models.model_card import front_matter_without_results
 from poise.models.reward_model import HeadLayout, checkpoint_folder, read_layout
 from poise.models.scorer import Scorer
+from poise.runtime.folders import inside, own_file, write_folder_atomic
 from poise.runtime.progress import console
-from poise.runtime.run_folder import write_folder_atomic, write_json
+from poise.runtime.run_folder import Json, write_json
 
 SCALARS = ("mean", "head")
 # Largest difference between an export and its source, as a share of the largest reward: float32 adds the same numbers
@@ -133,8 +134,10 @@ def _check_target(target: Path, source: Path) -> None:
         raise PoiseError(f"--output {target} is a file; name a folder")
     if target.resolve() == source.resolve():
         raise PoiseError(f"--output {target} is the reward model itself; choose another folder")
-    settings = target / "config.json"
-    ours = settings.exists() and _MARK in json.loads(settings.read_text(encoding="utf-8"))
+    try:
+        ours = _MARK in json.loads((target / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        ours = False
     if any(target.iterdir()) and not ours:
         raise PoiseError(f"--output {target} exists and is no earlier export; choose another folder or delete it")
 
@@ -145,9 +148,10 @@ def _check_target(target: Path, source: Path) -> None:
 def _write_weights(source: Path, target: Path, layout: HeadLayout, config: Config) -> HeadLayout:
     """Copy the safetensors files with the `score` layer that `config` asks for; returns that layer's layout."""
     index = source / "model.safetensors.index.json"
-    listing = json.loads(index.read_text(encoding="utf-8")) if index.exists() else {"weight_map": {}}
+    listing = _read_index(index) if index.exists() else {"weight_map": {}}
     home = listing["weight_map"].get("score.weight", "model.safetensors")
-    tensors = load_file(source / home) if (source / home).exists() else {}
+    files = {name: own_file(source, name) for name in {home, *listing["weight_map"].values()}}
+    tensors = _read_tensors(files[home]) if files[home].exists() else {}
     if "score.weight" not in tensors:
         raise PoiseError(f"{config.reward} has no score.weight in its safetensors files")
     before = _num_bytes(tensors)
@@ -155,16 +159,42 @@ def _write_weights(source: Path, target: Path, layout: HeadLayout, config: Confi
         tensors["score.weight"], layout = scalar_head(tensors["score.weight"], layout, config.head)
     if config.engine == "sglang":
         tensors["score.bias"] = torch.zeros(layout.num_labels, dtype=tensors["score.weight"].dtype)
-    with safe_open(source / home, "pt") as file:
+    with safe_open(files[home], "pt") as file:
         save_file(tensors, target / home, file.metadata())
-    for name in set(listing["weight_map"].values()) - {home}:
-        shutil.copyfile(source / name, target / name)
+    for name in files.keys() - {home}:
+        if not files[name].exists():
+            raise PoiseError(f"{index} names {name}, which is not there")
+        shutil.copyfile(files[name], target / name)
     if index.exists():
         listing["weight_map"] |= dict.fromkeys(tensors, home)
-        if "total_size" in listing.get("metadata", {}):
+        if isinstance(listing.get("metadata"), dict) and isinstance(listing["metadata"].get("total_size"), int):
             listing["metadata"]["total_size"] += _num_bytes(tensors) - before
         write_json(target / index.name, listing)
     return layout
+
+
+def _read_index(path: Path) -> Json:
+    """The index of a sharded checkpoint. Its names of files are plain: whatever writes them writes in one folder.
+
+    Raises PoiseError for anything else.
+    """
+    try:
+        listing = json.loads(path.read_text(encoding="utf-8"))
+        names = listing["weight_map"].values()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise PoiseError(f"{path} is no index of safetensors files") from None
+    for name in names:
+        inside(path.parent, name)
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise PoiseError(f"{path} names {name!r}, which is no safetensors file beside it")
+    return dict(listing)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise PoiseError(f"cannot read {path}: {first_line(error)}") from None
 
 
 def _write_adapter(source: Path, target: Path, layout: HeadLayout, config: Config) -> HeadLayout:
@@ -172,13 +202,15 @@ def _write_adapter(source: Path, target: Path, layout: HeadLayout, config: Confi
     adapter = source.parent / "adapter"
     if not (adapter / "adapter_config.json").exists():
         raise PoiseError(f"{config.reward} has no adapters beside it: train it with `--trunk lora`")
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    name = next(name for name in tensors if name.endswith("score.weight"))
-    weight = load_file(source / "model.safetensors")["score.weight"]
+    tensors = _read_tensors(own_file(adapter, "adapter_model.safetensors"))
+    name = next((name for name in tensors if name.endswith("score.weight")), "")
+    weight = _read_tensors(own_file(source, "model.safetensors")).get("score.weight")
+    if not name or weight is None:
+        raise PoiseError(f"{config.reward} has no score.weight in its safetensors files or its adapters")
     if config.scalar:
         weight, layout = scalar_head(weight, layout, config.head)
     save_file({**tensors, name: weight}, target / "adapter_model.safetensors", {"format": "pt"})
-    shutil.copyfile(adapter / "adapter_config.json", target / "adapter_config.json")
+    shutil.copyfile(own_file(adapter, "adapter_config.json"), target / "adapter_config.json")
     return layout
 
 

@@ -24,7 +24,7 @@ from poise.data.evaluation_sets import Item, Questions
 from poise.data.types import Preference
 from poise.errors import PoiseError
 from poise.functional.objectives import mean
-from poise.models.loading import HfModel, frozen_dtype
+from poise.models.loading import HfModel, frozen_dtype, resolve_model
 from poise.models.reward_model import HeadLayout, load_trunk, save_reward_model, with_heads
 from poise.models.scorer import FeatureExtractor, Scorer
 from poise.models.shared_prompt import takes_packed_rows
@@ -43,7 +43,7 @@ from poise.reward.trunk_training import (
     token_pairs,
 )
 from poise.runtime.progress import console
-from poise.runtime.run_folder import Json, Run, is_main_process
+from poise.runtime.run_folder import Inputs, Json, Run, is_main_process
 
 __all__ = ["Config", "heads_in_memory", "pair_features", "run", "trunk_source"]
 
@@ -51,7 +51,7 @@ __all__ = ["Config", "heads_in_memory", "pair_features", "run", "trunk_source"]
 def run(config: Config) -> Run:
     """Train, evaluate and save; a finished run is returned as it is."""
     check(config)
-    out = Run.open(config.output, config)
+    out = Run.open(config.output, config, lambda: _inputs(config))
     if out.results is not None:
         return out
     split = read(config)
@@ -61,6 +61,11 @@ def run(config: Config) -> Run:
     judged = judge(trained, held_features, split, config.seed)
     _save(out, split, extract, trained, judged)
     return out
+
+
+def _inputs(config: Config) -> Inputs:
+    """What the run reads, by the setting that names it; preferences from the hub are not compared."""
+    return {"--preferences": [Path(config.preferences)], "--model": [Path(resolve_model(config.model))]}
 
 
 def heads_in_memory(config: Config, extract: FeatureExtractor) -> dict[str, TrainedModel]:

@@ -1,12 +1,16 @@
-"""Runs each job in a subprocess, several at a time. Jobs survive a stop and fail independently.
+"""Runs each job in a subprocess, several at a time. A job goes on where it was stopped; jobs fail independently.
+
+A job whose parent is killed is asked to stop: a training saves its step and ends.
 
 FOLDER/error.txt   why the last try failed
 FOLDER/cost.json   processor time of all tries together
 """
 
+import ctypes
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -14,8 +18,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from poise.errors import PoiseError
+from poise.runtime.folders import is_ours, own
 from poise.runtime.progress import progress
 from poise.runtime.run_folder import Run, write_json
+
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class Job(NamedTuple):
@@ -58,9 +66,14 @@ def run_job(job: Job, at_a_time: int = 1) -> str:
     """
     error = job.folder / "error.txt"
     try:
-        run = Run.open(job.folder, job.config)
+        run = Run(job.folder)
+        run.check_config(job.config)
+        own(job.folder)
+        if run.results is None:
+            run.write_config(job.config)
     except PoiseError as other:  # the folder was begun with other settings: only this job cannot go on
-        error.write_text(str(other))
+        if is_ours(job.folder):
+            error.write_text(str(other))
         return str(other)
     with (
         (job.folder / ".lock").open("w") as lock,
@@ -75,6 +88,7 @@ def run_job(job: Job, at_a_time: int = 1) -> str:
         process = subprocess.Popen(
             [sys.executable, "-m", "poise.cli", job.command, "--config", str(job.folder / "config.yaml")],
             stdout=log, stderr=stderr, pass_fds=[lock.fileno()], env={"OMP_NUM_THREADS": threads, **os.environ},
+            preexec_fn=_ends_with_parent,  # one system call; its library is loaded before the fork
         )  # fmt: skip
         _, status, usage = os.wait4(process.pid, 0)  # `Popen.wait` does not report the subprocess's processor time
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -88,6 +102,12 @@ def run_job(job: Job, at_a_time: int = 1) -> str:
     why = (said.strip().splitlines() or [f"exit status {process.returncode}"])[-1].removeprefix("poise: ")
     error.write_text(said or why)
     return why
+
+
+def _ends_with_parent() -> None:
+    """Have the system send this process SIGTERM when the thread that started it ends, also if by kill -9 (Linux)."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def cpu_hours(folder: Path) -> float:

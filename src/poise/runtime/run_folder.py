@@ -2,6 +2,7 @@
 
 RUN/config.yaml        the config, enough to repeat the run: `poise <command> --config RUN/config.yaml`
 RUN/environment.json   versions, device, command
+RUN/inputs.json        digests of the files that the run was begun with
 RUN/metrics.jsonl      one line per step
 RUN/results.json       written last, atomically: its presence means the run is complete
 """
@@ -12,11 +13,10 @@ import json
 import math
 import os
 import platform
-import shutil
+import re
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,11 @@ from typing import Any
 import yaml
 
 from poise.errors import PoiseError, first_line
+from poise.runtime import inputs as run_inputs
+from poise.runtime.folders import clear_leftovers, is_ours, lock, own, partial_name, unlock, write_folder_atomic
+from poise.runtime.inputs import Inputs
+
+__all__ = ["Inputs", "Run", "write_folder_atomic"]
 
 Json = dict[str, Any]
 
@@ -35,28 +40,43 @@ class Run:
         self.folder = folder
 
     @classmethod
-    def open(cls, folder: str | Path, config: Any) -> "Run":
-        """Open `folder` for `config` (a dataclass), creating it if need be.
+    def open(cls, folder: str | Path, config: Any, inputs: Callable[[], Inputs] | None = None) -> "Run":
+        """Open `folder` for `config` (a dataclass), creating it if need be, and be the one process that writes in it.
 
+        inputs: called for the files and model folders that the run reads; not called for a finished run.
         A setting that the folder's config.yaml lacks, being of an earlier version, had the default it has now.
-        Raises PoiseError if the folder already holds a run of another config: results never mix.
+        Raises PoiseError if the folder holds something else, a run of another config or with other inputs, or if
+        another process writes in it: results never mix.
         """
         run = cls(Path(folder))
-        run.folder.mkdir(parents=True, exist_ok=True)
-        wanted = config_dict(config)
-        path = run.folder / "config.yaml"
+        run.check_config(config)
+        if run.results is None:  # a finished run keeps the record of what made it
+            own(run.folder)
+            if is_main_process():
+                lock(run.folder)
+                _record_inputs(run.folder, inputs)
+            run.write_config(config)
+        return run
+
+    def check_config(self, config: Any) -> None:
+        """Raise PoiseError if the folder holds a run of another config, or something else than a run."""
+        path = self.folder / "config.yaml"
         if path.exists():
-            changed = _changed_fields(_defaults(config) | (yaml.safe_load(path.read_text()) or {}), wanted)
+            changed = _changed_fields(_defaults(config) | load_config_file(path), config_dict(config))
             if changed:
                 raise PoiseError(
-                    f"{run.folder} holds a run of another config (differs in {', '.join(changed)}); "
+                    f"{self.folder} holds a run of another config (differs in {', '.join(changed)}); "
                     f"choose another --output or delete the folder"
                 )
-        else:
-            write_atomic(path, yaml.safe_dump(wanted, sort_keys=False))
-        if run.results is None:  # a finished run keeps the record of what made it
-            write_atomic(run.folder / "environment.json", json.dumps(environment(), indent=2))
-        return run
+        elif not is_ours(self.folder):
+            own(self.folder)  # says what it is
+
+    def write_config(self, config: Any) -> None:
+        """Write config.yaml, unless it is there, and environment.json."""
+        path = self.folder / "config.yaml"
+        if not path.exists():
+            write_atomic(path, yaml.safe_dump(config_dict(config), sort_keys=False))
+        write_atomic(self.folder / "environment.json", json.dumps(environment(), indent=2))
 
     @property
     def results(self) -> Json | None:
@@ -67,6 +87,7 @@ class Run:
     def finish(self, results: Json) -> Json:
         """Mark the run complete."""
         write_json(self.folder / "results.json", results)
+        unlock(self.folder)
         return results
 
     def log(self, **metrics: Any) -> None:
@@ -130,9 +151,37 @@ def environment() -> Json:
         "system": f"{platform.system()} {platform.machine()}",
         "device": device,
         "versions": versions,
-        "command": ["poise" if Path(sys.argv[0]).name == "__main__.py" else Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": _without_paths(sys.argv),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _without_paths(arguments: Sequence[str]) -> list[str]:
+    """A command line with the last part only of each absolute or home path; config.yaml keeps the settings."""
+    program = Path(arguments[0]).name
+    plain = re.compile(r"(?<![\w.:~/])(?:~[^/\s]*)?/[^\s,=]*/")
+    return ["poise" if program == "__main__.py" else program, *(plain.sub("", word) for word in arguments[1:])]
+
+
+def _record_inputs(folder: Path, inputs: Callable[[], Inputs] | None) -> None:
+    """Write inputs.json, or raise PoiseError if the run was begun with other inputs."""
+    if inputs is None:
+        return
+    path = folder / run_inputs.FILE
+    before = run_inputs.read_fingerprints(path)
+    now = run_inputs.fingerprints(inputs(), before)
+    if before is None and (folder / "config.yaml").exists():
+        print(
+            f"{folder} was begun by a version that kept no digests of its inputs; it goes on with the present ones",
+            file=sys.stderr,
+        )
+    if before and (changed := run_inputs.changed(before, now)):
+        raise PoiseError(
+            f"{folder} was begun with other inputs: {', '.join(changed)} changed since; "
+            f"choose another --output, or bring the old files back"
+        )
+    if now != before:
+        write_json(path, {**(before or {}), **now})
 
 
 def is_main_process() -> bool:
@@ -143,7 +192,8 @@ def is_main_process() -> bool:
 def write_atomic(path: Path, text: str) -> None:
     """Write a file whole or not at all, even if killed half-way."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    clear_leftovers(path)
+    partial = partial_name(path)
     try:
         with partial.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -153,25 +203,6 @@ def write_atomic(path: Path, text: str) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-
-
-@contextlib.contextmanager
-def write_folder_atomic(path: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill; it becomes `path` (replacing an old one) only if the block succeeds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        yield scratch
-        scratch.chmod(0o755)
-        if path.exists():
-            retired = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-            os.replace(path, retired / path.name)
-            os.replace(scratch, path)
-            shutil.rmtree(retired)
-        else:
-            os.replace(scratch, path)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:

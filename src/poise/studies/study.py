@@ -33,6 +33,7 @@ from poise.policy.evaluate import fluctuation
 from poise.reports import published as claims
 from poise.reports import study_page, study_plots
 from poise.reports.summary import contrasts, measured, summary
+from poise.runtime.folders import lock, own
 from poise.runtime.jobs import cpu_hours, run_jobs
 from poise.runtime.progress import console, progress
 from poise.runtime.run_folder import Json, Run, config_dict, environment, read_jsonl, write_atomic, write_json
@@ -64,6 +65,8 @@ def run(config: Config) -> Run:
     """Train what is missing, then score everything by gold. A job that fails is named and left out."""
     standard, config = is_standard(config), completed(config)
     check(config)
+    own(Path(config.output))
+    lock(Path(config.output))
     if standard:
         recipes.study_files(Path(config.preferences).parent)
     sources = _read(config)
@@ -96,6 +99,8 @@ def run(config: Config) -> Run:
         study_plots.save_study(results, out.folder / "study.png")
     _say(results)
     console.print(f"[bold]Report:[/] {study_page.build(out.folder)}")
+    if failed and not cells and config.policy_seeds:
+        raise PoiseError(f"every policy of the study failed: {next(iter(failed.values()))}")
     return out
 
 
@@ -121,7 +126,7 @@ def _best_of_n(config: Config, folder: Path) -> Json:
         prompts=config.eval_prompts, reward=(), model=policy_model(config), per_prompt=config.pool_size,
         max_tokens=config.policy.max_tokens, gold=config.gold, on_bad_row=config.policy.on_bad_row,
     )  # fmt: skip
-    (folder / "pool").mkdir(exist_ok=True)
+    own(folder / "pool")
     rows = best_of_n.make_pool(folder / "pool", sampling)
     labels = [prompt_label(row["prompt"]) for row in rows[:: config.pool_size]]
     if len(rows) != len({prompt_key(row["prompt"]) for row in rows}) * config.pool_size:
@@ -191,7 +196,6 @@ def _open(config: Config) -> Run:
     fixed = {key: value for key, value in settings(config).items() if key not in GROWS}
     digests = _digests(config)
     out = Run(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     if path.exists():
         # An earlier version may have written it: some settings had other names, and a missing one had its default.
         before = settings(Config()) | {RENAMED.get(key, key): value for key, value in _kept(path).items()}
@@ -303,6 +307,7 @@ def _cells(config: Config, comparisons: list[str]) -> Iterator[Json]:
             if len(done) < 2:
                 continue
             output = world_folder(config, noise, seed) / f"policy-{policy_seed}" / "comparison"
+            own(output)
             (output / "config.yaml").unlink(missing_ok=True)  # compared again: there may be more arms than last time
             pool = str(Path(config.output) / "pool") if config.pool_size else ""
             side_by_side = compare.Config(arms=tuple(done), output=str(output), gold=config.gold, pool=pool)

@@ -1,0 +1,75 @@
+"""What a run was begun with: digests of its input files, so that it never goes on with others.
+
+RUN/inputs.json   per input (prompts, model, …) and file: SHA-256, and the size and times it had; no paths
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from poise.errors import PoiseError
+
+Inputs = Mapping[str, Sequence[Path]]  # files and model folders, by the name that the user knows them by
+
+FILE = "inputs.json"
+# What of a folder decides what a model says, or which rows a data set has.
+_SUFFIXES = {".safetensors", ".json", ".txt", ".model", ".jinja", ".arrow", ".parquet"}
+
+
+def fingerprints(inputs: Inputs, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """{input: {file: {"sha256", "stat"}}} of the inputs that exist.
+
+    known: earlier fingerprints. A file with the size, times and inode of then is not read again: a file of many
+    gigabytes costs time.
+    """
+    found: dict[str, Any] = {}
+    for name, paths in inputs.items():
+        before = (known or {}).get(name)
+        files = {label: file for number, path in enumerate(paths) for label, file in _files(number, path)}
+        old = before if isinstance(before, dict) else {}
+        found[name] = {label: _fingerprint(file, old.get(label)) for label, file in files.items()}
+    return found
+
+
+def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Inputs whose content is another than before; inputs that only one side has are not compared."""
+    return [name for name, files in now.items() if name in before and _digests(before[name]) != _digests(files)]
+
+
+def read_fingerprints(path: Path) -> dict[str, Any] | None:
+    """What inputs.json holds; None if there is none. Raises PoiseError for a damaged one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise PoiseError(f"{path} is damaged; choose another --output, or delete it to go on unchecked")
+    return found
+
+
+def _files(number: int, path: Path) -> list[tuple[str, Path]]:
+    """(label, file) of an input: of a folder its model files, by their names; of a file itself, by its position."""
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES and file.is_file())
+        files += sorted((path / "poise").glob("*.safetensors"))
+        return [(f"{number}/{file.relative_to(path).as_posix()}", file) for file in files]
+    return [(str(number), path)] if path.is_file() else []
+
+
+def _fingerprint(file: Path, known: Any) -> dict[str, Any]:
+    about = file.stat()
+    stat = [about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino]
+    if isinstance(known, dict) and known.get("stat") == stat and isinstance(known.get("sha256"), str):
+        return {"sha256": known["sha256"], "stat": stat}
+    with file.open("rb") as content:
+        return {"sha256": hashlib.file_digest(content, "sha256").hexdigest(), "stat": stat}
+
+
+def _digests(files: Any) -> dict[str, Any]:
+    if not isinstance(files, dict):
+        return {}
+    return {label: about.get("sha256") if isinstance(about, dict) else None for label, about in files.items()}
