@@ -22,11 +22,10 @@ from transformers.pytorch_utils import Conv1D
 from poise.data.types import Prompt
 from poise.errors import PoiseError, first_line
 from poise.models.chat_format import encode, generation_prompt
+from poise.models.choices import DEFAULT_MODEL
 from poise.runtime.downloads import cache_folder, cached, package_file
 from poise.runtime.progress import console
 from poise.runtime.quiet import quiet_loading
-
-DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 # Hugging Face objects resolve their attributes at run time; a type checker could only guess at them.
 HfModel = Any

@@ -1,15 +1,14 @@
 """`poise push`: a reward model on the model hub, for anybody's `from_pretrained`."""
 
 import json
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import tyro
 from huggingface_hub import HfApi, get_token
 
 from poise.errors import PoiseError, first_line
 from poise.models.reward_model import checkpoint_folder
+from poise.reward.config import PushConfig as Config
 from poise.runtime.progress import console
 
 # What a reward model is made of. Anything else in the folder, data and optimizer states included, stays here.
@@ -19,18 +18,6 @@ FILES = (
     "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "chat_template.jinja", "README.md", "calibration.png",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Config:
-    """Upload a reward model to the model hub; nothing but the checkpoint's own files leaves this machine."""
-
-    reward: tyro.conf.Positional[str]
-    """Reward model: a checkpoint folder or a `poise train-reward` run (its BRME)."""
-    repo: str
-    """Where to: `user/name`; made if it does not exist."""
-    private: bool = False
-    """Make a new repository readable by its owners only."""
 
 
 def run(config: Config) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from poise.runtime.distributed import process_index
+from poise.runtime.processes import process_index
 
 console = Console(stderr=True, highlight=False)
 _parts_of_another = 0
