@@ -161,9 +161,7 @@ def load_weights(
     if found["error_msgs"]:
         raise PoiseError(f"cannot load {folder} as a {kind}: {str(next(iter(found['error_msgs']))).splitlines()[0]}")
     if left:
-        console.print(
-            f"{folder}: not read, because a {kind} has no place for them: {_listed(left)}", markup=False, soft_wrap=True
-        )
+        console.print(f"{folder}: not read, because a {kind} has no place for them: {_listed(left)}", soft_wrap=True)
     return model
 
 

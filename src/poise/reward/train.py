@@ -198,7 +198,7 @@ def _save(out: Run, split: PreferenceSplit, extract: FeatureExtractor, trained: 
         console.print(f"{extract.num_truncated} samples lost their oldest tokens (longer than {extract.max_length})")
     if collapsed:
         console.print(
-            "[bold red]std collapse:[/] the heads' std fell more than 10x while validation error stood still; "
+            "std collapse: the heads' std fell more than 10x while validation error stood still; "
             "do not read it as an error bar"
         )
     if not is_main_process():

@@ -77,7 +77,7 @@ def run(config: Config) -> Run:
     """Run every stage that is not complete; returns the run, with report.html in its folder."""
     out = Run.open(config.output, config)
     folder = out.folder
-    console.print(f"[bold]Poise quickstart[/] in {folder}")
+    console.print(f"Poise quickstart in {folder}")
     _stage(out, "model and data", lambda: _prepare(config, folder))
     reward = train_reward.Config(
         preferences=str(folder / "preferences.jsonl"), output=str(folder / "reward"), model=config.model,
@@ -112,7 +112,7 @@ def run(config: Config) -> Run:
             "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         }
     )
-    console.print(f"[bold]Report:[/] {report.build(folder)}")
+    console.print(f"Report: {report.build(folder)}")
     return out
 
 
