@@ -88,7 +88,7 @@ def test_training_does_not_load_gold_at_run_time() -> None:
 def test_confined_libraries() -> None:
     homes = {
         "matplotlib": {"reports.plot_style", "reports.plots", "reports.study_plots"},
-        "jinja2": {"reports.quickstart_page", "reports.reward_page", "reports.study_page"},
+        "jinja2": {"models.template_trial", "reports.quickstart_page", "reports.reward_page", "reports.study_page"},
         "lm_eval": {"integrations.lm_eval"},
         "vaderSentiment": {"studies.gold"},
         "peft": {

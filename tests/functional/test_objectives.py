@@ -290,3 +290,21 @@ def test_more_pessimistic_never_raises_a_reward(spec: str, more: float | None) -
     lower = more_pessimistic(objective)
     assert parameter(lower) == more
     assert (lower(heads) <= objective(heads) + 1e-6).all()
+
+
+def test_every_objective_has_the_parameter_that_its_name_says() -> None:
+    from poise.functional.objective_names import PARAMETERS
+
+    assert PARAMETERS.keys() == OBJECTIVES.keys()
+    for name, function in OBJECTIVES.items():
+        default = parameter(function)
+        allowed = PARAMETERS[name]
+        assert (default is None) == (allowed is None), name
+        assert allowed is None or default is None or default in allowed.allowed, name
+
+
+@pytest.mark.parametrize("name", ["tradeoff", "quantile", "soft_min", "uncertainty_weighted", "lower_confidence"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
+def test_a_parameter_out_of_range_is_refused_by_the_function_itself(name: str, value: float) -> None:
+    with pytest.raises(PoiseError, match=f"{name}'s .* must be"):
+        OBJECTIVES[name](HeadRewards(torch.zeros(3), torch.zeros(3)), value)

@@ -158,7 +158,7 @@ def test_code_of_a_checkpoint_is_not_run(language_model: Path, tmp_path: Path) -
     (folder / "config.json").write_text(f'{text[:start]}"auto_map": {{"AutoConfig": "code.Config"}},{text[start:]}')
     (folder / "code.py").write_text("raise SystemExit('was run')")
     for load in (load_policy, load_reward_model, lambda path: load_trunk(path, 2)):
-        with pytest.raises(PoiseError, match=r"cannot read|no usable tokenizer"):
+        with pytest.raises(PoiseError, match=r"cannot read|no usable tokenizer|never runs"):
             load(str(folder))
 
 

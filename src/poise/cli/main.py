@@ -5,7 +5,10 @@ docstrings; a field that is a config itself gives dotted options. `RENAMED` in t
 settings in older config files to the dotted names they have now.
 """
 
+import contextlib
 import importlib
+import io
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
@@ -13,7 +16,9 @@ from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from poise import __version__
+from poise.cli.boundary import DONE, exit_status
 from poise.errors import PoiseError
+from poise.runtime.settings import Settings, problem, shown
 
 COMMANDS = {
     "quickstart": ("poise.studies.quickstart", "all steps on a laptop in one command, ending in one page"),
@@ -36,6 +41,25 @@ COMMANDS = {
     "report": ("poise.reports.quickstart_page", "rebuild the page of a quickstart folder"),
 }
 
+# Where the settings of each command are, in modules that do not import torch.
+SETTINGS = {
+    "quickstart": "poise.studies.config:QuickstartConfig",
+    "train-reward": "poise.reward.config:Config",
+    "evaluate-reward": "poise.reward.config:EvaluateConfig",
+    "train-policy": "poise.policy.config:Config",
+    "best-of-n": "poise.studies.config:BestOfNConfig",
+    "compare": "poise.studies.config:CompareConfig",
+    "evaluate-policy": "poise.policy.config:EvaluateConfig",
+    "study": "poise.studies.config:Config",
+    "toy": "poise.toy.config:Config",
+    "score": "poise.reward.config:ScoreConfig",
+    "ensemble": "poise.reward.config:EnsembleConfig",
+    "export": "poise.reward.config:ExportConfig",
+    "merge": "poise.policy.config:MergeConfig",
+    "push": "poise.reward.config:PushConfig",
+    "report": "poise.reports.config:ReportConfig",
+}
+
 USAGE = "\n".join(
     [
         "usage: poise COMMAND [OPTIONS]      poise COMMAND --help for the options of each",
@@ -55,29 +79,48 @@ USAGE = "\n".join(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 2 bad input (one line on stderr), 130 interrupted."""
+    """Exit status: 0 done, 2 bad input (one line on stderr), 130 interrupted; see `poise.cli.boundary`."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a path may hold what the terminal's encoding does not
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        _run(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  the boundary: every error becomes one line there
+        return exit_status(error)
+    return DONE
+
+
+def _run(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
-        return 0
+        return
     if arguments[0] == "--version":
         print(f"poise {__version__}")
-        return 0
+        return
     command, *rest = arguments
-    try:
-        if command not in COMMANDS:
-            raise PoiseError(f"no command {command!r}; choose from {', '.join(COMMANDS)}")
-        module = importlib.import_module(COMMANDS[command][0])  # only now: torch takes seconds to import
-        renamed = getattr(module, "RENAMED", {})
-        module.run(parse_config(module.Config, f"poise {command}", rest, renamed))
+    if command not in COMMANDS:
+        raise PoiseError(f"no command {command!r}; choose from {', '.join(COMMANDS)}")
+    settings, renamed = settings_of(command)
+    config = parse_config(settings, f"poise {command}", rest, renamed)
+    if isinstance(config, Settings):
+        from poise.cli.inputs import check_inputs
+
+        config.check()
+        check_inputs(config)
+    module = importlib.import_module(COMMANDS[command][0])  # only now: torch takes seconds to import
+    module.run(config)
+    if "torch" in sys.modules:
         importlib.import_module("poise.runtime.distributed").leave()
-    except PoiseError as error:
-        print(f"poise: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("poise: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    return 0
+
+
+def settings_of(command: str) -> tuple[type, Mapping[str, str]]:
+    """The settings' class of a command, and its RENAMED; without torch if the class is listed in SETTINGS."""
+    home, _, name = SETTINGS.get(command, f"{COMMANDS[command][0]}:Config").partition(":")
+    module = importlib.import_module(home)
+    return getattr(module, name), getattr(module, "RENAMED", {}) if name == "Config" else {}
 
 
 def parse_config(
@@ -88,12 +131,10 @@ def parse_config(
     renamed: dotted names that settings have now, by the names they have in older files.
     Raises PoiseError for a config file with settings this command does not have, or with values of a wrong type.
     """
-    import tyro
-
     from poise.runtime.run_folder import load_config_file
 
     if "--config" not in arguments:
-        return tyro.cli(config, prog=program, args=arguments)
+        return _parsed(config, program, arguments)
     at = arguments.index("--config")
     if at + 1 >= len(arguments):
         raise PoiseError("--config needs a file, e.g. --config RUN/config.yaml")
@@ -106,7 +147,25 @@ def parse_config(
         default = config(**values)
     except TypeError as error:
         raise PoiseError(f"{path} is incomplete: {error}") from None
-    return tyro.cli(config, prog=program, args=arguments[:at] + arguments[at + 2 :], default=default)
+    return _parsed(config, program, arguments[:at] + arguments[at + 2 :], default)
+
+
+def _parsed(config: type, program: str, arguments: list[str], default: Any = None) -> Any:
+    """What tyro reads; its boxes of errors as one line."""
+    import tyro
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            if default is None:
+                return tyro.cli(config, prog=program, args=arguments)
+            return tyro.cli(config, prog=program, args=arguments, default=default)
+    except SystemExit as stop:
+        if stop.code == 0:  # --help
+            raise
+        box = re.split(r"(?m)^. ─+ .$", re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue()))[0]
+        lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
+        raise PoiseError(f"{' '.join(lines) or 'bad options'} ({program} --help lists the options)") from None
 
 
 def _with_new_names(settings: dict[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
@@ -143,8 +202,10 @@ def _values(settings: dict[Any, Any], config: type, path: str, inside: str = "")
         else:
             try:
                 values[name] = _converted(value, kinds[name])
-            except (TypeError, ValueError):
-                raise PoiseError(f"{path}: {inside}{name} cannot be {value!r}") from None
+            except (TypeError, ValueError, OverflowError):
+                wanted = problem(value, kinds[name])
+                expected = f"must be {wanted}: " if wanted else ""
+                raise PoiseError(f"{path}: {expected}{inside}{name} cannot be {shown(value)}") from None
     return values, unknown
 
 

@@ -8,17 +8,18 @@ Variance is always the population variance (divided by K).
 
 import inspect
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from poise.errors import PoiseError
+from poise.functional.objective_names import PARAMETERS, check_parameter, read_objective
+from poise.functional.objective_names import Shaping as Shaping
 
 
 class HeadRewards(NamedTuple):
@@ -64,8 +65,7 @@ def tradeoff(heads: HeadRewards, nominal_weight: float = 0.4) -> Float[Tensor, "
     >>> tradeoff(HeadRewards(torch.tensor([1.0, 4.0]), torch.tensor([0.5, 0.1])), 0.5).item()
     2.5
     """
-    if not 0.0 <= nominal_weight <= 1.0:
-        raise PoiseError(f"tradeoff's nominal weight must be in [0, 1], got {nominal_weight}")
+    check_parameter("tradeoff", nominal_weight)
     return nominal_weight * nominal(heads) + (1.0 - nominal_weight) * worst_case(heads)
 
 
@@ -101,6 +101,7 @@ def uncertainty_weighted(heads: HeadRewards, coefficient: float = 0.5) -> Float[
     >>> uncertainty_weighted(HeadRewards(torch.tensor([1.0, 3.0]), torch.zeros(2)), 0.5).item()
     1.5
     """
+    check_parameter("uncertainty_weighted", coefficient)
     return mean(heads) - coefficient * disagreement(heads).square()
 
 
@@ -110,6 +111,7 @@ def lower_confidence(heads: HeadRewards, coefficient: float = 1.0) -> Float[Tens
     >>> lower_confidence(HeadRewards(torch.tensor([1.0, 3.0]), torch.zeros(2)), 1.0).item()
     1.0
     """
+    check_parameter("lower_confidence", coefficient)
     return mean(heads) - coefficient * disagreement(heads)
 
 
@@ -121,8 +123,7 @@ def soft_min(heads: HeadRewards, temperature: float = 1.0) -> Float[Tensor, "*ba
     >>> round(soft_min(HeadRewards(torch.tensor([0.0, 1.0]), torch.zeros(2)), 1.0).item(), 4)
     0.3799
     """
-    if temperature <= 0.0:
-        raise PoiseError(f"soft_min's temperature must be > 0, got {temperature}; worst_case is its limit at 0")
+    check_parameter("soft_min", temperature)
     num_heads = heads.mean.shape[-1]
     return -temperature * (torch.logsumexp(-heads.mean / temperature, dim=-1) - math.log(num_heads))
 
@@ -133,8 +134,7 @@ def quantile(heads: HeadRewards, level: float = 0.25) -> Float[Tensor, "*batch"]
     >>> quantile(HeadRewards(torch.tensor([1.0, 2.0, 4.0]), torch.zeros(3)), 0.25).item()
     1.5
     """
-    if not 0.0 <= level <= 1.0:
-        raise PoiseError(f"quantile's level must be in [0, 1], got {level}")
+    check_parameter("quantile", level)
     return heads.mean.quantile(level, dim=-1)
 
 
@@ -157,8 +157,7 @@ def expected_tradeoff(heads: HeadRewards, nominal_weight: float = 0.4) -> Float[
     >>> expected_tradeoff(heads, 0.0).tolist()  # head 1 has the lower mean, 1.5 against 2
     [3.0, 0.0]
     """
-    if not 0.0 <= nominal_weight <= 1.0:
-        raise PoiseError(f"expected_tradeoff's nominal weight must be in [0, 1], got {nominal_weight}")
+    check_parameter("expected_tradeoff", nominal_weight)
     expected = heads.mean.flatten(0, -2).mean(0) if heads.mean.dim() > 1 else heads.mean
     # Centered heads are equal on the batch they were centered on, but for rounding: ties go to the first head.
     least_favorable = (expected <= expected.min() + 1e-5).int().argmax()
@@ -180,6 +179,7 @@ def constant(heads: HeadRewards, value: float = 0.0) -> Float[Tensor, "*batch"]:
     >>> constant(HeadRewards(torch.tensor([1.0, 3.0]), torch.zeros(2)), 2.0).item()
     2.0
     """
+    check_parameter("constant", value)
     return torch.full_like(heads.mean[..., 0], value)
 
 
@@ -230,7 +230,6 @@ def preference_as_reward(heads: HeadRewards, baseline: HeadRewards) -> HeadRewar
     return HeadRewards(torch.sigmoid(heads.mean.unsqueeze(-2) - baseline.mean).mean(-2), heads.std)
 
 
-Shaping = Literal["none", "contrastive", "par"]
 SHAPINGS: dict[str, Callable[[HeadRewards, HeadRewards], HeadRewards]] = {
     "contrastive": contrastive, "par": preference_as_reward,
 }  # fmt: skip
@@ -334,8 +333,6 @@ OBJECTIVES: dict[str, Callable[..., Tensor]] = {
     )
 }  # fmt: skip
 
-_SPEC = re.compile(r"^\s*(\w+)\s*(?:\(\s*([^()\s]*)\s*\))?\s*$")
-
 
 def parse_objective(spec: str) -> Objective:
     """The picklable objective a config names: `worst_case`, `tradeoff(0.4)`, `lower_confidence(2)`.
@@ -345,19 +342,9 @@ def parse_objective(spec: str) -> Objective:
     >>> parse_objective("lower_confidence(2)")(HeadRewards(torch.tensor([1.0, 3.0]), torch.zeros(2))).item()
     0.0
     """
-    match = _SPEC.match(spec)
-    if match is None or match[1] not in OBJECTIVES:
-        raise PoiseError(f"unknown objective {spec!r}; choose from {', '.join(OBJECTIVES)}, e.g. tradeoff(0.4)")
-    function, argument = OBJECTIVES[match[1]], match[2]
-    if argument:
-        try:
-            if not math.isfinite(value := float(argument)):
-                raise ValueError(argument)
-            function = partial(function, **{_parameter_name(function): value})
-        except (ValueError, StopIteration):
-            raise PoiseError(f"objective {spec!r}: {match[1]} takes no parameter {argument!r}") from None
-    function(HeadRewards(torch.zeros(1), torch.zeros(1)))  # a parameter out of range is said now, not an hour in
-    return function
+    name, value = read_objective(spec)
+    function = OBJECTIVES[name]
+    return function if value is None else partial(function, **{_parameter_name(function): value})
 
 
 def with_parameter(objective: Objective, value: float) -> Objective:
@@ -379,7 +366,10 @@ def more_pessimistic(objective: Objective) -> Objective:
     value = parameter(objective)
     if value is None or function is constant:
         return objective
-    return with_parameter(objective, value * (2.0 if function in (uncertainty_weighted, lower_confidence) else 0.5))
+    value *= 2.0 if function in (uncertainty_weighted, lower_confidence) else 0.5
+    allowed = PARAMETERS[function.__name__]
+    bounds = (-math.inf, math.inf) if allowed is None else (allowed.allowed.low, allowed.allowed.high)
+    return with_parameter(objective, float(min(max(value, bounds[0]), bounds[1])))  # alarms may go on for ever
 
 
 def parameter(objective: Objective) -> float | None:

@@ -22,13 +22,12 @@ import torch
 from numpy import ndarray
 
 from poise.errors import PoiseError, first_line
-from poise.integrations.lm_eval_tasks import BENCHMARKS, Benchmark, read_docs, settings_of
+from poise.integrations.lm_eval_tasks import BENCHMARKS, MAX_TOKENS, Benchmark, read_docs, settings_of
 from poise.models.loading import HfModel, HfTokenizer
 from poise.runtime.progress import console
 from poise.runtime.quiet import quiet_loading
 from poise.runtime.run_folder import Json
 
-MAX_TOKENS = 256
 LOGIT_BYTES = 2**30  # of one batch: logits and their log-softmax, in float32
 
 

@@ -58,6 +58,7 @@ BENCHMARKS = {
     "gsm8k": Benchmark("gsm8k", "number", "exact_match"),
     "bbh": Benchmark("bbh_zeroshot", "text", "exact_match"),
 }
+MAX_TOKENS = 256  # of a completion of the generative benchmarks
 DEFAULT_TASKS = tuple(name for name in BENCHMARKS if name != "bbh")
 
 

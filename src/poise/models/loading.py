@@ -23,12 +23,11 @@ from transformers.pytorch_utils import Conv1D
 from poise.data.types import Prompt
 from poise.errors import PoiseError, first_line
 from poise.models.chat_format import encode, generation_prompt
+from poise.models.choices import DEFAULT_MODEL
 from poise.models.end_tokens import agree_on_ends
 from poise.runtime.downloads import cache_folder, cached, package_file
 from poise.runtime.progress import console
 from poise.runtime.quiet import quiet_loading
-
-DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 # Hugging Face objects resolve their attributes at run time; a type checker could only guess at them.
 HfModel = Any
@@ -176,9 +175,7 @@ def load_weights(
     if found["error_msgs"]:
         raise PoiseError(f"cannot load {folder} as a {kind}: {str(next(iter(found['error_msgs']))).splitlines()[0]}")
     if left:
-        console.print(
-            f"{folder}: not read, because a {kind} has no place for them: {_listed(left)}", markup=False, soft_wrap=True
-        )
+        console.print(f"{folder}: not read, because a {kind} has no place for them: {_listed(left)}", soft_wrap=True)
     return model
 
 

@@ -14,7 +14,7 @@ Shapes: _P prompts, _M completions per prompt, _T tokens of a completion, _L row
 import contextlib
 import copy
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import peft
 import torch
@@ -28,6 +28,7 @@ from poise.data.types import Prompt
 from poise.errors import PoiseError
 from poise.functional import ppo
 from poise.models.chat_format import encode, generation_prompt
+from poise.models.choices import Tune, ValueTrunk
 from poise.models.end_tokens import end_token_ids
 from poise.models.fused_ops import AdaptedLinear, ChosenLogprob
 from poise.models.loading import (
@@ -42,9 +43,6 @@ from poise.models.loading import (
 from poise.models.rollout import Rollout, packed_attention
 from poise.models.shared_prompt import additive, attention_window, equal_completions
 from poise.runtime.quiet import quiet_loading
-
-Tune = Literal["lora", "full"]
-ValueTrunk = Literal["shared", "own"]
 
 
 class Evaluation(NamedTuple):

@@ -32,46 +32,16 @@ from scipy.stats import binomtest
 
 from poise.errors import PoiseError, first_line
 from poise.functional.statistics import movement
-from poise.integrations.lm_eval import MAX_TOKENS, Answers, Task, evaluate, read_tasks
-from poise.integrations.lm_eval_tasks import DEFAULT_TASKS
-from poise.models.loading import DEFAULT_MODEL, HfModel, HfTokenizer, frozen_dtype, load_policy, resolve_model
+from poise.integrations.lm_eval import Answers, Task, evaluate, read_tasks
+from poise.models.loading import HfModel, HfTokenizer, frozen_dtype, load_policy, resolve_model
 from poise.models.policy import Policy
+from poise.policy.config import EvaluateConfig as Config
 from poise.runtime.downloads import cache_folder
 from poise.runtime.progress import console, progress
 from poise.runtime.run_folder import Json, Run, load_config_file, read_jsonl, write_json
 
 Z = 1.959964  # half-width of a 95 % interval in standard errors
 FLIPS = 100_000  # draws of the sign-flip test, so p is known to a step of 1e-5
-
-
-@dataclass(frozen=True)
-class Config:
-    """Evaluate policies on the benchmarks of the paper, and compare them with the model that training started from."""
-
-    policies: tuple[str, ...] = ()
-    """`poise train-policy` runs, model folders or hub ids."""
-    model: str = DEFAULT_MODEL
-    """The model before training, folder or hub id: differences are taken against it."""
-    data: str = ""
-    """Folder of the benchmarks' rows, NAME.jsonl or NAME.jsonl.gz, evaluated zero-shot and without a network; default:
-    the harness's own tasks, from the model hub."""
-    tasks: tuple[str, ...] = DEFAULT_TASKS
-    """Benchmarks to evaluate on; bbh is a 17th."""
-    rows: int = 100
-    """Rows of each benchmark, at most, from the beginning; 0: all. Without --data each part of a benchmark takes the
-    same number, rounded up: 100 become 114 of mmlu, which has 57 parts, and 108 of bbh, which has 27."""
-    batch_size: int = 8
-    """Requests at a time; fewer where they are long."""
-    max_tokens: int = MAX_TOKENS
-    """Longest completion of the generative benchmarks (gsm8k, bbh), in tokens."""
-    output: str = "runs/benchmarks"
-    """Run folder to write."""
-
-    def check(self) -> None:
-        """Raise PoiseError for settings out of range."""
-        for name, least in (("batch_size", 1), ("max_tokens", 1), ("rows", 0)):
-            if getattr(self, name) < least:
-                raise PoiseError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
 
 
 def run(config: Config) -> Run:

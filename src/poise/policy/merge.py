@@ -9,11 +9,9 @@ The result is a plain folder of safetensors, for engines and tools that know no 
 
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import transformers
-import tyro
 
 from poise.errors import PoiseError, first_line
 from poise.models.loading import (
@@ -25,21 +23,12 @@ from poise.models.loading import (
     pad_apart,
     resolve_model,
 )
+from poise.policy.config import MergeConfig as Config
 from poise.runtime.folders import own_file, write_folder_atomic
 from poise.runtime.progress import console
 from poise.runtime.quiet import quiet_loading
 
 _SETTINGS, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-
-@dataclass(frozen=True)
-class Config:
-    """Fold a policy's LoRA adapters into its language model, for tools that know no adapters."""
-
-    policy: tyro.conf.Positional[str]
-    """Policy: a `poise train-policy` run, or the `policy` folder in it."""
-    output: str
-    """Folder to write; it must not exist, or be empty."""
 
 
 def run(config: Config) -> Path:

@@ -12,17 +12,16 @@ let through is what `plots` drew.
 
 import json
 import shlex
-from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jinja2
-import tyro
 from markupsafe import Markup
 
 from poise.errors import PoiseError
 from poise.reports import plots
+from poise.reports.config import ReportConfig as Config
 from poise.runtime.run_folder import Json, write_atomic
 
 NUM_COMPLETIONS = 12
@@ -33,16 +32,6 @@ REWARD_MODELS = {
     "brme": "Gaussian heads fitted to it",
     "posterior": "heads drawn from its posterior",
 }
-
-
-@dataclass(frozen=True)
-class Config:
-    """Rebuild the page of a quickstart folder."""
-
-    folder: tyro.conf.Positional[str] = "runs/quickstart"
-    """A finished `poise quickstart`."""
-    png: str = ""
-    """Also write the first figure to this PNG file."""
 
 
 def run(config: Config) -> None:

@@ -1,55 +1,72 @@
-"""The settings of `poise train-reward`."""
+"""The settings of all commands about reward models; torch is not imported to read them."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from poise.data.preferences import OnBadRow
 from poise.errors import PoiseError
-from poise.models.loading import DEFAULT_MODEL
-from poise.reward.heads import HeadLossName
-from poise.reward.shards import ShardKind
+from poise.functional.objective_names import read_objective
+from poise.models.choices import DEFAULT_MODEL
+from poise.runtime.settings import (
+    Count,
+    Language,
+    LearningRate,
+    Positive,
+    Preferences,
+    Reward,
+    Rows,
+    Seed,
+    Settings,
+    WholeNumber,
+    at_least,
+    between,
+)
 
 Trunk = Literal["frozen", "lora", "full"]
+HeadLossName = Literal["sampled_mse", "gaussian_nll", "beta_nll", "crps", "probit_pairs"]
+ShardKind = Literal["disjoint", "cluster", "source", "bootstrap", "same"]
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Train a conventional reward model and multi-head ones from preferences."""
 
-    preferences: str
+    preferences: Preferences
     """Preferences: a file (JSON lines, Parquet, CSV), a folder saved by `datasets`, or a hub id."""
     output: str = "runs/reward"
     """Run folder to write."""
-    model: str = DEFAULT_MODEL
+    model: Language = DEFAULT_MODEL
     """Local folder or hub id of the language model whose first layers become the trunk."""
-    num_layers: int = 8
+    num_layers: WholeNumber = 8
     """Layers of the model to keep as trunk; 0 keeps all."""
-    max_length: int = 1024
+    max_length: Count = 1024
     """Longest sample in tokens; longer ones lose their oldest tokens. Their number is reported."""
-    validation_share: float = 0.2
+    validation_share: Annotated[float, between(0, 1, open_low=True, open_high=True)] = 0.2
     """Share of the preferences held out to choose the prior and to report accuracy: whole prompts, or whole texts where
     there are few prompts."""
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, between(0, 0.5, open_high=True)] = 0.0
     """Assumed share of preferences whose chosen and rejected texts are swapped, in [0, 0.5)."""
     trunk: Trunk = "frozen"
     """Trunk weights that stage 1 trains together with the head: none, LoRA adapters (merged afterwards), or all."""
     stage2_trunk: Trunk = "frozen"
     """The same for stage 2, which starts from the heads on the frozen trunk. The BRME then gets its own trunk."""
-    epochs: float = 1.0
+    epochs: Positive = 1.0
     """Passes over the preferences, if the trunk is trained."""
-    learning_rate: float = 0.0
+    learning_rate: Annotated[float, between(0, 10)] = 0.0
     """Learning rate of the trunk; 0 means 2e-4 for LoRA and 1e-5 for all weights."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Preferences per optimizer step, if the trunk is trained."""
-    device_batch_size: int = 8
+    device_batch_size: Count = 8
     """Preferences per forward pass and device; memory grows with it."""
-    lora_rank: int = 16
+    lora_rank: Count = 16
     """Rank of the adapters."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: a third more time, much less memory."""
-    save_steps: int = 25
+    save_steps: Count = 25
     """Optimizer steps between the checkpoints of the trunk."""
-    num_heads: int = 5
+    num_heads: Count = 5
     """Number of heads of the BRME (Bayesian Reward Model Ensemble) and of the bootstrap ensemble."""
     shards: ShardKind = "cluster"
     """Pairs that each BRME head is trained on: a part of its own (`disjoint`: random, `cluster`: by content, `source`:
@@ -58,24 +75,131 @@ class Config:
     """Loss of stage 2. `sampled_mse` is the paper's: its std measures coverage by training data. `gaussian_nll`,
     `beta_nll` and `crps` are proper scores: their std is an error bar, and the lowest-std head has the least label
     noise, not the best coverage. `probit_pairs` fits the preferences themselves."""
-    head_steps: int = 600
+    head_steps: Count = 600
     """Maximum number of optimizer steps of stage 2; it stops early when validation error rises."""
-    head_lr: float = 3e-3
+    head_lr: LearningRate = 3e-3
     """Learning rate of stage 2 (Adam)."""
-    posterior_heads: int = 64
+    posterior_heads: Annotated[int, at_least(2)] = 64
     """Heads to draw from the posterior. Too few draws underestimate disagreement; extra draws are cheap."""
     feature_cache: bool = True
     """Keep trunk features in the user's cache folder, for other heads, seeds and losses on the same texts."""
     on_bad_row: OnBadRow = "error"
     """`skip` sets bad rows aside in a file beside the data."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the validation split, the training of the trunk, the shards and the heads."""
 
 
-def check(config: Config) -> None:
-    if config.num_heads < 1 or config.posterior_heads < 2:
-        raise PoiseError("--num-heads must be at least 1 and --posterior-heads at least 2")
-    if not 0.0 < config.validation_share < 1.0:
-        raise PoiseError("--validation-share must be between 0 and 1")
-    if not 0.0 <= config.label_smoothing < 0.5:
-        raise PoiseError("--label-smoothing must be at least 0 and less than 0.5")
+@dataclass(frozen=True)
+class EvaluateConfig(Settings):
+    """Judge reward models by human labels: accuracy, calibration, and the quality of their uncertainties."""
+
+    rewards: tuple[Reward, ...]
+    """Reward models, e.g. one training from several seeds: checkpoint folders, hub ids of one-label classifiers,
+    ensembles, or `poise train-reward` runs."""
+    file: Annotated[str, Rows("questions")]
+    """`prompt`, `chosen`, `rejected`: texts (pairs) or lists of texts (three each: RM-Bench; else best-of-n sets);
+    `subset` if there is one."""
+    ood: Annotated[str, Rows("questions")] = ""
+    """Pairs of another kind of data, to measure whether the uncertainties are larger there."""
+    objective: str = "mean"
+    """How the heads become the reward that orders texts, e.g. nominal, worst_case, tradeoff(0.4)."""
+    output: str = "runs/evaluation"
+    """Run folder to write."""
+    max_length: WholeNumber = 0
+    """Longest sample in tokens; longer ones lose their oldest tokens. 0: the model's context."""
+    feature_cache: bool = True
+    """Keep trunk features in the user's cache folder, for other heads on the same trunk and texts."""
+    on_bad_row: OnBadRow = "error"
+    """`skip` sets bad rows aside in a file beside the data."""
+    seed: Seed = 0
+    """Of the random uncertainty and the bootstrap."""
+
+    def check(self) -> None:
+        """As `Settings.check`, and the number of reward models and the objective."""
+        super().check()
+        if not self.rewards:
+            raise PoiseError("--rewards needs at least one reward model")
+        read_objective(self.objective)
+
+
+@dataclass(frozen=True)
+class ScoreConfig(Settings):
+    """Score completions: per-head mean and std, uncertainties, and one objective.
+
+    `std` and `routing_std` are the stds as the heads report them. `total_std` is an error bar: it takes each head's std
+    times its `std_scale`, which was fitted on validation pairs, as `poise evaluate-reward` does.
+    """
+
+    reward: tyro.conf.Positional[Reward]
+    """Reward model: a checkpoint folder, a hub id of a one-label classifier, or a `poise train-reward` run."""
+    file: tyro.conf.Positional[Annotated[str, Rows("samples")]]
+    """JSON lines with `prompt`, `completion`."""
+    objective: str = "tradeoff(0.4)"
+    """How the heads become one reward, e.g. nominal, worst_case, tradeoff(0.4), lower_confidence(1)."""
+    output: str = ""
+    """File to write; default: FILE with .scored.jsonl."""
+    max_length: WholeNumber = 0
+    """Longest sample in tokens; longer ones lose their oldest tokens. 0: the model's context."""
+    on_bad_row: OnBadRow = "error"
+    """`skip` sets bad rows aside in a file beside the data."""
+
+    def check(self) -> None:
+        """As `Settings.check`, and the objective."""
+        super().check()
+        read_objective(self.objective)
+
+
+@dataclass(frozen=True)
+class EnsembleConfig(Settings):
+    """Combine reward models, the members, into a folder that every command reads as one with all their heads."""
+
+    members: tyro.conf.Positional[tuple[Reward, ...]]
+    """Reward models: checkpoint folders, hub ids or `poise train-reward` runs."""
+    reference: Preferences
+    """Preferences. Each member's reward is scaled to mean 0 and std 1 over their texts, so that none dominates."""
+    output: str = "runs/ensemble"
+    """Folder to write."""
+    max_length: WholeNumber = 0
+    """Longest sample in tokens; longer ones lose their oldest tokens. 0: the model's context."""
+    on_bad_row: OnBadRow = "error"
+    """`skip` sets bad rows aside in a file beside the data."""
+
+    def check(self) -> None:
+        """As `Settings.check`, and the number of members."""
+        super().check()
+        if len(self.members) < 2:
+            raise PoiseError("an ensemble needs at least two reward models")
+
+
+@dataclass(frozen=True)
+class ExportConfig(Settings):
+    """Write a reward model for tools that take one scalar, or for an engine that needs a bias."""
+
+    reward: tyro.conf.Positional[Reward]
+    """Reward model: a checkpoint folder, a hub id, or a `poise train-reward` run (its BRME)."""
+    output: str
+    """Folder to write; one that exists is replaced only if it is an earlier export."""
+    scalar: str = ""
+    """`mean` of the heads, or one `head`: one label instead of all. Empty keeps every label."""
+    head: WholeNumber | None = None
+    """Which head `--scalar head` keeps, counted from 0."""
+    adapter: bool = False
+    """Write the LoRA adapters with the heads, in PEFT's format, instead of the merged weights: a few MB that need the
+    language model they were trained on. For a run of `poise train-reward --trunk lora`."""
+    engine: Literal["vllm", "sglang"] = "vllm"
+    """`sglang` adds a zero `score.bias`, which its Qwen classifiers would otherwise leave random. vLLM, TRL and
+    transformers need nothing."""
+
+
+@dataclass(frozen=True)
+class PushConfig(Settings):
+    """Upload a reward model to the model hub; nothing but the checkpoint's own files leaves this machine."""
+
+    reward: tyro.conf.Positional[Reward]
+    """Reward model: a checkpoint folder or a `poise train-reward` run (its BRME)."""
+    repo: str
+    """Where to: `user/name`; made if it does not exist."""
+    private: bool = True
+    """Make the new repository readable by its owners only; --no-private: by everybody."""
+    existing: bool = False
+    """Upload into a repository that exists already: files of the same names are replaced."""

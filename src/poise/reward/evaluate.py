@@ -16,16 +16,15 @@ Only human labels are used. Nothing is trained or chosen here.
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 from poise.data.evaluation_sets import Questions, read_questions
-from poise.data.preferences import OnBadRow
 from poise.data.types import Sample
 from poise.errors import PoiseError
 from poise.functional.objectives import Objective, RewardScale, mean, parse_objective
 from poise.models.reward_model import HeadLayout, checkpoint_folder
 from poise.models.scorer import Scorer
+from poise.reward.config import EvaluateConfig as Config
 from poise.reward.model_comparison import differences, over_rewards
 from poise.reward.quality import (
     TextScores,
@@ -41,36 +40,9 @@ from poise.runtime.progress import console, progress
 from poise.runtime.run_folder import Json, Run, read_jsonl, write_json, write_jsonl
 
 
-@dataclass(frozen=True)
-class Config:
-    """Judge reward models by human labels: accuracy, calibration, and the quality of their uncertainties."""
-
-    rewards: tuple[str, ...]
-    """Reward models, e.g. one training from several seeds: checkpoint folders, hub ids of one-label classifiers,
-    ensembles, or `poise train-reward` runs."""
-    file: str
-    """`prompt`, `chosen`, `rejected`: texts (pairs) or lists of texts (three each: RM-Bench; else best-of-n sets);
-    `subset` if there is one."""
-    ood: str = ""
-    """Pairs of another kind of data, to measure whether the uncertainties are larger there."""
-    objective: str = "mean"
-    """How the heads become the reward that orders texts, e.g. nominal, worst_case, tradeoff(0.4)."""
-    output: str = "runs/evaluation"
-    """Run folder to write."""
-    max_length: int = 0
-    """Longest sample in tokens; longer ones lose their oldest tokens. 0: the model's context."""
-    feature_cache: bool = True
-    """Keep trunk features in the user's cache folder, for other heads on the same trunk and texts."""
-    on_bad_row: OnBadRow = "error"
-    """`skip` sets bad rows aside in a file beside the data."""
-    seed: int = 0
-    """Of the random uncertainty and the bootstrap."""
-
-
 def run(config: Config) -> Run:
     """Score, judge; a finished run is returned as it is, and a model that was judged is not judged again."""
-    if not config.rewards:
-        raise PoiseError("--rewards needs at least one reward model")
+    config.check()
     objective = parse_objective(config.objective)
     questions = read_questions(config.file, config.on_bad_row)
     ood = read_questions(config.ood, config.on_bad_row) if config.ood else None

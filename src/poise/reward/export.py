@@ -11,12 +11,10 @@ the new row is float32, because the mean of bfloat16 rows is not a bfloat16 row.
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 import torch
-import tyro
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -30,6 +28,7 @@ from poise.models.loading import frozen_dtype, load_config, load_tokenizer, reso
 from poise.models.model_card import front_matter_without_results
 from poise.models.reward_model import HeadLayout, checkpoint_folder, read_layout
 from poise.models.scorer import Scorer
+from poise.reward.config import ExportConfig as Config
 from poise.runtime.folders import inside, own_file, write_folder_atomic
 from poise.runtime.progress import console
 from poise.runtime.run_folder import Json, write_json
@@ -44,26 +43,6 @@ _TEXTS = [
     Sample("Name three colors.", "Red, green and blue. Each of them is also the color of something to eat."),
 ]
 _MARK = "poise_export"  # key of config.json by which a folder that may be written again is known
-
-
-@dataclass(frozen=True)
-class Config:
-    """Write a reward model for tools that take one scalar, or for an engine that needs a bias."""
-
-    reward: tyro.conf.Positional[str]
-    """Reward model: a checkpoint folder, a hub id, or a `poise train-reward` run (its BRME)."""
-    output: str
-    """Folder to write; one that exists is replaced only if it is an earlier export."""
-    scalar: str = ""
-    """`mean` of the heads, or one `head`: one label instead of all. Empty keeps every label."""
-    head: int | None = None
-    """Which head `--scalar head` keeps, counted from 0."""
-    adapter: bool = False
-    """Write the LoRA adapters with the heads, in PEFT's format, instead of the merged weights: a few MB that need the
-    language model they were trained on. For a run of `poise train-reward --trunk lora`."""
-    engine: Literal["vllm", "sglang"] = "vllm"
-    """`sglang` adds a zero `score.bias`, which its Qwen classifiers would otherwise leave random. vLLM, TRL and
-    transformers need nothing."""
 
 
 def run(config: Config) -> Path:

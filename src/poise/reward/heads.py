@@ -17,6 +17,7 @@ from torch import Tensor
 from poise.functional.objectives import HeadRewards
 from poise.functional.reward_losses import CENTERING, HEAD_LOSSES, HeadLoss, bradley_terry, probit_pairs
 from poise.models.reward_model import HeadLayout
+from poise.reward.config import HeadLossName
 from poise.reward.pairs import FeaturePairs
 from poise.reward.shards import Shards
 from poise.runtime.progress import progress
@@ -25,8 +26,6 @@ from poise.runtime.run_folder import Json
 STD_COLLAPSE = 10.0  # warn if the median std falls by this factor while validation MSE is flat
 
 WITHIN_ONE_STD = math.erf(0.5**0.5)  # probability of |z| < 1 for a standard Gaussian, 0.6827
-
-HeadLossName = Literal["sampled_mse", "gaussian_nll", "beta_nll", "crps", "probit_pairs"]
 
 
 class Heads(NamedTuple):

@@ -3,16 +3,15 @@
 import functools
 import json
 import tempfile
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 from typing import Any
 
-import tyro
 from huggingface_hub import HfApi, get_token
 
 from poise.errors import PoiseError, first_line
 from poise.models.reward_model import checkpoint_folder
+from poise.reward.config import PushConfig as Config
 from poise.runtime.folders import own_file
 from poise.runtime.progress import console
 
@@ -29,20 +28,6 @@ _LARGE_JSON = {"tokenizer.json", "vocab.json", "added_tokens.json", "special_tok
 _LARGE_JSON |= {"model.safetensors.index.json"}
 # Settings that name a model by its hub id or by its folder.
 _NAMES = {"base_model_name_or_path", "_name_or_path", "name_or_path"}
-
-
-@dataclass(frozen=True)
-class Config:
-    """Upload a reward model to the model hub; nothing but the checkpoint's own files leaves this machine."""
-
-    reward: tyro.conf.Positional[str]
-    """Reward model: a checkpoint folder or a `poise train-reward` run (its BRME)."""
-    repo: str
-    """Where to: `user/name`; made if it does not exist."""
-    private: bool = True
-    """Make the new repository readable by its owners only; --no-private: by everybody."""
-    existing: bool = False
-    """Upload into a repository that exists already: files of the same names are replaced."""
 
 
 def run(config: Config) -> str:

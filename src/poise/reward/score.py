@@ -1,38 +1,14 @@
 """`poise score`: every head's reward of given completions, their uncertainties, and one objective."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
-from poise.data.preferences import OnBadRow, read_samples
+from poise.data.preferences import read_samples
 from poise.errors import PoiseError
 from poise.functional.objectives import disagreement, nominal_head, parse_objective, routing_std, total_std
 from poise.models.scorer import Scorer
+from poise.reward.config import ScoreConfig as Config
 from poise.runtime.progress import console, progress
 from poise.runtime.run_folder import write_jsonl
-
-
-@dataclass(frozen=True)
-class Config:
-    """Score completions: per-head mean and std, uncertainties, and one objective.
-
-    `std` and `routing_std` are the stds as the heads report them. `total_std` is an error bar: it takes each head's std
-    times its `std_scale`, which was fitted on validation pairs, as `poise evaluate-reward` does.
-    """
-
-    reward: tyro.conf.Positional[str]
-    """Reward model: a checkpoint folder, a hub id of a one-label classifier, or a `poise train-reward` run."""
-    file: tyro.conf.Positional[str]
-    """JSON lines with `prompt`, `completion`."""
-    objective: str = "tradeoff(0.4)"
-    """How the heads become one reward, e.g. nominal, worst_case, tradeoff(0.4), lower_confidence(1)."""
-    output: str = ""
-    """File to write; default: FILE with .scored.jsonl."""
-    max_length: int = 0
-    """Longest sample in tokens; longer ones lose their oldest tokens. 0: the model's context."""
-    on_bad_row: OnBadRow = "error"
-    """`skip` sets bad rows aside in a file beside the data."""
 
 
 def run(config: Config) -> Path:

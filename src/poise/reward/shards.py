@@ -4,16 +4,15 @@ Shapes: _N pairs, _K heads.
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool
 from torch import Tensor
 
+from poise.reward.config import ShardKind
 from poise.reward.pairs import FeaturePairs
-
-ShardKind = Literal["disjoint", "cluster", "source", "bootstrap", "same"]
 
 
 class Shards(NamedTuple):

@@ -28,7 +28,7 @@ from poise.models.loading import HfModel, frozen_dtype, resolve_model
 from poise.models.reward_model import HeadLayout, load_trunk, save_reward_model, with_heads
 from poise.models.scorer import FeatureExtractor, Scorer
 from poise.models.shared_prompt import takes_packed_rows
-from poise.reward.config import Config, Trunk, check
+from poise.reward.config import Config, Trunk
 from poise.reward.head_training import HeadTraining, TrainedModel, calibrated, train_on_features
 from poise.reward.heads import std_collapsed
 from poise.reward.pairs import FeaturePairs, PreferenceSplit, pair_features
@@ -50,7 +50,7 @@ __all__ = ["Config", "heads_in_memory", "pair_features", "run", "trunk_source"]
 
 def run(config: Config) -> Run:
     """Train, evaluate and save; a finished run is returned as it is."""
-    check(config)
+    config.check()
     out = Run.open(config.output, config, lambda: _inputs(config))
     if out.results is not None:
         return out
@@ -73,7 +73,7 @@ def heads_in_memory(config: Config, extract: FeatureExtractor) -> dict[str, Trai
 
     extract: of that trunk, which several configs may share.
     """
-    check(config)
+    config.check()
     if config.trunk != "frozen" or config.stage2_trunk != "frozen":
         raise PoiseError("reward models with a trunk of their own are trained as runs")
     split = read(config)
@@ -204,7 +204,7 @@ def _save(out: Run, split: PreferenceSplit, extract: FeatureExtractor, trained: 
         console.print(f"{extract.num_truncated} samples lost their oldest tokens (longer than {extract.max_length})")
     if collapsed:
         console.print(
-            "[bold red]std collapse:[/] the heads' std fell more than 10x while validation error stood still; "
+            "std collapse: the heads' std fell more than 10x while validation error stood still; "
             "do not read it as an error bar"
         )
     if not is_main_process():

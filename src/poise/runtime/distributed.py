@@ -10,13 +10,19 @@ import torch
 from torch import Tensor
 
 from poise.errors import PoiseError
+from poise.runtime.processes import num_processes, process_index, several
+
+__all__ = [
+    "add_up_gradients", "gathered", "gathered_rows", "join", "leave", "num_processes", "process_index",
+    "refuse_sharding", "share", "total", "wait",
+]  # fmt: skip
 
 Row = TypeVar("Row")
 
 
 def join() -> None:
     """Meet the other processes, if this run has several; a GPU each, or gloo on the CPU."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not _several():
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not several():
         from accelerate import PartialState
 
         PartialState(cpu=not torch.cuda.is_available())
@@ -24,7 +30,7 @@ def join() -> None:
 
 def leave() -> None:
     """Part from the other processes, if there are any; a process that ends without it can abort in gloo's threads."""
-    if _several():
+    if several():
         torch.distributed.destroy_process_group()
 
 
@@ -42,14 +48,6 @@ def refuse_sharding() -> None:
             )
 
 
-def num_processes() -> int:
-    return torch.distributed.get_world_size() if _several() else 1
-
-
-def process_index() -> int:
-    return torch.distributed.get_rank() if _several() else 0
-
-
 def share(count: int) -> slice:
     """This process's part of `count` things, which the number of processes divides."""
     each = count // num_processes()
@@ -58,7 +56,7 @@ def share(count: int) -> slice:
 
 def total(part: Tensor) -> Tensor:
     """Sum over processes."""
-    if not _several():
+    if not several():
         return part
     whole = part.clone()
     torch.distributed.all_reduce(whole)
@@ -67,7 +65,7 @@ def total(part: Tensor) -> Tensor:
 
 def add_up_gradients(parameters: list[torch.nn.Parameter]) -> None:
     """Sum gradients over processes, in place, in one message. A parameter without one counts as zeros."""
-    if not _several():
+    if not several():
         return
     for parameter in parameters:
         if parameter.grad is None:
@@ -83,7 +81,7 @@ def add_up_gradients(parameters: list[torch.nn.Parameter]) -> None:
 
 def gathered(part: Tensor) -> Tensor:
     """Parts of equal shape, one after the other along the first axis, in the order of the processes."""
-    if not _several():
+    if not several():
         return part
     parts = [torch.empty_like(part) for _ in range(num_processes())]
     torch.distributed.all_gather(parts, part.contiguous())
@@ -92,7 +90,7 @@ def gathered(part: Tensor) -> Tensor:
 
 def gathered_rows(rows: list[Row]) -> list[Row]:
     """Lists of anything, one after the other in the order of the processes."""
-    if not _several():
+    if not several():
         return rows
     parts: list[Any] = [None] * num_processes()
     torch.distributed.all_gather_object(parts, rows)
@@ -101,9 +99,5 @@ def gathered_rows(rows: list[Row]) -> list[Row]:
 
 def wait() -> None:
     """Until all processes have come here."""
-    if _several():
+    if several():
         torch.distributed.barrier()
-
-
-def _several() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

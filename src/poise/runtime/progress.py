@@ -2,15 +2,54 @@
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
-from poise.runtime.distributed import process_index
+from poise.runtime.display import visible
+from poise.runtime.processes import process_index
 
-console = Console(stderr=True, highlight=False)
+
+class _Stderr:
+    """The stderr of the moment. If nobody reads it any more, what is printed is lost, and the work is not."""
+
+    encoding = "utf-8"
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            sys.stderr.write(text.encode("utf-8", "backslashreplace").decode("utf-8"))
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            sys.stderr.flush()
+
+    def isatty(self) -> bool:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            return sys.stderr.isatty()
+        return False
+
+    def fileno(self) -> int:
+        return sys.stderr.fileno()
+
+
+class PlainConsole(Console):
+    """Prints text as it is: paths and completions hold no markup, and what cannot be seen is shown as an escape."""
+
+    def __init__(self) -> None:
+        super().__init__(file=cast(IO[str], _Stderr()), highlight=False, markup=False, emoji=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """As of rich, of the visible text; table cells come here too."""
+        return super().render_str(visible(text), **options)
+
+
+console = PlainConsole()
 _parts_of_another = 0
 
 
@@ -21,11 +60,11 @@ def progress(label: str, total: int, done: int = 0) -> Iterator[Callable[..., No
     Of several processes the first one shows it.
     """
     columns = (  # 80 characters wide with a note, so that nothing is cut off in a plain terminal
-        TextColumn("{task.description}"), BarColumn(bar_width=10), MofNCompleteColumn(), TimeRemainingColumn(),
-        TextColumn("left"), TextColumn("{task.fields[note]}"),
+        TextColumn("{task.description}", markup=False), BarColumn(bar_width=10), MofNCompleteColumn(),
+        TimeRemainingColumn(), TextColumn("left"), TextColumn("{task.fields[note]}", markup=False),
     )  # fmt: skip
     with Progress(*columns, console=console, disable=process_index() > 0 or _parts_of_another > 0) as bar:
-        task = bar.add_task(label, total=total, completed=done, note="")
+        task = bar.add_task(visible(label), total=total, completed=done, note="")
 
         def advance(count: int = 1, note: str = "") -> None:
             bar.advance(task, count)

@@ -2,11 +2,13 @@
 
 import math
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from poise.functional.overoptimization import Choice
 from poise.policy.config import Config as PolicySettings
 from poise.runtime.run_folder import Json
+
+if TYPE_CHECKING:
+    from poise.functional.overoptimization import Choice
 
 
 class Arm(NamedTuple):
@@ -31,8 +33,10 @@ class Arm(NamedTuple):
         """The study's policy settings with the arm's differences."""
         return replace(policy, objective=self.objective, kl_coef=policy.kl_coef * self.kl_factor, **self.changes)
 
-    def choice(self, policy: PolicySettings) -> Choice:
+    def choice(self, policy: PolicySettings) -> "Choice":
         """The arm's reward for best-of-n, with the shaping and ceiling that its policies have."""
+        from poise.functional.overoptimization import Choice  # only here: it imports torch
+
         settings = self.applied(policy)
         ceiling = math.inf if settings.reward_ceiling is None else settings.reward_ceiling
         # arXiv 2310.02743 uses another coefficient for best-of-n than for PPO.

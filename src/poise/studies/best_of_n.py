@@ -11,7 +11,6 @@ milliseconds.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
 
@@ -22,47 +21,16 @@ from poise.data.types import Prompt
 from poise.errors import PoiseError
 from poise.functional.objectives import RewardScale, disagreement, mean, routing_std
 from poise.functional.overoptimization import Choice
-from poise.models.loading import DEFAULT_MODEL
 from poise.runtime.run_folder import Json, Run, read_jsonl, write_jsonl
+from poise.studies.config import BestOfNConfig as Config
 from poise.studies.gold import label_with_gold
 from poise.studies.pool import PoolHeads, compare_choices, prompt_key, prompt_label, sample_pool, score_pool
 
 
-@dataclass(frozen=True)
-class Config:
-    """Best-of-n and exactly tilted policies, for every objective, from one pool of completions."""
-
-    prompts: str
-    """JSON lines with `prompt`."""
-    reward: tuple[str, ...]
-    """`poise train-reward` run folders: several, of other seeds, for intervals."""
-    output: str = "runs/best-of-n"
-    """Run folder to write."""
-    model: str = DEFAULT_MODEL
-    """Local folder or hub id of the policy to sample."""
-    objectives: tuple[str, ...] = (
-        "single:nominal", "brme:tradeoff(0.4)", "brme:worst_case", "posterior:lower_confidence(1)",
-    )  # fmt: skip
-    """What to select by: REWARD:OBJECTIVE, the reward model being a folder of the reward runs. Differences are taken
-    against the first."""
-    per_prompt: int = 24
-    """Completions per prompt."""
-    max_tokens: int = 20
-    """Longest completion, in tokens."""
-    gold: str = ""
-    """Reward model that serves as gold, the reference score that stands for human judgment; it must be trained on other
-    data. Default: rules that score short reviews."""
-    on_bad_row: OnBadRow = "error"
-    """`skip` sets bad rows aside in a file beside the data."""
-    seed: int = 0
-    """Of the sampling."""
-
-
 def run(config: Config) -> Run:
     """Sample, score, select; a finished run is returned as it is, a sampled pool is not sampled again."""
+    config.check()
     choices = {text: Choice.parse(text) for text in config.objectives}
-    if config.per_prompt < 2:
-        raise PoiseError("--per-prompt must be at least 2: there is nothing to select from one completion")
     out = Run.open(config.output, config)
     if out.results is not None:
         return out

@@ -4,7 +4,6 @@ RUN/results.json   per arm: gold, proxy, KL and heads per step; final gold with 
                    arms; completions, most over-scored first
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,34 +13,16 @@ from poise.errors import PoiseError
 from poise.functional.monitor import text_signs
 from poise.functional.statistics import bootstrap_interval
 from poise.runtime.run_folder import Json, Run, load_config_file, read_jsonl
+from poise.studies.config import CompareConfig as Config
 from poise.studies.gold import gold_of, label_with_gold
 from poise.studies.pool import prompt_key, prompt_label
 
 NUM_SHOWN = 24
 
 
-@dataclass(frozen=True)
-class Config:
-    """Finished policies side by side, scored by gold: a reference that stands for human judgment."""
-
-    arms: tuple[str, ...]
-    """`poise train-policy` run folders of the same evaluation prompts; differences are taken against the first."""
-    labels: tuple[str, ...] = ()
-    """What to call each arm; default: its folder's name."""
-    pool: str = ""
-    """A `poise best-of-n` run on the evaluation prompts: the initial policy's gold."""
-    gold: str = ""
-    """Reward model that serves as gold, trained on data no arm has seen; default: rules that score short reviews."""
-    output: str = "runs/comparison"
-    """Run folder to write."""
-
-
 def run(config: Config) -> Run:
     """Read the arms' completions, score them by gold, compare. Takes seconds; always done anew."""
-    if len(config.arms) < 2:
-        raise PoiseError("a comparison needs at least two arms")
-    if config.labels and len(config.labels) != len(config.arms):
-        raise PoiseError(f"{len(config.labels)} labels for {len(config.arms)} arms")
+    config.check()
     out = Run.open(config.output, config)
     labels = config.labels or tuple(Path(arm).name for arm in config.arms)
     finals = [_final(Path(arm), config.gold) for arm in config.arms]

@@ -1,21 +1,39 @@
-"""Settings of a study: their help texts, the checks before anything is trained, and the jobs they come to.
+"""Settings of a study and of its parts: help texts, the checks before anything is trained, the jobs they come to.
 
 A study holds the whole config of `poise train-reward` (`reward`) and of `poise train-policy` (`policy`). Every job gets
 that config, and the study sets the fields in SET_BY_STUDY.
 """
 
+import contextlib
 import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
+from poise.data.preferences import OnBadRow
 from poise.errors import PoiseError
-from poise.models.loading import DEFAULT_MODEL
+from poise.functional.objective_names import read_objective
+from poise.models.choices import DEFAULT_MODEL
 from poise.policy.config import Config as PolicySettings
-from poise.reward.train import Config as RewardSettings
+from poise.reward.config import Config as RewardSettings
 from poise.runtime.jobs import Job
 from poise.runtime.run_folder import Json, config_dict
+from poise.runtime.settings import (
+    Count,
+    Language,
+    NotNegative,
+    Preferences,
+    Prompts,
+    Reward,
+    Seed,
+    Settings,
+    WholeNumber,
+    at_least,
+    check_settings,
+    sized,
+)
 from poise.studies.arms import ARMS
 
 # Settings that may change when a study goes on: what they already made is kept.
@@ -43,24 +61,24 @@ POLICY = PolicySettings(prompts="", reward="", output="", model="", objective=""
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Does a robust reward help, and by how much? Trains every arm on several seeds and levels of label noise, and
     compares them by gold. Gold stands for human judgment: a reference score that no training reads."""
 
     output: str = "runs/study"
     """Folder to write; start again with the same one to go on, or with more arms, seeds or noise to extend it."""
-    preferences: str = ""
+    preferences: Preferences = ""
     """Preferences: a file (JSON lines, Parquet, CSV), a folder saved by `datasets`, or a hub id. Default, for all
     files: the standard study, on 4,000 pairs of reviews that people rated."""
-    raters: str = ""
+    raters: Preferences = ""
     """The same pairs with the labels of single raters, for the noise level `raters`."""
-    prompts: str = ""
+    prompts: Prompts = ""
     """JSON lines with `prompt`, to train the policies on."""
-    eval_prompts: str = ""
+    eval_prompts: Prompts = ""
     """Other prompts, to evaluate the policies on."""
-    num_preferences: int = 400
+    num_preferences: WholeNumber = 400
     """Preferences that each reward model is trained on, drawn from the file by its seed; 0 takes all."""
-    model: str = DEFAULT_MODEL
+    model: Language = DEFAULT_MODEL
     """Language model of the reward models and the policies: local folder or hub id."""
     arms: tuple[str, ...] = (
         "single", "single_large_kl", "mean", "worst_case", "uncertainty_weighted", "brme_0.4", "brme_1",
@@ -71,20 +89,20 @@ class Config:
     model ensemble, with its nominal weight λ."""
     label_noise: tuple[str, ...] = ("0", "0.25")
     """Shares of the preferences to flip. 0 leaves the preferences as they are; `raters` takes those of --raters."""
-    pool_seeds: int = 20
+    pool_seeds: Count = 20
     """Reward models of each label noise for best-of-n. The seed of each also decides which labels are flipped."""
-    pool_size: int = 64
+    pool_size: WholeNumber = 64
     """Completions of each evaluation prompt to choose from; 0 leaves best-of-n out. Best-of-n needs a frozen trunk."""
     policy_noise: tuple[str, ...] = ("0",)
     """Levels of --label-noise on which policies are trained."""
-    reward_seeds: int = 3
+    reward_seeds: Count = 3
     """Number of reward-model seeds on which policies are trained: 0, 1, …"""
-    policy_seeds: int = 1
+    policy_seeds: WholeNumber = 1
     """Policies of every arm for each reward-model seed; 0 trains none."""
-    gold: str = ""
+    gold: Reward = ""
     """Reward model that serves as gold, trained on data that none of these preferences are from. Default: rules that
     score short reviews."""
-    jobs: int = 1
+    jobs: Count = 1
     """Jobs at a time; they share the processor's cores."""
     reward: RewardSettings = REWARD
     """Settings of all reward models, those of `poise train-reward`. An empty model means --model. The study sets
@@ -93,6 +111,95 @@ class Config:
     """Settings of all policies, those of `poise train-policy`. An arm may change some: the arms called `large_kl`
     multiply kl_coef by twenty. An empty model means --model. The study sets prompts, eval-prompts, reward, objective,
     output and seed."""
+
+    def check(self) -> None:
+        """Raise PoiseError, one line, for settings that no study can have."""
+        check(completed(self))
+
+
+@dataclass(frozen=True)
+class QuickstartConfig(Settings):
+    """All steps on a laptop: human ratings, reward models, PPO against each, and a page that compares them."""
+
+    output: str = "runs/quickstart"
+    """Folder to write; start again with the same one to go on after a stop."""
+    model: Language = DEFAULT_MODEL
+    """Language model: local folder or hub id."""
+    num_preferences: Annotated[int, at_least(2)] = 400
+    """Human preference pairs to train the reward models on."""
+    num_steps: Count = 28
+    """PPO steps of each arm."""
+    kl_coef: NotNegative = 0.01
+    """β, the same for every arm: next to no KL penalty, so that the reward model itself has to hold."""
+    seed: Seed = 0
+    """Of everything: pairs, heads, prompts, sampling."""
+
+
+@dataclass(frozen=True)
+class BestOfNConfig(Settings):
+    """Best-of-n and exactly tilted policies, for every objective, from one pool of completions."""
+
+    prompts: Prompts
+    """JSON lines with `prompt`."""
+    reward: Annotated[tuple[str, ...], sized(1)]
+    """`poise train-reward` run folders: several, of other seeds, for intervals."""
+    output: str = "runs/best-of-n"
+    """Run folder to write."""
+    model: Language = DEFAULT_MODEL
+    """Local folder or hub id of the policy to sample."""
+    objectives: Annotated[tuple[str, ...], sized(1)] = (
+        "single:nominal", "brme:tradeoff(0.4)", "brme:worst_case", "posterior:lower_confidence(1)",
+    )  # fmt: skip
+    """What to select by: REWARD:OBJECTIVE, the reward model being a folder of the reward runs. Differences are taken
+    against the first."""
+    per_prompt: int = 24
+    """Completions per prompt."""
+    max_tokens: Count = 20
+    """Longest completion, in tokens."""
+    gold: Reward = ""
+    """Reward model that serves as gold, the reference score that stands for human judgment; it must be trained on other
+    data. Default: rules that score short reviews."""
+    on_bad_row: OnBadRow = "error"
+    """`skip` sets bad rows aside in a file beside the data."""
+    seed: Seed = 0
+    """Of the sampling."""
+
+    def check(self) -> None:
+        """As `Settings.check`, and the form of each objective."""
+        super().check()
+        if self.per_prompt < 2:
+            raise PoiseError("--per-prompt must be at least 2: there is nothing to select from one completion")
+        for text in self.objectives:
+            reward, colon, objective = text.partition(":")
+            if not colon:
+                raise PoiseError(f"{text!r}: REWARD:OBJECTIVE was expected, e.g. brme:tradeoff(0.4)")
+            if not reward or Path(reward).name != reward or reward == "..":
+                raise PoiseError(f"--objectives {text!r}: {reward!r} is not a folder of a reward run")
+            read_objective(objective)
+
+
+@dataclass(frozen=True)
+class CompareConfig(Settings):
+    """Finished policies side by side, scored by gold: a reference that stands for human judgment."""
+
+    arms: tuple[str, ...]
+    """`poise train-policy` run folders of the same evaluation prompts; differences are taken against the first."""
+    labels: tuple[str, ...] = ()
+    """What to call each arm; default: its folder's name."""
+    pool: str = ""
+    """A `poise best-of-n` run on the evaluation prompts: the initial policy's gold."""
+    gold: Reward = ""
+    """Reward model that serves as gold, trained on data no arm has seen; default: rules that score short reviews."""
+    output: str = "runs/comparison"
+    """Run folder to write."""
+
+    def check(self) -> None:
+        """As `Settings.check`, and the number of arms and labels."""
+        super().check()
+        if len(self.arms) < 2:
+            raise PoiseError("a comparison needs at least two arms")
+        if self.labels and len(self.labels) != len(self.arms):
+            raise PoiseError(f"{len(self.labels)} labels for {len(self.arms)} arms")
 
 
 def completed(config: Config) -> Config:
@@ -133,16 +240,14 @@ def settings(config: Config) -> Json:
 
 
 def check(config: Config) -> None:
-    """Raise PoiseError, one line, for settings that no study can have."""
+    """Raise PoiseError, one line, for settings that no study can have. Those of a policy are checked with each arm."""
+    check_settings(replace(config, policy=POLICY))
     if not all((config.preferences, config.prompts, config.eval_prompts)):
         raise PoiseError(
             "--preferences, --prompts and --eval-prompts belong together; leave out all for the standard study"
         )
-    for name in ("reward_seeds", "pool_seeds", "jobs"):
-        if getattr(config, name) < 1:
-            raise PoiseError(f"--{name.replace('_', '-')} must be at least 1")
-    if config.pool_size == 1 or min(config.pool_size, config.policy_seeds) < 0:
-        raise PoiseError("--pool-size must be at least 2, or 0 for no best-of-n; --policy-seeds at least 0")
+    if config.pool_size == 1:
+        raise PoiseError("--pool-size must be at least 2, or 0 for no best-of-n")
     if not config.pool_size and not config.policy_seeds:
         raise PoiseError("--pool-size 0 and --policy-seeds 0 leave nothing to study")
     _check_arms_and_noise(config)
@@ -175,11 +280,20 @@ def _check_nested(config: Config) -> None:
             f"--{_option(f'reward.{tuned}')} {given['reward'][tuned]} needs --pool-size 0: "
             "best-of-n trains its reward models on one frozen trunk"
         )
+    with _options_of("reward"):
+        config.reward.check()
     for arm in config.arms:
-        try:
+        with _options_of("policy", f"arm {arm}: "):
             policy_job(config, arm, 0, "0", 0).config.check()
-        except PoiseError as error:
-            raise PoiseError(f"arm {arm}: {re.sub(r'--(?=[a-z])', '--policy.', str(error))}") from None
+
+
+@contextlib.contextmanager
+def _options_of(group: str, before: str = "") -> Iterator[None]:
+    """Errors of a nested config name its options as the study has them, such as --policy.num-steps."""
+    try:
+        yield
+    except PoiseError as error:
+        raise PoiseError(before + re.sub(r"--(?=[a-z])", f"--{group}.", str(error))) from None
 
 
 def _option(name: str) -> str:

@@ -9,13 +9,12 @@ import functools
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from poise.data.human_ratings import Rated, human_ratings, is_held_out, judged_by_all, preference_pairs
 from poise.data.preferences import write_preferences
 from poise.data.types import Prompt
-from poise.models.loading import DEFAULT_MODEL, resolve_model
+from poise.models.loading import resolve_model
 from poise.policy import train as train_policy
 from poise.reports import quickstart_page as report
 from poise.reward import train as train_reward
@@ -23,6 +22,7 @@ from poise.runtime.progress import console
 from poise.runtime.run_folder import Run, write_jsonl
 from poise.studies import best_of_n, compare
 from poise.studies.arms import Arm
+from poise.studies.config import QuickstartConfig as Config
 
 # What the reviews are about. Policies are trained on one half and evaluated on the other.
 TRAIN_FILMS = (
@@ -73,29 +73,11 @@ ARMS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Config:
-    """All steps on a laptop: human ratings, reward models, PPO against each, and a page that compares them."""
-
-    output: str = "runs/quickstart"
-    """Folder to write; start again with the same one to go on after a stop."""
-    model: str = DEFAULT_MODEL
-    """Language model: local folder or hub id."""
-    num_preferences: int = 400
-    """Human preference pairs to train the reward models on."""
-    num_steps: int = 28
-    """PPO steps of each arm."""
-    kl_coef: float = 0.01
-    """β, the same for every arm: next to no KL penalty, so that the reward model itself has to hold."""
-    seed: int = 0
-    """Of everything: pairs, heads, prompts, sampling."""
-
-
 def run(config: Config) -> Run:
     """Run every stage that is not complete; returns the run, with report.html in its folder."""
     out = Run.open(config.output, config)
     folder = out.folder
-    console.print(f"[bold]Poise quickstart[/] in {folder}")
+    console.print(f"Poise quickstart in {folder}")
     _stage(out, "model and data", lambda: _prepare(config, folder))
     reward = train_reward.Config(
         preferences=str(folder / "preferences.jsonl"), output=str(folder / "reward"), model=config.model,
@@ -130,7 +112,7 @@ def run(config: Config) -> Run:
             "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         }
     )
-    console.print(f"[bold]Report:[/] {report.build(folder)}")
+    console.print(f"Report: {report.build(folder)}")
     return out
 
 

@@ -75,7 +75,7 @@ def run(config: Config) -> Run:
     of_pool = _best_of_n(config, out.folder) if config.pool_size else {}
     failed = _train(config)
     for folder, why in failed.items():
-        console.print(f"[bold red]failed:[/] {folder.relative_to(out.folder)}: {why}", soft_wrap=True)
+        console.print(f"failed: {folder.relative_to(out.folder)}: {why}", soft_wrap=True)
     comparisons: list[str] = []
     cells = list(_cells(config, comparisons))
     results: Json = {
@@ -98,7 +98,7 @@ def run(config: Config) -> Run:
     if cells or of_pool:  # otherwise every job failed and there is nothing to draw
         study_plots.save_study(results, out.folder / "study.png")
     _say(results)
-    console.print(f"[bold]Report:[/] {study_page.build(out.folder)}")
+    console.print(f"Report: {study_page.build(out.folder)}")
     if failed and not cells and config.policy_seeds:
         raise PoiseError(f"every policy of the study failed: {next(iter(failed.values()))}")
     return out

@@ -12,7 +12,6 @@ Shapes: _W worlds (one per seed), _P prompts, _A responses.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -21,7 +20,6 @@ from jaxtyping import Float
 from numpy import ndarray
 from torch import Tensor
 
-from poise.errors import PoiseError
 from poise.functional.objectives import (
     HeadRewards,
     Objective,
@@ -47,6 +45,7 @@ from poise.toy.bandit import (
     stack,
     total_variation,
 )
+from poise.toy.config import Config
 from poise.toy.unseen_responses import PROMPTS, RESPONSES, Worlds
 
 TABLE, NETWORK = (PROMPTS, RESPONSES), (PROMPTS, 32, 32, RESPONSES)
@@ -58,39 +57,13 @@ OBJECTIVES = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Config:
-    """PPO and robust objectives where the optimum is known: eight prompts, eight one-token responses."""
-
-    output: str = "runs/toy"
-    """Run folder to write."""
-    num_seeds: int = 20
-    """Worlds, each with a reference policy, a true reward, preferences and heads of its own."""
-    first_seed: int = 0
-    """The worlds are those of first_seed, first_seed + 1, and so on."""
-    num_steps: int = 200
-    """PPO steps."""
-    samples_per_prompt: int = 64
-    """Responses sampled of every prompt in a step."""
-    kl_coef: float = 0.5
-    """β where the reward is known; its std is 1."""
-    heads_kl_coef: float = 0.25
-    """β where heads give the reward: lower, so that their errors are pressed on."""
-    num_heads: int = 5
-    """Gaussian heads of a reward model."""
-    pairs_per_prompt: int = 32
-    """Preference pairs, among the responses that were seen."""
-    label_noise: float = 0.0
-    """Share of the preferences that are flipped."""
-
-
 Train = Callable[[ToyPolicy, Responses, Callable[[Tensor, Tensor], Tensor], float], Responses]
 Seeds = Float[Tensor, " worlds"]
 
 
 def run(config: Config) -> Run:
     """All studies; a finished run is returned as it is."""
-    _check(config)
+    config.check()
     out = Run.open(config.output, config)
     if out.results is not None:
         return out
@@ -104,17 +77,6 @@ def run(config: Config) -> Run:
         }
     out.finish({**results, "seconds": round(time.monotonic() - started, 1)})
     return out
-
-
-def _check(config: Config) -> None:
-    for name in ("num_seeds", "num_steps", "samples_per_prompt", "num_heads", "pairs_per_prompt"):
-        if getattr(config, name) < 1:
-            raise PoiseError(f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("kl_coef", "heads_kl_coef"):
-        if getattr(config, name) <= 0:
-            raise PoiseError(f"--{name.replace('_', '-')} must be > 0: without KL there is no optimum to compare with")
-    if not 0 <= config.label_noise <= 0.5:
-        raise PoiseError(f"--label-noise must be in [0, 0.5], got {config.label_noise}")
 
 
 def trainer(config: Config, advance: Callable[..., None]) -> Train:

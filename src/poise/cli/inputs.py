@@ -1,0 +1,67 @@
+"""What can be wrong with the files and models that settings name, before anything heavy is imported."""
+
+import re
+from collections.abc import Callable
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any
+
+from poise.data.preferences import read_preferences, read_prompts, read_samples
+from poise.errors import PoiseError, first_line
+from poise.models.model_folder import check_model, check_reward_model
+from poise.runtime.progress import console
+from poise.runtime.settings import ModelPath, Rows, marks, typed_fields
+
+# Larger files are read once, by the command: there the import is the smaller part of the time.
+_SMALL = 8 * 2**20
+_CHECKS: dict[str, Callable[[str], None]] = {"language model": check_model, "reward model": check_reward_model}
+
+
+def check_inputs(config: Any) -> None:
+    """Raise PoiseError for the first file or model of a config that cannot be read."""
+    files, models = list[tuple[str, str]](), list[tuple[str, str]]()
+    for kind, value in typed_fields(config).values():
+        if is_dataclass(value):
+            check_inputs(value)
+        named = [name for name in (value if isinstance(value, tuple) else (value,)) if isinstance(name, str) and name]
+        for mark in marks(kind):
+            files += [(mark.kind, name) for name in named if isinstance(mark, Rows)]
+            models += [(mark.kind, name) for name in named if isinstance(mark, ModelPath)]
+    for kind, name in files:
+        _check_rows(kind, name, getattr(config, "on_bad_row", "error"))
+    for kind, name in models:
+        _CHECKS[kind](name)
+
+
+def _check_rows(kind: str, name: str, on_bad_row: str) -> None:
+    """Read a small local text file as the command will; of others, make sure that they are there."""
+    path = Path(name)
+    try:
+        exists, is_file = path.exists(), path.is_file()
+    except (OSError, ValueError) as error:
+        raise PoiseError(f"{name!r} cannot be the name of a file: {first_line(error)}") from None
+    if not exists:
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.suffix:
+            return  # a data set's hub id
+        raise PoiseError(f"no such file: {name}")
+    if not is_file or on_bad_row != "error" or path.suffix == ".parquet" or path.stat().st_size > _SMALL:
+        return
+    said = console.quiet
+    console.quiet = True  # the command itself will say what there is to say
+    try:
+        _read(kind, name)
+    finally:
+        console.quiet = said
+
+
+def _read(kind: str, name: str) -> None:
+    if kind == "questions":
+        from poise.data.evaluation_sets import read_questions  # imports NumPy
+
+        read_questions(name, "error")
+    elif kind == "preferences":
+        read_preferences(name)
+    elif kind == "prompts":
+        read_prompts(name)
+    else:
+        read_samples(name)

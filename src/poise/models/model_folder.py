@@ -1,0 +1,158 @@
+"""What is wrong with a model folder, from its JSON files alone, before torch is imported.
+
+These checks refuse early and in one line what could not be loaded anyway; `poise.models.loading` makes sure of the
+weights. A name that may be a hub id is left to it.
+"""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from poise.errors import PoiseError, first_line
+from poise.models.template_trial import try_template
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+_CONFIG, _ADAPTERS, _ENSEMBLE = "config.json", "adapter_config.json", "ensemble.json"
+_LARGEST = 64 * 2**20  # bytes of a JSON file that is still read
+
+# The package that reads each kind of quantized weights.
+_QUANTIZERS = {
+    "aqlm": "aqlm", "auto-round": "auto_round", "awq": "gptqmodel", "bitsandbytes": "bitsandbytes",
+    "compressed-tensors": "compressed_tensors", "eetq": "kernels", "fbgemm_fp8": "fbgemm_gpu", "gptq": "gptqmodel",
+    "higgs": "flute", "hqq": "hqq", "quanto": "optimum.quanto", "quark": "quark", "spqr": "spqr_quant",
+    "torchao": "torchao", "vptq": "vptq",
+}  # fmt: skip
+_SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
+    "max_position_embeddings", "head_dim", "n_embd", "n_layer", "n_head", "n_positions", "ffn_dim", "num_labels",
+)  # fmt: skip
+_OTHER_SENSES = ("vision_config", "audio_config", "vision_tower", "speech_config", "image_token_id")
+
+
+def check_model(path: str) -> None:
+    """Raise PoiseError, one line, for a folder that holds no language model that can be read here."""
+    folder = _existing(path)
+    if folder is None:
+        return
+    if not (folder / _CONFIG).exists():
+        raise PoiseError(f"{path} is not a model folder: it has no config.json")
+    _check_config(folder / _CONFIG, read_object(folder / _CONFIG))
+    _check_files(folder)
+    _check_template(folder)
+
+
+def check_reward_model(path: str) -> None:
+    """Raise PoiseError, one line, for a folder that holds no reward model: none of ours, and no classifier.
+
+    A `poise train-reward` run, an ensemble and adapters count as one.
+    """
+    folder = _existing(path)
+    if folder is None or (folder / _ENSEMBLE).exists():
+        return
+    if not (folder / _CONFIG).exists() and (folder / "brme" / _CONFIG).exists():
+        folder = folder / "brme"
+    check_model(str(folder))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises PoiseError, one line, for a file that cannot be read or holds none."""
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise PoiseError(f"{path} is larger than a settings file can be")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PoiseError(f"cannot read {path}: {error.strerror}") from None
+    except RecursionError:
+        raise PoiseError(f"{path} is nested too deeply to be read") from None
+    except PoiseError:
+        raise
+    except ValueError as error:
+        raise PoiseError(f"{path} is not JSON: {first_line(error)}") from None
+    if not isinstance(found, dict):
+        raise PoiseError(f"{path} holds no settings")
+    return found
+
+
+def _existing(path: str) -> Path | None:
+    """The folder, or None for what may be a hub id. PoiseError for what can be neither."""
+    folder = Path(path)
+    try:
+        if folder.is_dir():
+            return folder
+        exists = folder.exists()
+    except (OSError, ValueError) as error:
+        raise PoiseError(f"{path!r} cannot be the name of a model: {first_line(error)}") from None
+    if exists:
+        raise PoiseError(f"{path} is not a model folder: it is a file")
+    if not _HUB_ID.fullmatch(path):
+        raise PoiseError(f"model {path!r} is neither a local folder nor reachable on the model hub")
+    return None
+
+
+def _check_config(path: Path, config: dict[str, Any]) -> None:
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or not kind:
+        raise PoiseError(f"{path} has no model_type: it does not say what kind of model it is")
+    known = _known_to_transformers(kind)
+    if not known and "auto_map" in config:
+        raise PoiseError(f"{path}: a model of type {kind!r} needs code of its own (auto_map), which is never run here")
+    if not known:
+        raise PoiseError(f"{path}: transformers knows no model of type {kind!r}; a newer version may")
+    for name in _SIZES:
+        value = config.get(name)
+        if value is not None and (type(value) is not int or not 1 <= value <= 10**9):
+            raise PoiseError(f"{path}: {name} must be a whole number of at least 1, got {str(value)[:60]}")
+    if config.get("is_encoder_decoder") is True:
+        raise PoiseError(f"{path}: a model of an encoder and a decoder; poise takes decoders only")
+    if other := next((name for name in _OTHER_SENSES if config.get(name) is not None), None):
+        raise PoiseError(f"{path}: a model that reads more than text ({other}); take the language model of its family")
+    _check_quantization(path, config.get("quantization_config"))
+
+
+def _known_to_transformers(kind: str) -> bool:
+    """Does the installed transformers name this type of model? Read from its files: importing it takes seconds."""
+    package = importlib.util.find_spec("transformers")
+    if package is None or not package.origin:
+        return True
+    lists = list((Path(package.origin).parent / "models" / "auto").glob("*auto*.py"))
+    return not lists or any(f'"{kind}"' in file.read_text(encoding="utf-8") for file in lists)
+
+
+def _check_quantization(path: Path, how: Any) -> None:
+    if how is None:
+        return
+    method = how.get("quant_method") if isinstance(how, dict) else None
+    if not isinstance(method, str):
+        raise PoiseError(f"{path}: quantization_config does not say by which method (quant_method)")
+    package = _QUANTIZERS.get(method, "")
+    if package and importlib.util.find_spec(package.partition(".")[0]) is None:
+        raise PoiseError(
+            f"{path}: the weights are quantized ({method}), and the package {package} is not installed; "
+            f"take the model in full precision"
+        )
+
+
+def _check_files(folder: Path) -> None:
+    names = [file.name for file in folder.iterdir()]
+    if not any(name.endswith(".safetensors") for name in names):
+        pickled = any(name.endswith((".bin", ".pt", ".pth")) for name in names)
+        why = "; weights in pickle form are not read, save them as safetensors" if pickled else ""
+        raise PoiseError(f"{folder} has no weights in safetensors form{why}")
+    tokenizers = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+    if not any(name in names for name in tokenizers):
+        raise PoiseError(f"{folder} has no tokenizer: no tokenizer.json")
+
+
+def _check_template(folder: Path) -> None:
+    settings = folder / "tokenizer_config.json"
+    saved = read_object(settings) if settings.exists() else {}
+    file = folder / "chat_template.jinja"
+    try:
+        template = file.read_text(encoding="utf-8") if file.exists() else saved.get("chat_template")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PoiseError(f"cannot read {file}: {first_line(error)}") from None
+    if isinstance(template, str):
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        try_template(template, str(folder), {n: saved[n] for n in names if isinstance(saved.get(n), str)})

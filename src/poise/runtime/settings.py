@@ -1,0 +1,246 @@
+"""Settings and the values in our own files: what type and range each has, declared beside the field, checked here.
+
+A field says its range in its annotation:
+
+    num_steps: Annotated[int, at_least(1)] = 40
+
+`check_settings` checks a whole config. The command line, `--config` files and the nested settings of a study all go
+through it, before a folder is made and before anything heavy is imported. `read_value` reads one value of a JSON or
+YAML file as a type, for the files that this project writes itself (`read_fields`: a whole object of them).
+
+Every float must be finite, and every whole number must fit 32 bits, whatever the range says. This module imports
+nothing outside the standard library.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from poise.errors import PoiseError
+
+LARGEST = 2**31 - 1
+HUGE = 1e6  # weights and coefficients above it only ever give infinities
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`; an open end is not in the range itself. A size is the range of a list's length."""
+
+    low: int | float = -math.inf
+    high: int | float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+    of_size: bool = False
+
+    def __contains__(self, value: int | float) -> bool:
+        above = self.low < value if self.open_low else self.low <= value
+        return above and (value < self.high if self.open_high else value <= self.high)
+
+    def violated_by(self, value: int | float) -> str:
+        """What a value outside must be, in words; of a range up to a very large number only the end it missed."""
+        if self.high < HUGE or self.low == -math.inf:
+            return str(self)
+        return str(replace(self, high=math.inf) if value < self.high else Range(high=self.high))
+
+    def __str__(self) -> str:
+        """In words: `at least 1`, `above 0`, `in [0, 0.5)`."""
+        if self.low == self.high:
+            return f"{self.low:g}"
+        if self.high == math.inf:
+            return f"{'above' if self.open_low else 'at least'} {self.low:g}"
+        if self.low == -math.inf:
+            return f"{'below' if self.open_high else 'at most'} {self.high:.10g}"
+        ends = "(" if self.open_low else "[", ")" if self.open_high else "]"
+        return f"in {ends[0]}{self.low:g}, {self.high:.10g}{ends[1]}"
+
+
+def at_least(low: int | float, high: int | float = math.inf) -> Range:
+    """[low, high]"""
+    return Range(low, high)
+
+
+def above(low: int | float, high: int | float = math.inf) -> Range:
+    """(low, high]"""
+    return Range(low, high, open_low=True)
+
+
+def between(low: int | float, high: int | float, *, open_low: bool = False, open_high: bool = False) -> Range:
+    """[low, high], or without an end that is open."""
+    return Range(low, high, open_low, open_high)
+
+
+def sized(low: int, high: int | float = math.inf) -> Range:
+    """The number of items that a list, or of characters that a text may have."""
+    return Range(low, high, of_size=True)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Marks a setting that names a data file, and says what its rows are."""
+
+    kind: Literal["preferences", "prompts", "samples", "questions"]
+
+
+@dataclass(frozen=True)
+class ModelPath:
+    """Marks a setting that names models: language models, or reward models."""
+
+    kind: Literal["language model", "reward model"]
+
+
+Count = Annotated[int, at_least(1)]
+WholeNumber = Annotated[int, at_least(0)]
+Positive = Annotated[float, above(0, HUGE)]
+NotNegative = Annotated[float, at_least(0, HUGE)]
+Share = Annotated[float, between(0, 1)]
+# A larger step than 10 only ever gives infinite weights.
+LearningRate = Annotated[float, between(0, 10, open_low=True)]
+Bounded = Annotated[float, between(-HUGE, HUGE)]
+# What libraries take, with room to count on from it.
+Seed = Annotated[int, at_least(0, LARGEST)]
+Language = Annotated[str, ModelPath("language model")]
+Reward = Annotated[str, ModelPath("reward model")]
+Preferences = Annotated[str, Rows("preferences")]
+Prompts = Annotated[str, Rows("prompts")]
+
+
+class Settings:
+    """What the settings of every command are: a frozen dataclass whose fields say their ranges."""
+
+    def check(self) -> None:
+        """Raise PoiseError, one line, for a setting of a wrong type or out of range. Commands add what they need."""
+        check_settings(self)
+
+
+def check_settings(config: Any, inside: str = "") -> None:
+    """Raise PoiseError, naming option, range and value, for the first setting that its annotation does not allow.
+
+    inside: what stands before the names of the options, such as `reward.` in a study.
+    """
+    for name, (kind, value) in typed_fields(config).items():
+        if is_dataclass(value):
+            check_settings(value, f"{inside}{name}.")
+        else:
+            option = f"--{inside}{name}".replace("_", "-")
+            if wrong := problem(value, kind):
+                raise PoiseError(f"{option} must be {wrong}, got {shown(value)}")
+
+
+def typed_fields(config: Any) -> dict[str, tuple[Any, Any]]:
+    """Of a dataclass object: by name, each field's annotation, with its ranges and marks, and its value."""
+    kinds = hints(type(config))
+    return {field.name: (kinds[field.name], getattr(config, field.name)) for field in fields(config)}
+
+
+def marks(kind: Any) -> Iterator[Any]:
+    """What stands beside the type in an annotation, also within tuples and unions."""
+    for part in get_args(kind):
+        if get_origin(kind) is Annotated and part is not get_args(kind)[0]:
+            yield part
+        else:
+            yield from marks(part)
+
+
+def hints(kind: type) -> dict[str, Any]:
+    """The annotations of a class, with their ranges."""
+    return get_type_hints(kind, include_extras=True)
+
+
+def problem(value: Any, kind: Any) -> str:
+    """What `value` must be instead, in words, where `kind` does not allow it; otherwise an empty text.
+
+    >>> problem(0, Annotated[int, at_least(1)]), problem(math.nan, float), problem(None, float | None)
+    ('at least 1', 'a finite number', '')
+    """
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return problem(value, parts[0]) or _out_of_range(value, parts[1:])
+    if origin in (Union, UnionType):
+        if value is None and NoneType in parts:
+            return ""
+        each = [problem(value, one) for one in parts if one is not NoneType]
+        return "" if "" in each else " or ".join(each)
+    if origin is Literal:
+        return "" if value in parts and type(value) in map(type, parts) else f"one of {', '.join(map(str, parts))}"
+    if origin in (tuple, list):
+        if not isinstance(value, (tuple, list)):
+            return "a list"
+        return next((f"a list whose items are {wrong}" for one in value if (wrong := problem(one, parts[0]))), "")
+    if origin is dict:
+        if not isinstance(value, dict):
+            return "an object"
+        return next((f"an object of values {wrong}" for one in value.values() if (wrong := problem(one, parts[1]))), "")
+    return _of_plain_type(value, kind)
+
+
+def _of_plain_type(value: Any, kind: Any) -> str:
+    if kind is float:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return "" if number and abs(value) <= 1e300 else "a finite number"
+    if kind is int:
+        if type(value) is not int:
+            return "a whole number"
+        return "" if abs(value) <= LARGEST else f"at most {LARGEST}"
+    words = {str: "text", bool: "true or false", dict: "an object", list: "a list"}
+    return "" if kind is Any or isinstance(value, kind) else words.get(kind, getattr(kind, "__name__", str(kind)))
+
+
+def _out_of_range(value: Any, ranges: tuple[Any, ...]) -> str:
+    for allowed in ranges:
+        if isinstance(allowed, Range) and allowed.of_size and len(value) not in allowed:
+            return f"{'text' if isinstance(value, str) else 'a list'} of length {allowed}"
+        if isinstance(allowed, Range) and not allowed.of_size and value not in allowed:
+            return allowed.violated_by(value)
+    return ""
+
+
+def shown(value: Any) -> str:
+    """A wrong value for a message: short, and on one line."""
+    text = repr(value) if isinstance(value, (str, list, tuple, dict)) else str(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+# ---- values of our own files ----
+
+
+def read_value(value: Any, kind: type[T], what: str) -> T:
+    """A value of a JSON file as `kind`: lists become tuples, whole numbers floats, where `kind` asks for them.
+
+    what: where the value stands, for the message. Raises PoiseError for a value that `kind` does not allow.
+    """
+    if wrong := problem(value, kind):
+        raise PoiseError(f"{what} must be {wrong}, got {shown(value)}")
+    return cast(T, _as(value, kind))
+
+
+def read_fields(saved: Any, kind: type[T], what: str) -> T:
+    """An object of a JSON file as the dataclass `kind`: every field there, of its type and in its range.
+
+    what: the object, for messages. Raises PoiseError for a field that is missing, unknown or wrong. A field with a
+    default may be missing.
+    """
+    if not isinstance(saved, Mapping):
+        raise PoiseError(f"{what} must be an object, got {shown(saved)}")
+    known = {field.name: field for field in fields(cast(Any, kind))}
+    if unknown := sorted(str(name) for name in saved if name not in known):
+        raise PoiseError(f"{what} has the field {shown(unknown[0])}, which this version does not read")
+    needed = [name for name, one in known.items() if one.default is MISSING and one.default_factory is MISSING]
+    if missing := [name for name in needed if name not in saved]:
+        raise PoiseError(f"{what} lacks {missing[0]!r}")
+    return kind(**{name: read_value(value, hints(kind)[name], f"{what}: {name}") for name, value in saved.items()})
+
+
+def _as(value: Any, kind: Any) -> Any:
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _as(value, parts[0])
+    if origin in (Union, UnionType):
+        return None if value is None else _as(value, next(one for one in parts if not problem(value, one)))
+    if origin is tuple:
+        return tuple(_as(item, parts[0]) for item in value)
+    if origin is list:
+        return [_as(item, parts[0]) for item in value]
+    return float(value) if kind is float else value
