@@ -1,0 +1,143 @@
+"""What Poise must know about a model family: its attention windows, its steady context, the width of its features.
+
+Attention masks. A 4-D mask given to a model of transformers replaces the mask that the model would make. So the mask
+must include the sliding window, and a model with layers of several kinds needs one mask for each kind:
+
+    Llama, GPT-2, OPT, …            one mask
+    Mistral, Phi-3, Mixtral, …      one mask, with the window of `config.sliding_window`
+    Gemma 2 and 3, Qwen 2 and 3, …  a dictionary of masks, if `config.layer_types` names several kinds
+
+A window limits the distance of two tokens in their text. Where several texts lie in one row, that distance is the
+difference of positions, not of columns.
+
+Shapes: _B rows, _L tokens that attend, _S tokens that may be attended to.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from poise.models.loading import HfModel, context_length
+from poise.runtime.progress import console
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+# What a model may raise if it cannot read what it is given.
+REFUSALS = (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError, NotImplementedError)
+_PROBE_WINDOW = 4  # tokens; a probe of a dozen tokens reaches beyond it
+_OPERATIONS_PER_LAYER = 10  # whose results are rounded: two norms, seven linear maps, attention
+_said: set[str] = set()
+
+
+def windows(model: HfModel) -> dict[str, int | None] | None:
+    """Per kind of attention layer, its window: a token sees itself and window - 1 tokens before it; None for all.
+
+    None instead of the dictionary: no mask from outside is right for every layer. That holds for chunked and linear
+    attention, state spaces, layer kinds unknown here, and the local layers of GPT-Neo.
+    """
+    config = model.base_model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None) or None
+    if not kinds:
+        kinds = {SLIDING if window else FULL}
+    if not kinds <= {FULL, SLIDING} or (SLIDING in kinds and not isinstance(window, int)):
+        return None
+    if "local" in (getattr(config, "attention_layers", None) or ()) or getattr(config, "attention_chunk_size", None):
+        return None
+    return {kind: window if kind == SLIDING else None for kind in sorted(kinds)}
+
+
+def attention_masks(
+    model: HfModel,
+    sees: Bool[Tensor, "rows tokens keys"],
+    query_position: Int[Tensor, "rows tokens"],
+    key_position: Int[Tensor, "rows keys"],
+    dtype: torch.dtype,
+) -> Tensor | dict[str, Tensor]:
+    """`attention_mask` for a model: who sees whom, cut to the window of each kind of layer.
+
+    sees: who would see whom without a window; positions: of the tokens in their own texts; dtype: of the activations.
+    Raises ValueError for a model that `windows` gives None for.
+    """
+    limits = windows(model)
+    if limits is None:
+        raise ValueError("the model has layers that take no mask from outside")
+    masks: dict[str, Tensor] = {}
+    for kind, window in limits.items():
+        near = sees
+        if window is not None:
+            near = sees & (query_position.unsqueeze(-1) - key_position.unsqueeze(-2) < window)
+        masks[kind] = additive(near, dtype)
+    return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def additive(sees: Bool[Tensor, "rows tokens keys"], dtype: torch.dtype) -> Float[Tensor, "rows 1 tokens keys"]:
+    """The mask as attention layers add it to their scores."""
+    return torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min).unsqueeze(1)
+
+
+def steady_context(model: HfModel) -> int:
+    """Longest text, in tokens, whose hidden states do not depend on how long the other texts of its batch are.
+
+    This is the whole context, except with longrope (Phi-3 128k): where the longest text of a batch exceeds
+    `original_max_position_embeddings`, the model embeds the positions of the whole batch in another way.
+    """
+    config = model.base_model.config.get_text_config()
+    context = context_length(config)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if "longrope" not in str(rope):
+        return context
+    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    return min(original or context, context)
+
+
+def feature_size(model: HfModel) -> int:
+    """Width of what enters the output layer: `hidden_size`, but `word_embed_proj_dim` in OPT-350m."""
+    head = getattr(model, "score", None) or model.get_output_embeddings()
+    size: int = head.in_features if isinstance(head, nn.Linear) else model.config.hidden_size
+    return size
+
+
+# ---- trying a model before it is relied on ----
+
+
+@contextlib.contextmanager
+def narrow_windows(model: HfModel) -> Iterator[None]:
+    """Within it, the model's sliding window is 4 tokens, so that probes of a dozen tokens reach beyond it."""
+    config = model.base_model.config.get_text_config()
+    kept = {name: getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")}
+    for name, size in kept.items():
+        if isinstance(size, int) and size > _PROBE_WINDOW:
+            setattr(config, name, _PROBE_WINDOW)
+    try:
+        yield
+    finally:
+        for name, size in kept.items():
+            if size is not None:
+                setattr(config, name, size)
+
+
+def rounding(model: HfModel) -> float:
+    """Expected relative rounding error of a model's hidden states, as a share of their norm.
+
+    Each operation rounds its result by up to half an eps of its dtype. The errors of different operations are
+    independent, so they add up like a random walk: eps / 2 times the square root of the number of operations.
+    """
+    operations = _OPERATIONS_PER_LAYER * model.config.get_text_config().num_hidden_layers
+    return 0.5 * float(torch.finfo(model.dtype).eps) * float(operations) ** 0.5
+
+
+def alike(one: Tensor, other: Tensor) -> bool:
+    """Equal up to rounding: within 1e-3 of the largest number in float32, 5e-2 in less."""
+    tolerance = 1e-3 if other.dtype == torch.float32 else 5e-2
+    return one.shape == other.shape and bool((one - other).abs().max() <= tolerance * other.abs().max())
+
+
+def say_once(model: HfModel, what: str) -> None:
+    """Print, once per process and family, what costs more time with this family."""
+    line = f"{model.config.model_type}: {what}"
+    if line not in _said:
+        _said.add(line)
+        console.print(line, markup=False, soft_wrap=True)
