@@ -31,7 +31,7 @@ from poise.models.chat_format import encode, generation_prompt
 from poise.models.families import feature_size, steady_context
 from poise.models.fused_ops import AdaptedLinear, ChosenLogprob
 from poise.models.loading import HfModel, HfTokenizer, decoder_layers, has_conv1d, linear_maps, room_or_raise
-from poise.models.rereading import Predictions, Reading, choose, has_plain_head, predict
+from poise.models.rereading import Predictions, Reading, check_rereading, choose, has_plain_head, predict
 from poise.models.rollout import Rollout
 from poise.runtime.quiet import quiet_loading
 
@@ -187,6 +187,11 @@ class Policy(nn.Module):
         if self.value_model is not None:
             rollout.value_PMT = self._own_values(rollout) * rollout.mask_PMT
         return rollout
+
+    @torch.no_grad()
+    def check_rereading(self, rollout: Rollout) -> None:
+        """Raise PoiseError unless this policy reads its own fresh rollout as it sampled it, up to rounding."""
+        check_rereading(rollout, self._read(self._base, rollout)[0], self._base)
 
     def evaluate(self, rollout: Rollout, *, entropy: bool = False) -> Evaluation:
         """Log-probabilities, values and, if asked for, entropies at the sampled tokens, under the present policy."""

@@ -21,10 +21,20 @@ import torch
 from torch import Tensor, nn
 
 from poise.errors import PoiseError
-from poise.models.families import REFUSALS, alike, attention_masks, narrow_windows, say_once, windows
+from poise.models.families import (
+    REFUSALS,
+    alike,
+    attention_masks,
+    narrow_windows,
+    probe_tokens,
+    say_once,
+    tolerance,
+    windows,
+)
 from poise.models.loading import HfModel
 from poise.models.rollout import Rollout, packed_attention
 from poise.models.shared_prompt import equal_completions, positions_of
+from poise.runtime import distributed as processes
 
 
 class Reading(NamedTuple):
@@ -145,6 +155,26 @@ def entering_layer(base: HfModel, first_layer: int) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
+@torch.no_grad()
+def check_rereading(rollout: Rollout, logprob_PMT: Tensor, base: HfModel) -> None:
+    """Raise PoiseError if a fresh rollout, read again, has other log-probabilities than sampling recorded.
+
+    PPO would train on the difference. logprob_PMT: as read again, by the weights that sampled, at temperature 1.
+    Allowed is an rms difference of `families.tolerance` nats per token: 1e-3 for 30 layers in float32, .26 in bfloat16.
+    The largest difference of all processes counts, so that all of them stop.
+    """
+    sampled = rollout.mask_PMT.bool()
+    difference = (logprob_PMT.float() - rollout.logprob_PMT.float())[sampled].square().mean().sqrt()
+    largest = processes.gathered(difference.reshape(1)).max().item()
+    allowed = tolerance(base)
+    if not largest <= allowed:  # NaN neither
+        raise PoiseError(
+            f"{base.config.model_type}: log-probabilities of the sampled tokens, read again before the first update, "
+            f"differ by {largest:.2g} nats (rounding: up to {allowed:.2g}); PPO would train on that difference, "
+            f"use --algorithm rloo or grpo"
+        )
+
+
 # ---- tried, not guessed ----
 
 
@@ -167,7 +197,7 @@ def choose(base: HfModel, first_layer: int) -> Reading:
     Says once if completions cannot be packed. Raises PoiseError for a model that no reading is right for.
     """
     with narrow_windows(base):
-        rollout = _probe(base.device)
+        rollout = _probe(base)
         wanted = _states_alone(base, rollout)
         if windows(base) is None or not _gives(base, rollout, Reading(packed=True), wanted):
             if not _gives(base, rollout, Reading(packed=False), wanted):
@@ -188,7 +218,7 @@ def choose(base: HfModel, first_layer: int) -> Reading:
 
 def _gives(base: HfModel, rollout: Rollout, reading: Reading, wanted: Tensor) -> bool:
     try:
-        return alike(_states(base, rollout, reading), wanted)
+        return alike(base, _states(base, rollout, reading), wanted)
     except REFUSALS:
         return False
 
@@ -210,9 +240,10 @@ def _states_alone(base: HfModel, rollout: Rollout) -> Tensor:
     return torch.cat(found)
 
 
-def _probe(device: torch.device) -> Rollout:
+def _probe(base: HfModel) -> Rollout:
     """Two prompts, one padded, with two completions each, of which two are padded."""
-    ids = torch.arange(1, 10, device=device)
+    device = base.device
+    ids = torch.tensor(probe_tokens(base, range(1, 10)), device=device)
     prompt_ids = torch.stack([ids[:7], ids[:7].flip(0)])
     prompt_mask = torch.ones_like(prompt_ids)
     prompt_mask[1, :4] = 0

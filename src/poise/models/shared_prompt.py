@@ -29,8 +29,18 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, DynamicCache
 
-from poise.models.families import REFUSALS, alike, attention_masks, narrow_windows, say_once, steady_context, windows
-from poise.models.loading import HfModel, context_length
+from poise.models.families import (
+    REFUSALS,
+    alike,
+    attention_masks,
+    has_longrope,
+    narrow_windows,
+    probe_tokens,
+    say_once,
+    steady_context,
+    windows,
+)
+from poise.models.loading import HfModel
 
 PADDING = -1  # group of tokens that belong to no prompt
 
@@ -214,7 +224,7 @@ def packed_hidden(classifier: HfModel, rows: PackedRows) -> Float[Tensor, "compl
 def separate_hidden(classifier: HfModel, rows: PackedRows) -> Float[Tensor, "completions hidden"]:
     """The same for rows of one family of one completion each (`one_per_row`), through any causal model's own mask."""
     mask = (rows.group_BL != PADDING).long()
-    if not _has_steps(classifier):
+    if not has_longrope(classifier):
         return _at_ends(classifier, rows, mask)
     long_B = rows.position_BL.amax(-1) >= steady_context(classifier)
     if long_B.all() or not long_B.any():
@@ -225,11 +235,6 @@ def separate_hidden(classifier: HfModel, rows: PackedRows) -> Float[Tensor, "com
     hidden = short.new_empty(len(long_C), short.shape[-1])
     hidden[~long_C], hidden[long_C] = short, long
     return hidden
-
-
-def _has_steps(classifier: HfModel) -> bool:
-    """Do the embeddings of positions change where the longest text of a batch passes some length?"""
-    return steady_context(classifier) < context_length(classifier.config.get_text_config())
 
 
 def _rows_where(rows: PackedRows, kind_B: Bool[Tensor, " rows"]) -> PackedRows:
@@ -337,7 +342,8 @@ def _rows_of(cache: DynamicCache, index: Int[Tensor, " rows"]) -> DynamicCache:
     return part
 
 
-# Texts to try a trunk with: some reach beyond a window of `narrow_windows`, and the prompts differ in length.
+# Texts to try a trunk with, as `probe_tokens` reads these numbers. Some reach beyond a window of `narrow_windows`, and
+# the prompts differ in length.
 _TRIED = [Family([1, 2, 3, 4, 5, 6, 7], [[5, 6, 7], [8, 9, 1, 2, 3, 4]]), Family([3, 1], [[2], [4, 5, 6, 7, 8, 9, 1]])]
 
 
@@ -347,8 +353,8 @@ def shares_prompts(classifier: HfModel) -> bool:
     If not, says so once. Texts longer than `steady_context` are read in rows of their own in any case.
     """
 
-    def read() -> Tensor:
-        parts = cached_hidden(classifier, _TRIED, 0, 64)
+    def read(families: list[Family]) -> Tensor:
+        parts = cached_hidden(classifier, families, 0, 64)
         found = {key: state for keys, states in parts for key, state in zip(keys, states, strict=True)}
         return torch.stack([found[key] for key in sorted(found)])
 
@@ -364,25 +370,29 @@ def takes_packed_rows(classifier: HfModel) -> bool:
     State-space layers, chunked and bidirectional attention do not, nor positions that follow the columns (ALiBi).
     """
 
-    def read() -> Tensor:
-        return packed_hidden(classifier, pack(_TRIED, 0).to(next(classifier.parameters()).device))
+    def read(families: list[Family]) -> Tensor:
+        return packed_hidden(classifier, pack(families, 0).to(next(classifier.parameters()).device))
 
-    if not _has_steps(classifier) and _reads_alike(classifier, read):
+    if not has_longrope(classifier) and _reads_alike(classifier, read):
         return True
     say_once(classifier, "texts are not packed into rows; training a trunk takes longer")
     return False
 
 
 @torch.no_grad()
-def _reads_alike(classifier: HfModel, read: Callable[[], Tensor]) -> bool:
-    """Does a way of reading `_TRIED` give the hidden states that each text has in a batch of its own?"""
+def _reads_alike(classifier: HfModel, read: Callable[[list[Family]], Tensor]) -> bool:
+    """Does a way of reading texts give the hidden states that each text has in a batch of its own?"""
     if windows(classifier) is None:
         return False
     device = next(classifier.parameters()).device
-    apart = [Family(prompt, [completion]) for prompt, completions in _TRIED for completion in completions]
+    families = [
+        Family(probe_tokens(classifier, prompt), [probe_tokens(classifier, completion) for completion in completions])
+        for prompt, completions in _TRIED
+    ]
+    apart = [Family(prompt, [completion]) for prompt, completions in families for completion in completions]
     try:
         with narrow_windows(classifier):
             alone = [separate_hidden(classifier, pack([text], 0, one_per_row=True).to(device)) for text in apart]
-            return alike(read(), torch.cat(alone))
+            return alike(classifier, read(families), torch.cat(alone))
     except REFUSALS:
         return False
