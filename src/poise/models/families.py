@@ -87,10 +87,13 @@ def steady_context(model: HfModel) -> int:
     config = model.base_model.config.get_text_config()
     context = context_length(config)
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    if "longrope" not in str(rope):
-        return context
-    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-    return min(original or context, context)
+    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # some have a rope per kind of layer
+    lengths = [
+        part.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+        for part in parts
+        if "longrope" in (part.get("rope_type"), part.get("type"))
+    ]
+    return min([context, *(length for length in lengths if length)])
 
 
 def has_longrope(model: HfModel) -> bool:
