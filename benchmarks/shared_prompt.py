@@ -1,25 +1,41 @@
 """Scoring many completions of one long prompt: the prompt read once, against a row for each completion.
 
-    python benchmarks/shared_prompt.py [--layers 8] [--prompt 256] [--completion 32]
+    python benchmarks/shared_prompt.py [--layers 8] [--prompt 256] [--completion 32] [--window 128]
 
 The same trunk, the same 64 completions: `FeatureExtractor` as it is, and with sharing switched off, in turn; the naive
 batches are what `AutoModelForSequenceClassification` on padded rows costs. Random tokens, no two texts alike. Prints
 JSON; dated results lie in results/. Floor: the tokens each way must read.
+
+--window: a Mistral trunk of the model's sizes and random weights, with a sliding window of so many tokens.
 """
 
 import argparse
 import json
 import statistics
 import time
+from typing import Any
 
 import torch
+import transformers
 
-from poise.models.loading import DEFAULT_MODEL
+from poise.models.loading import DEFAULT_MODEL, HfModel
 from poise.models.reward_model import load_trunk
 from poise.models.scorer import FeatureExtractor, Tokens
 from poise.runtime.run_folder import environment
 
 COMPLETIONS = 64
+
+
+def windowed(config: Any, window: int) -> HfModel:
+    """A Mistral classifier of the same sizes, with random weights."""
+    names = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "max_position_embeddings", "pad_token_id",
+    )  # fmt: skip
+    shape = {name: getattr(config, name) for name in names}
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(**shape, sliding_window=window, num_labels=1)
+    return transformers.AutoModelForSequenceClassification.from_config(config).eval()
 
 
 def main() -> None:
@@ -29,8 +45,11 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, nargs="+", default=[256, 512])
     parser.add_argument("--completion", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--window", type=int, default=0, help="tokens of a sliding window; 0: the model itself")
     options = parser.parse_args()
     classifier, tokenizer = load_trunk(options.model, options.layers)
+    if options.window:
+        classifier = windowed(classifier.config, options.window)
     shared, naive = (FeatureExtractor(classifier, tokenizer) for _ in range(2))
     naive._shares_prompts = False
     rows = []
@@ -61,7 +80,7 @@ def main() -> None:
                     "largest_feature_difference": difference,
                 }
             )  # fmt: skip
-    print(json.dumps({"layers": options.layers, "completions": COMPLETIONS, "rows": rows,
+    print(json.dumps({"layers": options.layers, "window": options.window, "completions": COMPLETIONS, "rows": rows,
                       "environment": environment()}, indent=1))  # fmt: skip
 
 

@@ -258,9 +258,12 @@ def test_pickled_weights_are_refused(tiny_model: str, tmp_path: Path) -> None:
             load(str(folder))
 
 
-def test_a_rollout_beyond_a_sliding_window_is_one_line(tmp_path: Path) -> None:
+def test_a_rollout_beyond_a_sliding_window_is_read_again_as_it_was_sampled(tmp_path: Path) -> None:
     model, tokenizer = load_policy(make_model(tmp_path, "gemma2"))
     model.config.sliding_window = 16
-    policy = Policy(model, tokenizer, adapted_layers=0, rank=4)
-    with pytest.raises(PoiseError, match="sliding window of 16 tokens"):
-        policy.sample(["Review the lamp, which is tall."], uniforms(1, 2, 8, torch.Generator().manual_seed(0)))
+    policy = Policy(model, tokenizer, adapted_layers=2, rank=4)
+    rollout = sample(policy)
+    assert rollout.hidden_PLH is not None  # layers of two kinds no longer stand in the way of kept hidden states
+    naive = naive_logprobs(policy, rollout)
+    torch.testing.assert_close(rollout.logprob_PMT, naive, rtol=0, atol=2e-5)
+    torch.testing.assert_close(policy.evaluate(rollout).logprob * rollout.mask_PMT, naive, rtol=0, atol=2e-5)

@@ -12,6 +12,7 @@ from transformers import AttentionInterface
 
 from conftest import make_tokenizer
 from poise.data.types import Sample
+from poise.models.families import additive, windows
 from poise.models.loading import has_conv1d, linear_maps, load_policy
 from poise.models.reward_model import load_trunk
 from poise.models.scorer import Scorer
@@ -19,9 +20,7 @@ from poise.models.shared_prompt import (
     EQUAL_COMPLETIONS,
     PADDING,
     Family,
-    additive,
     attends,
-    attention_window,
     cached_hidden,
     equal_completions,
     num_tokens,
@@ -197,9 +196,12 @@ def test_attention_is_taken_apart_where_it_can_be_and_only_there(tiny_model: str
         assert model.config._attn_implementation == "eager"
 
 
-@pytest.mark.parametrize("kind", ["mistral", "gemma2"])
-def test_texts_beyond_a_sliding_window_score_alone_as_beside_siblings(kind: str, tmp_path: Path) -> None:
-    """A mask from outside would replace the window: such trunks read each text in a row of its own."""
+@pytest.mark.parametrize(
+    ("kind", "limits"),
+    [("mistral", {"sliding_attention": 8}), ("gemma2", {"full_attention": None, "sliding_attention": 8})],
+)
+def test_texts_beyond_a_sliding_window_score_alone_as_beside_siblings(kind: str, limits: dict, tmp_path: Path) -> None:
+    """A mask from outside replaces the window, so it must include the window; prompts stay shared."""
     shape = {
         "vocab_size": 259, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "sliding_window": 8, "pad_token_id": 0,
@@ -208,9 +210,9 @@ def test_texts_beyond_a_sliding_window_score_alone_as_beside_siblings(kind: str,
     configs = {"mistral": transformers.MistralConfig, "gemma2": transformers.Gemma2Config}
     config = configs[kind](**shape, num_labels=1)
     classifier = transformers.AutoModelForSequenceClassification.from_config(config).eval()
-    assert attention_window(classifier.config) == 8
-    assert not shares_prompts(classifier)
-    assert not takes_packed_rows(classifier)
+    assert windows(classifier) == limits
+    assert shares_prompts(classifier)
+    assert takes_packed_rows(classifier)
     classifier.save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     scorer = Scorer.load(str(tmp_path))

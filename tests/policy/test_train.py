@@ -22,6 +22,7 @@ from poise.data.types import Sample
 from poise.errors import PoiseError
 from poise.functional.monitor import Monitor, Reading
 from poise.functional.objectives import HeadRewards, RewardScale, parse_objective
+from poise.models.policy import Policy
 from poise.models.scorer import Scorer, generated
 from poise.policy import loop as training
 from poise.policy import train as train_policy
@@ -494,6 +495,23 @@ def test_actions_on_an_alarm(config: Config, tmp_path: Path, monkeypatch: pytest
 
 
 # ---- what can go wrong ----
+
+
+def test_a_policy_that_is_read_otherwise_than_sampled_stops_before_its_first_update(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Policy._read
+
+    def off(self: Policy, *args: Any, **options: Any) -> Any:
+        logprob, *others = read(self, *args, **options)
+        return logprob + 0.01, *others
+
+    monkeypatch.setattr(Policy, "_read", off)
+    with pytest.raises(PoiseError, match=r"read again before the first update, differ by 0\.01 nats"):
+        train_policy.run(config)
+    with safe_open(Path(config.output) / "checkpoint.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["run"])["step"] == 0
+    assert not (Path(config.output) / "metrics.jsonl").exists()
 
 
 def test_a_reward_that_is_not_finite_stops_and_names_it(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ from jaxtyping import Bool, Float, UInt8, UInt32
 from safetensors.numpy import save
 from torch import Tensor
 
+from poise.models.families import feature_size
 from poise.models.loading import HfModel
 from poise.runtime.downloads import cache_folder
 from poise.runtime.progress import console
@@ -112,7 +113,7 @@ class FeatureCache:
     @classmethod
     def of(cls, classifier: HfModel, root: Path | None = None) -> "FeatureCache":
         """The cache of a classifier's trunk, in `default_root` unless told otherwise."""
-        return cls(root or default_root(), trunk_fingerprint(classifier), classifier.config.hidden_size)
+        return cls(root or default_root(), trunk_fingerprint(classifier), feature_size(classifier))
 
     def __enter__(self) -> "FeatureCache":
         return self

@@ -30,18 +30,11 @@ from poise.functional import ppo
 from poise.models.chat_format import encode, generation_prompt
 from poise.models.choices import Tune, ValueTrunk
 from poise.models.end_tokens import end_token_ids
+from poise.models.families import feature_size, steady_context
 from poise.models.fused_ops import AdaptedLinear, ChosenLogprob
-from poise.models.loading import (
-    HfModel,
-    HfTokenizer,
-    context_length,
-    decoder_layers,
-    has_conv1d,
-    linear_maps,
-    room_or_raise,
-)
-from poise.models.rollout import Rollout, packed_attention
-from poise.models.shared_prompt import additive, attention_window, equal_completions
+from poise.models.loading import HfModel, HfTokenizer, decoder_layers, has_conv1d, linear_maps, room_or_raise
+from poise.models.rereading import Predictions, Reading, check_rereading, choose, has_plain_head, predict
+from poise.models.rollout import Rollout
 from poise.runtime.quiet import quiet_loading
 
 
@@ -79,20 +72,16 @@ class Policy(nn.Module):
         num_layers = model.config.num_hidden_layers
         self._first_adapted = max(num_layers - adapted_layers, 0) if adapted_layers else 0
         device = next(model.parameters()).device
+        self._plain_head, self._reading = has_plain_head(model), choose(model, self._first_adapted)
         trained = _upper_parameters(model, self._first_adapted)
         twins = [_twin(model, trained) for _ in range((tune == "full") + (value_trunk == "own"))]
         self.model = self._trainable(model, trained, rank)
         self.value_model = self._trainable(twins.pop(), None, rank) if value_trunk == "own" else None
         # In a list, so that it is not registered: it is neither trained nor saved.
         self._reference = [twins.pop().requires_grad_(False)] if twins else []
-        # Rows of hidden states can re-enter a decoder only if positions come in through rotary embeddings and all
-        # layers are of one kind; otherwise the whole model runs each time, and only speed is lost.
-        uniform = len(set(getattr(model.config, "layer_types", None) or ["full_attention"])) == 1
-        decoder = self._base.base_model
-        if not (hasattr(decoder, "rotary_emb") and hasattr(decoder, "layers") and uniform):
-            self._first_adapted = 0
-        self._plain_head = _has_plain_head(self._base)
-        self.value_head = nn.Linear(model.config.hidden_size, 1, device=device)
+        # From here on: the layer whose inputs are kept while sampling; 0 if they cannot enter it again.
+        self._first_adapted = self._reading.first_layer
+        self.value_head = nn.Linear(feature_size(model), 1, device=device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
@@ -121,7 +110,8 @@ class Policy(nn.Module):
 
     @property
     def context_length(self) -> int:
-        return context_length(self.model.config)
+        """Most tokens of a prompt and its completion together."""
+        return steady_context(self._base)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """All that training changes and a checkpoint must hold: adapters or upper layers, and the values' own."""
@@ -201,6 +191,11 @@ class Policy(nn.Module):
             rollout.value_PMT = self._own_values(rollout) * rollout.mask_PMT
         return rollout
 
+    @torch.no_grad()
+    def check_rereading(self, rollout: Rollout) -> None:
+        """Raise PoiseError unless this policy reads its own fresh rollout as it sampled it, up to rounding."""
+        check_rereading(rollout, self._read(self._base, rollout)[0], self._base)
+
     def evaluate(self, rollout: Rollout, *, entropy: bool = False) -> Evaluation:
         """Log-probabilities, values and, if asked for, entropies at the sampled tokens, under the present policy."""
         logprob, hidden, spread = self._read(self._base, rollout, entropy=entropy)
@@ -253,15 +248,21 @@ class Policy(nn.Module):
         """(log-probabilities, last hidden states, entropies if asked for) at the sampled tokens."""
         head = base.get_output_embeddings()
         if self._plain_head and not entropy and not head.weight.requires_grad:
-            hidden = self._forward(base, rollout, logits=False)[1]
+            hidden = self._predict(base, rollout, logits=False).hidden
             sampled = rollout.mask_PMT.bool()
             logprob = hidden.new_zeros(sampled.shape, dtype=torch.float32)
             logprob[sampled] = ChosenLogprob.apply(hidden[sampled], head.weight, rollout.completion_ids_PMT[sampled])
             return logprob, hidden, None
-        logits, hidden = self._forward(base, rollout)
+        logits, hidden = self._predict(base, rollout, logits=True)
+        assert logits is not None  # asked for
         logits = logits.float()
         chosen = logits.gather(-1, rollout.completion_ids_PMT.unsqueeze(-1)).squeeze(-1)
         return chosen - logits.logsumexp(-1), hidden, ppo.token_entropy(logits) if entropy else None
+
+    def _predict(self, base: HfModel, rollout: Rollout, *, logits: bool) -> Predictions:
+        # A rollout without kept hidden states, of another policy, can be read from its tokens.
+        reading = self._reading if rollout.hidden_PLH is not None else Reading(self._reading.packed)
+        return predict(base, rollout, reading, logits=logits)
 
     @property
     def _base(self) -> HfModel:
@@ -271,63 +272,16 @@ class Policy(nn.Module):
         return self.value_head(hidden.float()).squeeze(-1)
 
     def _own_values(self, rollout: Rollout) -> Tensor:
-        return self._value_of(self._forward(_without_adapters(self.value_model), rollout, logits=False)[1])
+        return self._value_of(self._predict(_without_adapters(self.value_model), rollout, logits=False).hidden)
 
     def _encode(self, prompts: list[Prompt], max_tokens: int) -> tuple[Tensor, Tensor]:
         rows = [encode(self.tokenizer, generation_prompt(self.tokenizer, prompt)) for prompt in prompts]
         longest = max(map(len, rows))
         room_or_raise(longest, max_tokens, self.context_length)
-        window = attention_window(self.model.config)
-        if window is not None and longest + max_tokens > window:
-            raise PoiseError(
-                f"the model attends over a sliding window of {window} tokens, which a prompt of {longest} tokens and "
-                f"{max_tokens} new ones exceed: PPO cannot read such rows yet; shorten the prompt or --max-tokens"
-            )
         device = next(self.model.parameters()).device
         ids = [[self.tokenizer.pad_token_id] * (longest - len(row)) + row for row in rows]
         mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-    def _forward(self, base: HfModel, rollout: Rollout, *, logits: bool = True) -> tuple[Tensor, Tensor]:
-        """(logits (P, M, T, vocabulary), last hidden states (P, M, T, H)) at the positions that predict each token.
-
-        logits: whether they are wanted; if not, they are of no use.
-        """
-        num_prompts, per_prompt, max_tokens = rollout.completion_ids_PMT.shape
-        prompt_length = rollout.prompt_ids_PL.shape[1]
-        attention, positions = packed_attention(rollout)
-        # Token t of a completion is predicted at its token t-1; every first token at the prompt's last position.
-        start = prompt_length + torch.arange(per_prompt, device=attention.device) * max_tokens
-        predicts = start[:, None] + torch.arange(max_tokens, device=attention.device) - 1
-        predicts[:, 0] = prompt_length - 1
-        if rollout.hidden_PLH is None:
-            ids = torch.cat([rollout.prompt_ids_PL, rollout.completion_ids_PMT.flatten(1)], 1)
-            entering = base.get_input_embeddings()(ids)
-        else:
-            entering = rollout.hidden_PLH
-        kept = predicts.flatten()
-        apart = equal_completions(base, per_prompt, max_tokens)
-        with apart, self._upper_layers(base, split=rollout.hidden_PLH is not None):
-            out = base(
-                inputs_embeds=entering, attention_mask=additive(attention, entering.dtype), position_ids=positions,
-                use_cache=False, output_hidden_states=True, logits_to_keep=kept if logits else kept[:1],
-            )  # fmt: skip
-        shape = (num_prompts, per_prompt, max_tokens, -1)
-        hidden = out.hidden_states[-1][:, kept].view(shape)
-        return out.logits.view(shape) if logits else hidden, hidden
-
-    @contextlib.contextmanager
-    def _upper_layers(self, base: HfModel, *, split: bool) -> Iterator[None]:
-        """Let hidden states enter at the first trained layer."""
-        decoder = base.base_model
-        layers = decoder.layers if split else None
-        if layers is not None:
-            decoder.layers = layers[self._first_adapted :]
-        try:
-            yield
-        finally:
-            if layers is not None:
-                decoder.layers = layers
 
     @contextlib.contextmanager
     def _captured(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
@@ -373,16 +327,6 @@ def _draw(logprobs: Float[Tensor, "rows vocabulary"], uniform: Float[Tensor, " r
     cumulated = logprobs.double().exp().cumsum(-1)
     drawn = torch.searchsorted(cumulated, uniform.unsqueeze(-1) * cumulated[:, -1:], right=True)
     return drawn.clamp_max(logprobs.shape[-1] - 1)
-
-
-@torch.no_grad()
-def _has_plain_head(base: HfModel) -> bool:
-    """Are the logits nothing but head @ last hidden state? Tried, not guessed: some models cap or scale them."""
-    head = base.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or head.bias is not None:
-        return False
-    out = base(input_ids=torch.arange(4, device=head.weight.device)[None], output_hidden_states=True)
-    return bool((out.logits == head(out.hidden_states[-1])).all())  # bitwise: it would be the same operation
 
 
 def _without_adapters(model: HfModel) -> HfModel:

@@ -19,6 +19,7 @@ from poise.data.types import Prompt, Sample
 from poise.errors import PoiseError
 from poise.functional.objectives import HeadRewards
 from poise.models.chat_format import encode_conversation
+from poise.models.families import feature_size, steady_context
 from poise.models.feature_cache import FeatureCache, row_keys
 from poise.models.loading import HfModel, HfTokenizer, context_length, embedded_or_raise
 from poise.models.reward_model import HeadLayout, LastLayer, load_last_layer, load_reward_model
@@ -87,7 +88,7 @@ class FeatureExtractor:
     @torch.no_grad()
     def forward(self, tokens: Sequence[Tokens], progress: Progress | None = None) -> Float[Tensor, "samples hidden"]:
         """Features of encoded samples. The same text twice is computed once; a shared prompt is, too."""
-        features = torch.empty(len(tokens), self.classifier.config.hidden_size, device=self.classifier.device)
+        features = torch.empty(len(tokens), feature_size(self.classifier), device=self.classifier.device)
         prompts: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
         for i, (prompt, completion) in enumerate(tokens):
             prompts.setdefault(prompt, {}).setdefault(completion, []).append(i)
@@ -102,7 +103,14 @@ class FeatureExtractor:
     def _hidden(self, families: list[Family]) -> Iterator[tuple[list[Tokens], Float[Tensor, "texts hidden"]]]:
         """Part by part, texts and their last hidden states."""
         pad_id = self.tokenizer.pad_token_id
-        several = [family for family in families if len(family.completions) > 1 and family.prompt]
+        longest = steady_context(self.classifier)
+        several = [
+            family
+            for family in families
+            if len(family.completions) > 1
+            and family.prompt
+            and len(family.prompt) + max(map(len, family.completions)) <= longest
+        ]
         if several and not self._shares_prompts:
             several = []
         for keys, hidden in cached_hidden(self.classifier, several, pad_id, TOKENS_PER_BATCH):

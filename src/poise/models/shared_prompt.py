@@ -3,7 +3,8 @@
 Packed rows carry gradients, and are how trunks are trained: [prompt | completion | … | prompt | completion | …]. Each
 completion attends to its own prompt and to itself, at positions that continue the prompt's; prompts do not see one
 another. Through a causal decoder the hidden states are those of each [prompt | completion] alone (tested to 1e-5, in
-loss and gradient). A stock model takes such rows through a 4-D attention mask and explicit positions.
+loss and gradient). A stock model takes such rows through explicit positions and 4-D attention masks, one for each kind
+of its layers (`models/families.py`).
 
 The cache holds a prompt's keys and values, and rows of completions go on from there. It is how texts are scored: no
 gradient, and however many the completions, hardly any attention that is masked away again.
@@ -18,7 +19,7 @@ import contextlib
 import copy
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,17 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, DynamicCache
 
+from poise.models.families import (
+    REFUSALS,
+    alike,
+    attention_masks,
+    has_longrope,
+    narrow_windows,
+    probe_tokens,
+    say_once,
+    steady_context,
+    windows,
+)
 from poise.models.loading import HfModel
 
 PADDING = -1  # group of tokens that belong to no prompt
@@ -122,11 +134,6 @@ def attends(
     return together & visible & (order[None, None] <= order[None, :, None])
 
 
-def additive(sees: Bool[Tensor, "rows tokens keys"], dtype: torch.dtype) -> Float[Tensor, "rows 1 tokens keys"]:
-    """The mask as attention layers add it to their scores."""
-    return torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min).unsqueeze(1)
-
-
 # ---- rows [prompt | completion | … | completion] with equally many tokens in each completion ----
 
 EQUAL_COMPLETIONS = "poise_equal_completions"
@@ -210,16 +217,36 @@ def _attend(
 
 def packed_hidden(classifier: HfModel, rows: PackedRows) -> Float[Tensor, "completions hidden"]:
     """Last hidden state at each completion's last token."""
-    return _at_ends(classifier, rows, additive(attends(rows.group_BL, rows.part_BL), classifier.dtype))
+    sees, position = attends(rows.group_BL, rows.part_BL), rows.position_BL
+    return _at_ends(classifier, rows, attention_masks(classifier, sees, position, position, classifier.dtype))
 
 
 def separate_hidden(classifier: HfModel, rows: PackedRows) -> Float[Tensor, "completions hidden"]:
     """The same for rows of one family of one completion each (`one_per_row`), through any causal model's own mask."""
-    return _at_ends(classifier, rows, (rows.group_BL != PADDING).long())
+    mask = (rows.group_BL != PADDING).long()
+    if not has_longrope(classifier):
+        return _at_ends(classifier, rows, mask)
+    long_B = rows.position_BL.amax(-1) >= steady_context(classifier)
+    if long_B.all() or not long_B.any():
+        return _at_ends(classifier, rows, mask)
+    # The longest text of a batch decides how the positions of all are embedded: long texts are read apart.
+    long_C = long_B[rows.last_C2[:, 0]]
+    short, long = (_at_ends(classifier, _rows_where(rows, kind), mask[kind]) for kind in (~long_B, long_B))
+    hidden = short.new_empty(len(long_C), short.shape[-1])
+    hidden[~long_C], hidden[long_C] = short, long
+    return hidden
+
+
+def _rows_where(rows: PackedRows, kind_B: Bool[Tensor, " rows"]) -> PackedRows:
+    """Some of the rows, with the completions that lie in them."""
+    last = rows.last_C2[kind_B[rows.last_C2[:, 0]]]
+    number_B = kind_B.cumsum(0) - 1
+    ids, position, group, part = (tensor[kind_B] for tensor in rows[:4])
+    return PackedRows(ids, position, group, part, torch.stack([number_B[last[:, 0]], last[:, 1]], -1))
 
 
 def _at_ends(
-    classifier: HfModel, rows: PackedRows, mask: Tensor, cache: DynamicCache | None = None
+    classifier: HfModel, rows: PackedRows, mask: Tensor | dict[str, Tensor], cache: DynamicCache | None = None
 ) -> Float[Tensor, "completions hidden"]:
     hidden = classifier.base_model(
         input_ids=rows.ids_BL, attention_mask=mask, position_ids=rows.position_BL, past_key_values=cache,
@@ -282,10 +309,10 @@ def _read_prompts(
 
     ids = padded((torch.tensor(prompt) for prompt in prompts), pad_id)
     seen = padded((torch.ones(len(prompt), dtype=torch.long) for prompt in prompts), 0)
-    cache = DynamicCache(config=classifier.config)
+    # Without the config: with it, sliding layers would drop keys that the masks of `_go_on` count on.
+    cache = DynamicCache()
     classifier.base_model(
-        input_ids=ids, attention_mask=seen, position_ids=(seen.cumsum(-1) - 1).clamp_min(0), past_key_values=cache,
-        use_cache=True,
+        input_ids=ids, attention_mask=seen, position_ids=positions_of(seen), past_key_values=cache, use_cache=True,
     )  # fmt: skip
     return cache, seen.bool()
 
@@ -296,8 +323,15 @@ def _go_on(
     """Last hidden states of completions that follow cached prompts, one prompt a row."""
     apart = attends(rows.group_BL, rows.part_BL)
     before = seen[:, None].expand(-1, apart.shape[1], -1)
-    rows = rows._replace(position_BL=rows.position_BL + seen.sum(-1, keepdim=True))
-    return _at_ends(classifier, rows, additive(torch.cat([before, apart], -1), classifier.dtype), cache)
+    position = rows.position_BL + seen.sum(-1, keepdim=True)
+    key_position = torch.cat([positions_of(seen), position], -1)
+    masks = attention_masks(classifier, torch.cat([before, apart], -1), position, key_position, classifier.dtype)
+    return _at_ends(classifier, rows._replace(position_BL=position), masks, cache)
+
+
+def positions_of(mask: Tensor) -> Int[Tensor, "rows tokens"]:
+    """Positions of tokens in rows padded on the left; 0 for padding."""
+    return (mask.long().cumsum(-1) - 1).clamp_min(0)
 
 
 def _rows_of(cache: DynamicCache, index: Int[Tensor, " rows"]) -> DynamicCache:
@@ -308,62 +342,57 @@ def _rows_of(cache: DynamicCache, index: Int[Tensor, " rows"]) -> DynamicCache:
     return part
 
 
-def attention_window(config: Any) -> int | None:
-    """Tokens that the layers with the smallest sliding window attend to; None if every layer attends to all.
-
-    A 4-D mask given from outside replaces the window, so rows that need such a mask are not for texts beyond it.
-    """
-    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
-    if kinds is not None and set(kinds) <= {"full_attention", "global"}:
-        return None
-    if getattr(config, "use_sliding_window", True) is False:
-        return None
-    names = ("sliding_window", "window_size", "attention_chunk_size")
-    sizes = [size for name in names if isinstance(size := getattr(config, name, None), int) and size > 0]
-    return min(sizes, default=None)
+# Texts to try a trunk with, as `probe_tokens` reads these numbers. Some reach beyond a window of `narrow_windows`, and
+# the prompts differ in length.
+_TRIED = [Family([1, 2, 3, 4, 5, 6, 7], [[5, 6, 7], [8, 9, 1, 2, 3, 4]]), Family([3, 1], [[2], [4, 5, 6, 7, 8, 9, 1]])]
 
 
-@torch.no_grad()
 def shares_prompts(classifier: HfModel) -> bool:
-    """Does `cached_hidden` give this trunk's own hidden states? Tried on a dozen tokens; no sliding window."""
-    if attention_window(classifier.config) is not None:
-        return False
-    families = [Family([1, 2, 3, 4], [[5, 6, 7], [8, 9, 1, 2, 3]]), Family([3, 1], [[2]])]
-    apart = [Family(prompt, [completion]) for prompt, completions in families for completion in completions]
-    device = next(classifier.parameters()).device
-    try:
-        found = {
-            key: state
-            for keys, states in cached_hidden(classifier, families, 0, 64)
-            for key, state in zip(keys, states, strict=True)
-        }
-        separate = separate_hidden(classifier, pack(apart, 0, one_per_row=True).to(device))
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
-        return False
-    return _alike(torch.stack([found[0, 0], found[0, 1], found[1, 0]]), separate)
+    """Does `cached_hidden` give the hidden states of separate rows? Tried on short texts, beyond a narrowed window.
+
+    If not, says so once. Texts longer than `steady_context` are read in rows of their own in any case.
+    """
+
+    def read(families: list[Family]) -> Tensor:
+        parts = cached_hidden(classifier, families, 0, 64)
+        found = {key: state for keys, states in parts for key, state in zip(keys, states, strict=True)}
+        return torch.stack([found[key] for key in sorted(found)])
+
+    if _reads_alike(classifier, read):
+        return True
+    say_once(classifier, "each completion is read with a copy of its prompt; scoring takes longer")
+    return False
+
+
+def takes_packed_rows(classifier: HfModel) -> bool:
+    """Does `packed_hidden` give the hidden states of separate rows? Tried like `shares_prompts`; says once if not.
+
+    State-space layers, chunked and bidirectional attention do not, nor positions that follow the columns (ALiBi).
+    """
+
+    def read(families: list[Family]) -> Tensor:
+        return packed_hidden(classifier, pack(families, 0).to(next(classifier.parameters()).device))
+
+    if not has_longrope(classifier) and _reads_alike(classifier, read):
+        return True
+    say_once(classifier, "texts are not packed into rows; training a trunk takes longer")
+    return False
 
 
 @torch.no_grad()
-def takes_packed_rows(classifier: HfModel) -> bool:
-    """Does this trunk give packed rows the hidden states of separate ones? Tried, too.
-
-    State-space layers, sliding windows shorter than the context and bidirectional attention do not.
-    """
+def _reads_alike(classifier: HfModel, read: Callable[[list[Family]], Tensor]) -> bool:
+    """Does a way of reading texts give the hidden states that each text has in a batch of its own?"""
+    if windows(classifier) is None:
+        return False
     device = next(classifier.parameters()).device
-    if attention_window(classifier.config) is not None:
-        return False
-    if set(getattr(classifier.config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
-        return False
-    prompt, first, second = [1, 2, 3, 4], [5, 6, 7], [8, 9, 1, 2, 3]
+    families = [
+        Family(probe_tokens(classifier, prompt), [probe_tokens(classifier, completion) for completion in completions])
+        for prompt, completions in _TRIED
+    ]
+    apart = [Family(prompt, [completion]) for prompt, completions in families for completion in completions]
     try:
-        packed = packed_hidden(classifier, pack([Family(prompt, [first, second])], 0).to(device))
-        alone = pack([Family(prompt, [first]), Family(prompt, [second])], 0, one_per_row=True)
-        separate = separate_hidden(classifier, alone.to(device))
-    except (TypeError, ValueError, RuntimeError, IndexError):
+        with narrow_windows(classifier):
+            alone = [separate_hidden(classifier, pack([text], 0, one_per_row=True).to(device)) for text in apart]
+            return alike(classifier, read(families), torch.cat(alone))
+    except REFUSALS:
         return False
-    return _alike(packed, separate)
-
-
-def _alike(one: Tensor, other: Tensor) -> bool:
-    tolerance = 1e-3 if other.dtype == torch.float32 else 5e-2
-    return bool((one - other).abs().max() <= tolerance * other.abs().max())

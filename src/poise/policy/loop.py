@@ -69,6 +69,7 @@ class Training:
             if config.baselines:
                 self.reward.baselines.read(config.baselines, prompts)
         self.step, self.kl_coef, self.alarms = 0, config.kl_coef, Alarms(config.on_alarm, config.alarm_threshold)
+        self._rereading_checked = False
         self._resume_or_start()
 
     # ---- one step ----
@@ -78,6 +79,9 @@ class Training:
         config, clock = self.config, _Clock()
         batch = self._batch()[processes.share(config.prompts_per_step)]
         rollout = self.policy.sample(batch, self._uniforms())
+        if not self._rereading_checked:  # before this process's first update
+            self.policy.check_rereading(rollout)
+            self._rereading_checked = True
         texts = self.policy.texts(rollout)
         clock.lap("sample")
         reference = self.policy.reference_logprobs(rollout)

@@ -1,0 +1,168 @@
+"""What Poise must know about a model family: its attention windows, its steady context, the width of its features.
+
+Attention masks. A 4-D mask given to a model of transformers replaces the mask that the model would make. So the mask
+must include the sliding window, and a model with layers of several kinds needs one mask for each kind:
+
+    Llama, GPT-2, OPT, …            one mask
+    Mistral, Phi-3, Mixtral, …      one mask, with the window of `config.sliding_window`
+    Gemma 2 and 3, Qwen 2 and 3, …  a dictionary of masks, if `config.layer_types` names several kinds
+
+A window limits the distance of two tokens in their text. Where several texts lie in one row, that distance is the
+difference of positions, not of columns.
+
+Shapes: _B rows, _L tokens that attend, _S tokens that may be attended to.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from poise.models.loading import HfModel, context_length
+from poise.runtime.progress import console
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+# What a model may raise if it cannot read what it is given.
+REFUSALS = (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError, NotImplementedError)
+_PROBE_WINDOW = 4  # tokens; a probe of a dozen tokens reaches beyond it
+_OPERATIONS_PER_LAYER = 10  # whose results are rounded: two norms, seven linear maps, attention
+_said: set[str] = set()
+
+
+def windows(model: HfModel) -> dict[str, int | None] | None:
+    """Per kind of attention layer, its window: a token sees itself and window - 1 tokens before it; None for all.
+
+    None instead of the dictionary: no mask from outside is right for every layer. That holds for chunked and linear
+    attention, state spaces, layer kinds unknown here, and the local layers of GPT-Neo.
+    """
+    config = model.base_model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None) or None
+    if not kinds:
+        kinds = {SLIDING if window else FULL}
+    if not kinds <= {FULL, SLIDING} or (SLIDING in kinds and not isinstance(window, int)):
+        return None
+    if "local" in (getattr(config, "attention_layers", None) or ()) or getattr(config, "attention_chunk_size", None):
+        return None
+    return {kind: window if kind == SLIDING else None for kind in sorted(kinds)}
+
+
+def attention_masks(
+    model: HfModel,
+    sees: Bool[Tensor, "rows tokens keys"],
+    query_position: Int[Tensor, "rows tokens"],
+    key_position: Int[Tensor, "rows keys"],
+    dtype: torch.dtype,
+) -> Tensor | dict[str, Tensor]:
+    """`attention_mask` for a model: who sees whom, cut to the window of each kind of layer.
+
+    sees: who would see whom without a window; positions: of the tokens in their own texts; dtype: of the activations.
+    Raises ValueError for a model that `windows` gives None for.
+    """
+    limits = windows(model)
+    if limits is None:
+        raise ValueError("the model has layers that take no mask from outside")
+    masks: dict[str, Tensor] = {}
+    for kind, window in limits.items():
+        near = sees
+        if window is not None:
+            near = sees & (query_position.unsqueeze(-1) - key_position.unsqueeze(-2) < window)
+        masks[kind] = additive(near, dtype)
+    return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def additive(sees: Bool[Tensor, "rows tokens keys"], dtype: torch.dtype) -> Float[Tensor, "rows 1 tokens keys"]:
+    """The mask as attention layers add it to their scores."""
+    return torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min).unsqueeze(1)
+
+
+def steady_context(model: HfModel) -> int:
+    """Longest text, in tokens, whose hidden states do not depend on how long the other texts of its batch are.
+
+    This is the whole context, except with longrope (Phi-3 128k): where the longest text of a batch exceeds
+    `original_max_position_embeddings`, the model embeds the positions of the whole batch in another way.
+    """
+    config = model.base_model.config.get_text_config()
+    context = context_length(config)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # some have a rope per kind of layer
+    lengths = [
+        part.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+        for part in parts
+        if "longrope" in (part.get("rope_type"), part.get("type"))
+    ]
+    return min([context, *(length for length in lengths if length)])
+
+
+def has_longrope(model: HfModel) -> bool:
+    """Do hidden states depend on whether the longest text of the batch exceeds `steady_context`?"""
+    return steady_context(model) < context_length(model.base_model.config.get_text_config())
+
+
+def feature_size(model: HfModel) -> int:
+    """Width of what enters the output layer: `hidden_size`, but `word_embed_proj_dim` in OPT-350m."""
+    head = getattr(model, "score", None) or model.get_output_embeddings()
+    size: int = head.in_features if isinstance(head, nn.Linear) else model.config.hidden_size
+    return size
+
+
+# ---- trying a model before it is relied on ----
+
+
+@contextlib.contextmanager
+def narrow_windows(model: HfModel) -> Iterator[None]:
+    """Within it, the model's sliding window is 4 tokens, so that probes of a dozen tokens reach beyond it."""
+    config = model.base_model.config.get_text_config()
+    kept = {name: getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")}
+    for name, size in kept.items():
+        if isinstance(size, int) and size > _PROBE_WINDOW:
+            setattr(config, name, _PROBE_WINDOW)
+    try:
+        yield
+    finally:
+        for name, size in kept.items():
+            if size is not None:
+                setattr(config, name, size)
+
+
+def rounding(model: HfModel) -> float:
+    """Expected relative rounding error of a model's hidden states, as a share of their norm.
+
+    Each operation rounds its result by up to half an eps of its dtype. The errors of different operations are
+    independent, so they add up like a random walk: eps / 2 times the square root of the number of operations.
+    """
+    operations = _OPERATIONS_PER_LAYER * model.config.get_text_config().num_hidden_layers
+    return 0.5 * float(torch.finfo(model.dtype).eps) * float(operations) ** 0.5
+
+
+def tolerance(model: HfModel) -> float:
+    """Largest difference, as a share of the whole, that two right ways of reading one text may have.
+
+    The geometric mean of the expected rounding error and of 1, which is how far a wrong reading may be off: 1e-3 for 30
+    layers in float32 (measured on SmolLM2: 2e-6, and 4e-4 at single tokens), .26 in bfloat16 (measured: .02).
+    """
+    return rounding(model) ** 0.5
+
+
+def alike(model: HfModel, one: Tensor, other: Tensor) -> bool:
+    """Are two readings of the same texts the same hidden states up to rounding?"""
+    return one.shape == other.shape and bool((one - other).norm() <= tolerance(model) * other.norm())
+
+
+def probe_tokens(model: HfModel, numbers: Iterable[int]) -> list[int]:
+    """Tokens for the numbers 0 to 9, from the middle of the vocabulary.
+
+    The first ids of a vocabulary are special tokens. Texts of nothing else magnify rounding a thousandfold in SmolLM2.
+    """
+    size = model.get_input_embeddings().num_embeddings
+    return [size // 3 + number * size // 20 for number in numbers]
+
+
+def say_once(model: HfModel, what: str) -> None:
+    """Print, once per process and family, what costs more time with this family."""
+    line = f"{model.config.model_type}: {what}"
+    if line not in _said:
+        _said.add(line)
+        console.print(line, markup=False, soft_wrap=True)

@@ -1,0 +1,253 @@
+"""Reading a rollout again: log-probabilities and hidden states of sampled tokens under weights that have changed.
+
+`choose` tries three ways on a short rollout and takes the fastest that is right for the model:
+
+    packed   a prompt's completions lie in one row with it, [prompt | completion 1 | … | completion M]: each completion
+             attends to the prompt and to itself, at positions that continue the prompt's
+    split    packed, and the hidden states that entered the first trained layer while sampling enters there again: the
+             frozen layers below do not run
+    apart    each completion lies in a row of its own with a copy of its prompt, under the model's own mask
+
+Shapes: _P prompts, _M completions per prompt, _T tokens of a completion, _L row length, _H hidden.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from poise.errors import PoiseError
+from poise.models.families import (
+    REFUSALS,
+    alike,
+    attention_masks,
+    narrow_windows,
+    probe_tokens,
+    say_once,
+    tolerance,
+    windows,
+)
+from poise.models.loading import HfModel
+from poise.models.rollout import Rollout, packed_attention
+from poise.models.shared_prompt import equal_completions, positions_of
+from poise.runtime import distributed as processes
+
+
+class Reading(NamedTuple):
+    """How a model reads rollouts again. first_layer: where kept hidden states enter; 0: token ids enter below it."""
+
+    packed: bool
+    first_layer: int = 0
+
+
+class Predictions(NamedTuple):
+    """At the position that predicts each token."""
+
+    logits: Tensor | None  # (P, M, T, vocabulary); None if not asked for
+    hidden: Tensor  # (P, M, T, H): what enters the output layer
+
+
+class _Rows(NamedTuple):
+    """A rollout as a model's arguments."""
+
+    inputs: dict[str, Any]
+    predicts: Tensor  # the columns that predict a token
+
+
+def predict(base: HfModel, rollout: Rollout, reading: Reading, *, logits: bool) -> Predictions:
+    """What `base`, a causal language model, predicts at each token of a rollout."""
+    shape = (*rollout.completion_ids_PMT.shape, -1)
+    per_prompt, max_tokens = shape[1:3]
+    rows = _packed_rows(base, rollout, reading) if reading.packed else _rows_apart(rollout)
+    together = equal_completions(base, per_prompt, max_tokens) if reading.packed else contextlib.nullcontext()
+    with together, _upper_layers(base, reading.first_layer):
+        if not logits:
+            hidden = base.base_model(**rows.inputs, use_cache=False).last_hidden_state[:, rows.predicts]
+            return Predictions(None, hidden.reshape(shape))
+        with entering_the_head(base) as entered:
+            out = base(**rows.inputs, use_cache=False, logits_to_keep=rows.predicts)
+    return Predictions(out.logits.reshape(shape), entered[-1].reshape(shape))
+
+
+def _packed_rows(base: HfModel, rollout: Rollout, reading: Reading) -> _Rows:
+    per_prompt, max_tokens = rollout.completion_ids_PMT.shape[1:]
+    prompt_length = rollout.prompt_ids_PL.shape[1]
+    sees, positions = packed_attention(rollout)
+    # Token t of a completion is predicted at its token t-1; every first token at the prompt's last position.
+    start = prompt_length + torch.arange(per_prompt, device=sees.device) * max_tokens
+    predicts = start[:, None] + torch.arange(max_tokens, device=sees.device) - 1
+    predicts[:, 0] = prompt_length - 1
+    if reading.first_layer:
+        assert rollout.hidden_PLH is not None
+        entering = rollout.hidden_PLH
+    else:
+        ids = torch.cat([rollout.prompt_ids_PL, rollout.completion_ids_PMT.flatten(1)], 1)
+        entering = base.get_input_embeddings()(ids)
+    masks = attention_masks(base, sees, positions, positions, entering.dtype)
+    inputs = {"inputs_embeds": entering, "attention_mask": masks, "position_ids": positions}
+    return _Rows(inputs, predicts.flatten())
+
+
+def _rows_apart(rollout: Rollout) -> _Rows:
+    """Rows are completions, prompt after prompt."""
+    per_prompt, max_tokens = rollout.completion_ids_PMT.shape[1:]
+    ids, mask = (
+        torch.cat([prompt.repeat_interleave(per_prompt, 0), completion.flatten(0, 1).to(prompt)], 1)
+        for prompt, completion in (
+            (rollout.prompt_ids_PL, rollout.completion_ids_PMT), (rollout.prompt_mask_PL, rollout.mask_PMT),
+        )
+    )  # fmt: skip
+    predicts = rollout.prompt_ids_PL.shape[1] - 1 + torch.arange(max_tokens, device=ids.device)
+    return _Rows({"input_ids": ids, "attention_mask": mask, "position_ids": positions_of(mask)}, predicts)
+
+
+class _Passing(nn.Module):
+    """In place of a decoder layer: what enters leaves."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ARG002
+        return hidden_states
+
+
+@contextlib.contextmanager
+def _upper_layers(base: HfModel, first_layer: int) -> Iterator[None]:
+    """Within it, hidden states that enter the decoder enter its layer `first_layer`; layers keep their numbers."""
+    decoder = base.base_model
+    layers = decoder.layers if first_layer else None
+    if layers is not None:
+        decoder.layers = nn.ModuleList([*(_Passing() for _ in range(first_layer)), *layers[first_layer:]])
+    try:
+        yield
+    finally:
+        if layers is not None:
+            decoder.layers = layers
+
+
+@contextlib.contextmanager
+def entering_the_head(base: HfModel) -> Iterator[list[Tensor]]:
+    """Collect, forward after forward, what enters the output layer."""
+    entered: list[Tensor] = []
+    hook = base.get_output_embeddings().register_forward_pre_hook(lambda _, x: entered.append(x[0]))
+    try:
+        yield entered
+    finally:
+        hook.remove()
+
+
+@contextlib.contextmanager
+def entering_layer(base: HfModel, first_layer: int) -> Iterator[list[Tensor]]:
+    """Collect, forward after forward, what enters a decoder layer; nothing for layer 0."""
+    entered: list[Tensor] = []
+    if not first_layer:
+        yield entered
+        return
+
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entered.append(args[0] if args else kwargs["hidden_states"])
+
+    hook = base.base_model.layers[first_layer].register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield entered
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def check_rereading(rollout: Rollout, logprob_PMT: Tensor, base: HfModel) -> None:
+    """Raise PoiseError if a fresh rollout, read again, has other log-probabilities than sampling recorded.
+
+    PPO would train on the difference. logprob_PMT: as read again, by the weights that sampled, at temperature 1.
+    Allowed is an rms difference of `families.tolerance` nats per token: 1e-3 for 30 layers in float32, .26 in bfloat16.
+    The largest difference of all processes counts, so that all of them stop.
+    """
+    sampled = rollout.mask_PMT.bool()
+    difference = (logprob_PMT.float() - rollout.logprob_PMT.float())[sampled].square().mean().sqrt()
+    largest = processes.gathered(difference.reshape(1)).max().item()
+    allowed = tolerance(base)
+    if not largest <= allowed:  # NaN neither
+        raise PoiseError(
+            f"{base.config.model_type}: log-probabilities of the sampled tokens, read again before the first update, "
+            f"differ by {largest:.2g} nats (rounding: up to {allowed:.2g}); PPO would train on that difference, "
+            f"use --algorithm rloo or grpo"
+        )
+
+
+# ---- tried, not guessed ----
+
+
+@torch.no_grad()
+def has_plain_head(base: HfModel) -> bool:
+    """Are the logits nothing but head @ last hidden state? Some models cap or scale either."""
+    head = base.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        return False
+    ids = torch.arange(4, device=head.weight.device)[None]
+    logits, last = base(input_ids=ids).logits, base.base_model(input_ids=ids).last_hidden_state
+    return torch.equal(logits, head(last))  # bitwise: it would be the same operation
+
+
+@torch.no_grad()
+def choose(base: HfModel, first_layer: int) -> Reading:
+    """The fastest reading that gives a model its own hidden states, on a rollout beyond its narrowed window.
+
+    first_layer: the first layer that is trained.
+    Says once if completions cannot be packed. Raises PoiseError for a model that no reading is right for.
+    """
+    with narrow_windows(base):
+        rollout = _probe(base)
+        wanted = _states_alone(base, rollout)
+        if windows(base) is None or not _gives(base, rollout, Reading(packed=True), wanted):
+            if not _gives(base, rollout, Reading(packed=False), wanted):
+                raise PoiseError(
+                    f"{base.config.model_type}: the hidden states of a text change with the padding of its batch; "
+                    f"PPO cannot train such a policy, use --algorithm rloo or grpo"
+                )
+            say_once(base, "each completion is read with a copy of its prompt; updates of the policy take longer")
+            return Reading(packed=False)
+        if first_layer and hasattr(base.base_model, "layers"):
+            with entering_layer(base, first_layer) as entered:
+                _states(base, rollout, Reading(packed=True))
+            split = Reading(packed=True, first_layer=first_layer)
+            if _gives(base, replace(rollout, hidden_PLH=entered[-1]), split, wanted):
+                return split
+        return Reading(packed=True)
+
+
+def _gives(base: HfModel, rollout: Rollout, reading: Reading, wanted: Tensor) -> bool:
+    try:
+        return alike(base, _states(base, rollout, reading), wanted)
+    except REFUSALS:
+        return False
+
+
+def _states(base: HfModel, rollout: Rollout, reading: Reading) -> Tensor:
+    """What enters the output layer at the sampled tokens (N, H)."""
+    return predict(base, rollout, reading, logits=True).hidden[rollout.mask_PMT.bool()]
+
+
+def _states_alone(base: HfModel, rollout: Rollout) -> Tensor:
+    """What `_states` should give: each text is read alone, without padding, and without positions from outside."""
+    found: list[Tensor] = []
+    with entering_the_head(base) as entered:
+        for p, m in itertools.product(*map(range, rollout.mask_PMT.shape[:2])):
+            prompt = rollout.prompt_ids_PL[p][rollout.prompt_mask_PL[p].bool()]
+            completion = rollout.completion_ids_PMT[p, m][rollout.mask_PMT[p, m].bool()]
+            base(input_ids=torch.cat([prompt, completion]).unsqueeze(0), use_cache=False)
+            found.append(entered[-1][0, len(prompt) - 1 : -1])
+    return torch.cat(found)
+
+
+def _probe(base: HfModel) -> Rollout:
+    """Two prompts, one padded, with two completions each, of which two are padded."""
+    device = base.device
+    ids = torch.tensor(probe_tokens(base, range(1, 10)), device=device)
+    prompt_ids = torch.stack([ids[:7], ids[:7].flip(0)])
+    prompt_mask = torch.ones_like(prompt_ids)
+    prompt_mask[1, :4] = 0
+    completion_ids = torch.stack([ids[2:8], ids[3:9].flip(0), ids[:6].flip(0), ids[1:7]]).view(2, 2, 6)
+    mask = torch.ones(2, 2, 6, device=device)
+    mask[0, 1, 3:] = mask[1, 0, 1:] = 0
+    return Rollout(prompt_ids, prompt_mask, completion_ids, mask, torch.zeros_like(mask), torch.zeros_like(mask), None)
