@@ -24,7 +24,7 @@ from poise.models.reward_model import LastLayer, load_trunk
 from poise.models.scorer import FeatureExtractor
 from poise.models.shared_prompt import additive, attends, num_tokens, pack
 from poise.reward.heads import Heads, choose_prior, draw_posterior, posterior_factor
-from poise.reward.pairs import FeaturePairs
+from poise.reward.pairs import FeaturePairs, PreferenceSplit
 from poise.reward.quality import TextScores, judge_pairs, pairs_of
 from poise.reward.trunk_training import token_pairs
 from poise.runtime.progress import progress
@@ -62,13 +62,12 @@ def features(
     return {depth: FeaturePairs(both[:, 0], both[:, 1], margin) for depth, both in found.items()}
 
 
-def judge(train: FeaturePairs, test: FeaturePairs, items: list[Item], seed: int) -> dict:
-    """Of a head and its posterior, on the test pairs."""
-    generator = torch.Generator().manual_seed(seed)
+def judge(train: FeaturePairs, split: PreferenceSplit, test: FeaturePairs, items: list[Item], seed: int) -> dict:
+    """Of a head and its posterior, on the test pairs. split: of the pairs to train on."""
+    generator = split.generator
     center, scale = train.texts_NH.mean(0), train.texts_NH.std(0).clamp_min(1e-6)
     fit, held = train.standardized(center, scale), test.standardized(center, scale)
-    order = torch.randperm(len(fit.margin_N), generator=generator)
-    part, stop = order.tensor_split([4 * len(order) // 5])
+    part, stop = split.train, split.validation
     precision, weight = choose_prior(fit.rows(part), fit.rows(stop))
     factor = posterior_factor(fit.rows(part), weight, precision)
     heads = Heads(draw_posterior(weight, factor, 64, generator), torch.zeros(64, dtype=torch.float64), "point")
@@ -109,10 +108,11 @@ def main() -> None:
     result: dict = {"num_test": len(test), "depth": {}, "learning_curve": {}}
     for depth, pairs in both.items():
         mine, judged = pairs.rows(index[: len(train)]), pairs.rows(index[len(train) :])
-        result["depth"][depth] = judge(mine, judged, items, 0)
+        result["depth"][depth] = judge(mine, PreferenceSplit.draw(train, 0.2, 0), judged, items, 0)
         for count in (250, 500, 1000, len(train)):
             curve = result["learning_curve"].setdefault(depth, {})
-            curve[count] = judge(mine.rows(index[:count]), judged, items, 0)["accuracy"]
+            split = PreferenceSplit.draw(train[:count], 0.2, 0)
+            curve[count] = judge(mine.rows(index[:count]), split, judged, items, 0)["accuracy"]
     print(json.dumps({**result, "environment": environment()}, indent=1))
 
 
