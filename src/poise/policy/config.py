@@ -73,7 +73,7 @@ class PpoConfig(Settings):
     max_step_kl: Positive | None = None
     """Leave the remaining minibatches of a step once KL(old policy || new) exceeds this, in nats per token."""
     max_grad_norm: Positive = 1.0
-    """Gradients are scaled down to this norm."""
+    """The gradients of the policy and of the values are each scaled down to this norm."""
     tune: Tune = "lora"
     """`lora` adapters, or all weights of the layers (`full`)."""
     adapted_layers: WholeNumber = 10

@@ -35,7 +35,8 @@ class Losses(NamedTuple):
     value_loss: float
     clipped: float
     step_kl: float
-    grad_norm: float
+    grad_norm: float  # of the policy's parameters, before clipping
+    value_grad_norm: float  # of the values' parameters, before clipping
 
 
 class Learner:
@@ -51,7 +52,7 @@ class Learner:
             [{"params": own, "lr": config.learning_rate}, {"params": value, "lr": config.value_learning_rate}],
             fused=True,
         )
-        self._parameters = own + value
+        self._own, self._value = own, value
 
     def improve(self, rollout: Rollout, score: Tensor, reference: Tensor, kl_coef: float, pace: float = 1.0) -> Json:
         """PPO epochs over one rollout; returns mean losses.
@@ -122,13 +123,14 @@ class Learner:
         sums = processes.total(sums.detach())
         if not sums.isfinite().all():
             raise PoiseError("the loss is not finite")
-        processes.add_up_gradients(self._parameters)
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, config.max_grad_norm)
-        if not torch.isfinite(norm):
+        processes.add_up_gradients(self._own + self._value)
+        # Each group by itself: under a joint norm, a badly fitted value function would shorten the policy's step.
+        norms = [torch.nn.utils.clip_grad_norm_(group, config.max_grad_norm) for group in (self._own, self._value)]
+        if not all(norm.isfinite() for norm in norms):
             raise PoiseError("the gradient is not finite")
         self.optimizer.step()
         policy, value, clipped, moved = sums.tolist()
-        return Losses(policy, value, clipped, moved, norm.item())
+        return Losses(policy, value, clipped, moved, norms[0].item(), norms[1].item())
 
     # ---- checkpoints ----
 
