@@ -20,7 +20,6 @@ import peft
 import torch
 from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -37,6 +36,7 @@ from poise.models.loading import (
     decoder_layers,
     has_conv1d,
     linear_maps,
+    load_into_adapters,
     room_or_raise,
 )
 from poise.models.rollout import Rollout, packed_attention
@@ -237,10 +237,11 @@ class Policy(nn.Module):
             self.tokenizer.save_pretrained(folder)
 
     def load_adapters(self, folder: str) -> None:
-        """Take the adapters that `save` (or another trainer of the same layers) wrote."""
-        loaded: Any = peft.set_peft_model_state_dict(self.model, load_file(f"{folder}/adapter_model.safetensors"))
-        if loaded.unexpected_keys:
-            raise PoiseError(f"{folder} holds adapters of other layers: {loaded.unexpected_keys[0]}")
+        """Take the adapters that `save` (or another trainer of the same layers) wrote.
+
+        Raises PoiseError unless the folder holds adapters of exactly these layers, rank and scale, as safetensors.
+        """
+        load_into_adapters(self.model, folder)
 
     def texts(self, rollout: Rollout) -> list[list[str]]:
         """Decoded completions, per prompt, without special tokens."""
