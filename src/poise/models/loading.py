@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from poise.data.types import Prompt
 from poise.errors import PoiseError, first_line
-from poise.models.chat_format import encode, generation_prompt
+from poise.models.chat_format import encode_prompt
 from poise.models.end_tokens import agree_on_ends
 from poise.runtime.downloads import cache_folder, cached, package_file
 from poise.runtime.progress import console
@@ -317,7 +317,7 @@ def check_room(model: str, prompts: list[Prompt], max_tokens: int) -> None:
     folder = resolve_model(model)
     tokenizer = load_tokenizer(folder)
     config = load_config(folder)
-    texts = [encode(tokenizer, generation_prompt(tokenizer, prompt)) for prompt in prompts]
+    texts = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     for ids in texts:
         embedded_or_raise(ids, config.get_text_config().vocab_size, tokenizer)
     room_or_raise(max(map(len, texts)), max_tokens, context_length(config))

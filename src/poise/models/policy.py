@@ -26,7 +26,7 @@ from transformers import DynamicCache
 from poise.data.types import Prompt
 from poise.errors import PoiseError
 from poise.functional import ppo
-from poise.models.chat_format import encode, generation_prompt
+from poise.models.chat_format import encode_prompt
 from poise.models.end_tokens import end_token_ids
 from poise.models.fused_ops import AdaptedLinear, ChosenLogprob
 from poise.models.loading import (
@@ -277,7 +277,7 @@ class Policy(nn.Module):
         return self._value_of(self._forward(_without_adapters(self.value_model), rollout, logits=False)[1])
 
     def _encode(self, prompts: list[Prompt], max_tokens: int) -> tuple[Tensor, Tensor]:
-        rows = [encode(self.tokenizer, generation_prompt(self.tokenizer, prompt)) for prompt in prompts]
+        rows = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         longest = max(map(len, rows))
         room_or_raise(longest, max_tokens, self.context_length)
         window = attention_window(self.model.config)
