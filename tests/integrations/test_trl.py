@@ -25,6 +25,7 @@ from poise.functional.monitor import Monitor, MonitorConfig
 from poise.integrations import trl_reward as adapter
 from poise.integrations.trl_reward import MonitorCallback, RobustReward, as_sample, policy_metrics
 from poise.integrations.trl_trainers import TrlSettings, make_trainer, steps_kept, train
+from poise.models.chat_format import encode_prompt
 from poise.models.loading import load_policy
 from poise.models.scorer import Scorer
 from poise.runtime.checkpoints import latest_checkpoint
@@ -226,6 +227,7 @@ from pathlib import Path
 import datasets, torch, transformers, trl
 torch.set_num_threads(1)
 from poise.integrations.trl_reward import RobustReward
+from poise.models.chat_format import encode_prompt
 from poise.models.loading import load_policy
 model, reward_model, folder = sys.argv[1:]
 reward = RobustReward.load(reward_model, scale=folder + "/scale.json")
@@ -405,6 +407,28 @@ def test_completions_end_where_ppos_end(
             seen |= set(own) & set(ends)
         assert policy_metrics(row)["ended"] == pytest.approx(ended / 32)
     assert (len(seen) > 1) == bool(ends)
+
+
+@TRL_SETS_A_DEPRECATED_DEFAULT
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
+def test_prompts_are_encoded_as_ppo_encodes_them(
+    algorithm: str, tiny_model: str, reward_run: str, tmp_path: Path
+) -> None:
+    """A marker in a prompt's text ends no turn; TRL on its own would encode it as the end token."""
+    model, tokenizer = load_policy(tiny_model)
+    prompts = ["Review the film.<|im_end|>", [{"role": "user", "content": "<|im_end|>"}]]
+    how = settings(algorithm, num_minibatches=1, num_epochs=1, num_steps=1)
+    trainer = make_trainer(how, RobustReward.load(reward_run), model, tokenizer, prompts, tmp_path)
+    batches = []
+    original = trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda inputs: batches.append(original(inputs)) or batches[-1]
+    trainer.train()
+    read = {
+        tuple(ids[mask.bool()].tolist())
+        for ids, mask in zip(batches[0]["prompt_ids"], batches[0]["prompt_mask"], strict=True)
+    }
+    assert read == {tuple(encode_prompt(tokenizer, prompt)) for prompt in prompts}
+    assert {ids.count(tokenizer.eos_token_id) for ids in read} == {1}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_model: str, reward_run: str, tmp_path: Path) -> None:

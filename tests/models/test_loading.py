@@ -208,6 +208,78 @@ def test_adapters_that_did_not_load_are_one_line(
         folded(str(language_model), Path(folder))
 
 
+@pytest.mark.parametrize("name", ADAPTER_DAMAGES)
+def test_a_policy_takes_whole_adapters_of_its_own_layers(
+    language_model: Path, policy_adapter: Path, tmp_path: Path, name: str
+) -> None:
+    damage, line = ADAPTER_DAMAGES[name]
+    policy = Policy(*load_policy(str(language_model)), adapted_layers=2, rank=2)
+    with pytest.raises(PoiseError, match=line) as error:
+        policy.load_adapters(damaged(policy_adapter, tmp_path / "x", damage, ADAPTERS))
+    assert "\n" not in str(error.value)
+
+
+def test_adapters_of_another_policy_are_one_line(language_model: Path, policy_adapter: Path, tmp_path: Path) -> None:
+    loaded = load_policy(str(language_model))
+    Policy(*loaded, adapted_layers=2, rank=2).load_adapters(str(policy_adapter))
+    with pytest.raises(PoiseError, match=r"of other layers; it holds .*layers\.1\."):
+        Policy(*load_policy(str(language_model)), adapted_layers=1, rank=2).load_adapters(str(policy_adapter))
+    with pytest.raises(PoiseError, match=r"it lacks .*layers\.0\."):
+        Policy(*load_policy(str(language_model)), adapted_layers=3, rank=2).load_adapters(str(policy_adapter))
+    with pytest.raises(PoiseError, match=r"has the shape \(2, 64\), not \(4, 64\)"):
+        Policy(*load_policy(str(language_model)), adapted_layers=2, rank=4).load_adapters(str(policy_adapter))
+    shutil.copytree(policy_adapter, tmp_path / "x")
+    settings = tmp_path / "x" / "adapter_config.json"
+    settings.write_text(settings.read_text().replace('"lora_alpha": 4', '"lora_alpha": 8'))
+    with pytest.raises(PoiseError, match="its lora_alpha is 8, not 4"):
+        Policy(*load_policy(str(language_model)), adapted_layers=2, rank=2).load_adapters(str(tmp_path / "x"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_one_line(
+    language_model: Path, classifier: Path, policy_adapter: Path, reward_adapter: Path, tmp_path: Path, value: float
+) -> None:
+    def spoil(tensors: Tensors) -> Tensors:
+        name = sorted(name for name in tensors if "layers.1." in name)[0]
+        return {**tensors, name: tensors[name].index_fill(0, torch.tensor([0]), value)}
+
+    lm, rm = damaged(language_model, tmp_path / "lm", spoil), damaged(classifier, tmp_path / "rm", spoil)
+    adapters = damaged(policy_adapter, tmp_path / "adapters", spoil, ADAPTERS)
+    rewards = damaged(reward_adapter, tmp_path / "rewards", spoil, ADAPTERS)
+    policy = Policy(*load_policy(str(language_model)), adapted_layers=2, rank=2)
+    for load in (
+        lambda: load_policy(lm),
+        lambda: load_trunk(lm, 2),
+        lambda: load_reward_model(rm),
+        lambda: folded(lm, policy_adapter),
+        lambda: folded(str(language_model), Path(adapters)),
+        lambda: policy.load_adapters(adapters),
+        lambda: load_reward_model(rewards),
+    ):
+        with pytest.raises(PoiseError, match=r"layers\.1\..* is not finite"):
+            load()
+
+
+def test_large_weights_are_finite(language_model: Path, tmp_path: Path) -> None:
+    """Their sum in float32 is not."""
+
+    def enlarge(tensors: Tensors) -> Tensors:
+        tensors["model.norm.weight"] = torch.full_like(tensors["model.norm.weight"], 3e38)
+        return tensors
+
+    load_policy(damaged(language_model, tmp_path / "lm", enlarge))
+
+
+def test_a_folder_of_adapters_is_no_model(language_model: Path, policy_adapter: Path, tmp_path: Path) -> None:
+    """transformers would put them on the model beside them, from pickle, too."""
+    shutil.copytree(language_model, tmp_path / "x")
+    shutil.copy(policy_adapter / "adapter_config.json", tmp_path / "x")
+    torch.save(load_file(policy_adapter / ADAPTERS), tmp_path / "x" / "adapter_model.bin")
+    for load in (load_policy, lambda path: load_trunk(path, 2)):
+        with pytest.raises(PoiseError, match="it holds adapters; name a whole model"):
+            load(str(tmp_path / "x"))
+
+
 def test_a_reward_models_adapter_needs_its_head(reward_adapter: Path, tmp_path: Path) -> None:
     load_reward_model(str(reward_adapter))
     with pytest.raises(PoiseError, match=r"it lacks .*score"):
@@ -226,11 +298,15 @@ def test_an_adapter_that_was_made_without_a_head(language_model: Path, reward_ad
 def test_pickled_adapters_are_refused(
     language_model: Path, policy_adapter: Path, reward_adapter: Path, tmp_path: Path
 ) -> None:
-    for source, load in (
-        (reward_adapter, lambda folder: load_reward_model(str(folder))),
-        (policy_adapter, lambda folder: folded(str(language_model), folder)),
+    policy = Policy(*load_policy(str(language_model)), adapted_layers=2, rank=2)
+    for number, (source, load) in enumerate(
+        (
+            (reward_adapter, lambda folder: load_reward_model(str(folder))),
+            (policy_adapter, lambda folder: folded(str(language_model), folder)),
+            (policy_adapter, lambda folder: policy.load_adapters(str(folder))),
+        )
     ):
-        folder = tmp_path / source.name
+        folder = tmp_path / str(number)
         shutil.copytree(source, folder)
         torch.save(load_file(folder / ADAPTERS), folder / "adapter_model.bin")
         (folder / ADAPTERS).unlink()

@@ -17,7 +17,7 @@ import transformers
 from poise.data.types import Prompt
 from poise.errors import PoiseError
 from poise.integrations.trl_reward import RobustReward, Scored, policy_metrics
-from poise.models.chat_format import encode, generation_prompt
+from poise.models.chat_format import encode_prompt, generation_prompt
 from poise.models.end_tokens import end_token_ids
 from poise.models.loading import HfModel, HfTokenizer, context_length, has_conv1d, linear_maps, room_or_raise
 from poise.runtime.checkpoints import SafeCheckpoints, latest_checkpoint
@@ -99,7 +99,7 @@ def train(
     """
     if settings.prompts_per_step > len(prompts):
         raise PoiseError(f"{len(prompts)} prompts are fewer than --prompts-per-step {settings.prompts_per_step}")
-    longest = max(len(encode(tokenizer, generation_prompt(tokenizer, prompt))) for prompt in prompts)
+    longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts)
     room_or_raise(longest, settings.max_tokens, context_length(model.config))
     reward.scale = reward.scale or str(output / "scale.json")
     with quiet_loading():
@@ -197,6 +197,11 @@ class _Ours(SafeCheckpoints):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         trainer = cast(Any, self)
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(output_dir)
+
+    def _tokenize_prompts(self, prompts: list[Prompt]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        """(ids, no images, no more fields of images), as PPO encodes them."""
+        tokenizer = cast(Any, self).processing_class
+        return [encode_prompt(tokenizer, prompt) for prompt in prompts], None, {}
 
     def _generate_and_score_completions(self, *arguments: Any) -> Any:
         """As TRL does it, but a completion that was cut at a padding token that the policy sampled has not ended."""

@@ -7,6 +7,7 @@ found by comparing renderings: a search for the answer's text would also find it
 `<|im_end|>`, and a template may rewrite the answer.
 """
 
+import contextlib
 import functools
 import json
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 from poise.data.types import Prompt
 from poise.errors import PoiseError, first_line
+from poise.models.markers import Markers
 
 # Hugging Face objects resolve their attributes at run time; a type checker could only guess at them.
 HfTokenizer = Any
@@ -29,7 +31,7 @@ def generation_prompt(tokenizer: HfTokenizer, prompt: Prompt) -> str:
     Raises PoiseError for a template that refuses the prompt, or that writes nothing of plain text.
     """
     if tokenizer.chat_template is None:
-        return prompt if isinstance(prompt, str) else "\n\n".join(turn["content"] for turn in prompt) + "\n\n"
+        return prompt if isinstance(prompt, str) else "\n\n".join(turn["content"] or "" for turn in prompt) + "\n\n"
     _check_plain_text(tokenizer, _template_key(tokenizer))
     return _render(tokenizer, _turns(prompt), add_generation_prompt=True)
 
@@ -72,24 +74,79 @@ def encode(tokenizer: HfTokenizer, text: str, *, begin: bool = True) -> list[int
     return tokenizer(text, add_special_tokens=begin and tokenizer.chat_template is None).input_ids
 
 
+def encode_prompt(tokenizer: HfTokenizer, prompt: Prompt) -> list[int]:
+    """Token ids of `generation_prompt`. Markers of the template that the prompt's own texts spell are text.
+
+    Raises PoiseError as `generation_prompt` does, and for a marker that cannot be told from the template's own.
+    """
+    text = generation_prompt(tokenizer, prompt)
+    if tokenizer.chat_template is None:
+        return encode(tokenizer, text)
+    markers, turns = _markers_of(tokenizer), _turns(prompt)
+    if markers.first_in(turns) is None:
+        return encode(tokenizer, text)
+    return markers.encode(_hidden_rendering(tokenizer, turns, text, add_generation_prompt=True))
+
+
 def encode_conversation(tokenizer: HfTokenizer, prompt: Prompt, completion: str) -> tuple[list[int], list[int]]:
     """(ids of the prompt, ids of the completion): together the ids of the whole conversation's text.
 
     With a chat template the whole text is encoded at once, as a stock classifier's user would encode it. A token that
-    holds the end of the prompt and the beginning of the completion belongs to the completion.
+    holds the end of the prompt and the beginning of the completion belongs to the completion. Markers of the template
+    that the texts of the turns spell are text.
     """
     before, after = prompt_text(tokenizer, prompt), completion_text(tokenizer, prompt, completion)
     if tokenizer.chat_template is None:
         return encode(tokenizer, before), encode(tokenizer, after, begin=False)
-    whole = encode(tokenizer, before + after)
-    length = _num_shared(encode(tokenizer, before), whole[:-1])
+    markers, turns = _markers_of(tokenizer), [*_turns(prompt), _answer(completion.strip())]
+    if markers.first_in(turns) is None:
+        whole, first = encode(tokenizer, before + after), encode(tokenizer, before)
+    else:
+        hidden = _hidden_rendering(tokenizer, turns, before + after)
+        cut = next((i for i in range(len(hidden), 0, -1) if len(markers.show(hidden[:i])) <= len(before)), 0)
+        whole, first = markers.encode(hidden), markers.encode(hidden[:cut])
+    length = _num_shared(first, whole[:-1])
     return whole[:length], whole[length:]
 
 
 # ---- rendering ----
 
 
-def _turns(prompt: Prompt) -> list[dict[str, str]]:
+def _markers_of(tokenizer: HfTokenizer) -> Markers:
+    return _markers(tokenizer, _template_key(tokenizer), len(tokenizer))
+
+
+@functools.lru_cache(maxsize=16)
+def _markers(tokenizer: HfTokenizer, template: str, size: int) -> Markers:  # noqa: ARG001  keys
+    rendered = ""
+    plain = [*_turns("a"), _answer("b"), *_turns("c")]
+    for turns in ([{"role": "system", "content": "d"}, *plain], plain, plain[:1]):
+        with contextlib.suppress(PoiseError):
+            rendered += _render(tokenizer, turns, add_generation_prompt=True)
+    with contextlib.suppress(PoiseError):
+        rendered += _render(tokenizer, plain[:2])
+    return Markers(tokenizer, rendered)
+
+
+def _hidden_rendering(
+    tokenizer: HfTokenizer, turns: list[dict[str, Any]], text: str, *, add_generation_prompt: bool = False
+) -> str:
+    """The rendering of turns with their markers hidden; `text` is the rendering with the markers spelled.
+
+    Raises PoiseError where they differ by more: a template that reads the marker and acts on it.
+    """
+    markers = _markers_of(tokenizer)
+    hidden = _render(tokenizer, markers.hide(turns), add_generation_prompt=add_generation_prompt)
+    hidden = hidden if add_generation_prompt else hidden.rstrip()
+    if markers.show(hidden) != text:
+        raise PoiseError(
+            f"a text spells the chat template's marker {markers.first_in(turns)!r}, and the template changes what it "
+            f"writes because of it; take the marker out of the conversation that begins with {_shown(turns)}"
+        )
+    return hidden
+
+
+def _turns(prompt: Prompt) -> list[dict[str, Any]]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
@@ -102,11 +159,11 @@ def _template_key(tokenizer: HfTokenizer) -> str:
     return str(tokenizer.chat_template)
 
 
-def _render(tokenizer: HfTokenizer, turns: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
+def _render(tokenizer: HfTokenizer, turns: list[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
     try:
         return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # noqa: BLE001  a template is a program of its own, which may raise anything
-        roles = ", ".join(turn["role"] for turn in turns)
+        roles = ", ".join(str(turn.get("role")) for turn in turns)
         raise PoiseError(
             f"the chat template refuses a conversation of the turns {roles} that begins with "
             f"{_shown(turns)}: {first_line(error)}"
@@ -114,7 +171,8 @@ def _render(tokenizer: HfTokenizer, turns: list[dict[str, str]], *, add_generati
 
 
 def _shown(prompt: Prompt) -> str:
-    return repr(_turns(prompt)[0]["content"][:40])
+    content = _turns(prompt)[0].get("content")
+    return repr((content if isinstance(content, str) else "")[:40])  # turns of tool calls have none
 
 
 @functools.lru_cache(maxsize=4096)

@@ -10,19 +10,20 @@ import shutil
 import sys
 import warnings
 import zipfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from poise.data.types import Prompt
 from poise.errors import PoiseError, first_line
-from poise.models.chat_format import encode, generation_prompt
+from poise.models.chat_format import encode_prompt
 from poise.models.choices import DEFAULT_MODEL
 from poise.models.end_tokens import agree_on_ends
 from poise.runtime.downloads import cache_folder, cached, package_file
@@ -152,9 +153,12 @@ def load_weights(
     auto: the class of transformers to load it as, such as AutoModelForCausalLM; kind: its name for the user.
     fresh: names of weights that may be new, because the caller replaces them.
     num_layers: how many decoder layers the config keeps; 0 for all. The weights of the others are not missed.
-    Tensors that the model has no place for are named in one line. Raises PoiseError for weights that are missing or of
-    another shape.
+    Tensors that the model has no place for are named in one line. Raises PoiseError for weights that are missing, of
+    another shape or not finite, and for a folder of adapters.
     """
+    if (Path(folder) / "adapter_config.json").exists():
+        # transformers would put these on the model that they name, and would read them from pickle files, too
+        raise PoiseError(f"cannot load {folder} as a {kind}: it holds adapters; name a whole model (see poise merge)")
     with quiet_loading():
         try:
             model, found = auto.from_pretrained(
@@ -174,6 +178,7 @@ def load_weights(
             raise PoiseError(f"cannot load {folder} as a {kind}: {name} {shapes}")
     if found["error_msgs"]:
         raise PoiseError(f"cannot load {folder} as a {kind}: {str(next(iter(found['error_msgs']))).splitlines()[0]}")
+    finite_or_raise(model.state_dict().items(), f"cannot load {folder} as a {kind}")
     if left:
         console.print(f"{folder}: not read, because a {kind} has no place for them: {_listed(left)}", soft_wrap=True)
     return model
@@ -187,32 +192,86 @@ def load_adapters(model: HfModel, folder: str, *, needs: str = "") -> HfModel:
     """
     import peft
 
-    if not (Path(folder) / _ADAPTERS).exists():
-        raise PoiseError(f"{folder} has no {_ADAPTERS}; adapters in other formats, such as pickle, are not read")
+    there = _adapter_tensors(folder)
+    if needs and not any(name.endswith(f"{needs}.weight") for name in there):
+        raise PoiseError(f"cannot load the adapter {folder}: it lacks {needs}.weight")
     try:
         # Other kinds of adapters read files or import modules that adapter_config.json names.
         settings = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
         if not isinstance(settings, dict) or settings.get("peft_type") != "LORA" or settings.get("megatron_config"):
             raise PoiseError(f"cannot load the adapter {folder}: adapter_config.json is not of plain LoRA adapters")
-        with safe_open(Path(folder) / _ADAPTERS, framework="pt") as file:
-            there = set(file.keys())
-        if needs and not any(name.endswith(f"{needs}.weight") for name in there):
-            raise PoiseError(f"cannot load the adapter {folder}: it lacks {needs}.weight")
         with quiet_loading(), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of missing keys; they are counted below
             adapted: HfModel = peft.PeftModel.from_pretrained(model, folder, torch_device="cpu")
-        expected = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    except PoiseError:
-        raise
     except KeyError as error:
         raise PoiseError(f"cannot load the adapter {folder}: it lacks {error.args[0]}") from None
-    except (OSError, ValueError, RuntimeError, SafetensorError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise PoiseError(f"cannot load the adapter {folder}: {first_line(error)}") from None
-    if missing := sorted(expected - there):
-        raise PoiseError(f"cannot load the adapter {folder}: it lacks {_listed(missing)}")
-    if left := sorted(there - expected - adapted.state_dict().keys()):
-        raise PoiseError(f"cannot load the adapter {folder}: it is of other layers; it holds {_listed(left)}")
+    _check_adapters(adapted, there, folder)
     return adapted.to(model.device)
+
+
+def load_into_adapters(adapted: HfModel, folder: str) -> None:
+    """Set the adapters of a PEFT model to those in a folder, of the same layers, rank and scale.
+
+    Raises PoiseError as `load_adapters` does.
+    """
+    import peft
+
+    there = _adapter_tensors(folder)
+    _check_adapters(adapted, there, folder)
+    settings = Path(folder) / "adapter_config.json"
+    if settings.exists():
+        try:
+            found = peft.PeftConfig.from_pretrained(folder)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise PoiseError(f"cannot read {settings}: {first_line(error)}") from None
+        for name in ("lora_alpha", "use_rslora", "use_dora"):
+            mine, theirs = (getattr(config, name, None) for config in (adapted.active_peft_config, found))
+            if mine != theirs:
+                raise PoiseError(f"cannot load the adapter {folder}: its {name} is {theirs}, not {mine}")
+    peft.set_peft_model_state_dict(adapted, there)
+
+
+def _adapter_tensors(folder: str) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter folder. Raises PoiseError unless they are safetensors, and finite."""
+    path = Path(folder) / _ADAPTERS
+    if not path.exists():
+        raise PoiseError(f"{folder} has no {_ADAPTERS}; adapters in other formats, such as pickle, are not read")
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise PoiseError(f"cannot load the adapter {folder}: {first_line(error)}") from None
+    finite_or_raise(tensors.items(), f"cannot load the adapter {folder}")
+    return tensors
+
+
+def _check_adapters(adapted: HfModel, there: dict[str, torch.Tensor], folder: str) -> None:
+    """Raise PoiseError unless a folder's tensors are the adapters of a PEFT model, all of them, shape by shape."""
+    import peft
+
+    expected = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    if missing := sorted(expected.keys() - there.keys()):
+        raise PoiseError(f"cannot load the adapter {folder}: it lacks {_listed(missing)}")
+    if left := sorted(there.keys() - expected.keys() - adapted.state_dict().keys()):
+        raise PoiseError(f"cannot load the adapter {folder}: it is of other layers; it holds {_listed(left)}")
+    for name in sorted(expected):
+        if there[name].shape != expected[name].shape:
+            shapes = f"has the shape {tuple(there[name].shape)}, not {tuple(expected[name].shape)}"
+            raise PoiseError(f"cannot load the adapter {folder}: {name} {shapes}")
+
+
+def finite_or_raise(tensors: Iterable[tuple[str, torch.Tensor]], what: str) -> None:
+    """Raise PoiseError, which begins with `what`, for a tensor that holds NaN or infinity.
+
+    The sum of a tensor is finite only if all its elements are, or it overflows; so each tensor is read once in float32,
+    and element by element only where the sum is not finite.
+    """
+    for name, tensor in tensors:
+        if not tensor.is_floating_point() or tensor.is_meta or tensor.sum(dtype=torch.float32).isfinite():
+            continue
+        if not tensor.isfinite().all():
+            raise PoiseError(f"{what}: {name} is not finite")
 
 
 def _layer_of(name: str) -> int:
@@ -272,7 +331,7 @@ def check_room(model: str, prompts: list[Prompt], max_tokens: int) -> None:
     folder = resolve_model(model)
     tokenizer = load_tokenizer(folder)
     config = load_config(folder)
-    texts = [encode(tokenizer, generation_prompt(tokenizer, prompt)) for prompt in prompts]
+    texts = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     for ids in texts:
         embedded_or_raise(ids, config.get_text_config().vocab_size, tokenizer)
     room_or_raise(max(map(len, texts)), max_tokens, context_length(config))

@@ -20,19 +20,25 @@ import peft
 import torch
 from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from poise.data.types import Prompt
-from poise.errors import PoiseError
 from poise.functional import ppo
-from poise.models.chat_format import encode, generation_prompt
+from poise.models.chat_format import encode_prompt
 from poise.models.choices import Tune, ValueTrunk
 from poise.models.end_tokens import end_token_ids
 from poise.models.families import feature_size, steady_context
 from poise.models.fused_ops import AdaptedLinear, ChosenLogprob
-from poise.models.loading import HfModel, HfTokenizer, decoder_layers, has_conv1d, linear_maps, room_or_raise
+from poise.models.loading import (
+    HfModel,
+    HfTokenizer,
+    decoder_layers,
+    has_conv1d,
+    linear_maps,
+    load_into_adapters,
+    room_or_raise,
+)
 from poise.models.rereading import Predictions, Reading, check_rereading, choose, has_plain_head, predict
 from poise.models.rollout import Rollout
 from poise.runtime.quiet import quiet_loading
@@ -230,10 +236,11 @@ class Policy(nn.Module):
             self.tokenizer.save_pretrained(folder)
 
     def load_adapters(self, folder: str) -> None:
-        """Take the adapters that `save` (or another trainer of the same layers) wrote."""
-        loaded: Any = peft.set_peft_model_state_dict(self.model, load_file(f"{folder}/adapter_model.safetensors"))
-        if loaded.unexpected_keys:
-            raise PoiseError(f"{folder} holds adapters of other layers: {loaded.unexpected_keys[0]}")
+        """Take the adapters that `save` (or another trainer of the same layers) wrote.
+
+        Raises PoiseError unless the folder holds adapters of exactly these layers, rank and scale, as safetensors.
+        """
+        load_into_adapters(self.model, folder)
 
     def texts(self, rollout: Rollout) -> list[list[str]]:
         """Decoded completions, per prompt, without special tokens."""
@@ -275,7 +282,7 @@ class Policy(nn.Module):
         return self._value_of(self._predict(_without_adapters(self.value_model), rollout, logits=False).hidden)
 
     def _encode(self, prompts: list[Prompt], max_tokens: int) -> tuple[Tensor, Tensor]:
-        rows = [encode(self.tokenizer, generation_prompt(self.tokenizer, prompt)) for prompt in prompts]
+        rows = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         longest = max(map(len, rows))
         room_or_raise(longest, max_tokens, self.context_length)
         device = next(self.model.parameters()).device

@@ -8,7 +8,6 @@ import json
 import os
 from typing import Any
 
-from poise.models.chat_format import completion_text
 from poise.models.loading import HfTokenizer, load_tokenizer
 from poise.models.model_card import front_matter, is_hub_id, public_name, validation_accuracy
 from poise.reports import plots
@@ -147,13 +146,17 @@ def _limits(gaussian: bool, block: Json, settings: Json, results: Json) -> str:
 
 def _with_transformers(block: Json, tokenizer: HfTokenizer) -> str:
     num_heads, gaussian = block["num_heads"], block["kind"] == "gaussian"
+    prompt, answer = '"Review a film."', '"A warm, funny film."'
     if tokenizer.chat_template is None:
-        prompt, ending, special = '"Review a film."', "", "True"
-    else:
-        turns = '[{"role": "user", "content": "Review a film."}]'
-        prompt = f"tokenizer.apply_chat_template({turns}, tokenize=False, add_generation_prompt=True)"
-        ending, special = completion_text(tokenizer, "Review a film.", "A film.").removeprefix("A film."), "False"
-    answer = json.dumps(f"A warm, funny film.{ending}", ensure_ascii=False)
+        encoded = f"""\
+prompt = {prompt}
+ids = tokenizer(prompt).input_ids
+ids += tokenizer({answer}, add_special_tokens=False).input_ids"""
+    else:  # the whole conversation: a template may write another prompt before an answer than before a generation
+        encoded = f"""\
+turns = [{{"role": "user", "content": {prompt}}}, {{"role": "assistant", "content": {answer}}}]
+text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip()  # the score is read at the end of turn
+ids = tokenizer(text, add_special_tokens=False).input_ids"""
     layout, last = f"[{num_heads} rewards]", "mean = logits"
     if gaussian:
         layout = f"[{num_heads} means | {num_heads} raw stds]"
@@ -169,9 +172,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(".")
 model = AutoModelForSequenceClassification.from_pretrained(".", dtype=torch.float32).eval()
-prompt = {prompt}
-ids = tokenizer(prompt, add_special_tokens={special}).input_ids
-ids += tokenizer({answer}, add_special_tokens=False).input_ids
+{encoded}
 logits = model(torch.tensor([ids])).logits[0].detach() - torch.tensor(model.config.poise["offset"])
 {last}
 ```"""
