@@ -206,14 +206,14 @@ def shown(value: Any) -> str:
 # ---- values of our own files ----
 
 
-def read_value(value: Any, kind: type[T], what: str) -> T:
+def read_value(value: Any, kind: Any, what: str) -> Any:
     """A value of a JSON file as `kind`: lists become tuples, whole numbers floats, where `kind` asks for them.
 
     what: where the value stands, for the message. Raises PoiseError for a value that `kind` does not allow.
     """
     if wrong := problem(value, kind):
         raise PoiseError(f"{what} must be {wrong}, got {shown(value)}")
-    return cast(T, _as(value, kind))
+    return _as(value, kind)
 
 
 def read_fields(saved: Any, kind: type[T], what: str) -> T:
