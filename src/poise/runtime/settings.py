@@ -199,6 +199,8 @@ def _out_of_range(value: Any, ranges: tuple[Any, ...]) -> str:
 
 def shown(value: Any) -> str:
     """A wrong value for a message: short, and on one line."""
+    if isinstance(value, float):
+        return f"{value:g}"
     text = repr(value) if isinstance(value, (str, list, tuple, dict)) else str(value)
     return text if len(text) <= 80 else f"{text[:77]}…"
 
