@@ -1,10 +1,13 @@
 """What the tests of the pages share: a page as a parser sees it, and the browser that shows it."""
 
 import itertools
+import json
 import re
 import shutil
+from collections.abc import Collection
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,3 +58,28 @@ class Page(HTMLParser):
         assert levels.count(1) == 1
         assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
         assert all("scope" in attributes for tag, attributes in self.tags if tag == "th")
+
+
+# NUL, ESC, a bidi override, a hidden tag, a zero-width space, a lone surrogate: none may reach a page or card.
+UNSEEN = "\x00\x1b[31m\u202e\U000e0041\u200b\ud800"
+SHOWN = r"\x00\x1b[31m\u202e\U000e0041\u200b\ud800"
+
+
+def poisoned(value: Any, keys: Collection[str] = ("prompt", "completion", "device", "system")) -> Any:
+    """JSON with characters that are not seen at the end of every text under one of the keys."""
+    if isinstance(value, list):
+        return [poisoned(one, keys) for one in value]
+    if not isinstance(value, dict):
+        return value
+    return {k: v + UNSEEN if k in keys and isinstance(v, str) else poisoned(v, keys) for k, v in value.items()}
+
+
+def poison(folder: Path) -> None:
+    """Every JSON file of a folder, `poisoned`."""
+    for path in folder.rglob("*.json"):
+        path.write_text(json.dumps(poisoned(json.loads(path.read_text()))))
+
+
+def assert_all_is_seen(text: str) -> None:
+    assert SHOWN in text.replace("&#39;", "'")
+    assert not set(text) & set(UNSEEN) - set("[31m")

@@ -14,6 +14,7 @@ import transformers
 import yaml
 from safetensors.torch import load_file
 
+from pages import UNSEEN, assert_all_is_seen
 from poise.cli import train_policy as command
 from poise.cli.train_policy import Config
 from poise.policy.config import unread_settings
@@ -248,3 +249,12 @@ def test_what_the_scale_was_taken_from() -> None:
     assert "of 64 completions of the initial policy, which so gets 0" in text_of()
     assert "of the 64 completions up to the last step" in text_of({"reward_norm": "running"})
     assert "of the 64 completions of the last step" in text_of({"reward_norm": "batch"})
+
+
+def test_names_are_text_in_a_card() -> None:
+    name = f"/here/<b>[x](y)`|{UNSEEN}.jsonl"
+    text = text_of({"prompts": name, "model": f"<i>{UNSEEN}"})
+    assert_all_is_seen(text)
+    assert r"| prompts | `<b>[x](y)'\|" in text
+    for line in text.splitlines():
+        assert "<b>" not in re.sub("`[^`]*`", "", line)

@@ -1,5 +1,6 @@
 """The report page: what it claims, that nothing in it runs or is fetched, and that a browser shows it."""
 
+import contextlib
 import json
 import math
 import re
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 from PIL import Image
 
-from pages import CHROMIUM, Page, needs_chromium
+from pages import CHROMIUM, Page, assert_all_is_seen, needs_chromium, poison
 from poise.errors import PoiseError
 from poise.reports import plots
 from poise.reports import quickstart_page as report
@@ -330,3 +331,18 @@ def test_the_browser_check_sees_a_changed_title(tmp_path: Path):
     page = tmp_path / "bad.html"
     page.write_text(f"<!doctype html><html><head><title>t</title></head><body>{SCRIPT}</body></html>")
     assert "<title>pwned</title>" in visit(page, tmp_path).dom
+
+
+def test_characters_that_are_not_seen_are_shown_as_escapes(quickstart: Path):
+    poison(quickstart)
+    assert_all_is_seen(report.build(quickstart).read_text())
+
+
+@pytest.mark.parametrize("value", [None, "text", 3, [], {}, [1], {"a": 1}], ids=str)
+def test_results_of_a_wrong_form_are_one_line(quickstart: Path, value: Any):
+    file = quickstart / "comparison" / "results.json"
+    before = json.loads(file.read_text())
+    for field in before:
+        file.write_text(json.dumps(before | {field: value}))
+        with contextlib.suppress(PoiseError):  # no other error leaves; what is optional may be of any form
+            report.build(quickstart)

@@ -18,6 +18,7 @@ import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from pages import UNSEEN, assert_all_is_seen
 from poise.cli import train_reward as command
 from poise.cli.train_reward import Config
 from poise.data.types import Sample
@@ -291,3 +292,14 @@ def test_picture_of_reliability(tmp_path: Path) -> None:
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.format == "PNG"
         assert picture.width > 500
+
+
+def test_names_are_text_in_a_card() -> None:
+    name = f"/here/<b>[x](y)`|{UNSEEN}.jsonl"
+    text = text_of("brme", GAUSSIAN, settings=SETTINGS | {"preferences": name, "model": f"<i>{UNSEEN}"})
+    head, _, body = text.partition("\n---\n")
+    assert_all_is_seen(body)
+    assert not set(head) & set(UNSEEN) - set("[31m")
+    assert r"| preferences | `<b>[x](y)'\|" in body
+    for line in body.splitlines():
+        assert "<b>" not in re.sub("`[^`]*`", "", line)

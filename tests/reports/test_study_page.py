@@ -1,6 +1,7 @@
 """The page of a study: what it claims, that its script computes what Python does, and that nothing else in it runs."""
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
@@ -19,7 +20,7 @@ import torch
 from numpy import ndarray
 from PIL import Image
 
-from pages import CHROMIUM, Page, needs_chromium
+from pages import CHROMIUM, Page, assert_all_is_seen, needs_chromium, poison
 from poise.errors import PoiseError
 from poise.functional import best_of_n as selection
 from poise.functional.objectives import HeadRewards, RewardScale, parse_objective
@@ -712,3 +713,18 @@ def test_the_browser_check_can_fail(folder: Path, tmp_path: Path):
     seen = visit(page, tmp_path)
     assert any("violates" in line for line in seen.console)
     assert "<title>Poise" in seen.dom
+
+
+def test_characters_that_are_not_seen_are_shown_as_escapes(folder: Path):
+    poison(folder)
+    assert_all_is_seen(study_page.build(folder).read_text())
+
+
+@pytest.mark.parametrize("value", [None, "text", 3, [], {}, [1], {"a": 1}], ids=str)
+def test_results_of_a_wrong_form_are_one_line(folder: Path, value: Any):
+    file = folder / "results.json"
+    before = json.loads(file.read_text())
+    for field in before:
+        file.write_text(json.dumps(before | {field: value}))
+        with contextlib.suppress(PoiseError):  # no other error leaves; what is optional may be of any form
+            study_page.build(folder)

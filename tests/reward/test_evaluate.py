@@ -1,9 +1,11 @@
 """`poise evaluate-reward` end to end on tiny models, and its page."""
 
+import contextlib
 import itertools
 import json
 import random
 import re
+import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pages import UNSEEN, assert_all_is_seen, poison
 from poise.cli import evaluate_reward as command
 from poise.data.preferences import read_preferences
 from poise.errors import PoiseError
@@ -425,3 +428,23 @@ def test_an_uncertainty_has_one_color_in_every_figure(evaluation: Path) -> None:
     for name in ("disagreement", "routing_std", "small_margin"):
         assert plots.UNCERTAINTY_STYLES[name].color in svg
     assert plots.UNCERTAINTY_STYLES["last_layer_std"].color not in svg or "last_layer_std" in pairs["uncertainties"]
+
+
+def test_characters_that_are_not_seen_are_shown_as_escapes(evaluation: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(evaluation, tmp_path / "page")
+    poison(folder)
+    results = json.loads((folder / "results.json").read_text())
+    results["rewards"][0]["reward"] += UNSEEN
+    (folder / "results.json").write_text(json.dumps(results))
+    assert_all_is_seen(evaluation_page.build(folder).read_text())
+
+
+@pytest.mark.parametrize("value", [None, "text", 3, [], {}, [1], {"a": 1}], ids=str)
+def test_results_of_a_wrong_form_are_one_line(evaluation: Path, tmp_path: Path, value: Any) -> None:
+    folder = shutil.copytree(evaluation, tmp_path / "page")
+    file = folder / "results.json"
+    before = json.loads(file.read_text())
+    for field in before:
+        file.write_text(json.dumps(before | {field: value}))
+        with contextlib.suppress(PoiseError):  # no other error leaves; what is optional may be of any form
+            evaluation_page.build(folder)

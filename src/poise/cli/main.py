@@ -163,9 +163,21 @@ def _parsed(config: type, program: str, arguments: list[str], default: Any = Non
     except SystemExit as stop:
         if stop.code == 0:  # --help
             raise
-        box = re.split(r"(?m)^. ─+ .$", re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue()))[0]
-        lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
-        raise PoiseError(f"{' '.join(lines) or 'bad options'} ({program} --help lists the options)") from None
+        raise PoiseError(f"{_complaint(said.getvalue())} ({program} --help lists the options)") from None
+
+
+def _complaint(box: str) -> str:
+    """The text between a box's title and its next rule, on one line; tyro draws boxes in UTF-8 or in ASCII."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    lines = [line.strip("│╭╮╰╯ ") for line in plain.splitlines()]
+    _title, *inside = [line for line in lines if line] or [""]
+    found: list[str] = []
+    for line in inside:
+        if line.strip("─-"):
+            found.append(line)
+        elif found:
+            break
+    return " ".join(found) or "bad options"
 
 
 def _with_new_names(settings: dict[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,7 @@ from torch import Tensor
 from poise.errors import PoiseError
 from poise.functional.objective_names import PARAMETERS, check_parameter, read_objective
 from poise.functional.objective_names import Shaping as Shaping
+from poise.runtime.settings import above, at_least, read_fields
 
 
 class HeadRewards(NamedTuple):
@@ -254,10 +255,10 @@ class RewardScale:
 
     head_baseline: tuple[float, ...]
     mean: float
-    std: float
+    std: Annotated[float, above(0)]
     floor: float = -math.inf
     ceiling: float = math.inf
-    count: int = 0
+    count: Annotated[int, at_least(0)] = 0
 
     def __post_init__(self) -> None:
         if not self.floor < self.ceiling:  # also where one of them is NaN
@@ -321,8 +322,8 @@ class RewardScale:
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> "RewardScale":
-        """Inverse of `to_json`."""
-        return cls(**(saved | {"head_baseline": tuple(saved["head_baseline"])}))
+        """Inverse of `to_json`. Raises PoiseError, one line, for a field that is missing or cannot be."""
+        return read_fields(saved, cls, "the saved scale of the reward")
 
 
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData, metadata_load
 
+from poise.runtime.display import on_one_line
+
 
 def front_matter(
     base_model: str = "",
@@ -46,7 +48,7 @@ def validation_accuracy(value: float, source: str) -> EvalResult:
 
     source: file, folder or hub id of the preferences; only its public name is kept.
     """
-    name = public_name(source)
+    name = on_one_line(public_name(source))
     return EvalResult(
         task_type="text-classification", task_name="preferences between two texts",
         dataset_type=name, dataset_name=name, dataset_split="validation",

@@ -5,17 +5,16 @@ weights. A name that may be a hub id is left to it.
 """
 
 import importlib.util
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from poise.errors import PoiseError, first_line
+from poise.models.formats import ENSEMBLE_FILE, num_labels_of, read_ensemble, read_head_block, read_object
 from poise.models.template_trial import try_template
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
-_CONFIG, _ADAPTERS, _ENSEMBLE = "config.json", "adapter_config.json", "ensemble.json"
-_LARGEST = 64 * 2**20  # bytes of a JSON file that is still read
+_CONFIG = "config.json"
 
 # The package that reads each kind of quantized weights.
 _QUANTIZERS = {
@@ -49,30 +48,17 @@ def check_reward_model(path: str) -> None:
     A `poise train-reward` run, an ensemble and adapters count as one.
     """
     folder = _existing(path)
-    if folder is None or (folder / _ENSEMBLE).exists():
+    if folder is None:
+        return
+    if (folder / ENSEMBLE_FILE).exists():
+        for member in read_ensemble(path).members:
+            check_reward_model(member)
         return
     if not (folder / _CONFIG).exists() and (folder / "brme" / _CONFIG).exists():
         folder = folder / "brme"
     check_model(str(folder))
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises PoiseError, one line, for a file that cannot be read or holds none."""
-    try:
-        if path.stat().st_size > _LARGEST:
-            raise PoiseError(f"{path} is larger than a settings file can be")
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PoiseError(f"cannot read {path}: {error.strerror}") from None
-    except RecursionError:
-        raise PoiseError(f"{path} is nested too deeply to be read") from None
-    except PoiseError:
-        raise
-    except ValueError as error:
-        raise PoiseError(f"{path} is not JSON: {first_line(error)}") from None
-    if not isinstance(found, dict):
-        raise PoiseError(f"{path} holds no settings")
-    return found
+    config = read_object(folder / _CONFIG)
+    read_head_block(config.get("poise"), num_labels_of(config, str(folder)), path)
 
 
 def _existing(path: str) -> Path | None:

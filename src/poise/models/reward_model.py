@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from poise.errors import PoiseError, first_line
 from poise.functional.objectives import HeadRewards
+from poise.models.formats import read_head_block
 from poise.models.loading import (
     HfModel,
     HfTokenizer,
@@ -40,7 +41,7 @@ from poise.models.loading import (
     resolve_model,
 )
 from poise.runtime.quiet import quiet_loading
-from poise.runtime.run_folder import Json, write_folder_atomic
+from poise.runtime.run_folder import write_folder_atomic
 
 _ADAPTER = "adapter_config.json"
 _SCORE = "score.weight"
@@ -252,25 +253,8 @@ def read_layout(path: str) -> HeadLayout:
     without a `poise` block, or a block that does not fit the labels.
     """
     config = load_config(resolve_model(checkpoint_folder(path)))
-    block = getattr(config, "poise", None)
-    if block is None:
-        if config.num_labels != 1:
-            raise PoiseError(
-                f"{path} has {config.num_labels} labels and no `poise` block in its config.json: "
-                f"not a reward model of ours"
-            )
-        return HeadLayout(1, "point", (0.0,))
-    try:
-        layout = HeadLayout(**_with_tuples(block))
-        num_offsets = len(layout.offset)
-    except (TypeError, KeyError):
-        raise PoiseError(f"{path}: the `poise` block of config.json is not one this version reads") from None
-    if layout.num_labels != config.num_labels or num_offsets != layout.num_labels:
-        raise PoiseError(
-            f"{path}: config.json has {config.num_labels} labels but its poise block says {layout.num_heads} "
-            f"{layout.kind} heads, which need {layout.num_labels}"
-        )
-    return layout
+    block = read_head_block(getattr(config, "poise", None), config.num_labels, path)
+    return HeadLayout(**vars(block))
 
 
 def load_reward_model(path: str) -> tuple[HfModel, HfTokenizer, HeadLayout]:
@@ -301,7 +285,3 @@ def _load_adapted(folder: str, config: Any) -> HfModel:
     num_layers = config.num_hidden_layers
     classifier = _load_classifier(resolve_model(base), config, frozen_dtype(), fresh={_SCORE}, num_layers=num_layers)
     return load_adapters(classifier, folder, needs="score").merge_and_unload().eval()
-
-
-def _with_tuples(block: Json) -> Any:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in block.items()}

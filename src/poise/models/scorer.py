@@ -6,7 +6,6 @@ float32).
 """
 
 import functools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,13 +20,13 @@ from poise.functional.objectives import HeadRewards
 from poise.models.chat_format import encode_conversation
 from poise.models.families import feature_size, steady_context
 from poise.models.feature_cache import FeatureCache, row_keys
+from poise.models.formats import ENSEMBLE_FILE, read_ensemble, refuse_nested
 from poise.models.loading import HfModel, HfTokenizer, context_length, embedded_or_raise
 from poise.models.reward_model import HeadLayout, LastLayer, load_last_layer, load_reward_model
 from poise.models.shared_prompt import Family, cached_hidden, num_tokens, pack, separate_hidden, shares_prompts
 from poise.runtime.run_folder import Json, write_json
 
 TOKENS_PER_BATCH = 4096
-ENSEMBLE_FILE = "ensemble.json"
 
 Progress = Callable[[int], None]
 
@@ -213,13 +212,8 @@ class Ensemble(Scorer):
     @staticmethod
     def load(path: str, max_length: int = 0, *, cached: bool = False) -> "Ensemble":
         """From a folder with an ensemble.json. Members with equal trunks share one."""
-        try:
-            saved = json.loads((Path(path) / ENSEMBLE_FILE).read_text())
-            names, means, stds = saved["members"], saved["means"], saved["stds"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise PoiseError(f"{path}/{ENSEMBLE_FILE} is not one this version reads") from None
-        members = _load_members([str(Path(path) / name) for name in names], max_length, cached=cached)
-        return Ensemble(members, means, stds)
+        saved = read_ensemble(path)
+        return Ensemble(_load_members(saved.members, max_length, cached=cached), saved.means, saved.stds)
 
     @staticmethod
     def fit(
@@ -266,9 +260,8 @@ class Ensemble(Scorer):
 def _load_members(paths: Sequence[str], max_length: int, *, cached: bool = False) -> list[Scorer]:
     members: list[Scorer] = []
     for path in paths:
+        refuse_nested(path)
         member = Scorer.load(path, max_length, cached=cached)
-        if isinstance(member, Ensemble):
-            raise PoiseError(f"{path} is itself an ensemble; name its members")
         twin = next((other for other in members if other.shares_trunk_with(member)), None)
         if twin is not None:
             member = Scorer(twin.extract, member.weight, member.layout, member.last_layer)

@@ -7,13 +7,13 @@ With A and B the adapters of a linear map and W its frozen weight (arXiv 2106.09
 The result is a plain folder of safetensors, for engines and tools that know no adapters.
 """
 
-import json
 import shutil
 from pathlib import Path
 
 import transformers
 
 from poise.errors import PoiseError, first_line
+from poise.models.formats import read_object
 from poise.models.loading import (
     HfModel,
     HfTokenizer,
@@ -77,15 +77,13 @@ def _policy_folder(path: str) -> Path:
 
 def _base_of(adapters: Path) -> str:
     """Folder of the model that the adapters belong to."""
-    try:
-        settings = json.loads((adapters / _SETTINGS).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise PoiseError(f"{adapters / _SETTINGS} is not JSON: {first_line(error)}") from None
+    settings = read_object(adapters / _SETTINGS)
     if (settings.get("peft_type"), settings.get("task_type")) != ("LORA", "CAUSAL_LM"):
         raise PoiseError(f"{adapters} holds no LoRA adapters of a language model; reward models are for `poise export`")
     if not (adapters / _WEIGHTS).exists():
         raise PoiseError(f"{adapters} has no {_WEIGHTS}")
     try:
-        return resolve_model(settings.get("base_model_name_or_path") or "(none)")
+        base = settings.get("base_model_name_or_path")
+        return resolve_model(base if isinstance(base, str) and base else "(none)")
     except PoiseError as error:
         raise PoiseError(f"no base model: {error}; write where it is into {adapters / _SETTINGS}") from None

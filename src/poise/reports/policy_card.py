@@ -10,6 +10,7 @@ from typing import Any
 
 from poise.models.loading import HfTokenizer, load_tokenizer
 from poise.models.model_card import front_matter, is_hub_id, public_name
+from poise.runtime.display import markdown_cell, markdown_code, on_one_line
 from poise.runtime.run_folder import Json, Run, write_atomic
 
 AFTER_ALARM = {
@@ -42,13 +43,13 @@ def card(tokenizer: HfTokenizer, settings: Json, results: Json, versions: Json, 
 
     settings: the config of the training; versions: of the packages; unread: settings to leave out.
     """
-    algorithm, reward = settings["algorithm"].upper(), _code(public_name(settings["reward"]))
+    algorithm, reward = settings["algorithm"].upper(), markdown_code(public_name(settings["reward"]))
     sections = [
         f"# Policy trained by {algorithm}",
         _alarms(settings, results),
         f"{_what(settings)}, trained by {algorithm} to please the reward model {reward} "
-        f"({results['num_heads']} head{'s' * (results['num_heads'] > 1)}, objective {_code(settings['objective'])}, "
-        f"kl_coef {settings['kl_coef']:g}).",
+        f"({results['num_heads']} head{'s' * (results['num_heads'] > 1)}, "
+        f"objective {markdown_code(settings['objective'])}, kl_coef {settings['kl_coef']:g}).",
         "## What it is not",
         _limits(settings),
         "## Reading it",
@@ -59,7 +60,7 @@ def card(tokenizer: HfTokenizer, settings: Json, results: Json, versions: Json, 
         _scale(settings, results["scale"]),
         "## Training settings",
         _settings(settings, unread),
-        f"Written by Poise; made with {', '.join(f'{key} {value}' for key, value in versions.items())}."
+        f"Written by Poise; made with {on_one_line(', '.join(f'{key} {value}' for key, value in versions.items()))}."
         if versions
         else "",
     ]
@@ -93,7 +94,7 @@ def _alarms(settings: Json, results: Json) -> str:
 
 
 def _what(settings: Json) -> str:
-    model, layers = _code(public_name(settings["model"])), settings["adapted_layers"]
+    model, layers = markdown_code(public_name(settings["model"])), settings["adapted_layers"]
     where = f"the upper {layers} layers" if layers else "all layers"
     if settings["tune"] == "lora":
         return f"LoRA adapters of rank {settings['lora_rank']} on {where} of {model}"
@@ -105,7 +106,7 @@ def _limits(settings: Json) -> str:
         "The reward is a model's guess of what people prefer, not a person's judgment. A higher one is what it was "
         "trained for, and no evidence of better text.",
         "No gold was seen, in training or for this card: whether people like what it writes is not known.",
-        f"Trained on the prompts of {_code(public_name(settings['prompts']))}, on completions of at most "
+        f"Trained on the prompts of {markdown_code(public_name(settings['prompts']))}, on completions of at most "
         f"{settings['max_tokens']} tokens, sampled at temperature 1 from the whole distribution. What it writes "
         f"to other prompts, at greater length or by greedy decoding was not looked at.",
         "That the monitor is silent proves nothing: it compares a run with its own first steps only.",
@@ -156,7 +157,7 @@ def _outcome(settings: Json, results: Json) -> str:
         "alarms of the monitor": f"{len(steps)}, the first at step {steps[0]}" if steps else "none",
     }
     return (
-        f"Reward and KL over {settings['eval_completions']} completions of each prompt of {_code(judged)}.\n\n"
+        f"Reward and KL over {settings['eval_completions']} completions of each prompt of {markdown_code(judged)}.\n\n"
         f"{_table(rows)}"
     )
 
@@ -183,7 +184,7 @@ def _settings(settings: Json, unread: Collection[str]) -> str:
 
 
 def _table(rows: dict[str, str]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {markdown_cell(value)} |" for key, value in rows.items())])
 
 
 def _shown(value: Any) -> str:
@@ -191,11 +192,7 @@ def _shown(value: Any) -> str:
         return ""
     if isinstance(value, list):
         return ", ".join(map(_shown, value))
-    return _code(public_name(value)) if isinstance(value, str) else f"{value}"
-
-
-def _code(text: str) -> str:
-    return f"`{text.replace('`', chr(39))}`"
+    return markdown_code(public_name(value)) if isinstance(value, str) else f"{value}"
 
 
 def _number(value: float | None, form: str) -> str:

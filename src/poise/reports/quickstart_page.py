@@ -10,8 +10,10 @@ Whatever else is missing leaves its section out. All text from the runs is escap
 let through is what `plots` drew.
 """
 
+import functools
 import json
 import shlex
+from collections.abc import Callable
 from math import sqrt
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,9 +21,10 @@ from typing import Any, Literal, NamedTuple
 import jinja2
 from markupsafe import Markup
 
-from poise.errors import PoiseError
+from poise.errors import PoiseError, first_line
 from poise.reports import plots
 from poise.reports.config import ReportConfig as Config
+from poise.runtime.display import visible, visible_values
 from poise.runtime.run_folder import Json, write_atomic
 
 NUM_COMPLETIONS = 12
@@ -59,6 +62,26 @@ class Verdict(NamedTuple):
     text: str
 
 
+def one_line_if_damaged(build: Callable[[str | Path], Path]) -> Callable[[str | Path], Path]:
+    """A page's `build(folder)` that raises PoiseError, one line, for results that do not fit the page.
+
+    The files may be of another version, cut off or edited: a page reads hundreds of fields, and any may be wrong.
+    """
+
+    @functools.wraps(build)
+    def checked(folder: str | Path) -> Path:
+        try:
+            return build(folder)
+        except PoiseError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, jinja2.TemplateError) as error:
+            why = f"{type(error).__name__}: {first_line(error)}"
+            raise PoiseError(f"{folder}: results that no page can be made of, or of another version ({why})") from error
+
+    return checked
+
+
+@one_line_if_damaged
 def build(folder: str | Path) -> Path:
     """Write FOLDER/report.html and return its path. PoiseError if the folder is not a finished quickstart."""
     study = read_study(folder)
@@ -97,16 +120,16 @@ def read_study(folder: str | Path) -> Study:
 
 
 def read_json(path: Path) -> Json | None:
-    """An object from a file; None if there is none, one line if it is damaged."""
+    """An object from a file, its texts `visible`; None if there is none, one line if it is damaged."""
     if not path.exists():
         return None
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PoiseError(f"cannot read {path}: {error}") from None
     if not isinstance(value, dict):
         raise PoiseError(f"cannot read {path}: a JSON object was expected")
-    return value
+    return visible_values(value)
 
 
 # ---- the answer ----
@@ -212,10 +235,17 @@ def _completion(item: Json, arms: list[Json]) -> Json:
     return {"prompt": item["prompt"], "over_scored": item.get("over_scored"), "answers": answers}
 
 
+def _finalized(value: Any) -> Any:
+    """What an expression of a template shows: text of others with visible escapes, our own figures as they are."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 def page_template(name: str) -> jinja2.Template:
     """A template beside this file, with the number filters of all pages; everything it is given is escaped."""
     loader = jinja2.PackageLoader("poise.reports")
-    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_finalized
+    )
     environment.filters |= {"number": number, "signed": signed, "percent": percent, "duration": duration}
     return environment.get_template(name)
 

@@ -11,6 +11,7 @@ from typing import Any
 from poise.models.loading import HfTokenizer, load_tokenizer
 from poise.models.model_card import front_matter, is_hub_id, public_name, validation_accuracy
 from poise.reports import plots
+from poise.runtime.display import markdown_cell, markdown_code, on_one_line
 from poise.runtime.run_folder import Json, Run, write_atomic
 
 WHAT = {
@@ -97,7 +98,7 @@ def card(name: str, block: Json, tokenizer: HfTokenizer, settings: Json, results
         _calibration(model),
         "## Training settings",
         _settings(settings),
-        f"Written by Poise; made with {', '.join(f'{key} {value}' for key, value in versions.items())}."
+        f"Written by Poise; made with {on_one_line(', '.join(f'{key} {value}' for key, value in versions.items()))}."
         if versions
         else "",
     ]
@@ -110,15 +111,11 @@ def _front_matter(settings: Json, title: str, model: Json) -> str:
     return front_matter(base if is_hub_id(base) else "", title=title, results=results)
 
 
-def _code(text: Any) -> str:
-    return f"`{str(text).replace('`', chr(39))}`"
-
-
 # ---- sections ----
 
 
 def _trunk(settings: Json, results: Json) -> str:
-    layers, model = results.get("num_layers"), _code(public_name(settings["model"]))
+    layers, model = results.get("num_layers"), markdown_code(public_name(settings["model"]))
     tuned = {"lora": ", tuned by LoRA", "full": ", tuned"}.get(settings["trunk"], ", as they are")
     return f"the first {layers} layers of {model}{tuned}" if layers else f"{model}{tuned}"
 
@@ -193,7 +190,7 @@ def _data(settings: Json, results: Json) -> str:
     truncated = results.get("num_truncated", 0)
     share = _percent(results["num_validation"] / results["num_preferences"], 0)
     return (
-        f"{results['num_preferences']} preferences from {_code(public_name(settings['preferences']))}: "
+        f"{results['num_preferences']} preferences from {markdown_code(public_name(settings['preferences']))}: "
         f"{results['num_train']} to train on, {results['num_validation']} held out for validation ({share}). "
         f"{_split(results)}{truncated or 'No'} sample{'s' * (truncated > 1)} "
         f"lost the oldest tokens (longer than {settings['max_length']})."
@@ -236,14 +233,14 @@ def _calibration(model: Json) -> str:
 
 
 def _settings(settings: Json) -> str:
-    rows = [(key, _shown(value)) for key, value in settings.items() if key != "output"]
+    rows = [(key, markdown_cell(_shown(value))) for key, value in settings.items() if key != "output"]
     return "\n".join(["| setting | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(_shown, value))
-    return _code(public_name(value)) if isinstance(value, str) and value else f"{value}"
+    return markdown_code(public_name(value)) if isinstance(value, str) and value else f"{value}"
 
 
 def _percent(share: float | None, digits: int = 1) -> str:

@@ -13,13 +13,22 @@ from markupsafe import Markup
 
 from poise.errors import PoiseError
 from poise.reports import plots
-from poise.reports.quickstart_page import Verdict, number, page_template, percent, read_json, signed
+from poise.reports.quickstart_page import (
+    Verdict,
+    number,
+    one_line_if_damaged,
+    page_template,
+    percent,
+    read_json,
+    signed,
+)
 from poise.runtime.run_folder import Json, write_atomic
 
 SPREADS = ("disagreement", "routing_std", "total_std", "last_layer_std")
 _ORDER = ("worse", "unclear", "better")
 
 
+@one_line_if_damaged
 def build(folder: str | Path) -> Path:
     """Write RUN/evaluation.html (and, for pairs, RUN/calibration.png) and return the page's path."""
     folder = Path(folder)

@@ -26,7 +26,7 @@ from markupsafe import Markup
 from poise.errors import PoiseError
 from poise.functional.best_of_n import KL_COEFS, best_of_n_terms, rl_terms, sizes
 from poise.functional.statistics import smoothed, t_interval
-from poise.reports.quickstart_page import REWARD_MODELS, page_template, read_json
+from poise.reports.quickstart_page import REWARD_MODELS, one_line_if_damaged, page_template, read_json
 from poise.reports.summary import noise_label, over_policies
 from poise.reports.verdicts import caveats, compared_arms, findings, headlines, published
 from poise.runtime.run_folder import Json, write_atomic
@@ -38,6 +38,7 @@ DIGITS = 4  # significant, of what charts show
 _COLUMNS = ("step", "kl", "proxy", "gold", "disagreement", "gap", "routing_std")
 
 
+@one_line_if_damaged
 def build(folder: str | Path) -> Path:
     """Write RUN/report.html and return its path. PoiseError, one line, if RUN is not a finished study."""
     folder = Path(folder)

@@ -9,7 +9,6 @@ _INVISIBLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e007f]"
 )
-_MARKUP = re.compile(r"([\\`*_\[\]<>|])")
 
 
 def visible(text: str) -> str:
@@ -30,24 +29,22 @@ def on_one_line(text: str) -> str:
     return visible(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
-def markdown_text(text: str) -> str:
-    r"""A name as plain text of a Markdown page: no markup or HTML in it is read as such.
-
-    >>> markdown_text("a_b<i>.jsonl")
-    'a\\_b\\<i\\>.jsonl'
-    """
-    return _MARKUP.sub(r"\\\1", on_one_line(text))
-
-
 def markdown_code(text: str) -> str:
-    """A name in code marks of a Markdown page, longer marks where the name holds some itself.
+    """A name in code marks of a Markdown page: no markup or HTML in it is read as such.
 
-    >>> markdown_code("a`b")
-    '`` a`b ``'
+    >>> markdown_code("<b>a`b")
+    "`<b>a'b`"
     """
-    shown = on_one_line(text)
-    longest = max((len(run) for run in re.findall("`+", shown)), default=0)
-    return f"`{shown}`" if not longest else f"{'`' * (longest + 1)} {shown} {'`' * (longest + 1)}"
+    return f"`{on_one_line(text).replace('`', chr(39))}`"
+
+
+def markdown_cell(text: str) -> str:
+    r"""The text of a table's cell: a bar in it does not end the cell.
+
+    >>> markdown_cell("`a|b`")
+    '`a\\|b`'
+    """
+    return text.replace("|", r"\|")
 
 
 def visible_values(value: Any) -> Any:

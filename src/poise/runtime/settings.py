@@ -199,6 +199,8 @@ def _out_of_range(value: Any, ranges: tuple[Any, ...]) -> str:
 
 def shown(value: Any) -> str:
     """A wrong value for a message: short, and on one line."""
+    if isinstance(value, float):
+        return f"{value:g}"
     text = repr(value) if isinstance(value, (str, list, tuple, dict)) else str(value)
     return text if len(text) <= 80 else f"{text[:77]}…"
 
@@ -206,14 +208,14 @@ def shown(value: Any) -> str:
 # ---- values of our own files ----
 
 
-def read_value(value: Any, kind: type[T], what: str) -> T:
+def read_value(value: Any, kind: Any, what: str) -> Any:
     """A value of a JSON file as `kind`: lists become tuples, whole numbers floats, where `kind` asks for them.
 
     what: where the value stands, for the message. Raises PoiseError for a value that `kind` does not allow.
     """
     if wrong := problem(value, kind):
         raise PoiseError(f"{what} must be {wrong}, got {shown(value)}")
-    return cast(T, _as(value, kind))
+    return _as(value, kind)
 
 
 def read_fields(saved: Any, kind: type[T], what: str) -> T:

@@ -152,7 +152,7 @@ class BestOfNConfig(Settings):
     )  # fmt: skip
     """What to select by: REWARD:OBJECTIVE, the reward model being a folder of the reward runs. Differences are taken
     against the first."""
-    per_prompt: int = 24
+    per_prompt: Annotated[int, at_least(2)] = 24
     """Completions per prompt."""
     max_tokens: Count = 20
     """Longest completion, in tokens."""
@@ -167,8 +167,6 @@ class BestOfNConfig(Settings):
     def check(self) -> None:
         """As `Settings.check`, and the form of each objective."""
         super().check()
-        if self.per_prompt < 2:
-            raise PoiseError("--per-prompt must be at least 2: there is nothing to select from one completion")
         for text in self.objectives:
             reward, colon, objective = text.partition(":")
             if not colon:

@@ -1,0 +1,132 @@
+"""Settings of all commands: one typed place, the same for the command line, config files and the options of a study."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from poise.cli.main import COMMANDS, main, settings_of
+from poise.policy.config import Config as PolicyConfig
+from poise.runtime.settings import Settings, marks, problem, typed_fields
+
+WRONG = {
+    "--num-layers": ("-1", "at least 0"),
+    "--head-lr": ("inf", "a finite number"),
+    "--epochs": ("0", "above 0"),
+    "--batch-size": ("-8", "at least 1"),
+    "--device-batch-size": ("0", "at least 1"),
+    "--seed": ("-1", "at least 0"),
+    "--lora-rank": ("0", "at least 1"),
+    "--learning-rate": ("nan", "a finite number"),
+    "--validation-share": ("1", "in (0, 1)"),
+    "--label-smoothing": ("0.5", "in [0, 0.5)"),
+    "--posterior-heads": ("1", "at least 2"),
+    "--head-steps": ("99999999999", "at most 2147483647"),
+    "--max-length": ("0", "at least 1"),
+}
+
+
+def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("poise: "), err
+    assert err.count("\n") == 1, err
+    return err
+
+
+@pytest.mark.parametrize("option", WRONG)
+def test_one_line_names_option_value_and_range(
+    option: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, preferences_file: Path
+) -> None:
+    value, words = WRONG[option]
+    number: Any = float(value) if value in ("inf", "nan") else json.loads(value)
+    settings = tmp_path / "config.yaml"
+    settings.write_text(yaml.safe_dump({option[2:].replace("-", "_"): number, "preferences": str(preferences_file)}))
+    output = ["--output", str(tmp_path / "run")]
+    said = [
+        refused(capsys, ["train-reward", "--preferences", str(preferences_file), option, value, *output]),
+        refused(capsys, ["train-reward", "--config", str(settings), *output]),
+    ]
+    assert said[0] == said[1] == f"poise: {option} must be {words}, got {value}\n"
+    nested = f"--reward.{option[2:]}"
+    if option != "--seed":  # the study sets the seed
+        said += [refused(capsys, ["study", nested, value, *output])]
+        assert said[2] == f"poise: {nested} must be {words}, got {value}\n"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("on_alarm: evil", "must be one of log, stop, rollback, pessimism: on_alarm cannot be 'evil'"),
+        ("num_steps: 1.5", "must be a whole number: num_steps cannot be 1.5"),
+        ("num_steps: true", "must be a whole number: num_steps cannot be True"),
+        ("kl_coef: .nan", "--kl-coef must be a finite number, got nan"),
+        ("reward_floor: 0.0\nreward_ceiling: -1.0", "--reward-floor must be below --reward-ceiling, got 0 and -1"),
+        ("reward_floor: 2\nreward_ceiling: 1", "--reward-floor must be below --reward-ceiling, got 2 and 1"),
+        ("objective: tradeoff(nan)", "tradeoff takes no parameter 'nan'"),
+        ("objective: lower_confidence(1e400)", "lower_confidence takes no parameter '1e400'"),
+        ("objective: lower_confidence(-1)", "lower_confidence's coefficient must be at least 0, got -1"),
+        ("eval_tasks: lambada", "must be a list: eval_tasks cannot be 'lambada'"),
+    ],
+)
+def test_a_config_file_is_checked_like_options(
+    settings: str, words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(f"prompts: p.jsonl\nreward: r\n{settings}\n")
+    assert words in refused(capsys, ["train-policy", "--config", str(path), "--output", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_floor_of_zero_is_a_floor() -> None:
+    with pytest.raises(ValueError, match="--reward-floor must be below"):
+        PolicyConfig(prompts="p", reward="r", reward_floor=0.0, reward_ceiling=0.0).check()
+    PolicyConfig(prompts="p", reward="r", reward_floor=0.0, reward_ceiling=1.0).check()
+
+
+def test_options_that_tyro_refuses_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--num-layers" in refused(capsys, ["train-reward", "--preferences", "x", "--num-layers", "[/b]"])
+    assert "'half'" in refused(capsys, ["train-reward", "--preferences", "x", "--trunk", "half"])
+    assert "--nonsense" in refused(capsys, ["toy", "--nonsense", "1"])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_number_has_a_range(command: str) -> None:
+    """A new setting that counts or scales must say what it may be."""
+    config = settings_of(command)[0]
+    assert issubclass(config, Settings), command
+    required = [f for f in dataclasses.fields(config) if f.default is dataclasses.MISSING]
+    values = {field.name: ("a", "b") if "tuple" in str(field.type) else "a" for field in required}
+    for name, (kind, value) in typed_fields(config(**values)).items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            assert list(marks(kind)), f"{command} --{name} has no range"
+            assert problem(math.nan, kind), name
+            assert problem(10**400, kind), name
+
+
+LATE = {
+    "a setting": ["train-reward", "--preferences", "x.jsonl", "--num-layers", "-1"],
+    "a policy's setting": ["train-policy", "--prompts", "p", "--reward", "r", "--objective", "best"],
+    "a study's setting": ["study", "--policy.kl-coef", "-1"],
+    "a missing file": ["train-reward", "--preferences", "/nowhere/x.jsonl"],
+    "a missing model": ["score", "/nowhere/reward", __file__],
+    "help": ["train-policy", "--help"],
+}
+
+
+@pytest.mark.parametrize("what", LATE)
+def test_bad_input_is_refused_before_torch_is_imported(what: str) -> None:
+    program = (
+        "import sys\nfrom poise.cli.main import main\n"
+        "try: code = main(sys.argv[1:])\nexcept SystemExit as stop: code = stop.code\n"
+        "print(code, sorted({'torch', 'transformers', 'trl', 'scipy', 'datasets'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *LATE[what]], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"{0 if what == 'help' else 2} []", done.stderr
