@@ -69,7 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise PoiseError(f"no command {command!r}; choose from {', '.join(COMMANDS)}")
         module = importlib.import_module(COMMANDS[command][0])  # only now: torch takes seconds to import
         renamed = getattr(module, "RENAMED", {})
-        module.run(parse_config(module.Config, f"poise {command}", rest, renamed))
+        done = module.run(parse_config(module.Config, f"poise {command}", rest, renamed))
+        if hasattr(module, "check_outcome"):
+            module.check_outcome(done)
         importlib.import_module("poise.runtime.distributed").leave()
     except PoiseError as error:
         print(f"poise: {error}", file=sys.stderr)
