@@ -121,6 +121,19 @@ def test_a_study_of_which_every_cell_fails_says_so(
     results = study.run(config(tmp_path, preferences_file, prompts_file, tiny_model)).results
     assert results["missing"] == {"noise-0/reward-0/reward": "out of memory"}
     assert "1 run is missing" in (tmp_path / "study" / "report.html").read_text()
+    with pytest.raises(PoiseError, match=r"every policy of .* failed .* noise-0/reward-0/reward: out of memory"):
+        study.check_outcome(Run(tmp_path / "study"))
+
+
+def test_a_study_takes_no_folder_of_somebody_else(
+    tmp_path: Path, preferences_file: Path, prompts_file: Path, tiny_model: str
+) -> None:
+    mine = tmp_path / "study" / "pool" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with pytest.raises(PoiseError, match="no run of Poise wrote"):
+        study.run(config(tmp_path, preferences_file, prompts_file, tiny_model))
+    assert [path for path in (tmp_path / "study").rglob("*") if path.is_file()] == [mine]
 
 
 @pytest.mark.slow

@@ -111,7 +111,9 @@ def _run(arguments: list[str]) -> None:
         config.check()
         check_inputs(config)
     module = importlib.import_module(COMMANDS[command][0])  # only now: torch takes seconds to import
-    module.run(config)
+    done = module.run(config)
+    if hasattr(module, "check_outcome"):
+        module.check_outcome(done)
     if "torch" in sys.modules:
         importlib.import_module("poise.runtime.distributed").leave()
 

@@ -38,7 +38,7 @@ from poise.models.policy import Policy
 from poise.policy.config import EvaluateConfig as Config
 from poise.runtime.downloads import cache_folder
 from poise.runtime.progress import console, progress
-from poise.runtime.run_folder import Json, Run, load_config_file, read_jsonl, write_json
+from poise.runtime.run_folder import Inputs, Json, Run, load_config_file, read_jsonl, write_json
 
 Z = 1.959964  # half-width of a 95 % interval in standard errors
 FLIPS = 100_000  # draws of the sign-flip test, so p is known to a step of 1e-5
@@ -52,7 +52,7 @@ def run(config: Config) -> Run:
         tasks = read_tasks(config.tasks, config.data, config.rows)
         sources = [_source(path) for path in (config.model, *config.policies)]
         logged = {source.path: _logged(Path(source.path)) for source in sources}
-    out = Run.open(config.output, config, lambda: {source.path: source.folders() for source in sources})
+    out = Run.open(config.output, config, lambda: _inputs(sources))
     if not finished:
         found = [_evaluate_source(source, tasks, config) for source in sources]
         policies = [
@@ -236,6 +236,11 @@ def _source(path: str) -> _Source:
         return _Source(path, str(policy))
     resolve_model(settings["model"])
     return _Source(path, settings["model"], policy, settings["adapted_layers"], settings["lora_rank"])
+
+
+def _inputs(sources: Sequence[_Source]) -> Inputs:
+    """What the run reads, by the setting that names it, policies counted from 1."""
+    return {f"--policies {number}" if number else "--model": one.folders() for number, one in enumerate(sources)}
 
 
 def _names(sources: Sequence[_Source]) -> list[str]:

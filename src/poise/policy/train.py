@@ -46,6 +46,7 @@ from poise.runtime.run_folder import (
     is_main_process,
     keep_rows_before,
     read_jsonl,
+    write_folder_atomic,
     write_jsonl,
 )
 from poise.runtime.trackers import Track, tracked
@@ -77,7 +78,8 @@ def run(config: Config) -> Run:
     )
     if is_main_process():
         write_jsonl(out.folder / "final.jsonl", final)
-        policy.save(str(out.folder / "policy"))
+        with write_folder_atomic(out.folder / "policy") as scratch:
+            policy.save(str(scratch))
         out.finish(
             {
                 "reward": sum(row["reward"] for row in final) / len(final),

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from poise.errors import PoiseError, first_line
+from poise.runtime.folders import follow_umask
 
 OPTIMIZER = "optimizer.safetensors"
 
@@ -104,6 +105,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     partial = path.with_name(f".{path.name}.partial")
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+        follow_umask(partial)
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         raise PoiseError(f"cannot write {path}: {first_line(error)}; the last checkpoint is kept") from None

@@ -68,14 +68,16 @@ def is_ours(folder: Path) -> bool:
     return not names or MARK in names or any(name in names for name in _OLDER_MARKS)
 
 
-def own(folder: Path) -> None:
-    """Make the folder, or take an empty or earlier one, and mark it as made by Poise.
-
-    Raises PoiseError for a file, and for a folder that holds something else; neither is touched.
-    """
+def refuse_foreign(folder: Path) -> None:
+    """Raise PoiseError for a file, and for a folder that holds something that Poise did not write."""
     if not is_ours(folder):
         what = "holds files that no run of Poise wrote" if folder.is_dir() else "is a file"
         raise PoiseError(f"--output {folder} {what}; choose another folder")
+
+
+def own(folder: Path) -> None:
+    """Make the folder, or take an empty or earlier one, and mark it as made by Poise; PoiseError as above."""
+    refuse_foreign(folder)
     folder.mkdir(parents=True, exist_ok=True)
     mark = folder / MARK
     if not mark.exists():

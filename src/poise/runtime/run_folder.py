@@ -25,7 +25,7 @@ import yaml
 
 from poise.errors import PoiseError, first_line
 from poise.runtime import inputs as run_inputs
-from poise.runtime.folders import clear_leftovers, is_ours, lock, own, partial_name, unlock, write_folder_atomic
+from poise.runtime.folders import clear_leftovers, lock, own, partial_name, refuse_foreign, unlock, write_folder_atomic
 from poise.runtime.inputs import Inputs
 
 __all__ = ["Inputs", "Run", "write_folder_atomic"]
@@ -68,8 +68,8 @@ class Run:
                     f"{self.folder} holds a run of another config (differs in {', '.join(changed)}); "
                     f"choose another --output or delete the folder"
                 )
-        elif not is_ours(self.folder):
-            own(self.folder)  # says what it is
+        else:
+            refuse_foreign(self.folder)
 
     def write_config(self, config: Any) -> None:
         """Write config.yaml, unless it is there, and environment.json."""

@@ -33,7 +33,7 @@ from poise.policy.evaluate import fluctuation
 from poise.reports import published as claims
 from poise.reports import study_page, study_plots
 from poise.reports.summary import contrasts, measured, summary
-from poise.runtime.folders import lock, own
+from poise.runtime.folders import lock, own, refuse_foreign
 from poise.runtime.jobs import cpu_hours, run_jobs
 from poise.runtime.progress import console, progress
 from poise.runtime.run_folder import Json, Run, config_dict, environment, read_jsonl, write_atomic, write_json
@@ -65,9 +65,9 @@ def run(config: Config) -> Run:
     """Train what is missing, then score everything by gold. A job that fails is named and left out."""
     standard, config = is_standard(config), completed(config)
     check(config)
-    own(Path(config.output))
-    lock(Path(config.output))
+    refuse_foreign(Path(config.output))
     if standard:
+        own(Path(config.output))
         recipes.study_files(Path(config.preferences).parent)
     sources = _read(config)
     out = _open(config)
@@ -99,9 +99,15 @@ def run(config: Config) -> Run:
         study_plots.save_study(results, out.folder / "study.png")
     _say(results)
     console.print(f"Report: {study_page.build(out.folder)}")
-    if failed and not cells and config.policy_seeds:
-        raise PoiseError(f"every policy of the study failed: {next(iter(failed.values()))}")
     return out
+
+
+def check_outcome(out: Run) -> None:
+    """Raise PoiseError for a study, written with its page, of which jobs failed and no policy was compared."""
+    results = out.results or {}
+    if (missing := results.get("missing")) and not results.get("cells"):
+        folder, why = next(iter(missing.items()))
+        raise PoiseError(f"every policy of {out.folder} failed or lacks its reward model; the first, {folder}: {why}")
 
 
 def _train(config: Config) -> dict[Path, str]:
@@ -196,6 +202,8 @@ def _open(config: Config) -> Run:
     fixed = {key: value for key, value in settings(config).items() if key not in GROWS}
     digests = _digests(config)
     out = Run(folder)
+    own(folder)
+    lock(folder)
     if path.exists():
         # An earlier version may have written it: some settings had other names, and a missing one had its default.
         before = settings(Config()) | {RENAMED.get(key, key): value for key, value in _kept(path).items()}

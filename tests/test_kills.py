@@ -1,0 +1,199 @@
+"""A command that is killed at any boundary of its writing ends, when it is run again, as an undisturbed one."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from poise.cli import main as cli
+from poise.models.loading import load_policy
+from poise.models.policy import Policy
+from poise.reward import export, heads, push
+from poise.runtime import checkpoints
+
+KILLED = 9
+# What differs between two equal runs: times and machine.
+NOT_COMPARED = {"environment.json", "inputs.json", ".poise"}
+
+
+def in_a_fork(work: Callable[[], int]) -> int:
+    """Exit status of `work` in a copy of this process, which has everything imported."""
+    child = os.fork()
+    if child == 0:
+        status = 70
+        try:
+            with Path(os.devnull).open("w") as nowhere:
+                os.dup2(nowhere.fileno(), 1)
+                os.dup2(nowhere.fileno(), 2)
+                status = work()
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@contextlib.contextmanager
+def boundaries(at: int, seen: list[str]) -> Iterator[None]:
+    """Around each rename, flush, removal, copy and file of weights: the process ends at call number `at` (from 0)."""
+
+    def wrapped(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            for moment in ("before", "after"):
+                if moment == "after":
+                    result = function(*arguments, **options)
+                if len(seen) == at:
+                    os._exit(KILLED)  # no handler runs, as with kill -9
+                seen.append(f"{moment} {name}")
+            return result
+
+        return call
+
+    places: list[tuple[Any, str]] = [
+        (os, "replace"), (os, "fsync"), (os, "unlink"), (os, "mkdir"), (shutil, "copyfile"), (shutil, "rmtree"),
+        *((module, "save_file") for module in (safetensors.torch, export, heads, checkpoints)
+          if hasattr(module, "save_file")),
+    ]  # fmt: skip
+    before = [getattr(place, name) for place, name in places]
+    try:
+        for place, name in places:
+            setattr(place, name, wrapped(name, getattr(place, name)))
+        yield
+    finally:
+        for (place, name), function in zip(places, before, strict=True):
+            setattr(place, name, function)
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Every file by its path in the folder; rows without the seconds that they took, and without the folder's name."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name not in NOT_COMPARED:
+            data = path.read_bytes().replace(str(folder).encode(), b"HERE")
+            if path.name in ("metrics.jsonl", "results.json"):
+                found[str(path.relative_to(folder))] = [_timeless(json.loads(row)) for row in _rows(path, data)]
+            else:
+                found[str(path.relative_to(folder))] = data
+    return found
+
+
+def _rows(path: Path, data: bytes) -> list[bytes]:
+    return data.splitlines() if path.suffix == ".jsonl" else [data]
+
+
+def _timeless(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _timeless(item) for key, item in value.items() if "seconds" not in key}
+    return value
+
+
+@pytest.fixture(scope="module")
+def reward(tiny_model: str, train_tiny_reward: Callable[[str], Path]) -> Path:
+    return train_tiny_reward(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("policy") / "policy"
+    torch.manual_seed(0)
+    Policy(*load_policy(tiny_model), adapted_layers=1, rank=2).save(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("command", "points"),
+    [("export", 60), ("merge", 60), ("ensemble", 60), ("score", 60), ("train-reward", 14), ("train-policy", 10),
+     ("export again", 60)],
+)  # fmt: skip
+def test_killed_at_every_boundary(
+    command: str, points: int, reward: Path, policy: Path, tiny_model: str, preferences_file: Path,
+    prompts_file: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    samples = tmp_path / "samples.jsonl"
+    samples.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+
+    def start(base: Path, at: int = -1, counted: Path | None = None) -> int:
+        output = str(base / ("out.jsonl" if command == "score" else "out"))
+        (base / "cache").mkdir(exist_ok=True)
+        rest = {
+            "export": [f"{reward}/brme", "--scalar", "mean"],
+            "export again": [f"{reward}/brme", "--scalar", "head", "--head", "1"],
+            "merge": [str(policy)],
+            "ensemble": [f"{reward}/brme", f"{reward}/brme", "--reference", str(preferences_file)],
+            "score": [f"{reward}/brme", str(samples)],
+            "train-reward": [
+                "--preferences", str(preferences_file), "--model", tiny_model, "--num-layers", "1",
+                "--head-steps", "5", "--posterior-heads", "3",
+            ],
+            "train-policy": [
+                "--prompts", str(prompts_file), "--model", tiny_model, "--reward", f"{reward}/brme",
+                "--prompts-per-step", "2", "--completions-per-prompt", "2", "--max-tokens", "3", "--num-steps", "2",
+                "--save-every", "1", "--adapted-layers", "1", "--lora-rank", "2", "--baseline-completions", "4",
+                "--eval-completions", "1",
+            ],
+        }[command]  # fmt: skip
+
+        def work() -> int:
+            os.environ["POISE_CACHE"] = str(base / "cache")
+            seen: list[str] = []
+            with boundaries(at, seen):
+                status = cli.main([command.split()[0], *rest, "--output", output])
+            if counted:
+                counted.write_text("\n".join(seen))
+            return status
+
+        return in_a_fork(work)
+
+    def prepared(name: str) -> Path:
+        base = tmp_path / name / "base"
+        base.mkdir(parents=True)
+        if command == "export again":  # something is there that is to be replaced
+            export_first = ["export", f"{reward}/brme", "--scalar", "mean", "--output", str(base / "out")]
+            assert in_a_fork(lambda: cli.main(export_first)) == 0
+        return base
+
+    calm = prepared("calm")
+    assert start(calm, counted=tmp_path / "counted") == 0
+    shutil.rmtree(calm / "cache")
+    expected, total = contents(calm), len((tmp_path / "counted").read_text().splitlines())
+    assert expected
+    assert total > 2
+    for number in sorted({total * i // min(points, total) for i in range(min(points, total))}):
+        base = prepared(str(number))
+        assert start(base, number) == KILLED, number
+        # `merge` replaces no folder: one that the killed process had just finished is whole, and is refused.
+        finished = command == "merge" and contents(base / "out") == contents(calm / "out")
+        assert start(base) == (2 if finished else 0), number
+        shutil.rmtree(base / "cache")
+        assert contents(base) == expected, number
+        shutil.rmtree(base)
+
+
+def test_killed_while_uploading_changes_nothing_here(
+    reward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill_at = {"moment": ""}
+
+    class Hub:
+        def create_repo(self, *_: object, **__: object) -> str:
+            if kill_at["moment"] == "create":
+                os._exit(KILLED)
+            return "hub"
+
+        def upload_folder(self, **_: object) -> None:
+            os._exit(KILLED)
+
+    folder = tmp_path / "rm"
+    shutil.copytree(reward / "brme", folder)
+    before = contents(folder)
+    monkeypatch.setattr(push, "HfApi", Hub)
+    monkeypatch.setattr(push, "get_token", lambda: "x")
+    for moment in ("create", "upload"):
+        kill_at["moment"] = moment
+        assert in_a_fork(lambda: cli.main(["push", str(folder), "--repo", "a/b"])) == KILLED
+        assert contents(folder) == before
