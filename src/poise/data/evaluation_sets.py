@@ -8,14 +8,17 @@ Every form may carry `subset`, or `domain` as RM-Bench calls it.
 """
 
 import json
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 from numpy import ndarray
 
-from poise.data.preferences import OnBadRow, as_object, preferences_of, prompt_of, raw_rows, read_preferences, read_rows
+from poise.data.conversations import check_text, prompt_of
+from poise.data.files import RawRow, as_object, parsed_json, raw_rows
+from poise.data.preferences import preferences_of, read_preferences
+from poise.data.rows import Check, OnBadRow, Understood, finish, parsed_rows
 from poise.data.types import Prompt, Sample
 from poise.runtime.run_folder import Json
 
@@ -49,44 +52,88 @@ class Questions(NamedTuple):
         return np.unique(np.array(texts), return_inverse=True)[1].astype(int)
 
 
-def read_questions(path: str, on_bad_row: OnBadRow) -> Questions:
-    """Pairs, RM-Bench rows or best-of-n sets, by what the rows look like. Pairs of a `subset` may repeat."""
-    raw = _whole_rows(path)
-    if any(_is_texts(row.get("chosen")) or _is_texts(row.get("rejected")) for row in raw):
-        items = read_rows(path, _set, on_bad_row)
+def read_questions(
+    path: str, on_bad_row: OnBadRow, check: Check | None = None, understood: Understood | None = None
+) -> Questions:
+    """Pairs, RM-Bench rows or best-of-n sets, by what the rows look like. Pairs of a `subset` may repeat.
+
+    check, understood: as `read_preferences` takes them. The file is read once: it may be a FIFO.
+    """
+    understood = understood or Understood(str(path))
+    raw = list(raw_rows(path))
+    forms = [_form(row) for _, row in raw]
+    if "sets" in forms:
+        items = _read(raw, understood, _set, "prompt, chosen: lists, rejected: lists", on_bad_row, check)
         sizes = {(len(item.chosen), len(item.rejected)) for item in items}
         kind: Any = {frozenset({(1, 1)}): "pairs", frozenset({(NUM_STYLES, NUM_STYLES)}): "rm_bench"}
         return Questions(kind.get(frozenset(sizes), "best_of_n"), items)
-    if any("subset" in row for row in raw):
-        return Questions("pairs", [item for items in read_rows(path, _pairs_of_subset, on_bad_row) for item in items])
-    preferences = read_preferences(path, on_bad_row)
+    if "subset" in forms:
+        return Questions("pairs", _read(raw, understood, _pairs_of_subset, "pairs with subset", on_bad_row, check))
+    preferences = read_preferences(path, on_bad_row, check, understood, rows=raw)
     return Questions("pairs", [Item(p.prompt, (p.chosen,), (p.rejected,)) for p in preferences])
 
 
-def _whole_rows(path: str) -> list[Json]:
-    """Every row that can be read at all; `read_rows` says what is wrong with the others."""
-    rows = []
-    for _, raw in raw_rows(Path(path)):
+def _form(raw: RawRow) -> str:
+    try:
+        row = as_object(raw)
+    except ValueError:  # the reader says what is wrong with it
+        return ""
+    sides = [(row.get(key), _texts(row.get(key)) is not None) for key in ("chosen", "rejected")]
+    # One list is enough; of lists written as text there must be two, since one may be an answer.
+    if any(listed and isinstance(side, list) for side, listed in sides) or all(listed for _, listed in sides):
+        return "sets"
+    return "subset" if "subset" in row else "pairs"
+
+
+def _read(
+    raw: list[tuple[int, RawRow]],
+    understood: Understood,
+    parse: Callable[[Json], list[Item]],
+    form: str,
+    on_bad_row: OnBadRow,
+    check: Check | None,
+) -> list[Item]:
+    """The items of every row; a row of none is a tie."""
+
+    def checked(row: Json) -> list[Item]:
+        items = parse(row)
+        for item in items:
+            if check:
+                check(item.prompt, (*item.chosen, *item.rejected))
+        return items
+
+    found: list[Item] = []
+    for _, items in parsed_rows(understood, checked, on_bad_row, raw):
+        understood.forms[form] += 1
+        understood.used += bool(items)
+        understood.ties += not items
+        found += items
+    finish(understood)
+    return found
+
+
+def _texts(value: Any) -> list[str] | None:
+    """A list of texts, also as the JSON text that a table holds; None for anything else."""
+    if isinstance(value, str) and value.startswith('["'):
         try:
-            rows.append(as_object(raw))
+            value = parsed_json(value)
         except ValueError:
-            continue
-    return rows
+            return None
+    return value if isinstance(value, list) and all(isinstance(text, str) for text in value) else None
 
 
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(text, str) for text in value)
-
-
-def _set(row: Json) -> Item:
+def _set(row: Json) -> list[Item]:
     texts = []
     for key in ("chosen", "rejected"):
-        if not _is_texts(row.get(key)) or not row[key]:
+        found = _texts(row.get(key))
+        if not found:
             raise ValueError(f"{key!r} must be a list of texts, as in other rows of the file")
-        if not all(text.strip() for text in row[key]):
+        if not all(text.strip() for text in found):
             raise ValueError(f"{key!r} has an empty text")
-        texts.append(tuple(row[key]))
-    return Item(prompt_of(row), texts[0], texts[1], _subset(row))
+        for text in found:
+            check_text(text, key)
+        texts.append(tuple(found))
+    return [Item(prompt_of(row), texts[0], texts[1], _subset(row))]
 
 
 def _pairs_of_subset(row: Json) -> list[Item]:

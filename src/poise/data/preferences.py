@@ -1,65 +1,142 @@
 """Preferences, prompts and samples as people have them: reading, checking, and saying what is wrong.
 
-Files: JSON lines (also .gz), Parquet, CSV; a folder saved by `datasets`; or a data set's hub id (its `train` split).
+Files: see files.py. Forms of conversations: see conversations.py. docs/data.md has an example of every form.
 
 A preference row is any of
-    prompt, chosen, rejected            text, or conversations (lists of {"role", "content"})
+    prompt, chosen, rejected            text, or conversations
     chosen, rejected                    the prompt is what the two share: an implicit prompt
     prompt, response_1, response_2, annotators
                                         one vote per annotator: 1, 2, or anything else for a tie
     prompt, responses, ratings          lists: of each two responses, the higher rated one is chosen
     prompt, completion, rating          the same, one response a row; rows of one prompt are taken together
 The first two may carry `margin` (by how much the rewards should differ, >= 0) and `score_chosen`, `score_rejected`
-(equal scores are a tie); any may carry `source`.
-Transcripts of the form "\\n\\nHuman: … \\n\\nAssistant: …" (HH-RLHF) become conversations wherever text may stand.
+(equal scores are a tie); any may carry `source`. A prompt that its answers repeat is read once.
 """
 
-import csv
-import gzip
+import hashlib
 import itertools
 import json
 import math
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, NamedTuple
 
+from poise.data.conversations import (
+    joined,
+    looks_like_turns,
+    other_prompt_name,
+    prompt_key,
+    prompt_of,
+    same_turns,
+    split_answer,
+    text_of,
+    turns_of,
+)
+from poise.data.files import RawRow, as_object, parsed_json, raw_rows
+from poise.data.rows import Check, OnBadRow, Understood, finish, parsed_rows, read_rows, short
 from poise.data.types import Preference, Prompt, Sample
-from poise.errors import PoiseError, first_line
-from poise.runtime.progress import console
-from poise.runtime.quiet import quiet_loading
 from poise.runtime.run_folder import write_jsonl
 
-Row = TypeVar("Row")
-Turns = list[dict[str, str]]
-OnBadRow = Literal["error", "skip"]
+__all__ = [
+    "Check", "OnBadRow", "Preference", "Sample", "as_object", "iter_samples", "preferences_of", "prompt_of", "raw_rows",
+    "read_preferences", "read_prompts", "read_rows", "read_samples", "write_preferences",
+]  # fmt: skip
+
+_MOST_RATED = 1000  # responses of one row: their pairs are half the square
+# A text repeats its prompt if it begins with it, and the prompt is long enough that this is no accident.
+_REPEATED_WORDS = 3
 
 
-def read_preferences(path: str | Path, on_bad_row: OnBadRow = "error") -> list[Preference]:
-    """Every preference of a file, folder or hub id; ties and repeated rows are left out and counted aloud."""
-    read = read_rows(path, preferences_of, on_bad_row)
-    rows = [row for row in read if not isinstance(row, _Rated)]
-    rows += _by_prompt([row for row in read if isinstance(row, _Rated)])
-    decided = [row for row in rows if row]
+def read_preferences(
+    path: str | Path,
+    on_bad_row: OnBadRow = "error",
+    check: Check | None = None,
+    understood: Understood | None = None,
+    *,
+    rows: Iterable[tuple[int, RawRow]] | None = None,
+) -> list[Preference]:
+    """Every preference of a file, folder or hub id; ties and repeated rows are left out and counted aloud.
+
+    check: is asked about every prompt with its answers; a ValueError of it refuses the row.
+    understood: filled with what the rows were.   rows: of the file, if they have been read already.
+    """
+    understood = understood or Understood(str(path))
+    decided: list[list[Preference]] = []
+    rated: list[tuple[int, _Rated]] = []
     # Votes repeat a pair on purpose; the same row twice is an accident that would leak from training to validation.
-    distinct = {json.dumps([asdict(vote) for vote in row], sort_keys=True): row for row in decided}
-    ties, repeats = len(rows) - len(decided), len(decided) - len(distinct)
-    if ties or repeats:
-        console.print(f"{path}: {ties} rows in which nobody preferred either and {repeats} repeated ones left out")
-    if not distinct:
-        raise PoiseError(f"{path} has no usable row")
-    return [vote for row in distinct.values() for vote in row]
+    seen: set[bytes] = set()
+
+    def parse(row: dict[str, Any]) -> _Read:
+        read = read_row(row)
+        if check:
+            _ask(check, read)
+        return read
+
+    for number, read in parsed_rows(understood, parse, on_bad_row, rows):
+        understood.forms[read.form] += 1
+        for what, example in read.notes:
+            understood.note(what, f"line {number}: {example}")
+        if isinstance(read.found, _Rated):
+            rated.append((number, read.found))
+        elif not read.found:
+            understood.ties += 1
+        elif (key := _row_key(read.found)) in seen:
+            understood.repeats += 1
+        else:
+            seen.add(key)
+            understood.used += 1
+            decided.append(read.found)
+    decided += _by_prompt([row for _, row in rated], understood)
+    finish(understood)
+    return [vote for row in decided for vote in row]
 
 
-def read_prompts(path: str | Path, on_bad_row: OnBadRow = "error") -> list[Prompt]:
-    """Rows with a `prompt`: text or a conversation."""
-    return read_rows(path, prompt_of, on_bad_row)
+def read_prompts(
+    path: str | Path, on_bad_row: OnBadRow = "error", check: Check | None = None, understood: Understood | None = None
+) -> list[Prompt]:
+    """Rows with a `prompt`: text or a conversation. check, understood: as `read_preferences` takes them."""
+
+    def parse(row: dict[str, Any]) -> Prompt:
+        prompt = prompt_of(row)
+        if check:
+            check(prompt, ())
+        return prompt
+
+    understood = understood or Understood(str(path))
+    prompts = []
+    for number, prompt in parsed_rows(understood, parse, on_bad_row):
+        understood.used += 1
+        understood.forms["prompt"] += 1
+        _note_plain(understood, number, prompt)
+        prompts.append(prompt)
+    finish(understood)
+    return prompts
 
 
-def read_samples(path: str | Path, on_bad_row: OnBadRow = "error") -> list[Sample]:
-    """Rows of `prompt`, `completion`."""
-    return read_rows(path, lambda row: Sample(prompt_of(row), _text(row, "completion")), on_bad_row)
+def read_samples(path: str | Path, on_bad_row: OnBadRow = "error", check: Check | None = None) -> list[Sample]:
+    """Rows of `prompt`, `completion`. check: as `read_preferences` takes it."""
+    return list(iter_samples(path, on_bad_row, check))
+
+
+def iter_samples(
+    path: str | Path, on_bad_row: OnBadRow = "error", check: Check | None = None, understood: Understood | None = None
+) -> Iterator[Sample]:
+    """Rows of `prompt`, `completion`, one at a time as the file is read."""
+
+    def parse(row: dict[str, Any]) -> Sample:
+        sample = sample_of(row)
+        if check:
+            check(sample.prompt, (sample.completion,))
+        return sample
+
+    understood = understood or Understood(str(path))
+    for number, sample in parsed_rows(understood, parse, on_bad_row):
+        understood.used += 1
+        understood.forms["prompt, completion"] += 1
+        _note_plain(understood, number, sample.prompt)
+        yield sample
+    finish(understood)
 
 
 def write_preferences(path: Path, preferences: list[Preference]) -> None:
@@ -67,129 +144,26 @@ def write_preferences(path: Path, preferences: list[Preference]) -> None:
     write_jsonl(path, [asdict(preference) for preference in preferences])
 
 
-# ---- rows from anywhere ----
+def _ask(check: Check, read: "_Read") -> None:
+    if isinstance(read.found, _Rated):
+        check(read.found.prompt, (read.found.response,))
+        return
+    for pair in dict.fromkeys((json.dumps(pair.prompt), pair.chosen, pair.rejected) for pair in read.found):
+        check(json.loads(pair[0]), pair[1:])
 
 
-def read_rows(path: str | Path, parse: Callable[[dict[str, Any]], Row], on_bad_row: OnBadRow) -> list[Row]:
-    """Every row, parsed.
-
-    A bad row raises PoiseError with file:line and the reason; with on_bad_row="skip" it is set aside, with its
-    reason, in FILE.bad.jsonl, and counted aloud.
-    """
-    rows: list[Row] = []
-    bad: list[dict[str, Any]] = []
-    for number, raw in raw_rows(Path(path)):
-        try:
-            rows.append(parse(as_object(raw)))
-        except ValueError as error:
-            if on_bad_row == "error":
-                raise PoiseError(f"{path}:{number}: {error} (--on-bad-row skip sets bad rows aside)") from None
-            bad.append({"line": number, "reason": str(error), "row": str(raw)})
-    if bad:
-        beside = Path(path) if Path(path).is_file() else Path(Path(path).name)
-        aside = beside.with_suffix(".bad.jsonl")
-        write_jsonl(aside, bad)
-        console.print(f"{path}: {len(bad)} bad rows of {len(bad) + len(rows)} set aside in {aside}")
-    if not rows:
-        raise PoiseError(f"{path} has no usable row")
-    return rows
+def _row_key(votes: list[Preference]) -> bytes:
+    """Equal rows have equal keys; a hash, so that memory does not grow by all the texts once more."""
+    text = json.dumps([asdict(vote) for vote in votes], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-def raw_rows(path: Path) -> Iterator[tuple[int, str | dict[str, Any]]]:
-    """(line number in the file, JSON text or ready row); blank lines are passed over."""
-    try:
-        if path.is_dir():
-            yield from enumerate(_data_set(path), 1)
-        elif not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.suffix:
-            yield from enumerate(_hub_data_set(str(path)), 1)
-        elif path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
-        elif path.suffix == ".csv":
-            with path.open(encoding="utf-8", newline="") as file:
-                yield from enumerate(csv.DictReader(file), 2)  # line 1 is the header
-        else:
-            opened = gzip.open if path.suffix == ".gz" else open
-            with opened(path, "rt", encoding="utf-8") as lines:
-                yield from ((number, line.rstrip("\n")) for number, line in enumerate(lines, 1) if line.strip())
-    except FileNotFoundError:
-        raise PoiseError(f"no such file: {path}") from None
-    except PoiseError:
-        raise
-    except (OSError, ValueError, EOFError, csv.Error) as error:  # Arrow's errors are ValueErrors
-        raise PoiseError(f"cannot read {path}: {first_line(error)}") from None
-
-
-def _data_set(folder: Path) -> Iterator[dict[str, Any]]:
-    import datasets
-
-    loaded = datasets.load_from_disk(str(folder))
-    if isinstance(loaded, datasets.DatasetDict):
-        if "train" not in loaded:
-            raise PoiseError(
-                f"{folder} has the splits {', '.join(loaded)} and no `train`; give the folder of one split"
-            )
-        loaded = loaded["train"]
-    yield from loaded
-
-
-def _hub_data_set(name: str) -> Iterator[dict[str, Any]]:
-    import datasets
-
-    with quiet_loading():
-        try:
-            loaded = datasets.load_dataset(name, split="train")
-        except Exception as error:  # noqa: BLE001  the hub client raises a dozen kinds
-            raise PoiseError(f"no such file, and no data set of the hub: {name} ({type(error).__name__})") from None
-    yield from loaded
-
-
-def as_object(raw: str | dict[str, Any]) -> dict[str, Any]:
-    if isinstance(raw, dict):
-        return raw
-    try:
-        row = json.loads(raw)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"a JSON object was expected, not {type(row).__name__}")
-    return row
+def _note_plain(understood: Understood, number: int, prompt: Prompt) -> None:
+    if isinstance(prompt, str) and looks_like_turns(prompt):
+        understood.note(_PLAIN_TEXT, f"line {number}: {short(prompt)}")
 
 
 # ---- what a row may look like ----
-
-
-def _text(row: dict[str, Any], key: str) -> str:
-    if key not in row:
-        raise ValueError(f"no {key!r}")
-    if not isinstance(row[key], str):
-        raise ValueError(f"{key!r} must be text, not {type(row[key]).__name__}")
-    if not row[key].strip():
-        raise ValueError(f"{key!r} is empty")
-    return row[key]
-
-
-def _turns(value: Any, key: str) -> Turns | None:
-    """The turns of a conversation or a transcript; None for plain text."""
-    if isinstance(value, str) and value.startswith("\n\nHuman:"):
-        parts = re.split(r"\n\n(Human|Assistant):", value)[1:]
-        roles = {"Human": "user", "Assistant": "assistant"}
-        spoken = zip(parts[::2], parts[1::2], strict=True)
-        turns = [{"role": roles[who], "content": said.strip()} for who, said in spoken]
-        return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
-    if not isinstance(value, list):
-        return None
-    for turn in value:
-        if not isinstance(turn, dict) or set(turn) < {"role", "content"} or not isinstance(turn["content"], str):
-            raise ValueError("a conversation is a list of {'role': …, 'content': text}")
-    if not value:
-        raise ValueError(f"{key!r} is an empty conversation")
-    return value
-
-
-def prompt_of(row: dict[str, Any]) -> Prompt:
-    return _turns(row.get("prompt"), "prompt") or _text(row, "prompt")
 
 
 @dataclass(frozen=True)
@@ -202,64 +176,152 @@ class _Rated:
     source: str
 
 
+class _Read(NamedTuple):
+    """What a row says: its preferences (one, one per vote, one per two ratings), or a rating that waits for others.
+
+    notes: (assumption, example) that a reader of the file should know.
+    """
+
+    found: list[Preference] | _Rated
+    form: str
+    notes: tuple[tuple[str, str], ...] = ()
+
+
+_IMPLICIT = "have no 'prompt'; it is what chosen and rejected share"
+_REPEATED = "repeat the prompt in both texts; it is read once"
+_PLAIN_TEXT = "hold marks of speakers in a prompt that is read as plain text of one user turn"
+
+
 def preferences_of(row: dict[str, Any]) -> list[Preference] | _Rated:
     """The preferences of a row: one, one per vote, one per two ratings; or a rating that waits for others."""
+    return read_row(row).found
+
+
+def sample_of(row: dict[str, Any]) -> Sample:
+    """A prompt with one completion: text, or turns that end in the assistant's."""
+    prompt = prompt_of(row)
+    turns = turns_of(row.get("completion"), "completion")
+    if turns is None:
+        return Sample(prompt, text_of(row, "completion"))
+    shared, answer = split_answer(turns, "completion")
+    if not answer.strip():
+        raise ValueError("'completion' is empty")
+    return Sample(joined(prompt, shared, "completion"), answer)
+
+
+def read_row(row: dict[str, Any]) -> _Read:
+    """What a row says, by the columns it has; ValueError says what is wrong."""
     source = str(row.get("source") or "")
-    margin = _number(row, "margin") if row.get("margin") is not None else 0.0
+    margin = _optional_number(row, "margin") or 0.0
     if margin < 0:
         raise ValueError(f"'margin' must be at least 0, not {margin}")
     if "rating" in row and "chosen" not in row:
         key = "completion" if "completion" in row else "response"
-        return _Rated(prompt_of(row), _text(row, key), _number(row, "rating"), source)
+        rated = _Rated(prompt_of(row), text_of(row, key), _number(row, "rating"), source)
+        return _Read(rated, f"prompt, {key}, rating")
     if "ratings" in row and "responses" in row:
-        if not isinstance(row["ratings"], list) or not isinstance(row["responses"], list):
-            raise ValueError("'responses' and 'ratings' must be lists")
-        if len(row["ratings"]) != len(row["responses"]):
-            raise ValueError(f"{len(row['responses'])} responses but {len(row['ratings'])} ratings")
-        return _ranked(
-            [
-                _Rated(
-                    prompt_of(row),
-                    _text({"responses": text}, "responses"),
-                    _number({"ratings": rating}, "ratings"),
-                    source,
-                )
-                for text, rating in zip(row["responses"], row["ratings"], strict=True)
-            ]
-        )
+        return _Read(_ranked(_rated_list(row, source)), "prompt, responses, ratings")
     if "annotators" in row:
-        first, second = (_text(row, key) for key in ("response_1", "response_2"))
+        first, second = (text_of(row, key) for key in ("response_1", "response_2"))
         order = {1: (first, second), 2: (second, first)}
-        votes = [order[vote] for vote in row["annotators"] if vote in order]
-        pairs = [(prompt_of(row), chosen, rejected) for chosen, rejected in votes]
+        prompt = prompt_of(row)
+        pairs = [(prompt, *order[vote]) for vote in _votes(row["annotators"]) if vote in order]
+        form, notes = "prompt, response_1, response_2, annotators", _plain_notes(prompt)
+        if first.strip() == second.strip():
+            raise ValueError("'response_1' and 'response_2' are the same text")
     else:
-        pairs = [] if _scored_equal(row) else [_pair(row)]
-    for _, chosen, rejected in pairs:
-        if chosen == rejected:
-            raise ValueError("'chosen' and 'rejected' are the same text")
-        if not chosen.strip() or not rejected.strip():
-            raise ValueError(f"{'rejected' if chosen.strip() else 'chosen'!r} is empty")
-    return [Preference(prompt, chosen, rejected, source, margin) for prompt, chosen, rejected in pairs]
+        tie = _scored_equal(row)
+        prompt, chosen, rejected, notes = _pair(row)
+        form = ", ".join([name for name in (prompt_key(row),) if name] + ["chosen", "rejected"])
+        if chosen.strip() == rejected.strip():
+            raise ValueError("'chosen' and 'rejected' are the same text, but for white space at their ends")
+        pairs = [] if tie else [(prompt, chosen, rejected)]
+        for key, text in (("chosen", chosen), ("rejected", rejected)):
+            if not text.strip():
+                raise ValueError(f"{key!r} is empty")
+    return _Read([Preference(prompt, c, r, source, margin) for prompt, c, r in pairs], form, notes)
+
+
+def _plain_notes(prompt: Prompt) -> tuple[tuple[str, str], ...]:
+    return ((_PLAIN_TEXT, short(prompt)),) if isinstance(prompt, str) and looks_like_turns(prompt) else ()
 
 
 def _number(row: dict[str, Any], key: str) -> float:
+    value = row[key]
     try:
-        number = float(row[key])
+        if isinstance(value, bool):
+            raise TypeError
+        number = float(value)
+    except OverflowError:
+        raise ValueError(f"{key!r} is too large a number") from None
     except (TypeError, ValueError):
-        raise ValueError(f"{key!r} must be a number, not {row[key]!r}") from None
+        raise ValueError(f"{key!r} must be a number, not {repr(value)[:60]}") from None
     if not math.isfinite(number):
         raise ValueError(f"{key!r} is {number}")
     return number
 
 
+def _optional_number(row: dict[str, Any], key: str) -> float | None:
+    """None where the number is missing: no column, null, or a blank cell of a table."""
+    value = row.get(key)
+    return None if value is None or (isinstance(value, str) and not value.strip()) else _number(row, key)
+
+
 def _scored_equal(row: dict[str, Any]) -> bool:
     """Do the scores beside a pair call it a tie? ValueError if they contradict it."""
-    if row.get("score_chosen") is None or row.get("score_rejected") is None:
+    chosen, rejected = _optional_number(row, "score_chosen"), _optional_number(row, "score_rejected")
+    if chosen is None or rejected is None:
         return False
-    chosen, rejected = _number(row, "score_chosen"), _number(row, "score_rejected")
     if chosen < rejected:
         raise ValueError(f"'chosen' has the lower score: {chosen} against {rejected}")
     return chosen == rejected
+
+
+def _votes(value: Any) -> list[int]:
+    """Votes of any writing: 1, 2, or 0 for a tie. Tables write the list as text: "[1, 1, 2]", "1 2", "1"."""
+    if isinstance(value, str):
+        text = value.strip()
+        value = parsed_json(text) if text.startswith("[") else text.replace(",", " ").replace(";", " ").split()
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = [value]
+    if not isinstance(value, list):
+        raise ValueError(f"'annotators' must be a list of votes, not {type(value).__name__}")
+    return [_vote(vote) for vote in value]
+
+
+def _vote(vote: Any) -> int:
+    if vote is None or (isinstance(vote, str) and vote.strip().lower() in ("", "tie", "none", "null")):
+        return 0
+    try:
+        if isinstance(vote, bool):
+            raise TypeError
+        number = float(vote)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"a vote in 'annotators' must be 1, 2 or a tie, not {repr(vote)[:60]}") from None
+    return int(number) if number in (1, 2) else 0
+
+
+# ---- ratings ----
+
+
+def _rated_list(row: dict[str, Any], source: str) -> list[_Rated]:
+    listed = {}
+    for key in ("responses", "ratings"):
+        value = row[key]
+        if isinstance(value, str) and value.lstrip().startswith("["):
+            value = parsed_json(value)
+        if not isinstance(value, list):
+            raise ValueError("'responses' and 'ratings' must be lists")
+        listed[key] = value
+    if len(listed["ratings"]) != len(listed["responses"]):
+        raise ValueError(f"{len(listed['responses'])} responses but {len(listed['ratings'])} ratings")
+    if len(listed["ratings"]) > _MOST_RATED:
+        raise ValueError(f"{len(listed['ratings'])} responses; at most {_MOST_RATED} are compared with one another")
+    prompt = prompt_of(row)
+    return [
+        _Rated(prompt, text_of({"responses": text}, "responses"), _number({"ratings": rating}, "ratings"), source)
+        for text, rating in zip(listed["responses"], listed["ratings"], strict=True)
+    ]
 
 
 def _ranked(rated: list[_Rated]) -> list[Preference]:
@@ -267,42 +329,91 @@ def _ranked(rated: list[_Rated]) -> list[Preference]:
     return [
         Preference(better.prompt, better.response, worse.response, better.source)
         for one, other in itertools.combinations(rated, 2)
-        if one.rating != other.rating and one.response != other.response
+        if one.rating != other.rating and one.response.strip() != other.response.strip()
         for better, worse in [(one, other) if one.rating > other.rating else (other, one)]
     ]
 
 
-def _by_prompt(rated: list[_Rated]) -> list[list[Preference]]:
-    """Ranked responses of each prompt that has several. A response rated twice counts with its mean rating."""
+def _by_prompt(rated: list[_Rated], understood: Understood) -> list[list[Preference]]:
+    """Ranked responses of each prompt. A response rated twice counts with its mean rating.
+
+    A row counts as used if its response is in a pair, and as a tie otherwise.
+    """
     prompts: dict[str, dict[str, list[_Rated]]] = {}
     for row in rated:
         prompts.setdefault(json.dumps(row.prompt), {}).setdefault(row.response, []).append(row)
-    return [
-        _ranked([replace(rows[0], rating=sum(row.rating for row in rows) / len(rows)) for rows in responses.values()])
-        for responses in prompts.values()
-    ]
+    ranked = []
+    for responses in prompts.values():
+        pairs = _ranked(
+            [replace(rows[0], rating=sum(row.rating for row in rows) / len(rows)) for rows in responses.values()]
+        )
+        in_pairs = {text for pair in pairs for text in (pair.chosen, pair.rejected)}
+        used = sum(len(rows) for text, rows in responses.items() if text in in_pairs)
+        understood.used += used
+        understood.ties += sum(map(len, responses.values())) - used
+        ranked.append(pairs)
+    return ranked
 
 
-def _pair(row: dict[str, Any]) -> tuple[Prompt, str, str]:
-    prompt: Prompt | None = prompt_of(row) if row.get("prompt") is not None else None
-    one, other = (_turns(row.get(key), key) for key in ("chosen", "rejected"))
-    if one is None or other is None:
-        chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
-        if prompt is None:
-            # Not in the middle of a word: "a good film" and "a gory one" share "a ", not "a g".
-            cut = chosen.rfind(" ", 0, _shared(chosen, rejected)) + 1
-            if not cut:
-                raise ValueError("no 'prompt', and 'chosen' and 'rejected' share no beginning")
-            prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
-        return prompt, chosen, rejected
-    shared = _shared(one, other)
+# ---- pairs ----
+
+
+def _pair(row: dict[str, Any]) -> tuple[Prompt, str, str, tuple[tuple[str, str], ...]]:
+    """(prompt, chosen, rejected, notes) of a row whose parts agree."""
+    prompt = prompt_of(row) if prompt_key(row) is not None else None
+    if prompt is None and (name := other_prompt_name(row)):
+        raise ValueError(f"no 'prompt', but {name!r}; rename it to 'prompt'")
+    one, other = (turns_of(row.get(key), key) for key in ("chosen", "rejected"))
+    if one is not None and other is not None:
+        return _pair_of_conversations(prompt, one, other)
+    chosen, rejected = (_plain(row, key, turns) for key, turns in (("chosen", one), ("rejected", other)))
+    if (one is None) != (other is None):
+        talks, says = ("chosen", "rejected") if other is None else ("rejected", "chosen")
+        raise ValueError(f"{talks!r} is a conversation, and {says!r} is text")
     if prompt is None:
-        prompt = one[:shared]
-    if len(one) != shared + 1 or len(other) != shared + 1 or not prompt:
+        # Not in the middle of a word: "a good film" and "a gory one" share "a ", not "a g".
+        cut = chosen.rfind(" ", 0, _num_shared(chosen, rejected)) + 1
+        if not cut:
+            raise ValueError("no 'prompt', and 'chosen' and 'rejected' share no beginning")
+        prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
+        return prompt, chosen, rejected, ((_IMPLICIT, f"{short(prompt)}, then {short(chosen)}"),)
+    notes = _plain_notes(prompt)
+    if isinstance(prompt, str) and _repeat_the_prompt(prompt, chosen, rejected):
+        length = len(prompt.rstrip())
+        notes += ((_REPEATED, f"{short(prompt)}, then {short(chosen[length:])}"),)
+        chosen, rejected = chosen[length:], rejected[length:]
+    return prompt, chosen, rejected, notes
+
+
+def _plain(row: dict[str, Any], key: str, turns: list[dict[str, Any]] | None) -> str:
+    return text_of(row, key) if turns is None else ""
+
+
+def _pair_of_conversations(
+    prompt: Prompt | None, one: list[dict[str, Any]], other: list[dict[str, Any]]
+) -> tuple[Prompt, str, str, tuple[tuple[str, str], ...]]:
+    (shared, chosen), (others, rejected) = split_answer(one, "chosen"), split_answer(other, "rejected")
+    if not same_turns(shared, others):
         raise ValueError("'chosen' and 'rejected' must be one conversation that differs in its last turn only")
-    return prompt, one[-1]["content"], other[-1]["content"]
+    if prompt is not None:
+        return joined(prompt, shared, "chosen"), chosen, rejected, ()
+    if not shared:
+        raise ValueError("no 'prompt', and 'chosen' and 'rejected' share no turn")
+    return shared, chosen, rejected, ((_IMPLICIT, f"{len(shared)} turns, then {short(chosen)}"),)
 
 
-def _shared(one: Any, other: Any) -> int:
-    """Length of the common beginning of two texts or lists."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+def _repeat_the_prompt(prompt: str, chosen: str, rejected: str) -> bool:
+    """Do both texts begin with the prompt, as those of whole documents do?"""
+    text = prompt.rstrip()
+    if len(text.split()) < _REPEATED_WORDS:
+        return False
+    return all(
+        answer.startswith(text) and (text != prompt or answer[len(text) : len(text) + 1].isspace())
+        for answer in (chosen, rejected)
+    )
+
+
+def _num_shared(one: str, other: str) -> int:
+    """Length of the common beginning of two texts."""
+    shortest = min(len(one), len(other))
+    return next((i for i in range(shortest) if one[i] != other[i]), shortest)

@@ -1,0 +1,123 @@
+"""Rows on their way from a file to what they mean: every one is used, left out with its reason, or refused by line."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from poise.data.files import RawRow, as_object, raw_rows
+from poise.data.types import Prompt
+from poise.errors import PoiseError
+from poise.runtime.progress import console
+from poise.runtime.run_folder import write_jsonl
+
+Row = TypeVar("Row")
+OnBadRow = Literal["error", "skip"]
+# Raises ValueError for a prompt with answers that a model cannot be given, such as turns that its template refuses.
+Check = Callable[[Prompt, Sequence[str]], None]
+
+
+@dataclass
+class Understood:
+    """What was understood of a file: how many rows, of which form, and how each ended.
+
+    used + ties + repeats + refused is the number of rows read so far.
+    forms: rows by form.   notes: what was assumed of rows that say it only implicitly: (rows, an example).
+    bad: the refused rows, for the file beside the data.
+    """
+
+    path: str
+    used: int = 0
+    ties: int = 0
+    repeats: int = 0
+    refused: int = 0
+    forms: Counter[str] = field(default_factory=Counter)
+    notes: dict[str, tuple[int, str]] = field(default_factory=dict)
+    bad: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def num_rows(self) -> int:
+        return self.used + self.ties + self.repeats + self.refused
+
+    def note(self, what: str, example: str) -> None:
+        """Count an assumption; the first row's example is kept."""
+        count, first = self.notes.get(what, (0, example))
+        self.notes[what] = (count + 1, first)
+
+    def say(self) -> None:
+        """Print the assumptions, once each with an example, and what was left out."""
+        for what, (count, example) in self.notes.items():
+            self._print(f"{count} rows {what}, e.g. {example}")
+        if self.ties or self.repeats:
+            self._print(f"{self.ties} rows in which nobody preferred either and {self.repeats} repeated ones left out")
+
+    def set_aside(self) -> None:
+        """Write the refused rows, with their reasons, to FILE.bad.jsonl, and say so."""
+        if not self.refused:
+            return
+        path = Path(self.path)
+        beside = path if path.is_file() and not self.path.startswith(("/dev/", "/proc/")) else Path(path.name)
+        aside = beside.with_suffix(".bad.jsonl")
+        write_jsonl(aside, self.bad)
+        self._print(f"{self.refused} bad rows of {self.num_rows} set aside in {aside}")
+
+    def _print(self, text: str) -> None:
+        console.print(f"{self.path}: {text}", markup=False)
+
+
+def parsed_rows(
+    understood: Understood,
+    parse: Callable[[dict[str, Any]], Row],
+    on_bad_row: OnBadRow,
+    rows: Iterable[tuple[int, RawRow]] | None = None,
+) -> Iterator[tuple[int, Row]]:
+    """(line, parsed row) of every good row, as the file is read.
+
+    A bad row raises PoiseError with file:line and the reason; with on_bad_row="skip" it is counted as refused.
+    rows: of the file, if they have been read already.
+    """
+    for number, raw in raw_rows(understood.path) if rows is None else rows:
+        try:
+            row = parse(as_object(raw))
+        except (ValueError, TypeError, OverflowError, RecursionError, AttributeError, KeyError) as error:
+            reason = str(error) if isinstance(error, ValueError) else f"cannot be read ({type(error).__name__})"
+            if on_bad_row == "error":
+                raise PoiseError(
+                    f"{understood.path}:{number}: {reason} (--on-bad-row skip sets bad rows aside)"
+                ) from None
+            understood.refused += 1
+            understood.bad.append({"line": number, "reason": reason, "row": str(raw)})
+        else:
+            yield number, row
+
+
+def read_rows(path: str | Path, parse: Callable[[dict[str, Any]], Row], on_bad_row: OnBadRow) -> list[Row]:
+    """Every row, parsed. Bad rows are treated as `parsed_rows` does, and set aside; PoiseError if no row is left."""
+    understood = Understood(str(path))
+    rows = []
+    for _, row in parsed_rows(understood, parse, on_bad_row):
+        understood.used += 1
+        rows.append(row)
+    finish(understood)
+    return rows
+
+
+def finish(understood: Understood) -> None:
+    """Say what was left out and assumed; PoiseError if no row is used."""
+    understood.set_aside()
+    understood.say()
+    if not understood.used:
+        raise PoiseError(f"{understood.path} has no usable row")
+
+
+def short(value: Any, length: int = 60) -> str:
+    """A value as a message shows it.
+
+    >>> short("a" * 9, 5)
+    "'aaa…"
+    """
+    text = value if isinstance(value, str) else json.dumps(value)
+    shown = repr(text[: length + 2])
+    return shown if len(shown) <= length and len(text) <= length + 2 else shown[: length - 1] + "…"
