@@ -10,6 +10,7 @@ from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from poise.reward import train as train_reward
+from warm_processes import WarmProcesses
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 settings.register_profile("poise", deadline=None)  # a loaded machine is no failure
@@ -79,6 +80,18 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("POISE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def warm_server() -> WarmProcesses:
+    """One server in each test process. It starts with the first process that a test asks for, after `own_cache`."""
+    return WarmProcesses()
+
+
+@pytest.fixture
+def warm_processes(warm_server: WarmProcesses) -> Iterator[WarmProcesses]:
+    yield warm_server
+    warm_server.stop_all()
 
 
 @pytest.fixture(scope="session")

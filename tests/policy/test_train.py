@@ -30,6 +30,7 @@ from poise.policy.train import Config
 from poise.reward import train as train_reward
 from poise.runtime import distributed as processes
 from poise.runtime.run_folder import Run, config_dict, read_jsonl
+from warm_processes import POISE, WarmProcess, WarmProcesses, ended
 
 
 @pytest.fixture(scope="module")
@@ -92,36 +93,32 @@ def same_end(one: Path, other: Path) -> bool:
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_bitwise_as_an_undisturbed_one(config: Config, tmp_path: Path) -> None:
+def test_a_killed_run_ends_bitwise_as_an_undisturbed_one(
+    config: Config, tmp_path: Path, warm_processes: WarmProcesses
+) -> None:
     """kill -9 at several moments of a real process, restarted each time."""
     config = dataclasses.replace(config, num_steps=12, save_every=1)
-    program = (
-        "import sys, torch; from poise.cli.main import main; torch.set_num_threads(1); sys.exit(main(sys.argv[1:]))"
-    )
-
     settings = tmp_path / "config.yaml"
     settings.write_text(yaml.safe_dump(config_dict(config)))
 
-    def start(output: Path) -> subprocess.Popen[bytes]:
-        options = ["train-policy", "--config", str(settings), "--output", str(output)]
-        command = [sys.executable, "-c", program, *options]
-        return subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    def start(output: Path) -> WarmProcess:
+        return warm_processes.start(POISE, "train-policy", "--config", str(settings), "--output", str(output))
 
     calm, stormy = tmp_path / "calm", tmp_path / "stormy"
-    assert start(calm).wait(timeout=200) == 0
+    assert ended(start(calm)) == 0
     kills = 0
     for at_step in (1, 4, 5, 9):
         process = start(stormy)
         metrics = stormy / "metrics.jsonl"
-        while process.poll() is None:
+        while process.is_alive():
             if metrics.exists() and metrics.read_bytes().count(b"\n") > at_step:
                 time.sleep(0.013 * at_step)  # not always right after the same line
-                os.kill(process.pid, signal.SIGKILL)
-                kills += 1
+                os.kill(process.pid or 0, signal.SIGKILL)
+                kills += ended(process) == -signal.SIGKILL
                 break
             time.sleep(0.005)
-        process.wait()
-    assert start(stormy).wait(timeout=200) == 0
+        ended(process)
+    assert ended(start(stormy)) == 0
     assert kills >= 3
     assert same_end(calm, stormy)
     keys = ("step", "reward", "kl", "heads", "policy_loss")
@@ -528,15 +525,14 @@ def test_a_reward_that_is_not_finite_stops_and_names_it(config: Config, monkeypa
         train_policy.run(config)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(config: Config) -> None:
+@pytest.mark.slow
+def test_a_full_disk_leaves_the_last_checkpoint(config: Config, tmp_path: Path, warm_processes: WarmProcesses) -> None:
     """A limit on the size of files stands in for a full disk: writing fails half-way."""
     settings = Path(config.output).parent / "config.yaml"
     settings.write_text(yaml.safe_dump(config_dict(dataclasses.replace(config, save_every=1))))
     program = """
-import resource, signal, sys, torch
+import resource, signal
 from poise.policy import loop as training
-from poise.cli.main import main
-torch.set_num_threads(1)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 save = training.Training.save
 def limited(self):
@@ -544,31 +540,31 @@ def limited(self):
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     save(self)
 training.Training.save = limited
-sys.exit(main(sys.argv[1:]))
 """
-    command = [sys.executable, "-c", program, "train-policy", "--config", str(settings)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "cannot write" in done.stderr
-    assert "the last checkpoint is kept" in done.stderr
+    said = tmp_path / "stderr.txt"
+    process = warm_processes.start(program + POISE, "train-policy", "--config", str(settings), stderr=said)
+    assert ended(process) == 2
+    assert "cannot write" in said.read_text()
+    assert "the last checkpoint is kept" in said.read_text()
     folder = Path(config.output)
     with safe_open(folder / "checkpoint.safetensors", "pt") as file:
         assert json.loads(file.metadata()["run"])["step"] == 1
     assert not list(folder.glob(".*partial"))
 
 
-def test_ctrl_c_finishes_the_step_and_saves(config: Config) -> None:
+@pytest.mark.slow
+def test_ctrl_c_finishes_the_step_and_saves(config: Config, tmp_path: Path, warm_processes: WarmProcesses) -> None:
     settings = Path(config.output).parent / "config.yaml"
     settings.write_text(yaml.safe_dump(config_dict(dataclasses.replace(config, num_steps=500, save_every=500))))
-    command = [sys.executable, "-m", "poise.cli", "train-policy", "--config", str(settings)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    said = tmp_path / "stderr.txt"
+    process = warm_processes.start(POISE, "train-policy", "--config", str(settings), stderr=said)
     metrics = Path(config.output) / "metrics.jsonl"
     while not metrics.exists() or metrics.read_bytes().count(b"\n") < 3:
+        assert process.is_alive(), said.read_text()
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "goes on from the last checkpoint" in said
+    os.kill(process.pid or 0, signal.SIGINT)
+    assert ended(process, timeout=60) == 130
+    assert "goes on from the last checkpoint" in said.read_text()
     with safe_open(Path(config.output) / "checkpoint.safetensors", "pt") as file:
         assert json.loads(file.metadata()["run"])["step"] == metrics.read_bytes().count(b"\n")
 

@@ -31,6 +31,7 @@ from poise.reward.trunk_training import (
     token_pairs,
     training_arguments,
 )
+from warm_processes import WarmProcesses, ended
 
 
 def settings(**changes: object) -> TrunkTraining:
@@ -130,32 +131,29 @@ def test_the_tuned_trunk_is_part_of_every_checkpoint(
 @pytest.mark.slow
 @pytest.mark.parametrize("trunk", ["lora", "full"])
 def test_killed_at_any_moment_it_ends_in_the_same_weights(
-    trunk: str, tiny_model: str, preferences_file: Path, tmp_path: Path
+    trunk: str, tiny_model: str, preferences_file: Path, tmp_path: Path, warm_processes: WarmProcesses
 ) -> None:
     whole = train_reward.run(config(tiny_model, preferences_file, tmp_path / "whole", trunk=trunk))
     again = config(tiny_model, preferences_file, tmp_path / "killed", trunk=trunk)
     program = (
-        "import sys, torch; torch.set_num_threads(1)\n"
-        "from poise.reward import train as train_reward\n"
-        f"train_reward.run(train_reward.Config(**{vars(again)!r}))"
+        f"from poise.reward import train as train_reward\ntrain_reward.run(train_reward.Config(**{vars(again)!r}))"
     )
+    said = tmp_path / "stderr.txt"
     generator = random.Random(trunk)
     kills = 0
     for _ in range(3):
-        with (tmp_path / "stderr.txt").open("w") as stderr:
-            process = subprocess.Popen([sys.executable, "-c", program], stderr=stderr)
+        process = warm_processes.start(program, stderr=said)
         steps = tmp_path / "killed" / "metrics.jsonl"
         before = steps.read_text().count("\n") if steps.exists() else 0
         target = before + generator.randint(1, 6)
-        while process.poll() is None and (steps.read_text().count("\n") if steps.exists() else 0) < target:
+        while process.is_alive() and (steps.read_text().count("\n") if steps.exists() else 0) < target:
             time.sleep(0.002)
-        if process.poll() is not None:
-            assert process.returncode == 0, (tmp_path / "stderr.txt").read_text()
+        if not process.is_alive():
+            assert process.exitcode == 0, said.read_text()
             break
         time.sleep(generator.random() * 0.05)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        kills += 1
+        os.kill(process.pid or 0, signal.SIGKILL)
+        kills += ended(process) == -signal.SIGKILL
     result = train_reward.run(again)
     assert kills >= 1
     for name in ("trunk", "single", "brme", "posterior"):
