@@ -13,7 +13,7 @@ import yaml
 
 from poise.cli.main import COMMANDS, main, settings_of
 from poise.policy.config import Config as PolicyConfig
-from poise.runtime.settings import Settings, marks, problem, typed_fields
+from poise.runtime.settings import Settings, finite_or_raise, marks, problem, typed_fields
 
 WRONG = {
     "--num-layers": ("-1", "at least 0"),
@@ -130,3 +130,43 @@ def test_bad_input_is_refused_before_torch_is_imported(what: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program, *LATE[what]], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == f"{0 if what == 'help' else 2} []", done.stderr
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_none_is_named_and_not_written(value: float) -> None:
+    with pytest.raises(ValueError, match=r"x.jsonl: mean, number 2, number 1 is -?(nan|inf), not a number"):
+        finite_or_raise({"std": [1.0], "mean": [[0.0], [value]], "text": "a"}, "x.jsonl")
+
+
+def test_score_writes_no_null(
+    tmp_path: Path, tiny_model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from poise.functional.objectives import HeadRewards
+    from poise.models.reward_model import HeadLayout
+    from poise.reward import score
+
+    class Broken:
+        """A reward model whose trunk overflows."""
+
+        layout, extract, num_truncated = HeadLayout(1, "point", (0.0,)), type("E", (), {"num_truncated": 0}), 0
+
+        def __call__(self, samples: list[Any], *_: Any) -> HeadRewards:
+            return HeadRewards(torch.full((len(samples), 1), math.nan), torch.zeros(len(samples), 1))
+
+        @staticmethod
+        def load(*_: Any, **__: Any) -> "Broken":
+            return Broken()
+
+    monkeypatch.setattr(score, "Scorer", Broken)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "Review.", "completion": "good"}\n')
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in Path(tiny_model).iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"id2label": {"0": "LABEL_0"}}))
+    assert "the score: " in refused(capsys, ["score", str(model), str(rows), "--objective", "mean"])
+    assert not (tmp_path / "rows.scored.jsonl").exists()

@@ -25,6 +25,7 @@ from poise.models.loading import HfModel, HfTokenizer, context_length, embedded_
 from poise.models.reward_model import HeadLayout, LastLayer, load_last_layer, load_reward_model
 from poise.models.shared_prompt import Family, cached_hidden, num_tokens, pack, separate_hidden, shares_prompts
 from poise.runtime.run_folder import Json, write_json
+from poise.runtime.settings import finite_or_raise
 
 TOKENS_PER_BATCH = 4096
 
@@ -230,6 +231,7 @@ class Ensemble(Scorer):
     def save(self, folder: Path, paths: Sequence[str]) -> None:
         """Write ensemble.json: where the members are, seen from `folder`, and their normalization."""
         value: Json = {"members": list(paths), "means": self.means, "stds": self.stds}
+        finite_or_raise(value, ENSEMBLE_FILE)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / ENSEMBLE_FILE, value)
 

@@ -9,6 +9,7 @@ from poise.models.scorer import Scorer
 from poise.reward.config import ScoreConfig as Config
 from poise.runtime.progress import console, progress
 from poise.runtime.run_folder import write_jsonl
+from poise.runtime.settings import finite_or_raise
 
 
 def run(config: Config) -> Path:
@@ -36,7 +37,7 @@ def run(config: Config) -> Path:
         "mean": heads.mean,
         "std": heads.std,
     }
-    listed = {name: column.tolist() for name, column in columns.items()}
+    listed = finite_or_raise({name: column.tolist() for name, column in columns.items()}, f"{config.file}: the score")
     write_jsonl(
         path,
         [

@@ -246,3 +246,25 @@ def _as(value: Any, kind: Any) -> Any:
     if origin is list:
         return [_as(item, parts[0]) for item in value]
     return float(value) if kind is float else value
+
+
+def finite_or_raise(value: T, what: str) -> T:
+    """`value` as it is, JSON or rows of it. Raises PoiseError, naming the field, for a number in it that is not finite.
+
+    For results that mean nothing without their numbers: `write_json` and `write_jsonl` write NaN as null.
+
+    >>> finite_or_raise({"mean": [1.0, 2.0]}, "row 1")
+    {'mean': [1.0, 2.0]}
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise PoiseError(
+            f"{what} is {value}, not a number; the reward model is broken, nothing is written"
+        )
+    if isinstance(value, dict):
+        for name, one in value.items():
+            finite_or_raise(one, f"{what}: {name}")
+    elif isinstance(value, (list, tuple)):
+        for number, one in enumerate(value, 1):
+            if isinstance(one, (float, dict, list, tuple)):
+                finite_or_raise(one, f"{what}, number {number}")
+    return value
