@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from poise.data.preferences import OnBadRow, read_preferences
+from poise.data.preferences import Check, OnBadRow, read_preferences
 from poise.data.types import Preference, Sample
 from poise.errors import PoiseError
 from poise.models.scorer import FeatureExtractor
@@ -29,9 +29,11 @@ class PreferenceSplit(NamedTuple):
     generator: torch.Generator
 
     @classmethod
-    def read(cls, path: str, validation_share: float, seed: int, on_bad_row: OnBadRow = "error") -> "PreferenceSplit":
+    def read(
+        cls, path: str, validation_share: float, seed: int, on_bad_row: OnBadRow = "error", check: Check | None = None
+    ) -> "PreferenceSplit":
         """Read preferences and split them at random. PoiseError if fewer than two are left to train on."""
-        preferences = read_preferences(path, on_bad_row)
+        preferences = read_preferences(path, on_bad_row, check)
         count = len(preferences)
         num_validation = max(1, round(count * validation_share))
         if count - num_validation < 2:
