@@ -24,7 +24,7 @@ _SHAREGPT_ROLES = {
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _PROMPT_KEYS = ("prompt", "messages", "conversations")
 _NAMES_OF_PROMPTS = ("instruction", "question", "query", "input")
-_LIKE_TURNS = re.compile(r"(?:^|\n)\s*(?:(?:Human|User|Assistant|Q|A|### ?\w+):|<\|\w+\|>|\[INST\])")
+_LIKE_TURNS = re.compile(r"(?:^|\n)[ \t]{0,8}(?:(?:Human|User|Assistant|Q|A|### ?\w+):|<\|\w+\|>|\[INST\])")
 
 
 def turns_of(value: Any, key: str) -> Turns | None:
@@ -207,7 +207,8 @@ def _from_text(text: str, key: str) -> list[Any] | None:
         ]
         return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
     stripped = start.rstrip()
-    if not re.match(r"[\[{]\s*[{]?\s*['\"](?:role|content|from|value)['\"]\s*:", stripped) or stripped[-1] not in "]}":
+    begins = re.match(r"[\[{]\s*[{]?\s*['\"](?:role|content|from|value)['\"]\s*:", stripped[:100])
+    if not begins or stripped[-1] not in "]}":
         return None
     try:
         value = parsed_json(stripped)

@@ -8,7 +8,7 @@ Every form may carry `subset`, or `domain` as RM-Bench calls it.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -53,14 +53,19 @@ class Questions(NamedTuple):
 
 
 def read_questions(
-    path: str, on_bad_row: OnBadRow, check: Check | None = None, understood: Understood | None = None
+    path: str,
+    on_bad_row: OnBadRow,
+    check: Check | None = None,
+    understood: Understood | None = None,
+    *,
+    rows: Iterable[tuple[int, RawRow]] | None = None,
 ) -> Questions:
     """Pairs, RM-Bench rows or best-of-n sets, by what the rows look like. Pairs of a `subset` may repeat.
 
-    check, understood: as `read_preferences` takes them. The file is read once: it may be a FIFO.
+    check, understood, rows: as `read_preferences` takes them. The file is read once: it may be a FIFO.
     """
     understood = understood or Understood(str(path))
-    raw = list(raw_rows(path))
+    raw = list(raw_rows(path) if rows is None else rows)
     forms = [_form(row) for _, row in raw]
     if "sets" in forms:
         items = _read(raw, understood, _set, "prompt, chosen: lists, rejected: lists", on_bad_row, check)

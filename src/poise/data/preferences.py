@@ -93,9 +93,14 @@ def read_preferences(
 
 
 def read_prompts(
-    path: str | Path, on_bad_row: OnBadRow = "error", check: Check | None = None, understood: Understood | None = None
+    path: str | Path,
+    on_bad_row: OnBadRow = "error",
+    check: Check | None = None,
+    understood: Understood | None = None,
+    *,
+    rows: Iterable[tuple[int, RawRow]] | None = None,
 ) -> list[Prompt]:
-    """Rows with a `prompt`: text or a conversation. check, understood: as `read_preferences` takes them."""
+    """Rows with a `prompt`: text or a conversation. check, understood, rows: as `read_preferences` takes them."""
 
     def parse(row: dict[str, Any]) -> Prompt:
         prompt = prompt_of(row)
@@ -105,7 +110,7 @@ def read_prompts(
 
     understood = understood or Understood(str(path))
     prompts = []
-    for number, prompt in parsed_rows(understood, parse, on_bad_row):
+    for number, prompt in parsed_rows(understood, parse, on_bad_row, rows):
         understood.used += 1
         understood.forms["prompt"] += 1
         _note_plain(understood, number, prompt)
@@ -120,9 +125,14 @@ def read_samples(path: str | Path, on_bad_row: OnBadRow = "error", check: Check 
 
 
 def iter_samples(
-    path: str | Path, on_bad_row: OnBadRow = "error", check: Check | None = None, understood: Understood | None = None
+    path: str | Path,
+    on_bad_row: OnBadRow = "error",
+    check: Check | None = None,
+    understood: Understood | None = None,
+    *,
+    rows: Iterable[tuple[int, RawRow]] | None = None,
 ) -> Iterator[Sample]:
-    """Rows of `prompt`, `completion`, one at a time as the file is read."""
+    """Rows of `prompt`, `completion`, one at a time as the file is read; parameters as of `read_preferences`."""
 
     def parse(row: dict[str, Any]) -> Sample:
         sample = sample_of(row)
@@ -131,7 +141,7 @@ def iter_samples(
         return sample
 
     understood = understood or Understood(str(path))
-    for number, sample in parsed_rows(understood, parse, on_bad_row):
+    for number, sample in parsed_rows(understood, parse, on_bad_row, rows):
         understood.used += 1
         understood.forms["prompt, completion"] += 1
         _note_plain(understood, number, sample.prompt)

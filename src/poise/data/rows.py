@@ -25,7 +25,7 @@ class Understood:
 
     used + ties + repeats + refused is the number of rows read so far.
     forms: rows by form.   notes: what was assumed of rows that say it only implicitly: (rows, an example).
-    bad: the refused rows, for the file beside the data.
+    bad: the refused rows, for the file beside the data.   silent: nothing is printed or written.
     """
 
     path: str
@@ -36,6 +36,7 @@ class Understood:
     forms: Counter[str] = field(default_factory=Counter)
     notes: dict[str, tuple[int, str]] = field(default_factory=dict)
     bad: list[dict[str, Any]] = field(default_factory=list)
+    silent: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -106,8 +107,9 @@ def read_rows(path: str | Path, parse: Callable[[dict[str, Any]], Row], on_bad_r
 
 def finish(understood: Understood) -> None:
     """Say what was left out and assumed; PoiseError if no row is used."""
-    understood.set_aside()
-    understood.say()
+    if not understood.silent:
+        understood.set_aside()
+        understood.say()
     if not understood.used:
         raise PoiseError(f"{understood.path} has no usable row")
 

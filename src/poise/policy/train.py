@@ -31,6 +31,7 @@ from poise.integrations.lm_eval import Task, evaluate, read_tasks
 from poise.models.loading import check_room, load_policy, resolve_model
 from poise.models.policy import Policy
 from poise.models.reward_model import files_of
+from poise.models.row_check import row_check_of
 from poise.policy.config import Config
 from poise.policy.loop import Training
 from poise.policy.reward import PolicyReward
@@ -62,8 +63,9 @@ def run(config: Config) -> Run:
     out = _open(config)
     if out.results is not None:
         return out
-    prompts = read_prompts(config.prompts, config.on_bad_row)
-    eval_prompts = read_prompts(config.eval_prompts, config.on_bad_row) if config.eval_prompts else prompts
+    check = row_check_of(config.model)
+    prompts = read_prompts(config.prompts, config.on_bad_row, check)
+    eval_prompts = read_prompts(config.eval_prompts, config.on_bad_row, check) if config.eval_prompts else prompts
     if len(prompts) < config.prompts_per_step:
         raise PoiseError(
             f"{config.prompts} has {len(prompts)} prompts, --prompts-per-step is {config.prompts_per_step}"

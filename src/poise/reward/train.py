@@ -26,6 +26,7 @@ from poise.errors import PoiseError
 from poise.functional.objectives import mean
 from poise.models.loading import HfModel, frozen_dtype, resolve_model
 from poise.models.reward_model import HeadLayout, load_trunk, save_reward_model, with_heads
+from poise.models.row_check import row_check_of
 from poise.models.scorer import FeatureExtractor, Scorer
 from poise.models.shared_prompt import takes_packed_rows
 from poise.reward.config import Config, Trunk
@@ -81,8 +82,9 @@ def heads_in_memory(config: Config, extract: FeatureExtractor) -> dict[str, Trai
 
 
 def read(config: Config) -> PreferenceSplit:
-    """The preferences, split into training and validation."""
-    return PreferenceSplit.read(config.preferences, config.validation_share, config.seed, config.on_bad_row)
+    """The preferences, split into training and validation; rows that the model's template refuses are bad rows."""
+    check = row_check_of(config.model)
+    return PreferenceSplit.read(config.preferences, config.validation_share, config.seed, config.on_bad_row, check)
 
 
 # ---- the trunk ----

@@ -1,0 +1,195 @@
+"""`poise data`: what a file was understood to hold, before anything is trained on it."""
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import tyro
+
+from poise.data.evaluation_sets import read_questions
+from poise.data.files import RawRow, as_object, raw_rows
+from poise.data.preferences import iter_samples, read_preferences, read_prompts
+from poise.data.rows import Check, Understood
+from poise.data.types import Prompt
+from poise.errors import PoiseError
+
+Kind = Literal["preferences", "questions", "samples", "prompts"]
+Shown = tuple[Prompt, dict[str, str]]  # a prompt, and its answers by name
+
+_BAD_ROWS_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Config:
+    """Print what a file of preferences, prompts, completions or evaluation sets was understood to hold.
+
+    Every form that is read is in docs/data.md. Nothing is written, and without --model nothing heavy is loaded.
+    """
+
+    file: tyro.conf.Positional[str]
+    """JSON lines, a JSON array, CSV or Parquet (also compressed), a folder saved by `datasets`, or a hub id."""
+    kind: Literal["auto", "preferences", "questions", "samples", "prompts"] = "auto"
+    """What to read the file as; auto: by the columns of its first row. `questions` is what `evaluate-reward` reads."""
+    model: str = ""
+    """Model whose chat template and tokenizer the rows are shown through: a language model or a reward model."""
+    max_length: int = 1024
+    """Longest sample in tokens, with --model; longer ones lose their oldest tokens."""
+    show: int = 3
+    """Rows to show as the model reads them."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+
+
+def run(config: Config) -> None:
+    """Print the report. Bad rows are part of it; PoiseError if no row can be used."""
+    if config.show < 0 or config.max_length < 1:
+        raise PoiseError("--show must be at least 0 and --max-length at least 1")
+    reader = _ModelReader(config.model, config.max_length) if config.model else None
+    report = read_report(config, reader)
+    print(json.dumps(report, indent=1) if config.json else as_text(report))
+    if not report["rows"]["used"]:
+        raise PoiseError(f"{config.file} has no usable row")
+
+
+def read_report(config: Config, reader: "_ModelReader | None" = None) -> dict[str, Any]:
+    """What the file holds, as plain values."""
+    understood = Understood(config.file, silent=True)
+    rows = raw_rows(config.file)
+    kind, rows = (config.kind, rows) if config.kind != "auto" else _kind_of(rows)
+    shown: list[Shown] = []
+    try:
+        for row in _read(kind, config.file, understood, rows, reader.check if reader else None):
+            if reader:
+                reader.count(row)
+            if len(shown) < config.show:
+                shown.append(row)
+    except PoiseError:
+        if understood.used or not understood.num_rows:
+            raise
+    report: dict[str, Any] = {
+        "file": config.file,
+        "kind": kind,
+        "forms": dict(understood.forms),
+        "rows": {
+            "read": understood.num_rows, "used": understood.used, "ties": understood.ties,
+            "repeated": understood.repeats, "refused": understood.refused,
+        },
+        "assumed": [{"what": what, "rows": n, "example": example} for what, (n, example) in understood.notes.items()],
+        "bad_rows": [{"line": row["line"], "reason": row["reason"]} for row in understood.bad],
+        "examples": [reader.shown(row) if reader else {"prompt": row[0], **row[1]} for row in shown],
+    }  # fmt: skip
+    if reader:
+        report["truncated"] = {"max_length": reader.max_length, "texts": reader.texts, "truncated": reader.truncated}
+    return report
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The report for a terminal; texts are shown as Python writes them, so that white space is seen."""
+    rows = report["rows"]
+    forms = "; ".join(f"{name} ({count})" for name, count in report["forms"].items()) or "none"
+    lines = [
+        f"{report['file']}: {report['kind']}",
+        f"  form      {forms}",
+        f"  rows      {rows['read']} read: {rows['used']} used, {rows['ties']} ties, {rows['repeated']} repeated, "
+        f"{rows['refused']} refused",
+    ]
+    lines += [f"  assumed   {note['rows']} rows {note['what']}, e.g. {note['example']}" for note in report["assumed"]]
+    for row in report["bad_rows"][:_BAD_ROWS_SHOWN]:
+        lines.append(f"  refused   line {row['line']}: {row['reason']}")
+    if rows["refused"] > _BAD_ROWS_SHOWN:
+        lines.append(f"  refused   … and {rows['refused'] - _BAD_ROWS_SHOWN} more")
+    if cut := report.get("truncated"):
+        lines.append(f"  tokens    {cut['truncated']} of {cut['texts']} texts are longer than {cut['max_length']}")
+    for number, example in enumerate(report["examples"], 1):
+        lines += ["", f"row {number}"]
+        for name, value in example.items():
+            lines += [f"  {name:<10}{line}" for line in _shown_value(value)]
+    return "\n".join(lines)
+
+
+def _shown_value(value: Any) -> list[str]:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return [f"{turn['role']}: {turn['content']!r}" for turn in value]
+    return [value if isinstance(value, str) and value.startswith("«") else repr(value)]
+
+
+# ---- reading ----
+
+
+def _kind_of(rows: Iterator[tuple[int, RawRow]]) -> tuple[Kind, Iterator[tuple[int, RawRow]]]:
+    """What a file holds by its first row that is an object, and all of its rows."""
+    seen = []
+    for number, raw in rows:
+        seen.append((number, raw))
+        try:
+            row = as_object(raw)
+        except ValueError:
+            continue
+        lists = isinstance(row.get("chosen"), list) and all(isinstance(text, str) for text in row["chosen"])
+        kind: Kind = "prompts"
+        if lists or ("subset" in row and "chosen" in row):
+            kind = "questions"
+        elif row.keys() & {"chosen", "rejected", "annotators", "responses", "rating"}:
+            kind = "preferences"
+        elif "completion" in row:
+            kind = "samples"
+        return kind, itertools.chain(seen, rows)
+    return "preferences", iter(seen)
+
+
+def _read(
+    kind: str, file: str, understood: Understood, rows: Iterator[tuple[int, RawRow]], check: Check | None
+) -> Iterator[Shown]:
+    if kind == "preferences":
+        for pair in read_preferences(file, "skip", check, understood, rows=rows):
+            yield pair.prompt, {"chosen": pair.chosen, "rejected": pair.rejected}
+    elif kind == "questions":
+        for item in read_questions(file, "skip", check, understood, rows=rows).items:
+            sides = (("chosen", item.chosen), ("rejected", item.rejected))
+            yield item.prompt, {f"{name} {i}": text for name, side in sides for i, text in enumerate(side, 1)}
+    elif kind == "samples":
+        for sample in iter_samples(file, "skip", check, understood, rows=rows):
+            yield sample.prompt, {"completion": sample.completion}
+    else:
+        for prompt in read_prompts(file, "skip", check, understood, rows=rows):
+            yield prompt, {}
+
+
+class _ModelReader:
+    """Rows as a model's template and tokenizer make them."""
+
+    def __init__(self, model: str, max_length: int):
+        from poise.models.loading import load_tokenizer, resolve_model  # imports torch
+        from poise.models.reward_model import checkpoint_folder
+        from poise.models.row_check import row_check
+
+        self.tokenizer = load_tokenizer(resolve_model(checkpoint_folder(model)))
+        self.check = row_check(self.tokenizer)
+        self.max_length = max_length
+        self.texts = self.truncated = 0
+
+    def count(self, row: Shown) -> None:
+        """Count the row's texts, and those that are too long."""
+        for _, ids in self._encoded(row):
+            self.texts += 1
+            self.truncated += len(ids) > self.max_length
+
+    def shown(self, row: Shown) -> dict[str, Any]:
+        """{name of a text: what the model reads of it}: the decoded tokens after truncation."""
+        found = {}
+        for name, ids in self._encoded(row):
+            lost = max(len(ids) - self.max_length, 0)
+            cut = f", the oldest {lost} left out" if lost else ""
+            found[name] = f"«{len(ids)} tokens{cut}» {self.tokenizer.decode(ids[lost:])!r}"
+        return found
+
+    def _encoded(self, row: Shown) -> list[tuple[str, list[int]]]:
+        from poise.models.chat_format import encode, encode_conversation, generation_prompt
+
+        prompt, answers = row
+        if not answers:
+            return [("prompt", encode(self.tokenizer, generation_prompt(self.tokenizer, prompt)))]
+        encoded = ((name, encode_conversation(self.tokenizer, prompt, text)) for name, text in answers.items())
+        return [(name, [*before, *after]) for name, (before, after) in encoded]

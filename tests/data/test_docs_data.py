@@ -1,0 +1,40 @@
+"""docs/data.md: every example row is read as the table says."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from poise.data.evaluation_sets import read_questions
+from poise.data.preferences import preferences_of, prompt_of, sample_of
+
+PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"^\| (preferences|prompts|samples|questions) \| ([^|]+) \| `(.*)` \|$", PAGE, re.MULTILINE)
+
+
+def test_every_form_has_an_example() -> None:
+    assert len(EXAMPLES) == 19
+
+
+@pytest.mark.parametrize(("kind", "form", "text"), EXAMPLES, ids=[f"{kind}, {form}" for kind, form, _ in EXAMPLES])
+def test_the_example_is_read(tmp_path: Path, kind: str, form: str, text: str) -> None:
+    row = json.loads(text)
+    if kind == "prompts":
+        assert prompt_of(row) in ("Is tea hot?", [{"role": "user", "content": "Is tea hot?"}])
+    elif kind == "samples":
+        sample = sample_of(row)
+        assert (sample.prompt, sample.completion) == ("Is tea hot?", "Mostly.")
+    elif kind == "questions":
+        path = tmp_path / "x.jsonl"
+        path.write_text(text)
+        asked = read_questions(str(path), "error")
+        assert asked.kind == {"pairs by subset": "pairs", "RM-Bench": "rm_bench", "best-of-n sets": "best_of_n"}[form]
+    else:
+        found = preferences_of(row)
+        pairs = found if isinstance(found, list) else []
+        for pair in pairs:
+            prompt = pair.prompt if isinstance(pair.prompt, str) else pair.prompt[0]["content"]
+            assert prompt in ("Is tea hot?", "The film was ")
+            assert {pair.chosen, pair.rejected} in ({"Mostly.", "Blue."}, {"good.", "gory."})
+        assert len(pairs) == {"votes": 3, "ratings, one response a row": 0}.get(form, 1)
