@@ -280,6 +280,17 @@ def report(verdicts: list[dict], reasons: dict[str, str], settings: dict) -> dic
     return {"settings": settings, "total": {**total, "share": share}, "files": files, "survivors": survivors}
 
 
+def merged(kept: dict, new: dict) -> dict:
+    """A report with the files of an earlier one that were not run again."""
+    files = kept.get("files", {}) | new["files"]
+    total = {key: sum(entry[key] for entry in files.values()) for key in ("mutants", "killed")}
+    others = [one for one in kept["survivors"] if one["label"].split(": ")[0] not in new["files"]]
+    return {
+        **new, "total": {**total, "share": round(total["killed"] / total["mutants"], 4)}, "files": files,
+        "survivors": others + new["survivors"],
+    }  # fmt: skip
+
+
 def again(output: Path) -> None:
     """Judge the survivors of an earlier run by the tests of today."""
     kept = json.loads(output.read_text())
@@ -338,7 +349,8 @@ def main() -> None:
                 print(f"  {mutant.line}: {mutant.within}: {mutant.before}  ->  {mutant.after}", flush=True)
         print(f"  {base:.1f} s unchanged, {time.monotonic() - started:.0f} s so far", flush=True)
         settings = {"sample": options.sample, "seed": options.seed, "seconds": round(time.monotonic() - started)}
-        output.write_text(json.dumps(report(verdicts, reasons, settings), indent=1, ensure_ascii=False) + "\n")
+        found_now = merged(kept, report(verdicts, reasons, settings))
+        output.write_text(json.dumps(found_now, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":
