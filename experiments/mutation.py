@@ -10,7 +10,7 @@ examples every time and does not shrink.
 
 A mutant is killed by a failure, an error, or by running five times as long as the tests do without it. Survivors are
 listed with a reason: write it into the output, and the next run keeps it. `--sample N` takes N mutants at random
-(`--seed`) where a full run takes too long.
+(`--seed`) where a full run takes too long. `--again` runs only the survivors in the output, after tests were added.
 """
 
 import argparse
@@ -280,6 +280,38 @@ def report(verdicts: list[dict], reasons: dict[str, str], settings: dict) -> dic
     return {"settings": settings, "total": {**total, "share": share}, "files": files, "survivors": survivors}
 
 
+def merged(kept: dict, new: dict) -> dict:
+    """A report with the files of an earlier one that were not run again."""
+    files = kept.get("files", {}) | new["files"]
+    total = {key: sum(entry[key] for entry in files.values()) for key in ("mutants", "killed")}
+    others = [one for one in kept["survivors"] if one["label"].split(": ")[0] not in new["files"]]
+    return {
+        **new, "total": {**total, "share": round(total["killed"] / total["mutants"], 4)}, "files": files,
+        "survivors": others + new["survivors"],
+    }  # fmt: skip
+
+
+def again(output: Path) -> None:
+    """Judge the survivors of an earlier run by the tests of today."""
+    kept = json.loads(output.read_text())
+    warm_up()
+    left = []
+    for survivor in kept["survivors"]:
+        file = survivor["label"].split(": ")[0]
+        mutant = next((one for one in mutants(file) if one.label == survivor["label"]), None)
+        if mutant is None:
+            raise SystemExit(f"{file} has changed: {survivor['label']}")
+        if judge(file, mutant.source, 200.0)[0] == "survived":
+            left.append(survivor)
+            print(f"  {mutant.line}: {mutant.within}: {mutant.before}  ->  {mutant.after}", flush=True)
+            continue
+        for entry in (kept["files"][file], kept["total"]):
+            entry["killed"] += 1
+            entry["share"] = round(entry["killed"] / entry["mutants"], 4)
+    kept["survivors"] = left
+    output.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True)
@@ -287,7 +319,11 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=0, help="mutants to take of every file; 0: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--list", action="store_true", help="count the mutants and stop")
+    parser.add_argument("--again", action="store_true", help="only the survivors that the output lists")
     options = parser.parse_args()
+    if options.again:
+        again(Path(options.output))
+        return
     files = [file for file in FILES if not options.only or Path(file).stem in options.only]
     output = Path(options.output)
     kept = json.loads(output.read_text()) if output.exists() else {"survivors": []}
@@ -313,7 +349,8 @@ def main() -> None:
                 print(f"  {mutant.line}: {mutant.within}: {mutant.before}  ->  {mutant.after}", flush=True)
         print(f"  {base:.1f} s unchanged, {time.monotonic() - started:.0f} s so far", flush=True)
         settings = {"sample": options.sample, "seed": options.seed, "seconds": round(time.monotonic() - started)}
-        output.write_text(json.dumps(report(verdicts, reasons, settings), indent=1, ensure_ascii=False) + "\n")
+        found_now = merged(kept, report(verdicts, reasons, settings))
+        output.write_text(json.dumps(found_now, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

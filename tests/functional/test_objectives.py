@@ -308,3 +308,76 @@ def test_every_objective_has_the_parameter_that_its_name_says() -> None:
 def test_a_parameter_out_of_range_is_refused_by_the_function_itself(name: str, value: float) -> None:
     with pytest.raises(PoiseError, match=f"{name}'s .* must be"):
         OBJECTIVES[name](HeadRewards(torch.zeros(3), torch.zeros(3)), value)
+
+
+# ---- the scale, against NumPy ----
+
+
+def test_a_scale_that_is_updated_is_that_of_all_completions_so_far() -> None:
+    """Batches of unequal size and level, two of them: the second starts from a count that is not zero."""
+    generator = torch.Generator().manual_seed(0)
+    heads = [
+        HeadRewards(shift + 2 * torch.randn(size, 3, generator=generator, dtype=torch.float64), torch.ones(size, 3))
+        for size, shift in ((5, 0.0), (8, 3.0), (3, -1.0))
+    ]
+    scale = RewardScale.fit(heads[0], worst_case)
+    baseline = heads[0].mean.mean(0)
+    assert scale.head_baseline == pytest.approx(baseline.tolist())
+    seen = []
+    for i, batch in enumerate(heads):
+        seen += (batch.mean - baseline).amin(-1).tolist()
+        scale = scale.updated(batch, worst_case) if i else scale
+        assert scale.count == len(seen)
+        assert scale.mean == pytest.approx(np.mean(seen))
+        assert scale.std == pytest.approx(np.std(seen, ddof=1))
+        assert scale.head_baseline == pytest.approx(baseline.tolist())  # of the first batch, always
+    alone = scale.refitted(heads[1], worst_case)
+    own = (heads[1].mean - baseline).amin(-1)
+    assert (alone.mean, alone.std, alone.count) == (
+        pytest.approx(own.mean().item()), pytest.approx(own.std().item()), 8,
+    )  # fmt: skip
+
+
+def test_a_scale_without_a_count_starts_with_its_first_batch() -> None:
+    heads = HeadRewards(torch.tensor([[1.0], [2.0], [4.0]]), torch.ones(3, 1))
+    scale = RewardScale((0.0,), 50.0, 7.0).updated(heads, mean)
+    assert (scale.mean, scale.std, scale.count) == (
+        pytest.approx(7 / 3), pytest.approx(np.std([1, 2, 4], ddof=1)), 3,
+    )  # fmt: skip
+
+
+def test_a_constant_reward_keeps_scale_one() -> None:
+    heads = HeadRewards(torch.ones(4, 2), torch.ones(4, 2))
+    scale, rewards = RewardScale.fit_and_combine(heads, mean)
+    assert (scale.std, scale.mean) == (1.0, 0.0)
+    assert rewards.tolist() == [0.0] * 4
+    scale = RewardScale.fit(HeadRewards(torch.tensor([[1.0, 2.0], [3.0, 8.0]]), torch.ones(2, 2)), mean)
+    assert scale.head_baseline == (2.0, 5.0)
+    assert scale.combine(HeadRewards(torch.tensor([2.0, 5.0]), torch.ones(2)), mean).item() == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize(
+    ("spec", "legal", "illegal"),
+    [
+        ("tradeoff", (0.0, 1.0), (-0.01, 1.01, 1.5)),
+        ("expected_tradeoff", (0.0, 1.0), (-0.01, 1.01, 1.5)),
+        ("quantile", (0.0, 1.0), (-0.01, 1.01, 1.5)),
+        ("soft_min", (0.01, 5.0), (0.0, -1.0)),
+    ],
+)
+def test_parameters_are_refused_at_their_bounds(
+    spec: str, legal: tuple[float, ...], illegal: tuple[float, ...]
+) -> None:
+    for value in legal:
+        parse_objective(f"{spec}({value})")
+    for value in illegal:
+        with pytest.raises(PoiseError, match="must be"):
+            parse_objective(f"{spec}({value})")
+
+
+def test_lower_confidence_and_uncertainty_weighted_go_down_with_disagreement() -> None:
+    apart = HeadRewards(torch.tensor([0.0, 4.0]), torch.zeros(2))  # mean 2, std 2, variance 4
+    assert parse_objective("lower_confidence(0.5)")(apart).item() == 1.0
+    assert parse_objective("uncertainty_weighted(0.25)")(apart).item() == 1.0
+    assert parse_objective("lower_confidence")(apart).item() == 0.0  # c = 1
+    assert parse_objective("uncertainty_weighted")(apart).item() == 0.0  # c = .5

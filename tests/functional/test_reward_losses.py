@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from poise.functional.reward_losses import HEAD_LOSSES, bradley_terry, crps, gaussian_nll, probit_pairs, sampled_mse
+from poise.functional.reward_losses import (
+    HEAD_LOSSES,
+    beta_nll,
+    bradley_terry,
+    crps,
+    gaussian_nll,
+    probit_pairs,
+    sampled_mse,
+)
 
 
 def test_bradley_terry_by_hand() -> None:
@@ -116,3 +124,76 @@ def test_recovery_of_known_noise(name: str) -> None:
         assert (std < torch.tensor([0.1, 0.1])).all()
     else:
         torch.testing.assert_close(std, torch.tensor([0.3, 2.0]), rtol=0.05, atol=0)
+
+
+# ---- every option at once, against NumPy ----
+
+
+def log_sigmoid(x: np.ndarray) -> np.ndarray:
+    return -np.log1p(np.exp(-x))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.4])
+@pytest.mark.parametrize("centering", [0.0, 0.01, 0.3])
+def test_bradley_terry_with_every_option_is_its_equation(smoothing: float, centering: float) -> None:
+    chosen, rejected, margin = np.random.default_rng(0).normal(size=(3, 7))
+    margin = np.abs(margin)
+    lead = chosen - rejected - margin
+    expected = -(1 - smoothing) * log_sigmoid(lead) - smoothing * log_sigmoid(-lead)
+    expected = (expected + centering * (chosen + rejected) ** 2).mean()
+    found = bradley_terry(
+        *(torch.from_numpy(part) for part in (chosen, rejected, margin)), centering=centering, label_smoothing=smoothing
+    )
+    assert found.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_margin_makes_the_loss_larger_and_smoothing_keeps_the_best_lead_finite() -> None:
+    chosen, rejected = torch.tensor([1.0]), torch.tensor([0.0])
+    losses = [bradley_terry(chosen, rejected, margin, centering=0.0).item() for margin in (0.0, 0.5, 1.0)]
+    assert losses == sorted(losses)
+    assert losses[2] == pytest.approx(np.log(2))  # the lead is the margin
+    leads = torch.linspace(0.5, 4, 351)
+    smoothed = torch.stack([bradley_terry(x, 0 * x, centering=0.0, label_smoothing=0.2) for x in leads.split(1)])
+    assert leads[smoothed.argmin()].item() == pytest.approx(np.log(0.8 / 0.2), abs=0.02)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_beta_nll_is_its_equation_and_holds_the_weight_constant(beta: float) -> None:
+    generator = np.random.default_rng(1)
+    mean, std, target = generator.normal(size=(5, 2)), generator.uniform(0.3, 2, size=(5, 2)), generator.normal(size=5)
+    mask = np.array([[1, 1], [1, 0], [0, 1], [1, 1], [1, 0]], dtype=float)
+    z = (target[:, None] - mean) / std
+    nll = 0.5 * z**2 + np.log(std) + 0.5 * np.log(2 * np.pi)
+    expected = ((std ** (2 * beta) * nll * mask).sum(0) / mask.sum(0)).sum()
+    tensors = [torch.from_numpy(part) for part in (mean, std)]
+    tensors[1].requires_grad_()
+    given = (*tensors, torch.zeros(5, 2, dtype=torch.float64), torch.from_numpy(target), torch.from_numpy(mask))
+    loss = beta_nll(*given, beta=beta)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    gradient = torch.autograd.grad(loss, tensors[1])[0].numpy()
+    np.testing.assert_allclose(gradient, std ** (2 * beta) * (1 - z**2) / std * mask / mask.sum(0), rtol=1e-9)
+    if beta == 0.5:
+        assert beta_nll(*given).item() == loss.item()  # the default
+    if beta == 0.0:
+        assert gaussian_nll(*given).item() == pytest.approx(loss.item())
+
+
+def test_crps_and_probit_pairs_are_their_equations() -> None:
+    from scipy.stats import norm
+
+    generator = np.random.default_rng(2)
+    mean, std, target = generator.normal(size=(4, 2)), generator.uniform(0.3, 2, size=(4, 2)), generator.normal(size=4)
+    z, ones = (target[:, None] - mean) / std, torch.ones(4, 2, dtype=torch.float64)
+    expected = (std * (z * (2 * norm.cdf(z) - 1) + 2 * norm.pdf(z) - 1 / np.sqrt(np.pi))).mean(0).sum()
+    tensors = [torch.from_numpy(part) for part in (mean, std)]
+    assert crps(*tensors, ones, torch.from_numpy(target), ones).item() == pytest.approx(expected, rel=1e-12)
+    other, wide = generator.normal(size=(4, 2)), generator.uniform(0.3, 2, size=(4, 2))
+    expected = -norm.logcdf((mean - other) / np.sqrt(1 + std**2 + wide**2)).mean(0).sum()
+    found = probit_pairs(*tensors, torch.from_numpy(other), torch.from_numpy(wide), ones)
+    assert found.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_head_without_samples_costs_nothing() -> None:
+    mask = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    value = sampled_mse(torch.ones(2, 2), torch.zeros(2, 2), torch.zeros(2, 2), torch.zeros(2), mask)
+    assert value.item() == 1.0

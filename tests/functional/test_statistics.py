@@ -22,7 +22,18 @@ from poise.functional.calibration import (
     weighted_auroc,
 )
 from poise.functional.reward_benchmarks import REWARD_BENCH, picks_chosen, reward_bench, style_matrix, style_scores
-from poise.functional.statistics import auroc, bootstrap_interval, bootstrap_intervals, spearman, t_interval
+from poise.functional.statistics import (
+    auroc,
+    bootstrap_interval,
+    bootstrap_intervals,
+    intervals_of_means,
+    movement,
+    resampled_counts,
+    smoothed,
+    spearman,
+    student_shares,
+    t_interval,
+)
 
 
 def test_bootstrap_interval_covers_the_mean_as_often_as_it_says() -> None:
@@ -240,3 +251,79 @@ def test_picking_from_a_set_at_random_is_right_as_often_as_chance(m: int, n: int
     scores = np.random.default_rng(seed).integers(0, 3, m + n).astype(float)
     best = np.flatnonzero(scores == scores.max())
     assert picks_chosen(scores[:m], scores[m:]) == pytest.approx(np.mean(best < m))
+
+
+# ---- resamples and shares ----
+
+
+def test_resampled_counts_are_shares_of_a_bootstrap() -> None:
+    counts = resampled_counts(5, 3000, 0)
+    assert counts.shape == (3000, 5)
+    np.testing.assert_allclose(counts.sum(-1), 1.0)
+    np.testing.assert_allclose(counts * 5, (counts * 5).round())
+    np.testing.assert_allclose((counts * 5).var(), 0.8, rtol=0.1)  # binomial: 5 * .2 * .8
+    assert np.abs(np.corrcoef(counts[1:, 0], counts[:-1, 0])[0, 1]) < 0.1
+
+
+def test_shares_of_few_units_give_students_interval() -> None:
+    values = np.array([1.0, 4.0, 2.0])
+    shares = student_shares(3, 60_000, 0)
+    np.testing.assert_allclose(shares.sum(-1), 1.0)
+    np.testing.assert_allclose(np.quantile(shares @ values, [0.025, 0.975]), t_interval(values), rtol=0.05, atol=0.05)
+    assert student_shares(1, 4, 0).tolist() == [[1.0]] * 4
+    two = t_interval(values[:2])
+    np.testing.assert_allclose(two, 2.5 + np.array([-1, 1]) * 12.706 * np.sqrt(4.5 / 2), rtol=1e-3)
+    assert np.isnan(t_interval(values[:1])).all()
+
+
+def test_smoothing_averages_over_its_width() -> None:
+    values = np.array([1.0, 2.0, 4.0, 8.0, 16.0, np.nan])
+    assert smoothed(values, 1)[:5].tolist() == [1, 2, 4, 8, 16]
+    np.testing.assert_allclose(smoothed(values), [1.5, 7 / 3, 14 / 3, 28 / 3, 12, 16])
+    np.testing.assert_allclose(smoothed(values, 5), [7 / 3, 15 / 4, 31 / 5, 30 / 4, 28 / 3, 12])
+    assert np.isnan(smoothed(np.array([np.nan, np.nan, np.nan, 1.0]))[0])
+
+
+def test_movement_of_one_two_and_rising_checkpoints() -> None:
+    one, two, rising = (movement(np.array(values)) for values in ([1.0], [1.0, 3.0], [1.0, 2.0, 5.0]))
+    assert np.isnan(one["std"])
+    assert two == {"std": pytest.approx(2**0.5), "range": 2.0, "largest_drop": 0.0}
+    assert rising["largest_drop"] == 0.0
+    assert movement(np.array([3.0, 1.0, 4.0, 0.5]))["largest_drop"] == 3.5
+
+
+def test_bootstrap_intervals_are_the_same_in_chunks_and_by_default_of_95_percent() -> None:
+    """Rows so many that resamples are drawn a few at a time, and statistics that some or all draws do not know."""
+    generator = np.random.default_rng(0)
+    values, unit = generator.normal(size=(3000, 1)) + 5, np.arange(3000)
+    sizes = []
+
+    def statistics(counts: np.ndarray) -> np.ndarray:
+        sizes.append(len(counts))
+        np.testing.assert_array_equal(counts.sum(-1), 3000)
+        means = counts @ values / 3000
+        missing = np.where(counts[:, :1] == 0, np.nan, means)  # NaN where row 0 is not drawn
+        return np.concatenate([means, missing, np.full_like(means, np.nan)], -1)
+
+    found = bootstrap_intervals(statistics, unit)
+    assert sizes == [666, 334]
+    width = 2 * 1.96 * values.std() / 3000**0.5
+    assert found[0, 1] - found[0, 0] == pytest.approx(width, rel=0.1)
+    assert found[1, 1] - found[1, 0] == pytest.approx(width, rel=0.1)
+    assert np.isnan(found[2]).all()
+    assert intervals_of_means(values, unit, 0)[0] == pytest.approx(found[0].tolist())
+
+
+def test_units_are_all_drawn_and_their_rows_together() -> None:
+    unit = np.array([0, 0, 1, 2, 2, 2])
+    drawn = []
+
+    def statistics(counts: np.ndarray) -> np.ndarray:
+        drawn.append(counts)
+        return counts[:, :1]
+
+    bootstrap_intervals(statistics, unit, draws=500)
+    counts = np.concatenate(drawn)
+    assert (counts[:, 0] == counts[:, 1]).all()
+    np.testing.assert_array_equal(counts[:, [0, 2, 3]].sum(-1), 3)  # three units, drawn three times
+    assert len(counts) == 500

@@ -36,10 +36,13 @@ from poise.functional.objectives import (
     expected_worst_case,
     parse_objective,
 )
-from poise.functional.statistics import resampled_counts, shared_by_ties
+from poise.functional.statistics import resampled_counts, shared_by_ties, student_shares
 from poise.runtime.run_folder import Json
 
 DRAWS = 1000
+
+# With fewer effective samples a prompt, a tilted policy's KL and gold are those of the pool's few best completions.
+MIN_SAMPLES = 10.0
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ class Curves(NamedTuple):
     tilted_gold_SPM: ndarray
     tilted_proxy_SPM: ndarray
     tilted_kl_SPM: ndarray
+    tilted_samples_SPM: ndarray  # effective sample size of the pool under the tilted policy, 1 / sum of squared weights
     accuracy_SP: ndarray  # share of pairs of completions that the proxy orders as gold does; ties count half
 
     @classmethod
@@ -112,11 +116,12 @@ class Curves(NamedTuple):
         points = []
         for kl_coef in KL_COEFS:
             weight, kl = tilted_weights(proxy, kl_coef)
-            points.append(np.stack([(weight * gold).sum(-1), (weight * proxy).sum(-1), kl]))
-        best_gold, best_proxy, gold, proxy, kl = (
+            samples = 1 / np.square(weight).sum(-1)
+            points.append(np.stack([(weight * gold).sum(-1), (weight * proxy).sum(-1), kl, samples]))
+        best_gold, best_proxy, gold, proxy, kl, samples = (
             part.reshape(*shape[:2], -1) for part in (*selected, *np.stack(points, -1))
         )
-        return cls(n, best_gold, best_proxy, gold, proxy, kl, pair_accuracy(proxy_SPN, gold_PN))
+        return cls(n, best_gold, best_proxy, gold, proxy, kl, samples, pair_accuracy(proxy_SPN, gold_PN))
 
 
 def pair_accuracy(proxy_SPN: ndarray, gold_PN: ndarray) -> Float[ndarray, "seeds prompts"]:
@@ -136,14 +141,18 @@ def pair_accuracy(proxy_SPN: ndarray, gold_PN: ndarray) -> Float[ndarray, "seeds
 
 
 class Resamples(NamedTuple):
-    """Bootstrap of prompts and of reward models, the same for every objective, so that differences are paired."""
+    """Draws of the means over prompts and over reward models, the same for every objective: differences are paired.
+
+    Prompts are many and bootstrapped. Reward models are few, and a bootstrap of three leaves out zero in a fifth of the
+    studies in which nothing differs: their mean is drawn from Student's distribution (`student_shares`).
+    """
 
     prompts_DP: Float[ndarray, "draws prompts"]
     seeds_DS: Float[ndarray, "draws seeds"]
 
     @classmethod
     def draw(cls, num_prompts: int, num_seeds: int, draws: int = DRAWS) -> "Resamples":
-        return cls(resampled_counts(num_prompts, draws, 0), resampled_counts(num_seeds, draws, 1))
+        return cls(resampled_counts(num_prompts, draws, 0), student_shares(num_seeds, draws, 1))
 
     def by_seed(self, values_SPM: ndarray) -> Float[ndarray, "draws seeds points"]:
         """Means over resampled prompts, per reward model."""
@@ -152,7 +161,7 @@ class Resamples(NamedTuple):
         return (self.prompts_DP @ flat).reshape(-1, seeds, points)
 
     def over_seeds(self, values_DS: ndarray) -> ndarray:
-        """Means over resampled reward models of (D, S) or (D, S, M)."""
+        """Drawn means over reward models of (D, S) or (D, S, M)."""
         return np.einsum("ds,ds...->d...", self.seeds_DS, values_DS)
 
 
@@ -167,20 +176,15 @@ class CurveSummary(NamedTuple):
 def summarize(curves: Curves, resamples: Resamples) -> CurveSummary:
     """Points with 95 % intervals over prompts and reward models, fitted laws, peak, final and drawdown of gold."""
     gold_DSM = resamples.by_seed(curves.best_of_n_gold_SPM)
-    kls, tilted_kls = best_of_n_kl(curves.n), curves.tilted_kl_SPM.mean((0, 1))
+    kls = best_of_n_kl(curves.n)
     points = _points(curves.best_of_n_gold_SPM, gold_DSM, curves.best_of_n_proxy_SPM, resamples)
     best = [{"n": int(n), "kl": float(kl)} | point for n, kl, point in zip(curves.n, kls, points, strict=True)]
-    tilted_gold_DSM = resamples.by_seed(curves.tilted_gold_SPM)
-    points = _points(curves.tilted_gold_SPM, tilted_gold_DSM, curves.tilted_proxy_SPM, resamples)
-    tilted = [
-        {"kl_coef": kl_coef, "kl": float(kl)} | point
-        for kl_coef, kl, point in zip(KL_COEFS, tilted_kls, points, strict=True)
-    ]
+    tilted, stopped = _tilted(curves, resamples)
     initial = best[0]["gold"]
-    laws = {
-        "best_of_n": fit_best_of_n(np.sqrt(kls), np.array([point["gold"] - initial for point in best])),
-        "tilted": fit_rl(np.sqrt(np.maximum(tilted_kls, 0)), np.array([point["gold"] - initial for point in tilted])),
-    }
+    laws = {"best_of_n": fit_best_of_n(np.sqrt(kls), np.array([point["gold"] - initial for point in best]))}
+    if len(tilted) > 2:  # two points, two constants: no law
+        root = np.sqrt(np.maximum([point["kl"] for point in tilted], 0))
+        laws["tilted"] = fit_rl(root, np.array([point["gold"] - initial for point in tilted]))
     # The peak is where the mean curve has it: a peak of its own for each resample would find a fall in any noise.
     peak = int(np.argmax([point["gold"] for point in best]))
     own, drawn = _measures(curves.best_of_n_gold_SPM.mean(1)[None], peak), _measures(gold_DSM, peak)
@@ -198,11 +202,33 @@ def summarize(curves: Curves, resamples: Resamples) -> CurveSummary:
     return CurveSummary(
         {
             "seeds": len(curves.best_of_n_gold_SPM), "initial_gold": initial, "best_of_n": best, "tilted": tilted,
+            "tilted_stopped": stopped,
             "fits": {name: law._asdict() for name, law in laws.items()}, "measures": measures,
         },
         means,
         draws,
     )  # fmt: skip
+
+
+def _tilted(curves: Curves, resamples: Resamples) -> tuple[list[Json], str]:
+    """(points of the tilted curve as far as the pool reaches, why it stops; "" where it does not).
+
+    A point's effective sample size is the harmonic mean over prompts and reward models: the error of the pool's KL goes
+    with its inverse. The curve ends before the first point with fewer than MIN_SAMPLES.
+    """
+    samples = 1 / (1 / curves.tilted_samples_SPM).mean((0, 1))
+    short = np.flatnonzero(samples < MIN_SAMPLES)
+    end = int(short[0]) if len(short) else len(samples)
+    gold_SPM, proxy_SPM = curves.tilted_gold_SPM[..., :end], curves.tilted_proxy_SPM[..., :end]
+    points = _points(gold_SPM, resamples.by_seed(gold_SPM), proxy_SPM, resamples) if end else []
+    kls = curves.tilted_kl_SPM.mean((0, 1)).tolist()
+    reached = zip(KL_COEFS[:end], kls[:end], samples[:end].tolist(), points, strict=True)
+    found = [{"kl_coef": coef, "kl": kl, "effective_samples": size} | point for coef, kl, size, point in reached]
+    if end == len(samples):
+        return found, ""
+    return found, (
+        f"at β = {KL_COEFS[end]:g} the pool is worth {samples[end]:.1f} samples a prompt, fewer than {MIN_SAMPLES:g}"
+    )
 
 
 def differences_from(own: CurveSummary, first: CurveSummary) -> Json:

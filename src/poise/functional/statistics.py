@@ -90,6 +90,22 @@ def resampled_counts(num_units: int, draws: int, seed: int) -> Float[ndarray, "d
     return np.bincount(drawn.ravel(), minlength=draws * num_units).reshape(draws, num_units) / num_units
 
 
+def student_shares(num_units: int, draws: int, seed: int) -> Float[ndarray, "draws {num_units}"]:
+    """Random shares that sum to 1, some of them negative: `shares @ values` are draws of the mean of few units.
+
+    For every `values` they are distributed as mean + t * std / sqrt(n), with t of n - 1 degrees of freedom and std of
+    divisor n - 1. Their quantiles are therefore Student's intervals, and those of differences are paired. One unit has
+    share 1.
+    """
+    if num_units == 1:
+        return np.ones((draws, 1))
+    generator = np.random.default_rng(seed)
+    normal = generator.normal(size=(draws, num_units))
+    normal -= normal.mean(-1, keepdims=True)
+    width = np.sqrt(generator.chisquare(num_units - 1, size=(draws, 1)) * num_units)
+    return 1 / num_units + normal / width
+
+
 def auroc(positive: Float[ndarray, " n"], negative: Float[ndarray, " m"]) -> float:
     """P(a random positive scores above a random negative), ties counted half."""
     wins = mannwhitneyu(positive, negative, method="asymptotic").statistic  # the p-value is not used
