@@ -5,13 +5,13 @@ the picture. It names files, not folders of this machine.
 """
 
 import json
-import os
 from typing import Any
 
 from poise.models.loading import HfTokenizer, load_tokenizer
 from poise.models.model_card import front_matter, is_hub_id, public_name, validation_accuracy
 from poise.reports import plots
 from poise.runtime.display import markdown_cell, markdown_code, on_one_line
+from poise.runtime.folders import write_file_atomic
 from poise.runtime.run_folder import Json, Run, write_atomic
 
 WHAT = {
@@ -60,12 +60,8 @@ def write_card(out: Run, settings: Json, name: str) -> None:
     folder, results = out.folder / name, out.results or {}
     bins = results["models"][name].get("reliability")
     if bins:
-        picture = folder / f".{os.getpid()}.calibration.png"
-        try:
+        with write_file_atomic(folder / "calibration.png") as picture:
             plots.save_reliability(bins, picture)
-            picture.replace(folder / "calibration.png")
-        finally:
-            picture.unlink(missing_ok=True)
     block = json.loads((folder / "config.json").read_text(encoding="utf-8"))["poise"]
     environment = out.folder / "environment.json"
     versions = json.loads(environment.read_text(encoding="utf-8"))["versions"] if environment.exists() else {}

@@ -64,7 +64,7 @@ def is_ours(folder: Path) -> bool:
     """May a run write in this folder? It is missing, empty, or Poise made it."""
     if not folder.is_dir():
         return not folder.exists()
-    names = {path.name for path in folder.iterdir() if not _is_leftover(path.name)}
+    names = {path.name for path in folder.iterdir() if not is_leftover(path.name)}
     return not names or MARK in names or any(name in names for name in _OLDER_MARKS)
 
 
@@ -142,6 +142,20 @@ def clear_leftovers(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def write_file_atomic(path: Path) -> Iterator[Path]:
+    """Yield the name of a file to write; it becomes `path` only if the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(path)
+    partial = partial_name(path)
+    try:
+        yield partial
+        follow_umask(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def write_folder_atomic(path: Path) -> Iterator[Path]:
     """Yield an empty folder to fill; it becomes `path` (replacing an old one) only if the block succeeds.
 
@@ -178,7 +192,8 @@ def _leftover_prefix(name: str) -> str:
     return f".{name}.poise-{socket.gethostname()}-"
 
 
-def _is_leftover(name: str) -> bool:
+def is_leftover(name: str) -> bool:
+    """Is it the name of what a process prepares, or prepared when it was killed?"""
     return name.startswith(".") and ".poise-" in name
 
 

@@ -31,6 +31,7 @@ from poise.models.loading import load_policy
 from poise.models.policy import Policy, uniforms
 from poise.models.reward_model import heads_fingerprint
 from poise.models.scorer import Ensemble, Scorer, generated
+from poise.runtime.folders import write_file_atomic
 from poise.runtime.progress import progress
 from poise.runtime.run_folder import Json
 
@@ -54,12 +55,10 @@ class PoolHeads:
         if not (self.heads.mean.isfinite().all() and self.heads.std.isfinite().all()):
             name = path.with_suffix("")
             raise PoiseError(f"the reward model of {name} says NaN or infinity of some completions; train it anew")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
         about = {"unit": repr(self.unit), "fingerprint": self.fingerprint}
         parts = {"mean": self.heads.mean.float().contiguous(), "std": self.heads.std.float().contiguous()}
-        save_file(parts, partial, about)
-        partial.replace(path)
+        with write_file_atomic(path) as partial:
+            save_file(parts, partial, about)
 
     @staticmethod
     def load(path: Path, fingerprint: str, num_rows: int) -> "PoolHeads":
