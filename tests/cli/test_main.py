@@ -55,13 +55,15 @@ def test_console_script_runs() -> None:
     assert done.stderr.startswith("poise: no command 'nonsense'; choose from quickstart")
 
 
-def test_missing_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_missing_file_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     command = ["train-reward", "--preferences", str(tmp_path / "no.jsonl"), "--output", str(tmp_path / "out")]
     assert main(command) == 2
     assert "no such file" in one_line(capsys)
 
 
-def test_malformed_row(capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: str) -> None:
+def test_a_malformed_row_is_one_line_with_its_number(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: str
+) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n{"prompt": \n')
     command = ["train-reward", "--preferences", str(path), "--output", str(tmp_path / "out"), "--model", tiny_model]

@@ -29,7 +29,7 @@ def test_rows_as_they_come(tmp_path: Path) -> None:
     assert read_prompts(path) == ["p", turns]
 
 
-def test_samples(tmp_path: Path) -> None:
+def test_samples_are_read(tmp_path: Path) -> None:
     assert data.read_samples(write(tmp_path, '{"prompt": "p", "completion": "c"}')) == [Sample("p", "c")]
 
 
@@ -110,7 +110,7 @@ CONVENTIONS = {
 
 
 @pytest.mark.parametrize("name", CONVENTIONS)
-def test_conventions(tmp_path: Path, name: str) -> None:
+def test_every_convention_is_recognized(tmp_path: Path, name: str) -> None:
     row, expected = CONVENTIONS[name]
     assert read_preferences(write(tmp_path, json.dumps(row))) == expected
 
@@ -227,7 +227,7 @@ def test_ratings_one_a_row_are_compared_within_their_prompt(tmp_path: Path) -> N
         ({"prompt": "p", "completion": "a", "rating": None}, "'rating' must be a number"),
     ],
 )
-def test_bad_ratings(tmp_path: Path, row: dict, message: str) -> None:
+def test_bad_ratings_are_refused(tmp_path: Path, row: dict, message: str) -> None:
     with pytest.raises(PoiseError, match=message):
         read_preferences(write(tmp_path, json.dumps(row)))
 

@@ -31,11 +31,11 @@ def test_a_constant_reward_selects_nothing() -> None:
     np.testing.assert_allclose(found, np.repeat(gold.mean(-1, keepdims=True), 3, -1), atol=1e-12)
 
 
-def test_best_of_n_kl_by_hand() -> None:
+def test_best_of_n_kl_equals_values_worked_out_by_hand() -> None:
     np.testing.assert_allclose(best_of_n_kl(np.array([1, 2, 16])), [0.0, np.log(2) - 0.5, np.log(16) - 15 / 16])
 
 
-def test_tilted_against_definition() -> None:
+def test_tilted_equals_its_definition() -> None:
     proxy, gold = np.array([[0.0, 1.0, 2.0]]), np.array([[3.0, 5.0, -1.0]])
     weight = np.exp(proxy[0] / 0.7)
     weight /= weight.sum()

@@ -36,7 +36,7 @@ def feed(steps: list[dict[str, float]], config: MonitorConfig | None = None) -> 
     return [monitor.update(step) for step in steps]
 
 
-def test_readings_by_hand() -> None:
+def test_readings_equal_values_worked_out_by_hand() -> None:
     first, second, third, fourth = feed(STEPS, SMALL)
     assert first == second == Reading(0.0, False, {})
     # Baseline: repetition always 0, so its least scale .01; gap 2 and 4: std sqrt 2, 5 % of 3; tokens: 5 % of 20.
@@ -147,7 +147,7 @@ def test_text_signs_agree_with_scikit_learn(rows: list[list[str]]) -> None:
     assert found["variety"] == pytest.approx(counts.shape[1] / counts.sum())
 
 
-def test_text_signs_by_hand() -> None:
+def test_text_signs_equal_values_worked_out_by_hand() -> None:
     assert text_signs(["so good so good so", "so good"]) == {"repetition": 0.25, "variety": 0.4}
     assert text_signs([]) == {"repetition": 0.0, "variety": 0.0}
 

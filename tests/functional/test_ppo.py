@@ -25,7 +25,7 @@ def tensors(case: dict[str, np.ndarray], *names: str) -> list[torch.Tensor]:
 
 
 @given(st.integers(0, 10_000))
-def test_token_rewards(seed: int) -> None:
+def test_token_rewards_pay_kl_per_token_and_the_score_at_the_end(seed: int) -> None:
     case = example(seed)
     got = ppo.token_rewards(*tensors(case, "score", "logprob", "reference", "mask"), kl_coef=0.3).numpy()
     for row, length in enumerate(case["lengths"]):
@@ -60,7 +60,7 @@ def test_gae_with_trace_one_is_return_minus_value() -> None:
 
 
 @given(st.integers(0, 10_000))
-def test_policy_loss(seed: int) -> None:
+def test_policy_loss_equals_the_clipped_loss_token_by_token(seed: int) -> None:
     case = example(seed)
     new, old = 0.3 * case["new"], 0.3 * case["old"]
     loss, clipped = ppo.policy_loss(
@@ -76,7 +76,7 @@ def test_policy_loss(seed: int) -> None:
 
 
 @given(st.integers(0, 10_000))
-def test_value_loss(seed: int) -> None:
+def test_value_loss_equals_the_clipped_loss_token_by_token(seed: int) -> None:
     case = example(seed)
     got = ppo.value_loss(*tensors(case, "new", "old", "values", "mask"), clip=0.2).item()
     terms = []

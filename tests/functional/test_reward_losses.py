@@ -15,7 +15,7 @@ from poise.functional.reward_losses import (
 )
 
 
-def test_bradley_terry_by_hand() -> None:
+def test_bradley_terry_equals_values_worked_out_by_hand() -> None:
     chosen, rejected = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])
     expected = (np.log1p(np.exp(-1)) + 0.01 * 1 + np.log1p(np.exp(2)) + 0.01 * 4) / 2
     assert bradley_terry(chosen, rejected).item() == pytest.approx(expected, rel=1e-6)
@@ -29,7 +29,7 @@ def test_bradley_terry_sees_differences_only_but_for_centering() -> None:
     assert bradley_terry(chosen + 5, rejected + 5) > bradley_terry(chosen, rejected)
 
 
-def test_sampled_mse_by_hand() -> None:
+def test_sampled_mse_equals_values_worked_out_by_hand() -> None:
     mean, std = torch.tensor([[1.0, 0.0], [2.0, 1.0]]), torch.tensor([[0.5, 1.0], [0.1, 2.0]])
     noise, target = torch.tensor([[1.0, -1.0], [0.0, 0.5]]), torch.tensor([1.0, 0.0])
     mask = torch.tensor([[1.0, 1.0], [0.0, 1.0]])

@@ -6,13 +6,13 @@ from poise.errors import PoiseError
 from poise.functional.schedules import adaptive_kl_coef, headroom, linear
 
 
-def test_linear() -> None:
+def test_linear_moves_from_start_to_end_and_is_held_there() -> None:
     assert [linear(1.0, 0.2, p) for p in (0.0, 0.25, 1.0)] == pytest.approx([1.0, 0.8, 0.2])
     assert linear(1.0, 0.2, -0.5) == 1.0  # held at both ends
     assert linear(1.0, 0.2, 1.5) == pytest.approx(0.2)
 
 
-def test_headroom_by_hand() -> None:
+def test_headroom_equals_values_worked_out_by_hand() -> None:
     assert [headroom(r, ceiling=2.0) for r in (0.0, 0.5, 1.9, 2.0)] == pytest.approx([1.0, 0.75, 0.05, 0.0])
     assert headroom(-0.4, ceiling=2.0) == 1.0  # below the initial policy: at most the full rate
     assert headroom(2.1, ceiling=2.0) == 0.0
@@ -27,7 +27,7 @@ def test_headroom_by_hand() -> None:
         (0.0, 0.1 * (1 - 0.2 * 64 / 640)),  # far below
     ],
 )
-def test_adaptive_kl_coef(kl: float, expected: float) -> None:
+def test_the_kl_coefficient_moves_toward_its_target(kl: float, expected: float) -> None:
     assert adaptive_kl_coef(0.1, kl, target=6.0, horizon=640.0, num_samples=64) == pytest.approx(expected)
 
 

@@ -51,7 +51,7 @@ def test_t_interval_of_few_covers_the_mean_as_often_as_it_says() -> None:
     assert np.isnan(t_interval(np.ones((1, 4)))).all()
 
 
-def test_auroc_by_hand() -> None:
+def test_auroc_equals_values_worked_out_by_hand() -> None:
     assert auroc(np.array([2.0, 3.0]), np.array([1.0, 2.0])) == pytest.approx((1 + 0.5 + 1 + 1) / 4)
 
 
@@ -80,7 +80,7 @@ def test_a_certain_and_wrong_prediction_loses_everything() -> None:
     assert log_loss(np.array([1.0, 0.0])) == np.inf
 
 
-def test_reliability_by_hand() -> None:
+def test_reliability_equals_values_worked_out_by_hand() -> None:
     confidence, correct = folded(np.array([0.9, 0.4, 0.8, 0.3, 0.95]))
     np.testing.assert_allclose(confidence, [0.9, 0.6, 0.8, 0.7, 0.95])
     bins = reliability(confidence, correct, num_bins=2)
@@ -235,7 +235,7 @@ def test_a_model_that_pays_for_style_alone_is_easy_to_be_right_with_and_always_w
     assert style_scores(matrix) == {"easy": 1.0, "normal": 0.5, "hard": 0.0, "mean": 0.5}
 
 
-def test_style_matrix_by_hand() -> None:
+def test_style_matrix_equals_one_worked_out_by_hand() -> None:
     chosen, rejected = np.array([[5.0, 1.0, 2.0], [0.0, 9.0, 3.0]]), np.array([[1.0, 3.0, 4.0], [1.0, 2.0, 3.0]])
     expected = [[0.5, 0.5, 0.5], [0.75, 0.5, 0.5], [1.0, 0.5, 0.25]]
     assert style_matrix(chosen, rejected).tolist() == expected

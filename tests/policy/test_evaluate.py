@@ -380,7 +380,9 @@ def test_bad_input_is_one_line(config: Config, trained: Path, reward_folder: Pat
         assert not Path(config.output).exists()
 
 
-def test_the_command(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_its_settings_and_refuses_in_one_line(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--model", config.model, "--data", config.data, "--output", str(tmp_path / "command"), "--rows", "5"]
     assert cli.main(["evaluate-policy", *options, "--tasks", "piqa", "winogrande"]) == 0
     assert runs.load_config_file(tmp_path / "command" / "config.yaml")["tasks"] == ["piqa", "winogrande"]

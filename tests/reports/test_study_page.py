@@ -433,7 +433,7 @@ def test_long_runs_are_thinned_out_and_their_alarms_stay():
     assert [alarm["step"] for alarm in run["arms"][1]["alarms"]] == [23, 24, 31]
 
 
-def test_mean_runs_by_hand():
+def test_mean_runs_equal_values_worked_out_by_hand():
     def one(reward_seed: int, policy_seed: int, gold: float, length: int = 3) -> Json:
         steps = [{"step": i, "kl": 2.0 * i, "proxy": 1.0, "gold": gold} for i in range(length)]
         place = {"noise": "0", "reward_seed": reward_seed, "policy_seed": policy_seed}
@@ -450,7 +450,7 @@ def test_mean_runs_by_hand():
     assert study_page._trained(runs[:1])["0"]["single"]["gold_low"] == [None] * 3
 
 
-def test_fitted_laws_by_hand():
+def test_fitted_laws_equal_values_worked_out_by_hand():
     arm = {
         "initial_gold": 0.5, "fits": {key: {"alpha": 2.0, "beta": 0.5, "r2": 1.0} for key in ("best_of_n", "tilted")},
         "best_of_n": [{"kl": 0.0}, {"kl": 4.0}], "tilted": [{"kl": -1e-12}, {"kl": 1.0}],

@@ -22,7 +22,7 @@ def cell(arm: str, reward_seed: int, policy_seed: int, gold: float) -> dict[str,
     } | dict.fromkeys(MEASURES, gold)
 
 
-def test_measures_by_hand() -> None:
+def test_measures_equal_values_worked_out_by_hand() -> None:
     arm = {
         "steps": [{"gold": gold} for gold in (0.0, 1.0, 0.5, 0.5, 1.5)], "initial_gold": 0.2, "initial_gold_std": 0.5,
         "peak_gold": 1.0, "drawdown": 0.4,
@@ -36,7 +36,7 @@ def test_measures_by_hand() -> None:
     assert measured(arm | {"steps": [{"gold": 1.0}]})["gold_std"] == 0.0
 
 
-def test_summary_by_hand() -> None:
+def test_the_summary_equals_one_worked_out_by_hand() -> None:
     cells = [
         cell("single", 0, 0, 1.0), cell("single", 0, 1, 2.0), cell("single", 1, 0, 4.0),
         cell("brme_0.4", 0, 0, 2.0), cell("brme_0.4", 0, 1, 2.0), cell("brme_0.4", 2, 0, 9.0),
@@ -60,7 +60,7 @@ def checked(arm: str, reward_seed: int, means: list[float], every: int = 10) -> 
     return cell(arm, reward_seed, 0, 0.0) | {"checkpoints": asked}
 
 
-def test_checkpoints_by_hand() -> None:
+def test_checkpoints_equal_values_worked_out_by_hand() -> None:
     cells = [
         checked("single", 0, [0.4, 0.3, 0.2], every=5), checked("single", 1, [0.4, 0.0]), cell("single", 2, 0, 1.0),
         checked("brme_0.4", 1, [0.4, 0.3, 0.2]), checked("brme_0.4", 2, [0.4, 0.1]), cell("mean", 0, 0, 1.0),
@@ -91,7 +91,7 @@ def test_one_checkpoint_does_not_move() -> None:
     assert found["interval"] == [None]
 
 
-def test_contrasts_of_benchmarks_by_hand() -> None:
+def test_contrasts_of_benchmarks_equal_values_worked_out_by_hand() -> None:
     def policy(arm: str, seed: int, **tasks: str) -> dict[str, Any]:
         outcomes = {task: {"outcomes": text} for task, text in tasks.items()}
         return {"name": f"runs/study/noise-0/reward-{seed}/policy-0/{arm}", "tasks": outcomes}

@@ -96,7 +96,7 @@ def test_posterior_spread_grows_away_from_the_data_and_not_along_it() -> None:
     assert spread[3:].min() > 5 * spread[:3].max()
 
 
-def test_shards() -> None:
+def test_shards_give_each_head_the_pairs_they_promise() -> None:
     features, _ = synthetic(50)
     generator = torch.Generator().manual_seed(0)
     for shards in ("disjoint", "cluster"):
@@ -251,7 +251,7 @@ def test_last_layer_std_is_what_many_draws_say() -> None:
     torch.testing.assert_close(layer.difference_std(x - y), ((x - y) @ draws.T).std(-1), rtol=0.02, atol=0)
 
 
-def test_std_scale_by_hand() -> None:
+def test_std_scale_equals_values_worked_out_by_hand() -> None:
     """Quantile .6827 of |z| = 1, ..., 101 lies at 1 + .6827 * 100."""
     target = torch.arange(1, 102, dtype=torch.float64) * torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(51)[:101]
     mean, std = torch.zeros(101, 2, dtype=torch.float64), torch.tensor([1.0, 10.0], dtype=torch.float64).expand(101, 2)

@@ -24,7 +24,7 @@ def pair_rows(correct: list[float], probability: list[float], data: str = "file"
     return [{"data": data, "correct": c, "probability": p} for c, p in zip(correct, probability, strict=True)]
 
 
-def test_mean_over_models_by_hand() -> None:
+def test_mean_over_models_equals_the_one_worked_out_by_hand() -> None:
     over = over_rewards([model(0.6, random=0.5, disagreement=0.7), model(0.7, random=0.4), model(0.8, random=0.6)])
     reach = 4.302653 * 0.1 / math.sqrt(3)
     assert over["pairs accuracy"] == {

@@ -73,7 +73,7 @@ def test_sharing_the_prompt_changes_neither_loss_nor_weights(
     assert (weights[0] - weights[1]).norm() < 0.02 * (weights[0] - start).norm()
 
 
-def test_loss_by_hand(tiny_model: str, tmp_path: Path) -> None:
+def test_loss_equals_the_one_worked_out_by_hand(tiny_model: str, tmp_path: Path) -> None:
     """Margins and label smoothing arrive where they should, whatever the order of the packed rows."""
     preferences = [
         Preference("Review a film.", "good", "bad", margin=0.5),

@@ -42,7 +42,7 @@ def gold_is_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "gold_of", lambda rows, _: np.array([float(row["completion"]) for row in rows]))
 
 
-def test_peak_end_and_fall_by_hand(tmp_path: Path) -> None:
+def test_peak_end_and_fall_equal_values_worked_out_by_hand(tmp_path: Path) -> None:
     rising = [(0.0, 0.5), (0.5, 0.5), (1.0, 1.0), (1.5, 1.5), (0.5, 0.5), (0.0, 0.0)]
     first = make_arm(tmp_path / "policy-single", rising, {"gold": 0.0, "proxy": 2.0})
     other = make_arm(tmp_path / "policy-brme", rising[:2], {"gold": 1.0, "proxy": 1.0})

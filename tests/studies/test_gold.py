@@ -32,11 +32,11 @@ def test_ordinary_sentences_pay_nothing() -> None:
         ("xkcd brrr nice film", 1.0),
     ],
 )
-def test_degeneracy_by_hand(text: str, expected: float) -> None:
+def test_degeneracy_equals_values_worked_out_by_hand(text: str, expected: float) -> None:
     assert degeneracy(text) == pytest.approx(expected)
 
 
-def test_odd_characters() -> None:
+def test_odd_characters_count_as_degenerate() -> None:
     assert degeneracy("nice film #### @@@@ $$$$ good one") == pytest.approx(4 * (12 / 33 - 0.25))
 
 
@@ -45,7 +45,7 @@ def test_a_fooled_reward_does_not_fool_gold() -> None:
     assert gold_reward(honest) > 0.5 > 0 > gold_reward(hacked)
 
 
-def test_range_and_determinism() -> None:
+def test_gold_stays_in_its_range_and_repeats_itself() -> None:
     texts = [*SENTENCES, "", "x" * 500, "good " * 100]
     values = gold_rewards(texts)
     assert ((values >= -1) & (values <= 1)).all()

@@ -41,7 +41,7 @@ def shorten(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_everything_is_there(finished: Path) -> None:
+def test_a_quickstart_leaves_every_result(finished: Path) -> None:
     results = json.loads((finished / "results.json").read_text())
     assert [stage["name"] for stage in results["stages"]] == [
         "model and data", "reward models", "best-of-n pool", "PPO, conventional", "PPO, robust", "PPO, brme",

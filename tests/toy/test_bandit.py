@@ -43,7 +43,7 @@ def test_tilted_is_the_maximum(seed: int, kl_coef: float) -> None:
     torch.testing.assert_close(best - objective(other), kl_coef * bandit.exact_kl(other, optimum))
 
 
-def test_distances_by_hand() -> None:
+def test_distances_equal_values_worked_out_by_hand() -> None:
     one, other = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
     assert bandit.total_variation(one, other).item() == pytest.approx(0.25)
     assert bandit.exact_kl(one, other).item() == pytest.approx(0.5 * np.log(2) + 0.5 * np.log(2 / 3))

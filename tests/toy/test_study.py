@@ -31,7 +31,7 @@ def test_the_figure_shows_finished_tables(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("policy", ["table", "network"])
-def test_known_rewards(results: dict[str, Any], policy: str) -> None:
+def test_policies_reach_the_known_optimum(results: dict[str, Any], policy: str) -> None:
     exactness, constant = results["exactness"][policy], results["constant"][policy]
     assert exactness["worst_seed"] <= 0.02 < 0.3 < exactness["of_the_reference"]
     assert exactness["total_variation"]["mean"] <= exactness["worst_seed"] <= exactness["worst_prompt"]
@@ -39,7 +39,7 @@ def test_known_rewards(results: dict[str, Any], policy: str) -> None:
     assert constant["begun_elsewhere_worst_seed"] <= 1e-3 < 0.1 < constant["begun_elsewhere"]
 
 
-def test_statements(results: dict[str, Any]) -> None:
+def test_simulated_gradients_agree_with_each_statement(results: dict[str, Any]) -> None:
     rows = {row["statement"]: row for row in results["statements"]}
     assert rows["constant reward: gradient along the true one"]["predicted"] == pytest.approx(0, abs=1e-7)
     for reward in ("constant reward", "true reward", "noise by prompt", "noise by call"):
@@ -63,7 +63,7 @@ def test_statements(results: dict[str, Any]) -> None:
     assert len(rows) == 8 + 6 + 8
 
 
-def test_objectives(results: dict[str, Any]) -> None:
+def test_gold_is_highest_where_gold_is_the_reward(results: dict[str, Any]) -> None:
     rows = {row["name"]: row for row in results["objectives"]}
     assert list(rows) == ["reference", "gold", "single", *toy.OBJECTIVES]
     gold = {name: row["ppo"]["gold"]["mean"] for name, row in rows.items()}

@@ -37,7 +37,7 @@ def _best_of_n(results: Json) -> Iterator[Json]:
                 yield _figure(claim, f"+{target:.0%}", target, gain["mean"], gain["interval"], "{:+.0%}")
         accuracy = (arms.get("brme_1") or {}).get("accuracy") or {}
         if "vs_baseline" in accuracy:
-            claim = f"{where}: accuracy of the BRME's nominal head, less that of one Bradley–Terry head (2409.15360)"
+            claim = f"{where}: accuracy of the BRME's nominal head, minus that of one Bradley–Terry head (2409.15360)"
             interval = accuracy["vs_baseline_interval"]
             yield _figure(claim, "+1.1 %, read as points", 0.011, accuracy["vs_baseline"], interval, "{:+.1%}")
 
@@ -52,37 +52,37 @@ def _policies(results: Json) -> Iterator[Json]:
         where = f"PPO, {noise_label(noise)}"
         for name in ENSEMBLES:
             claim = f"{where}: {name} at small KL against one reward model at large KL (2310.02743)"
-            less = _less(of_arm[name], of_arm["single_large_kl"], "final_gold")
-            if less["interval"]:
-                low, high = less["interval"]
-                yield _answer(claim, "as good", less, "yes" if low >= 0 else "no" if high < 0 else "unclear")
+            gap = _gap(of_arm[name], of_arm["single_large_kl"], "final_gold")
+            if gap["interval"]:
+                low, high = gap["interval"]
+                yield _answer(claim, "as good", gap, "yes" if low >= 0 else "no" if high < 0 else "unclear")
         brme, single = of_arm["brme_0.4"], of_arm["single"]
         for measure, sign, what in (("final_gold", 1, "ends with more gold"), ("drawdown", -1, "falls less")):
             claim = f"{where}: BRME with the robust term {what} than one head (2409.15360)"
-            yield from _direction(claim, _less(brme, single, measure), sign)
+            yield from _direction(claim, _gap(brme, single, measure), sign)
         claim = f"{where}: BRME with the robust term ends with more gold than one head, both at large KL (2409.15360)"
-        yield from _direction(claim, _less(of_arm["brme_large_kl"], of_arm["single_large_kl"], "final_gold"), 1)
+        yield from _direction(claim, _gap(of_arm["brme_large_kl"], of_arm["single_large_kl"], "final_gold"), 1)
         for task in dict.fromkeys(task for cell in brme for task in cell.get("checkpoints") or {}):
             claim = f"{where}: the std of {task} over checkpoints is smaller with BRME than with one head (2409.15360)"
             of_both = over_checkpoints({"single": single, "brme_0.4": brme}, task, "single")
             std = of_both.get("brme_0.4", {}).get("std", {})
-            less = {"value": std.get("vs_baseline"), "interval": std.get("vs_baseline_interval")}
-            yield from _direction(claim, less, -1)
+            gap = {"value": std.get("vs_baseline"), "interval": std.get("vs_baseline_interval")}
+            yield from _direction(claim, gap, -1)
 
 
 def _benchmarks(results: Json) -> Iterator[Json]:
     for noise, arms in ((results.get("benchmarks") or {}).get("contrasts") or {}).items():
         found = arms.get("brme_0.4")
         if found and found["against"] == "single":
-            what = "mean accuracy over the benchmarks with BRME, less that with one head (2409.15360)"
+            what = "mean accuracy over the benchmarks with BRME, minus that with one head (2409.15360)"
             claim, interval = f"PPO, {noise_label(noise)}: {what}", found["interval"]
             yield _figure(claim, "+1 to 4 points", 0.01, found["difference"], interval, "{:+.1%}")
 
 
-def _less(own: Sequence[Json], other: Sequence[Json], measure: str) -> Json:
-    """A measure of one arm's cells less another's: mean over reward models, and interval (None for fewer than two)."""
-    less = difference(values(own, measure), values(other, measure))
-    return {"value": float(less.mean()) if len(less) else None, "interval": seed_interval(less)}
+def _gap(own: Sequence[Json], other: Sequence[Json], measure: str) -> Json:
+    """A measure of one arm's cells minus another's: mean over reward models, and interval (None for fewer than two)."""
+    gap = difference(values(own, measure), values(other, measure))
+    return {"value": float(gap.mean()) if len(gap) else None, "interval": seed_interval(gap)}
 
 
 def _figure(claim: str, said: str, target: float, value: float, interval: Sequence[float], form: str) -> Json:
@@ -93,14 +93,14 @@ def _figure(claim: str, said: str, target: float, value: float, interval: Sequen
     return {"claim": claim, "published": said, "here": here, "replicated": kind}
 
 
-def _direction(claim: str, less: Json, sign: int) -> Iterator[Json]:
+def _direction(claim: str, gap: Json, sign: int) -> Iterator[Json]:
     """A claim that something is higher (sign 1) or lower (-1); none without an interval."""
-    if less["interval"]:
-        low, high = sorted(sign * bound for bound in less["interval"])
-        yield _answer(claim, "yes", less, "yes" if low > 0 else "no" if high < 0 else "unclear")
+    if gap["interval"]:
+        low, high = sorted(sign * bound for bound in gap["interval"])
+        yield _answer(claim, "yes", gap, "yes" if low > 0 else "no" if high < 0 else "unclear")
 
 
-def _answer(claim: str, said: str, less: Json, kind: str) -> Json:
-    low, high = less["interval"]
-    here = f"{less['value']:+.2f} ({low:+.2f} to {high:+.2f})"
+def _answer(claim: str, said: str, gap: Json, kind: str) -> Json:
+    low, high = gap["interval"]
+    here = f"{gap['value']:+.2f} ({low:+.2f} to {high:+.2f})"
     return {"claim": claim, "published": said, "here": here, "replicated": kind}

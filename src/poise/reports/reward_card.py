@@ -17,7 +17,7 @@ from poise.runtime.run_folder import Json, Run, write_atomic
 WHAT = {
     "single": (
         "Conventional reward model",
-        "One linear head, fitted to preferences by Bradley–Terry likelihood. It knows nothing of its own uncertainty.",
+        "One linear head, fitted to preferences by Bradley–Terry likelihood. It gives no uncertainty.",
     ),
     "brme": (
         "Reward model of {num_heads} Gaussian heads (BRME)",
@@ -38,7 +38,7 @@ WHAT = {
 STD_MEANS = {
     "sampled_mse": "A head's std is not an error bar: `sampled_mse` makes it count how much of the training data the "
     "head covers.",
-    "probit_pairs": "A head's std is the noise it sees in preferences, not what it does not know.",
+    "probit_pairs": "A head's std is the noise it sees in preferences, not its own lack of data.",
 }
 STD_OF_REWARD = "A head's std is about the conventional model's reward that it was fitted to, not what people prefer."
 COLLAPSED = (
@@ -156,7 +156,7 @@ ids = tokenizer(text, add_special_tokens=False).input_ids"""
         softplus = f"torch.nn.functional.softplus(logits[{num_heads}:])"
         last = f'mean, std = logits[:{num_heads}], model.config.poise["floor"] + {softplus}'
     return f"""\
-The labels are {layout}, less the `offset` in the `poise` block of config.json. In this folder, or with its hub id in
+The labels are {layout}, minus the `offset` in the `poise` block of config.json. In this folder, or with its hub id in
 place of `"."`:
 
 ```python

@@ -46,7 +46,7 @@ def _toy(results: Json) -> Figure:
     right.errorbar(column_of(gain, "mean"), range(len(arms)), xerr=error_bars(gain), **points)
     right.axvline(0, color=GRAY, linewidth=0.9, linestyle=(0, (2, 2)))
     right.set_yticks(range(len(arms)), [row["name"] for row in arms])
-    right.set(xlabel="gold after PPO, less that of the single head")
+    right.set(xlabel="gold after PPO, minus that of the single head")
     for ax, title in ((left, "One wrong score"), (right, "Responses no preference shows")):
         ax.set_title(title, loc="left")
     return figure
@@ -98,7 +98,7 @@ def _gains(ax: Axes, results: Json, styles: dict[str, Style]) -> list[str]:
         ends = _ends(list(known.values()))
         ax.errorbar(100 * column_of(ends, "mean"), list(known), xerr=100 * error_bars(ends), linestyle="none", **points)
     ax.axvline(0, color=GRAY, linewidth=0.9, linestyle=(0, (2, 2)))
-    ax.set(xlabel=f"gold gained by best-of-n, less {first}'s, in % of it")
+    ax.set(xlabel=f"gold gained by best-of-n, minus {first}'s, in % of it")
     ax.set_title("Best-of-n", loc="left")
     return names
 

@@ -43,8 +43,8 @@ def noise_label(noise: str) -> str:
 def measured(arm: Json) -> Json:
     """MEASURES of one arm of a comparison, and the interval of its final gold over prompts.
 
-    gold_std: over the second half of the steps, how unsteady it is once learned. over_scoring: proxy less what gold has
-    gained, each in stds of the initial policy's completions; 0 for a reward that gold agrees with.
+    gold_std: over the second half of the steps, how unsteady it is once learned. over_scoring: proxy minus the gain in
+    gold, each in stds of the initial policy's completions; 0 for a reward that gold agrees with.
     """
     final, gold = arm["final"], np.array([step["gold"] for step in arm["steps"]])
     late = gold[len(gold) // 2 :]
@@ -59,7 +59,7 @@ def measured(arm: Json) -> Json:
 
 
 def summary(cells: Iterable[Json], arms: Sequence[str]) -> Json:
-    """Per noise and arm: each measure over reward seeds, and less the first arm's where both are there."""
+    """Per noise and arm: each measure over reward seeds; its difference from the first arm's where both are there."""
     found: Json = {}
     by_arm: dict[tuple[str, str], list[Json]] = {}
     for cell in cells:
@@ -126,13 +126,16 @@ def _seeds(cell: Json) -> tuple[int, int]:
 
 
 def estimate(own: Values, first: Values) -> Json:
-    """Mean over reward models, its interval and std if there are several; and less the first arm's, where paired."""
+    """Mean over reward models, its interval and std if there are several.
+
+    Also its difference from the first arm's, over the reward models and policy seeds that both have.
+    """
     means = over_policies(own)
     found: Json = {"mean": float(means.mean()), "interval": seed_interval(means)}
     if len(means) > 1:
         found["std"] = float(means.std(ddof=1))
-    if len(less := difference(own, first)):
-        found |= {"vs_baseline": float(less.mean()), "vs_baseline_interval": seed_interval(less)}
+    if len(gap := difference(own, first)):
+        found |= {"vs_baseline": float(gap.mean()), "vs_baseline_interval": seed_interval(gap)}
     return found
 
 
@@ -142,7 +145,7 @@ def seed_interval(values: Float[ndarray, " reward_seeds"]) -> list[float] | None
 
 
 def contrasts(policies: Sequence[Json], arms: Sequence[str]) -> Json:
-    """Per noise and arm: mean accuracy over the benchmarks less that of the first arm, of policies of the same seeds.
+    """Per noise and arm: mean accuracy over the benchmarks minus that of the first arm, of policies of the same seeds.
 
     policies: of `poise evaluate-policy`, named by their cells (`noise-0/reward-1/policy-0/ARM`), with their outcomes,
     one character a row. Rows and reward models are both samples: the variances of the mean over either are added, with
@@ -160,20 +163,20 @@ def contrasts(policies: Sequence[Json], arms: Sequence[str]) -> Json:
         if arm == arms[0] or len({reward_seed for reward_seed, _ in both}) < 2:
             continue
         tasks = sorted(set.intersection(*(set(of[seeds]) for of in (own, first) for seeds in both)))
-        less = [
+        gaps = [
             over_policies({seeds: _outcomes(own[seeds][task]) - _outcomes(first[seeds][task]) for seeds in both})
             for task in tasks
         ]
-        if less := [of_task for of_task in less if of_task.shape[1] > 1]:  # a single row has no variance
-            found.setdefault(noise, {})[arm] = {"against": arms[0]} | _contrast(less)
+        if gaps := [of_task for of_task in gaps if of_task.shape[1] > 1]:  # a single row has no variance
+            found.setdefault(noise, {})[arm] = {"against": arms[0]} | _contrast(gaps)
     return found
 
 
 def _contrast(of_task: Sequence[Float[ndarray, "reward_seeds _"]]) -> Json:
     """Of differences of outcomes, by benchmark."""
-    by_reward = np.mean([less.mean(1) for less in of_task], axis=0)
-    over_rows = sum(less.mean(0).var(ddof=1) / less.shape[1] for less in of_task) / len(of_task) ** 2
-    over_rewards, rows = by_reward.var(ddof=1) / len(by_reward), sum(less.shape[1] for less in of_task)
+    by_reward = np.mean([gap.mean(1) for gap in of_task], axis=0)
+    over_rows = sum(gap.mean(0).var(ddof=1) / gap.shape[1] for gap in of_task) / len(of_task) ** 2
+    over_rewards, rows = by_reward.var(ddof=1) / len(by_reward), sum(gap.shape[1] for gap in of_task)
     total = over_rows + over_rewards
     freedom = total**2 / max(over_rewards**2 / (len(by_reward) - 1) + over_rows**2 / (rows - 1), 1e-300)
     mean, reach = float(by_reward.mean()), float(t_distribution.ppf(0.975, max(freedom, 1.0)) * np.sqrt(total))

@@ -18,7 +18,7 @@ _ORDER: tuple[Kind, ...] = ("worse", "unclear", "better")
 
 
 class Difference(NamedTuple):
-    """Final gold of one arm less that of the first, under one label noise, over seeds."""
+    """Final gold of one arm minus that of the first, under one label noise, over seeds."""
 
     noise: str
     arm: str

@@ -1,1 +1,1 @@
-"""A toy problem whose optimum is known, and PPO and robust rewards held against it."""
+"""A toy problem whose optimum is known, and PPO and robust rewards compared with it."""

@@ -71,7 +71,7 @@ def train(
     """log pi after PPO with KL in the reward, GAE, whitened advantages and clipped losses, all worlds at once.
 
     score: rewards of the responses drawn, given log pi of the policy that drew them.
-    The critic is a table, a value per prompt. Worlds have the random numbers' stream in common and nothing else.
+    The critic is a table, a value per prompt. Worlds share only the stream of random numbers.
     """
     generator = torch.Generator().manual_seed(seed)
     policy = tuple(layer.clone().requires_grad_() for layer in policy)
@@ -171,7 +171,7 @@ def total_variation(one: Responses, other: Responses) -> Prompts:
 
 
 def misscoring_loss(probability: float, gap: float, error: float, kl_coef: float) -> float:
-    """Expected gold that pi ~ pi_ref exp(r / beta) loses where one response's reward is wrong by `error`.
+    """Expected gold lost by pi ~ pi_ref exp(r / beta) when the reward of one response is wrong by `error`.
 
     (q - p) * gap,  q = sigmoid(logit(p) + error / beta);  p is the response's probability at the true optimum, gap by
     how much the expected gold of the other responses exceeds its own. The others keep their proportions, so only q
@@ -196,7 +196,7 @@ def policy_gradient_moments(
         trace Cov g = sum over p of (E[r^2 |e - pi|^2] - |E[r (e - pi)]|^2 + s^2 (1 - sum_a pi_a^2)) / (P^2 M)
 
     noise_std: s of noise on the reward that does not depend on the response, the same for all samples of a prompt or
-    drawn for each: it leaves the expectation alone.
+    drawn for each. It does not change the expectation.
     """
     pi, num_prompts = logprob.exp(), logprob.shape[-2]
     gradient = -pi * (reward - expected(logprob, reward).unsqueeze(-1)) / num_prompts

@@ -80,7 +80,7 @@ def run(config: Config) -> Run:
 
 
 def trainer(config: Config, advance: Callable[..., None]) -> Train:
-    """`bandit.train` as the config wants it."""
+    """`bandit.train` with the config's settings."""
     return partial(
         bandit.train, num_steps=config.num_steps, num_samples=config.samples_per_prompt, seed=config.first_seed,
         advance=advance,
@@ -88,7 +88,7 @@ def trainer(config: Config, advance: Callable[..., None]) -> Train:
 
 
 def generators(config: Config) -> list[torch.Generator]:
-    """One for each world, so that a seed is the same world in any company."""
+    """One for each world: a seed gives the same world whatever other seeds are run."""
     return [torch.Generator().manual_seed(config.first_seed + i) for i in range(config.num_seeds)]
 
 
@@ -225,7 +225,7 @@ def misscoring_rows(config: Config, train: Train, start: ToyPolicy, gold: Respon
     rows = []
     for (statement, index, error), policy in zip(cases, policies, strict=True):
         p, own = (table.gather(-1, index).squeeze(-1) for table in (optimum.exp(), gold))
-        gap = (expected(optimum, gold) - p * own) / (1 - p) - own  # the others' expected gold, less its own
+        gap = (expected(optimum, gold) - p * own) / (1 - p) - own  # the others' expected gold, minus its own
         pairs = zip(p.ravel().tolist(), gap.ravel().tolist(), strict=True)
         losses = [bandit.misscoring_loss(*pair, error, config.kl_coef) for pair in pairs]
         predicted = torch.tensor(losses).view_as(p).mean(-1)
@@ -241,7 +241,7 @@ def misscoring_rows(config: Config, train: Train, start: ToyPolicy, gold: Respon
 def unseen_responses(config: Config, train: Train) -> Json:
     """What each objective makes of heads that have not seen every response: exactly tilted policies, and PPO.
 
-    The policies of PPO are tables: at so small a penalty a network loses a response for good now and then.
+    The policies of PPO are tables: at so small a penalty a network sometimes loses a response for good.
     """
     worlds = blind_spots.make_worlds(generators(config), config.pairs_per_prompt, config.num_heads, config.label_noise)
     single = blind_spots.fit_single(worlds)
@@ -278,7 +278,7 @@ def rewards(config: Config, worlds: Worlds, single: Responses, heads: HeadReward
 
 
 def outcome(worlds: Worlds, policy: Responses, conventional: Responses) -> Json:
-    """True reward of a policy, alone and less that of the conventional arm in the same world."""
+    """True reward of a policy, alone and minus that of the conventional arm in the same world."""
     gold, other = (expected(logprob, worlds.gold_WPA).mean(-1) for logprob in (policy, conventional))
     return {
         "gold": interval(gold),
@@ -289,7 +289,7 @@ def outcome(worlds: Worlds, policy: Responses, conventional: Responses) -> Json:
 
 
 def what_heads_know(worlds: Worlds, heads: HeadRewards) -> Json:
-    """How well each uncertainty tells the responses that no pair showed: AUROC over a world's responses."""
+    """How well each uncertainty finds the responses that no pair showed: AUROC over a world's responses."""
     results: Json = {"unseen_share": (~worlds.seen_WPA).float().mean().item()}
     for uncertainty in (disagreement, routing_std, total_std):
         cases = zip(uncertainty(heads).numpy(), worlds.seen_WPA.numpy(), strict=True)
