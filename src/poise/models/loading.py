@@ -4,6 +4,7 @@ Every model and every adapter is loaded here, without the report of the library 
 here: each weight of the model comes from the checkpoint, with its shape, and no code of the checkpoint is run.
 """
 
+import functools
 import re
 import shutil
 import sys
@@ -167,6 +168,9 @@ def load_weights(
     if found["error_msgs"]:
         raise PoiseError(f"cannot load {folder} as a {kind}: {str(next(iter(found['error_msgs']))).splitlines()[0]}")
     finite_or_raise(model.state_dict().items(), f"cannot load {folder} as a {kind}")
+    longest = getattr(model.config, "max_position_embeddings", None) or 0
+    if longest > context_length(model.config):
+        _say_where_texts_are_cut(folder, context_length(model.config), longest)
     if left:
         console.print(
             f"{folder}: not read, because a {kind} has no place for them: {_listed(left)}", markup=False, soft_wrap=True
@@ -271,8 +275,35 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def context_length(config: Any) -> int:
-    """The longest text in tokens that a model has positions for; a very large number if it has no such limit."""
-    return getattr(config, "max_position_embeddings", None) or sys.maxsize
+    """The longest text in tokens that a model has positions for; a very large number if it has no such limit.
+
+    It ends where rotary positions of the type `longrope` (Phi-3) change their frequencies: a longer text would change
+    them for all texts of its batch, so that a score depended on what is scored beside it. Those of the type `dynamic`
+    change beyond `max_position_embeddings` alone.
+    """
+    longest = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    return min(longest, _rope_switch(config) or sys.maxsize)
+
+
+def _rope_switch(config: Any) -> int | None:
+    """The length in tokens beyond which rotary frequencies depend on the longest text of a batch; None for none."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # one, or one for each kind of layer
+    switches = [
+        kind.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+        for kind in kinds
+        if kind.get("rope_type") == "longrope"
+    ]
+    return min((switch for switch in switches if switch), default=None)
+
+
+@functools.cache
+def _say_where_texts_are_cut(folder: str, switch: int, longest: int) -> None:
+    console.print(
+        f"{folder}: texts are read up to {switch} tokens, not {longest}, because beyond that its rotary positions "
+        f"change with the longest text of a batch",
+        markup=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 def pad_apart(tokenizer: HfTokenizer, model: HfModel) -> None:
