@@ -1,8 +1,10 @@
 """Loading: every weight comes from the checkpoint, or one line says which does not."""
 
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -10,11 +12,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from conftest import make_model
+from conftest import make_model, make_tokenizer
+from poise.data.types import Sample
 from poise.errors import PoiseError
 from poise.models.loading import load_policy
 from poise.models.policy import Policy
 from poise.models.reward_model import load_reward_model, load_trunk
+from poise.models.scorer import Scorer
 from poise.policy.merge import folded
 
 Tensors = dict[str, torch.Tensor]
@@ -160,6 +164,65 @@ def test_code_of_a_checkpoint_is_not_run(language_model: Path, tmp_path: Path) -
     for load in (load_policy, load_reward_model, lambda path: load_trunk(path, 2)):
         with pytest.raises(PoiseError, match=r"cannot read|no usable tokenizer|never runs"):
             load(str(folder))
+
+
+@pytest.fixture(scope="module")
+def longrope(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Phi-3 classifier whose rotary positions change beyond 64 of its 256 tokens."""
+    folder = tmp_path_factory.mktemp("models") / "phi3"
+    tokenizer = make_tokenizer()
+    config = transformers.Phi3Config(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2, pad_token_id=0, num_labels=1,
+        max_position_embeddings=256, original_max_position_embeddings=64, sliding_window=None,
+        rope_parameters={
+            "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4,
+            "original_max_position_embeddings": 64,
+        },
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSequenceClassification.from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_scores_do_not_depend_on_a_long_text_beside_them(longrope: str) -> None:
+    """Beyond 64 tokens the stock model changes its frequencies for every text of the batch."""
+    scorer = Scorer.load(longrope)
+    short, long = Sample("Hi", "Yes, it is."), Sample("Hi", "Yes, it is. " * 12)
+    together, alone = scorer([short, long]).mean, scorer([short]).mean
+    torch.testing.assert_close(together[:1], alone, rtol=1e-5, atol=1e-5)
+    ids = torch.tensor([[*scorer.extract.encode(short).prompt, *scorer.extract.encode(short).completion]])
+    stock = transformers.AutoModelForSequenceClassification.from_pretrained(longrope)(ids).logits.detach()
+    torch.testing.assert_close(alone, stock, rtol=1e-4, atol=1e-4)
+    assert scorer.num_truncated == 0  # the long text is read whole, in a batch of its own
+
+
+def test_the_steady_context_of_every_kind_of_positions_is_known() -> None:
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 64}
+    nested = {"full_attention": rope, "sliding_attention": {"rope_type": "default"}}
+    for found, expected in (
+        ({"max_position_embeddings": 256}, 256),
+        ({"max_position_embeddings": None}, sys.maxsize),
+        ({}, sys.maxsize),
+        ({"max_position_embeddings": 256, "rope_parameters": {"rope_type": "yarn"}}, 256),
+        ({"max_position_embeddings": 256, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, 256),
+        ({"max_position_embeddings": 256, "rope_parameters": rope}, 64),
+        ({"max_position_embeddings": 256, "rope_parameters": nested}, 64),
+        (
+            {
+                "max_position_embeddings": 256,
+                "original_max_position_embeddings": 32,
+                "rope_parameters": {"rope_type": "longrope"},
+            },
+            32,
+        ),
+    ):
+        assert steady_context_length(SimpleNamespace(**found)) == expected
 
 
 # ---- adapters ----

@@ -113,11 +113,11 @@ def encode_conversation(tokenizer: HfTokenizer, prompt: Prompt, completion: str)
 
 
 def _markers_of(tokenizer: HfTokenizer) -> Markers:
-    return _markers(tokenizer, _template_key(tokenizer), len(tokenizer))
+    return _markers(tokenizer, _template_key(tokenizer))
 
 
 @functools.lru_cache(maxsize=16)
-def _markers(tokenizer: HfTokenizer, template: str, size: int) -> Markers:  # noqa: ARG001  keys
+def _markers(tokenizer: HfTokenizer, template: str) -> Markers:  # noqa: ARG001  template: a key
     rendered = ""
     plain = [*_turns("a"), _answer("b"), *_turns("c")]
     for turns in ([{"role": "system", "content": "d"}, *plain], plain, plain[:1]):

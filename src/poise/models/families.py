@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from poise.models.loading import HfModel, context_length
+from poise.models.loading import HfModel, context_length, steady_context_length
 from poise.runtime.progress import console
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -79,21 +79,8 @@ def additive(sees: Bool[Tensor, "rows tokens keys"], dtype: torch.dtype) -> Floa
 
 
 def steady_context(model: HfModel) -> int:
-    """Longest text, in tokens, whose hidden states do not depend on how long the other texts of its batch are.
-
-    This is the whole context, except with longrope (Phi-3 128k): where the longest text of a batch exceeds
-    `original_max_position_embeddings`, the model embeds the positions of the whole batch in another way.
-    """
-    config = model.base_model.config.get_text_config()
-    context = context_length(config)
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # some have a rope per kind of layer
-    lengths = [
-        part.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-        for part in parts
-        if "longrope" in (part.get("rope_type"), part.get("type"))
-    ]
-    return min([context, *(length for length in lengths if length)])
+    """`steady_context_length` of a model that may have adapters."""
+    return steady_context_length(model.base_model.config.get_text_config())
 
 
 def has_longrope(model: HfModel) -> bool:

@@ -289,6 +289,23 @@ def context_length(config: Any) -> int:
     return getattr(config, "max_position_embeddings", None) or sys.maxsize
 
 
+def steady_context_length(config: Any) -> int:
+    """The longest text in tokens whose hidden states do not depend on how long the other texts of its batch are.
+
+    This is the whole context, except with rotary positions of the type `longrope` (Phi-3 128k): where the longest text
+    of a batch exceeds `original_max_position_embeddings`, they are computed in another way for the whole batch. Those
+    of the type `dynamic` change beyond `max_position_embeddings` alone.
+    """
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # one, or one for each kind of layer
+    switches = [
+        kind.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+        for kind in kinds
+        if "longrope" in (kind.get("rope_type"), kind.get("type"))
+    ]
+    return min([context_length(config), *(switch for switch in switches if switch)])
+
+
 def pad_apart(tokenizer: HfTokenizer, model: HfModel) -> None:
     """Give tokenizer and model one padding token that is not the end-of-sequence token.
 
@@ -334,7 +351,7 @@ def check_room(model: str, prompts: list[Prompt], max_tokens: int) -> None:
     texts = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     for ids in texts:
         embedded_or_raise(ids, config.get_text_config().vocab_size, tokenizer)
-    room_or_raise(max(map(len, texts)), max_tokens, context_length(config))
+    room_or_raise(max(map(len, texts)), max_tokens, steady_context_length(config))
 
 
 def embedded_or_raise(ids: Sequence[int], num_embeddings: int, tokenizer: HfTokenizer) -> None:
