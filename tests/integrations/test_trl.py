@@ -120,6 +120,13 @@ def test_the_scale_is_kept_in_its_file(reward_run: str, tmp_path: Path) -> None:
     assert again.fitted == first.fitted
     with pytest.raises(PoiseError, match=r"tradeoff\(0.4\) of 5 heads from -inf to 0.5, not of worst_case"):
         RobustReward.load(reward_run, "worst_case", scale=file)(PROMPTS, TEXTS)
+    saved = json.loads(Path(file).read_text())
+    Path(file).write_text(json.dumps(saved | {"reward": "0" * 32}))
+    with pytest.raises(PoiseError, match="the scale of another reward model") as caught:
+        RobustReward.load(reward_run, scale=file, ceiling=0.5)(PROMPTS, TEXTS)
+    assert "\n" not in str(caught.value)
+    Path(file).write_text(json.dumps({name: value for name, value in saved.items() if name != "reward"}))
+    assert RobustReward.load(reward_run, scale=file, ceiling=0.5).saved_scale() == first.fitted  # of an earlier version
     Path(file).write_text("[1]")
     with pytest.raises(PoiseError, match="does not hold the scale"):
         RobustReward.load(reward_run, scale=file)(PROMPTS, TEXTS)
@@ -248,6 +255,7 @@ trainer = trl.GRPOTrainer(policy, recorded, args=arguments, train_dataset=rows, 
 trainer.train()
 logged = [row for row in trainer.state.log_history if "reward" in row]
 Path(folder, os.environ["RANK"] + ".json").write_text(json.dumps([calls, logged]))
+assert torch.distributed.get_world_size() == 2
 torch.distributed.destroy_process_group()
 """
 

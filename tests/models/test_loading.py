@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from conftest import make_model, make_tokenizer
 from poise.data.types import Sample
 from poise.errors import PoiseError
-from poise.models.loading import load_policy
+from poise.models.loading import load_policy, steady_context_length
 from poise.models.policy import Policy
 from poise.models.reward_model import load_reward_model, load_trunk
 from poise.models.scorer import Scorer

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -18,14 +19,16 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import forked
 from poise.data.types import Sample
 from poise.errors import PoiseError
 from poise.functional.monitor import Monitor, Reading
-from poise.functional.objectives import HeadRewards, RewardScale, parse_objective
+from poise.functional.objectives import HeadRewards, RewardScale, parameter, parse_objective
 from poise.models.policy import Policy
 from poise.models.scorer import Scorer, generated
 from poise.policy import loop as training
 from poise.policy import train as train_policy
+from poise.policy.reward import std_interval
 from poise.policy.train import Config
 from poise.reward import train as train_reward
 from poise.runtime import distributed as processes
@@ -125,6 +128,95 @@ def test_a_killed_run_ends_bitwise_as_an_undisturbed_one(
     rows = [[[row[key] for key in keys] for row in read_jsonl(run / "metrics.jsonl")] for run in (calm, stormy)]
     assert rows[0] == rows[1]
     assert (calm / "final.jsonl").read_text() == (stormy / "final.jsonl").read_text()
+
+
+# Where a run is killed, in the order in which it comes there: before or after what, and at which step.
+BOUNDARIES = (
+    "before one_step at 0", "after one_step at 1", "before safe.safetensors at 2", "after safe.safetensors at 2",
+    "before samples.jsonl at 2", "after samples.jsonl at 2", "after metrics.jsonl at 2",
+    "before checkpoint.safetensors at 4", "after checkpoint.safetensors at 4", "before final sampling at 4",
+    "before final.jsonl at 4", "after final.jsonl at 4", "before results.json at 4",
+)  # fmt: skip
+
+
+def test_a_run_killed_at_every_boundary_ends_as_an_undisturbed_one(config: Config, tmp_path: Path) -> None:
+    """With a moving parameter, a moving scale and a safe policy: everything that the end needs is in the checkpoint."""
+    config = dataclasses.replace(
+        config, objective="tradeoff(0.9)", final_parameter=0.0, reward_norm="running", on_alarm="rollback",
+        alarm_threshold=1e9,
+    )  # fmt: skip
+    calm, stormy = (dataclasses.replace(config, output=str(tmp_path / name)) for name in ("calm", "stormy"))
+    whole = train_policy.run(calm)
+    for boundary in BOUNDARIES:
+        assert forked.ended(forked.started(lambda at=boundary: run_until(stormy, at))) == -signal.SIGKILL, boundary  # type: ignore[misc]
+    assert forked.ended(forked.started(lambda: train_policy.run(stormy))) == 0
+    resumed = Run(Path(stormy.output))
+    assert same_end(whole.folder, resumed.folder)
+    for name in ("final.jsonl", "samples.jsonl"):
+        assert (whole.folder / name).read_text() == (resumed.folder / name).read_text()
+    assert lasting(whole.metrics()) == lasting(resumed.metrics())
+    assert lasting([whole.results or {}]) == lasting([resumed.results or {}])
+
+
+def lasting(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without what a clock says."""
+    return [{key: value for key, value in row.items() if not key.endswith("seconds")} for row in rows]
+
+
+def run_until(config: Config, boundary: str) -> None:
+    """Run, and die at a boundary as from kill -9."""
+    current: list[training.Training] = []
+
+    def watched(owner: Any, attribute: str, name: Callable[..., str]) -> None:
+        function = getattr(owner, attribute)
+
+        def around(*args: Any, **kwargs: Any) -> Any:
+            for when in ("before", "after"):
+                if current and f"{when} {name(*args)} at {current[0].step}" == boundary:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if when == "before":
+                    result = function(*args, **kwargs)
+            return result
+
+        setattr(owner, attribute, around)
+
+    watched(training.Training, "one_step", lambda *_: "one_step")
+    watched(training.Learner, "save", lambda _, path, *__: path.name)
+    watched(training, "append_jsonl", lambda path, *_: path.name)
+    watched(Run, "log", lambda *_: "metrics.jsonl")
+    watched(train_policy, "sample_policy", lambda *_: "final sampling")
+    watched(train_policy, "write_jsonl", lambda path, *_: path.name)
+    watched(Run, "finish", lambda *_: "results.json")
+    resume_or_start = training.Training._resume_or_start
+
+    def remembered(self: training.Training) -> None:
+        current[:] = [self]
+        resume_or_start(self)
+
+    training.Training._resume_or_start = remembered  # type: ignore[method-assign]
+    train_policy.run(config)
+
+
+def test_the_final_reward_is_that_of_the_last_objective_for_checkpoints_without_it(config: Config) -> None:
+    """A checkpoint of an earlier version does not hold the parameter; it follows from the step."""
+    config = dataclasses.replace(config, objective="tradeoff(0.9)", final_parameter=0.0)
+    started_run = training.Training(config, Run.open(config.output, config), prompts_of(config))
+    saved = started_run._state()
+    del saved["objective_parameter"], saved["num_truncated"], saved["scale_std_interval"]
+    started_run._return_to(saved | {"step": 3})
+    assert parameter(started_run.reward.objective) == pytest.approx(0.9 - 2 * 0.3)
+
+
+def test_truncated_texts_are_counted_over_a_resume(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = training.Training(config, Run.open(config.output, config), prompts_of(config))
+    monkeypatch.setattr(first.reward, "truncated_before", 7)
+    first.save()
+    again = training.Training(config, Run.open(config.output, config), prompts_of(config))
+    assert again.reward.num_truncated == first.reward.num_truncated == 7 + first.reward.scorer.num_truncated
+
+
+def prompts_of(config: Config) -> list[Any]:
+    return [json.loads(line)["prompt"] for line in Path(config.prompts).read_text().splitlines()]
 
 
 def test_ppo_raises_the_reward_it_is_given(config: Config) -> None:
@@ -258,21 +350,40 @@ def test_parts_of_a_minibatch_add_up(config: Config, tmp_path: Path) -> None:
     assert losses_of(parts) == [pytest.approx(row, abs=2e-5) for row in losses_of(whole)]
 
 
+TWO_PROCESSES = """
+import os, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from poise.cli.main import main
+from poise.policy.loop import Training
+from poise.runtime import distributed as processes
+settings, output = sys.argv[1:]
+one_step = Training.one_step
+def counted(self):
+    Path(output, "world" + os.environ["RANK"]).write_text(str(processes.num_processes()))
+    return one_step(self)
+Training.one_step = counted
+sys.exit(main(["train-policy", "--config", settings, "--output", output]))
+"""
+
+
 @pytest.mark.slow
 def test_two_processes_compute_what_one_does(config: Config, tmp_path: Path) -> None:
-    """accelerate launch, gloo on the CPU: the same rewards and losses, with an objective that couples the batch."""
+    """`torchrun`, gloo on the CPU: the same rewards and losses, with an objective that couples the batch."""
     config = dataclasses.replace(
         config, prompts_per_step=4, num_minibatches=2, objective="expected_tradeoff(0.4)", shaping="contrastive",
         num_steps=3,
     )  # fmt: skip
     one = train_policy.run(config)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--main_process_port", "0", "-m", "poise.cli"]
-    command = [*launch, "train-policy", "--config", str(one.folder / "config.yaml"), "--output", str(tmp_path / "two")]
+    (tmp_path / "two.py").write_text(TWO_PROCESSES)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launch, str(tmp_path / "two.py"), str(one.folder / "config.yaml"), str(tmp_path / "two")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     two = Run(tmp_path / "two")
+    assert [(two.folder / f"world{rank}").read_text() for rank in (0, 1)] == ["2", "2"]
     samples = [list(read_jsonl(run.folder / "samples.jsonl")) for run in (one, two)]
     assert [row["completion"] for row in samples[1][:16]] == [row["completion"] for row in samples[0][:16]]
     for mine, theirs in zip(samples[0][:16], samples[1][:16], strict=True):
@@ -280,6 +391,27 @@ def test_two_processes_compute_what_one_does(config: Config, tmp_path: Path) -> 
     assert losses_of(two)[0] == pytest.approx(losses_of(one)[0], abs=1e-5)
     assert losses_of(two)[2] == pytest.approx(losses_of(one)[2], abs=1e-2)  # rounding grows, slowly
     assert len(list(read_jsonl(two.folder / "final.jsonl"))) == 4 * 2
+
+
+def test_every_collective_of_a_run_gets_a_tensor_of_the_group_s_device(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group that knows CUDA alone, as one of NCCL does: each tensor that is sent was moved before."""
+    moved: list[torch.Tensor] = []
+    sent: list[torch.Tensor] = []
+    group: dict[str, Any] = {
+        "is_initialized": lambda: True, "get_world_size": lambda: 1, "get_rank": lambda: 0, "barrier": lambda: None,
+        "get_backend_config": lambda: "cuda:nccl", "destroy_process_group": lambda: None,
+        "all_reduce": sent.append,
+        "all_gather": lambda parts, mine: sent.append(parts[0].copy_(mine)),
+        "all_gather_object": lambda parts, mine: parts.__setitem__(0, mine),
+    }  # fmt: skip
+    for name, replacement in group.items():
+        monkeypatch.setattr(torch.distributed, name, replacement)
+    monkeypatch.setattr(processes, "_moved", lambda part, _device: moved.append(part) or part)
+    train_policy.run(dataclasses.replace(config, num_steps=2))
+    # Of a step: moments of the advantages (3), tokens, losses and gradients of 4 minibatches, heads (2), facts, stop.
+    assert len(sent) == len(moved) >= 2 * (3 + 12 + 2 + 1 + 1)
 
 
 def test_processes_must_share_a_step_evenly(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,6 +493,25 @@ def test_running_scale_is_that_of_everything_so_far() -> None:
     assert scale.count == 16
     assert scale.mean == pytest.approx(everything.mean().item(), abs=1e-5)
     assert scale.std == pytest.approx(everything.std().item(), abs=1e-5)
+
+
+def test_the_interval_of_the_unit_covers_the_truth() -> None:
+    """Rewards with a part that a prompt's completions share: the jackknife over 8 prompts covers the std at 95 %."""
+    generator, covered = torch.Generator().manual_seed(0), 0
+    for _ in range(300):
+        shared, own = torch.randn(8, 1, generator=generator), torch.randn(8, 8, generator=generator)
+        low, high = std_interval(0.6 * shared + 0.8 * own)
+        covered += low <= 1.0 <= high
+    assert covered / 300 >= 0.88
+    assert all(math.isnan(bound) for bound in std_interval(torch.ones(8, 8)))
+
+
+def test_the_interval_of_the_unit_is_logged_and_kept(config: Config) -> None:
+    out = train_policy.run(dataclasses.replace(config, completions_per_prompt=2))
+    assert out.results is not None
+    low, high = out.results["scale_std_interval"]
+    assert low < out.results["scale"]["std"] < high
+    assert all(row["scale_std_interval"] == [low, high] for row in out.metrics())
 
 
 # ---- RLOO and GRPO ----
@@ -486,6 +637,8 @@ def test_actions_on_an_alarm(config: Config, tmp_path: Path, monkeypatch: pytest
     safe = load_file(found["rollback"].folder / "safe.safetensors")
     assert all(torch.equal(saved[name], safe[name]) for name in safe)
     assert any(not torch.equal(saved[name], plain[name]) for name in safe)
+    assert [row["step"] for row in found["rollback"].metrics()] == [0, 1, 2, 3]  # those of the policy that was kept
+    assert {row["step"] for row in read_jsonl(found["rollback"].folder / "samples.jsonl")} == {0, 1, 2, 3}
     rows = found["pessimism"].metrics()
     assert [row["kl_coef"] for row in rows] == [0.05] * 6 + [0.1] * 2
     assert [row["parameter"] for row in rows] == [0.4] * 6 + [0.2] * 2

@@ -231,6 +231,22 @@ def test_scores_of_a_tuned_run(tiny_model: str, preferences_file: Path, tmp_path
     assert heads.mean[0] > heads.mean[1]
 
 
+TWO_PROCESSES = """
+import os, sys
+from pathlib import Path
+from poise.cli.main import main
+from poise.reward import trunk_training
+training_arguments = trunk_training.training_arguments
+def counted(*how):
+    args = training_arguments(*how)
+    Path(folder, "world" + os.environ["RANK"]).write_text(str(args.world_size))
+    return args
+trunk_training.training_arguments = counted
+folder = sys.argv[1]
+sys.exit(main(sys.argv[2:]))
+"""
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_the_same_batch(
     tiny_model: str, preferences_file: Path, tmp_path: Path
@@ -240,7 +256,9 @@ def test_two_processes_train_as_one_with_the_same_batch(
     one = train_reward.run(
         config(tiny_model, preferences_file, tmp_path / "one", **shared, device_batch_size=8)  # type: ignore[arg-type]
     )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "poise.cli"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    (tmp_path / "two.py").write_text(TWO_PROCESSES)
+    launch += [str(tmp_path / "two.py"), str(tmp_path)]
     again = ["--config", str(one.folder / "config.yaml"), "--output", str(tmp_path / "two"), "--device-batch-size", "4"]
     command = [*launch, "train-reward", *again]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -250,6 +268,7 @@ def test_two_processes_train_as_one_with_the_same_batch(
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         for folder in (one.folder, tmp_path / "two")
     )
+    assert [(tmp_path / f"world{rank}").read_text() for rank in (0, 1)] == ["2", "2"]
     assert [row["step"] for row in second] == [1, 2, 3, 4]
     assert [row["loss"] for row in second] == pytest.approx([row["loss"] for row in first], abs=1e-5)
     alone, together = (load_file(folder / "trunk" / "model.safetensors") for folder in (one.folder, tmp_path / "two"))

@@ -34,7 +34,7 @@ from poise.functional.objectives import (
     routing_std,
     worst_case,
 )
-from poise.models.reward_model import read_layout
+from poise.models.reward_model import heads_fingerprint, read_layout
 from poise.models.scorer import ENSEMBLE_FILE, Scorer, generated
 from poise.runtime.distributed import gathered_rows, process_index
 from poise.runtime.progress import console
@@ -146,7 +146,10 @@ class RobustReward:
             )
         scale = RewardScale.fit(heads, self._combine, self.floor, self.ceiling)
         if self.scale and is_main_process():
-            write_json(Path(self.scale), {"objective": self.objective, **scale.to_json()})
+            write_json(
+                Path(self.scale),
+                {"objective": self.objective, "reward": heads_fingerprint(self.path), **scale.to_json()},
+            )
         return scale
 
     def saved_scale(self) -> RewardScale | None:
@@ -155,7 +158,8 @@ class RobustReward:
             return None
         try:
             saved = json.loads(Path(self.scale).read_text())
-            objective, scale = saved.pop("objective"), RewardScale.from_json(saved)
+            objective, reward = saved.pop("objective"), saved.pop("reward", None)  # absent in files of earlier versions
+            scale = RewardScale.from_json(saved)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise PoiseError(f"{self.scale} does not hold the scale of a reward") from None
         num_heads = self.scorer.layout.num_heads
@@ -164,6 +168,10 @@ class RobustReward:
             raise PoiseError(
                 f"{self.scale} holds the scale of {objective} of {len(scale.head_baseline)} heads from {scale.floor} "
                 f"to {scale.ceiling}, not of {self.objective} of {num_heads} from {self.floor} to {self.ceiling}"
+            )
+        if reward is not None and reward != heads_fingerprint(self.path):
+            raise PoiseError(
+                f"{self.scale} holds the scale of another reward model than {self.path}: give another file"
             )
         return scale
 

@@ -36,7 +36,7 @@ from poise.models.rollout import Rollout
 from poise.models.scorer import Scorer
 from poise.policy.alarms import Alarms
 from poise.policy.config import Config
-from poise.policy.reward import Baselines, PolicyReward, gather
+from poise.policy.reward import Baselines, PolicyReward, gather, std_interval
 from poise.policy.sampling import sample_rows
 from poise.policy.update import Learner
 from poise.runtime import distributed as processes
@@ -68,6 +68,7 @@ class Training:
             )
             if config.baselines:
                 self.reward.baselines.read(config.baselines, prompts)
+        self.scale_interval: tuple[float, float] = (math.nan, math.nan)
         self.step, self.kl_coef, self.alarms = 0, config.kl_coef, Alarms(config.on_alarm, config.alarm_threshold)
         self._rereading_checked = False
         self._resume_or_start()
@@ -137,13 +138,14 @@ class Training:
             self.reward.scale = scale.refitted(heads, objective)
         return self.reward.combine(heads) - self.config.missing_eos_penalty * (1 - ended.to(heads.mean))
 
-    def _objective(self) -> Objective:
-        """The objective with this step's parameter."""
+    def _objective(self, step: int | None = None) -> Objective:
+        """The objective with the parameter of a step; by default of this one."""
+        step = self.step if step is None else step
         objective = parse_objective(self.config.objective)
         if self.config.final_parameter is not None:
             start = parameter(objective) or 0.0
             objective = with_parameter(
-                objective, linear(start, self.config.final_parameter, self.step / max(self.config.num_steps - 1, 1))
+                objective, linear(start, self.config.final_parameter, step / max(self.config.num_steps - 1, 1))
             )
         for _ in range(self.alarms.pessimism):
             objective = more_pessimistic(objective)
@@ -176,6 +178,7 @@ class Training:
             "pace": self._pace(score),
             "scale_mean": self.reward.scale.mean,
             "scale_std": self.reward.scale.std,
+            "scale_std_interval": self.scale_interval,
         }
 
     # ---- what follows a step ----
@@ -206,19 +209,47 @@ class Training:
         return self.out.folder / "safe.safetensors"
 
     def save(self) -> None:
-        """Write the checkpoint. With --on-alarm rollback: after an alarm return to `safe`, before one update it."""
+        """Write the checkpoint. With --on-alarm rollback: after an alarm return to `safe`, before one update it.
+
+        `safe` comes first: a run that is killed between the two files must find it no older than its checkpoint.
+        """
         if self.alarms.ended == "rollback" and self.safe.exists():
-            self.step = self.learner.load(self.safe)["step"]
+            self._return_to(self.learner.load(self.safe))
         if is_main_process():
-            self.learner.save(self.checkpoint, self._state())
             if self.config.on_alarm == "rollback" and self.alarms.policy_looks_safe:
                 self.learner.save(self.safe, self._state())
+            self.learner.save(self.checkpoint, self._state())
+            if self.alarms.ended == "rollback":
+                self._drop_later_rows()
         processes.wait()
 
     def _state(self) -> Json:
         """What a checkpoint holds beside the learner's tensors."""
-        scale = self.reward.scale.to_json()
-        return {"step": self.step, "kl_coef": self.kl_coef, "scale": scale} | self.alarms.state()
+        return {
+            "step": self.step, "kl_coef": self.kl_coef, "scale": self.reward.scale.to_json(),
+            "objective_parameter": parameter(self.reward.objective), "num_truncated": self.reward.num_truncated,
+            "scale_std_interval": [bound if math.isfinite(bound) else None for bound in self.scale_interval],
+        } | self.alarms.state()  # fmt: skip
+
+    def _return_to(self, saved: Json) -> None:
+        """Take a checkpoint's step and the constants of its reward; the learner has been loaded already.
+
+        The objective is the one last used: at the end of a run it scores the final completions. Checkpoints of earlier
+        versions do not hold its parameter; it follows from the step.
+        """
+        self.step, self.kl_coef = saved["step"], saved["kl_coef"]
+        self.reward.scale = RewardScale.from_json(saved["scale"])
+        low, high = (math.nan if bound is None else bound for bound in saved.get("scale_std_interval", (None, None)))
+        self.scale_interval = (low, high)
+        value = saved.get("objective_parameter")
+        if "objective_parameter" not in saved:
+            self.reward.objective = self._objective(max(self.step - 1, 0))
+        elif value is not None:
+            self.reward.objective = with_parameter(parse_objective(self.config.objective), value)
+
+    def _drop_later_rows(self) -> None:
+        for name in ("metrics.jsonl", "samples.jsonl", "benchmarks.jsonl"):
+            keep_rows_before(self.out.folder / name, self.step)
 
     def _resume_or_start(self) -> None:
         if not self.checkpoint.exists():
@@ -226,13 +257,13 @@ class Training:
             self.save()
             return
         saved = self.learner.load(self.checkpoint)
-        self.step, self.kl_coef = saved["step"], saved["kl_coef"]
         self.alarms.restore(saved)
-        self.reward.scale = RewardScale.from_json(saved["scale"])
+        self._return_to(saved)
+        # Given baselines were scored again just now; they are counted in the checkpoint already.
+        self.reward.truncated_before = saved.get("num_truncated", 0) - self.reward.scorer.num_truncated
         if is_main_process():
             console.print(f"going on from step {self.step} of {self.out.folder}")
-            for name in ("metrics.jsonl", "samples.jsonl", "benchmarks.jsonl"):
-                keep_rows_before(self.out.folder / name, self.step)
+            self._drop_later_rows()
         if self.reward.baselines:
             self.reward.baselines.resume(self.step)
 
@@ -253,7 +284,13 @@ class Training:
         floor, ceiling = (
             limit if bound is None else bound for bound, limit in zip(bounds, (-math.inf, math.inf), strict=True)
         )
-        self.reward.scale = RewardScale.fit(heads, self._objective(), floor, ceiling)
+        objective = self._objective()
+        self.reward.scale = scale = RewardScale.fit(heads, objective, floor, ceiling)
+        combined = objective(scale.centered(heads))
+        self.scale_interval = std_interval(combined.view(-1, config.completions_per_prompt))
+        if is_main_process() and math.isfinite(self.scale_interval[0]):
+            low, high = self.scale_interval
+            console.print(f"unit of the reward: {scale.std:.3g}, 95 % interval {low:.3g} to {high:.3g}")
 
 
 _FACTS = ("kl", "kl_k3", "logprob", "tokens", "ended")

@@ -9,9 +9,11 @@ Heads are gathered from all processes before they are combined: objectives that 
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from poise.data.preferences import read_samples
 from poise.data.types import Prompt, Sample
 from poise.errors import PoiseError
 from poise.functional.objectives import SHAPINGS, HeadRewards, Objective, RewardScale, Shaping
+from poise.functional.statistics import t_interval
 from poise.models.policy import Policy, uniforms
 from poise.models.scorer import Scorer, generated
 from poise.runtime import distributed as processes
@@ -89,6 +92,12 @@ class PolicyReward:
     shaping: Shaping = "none"
     baselines: Baselines | None = None
     scale: RewardScale = field(default_factory=lambda: RewardScale((), 0.0, 1.0))
+    truncated_before: int = 0
+
+    @property
+    def num_truncated(self) -> int:
+        """Truncated texts that the run has scored so far, those before a resume (`truncated_before`) included."""
+        return self.truncated_before + self.scorer.num_truncated
 
     def heads(self, policy: Policy, prompts: list[Prompt], texts: list[list[str]], step: int) -> HeadRewards:
         """Heads (P * M, K) of this process's completions, on the CPU; M texts of each prompt.
@@ -111,6 +120,23 @@ class PolicyReward:
     def combine(self, heads: HeadRewards) -> Tensor:
         """Rewards of whole batches of heads (…, K)."""
         return self.scale.combine(heads, self.objective)
+
+
+def std_interval(combined_PM: Tensor) -> tuple[float, float]:
+    """Student's 95 % interval of the std of rewards (P, M), by the jackknife over prompts on the log std.
+
+    A prompt's completions resemble one another, so prompts are the independent units. NaN for fewer than three prompts,
+    and where the rewards do not differ.
+    """
+    count = len(combined_PM)
+    if count < 3:
+        return math.nan, math.nan
+    kept = [combined_PM[[j for j in range(count) if j != i]] for i in range(count)]
+    logs = np.array([part.double().std().log().item() for part in (combined_PM, *kept)])
+    if not np.isfinite(logs).all():
+        return math.nan, math.nan
+    low, high = np.exp(t_interval(count * logs[0] - (count - 1) * logs[1:]))
+    return float(low), float(high)
 
 
 def gather(heads: HeadRewards) -> HeadRewards:

@@ -87,7 +87,7 @@ def run(config: Config) -> Run:
                 "reward": sum(row["reward"] for row in final) / len(final),
                 "kl": sum(row["kl"] for row in final) / len(final),
                 "num_heads": reward.scorer.layout.num_heads,
-                "num_truncated": reward.scorer.num_truncated,
+                "num_truncated": reward.num_truncated,
                 "scale": reward.scale.to_json(),
                 **results,
                 "seconds": round(time.monotonic() - started, 1),
@@ -107,8 +107,9 @@ def _ppo(config: Config, out: Run, prompts: list[Prompt], track: Track) -> tuple
                 if tasks and training.step % config.eval_every == 0:
                     advance(0, "benchmarks")
                     evaluate_on_benchmarks(training, tasks)
+                step = training.step  # a rollback may change it
                 metrics = training.one_step()
-                track(metrics, training.step - 1)
+                track(metrics, step)
                 advance(1, f"reward {metrics['reward']:+.2f}  KL {metrics['kl']:.1f}")
                 if processes.total(torch.tensor(float(asked_to_stop()))):  # if any process got a signal, all stop
                     training.save()
@@ -116,7 +117,8 @@ def _ppo(config: Config, out: Run, prompts: list[Prompt], track: Track) -> tuple
         training.save()
     if tasks:
         evaluate_on_benchmarks(training, tasks)
-    return training.policy, training.reward, {"steps": training.step, "alarms": training.alarms.raised}
+    results = {"steps": training.step, "alarms": training.alarms.raised, "scale_std_interval": training.scale_interval}
+    return training.policy, training.reward, results
 
 
 def evaluate_on_benchmarks(training: Training, tasks: list[Task]) -> None:

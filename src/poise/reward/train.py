@@ -43,6 +43,7 @@ from poise.reward.trunk_training import (
     preference_loss,
     token_pairs,
 )
+from poise.runtime.distributed import launched_processes
 from poise.runtime.progress import console
 from poise.runtime.run_folder import Inputs, Json, Run, is_main_process
 
@@ -52,6 +53,7 @@ __all__ = ["Config", "heads_in_memory", "pair_features", "run", "trunk_source"]
 def run(config: Config) -> Run:
     """Train, evaluate and save; a finished run is returned as it is."""
     config.check()
+    launched_processes()  # refuses an environment in which no process would save
     out = Run.open(config.output, config, lambda: _inputs(config))
     if out.results is not None:
         return out

@@ -10,7 +10,6 @@ Shapes: _N pairs, _L labels.
 import contextlib
 import copy
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from poise.models.scorer import FeatureExtractor
 from poise.models.shared_prompt import Family, PackedRows, pack, packed_hidden, separate_hidden
 from poise.reward.heads import HeadLossName, head_loss
 from poise.runtime.checkpoints import SafeCheckpoints, latest_checkpoint
+from poise.runtime.distributed import launched_processes
 from poise.runtime.progress import progress
 from poise.runtime.quiet import quiet_loading
 from poise.runtime.run_folder import Json, append_jsonl, is_main_process, keep_rows_before
@@ -251,7 +251,7 @@ def fine_tune(
 def training_arguments(how: TrunkTraining, folder: Path) -> transformers.TrainingArguments:
     """Our settings as the Trainer's. PoiseError if the batch does not divide over processes."""
     gpu = torch.cuda.is_available()
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = launched_processes()
     per_step = how.device_batch_size * processes
     if how.batch_size % per_step:
         raise PoiseError(
