@@ -1,13 +1,15 @@
 """Best-of-n and tilted policies against their definitions; laws of over-optimization are recovered."""
 
 import itertools
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from poise.functional.best_of_n import best_of_n, best_of_n_kl, fit_best_of_n, fit_rl, rank_weights, tilted
+from poise.functional.best_of_n import KL_COEFS, best_of_n, best_of_n_kl, fit_best_of_n, fit_rl, rank_weights, tilted
 
 
 @given(st.integers(2, 7), st.integers(1, 3), st.integers(0, 1000))
@@ -78,3 +80,10 @@ def test_laws_are_recovered() -> None:
     assert (law.alpha, law.beta, law.r2) == pytest.approx((0.5, 0.3, 1.0))
     noisy = fit_best_of_n(d, np.random.default_rng(0).normal(size=9))
     assert noisy.r2 < 0.9
+
+
+def test_tilted_points_are_those_of_the_recorded_study() -> None:
+    """Curves of today and of results/study-2026-11-25 can be laid over each other."""
+    recorded = json.loads((Path(__file__).parents[2] / "results/study-2026-11-25/results.json").read_text())
+    arm = next(iter(next(iter(recorded["best_of_n"].values())).values()))
+    assert tuple(point["kl_coef"] for point in arm["tilted"]) == KL_COEFS
