@@ -4,6 +4,8 @@ import ast
 import functools
 from pathlib import Path
 
+import pytest
+
 import poise
 
 ROOT = Path(poise.__file__).parent
@@ -79,6 +81,7 @@ def test_no_training_code_path_reaches_gold() -> None:
     assert "studies.gold" in reachable("studies.compare")  # the walk does see gold where it is
 
 
+@pytest.mark.slow
 def test_training_does_not_load_gold_at_run_time() -> None:
     import subprocess
     import sys
