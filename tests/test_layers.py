@@ -1,7 +1,10 @@
 """The architecture, enforced: imports only go down, and gold never reaches what trains or chooses."""
 
 import ast
+import functools
 from pathlib import Path
+
+import pytest
 
 import poise
 
@@ -28,12 +31,14 @@ def name_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
-def modules() -> set[str]:
+@functools.cache
+def modules() -> frozenset[str]:
     """Every module but the package's own face, `poise/__init__.py`."""
-    return {name_of(path) for path in ROOT.rglob("*.py")} - {"__init__"}
+    return frozenset(name_of(path) for path in ROOT.rglob("*.py")) - {"__init__"}
 
 
-def imports(module: str) -> set[str]:
+@functools.cache
+def imports(module: str) -> frozenset[str]:
     """Every poise module named in an import anywhere in the file, also inside functions."""
     found: set[str] = set()
     for node in ast.walk(ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())):
@@ -41,7 +46,7 @@ def imports(module: str) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return {name.removeprefix("poise.") for name in found if name.startswith("poise.")} & modules()
+    return frozenset(name.removeprefix("poise.") for name in found if name.startswith("poise.")) & modules()
 
 
 def reachable(module: str) -> set[str]:
@@ -76,6 +81,7 @@ def test_no_training_code_path_reaches_gold() -> None:
     assert "studies.gold" in reachable("studies.compare")  # the walk does see gold where it is
 
 
+@pytest.mark.slow
 def test_training_does_not_load_gold_at_run_time() -> None:
     import subprocess
     import sys
@@ -85,7 +91,7 @@ def test_training_does_not_load_gold_at_run_time() -> None:
     assert done.stdout.strip() == "False"
 
 
-def test_confined_libraries() -> None:
+def test_each_library_is_imported_only_by_its_home() -> None:
     homes = {
         "matplotlib": {"reports.plot_style", "reports.plots", "reports.study_plots"},
         "jinja2": {"models.template_trial", "reports.quickstart_page", "reports.reward_page", "reports.study_page"},

@@ -96,6 +96,7 @@ def test_default_model_without_hub_and_registry(
     assert not list((tmp_path / "cache").glob("**/*.json"))
 
 
+@pytest.mark.slow
 def test_score_end_to_end_and_its_bad_input(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: str, preferences_file: Path
 ) -> None:
@@ -126,6 +127,7 @@ def test_score_end_to_end_and_its_bad_input(
     assert "no `poise` block" in one_line(capsys)
 
 
+@pytest.mark.slow
 def test_an_ensemble_stands_where_a_reward_model_may(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: str, preferences_file: Path
 ) -> None:

@@ -358,6 +358,7 @@ def test_a_run_and_one_that_was_interrupted(algorithm: str, tiny_model: str, rew
     assert names == {"1", "2"}  # the upper two of three layers
 
 
+@pytest.mark.slow
 def test_the_kl_coefficient_holds_the_policy(tiny_model: str, reward_run: str, tmp_path: Path) -> None:
     """And the KL is known where it is not penalized."""
     far, near = (

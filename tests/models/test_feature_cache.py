@@ -23,6 +23,7 @@ from poise.models.feature_cache import FeatureCache, row_keys, trunk_fingerprint
 from poise.models.loading import HfModel
 from poise.models.reward_model import HeadLayout, load_reward_model, load_trunk, save_reward_model
 from poise.models.scorer import FeatureExtractor
+from warm_processes import WarmProcesses
 
 HIDDEN = 3
 
@@ -114,7 +115,7 @@ def test_another_trunk_width_or_dtype_has_another_address(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_dtypes(tmp_path: Path, dtype: str) -> None:
+def test_features_come_back_in_the_dtype_they_went_in(tmp_path: Path, dtype: str) -> None:
     rows = np.array([[1 / 3, 1e-4, 2.0]], dtype)
     with FeatureCache(tmp_path, "trunk", HIDDEN, dtype) as cache:
         cache.insert(row_keys([[1]]), rows)
@@ -339,11 +340,8 @@ def write_some(root: Path, numbers: list[int], start: Event) -> None:
 
 
 @pytest.fixture(scope="module")
-def processes() -> multiprocessing.context.ForkServerContext:
-    """Processes that have the module imported already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["poise.models.feature_cache"])
-    return context
+def processes(warm_server: WarmProcesses) -> multiprocessing.context.ForkServerContext:
+    return warm_server.context
 
 
 def test_a_segment_is_not_seen_before_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

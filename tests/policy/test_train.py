@@ -219,6 +219,7 @@ def prompts_of(config: Config) -> list[Any]:
     return [json.loads(line)["prompt"] for line in Path(config.prompts).read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_ppo_raises_the_reward_it_is_given(config: Config) -> None:
     config = dataclasses.replace(
         config, num_steps=40, completions_per_prompt=32, kl_coef=0.0, learning_rate=1e-2, objective="nominal",
@@ -228,6 +229,7 @@ def test_ppo_raises_the_reward_it_is_given(config: Config) -> None:
     assert sum(rewards[-5:]) / 5 > sum(rewards[:3]) / 3 + 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tune", ["lora", "full"])
 @pytest.mark.parametrize("kl_coef", [0.0, 0.05])
 def test_a_constant_reward_leaves_the_policy_at_the_reference(config: Config, tune: str, kl_coef: float) -> None:
@@ -318,6 +320,7 @@ def test_a_policy_with_another_tokenizer_than_the_reward_model_is_said(
     assert "re-tokenized as text" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_bfloat16_weights_as_on_a_gpu(
     config: Config, preferences_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -343,6 +346,7 @@ def losses_of(out: Run) -> list[list[float]]:
     return [[row[key] for key in ("reward", "kl", "policy_loss", "value_loss", "grad_norm")] for row in out.metrics()]
 
 
+@pytest.mark.slow
 def test_parts_of_a_minibatch_add_up(config: Config, tmp_path: Path) -> None:
     config = dataclasses.replace(config, prompts_per_step=4, num_minibatches=1)
     whole = train_policy.run(config)
@@ -446,6 +450,7 @@ def test_rewards_against_baselines_by_hand(config: Config, tmp_path: Path, shapi
     assert 0 < clipped < 8
 
 
+@pytest.mark.slow
 def test_baselines_are_sampled_once_for_each_prompt(config: Config) -> None:
     out = train_policy.run(dataclasses.replace(config, shaping="par", num_steps=6))
     rows = list(read_jsonl(out.folder / "baselines.jsonl"))
@@ -470,6 +475,7 @@ def test_what_never_ended_is_penalized(config: Config, tmp_path: Path) -> None:
     assert sum(lowered) / 24 == pytest.approx(1 - strict.metrics()[0]["ended"])
 
 
+@pytest.mark.slow
 def test_constants_of_the_scale_are_recorded(config: Config, tmp_path: Path) -> None:
     rows = {}
     for norm in ("initial", "running", "batch"):
@@ -546,6 +552,7 @@ def test_parameter_moves_linearly(config: Config) -> None:
     assert [row["parameter"] for row in rows] == pytest.approx([0.9, 0.6, 0.3, 0.0])
 
 
+@pytest.mark.slow
 def test_a_policy_settles_at_the_ceiling(config: Config, tmp_path: Path) -> None:
     """At the ceiling nothing of the policy moves; the value head still learns what the policy is worth."""
     config = dataclasses.replace(config, reward_ceiling=1.5, reward_floor=1.5 - 1e-6, settle=True, num_steps=2)
@@ -576,6 +583,7 @@ def test_a_step_ends_when_it_has_moved_far_enough(config: Config) -> None:
     assert all(row["updates"] < 4 for row in rows)
 
 
+@pytest.mark.slow
 def test_an_entropy_bonus_raises_entropy(config: Config, tmp_path: Path) -> None:
     config = dataclasses.replace(config, objective="constant(0)", kl_coef=0.0, num_steps=15, learning_rate=1e-2)
     plain = train_policy.run(config).metrics()
@@ -583,6 +591,7 @@ def test_an_entropy_bonus_raises_entropy(config: Config, tmp_path: Path) -> None
     assert bonus[-1]["entropy"] > plain[-1]["entropy"] + 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"tune": "full", "learning_rate": 1e-3}, {"value_trunk": "own"}], ids=str)
 def test_other_trunks_learn_and_resume(config: Config, tmp_path: Path, options: dict[str, Any]) -> None:
     config = dataclasses.replace(config, num_steps=4, **options)
@@ -621,6 +630,7 @@ def alarmed_at(*steps: int) -> Callable[..., Reading]:
     return update
 
 
+@pytest.mark.slow
 def test_actions_on_an_alarm(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = dataclasses.replace(config, num_steps=8, save_every=2)
     monkeypatch.setattr(Monitor, "update", alarmed_at(5, 6))

@@ -157,7 +157,8 @@ def test_a_verdict_claims_no_more_than_its_interval(gold: Any, interval: Any, ki
     assert says in verdict.text.replace("\xa0", " ")
 
 
-def test_a_collapsed_std_is_said_aloud(quickstart: Path):
+@pytest.mark.slow
+def test_a_collapsed_std_is_warned_of(quickstart: Path):
     assert "collapsed" not in Page(report.build(quickstart)).text
     write_json(quickstart / "reward" / "results.json", make_reward(std_collapsed=True))
     assert "The heads’ std collapsed." in Page(report.build(quickstart)).text
@@ -247,6 +248,7 @@ def test_the_command_writes_the_page_and_the_figure(
         assert image.width > 1200
 
 
+@pytest.mark.slow
 def test_building_needs_no_torch_and_no_pyplot(quickstart: Path):
     code = (
         "import sys; from poise.reports import quickstart_page; quickstart_page.build(sys.argv[1]); "
@@ -288,6 +290,7 @@ def visit(page: Path, scratch: Path) -> Visit:
     return Visit(done.stdout, re.findall(r":CONSOLE[:(]\d+\)?\] (.*)", done.stderr), requests, screenshot)
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_a_browser_shows_the_page_and_nothing_runs_or_is_fetched(quickstart: Path, tmp_path: Path):
     seen = visit(report.build(quickstart), tmp_path)

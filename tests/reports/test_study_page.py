@@ -418,6 +418,7 @@ def test_the_same_study_gives_the_same_page(folder: Path):
     assert study_page.build(folder).read_text() == first
 
 
+@pytest.mark.slow
 def test_building_needs_no_torch(folder: Path):
     code = "import sys; from poise.reports import study_page; study_page.build(sys.argv[1])"
     code += "; assert 'torch' not in sys.modules"
@@ -588,6 +589,7 @@ def key_of(reward: str, spec: str, noise: str) -> str:
     return f"{reward},{name},{parameter},{noise}"
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_the_page_computes_what_python_does(folder: Path, tmp_path: Path):
     pool = json.loads((folder / "page-pool.json").read_text())
@@ -610,6 +612,7 @@ def test_the_page_computes_what_python_does(folder: Path, tmp_path: Path):
             np.testing.assert_allclose(page, python, rtol=0, atol=1e-6, err_msg=str(choice))
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_a_browser_shows_the_page_and_nothing_else_runs_or_is_fetched(folder: Path, tmp_path: Path):
     seen = visit(
@@ -676,6 +679,7 @@ document.body.setAttribute('data-alarms', document.querySelectorAll('#step-chart
 """
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_a_reader_can_operate_it_and_the_address_follows(folder: Path, tmp_path: Path):
     seen = visit(driven(study_page.build(folder), READER), tmp_path)

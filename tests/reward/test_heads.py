@@ -144,6 +144,7 @@ def test_heads_learn_the_stage_one_reward_and_std_shrinks_where_there_is_data() 
     assert history[-1]["mse"] < 0.01
 
 
+@pytest.mark.slow
 def test_heads_of_regions_are_stopped_by_their_own_region() -> None:
     """Two regions with opposite rewards: judged on both, a head could only get worse by learning its own."""
     generator = torch.Generator().manual_seed(0)

@@ -35,6 +35,7 @@ def test_mean_over_models_equals_the_one_worked_out_by_hand() -> None:
     assert over_rewards([model(0.6)]) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_interval_over_few_models_covers_the_truth_as_often_as_it_says(count: int) -> None:
     generator = np.random.default_rng(0)

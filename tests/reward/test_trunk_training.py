@@ -163,6 +163,7 @@ def test_killed_at_any_moment_it_ends_in_the_same_weights(
     assert result.metrics() == whole.metrics()
 
 
+@pytest.mark.slow
 def test_stage_two_with_the_trunk(tiny_model: str, preferences_file: Path, tmp_path: Path) -> None:
     """The BRME gets a trunk of its own and comes nearer to the stage-1 reward; the others stay on the frozen one."""
     changes = {"trunk": "frozen", "shards": "same", "head_loss": "gaussian_nll", "epochs": 10.0, "head_steps": 40}
@@ -188,6 +189,7 @@ def test_stage_two_with_the_trunk(tiny_model: str, preferences_file: Path, tmp_p
     assert error["lora"] < error["frozen"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trunk", ["lora", "full"])
 def test_what_a_sharded_run_has_learned_is_put_together(
     trunk: str, tiny_model: str, preferences_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

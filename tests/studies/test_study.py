@@ -97,6 +97,7 @@ def test_a_study_grows_and_repeats_nothing(
         study.run(config(tmp_path, preferences_file, prompts_file, tiny_model, **other))
 
 
+@pytest.mark.slow
 def test_a_cell_that_fails_is_named_and_the_others_go_on(
     tmp_path: Path, preferences_file: Path, prompts_file: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,6 +240,7 @@ def test_a_reward_model_in_memory_is_the_one_a_run_saves(
         assert torch.equal(model.weight, Scorer.load(str(tmp_path / "run" / name)).weight), name
 
 
+@pytest.mark.slow
 def test_a_cell_counts_its_processor_time(tmp_path: Path, tiny_model: str, preferences_file: Path) -> None:
     settings = train_reward.Config(
         preferences=str(preferences_file), output=str(tmp_path / "cell"), model=tiny_model, num_layers=2
@@ -438,6 +440,7 @@ def test_raters_are_of_the_same_pairs(tmp_path: Path, prompts_file: Path) -> Non
     assert [pair.chosen for pair in study._read(wanted)[str(raters)]] == ["b", "c", "f"]
 
 
+@pytest.mark.slow
 def test_conversations_that_share_their_last_turn_make_a_pool(
     tmp_path: Path, preferences_file: Path, tiny_model: str
 ) -> None:
