@@ -257,9 +257,7 @@ def finite_or_raise(value: T, what: str) -> T:
     {'mean': [1.0, 2.0]}
     """
     if isinstance(value, float) and not math.isfinite(value):
-        raise PoiseError(
-            f"{what} is {value}, not a number; the reward model is broken, nothing is written"
-        )
+        raise PoiseError(f"{what} is {value}, not a number; the reward model is broken, nothing is written")
     if isinstance(value, dict):
         for name, one in value.items():
             finite_or_raise(one, f"{what}: {name}")
