@@ -168,5 +168,7 @@ def test_score_writes_no_null(
         (model / file.name).write_bytes(file.read_bytes())
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"id2label": {"0": "LABEL_0"}}))
-    assert "the score: " in refused(capsys, ["score", str(model), str(rows), "--objective", "mean"])
+    assert main(["score", str(model), str(rows), "--objective", "mean"]) == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("poise: ")]
+    assert "the score: mean, number 1, number 1 is nan" in line
     assert not (tmp_path / "rows.scored.jsonl").exists()

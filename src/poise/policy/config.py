@@ -3,6 +3,7 @@
 Torch is not imported to read them.
 """
 
+import sys
 from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
@@ -14,7 +15,6 @@ from poise.functional.monitor import MonitorConfig
 from poise.functional.objective_names import PARAMETERS, Shaping, check_parameter, read_objective
 from poise.integrations.lm_eval_tasks import DEFAULT_TASKS, MAX_TOKENS
 from poise.models.choices import DEFAULT_MODEL, Tune, ValueTrunk
-from poise.runtime import processes
 from poise.runtime.settings import (
     Bounded,
     Count,
@@ -42,6 +42,15 @@ PPO_ONLY = {
 def unread_settings(algorithm: str) -> set[str]:
     """Names of the settings that an algorithm does not read."""
     return set() if algorithm == "ppo" else PPO_ONLY
+
+
+def _num_processes() -> int:
+    """Processes of this run. Before torch is imported none has met the others, and there is one."""
+    if "torch" not in sys.modules:
+        return 1
+    from poise.runtime import distributed
+
+    return distributed.num_processes()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,9 +178,10 @@ class Config(PpoConfig):
         """Raise PoiseError for bad settings, before a model is loaded."""
         super().check()
         name, _ = read_objective(self.objective)
-        shares = self.num_minibatches * processes.num_processes()
+        num_processes = _num_processes()
+        shares = self.num_minibatches * num_processes
         if self.prompts_per_step % shares:
-            over = f" × {processes.num_processes()} processes" if processes.num_processes() > 1 else ""
+            over = f" × {num_processes} processes" if num_processes > 1 else ""
             raise PoiseError(
                 f"--num-minibatches {self.num_minibatches}{over} does not divide "
                 f"--prompts-per-step {self.prompts_per_step}"
