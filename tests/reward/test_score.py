@@ -3,8 +3,10 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 
 from poise.data.types import Sample
 from poise.models.scorer import Scorer
@@ -28,3 +30,32 @@ def test_total_std_is_calibrated_and_routing_is_not(
     assert [row["nominal_head"] for row in rows] == heads.std.argmin(-1).tolist()
     expected = np.sqrt(np.square(heads.std.numpy() * scale).mean(-1) + heads.mean.numpy().var(-1))
     np.testing.assert_allclose([row["total_std"] for row in rows], expected, rtol=1e-4)
+
+
+def test_a_stopped_command_goes_on_after_its_last_part(
+    tiny_model: str, train_tiny_reward: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train_tiny_reward(tiny_model)
+    monkeypatch.setattr(score, "ROWS_PER_PART", 4)
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": "Review.", "completion": f"good {i}"}) + "\n" for i in range(10)))
+    whole = score.run(score.Config(str(run), str(file))).read_text()
+    assert len(whole.splitlines()) == 10
+    assert {path.name for path in tmp_path.iterdir()} >= {"texts.jsonl", "texts.scored.jsonl"}
+    assert not list(tmp_path.glob("*.partial*"))
+
+    parts, scored = [], score._scored
+
+    def killed_in_the_third_part(scorer: Scorer, samples: list[Sample], *more: Any) -> list[dict[str, Any]]:
+        parts.append(len(samples))
+        if parts == [4, 4, 2]:
+            raise KeyboardInterrupt
+        return scored(scorer, samples, *more)
+
+    monkeypatch.setattr(score, "_scored", killed_in_the_third_part)
+    again = score.Config(str(run), str(file), output=str(tmp_path / "again.jsonl"))
+    with pytest.raises(KeyboardInterrupt):
+        score.run(again)
+    assert len((tmp_path / "again.jsonl.partial").read_text().splitlines()) == 8
+    assert score.run(again).read_text() == whole
+    assert parts == [4, 4, 2, 2]
