@@ -1,5 +1,6 @@
 """Tiny models built on the spot: no download, no cache, a fraction of a second each."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,6 +25,18 @@ WORDS = [
     *("good", "bad", "fine", "awful", "film", "phone", "great", "poor", "a", "the", "this", "is", "was"),
     *("really", "not", "love", "hate", "it", ".", ","),
 ]
+
+
+@pytest.fixture(autouse=True)
+def same_environment() -> Iterator[None]:
+    """Libraries set variables such as LOCAL_RANK, by which a later test would join other processes."""
+    before = dict(os.environ)
+    yield
+    kept = os.environ.get("PYTEST_CURRENT_TEST")
+    os.environ.clear()
+    os.environ.update(before)
+    if kept is not None:
+        os.environ["PYTEST_CURRENT_TEST"] = kept
 
 
 def make_tokenizer() -> transformers.PreTrainedTokenizerFast:

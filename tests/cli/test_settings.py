@@ -147,19 +147,22 @@ def test_score_writes_no_null(
     from poise.models.reward_model import HeadLayout
     from poise.reward import score
 
-    class Broken:
+    class Broken(score.Scorer):
         """A reward model whose trunk overflows."""
 
-        layout, extract, num_truncated = HeadLayout(1, "point", (0.0,)), type("E", (), {"num_truncated": 0}), 0
+        def __init__(self) -> None:
+            self.layout = HeadLayout(1, "point", (0.0,))
+            self.extract = type("E", (), {"num_truncated": 0, "tokenizer": None, "max_length": 64})  # type: ignore[assignment]
 
         def __call__(self, samples: list[Any], *_: Any) -> HeadRewards:
             return HeadRewards(torch.full((len(samples), 1), math.nan), torch.zeros(len(samples), 1))
 
         @staticmethod
-        def load(*_: Any, **__: Any) -> "Broken":
+        def load(*_: Any, **__: Any) -> "Broken":  # type: ignore[override]
             return Broken()
 
     monkeypatch.setattr(score, "Scorer", Broken)
+    monkeypatch.setattr(score, "row_check", lambda _: None)
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "Review.", "completion": "good"}\n')
     model = tmp_path / "model"

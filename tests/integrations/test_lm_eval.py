@@ -269,7 +269,7 @@ def test_other_bad_input_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for names, folder, message in [
         (("sciq",), data, r"sciq.jsonl:2: the same row as in line 1; delete one of them"),
         (("piqa",), data, r"piqa.jsonl is empty"),
-        (("race",), data, r"cannot read .*race.jsonl.gz"),
+        (("race",), data, r"race.jsonl.gz:1: not JSON"),
         (("mmlu",), data, r"has no mmlu.jsonl or mmlu.jsonl.gz; add it or leave mmlu out"),
         (("sciq",), f"{data}/none", r"no such folder: .*/none; it should hold a file NAME.jsonl"),
         (("siqc",), data, r"no benchmark 'siqc'; choose from arc_easy, "),

@@ -143,7 +143,7 @@ def test_a_run_killed_at_every_boundary_ends_as_an_undisturbed_one(config: Confi
     """With a moving parameter, a moving scale and a safe policy: everything that the end needs is in the checkpoint."""
     config = dataclasses.replace(
         config, objective="tradeoff(0.9)", final_parameter=0.0, reward_norm="running", on_alarm="rollback",
-        alarm_threshold=1e9,
+        alarm_threshold=1e6,
     )  # fmt: skip
     calm, stormy = (dataclasses.replace(config, output=str(tmp_path / name)) for name in ("calm", "stormy"))
     whole = train_policy.run(calm)

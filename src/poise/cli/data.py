@@ -14,6 +14,7 @@ from poise.data.preferences import iter_samples, read_preferences, read_prompts
 from poise.data.rows import Check, Understood
 from poise.data.types import Prompt
 from poise.errors import PoiseError
+from poise.runtime.settings import Count, Settings, WholeNumber
 
 Kind = Literal["preferences", "questions", "samples", "prompts"]
 Shown = tuple[Prompt, dict[str, str]]  # a prompt, and its answers by name
@@ -22,7 +23,7 @@ _BAD_ROWS_SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Print what a file of preferences, prompts, completions or evaluation sets was understood to hold.
 
     Every form that is read is in docs/data.md. Nothing is written, and without --model nothing heavy is loaded.
@@ -34,9 +35,9 @@ class Config:
     """What to read the file as; auto: by the columns of its first row. `questions` is what `evaluate-reward` reads."""
     model: str = ""
     """Model whose chat template and tokenizer the rows are shown through: a language model or a reward model."""
-    max_length: int = 1024
+    max_length: Count = 1024
     """Longest sample in tokens, with --model; longer ones lose their oldest tokens."""
-    show: int = 3
+    show: WholeNumber = 3
     """Rows to show as the model reads them."""
     json: bool = False
     """Print one JSON object instead of text."""
@@ -44,8 +45,7 @@ class Config:
 
 def run(config: Config) -> None:
     """Print the report. Bad rows are part of it; PoiseError if no row can be used."""
-    if config.show < 0 or config.max_length < 1:
-        raise PoiseError("--show must be at least 0 and --max-length at least 1")
+    config.check()
     reader = _ModelReader(config.model, config.max_length) if config.model else None
     report = read_report(config, reader)
     print(json.dumps(report, indent=1) if config.json else as_text(report))
