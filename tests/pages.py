@@ -1,15 +1,18 @@
 """What the tests of the pages share: a page as a parser sees it, and the browser that shows it."""
 
+import contextlib
 import itertools
 import json
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from poise.errors import PoiseError
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on PATH")
@@ -83,3 +86,13 @@ def poison(folder: Path) -> None:
 def assert_all_is_seen(text: str) -> None:
     assert SHOWN in text.replace("&#39;", "'")
     assert not set(text) & set(UNSEEN) - set("[31m")
+
+
+def assert_wrong_forms_are_one_line(folder: Path, build: Callable[[Path], object], value: object) -> None:
+    """A page built from results.json with `value` in the place of any one field: built, or refused in one line."""
+    file = folder / "results.json"
+    before = json.loads(file.read_text())
+    for field in before:
+        file.write_text(json.dumps(before | {field: value}))
+        with contextlib.suppress(PoiseError):  # no other error leaves; what is optional may be of any form
+            build(folder)
