@@ -1,5 +1,5 @@
 # Two commands: `make quickstart` and `make test`. Both make their own .venv from requirements.lock.
-# `make test-fast` leaves out the tests marked slow.
+# `make test-fast` leaves out the tests marked slow. `make docs` builds the documentation into site/.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Two processes of one thread each: more threads would only wait for one another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: quickstart check test test-fast clean
+.PHONY: quickstart check test test-fast docs clean
 
 $(VENV)/installed: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Poise needs Python 3.11 or newer; set PYTHON=python3.11"'
@@ -20,8 +20,8 @@ quickstart: $(VENV)/installed
 	$(BIN)/poise quickstart
 
 check: $(VENV)/installed
-	$(BIN)/ruff format --check src tests benchmarks experiments
-	$(BIN)/ruff check src tests benchmarks experiments
+	$(BIN)/ruff format --check src tests benchmarks experiments docs
+	$(BIN)/ruff check src tests benchmarks experiments docs
 	$(BIN)/mypy
 
 test: check
@@ -30,5 +30,8 @@ test: check
 test-fast: check
 	$(PYTEST) -m "not slow"
 
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info

@@ -35,7 +35,9 @@ def overoptimization() -> Figure:
         style = STYLES[2] if axis_gold else ONE_HEAD
         for curve in curves:
             proxy.plot(curve, color=style.color, alpha=0.25, linewidth=0.8)
-        proxy.plot(curves.mean(0), style.dash, color=style.color, label="gold" if axis_gold else "the reward it is given")
+        proxy.plot(
+            curves.mean(0), style.dash, color=style.color, label="gold" if axis_gold else "the reward it is given"
+        )
     proxy.set(title="The reward rises, gold falls", xlabel="PPO step, one head, 5 seeds", ylabel="gain since step 0")
 
     for arm, label, style in ARMS:
@@ -46,7 +48,11 @@ def overoptimization() -> Figure:
             gold.plot(curve, color=style.color, alpha=0.2, linewidth=0.8)
         frontier.plot(*gold_by_kl(kls, curves), style.dash, color=style.color, label=label)
     gold.set(title="Bounded, gold holds", xlabel="PPO step, 5 seeds", ylabel="gold")
-    frontier.set(title="At equal KL they are alike", xlabel="√KL to the initial policy", ylabel="gold, mean of runs that reach it")
+    frontier.set(
+        title="At equal KL they are alike",
+        xlabel="√KL to the initial policy",
+        ylabel="gold, mean of runs that reach it",
+    )
     for axes in (proxy, gold, frontier):
         axes.legend(fontsize=8)
     return figure
@@ -115,7 +121,9 @@ def objectives() -> Figure:
     names = ("nominal", "mean", "tradeoff(0.4)", "lower_confidence(1)", "uncertainty_weighted(0.5)", "worst_case")
     for name, style in zip(names, STYLES, strict=True):
         axes.plot(x, parse_objective(name)(rewards), style.dash, color=style.color, label=name)
-    axes.set(title="One reward from five heads", xlabel="a text, by its distance from the training data", ylabel="reward")
+    axes.set(
+        title="One reward from five heads", xlabel="a text, by its distance from the training data", ylabel="reward"
+    )
     seen(axes)
     axes.set_ylim(-4.5, 2.5)
     axes.legend(fontsize=8, loc="lower left", ncols=2)

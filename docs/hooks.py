@@ -27,7 +27,16 @@ def commands_page() -> str:
     cli = importlib.import_module("poise.cli.main")
     parts = ["# Commands", "", "What `poise COMMAND --help` prints.", ""]
     for name, (_, summary) in cli.COMMANDS.items():
-        parts += [f"## poise {name}", "", f"{summary[0].upper()}{summary[1:]}.", "", "```text", help_text(cli, name), "```", ""]
+        parts += [
+            f"## poise {name}",
+            "",
+            f"{summary[0].upper()}{summary[1:]}.",
+            "",
+            "```text",
+            help_text(cli, name),
+            "```",
+            "",
+        ]
     return "\n".join(parts)
 
 
