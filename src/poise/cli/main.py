@@ -40,6 +40,7 @@ COMMANDS = {
     "merge": ("poise.policy.merge", "a policy's LoRA adapters folded into its language model"),
     "push": ("poise.reward.push", "upload a reward model to the model hub"),
     "report": ("poise.reports.quickstart_page", "rebuild the page of a quickstart folder"),
+    "completion": ("poise.cli.completion", "a script by which bash or zsh completes commands and options"),
 }
 
 # Where the settings of each command are, in modules that do not import torch.
