@@ -1,6 +1,6 @@
 """Over-optimization read off a scored pool: gold and proxy against KL for best-of-n and exactly tilted policies.
 
-Everything here follows from the heads' opinions of a pool and the pool's gold, so an objective costs milliseconds.
+Everything here follows from the heads' scores of a pool and the pool's gold, so an objective costs milliseconds.
 Gold comes in as numbers: nothing here trains or chooses.
 
 Shapes: _S reward models (seeds), _P prompts, _N completions of each, _M points of a curve, _D bootstrap draws.
