@@ -34,7 +34,7 @@ from poise.functional.objectives import (
     worst_case,
 )
 
-HEADS = HeadRewards(torch.tensor([[1.0, 2.0, 6.0]]), torch.tensor([[0.5, 0.2, 0.9]]))
+HEADS = HeadRewards(torch.tensor([[1.0, 2.0, 6.0]]), torch.tensor([[0.5, 0.2, 0.9]]), torch.tensor([[2.0]]))
 
 HAND_VALUES = {
     "nominal": 2.0,
@@ -47,6 +47,8 @@ HAND_VALUES = {
     "uncertainty_weighted(0.1)": 3.0 - 0.1 * 14 / 3,
     "lower_confidence": 3.0 - math.sqrt(14 / 3),
     "lower_confidence(2)": 3.0 - 2 * math.sqrt(14 / 3),
+    "typical": 3.0 - 2.0,
+    "typical(0.25)": 3.0 - 0.25 * 2.0,
     "soft_min": -math.log((math.exp(-1) + math.exp(-2) + math.exp(-6)) / 3),
     "soft_min(2)": -2 * math.log((math.exp(-0.5) + math.exp(-1) + math.exp(-3)) / 3),
     "median": 2.0,
@@ -278,6 +280,7 @@ def test_a_ceiling_and_a_floor_bound_the_scaled_reward() -> None:
     [
         ("tradeoff(0.4)", 0.2),
         ("lower_confidence(1)", 2.0),
+        ("typical(0.5)", 1.0),
         ("soft_min(2)", 1.0),
         ("quantile(0.5)", 0.25),
         ("mean", None),
@@ -285,7 +288,7 @@ def test_a_ceiling_and_a_floor_bound_the_scaled_reward() -> None:
 )
 def test_more_pessimistic_never_raises_a_reward(spec: str, more: float | None) -> None:
     torch.manual_seed(0)
-    heads = HeadRewards(torch.randn(50, 5), torch.rand(50, 5))
+    heads = HeadRewards(torch.randn(50, 5), torch.rand(50, 5), torch.rand(50, 1))
     objective = parse_objective(spec)
     lower = more_pessimistic(objective)
     assert parameter(lower) == more
@@ -303,7 +306,9 @@ def test_every_objective_has_the_parameter_that_its_name_says() -> None:
         assert allowed is None or default is None or default in allowed.allowed, name
 
 
-@pytest.mark.parametrize("name", ["tradeoff", "quantile", "soft_min", "uncertainty_weighted", "lower_confidence"])
+@pytest.mark.parametrize(
+    "name", ["tradeoff", "quantile", "soft_min", "uncertainty_weighted", "lower_confidence", "typical"]
+)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
 def test_a_parameter_out_of_range_is_refused_by_the_function_itself(name: str, value: float) -> None:
     with pytest.raises(PoiseError, match=f"{name}'s .* must be"):

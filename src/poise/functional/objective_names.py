@@ -34,6 +34,7 @@ PARAMETERS: dict[str, Parameter | None] = {
     "quantile": Parameter("level", between(0, 1)),
     "uncertainty_weighted": _COEFFICIENT,
     "lower_confidence": _COEFFICIENT,
+    "typical": _COEFFICIENT,
     "soft_min": Parameter("temperature", between(1e-9, 1e9), "; worst_case is its limit at 0"),
     "expected_worst_case": None,
     "expected_tradeoff": _WEIGHT,

@@ -11,27 +11,18 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from poise.errors import PoiseError
+from poise.functional.head_rewards import HeadRewards as HeadRewards
+from poise.functional.head_rewards import joined as joined
 from poise.functional.objective_names import PARAMETERS, check_parameter, read_objective
 from poise.functional.objective_names import Shaping as Shaping
 from poise.runtime.settings import above, at_least, read_fields
-
-
-class HeadRewards(NamedTuple):
-    """What K heads say of some texts, in units of the standardized training reward.
-
-    mean: (..., K) each head's reward.
-    std:  (..., K) each head's own std, >= 0 (all zero for point heads).
-    """
-
-    mean: Float[Tensor, "*batch heads"]
-    std: Float[Tensor, "*batch heads"]
 
 
 def nominal(heads: HeadRewards) -> Float[Tensor, "*batch"]:
@@ -114,6 +105,22 @@ def lower_confidence(heads: HeadRewards, coefficient: float = 1.0) -> Float[Tens
     """
     check_parameter("lower_confidence", coefficient)
     return mean(heads) - coefficient * disagreement(heads)
+
+
+def typical(heads: HeadRewards, coefficient: float = 1.0) -> Float[Tensor, "*batch"]:
+    """mean - c * d: less for a text, the further it lies from the reference texts (`poise.functional.typicality`).
+
+    coefficient: c >= 0, in reward per unit of distance; d has mean 1 over the reference texts. d is quadratic in the
+    features and the heads are linear in them, so the optimum is a text like those. A reward floor bounds the penalty.
+    Raises PoiseError for heads without a distance.
+
+    >>> typical(HeadRewards(torch.tensor([1.0, 3.0]), torch.zeros(2), torch.tensor([1.5])), 0.5).item()
+    1.25
+    """
+    check_parameter("typical", coefficient)
+    if heads.distance is None:
+        raise PoiseError("objective typical needs the distance to reference texts, which this reward model has none of")
+    return mean(heads) - coefficient * heads.distance.squeeze(-1).to(heads.mean.dtype)
 
 
 def soft_min(heads: HeadRewards, temperature: float = 1.0) -> Float[Tensor, "*batch"]:
@@ -215,7 +222,7 @@ def contrastive(heads: HeadRewards, baseline: HeadRewards) -> HeadRewards:
     >>> contrastive(one, HeadRewards(torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1))).mean.item()
     1.5
     """
-    return HeadRewards(heads.mean - baseline.mean.mean(-2), heads.std)
+    return heads._replace(mean=heads.mean - baseline.mean.mean(-2))
 
 
 def preference_as_reward(heads: HeadRewards, baseline: HeadRewards) -> HeadRewards:
@@ -228,7 +235,7 @@ def preference_as_reward(heads: HeadRewards, baseline: HeadRewards) -> HeadRewar
     >>> preference_as_reward(one, HeadRewards(torch.tensor([[2.0]]), torch.zeros(1, 1))).mean.item()
     0.5
     """
-    return HeadRewards(torch.sigmoid(heads.mean.unsqueeze(-2) - baseline.mean).mean(-2), heads.std)
+    return heads._replace(mean=torch.sigmoid(heads.mean.unsqueeze(-2) - baseline.mean).mean(-2))
 
 
 SHAPINGS: dict[str, Callable[[HeadRewards, HeadRewards], HeadRewards]] = {
@@ -278,7 +285,7 @@ class RewardScale:
 
         Preferences identify differences of rewards only: a head's constant must not decide which is the worst case.
         """
-        return HeadRewards(heads.mean - torch.tensor(self.head_baseline, dtype=heads.mean.dtype), heads.std)
+        return heads._replace(mean=heads.mean - torch.tensor(self.head_baseline, dtype=heads.mean.dtype))
 
     @classmethod
     def fit(
@@ -330,7 +337,7 @@ OBJECTIVES: dict[str, Callable[..., Tensor]] = {
     function.__name__: function
     for function in (
         nominal, worst_case, tradeoff, mean, median, random_head, quantile, uncertainty_weighted, lower_confidence,
-        soft_min, expected_worst_case, expected_tradeoff, constant,
+        typical, soft_min, expected_worst_case, expected_tradeoff, constant,
     )
 }  # fmt: skip
 
@@ -367,7 +374,7 @@ def more_pessimistic(objective: Objective) -> Objective:
     value = parameter(objective)
     if value is None or function is constant:
         return objective
-    value *= 2.0 if function in (uncertainty_weighted, lower_confidence) else 0.5
+    value *= 2.0 if function in (uncertainty_weighted, lower_confidence, typical) else 0.5
     allowed = PARAMETERS[function.__name__]
     bounds = (-math.inf, math.inf) if allowed is None else (allowed.allowed.low, allowed.allowed.high)
     return with_parameter(objective, float(min(max(value, bounds[0]), bounds[1])))  # alarms may go on for ever

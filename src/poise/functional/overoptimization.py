@@ -70,9 +70,9 @@ class Choice:
         of its prompt's, which are the initial policy's.
         """
         if self.shaping != "none":
-            by_prompt = HeadRewards(*(unit * part.unflatten(0, (-1, per_prompt)) for part in heads))
-            others = HeadRewards(*(part.unsqueeze(1) for part in by_prompt))
-            heads = HeadRewards(*(part.flatten(0, 1) for part in SHAPINGS[self.shaping](by_prompt, others)))
+            by_prompt = heads.in_unit(unit).each(lambda part: part.unflatten(0, (-1, per_prompt)))
+            others = by_prompt.each(lambda part: part.unsqueeze(1))
+            heads = SHAPINGS[self.shaping](by_prompt, others).each(lambda part: part.flatten(0, 1))
         objective = parse_objective(self.objective)
         _refuse_coupled(objective, self.objective)
         _, reward = RewardScale.fit_and_combine(heads, objective, ceiling=self.ceiling)

@@ -28,6 +28,7 @@ from poise.functional.objectives import (
     HeadRewards,
     RewardScale,
     disagreement,
+    joined,
     nominal,
     nominal_head,
     parse_objective,
@@ -64,6 +65,7 @@ class RobustReward:
 
     Every process must call it at the same time, as TRL does: a batch is that of all of them together. Logged through
     `log_metric`: poise/nominal, worst_case, gap, disagreement, routing_std, switches, repetition, variety, truncated,
+    distance (where the model has reference texts),
     and poise/head_0 … each head's centered mean; through `log_extra` the nominal head of each completion.
 
     Picklable: the copy carries settings and scale, and loads the model where it is first called.
@@ -119,7 +121,7 @@ class RobustReward:
         part = (own, self.scorer(own), self.saved_scale() if self.fitted is None else None)
         parts = gathered_rows([part])
         samples = [sample for there, _, _ in parts for sample in there]
-        heads = HeadRewards(*(torch.cat(part) for part in zip(*(scored for _, scored, _ in parts), strict=True)))
+        heads = joined([scored for _, scored, _ in parts])
         if self.fitted is None:  # one process that can read the file is enough: folders may not be shared
             step = getattr(columns.get("trainer_state"), "global_step", 0)
             self.fitted = next((saved for _, _, saved in parts if saved), None) or self._fit(heads, step)
@@ -196,7 +198,7 @@ def statistics(samples: Sequence[Sample], centered: HeadRewards) -> dict[str, fl
         "gap": nominal(centered) - worst_case(centered),
         "disagreement": disagreement(centered),
         "routing_std": routing_std(centered),
-    }
+    } | ({} if centered.distance is None else {"distance": centered.distance})
     return {
         **{name: signal.mean().item() for name, signal in signals.items()},
         "switches": switches([sample.prompt for sample in samples], nominal_head(centered).tolist()),
@@ -229,7 +231,7 @@ _PLAIN = {
         name: f"poise/{name}"
         for name in (
             "nominal", "worst_case", "gap", "disagreement", "routing_std", "switches", "repetition", "variety",
-            "truncated",
+            "truncated", "distance",
         )
     },
 }  # fmt: skip

@@ -26,6 +26,8 @@ class HeadBlock:
     floor: Annotated[float, at_least(0, HUGE)] = 1e-3
     reward_scale: Annotated[float, at_least(0, HUGE)] = 1.0
     std_scale: tuple[Std, ...] = ()
+    reference_texts: Annotated[int, between(0, 2**40)] = 0
+    reference_shrinkage: Annotated[float, between(0, 1)] = 0.0
 
     @property
     def num_labels(self) -> int:

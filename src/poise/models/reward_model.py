@@ -13,7 +13,7 @@ place that knows the layout.
 import hashlib
 import json
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from poise.errors import PoiseError, first_line
 from poise.functional.objectives import HeadRewards
+from poise.functional.typicality import Reference
 from poise.models.formats import read_head_block
 from poise.models.loading import (
     HfModel,
@@ -40,6 +41,7 @@ from poise.models.loading import (
     pad_apart,
     resolve_model,
 )
+from poise.runtime.folders import write_file_atomic
 from poise.runtime.quiet import quiet_loading
 from poise.runtime.run_folder import write_folder_atomic
 
@@ -48,6 +50,7 @@ _SCORE = "score.weight"
 _READ_NOMINAL = {"nominal", "tradeoff", "expected_tradeoff"}
 # In a folder of its own: vLLM takes every safetensors file beside config.json for weights.
 _LAST_LAYER = "poise/last_layer.safetensors"
+REFERENCE = "poise/reference.safetensors"
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class HeadLayout:
     floor: smallest std a head can report, in units of the standardized reward.
     reward_scale: sigmoid(reward_scale * (mean+ - mean-)) is the Bradley-Terry probability of a preference.
     std_scale: per head, what its std must be multiplied with to be an error bar on validation; () for ones.
+    reference_texts: number of texts that distances are measured from (poise/reference.safetensors); 0: there are none.
+    reference_shrinkage: of their covariance, in [0, 1].
     """
 
     num_heads: int
@@ -67,6 +72,8 @@ class HeadLayout:
     floor: float = 1e-3
     reward_scale: float = 1.0
     std_scale: tuple[float, ...] = ()
+    reference_texts: int = 0
+    reference_shrinkage: float = 0.0
 
     @property
     def num_labels(self) -> int:
@@ -89,8 +96,14 @@ class HeadLayout:
         """Raise PoiseError for an objective, as a config names it, that means nothing for these heads.
 
         `nominal`, and what contains it, reads the head with the lowest std. Several point heads all have std 0.
+        `typical` reads the distance to reference texts.
         """
         name = objective.split("(")[0].strip()
+        if name == "typical" and not self.reference_texts:
+            raise PoiseError(
+                f"objective {objective} needs reference texts, which this reward model does not have; "
+                f"`poise reference CHECKPOINT FILE` adds them to a checkpoint (an ensemble takes none)"
+            )
         if self.kind == "point" and self.num_heads > 1 and name in _READ_NOMINAL:
             raise PoiseError(
                 f"objective {objective} reads the head with the lowest std, but all {self.num_heads} heads of this "
@@ -101,7 +114,12 @@ class HeadLayout:
         """The same rewards with stds as error bars. Not for routing: the scale would change which head is lowest."""
         if not self.std_scale:
             return heads
-        return HeadRewards(heads.mean, heads.std * torch.tensor(self.std_scale, dtype=heads.std.dtype))
+        return heads._replace(std=heads.std * torch.tensor(self.std_scale, dtype=heads.std.dtype))
+
+    def with_reference(self, reference: Reference | None) -> "HeadLayout":
+        """The layout of the same heads in a checkpoint with this reference."""
+        texts, shrinkage = (0, 0.0) if reference is None else (reference.num_texts, reference.shrinkage)
+        return replace(self, reference_texts=texts, reference_shrinkage=shrinkage)
 
 
 @dataclass(frozen=True)
@@ -177,8 +195,10 @@ def save_reward_model(
     weight: Float[Tensor, "labels hidden"],
     layout: HeadLayout,
     last_layer: LastLayer | None = None,
+    reference: Reference | None = None,
 ) -> None:
     """Write a checkpoint, whole or not at all: the trunk of `classifier` with `weight` as its `score` layer."""
+    layout = layout.with_reference(reference)
     previous = classifier.score
     with_heads(classifier, weight)
     classifier.config.problem_type = "regression"
@@ -188,11 +208,40 @@ def save_reward_model(
             classifier.save_pretrained(scratch)
             tokenizer.save_pretrained(scratch)
             if last_layer is not None:
-                (scratch / _LAST_LAYER).parent.mkdir()
-                tensors = {"factor": last_layer.factor_HH, "centre": last_layer.center_H}
-                save_file({name: value.float().contiguous() for name, value in tensors.items()}, scratch / _LAST_LAYER)
+                _save_tensors(scratch / _LAST_LAYER, factor=last_layer.factor_HH, centre=last_layer.center_H)
+            if reference is not None:
+                save_reference(scratch, reference)
     finally:
         classifier.score = previous
+
+
+def _save_tensors(path: Path, **tensors: Tensor) -> None:
+    with write_file_atomic(path) as partial:
+        save_file({name: value.float().contiguous() for name, value in tensors.items()}, partial)
+
+
+def save_reference(folder: Path, reference: Reference) -> None:
+    """Write the file of a checkpoint's reference. Its `poise` block must say so, too (`HeadLayout.with_reference`)."""
+    _save_tensors(folder / REFERENCE, factor=reference.factor_HH, center=reference.center_H)
+
+
+def load_reference(path: str, layout: HeadLayout, hidden_size: int) -> Reference | None:
+    """The reference that a checkpoint's `poise` block speaks of; None if it speaks of none.
+
+    Raises PoiseError, one line, for a file that is missing, cannot be read, or is of other features.
+    """
+    if not layout.reference_texts:
+        return None
+    file = Path(resolve_model(checkpoint_folder(path))) / REFERENCE
+    try:
+        tensors = load_file(file)
+        center, factor = tensors["center"], tensors["factor"]
+    except (SafetensorError, KeyError, OSError) as error:
+        raise PoiseError(f"cannot read {file}, which the poise block speaks of: {first_line(error)}") from None
+    finite = center.isfinite().all() and factor.isfinite().all()
+    if not finite or center.shape != (hidden_size,) or factor.shape != (hidden_size, hidden_size):
+        raise PoiseError(f"{file} holds no reference for features of size {hidden_size}; `poise reference` writes one")
+    return Reference(center, factor, layout.reference_texts, layout.reference_shrinkage)
 
 
 def checkpoint_folder(path: str) -> str:

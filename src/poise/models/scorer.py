@@ -17,12 +17,13 @@ from torch import Tensor
 from poise.data.types import Prompt, Sample
 from poise.errors import PoiseError
 from poise.functional.objectives import HeadRewards
+from poise.functional.typicality import Reference, distance
 from poise.models.chat_format import encode_conversation
 from poise.models.families import feature_size, steady_context
 from poise.models.feature_cache import FeatureCache, row_keys
 from poise.models.formats import ENSEMBLE_FILE, read_ensemble, refuse_nested
 from poise.models.loading import HfModel, HfTokenizer, context_length, embedded_or_raise
-from poise.models.reward_model import HeadLayout, LastLayer, load_last_layer, load_reward_model
+from poise.models.reward_model import HeadLayout, LastLayer, load_last_layer, load_reference, load_reward_model
 from poise.models.shared_prompt import Family, cached_hidden, num_tokens, pack, separate_hidden, shares_prompts
 from poise.runtime.run_folder import Json, write_json
 from poise.runtime.settings import finite_or_raise
@@ -141,8 +142,10 @@ class Scorer:
         weight: Float[Tensor, "labels hidden"],
         layout: HeadLayout,
         last_layer: LastLayer | None = None,
+        reference: Reference | None = None,
     ):
         self.extract, self.weight, self.layout, self.last_layer = extract, weight, layout, last_layer
+        self.reference = reference
 
     @staticmethod
     def load(path: str, max_length: int = 0, *, cached: bool = False) -> "Scorer":
@@ -154,7 +157,9 @@ class Scorer:
             return Ensemble.load(path, max_length, cached=cached)
         classifier, tokenizer, layout = load_reward_model(path)
         extract = FeatureExtractor(classifier, tokenizer, max_length, cached=cached)
-        return Scorer(extract, classifier.score.weight.data.float(), layout, load_last_layer(path))
+        weight = classifier.score.weight.data.float()
+        reference = load_reference(path, layout, weight.shape[1])
+        return Scorer(extract, weight, layout, load_last_layer(path), reference)
 
     def with_heads_of(self, path: str) -> "Scorer":
         """The heads of another checkpoint on this one's trunk, so that one set of features serves both.
@@ -164,7 +169,7 @@ class Scorer:
         other = Scorer.load(path, self.extract.max_length)
         if not self.shares_trunk_with(other):
             raise PoiseError(f"{path} does not share its trunk with the other reward models of the run")
-        return Scorer(self.extract, other.weight, other.layout, other.last_layer)
+        return Scorer(self.extract, other.weight, other.layout, other.last_layer, other.reference)
 
     def shares_trunk_with(self, other: "Scorer") -> bool:
         """Would the other's trunk make the same features?"""
@@ -177,13 +182,14 @@ class Scorer:
         return self.extract.num_truncated
 
     def __call__(self, samples: Sequence[Sample], progress: Progress | None = None) -> HeadRewards:
-        """(len(samples), K) means and stds, on the CPU."""
+        """(len(samples), K) means and stds, on the CPU; with distances where the checkpoint has a reference."""
         return self.decode(self.extract(samples, progress))
 
     def decode(self, features: Float[Tensor, "*batch hidden"]) -> HeadRewards:
         """Heads on features that the same trunk made."""
         heads = self.layout.decode(features.to(self.weight.device) @ self.weight.T)
-        return HeadRewards(heads.mean.cpu(), heads.std.cpu())
+        far = None if self.reference is None else distance(features, self.reference).float().unsqueeze(-1)
+        return HeadRewards(heads.mean.cpu(), heads.std.cpu(), far)
 
 
 class Ensemble(Scorer):
@@ -266,7 +272,7 @@ def _load_members(paths: Sequence[str], max_length: int, *, cached: bool = False
         member = Scorer.load(path, max_length, cached=cached)
         twin = next((other for other in members if other.shares_trunk_with(member)), None)
         if twin is not None:
-            member = Scorer(twin.extract, member.weight, member.layout, member.last_layer)
+            member = Scorer(twin.extract, member.weight, member.layout, member.last_layer, member.reference)
         members.append(member)
     return members
 

@@ -109,7 +109,7 @@ class Config(PpoConfig):
     """`ppo` is our own; `rloo` and `grpo` (no values) are TRL's, with this reward: pip install 'poise-rlhf[trl]'."""
     objective: str = "tradeoff(0.4)"
     """How the heads become one reward: nominal, worst_case, tradeoff(λ), mean, median, random_head, quantile(q),
-    uncertainty_weighted(c), lower_confidence(c), soft_min(t), expected_worst_case, expected_tradeoff(λ),
+    uncertainty_weighted(c), lower_confidence(c), typical(c), soft_min(t), expected_worst_case, expected_tradeoff(λ),
     constant(v)."""
     final_parameter: Bounded | None = None
     """Move the objective's parameter linearly from its own value to this one by the last step."""

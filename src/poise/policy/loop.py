@@ -19,6 +19,7 @@ from poise.functional.objectives import (
     Objective,
     RewardScale,
     disagreement,
+    joined,
     more_pessimistic,
     nominal,
     nominal_head,
@@ -97,7 +98,7 @@ class Training:
             losses = self.learner.improve(rollout, score[mine], reference, self.kl_coef, self._pace(score))
         clock.lap("update")
 
-        part = HeadRewards(heads.mean[mine], heads.std[mine])
+        part = heads.each(lambda whole: whole[mine])
         rows = processes.gathered_rows(sample_rows(self.step, batch, texts, part, score[mine], facts[mine, 0]))
         metrics = self._metrics(heads, score, facts) | losses | text_signs([row["completion"] for row in rows])
         reading, self.kl_coef = self.alarms.watch(metrics, self.step, self.kl_coef)
@@ -171,6 +172,7 @@ class Training:
             "gap": (nominal(centered) - worst_case(centered)).mean().item(),
             "disagreement": disagreement(centered).mean().item(),
             "routing_std": routing_std(centered).mean().item(),
+            **({} if heads.distance is None else {"distance": heads.distance.mean().item()}),
             # completions whose nominal head is not the most frequent one among their prompt's
             "switches": (chosen != chosen.mode(-1, keepdim=True).values).float().mean().item(),
             "kl_coef": self.kl_coef,
@@ -279,7 +281,7 @@ class Training:
             texts = self.policy.texts(self.policy.sample(batch, self._uniforms()))
             found.append(gather(self.reward.heads(self.policy, batch, texts, -1)))
         self.step = 0
-        heads = HeadRewards(*(torch.cat(part) for part in zip(*found, strict=True)))
+        heads = joined(found)
         bounds = (config.reward_floor, config.reward_ceiling)
         floor, ceiling = (
             limit if bound is None else bound for bound, limit in zip(bounds, (-math.inf, math.inf), strict=True)

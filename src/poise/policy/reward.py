@@ -106,16 +106,17 @@ class PolicyReward:
         """
         samples = [generated(prompt, text) for prompt, row in zip(prompts, texts, strict=True) for text in row]
         heads = self.scorer(samples)
-        bad = (~(heads.mean.isfinite() & heads.std.isfinite()).all(-1)).nonzero()
+        parts = [part for part in heads if part is not None]
+        bad = (~torch.cat(parts, -1).isfinite().all(-1)).nonzero()
         if len(bad):
             raise PoiseError(f"the reward of {samples[int(bad[0, 0])].completion[:60]!r} is not finite")
         if self.shaping == "none" or self.baselines is None:
             return heads
         baseline = self.baselines.of(prompts, step, policy)
         unit = self.scorer.layout.reward_scale  # in which a difference of rewards is the log odds of a preference
-        by_prompt = HeadRewards(*(unit * part.view(len(prompts), -1, part.shape[-1]) for part in heads))
-        others = HeadRewards(*(unit * part.unsqueeze(1) for part in baseline))
-        return HeadRewards(*(part.flatten(0, 1) for part in SHAPINGS[self.shaping](by_prompt, others)))
+        by_prompt = heads.in_unit(unit).each(lambda part: part.view(len(prompts), -1, part.shape[-1]))
+        others = baseline.in_unit(unit).each(lambda part: part.unsqueeze(1))
+        return SHAPINGS[self.shaping](by_prompt, others).each(lambda part: part.flatten(0, 1))
 
     def combine(self, heads: HeadRewards) -> Tensor:
         """Rewards of whole batches of heads (…, K)."""
@@ -141,7 +142,7 @@ def std_interval(combined_PM: Tensor) -> tuple[float, float]:
 
 def gather(heads: HeadRewards) -> HeadRewards:
     """Heads (N, K) of all processes, in their order."""
-    return HeadRewards(processes.gathered(heads.mean), processes.gathered(heads.std))
+    return heads.each(processes.gathered)
 
 
 def _key(prompt: Prompt) -> str:

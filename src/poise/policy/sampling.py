@@ -50,6 +50,7 @@ def sample_rows(
         {
             "step": step, "prompt": prompt, "completion": text, "reward": score[i].item(), "kl": kl[i].item(),
             "mean": heads.mean[i].tolist(), "std": heads.std[i].tolist(),
+            **({} if heads.distance is None else {"distance": heads.distance[i].item()}),
         }
         for i, (prompt, text) in enumerate(pairs)
     ]  # fmt: skip

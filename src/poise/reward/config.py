@@ -172,6 +172,33 @@ class EnsembleConfig(Settings):
 
 
 @dataclass(frozen=True)
+class ReferenceConfig(Settings):
+    """Give a reward model reference texts, for the objective `typical`; `poise train-reward` does so by itself.
+
+    Writes poise/reference.safetensors into the checkpoint, and their number into its config.json.
+    """
+
+    reward: tyro.conf.Positional[Reward]
+    """Checkpoint folder of a reward model, or a `poise train-reward` run (its BRME)."""
+    preferences: Preferences = ""
+    """Preferences, whose texts become the reference. Either these or --completions."""
+    completions: Annotated[str, Rows("samples")] = ""
+    """JSON lines with `prompt`, `completion`: the initial policy's, for instance."""
+    max_length: WholeNumber = 0
+    """Longest sample in tokens; longer ones lose their oldest tokens. 0: the model's context."""
+    feature_cache: bool = True
+    """Keep trunk features in the user's cache folder."""
+    on_bad_row: OnBadRow = "error"
+    """`skip` sets bad rows aside in a file beside the data."""
+
+    def check(self) -> None:
+        """As `Settings.check`, and that there is one file of texts."""
+        super().check()
+        if bool(self.preferences) == bool(self.completions):
+            raise PoiseError("give the reference texts: either --preferences FILE or --completions FILE")
+
+
+@dataclass(frozen=True)
 class ExportConfig(Settings):
     """Write a reward model for tools that take one scalar, or for an engine that needs a bias."""
 

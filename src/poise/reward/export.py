@@ -26,7 +26,7 @@ from poise.errors import PoiseError, first_line
 from poise.functional.objectives import HeadRewards
 from poise.models.loading import frozen_dtype, load_config, load_tokenizer, resolve_model
 from poise.models.model_card import front_matter_without_results
-from poise.models.reward_model import HeadLayout, checkpoint_folder, read_layout
+from poise.models.reward_model import REFERENCE, HeadLayout, checkpoint_folder, read_layout
 from poise.models.scorer import Scorer
 from poise.reward.config import ExportConfig as Config
 from poise.runtime.folders import inside, own_file, write_folder_atomic
@@ -58,6 +58,9 @@ def run(config: Config) -> Path:
     with write_folder_atomic(target) as scratch:
         write = _write_adapter if config.adapter else _write_weights
         exported = write(source, scratch, layout, config)
+        if exported.reference_texts:  # not of a scalar, which no objective reads
+            (scratch / REFERENCE).parent.mkdir()
+            shutil.copyfile(own_file(source, REFERENCE), scratch / REFERENCE)
         settings.num_labels = exported.num_labels
         settings.poise = asdict(exported)
         setattr(settings, _MARK, {"scalar": config.scalar, "head": config.head, "engine": config.engine})
@@ -211,7 +214,9 @@ def _compare(source: Path, target: Path, config: Config) -> None:
         mean = expected.mean.mean(-1, keepdim=True) if config.head is None else expected.mean[:, [config.head]]
         expected = HeadRewards(mean, torch.zeros_like(mean))
     written = Scorer.load(str(target))(_TEXTS)
-    for what, want, got in zip(("rewards", "stds"), expected, written, strict=True):
+    for what, want, got in zip(("rewards", "stds", "distances"), expected, written, strict=True):
+        if want is None or got is None:
+            continue
         difference = ((want - got).abs().max() / want.abs().max().clamp_min(1e-12)).item()
         if not difference <= _TOLERANCE[frozen_dtype()]:
             cause = (

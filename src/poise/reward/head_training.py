@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from poise.functional.typicality import Reference, fit_reference
 from poise.models.reward_model import HeadLayout, LastLayer
 from poise.models.scorer import FeatureExtractor
 from poise.reward.config import Config
@@ -35,6 +36,7 @@ class TrainedModel(NamedTuple):
     layout: HeadLayout
     last_layer: LastLayer | None
     extract: FeatureExtractor
+    reference: Reference | None = None
 
 
 class HeadTraining(NamedTuple):
@@ -82,10 +84,11 @@ def train_on_features(
     # A draw moves a reward by (F z).x. For raw features, in units of the standardized reward, F becomes
     # F / (scale std).
     last_layers = {"posterior": LastLayer(factor / scale.unsqueeze(-1) / std, center)}
+    reference = fit_reference(train)
     models = {}
     for name, heads in {"single": single, "ensemble": ensemble, "posterior": posterior, "brme": brme}.items():
         weight, layout = heads.on_raw_features(center, scale, std.item())
-        models[name] = TrainedModel(weight, layout, last_layers.get(name), extract)
+        models[name] = TrainedModel(weight, layout, last_layers.get(name), extract, reference)
     models["brme"] = calibrated(models["brme"], raw.rows(split.validation), targets, std.item(), config.head_loss)
     return HeadTraining(models, precision, shards, targets, history)
 

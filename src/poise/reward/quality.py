@@ -85,7 +85,7 @@ def pairs_of(scores: TextScores, questions: Questions, objective: Objective, see
     random              independent of the pair, for comparison
     """
     layout = scores.layout
-    heads = HeadRewards(scores.heads.mean.double(), scores.heads.std.double())
+    heads = scores.heads.each(torch.Tensor.double)
     calibrated = layout.calibrated(heads).std
     spread = (calibrated[0::2].square() + calibrated[1::2].square()).sqrt()
     difference = HeadRewards(heads.mean[0::2] - heads.mean[1::2], spread)

@@ -82,7 +82,7 @@ def _scored(
         "total_std": total_std(scorer.layout.calibrated(heads)),
         "mean": heads.mean,
         "std": heads.std,
-    }
+    } | ({} if heads.distance is None else {"distance": heads.distance.squeeze(-1)})
     listed = finite_or_raise({name: column.tolist() for name, column in columns.items()}, "the score")
     return [
         {"prompt": sample.prompt, "completion": sample.completion, **{name: col[i] for name, col in listed.items()}}

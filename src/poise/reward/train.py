@@ -161,7 +161,7 @@ def _tune_brme(config: Config, folder: Path, trained: HeadTraining, split: Prefe
     )  # fmt: skip
     weight = classifier.score.weight.data.float().cpu()
     extract = FeatureExtractor(classifier.to(frozen_dtype()), tokenizer, config.max_length, cached=config.feature_cache)
-    return start._replace(weight=weight, extract=extract)
+    return start._replace(weight=weight, extract=extract, reference=None)  # its features are others now
 
 
 # ---- evaluation on held-out preferences ----
@@ -213,8 +213,8 @@ def _save(out: Run, split: PreferenceSplit, extract: FeatureExtractor, trained: 
         )
     if not is_main_process():
         return
-    for name, (weight, layout, last_layer, trunk) in trained.models.items():
-        save_reward_model(out.folder / name, trunk.classifier, trunk.tokenizer, weight, layout, last_layer)
+    for name, (weight, layout, last_layer, trunk, reference) in trained.models.items():
+        save_reward_model(out.folder / name, trunk.classifier, trunk.tokenizer, weight, layout, last_layer, reference)
     out.finish(
         {
             "num_preferences": len(split.preferences), "num_train": len(split.train),

@@ -52,13 +52,13 @@ class PoolHeads:
 
     def save(self, path: Path) -> None:
         """Write the scores; PoiseError, and nothing is written, if any is NaN or infinite."""
-        if not (self.heads.mean.isfinite().all() and self.heads.std.isfinite().all()):
+        parts = {name: part for name, part in self.heads._asdict().items() if part is not None}
+        if not all(part.isfinite().all() for part in parts.values()):
             name = path.with_suffix("")
             raise PoiseError(f"the reward model of {name} says NaN or infinity of some completions; train it anew")
         about = {"unit": repr(self.unit), "fingerprint": self.fingerprint}
-        parts = {"mean": self.heads.mean.float().contiguous(), "std": self.heads.std.float().contiguous()}
         with write_file_atomic(path) as partial:
-            save_file(parts, partial, about)
+            save_file({name: part.float().contiguous() for name, part in parts.items()}, partial, about)
 
     @staticmethod
     def load(path: Path, fingerprint: str, num_rows: int) -> "PoolHeads":
@@ -66,7 +66,8 @@ class PoolHeads:
         try:
             with safe_open(path, framework="pt") as file:
                 about = file.metadata()
-                heads = HeadRewards(file.get_tensor("mean"), file.get_tensor("std"))
+                distance = file.get_tensor("distance") if "distance" in file.keys() else None  # noqa: SIM118
+                heads = HeadRewards(file.get_tensor("mean"), file.get_tensor("std"), distance)
         except (SafetensorError, OSError) as error:
             raise PoiseError(f"cannot read {path}: {first_line(error)}; delete it to score again") from None
         if about["fingerprint"] != fingerprint:

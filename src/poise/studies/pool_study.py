@@ -177,7 +177,7 @@ def write_page_pool(path: Path, pool: Pool, labels: Sequence[str], heads: Mappin
 
 
 def _for_page(heads: HeadRewards, rows: ndarray) -> Json:
-    part = HeadRewards(heads.mean[rows], heads.std[rows])
+    part = heads.each(lambda whole: whole[rows])
     centered = RewardScale.fit(part, mean).centered(part)
     if centered.mean.shape[-1] > 8:
         return {"kind": "moments", "mean": _packed(mean(centered)), "std": _packed(disagreement(centered))}

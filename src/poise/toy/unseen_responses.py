@@ -102,28 +102,29 @@ def fit_heads(worlds: Worlds, target_WPA: Responses, num_steps: int = 400) -> He
         return HeadRewards(mean, 1e-3 + F.softplus(raw))
 
     for _ in range(num_steps):
-        mean, std = of_responses(heads(), texts)
-        noise = torch.randn(mean.shape, generator=generator)
-        loss = torch.vmap(sampled_mse)(mean, std, noise, target, mask)
+        shown = of_responses(heads(), texts)
+        noise = torch.randn(shown.mean.shape, generator=generator)
+        loss = torch.vmap(sampled_mse)(shown.mean, shown.std, noise, target, mask)
         optimizer.zero_grad()
         loss.sum().backward()
         optimizer.step()
-    return HeadRewards(*(part.detach() for part in heads()))
+    return heads().each(torch.Tensor.detach)
 
 
 def of_responses(heads: HeadRewards, drawn: Drawn) -> HeadRewards:
     """Heads (W, P, A, K) of the responses (W, P, M), a batch of texts per world: (W, P * M, K)."""
     index = drawn.unsqueeze(-1).expand(*drawn.shape, heads.mean.shape[-1])
-    return HeadRewards(*(part.gather(2, index).flatten(1, 2) for part in heads))
+    return heads.each(lambda part: part.gather(2, index).flatten(1, 2))
 
 
 def fit_scales(heads: HeadRewards, objective: Objective, drawn: Drawn) -> list[RewardScale]:
     """The constants of every world's reward, from responses of the reference policy, as in training."""
     shown = of_responses(heads, drawn)
-    return [RewardScale.fit(HeadRewards(*world), objective) for world in zip(*shown, strict=True)]
+    worlds = zip(shown.mean, shown.std, strict=True)
+    return [RewardScale.fit(HeadRewards(*world), objective) for world in worlds]
 
 
 def combine(heads: HeadRewards, scales: Sequence[RewardScale], objective: Objective) -> Responses:
     """What PPO maximizes: every response's reward, on the scale of its world."""
-    worlds = zip(scales, *heads, strict=True)
+    worlds = zip(scales, heads.mean, heads.std, strict=True)
     return torch.stack([scale.combine(HeadRewards(*world), objective) for scale, *world in worlds])
