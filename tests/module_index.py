@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "poise"
 PAGE = ROOT / "docs" / "modules.md"
 ROOMS = (
-    "runtime", "functional", "data", "models", "toy", "integrations", "serve", "reward", "policy", "reports", "studies",
-    "cli",
+    "runtime", "functional", "data", "models", "toy", "integrations", "serve", "reward", "policy", "reports", "api",
+    "studies", "cli",
 )  # fmt: skip
 
 HEADER = """# Modules

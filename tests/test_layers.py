@@ -19,6 +19,7 @@ FLOORS = (
     {"integrations"},
     {"reward", "policy"},
     {"reports"},
+    {"api"},
     {"studies"},
     {"cli"},
 )

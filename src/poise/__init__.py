@@ -11,6 +11,14 @@ __version__ = "0.1.0"
 _HOMES = {
     "HeadRewards": "poise.functional.objectives",
     "parse_objective": "poise.functional.objectives",
+    "RewardModel": "poise.api.reward_model",
+    "RewardTrainer": "poise.api.trainers",
+    "RewardConfig": "poise.reward.config:Config",
+    "PolicyTrainer": "poise.api.trainers",
+    "PolicyConfig": "poise.policy.config:Config",
+    "TrainedPolicy": "poise.api.trainers",
+    "RobustReward": "poise.integrations.trl_reward",
+    "MonitorCallback": "poise.integrations.trl_reward",
     "Scorer": "poise.models.scorer",
     "Sample": "poise.data.preferences",
     "Preference": "poise.data.preferences",
@@ -24,7 +32,8 @@ __all__ = sorted([*_HOMES, "__version__"])
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+        home, _, there = _HOMES[name].partition(":")
+        return getattr(importlib.import_module(home), there or name)
     raise AttributeError(f"module 'poise' has no attribute {name!r}")
 
 

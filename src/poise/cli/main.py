@@ -112,6 +112,7 @@ def _run(arguments: list[str]) -> None:
     if isinstance(config, Settings):
         from poise.cli.inputs import check_inputs
 
+        config = config.for_command()
         config.check()
         check_inputs(config)
     module = importlib.import_module(COMMANDS[command][0])  # only now: torch takes seconds to import

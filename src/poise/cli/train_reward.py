@@ -2,7 +2,7 @@
 
 from poise.reports import reward_card
 from poise.reward import train
-from poise.runtime.run_folder import Run, config_dict, is_main_process
+from poise.runtime.run_folder import Run, config_dict
 
 Config = train.Config
 
@@ -10,7 +10,5 @@ Config = train.Config
 def run(config: Config) -> Run:
     """Train, evaluate and save, then write the cards; weights are not touched."""
     out = train.run(config)
-    for name in reward_card.WHAT:
-        if is_main_process() and (out.folder / name / "config.json").exists():
-            reward_card.write_card(out, config_dict(config), name)
+    reward_card.write_cards(out, config_dict(config))
     return out

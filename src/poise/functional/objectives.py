@@ -387,8 +387,8 @@ def parameter(objective: Objective) -> float | None:
     0.4
     """
     function = objective.func if isinstance(objective, partial) else objective
-    names = [name for name in function.__annotations__ if name not in ("heads", "return")]
-    if not names:
+    names = [name for name in getattr(function, "__annotations__", ()) if name not in ("heads", "return")]
+    if not names or function not in OBJECTIVES.values():  # a function of the user's own has none that we know
         return None
     given = objective.keywords if isinstance(objective, partial) else {}
     return float(given.get(names[0], inspect.signature(function).parameters[names[0]].default))

@@ -9,6 +9,7 @@ Pass this callable, never the reward model itself. Of a classifier with several 
 `logits[:, 0]`: the first head's uncentered mean, without an objective.
 """
 
+import hashlib
 import json
 import math
 from collections import Counter
@@ -26,6 +27,7 @@ from poise.errors import PoiseError
 from poise.functional.monitor import Monitor, MonitorConfig, Reading, text_signs
 from poise.functional.objectives import (
     HeadRewards,
+    Objective,
     RewardScale,
     disagreement,
     joined,
@@ -41,6 +43,7 @@ from poise.runtime.distributed import gathered_rows, process_index
 from poise.runtime.progress import console
 from poise.runtime.run_folder import Json, is_main_process, write_json
 
+IN_MEMORY = "in memory"  # what settings call a reward model that no folder holds
 Completion = str | list[dict[str, Any]]  # text, or the turns that answered a conversation
 
 
@@ -68,23 +71,49 @@ class RobustReward:
     distance (where the model has reference texts),
     and poise/head_0 … each head's centered mean; through `log_extra` the nominal head of each completion.
 
-    Picklable: the copy carries settings and scale, and loads the model where it is first called.
+    Picklable: the copy carries settings and scale, and loads the model where it is first called. A reward of a model
+    that is in memory only (`of` without a path) takes the model along.
+
+    objective: its name. combine: the function of centered heads (N, K) that it names.
     """
 
     __name__ = "RobustReward"  # what TRL calls it in its logs
 
-    def __init__(self, path: str, objective: str, scale: str, max_length: int, floor: float, ceiling: float):
-        self.path, self.objective, self.scale, self.max_length = path, objective, scale, max_length
+    def __init__(
+        self, path: str, objective: str | Objective, scale: str, max_length: int, floor: float, ceiling: float
+    ):
+        self.path, self.scale, self.max_length, self.given = path, scale, max_length, objective
+        self.objective = objective if isinstance(objective, str) else name_of(objective)
+        self.combine = parse_objective(objective) if isinstance(objective, str) else objective
         self.floor, self.ceiling = floor, ceiling
         self.fitted: RewardScale | None = None
         self.last: Scored | None = None
-        self._combine = parse_objective(objective)
         self._scorer: Scorer | None = None
+
+    @staticmethod
+    def of(
+        scorer: Scorer,
+        objective: str | Objective,
+        *,
+        path: str = "",
+        scale: str = "",
+        floor: float = -math.inf,
+        ceiling: float = math.inf,
+    ) -> "RobustReward":
+        """From a model in memory; objective, scale, floor and ceiling as of `load`.
+
+        path: where the model came from, if it can be loaded there again.
+        """
+        reward = RobustReward(path, objective, scale, scorer.extract.max_length, floor, ceiling)
+        if isinstance(objective, str):
+            scorer.layout.check_objective(objective)
+        reward._scorer = scorer
+        return reward
 
     @staticmethod
     def load(
         path: str,
-        objective: str = "tradeoff(0.4)",
+        objective: str | Objective = "tradeoff(0.4)",
         *,
         scale: str = "",
         max_length: int = 0,
@@ -93,26 +122,25 @@ class RobustReward:
     ) -> "RobustReward":
         """From a checkpoint folder, a hub id, a `poise train-reward` run or an ensemble.
 
+        objective: a name such as `tradeoff(0.4)`, or a function of HeadRewards (N, K) that returns rewards (N,).
         scale: JSON file with the reward's constants; written on the first call, read where it exists.
         max_length: longest sample in tokens; 0 takes the reward model's context.
         floor, ceiling: bounds of the reward, in stds of the initial policy's.
         Raises PoiseError for an unknown objective, one that means nothing for the model's heads, or a model of several
         labels without a `poise` block. The weights are read on the first call, when the process knows its device.
         """
-        if not (Path(path) / ENSEMBLE_FILE).exists():
+        if isinstance(objective, str) and not (Path(path) / ENSEMBLE_FILE).exists():
             read_layout(path).check_objective(objective)
         return RobustReward(path, objective, scale, max_length, floor, ceiling)
 
     @property
     def scorer(self) -> Scorer:
         if self._scorer is None:
-            scorer = Scorer.load(self.path, self.max_length)
-            scorer.layout.check_objective(self.objective)
-            self._scorer = scorer
+            self._scorer = Scorer.load(self.path, self.max_length)
         return self._scorer
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_scorer": None, "last": None}
+        return {**self.__dict__, "_scorer": None if self.path else self._scorer, "last": None}
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], **columns: Any) -> list[float]:
         """One reward per completion. Text and conversations both; of `columns`, only TRL's own three are used."""
@@ -125,7 +153,7 @@ class RobustReward:
         if self.fitted is None:  # one process that can read the file is enough: folders may not be shared
             step = getattr(columns.get("trainer_state"), "global_step", 0)
             self.fitted = next((saved for _, _, saved in parts if saved), None) or self._fit(heads, step)
-        reward = self.fitted.combine(heads, self._combine)
+        reward = self.fitted.combine(heads, self.combine)
         if not reward.isfinite().all():
             raise PoiseError(f"the reward of {samples[int((~reward.isfinite()).nonzero()[0])]} is not finite")
         self.last = Scored(samples, heads, reward)
@@ -146,11 +174,11 @@ class RobustReward:
                 f"training goes on from step {step}, but the reward's scale of step 0 was not kept; "
                 f'start with RobustReward.load(…, scale="scale.json")'
             )
-        scale = RewardScale.fit(heads, self._combine, self.floor, self.ceiling)
+        scale = RewardScale.fit(heads, self.combine, self.floor, self.ceiling)
         if self.scale and is_main_process():
             write_json(
                 Path(self.scale),
-                {"objective": self.objective, "reward": heads_fingerprint(self.path), **scale.to_json()},
+                {"objective": self.objective, "reward": self._fingerprint(), **scale.to_json()},
             )
         return scale
 
@@ -171,11 +199,28 @@ class RobustReward:
                 f"{self.scale} holds the scale of {objective} of {len(scale.head_baseline)} heads from {scale.floor} "
                 f"to {scale.ceiling}, not of {self.objective} of {num_heads} from {self.floor} to {self.ceiling}"
             )
-        if reward is not None and reward != heads_fingerprint(self.path):
-            raise PoiseError(
-                f"{self.scale} holds the scale of another reward model than {self.path}: give another file"
-            )
+        if reward is not None and reward != self._fingerprint():
+            other = self.path or "the one in memory"
+            raise PoiseError(f"{self.scale} holds the scale of another reward model than {other}: give another file")
         return scale
+
+    def _fingerprint(self) -> str:
+        """A hash of what the heads are; also of the trunk's settings where the model has a folder."""
+        if self.path:
+            return heads_fingerprint(self.path)
+        state = hashlib.blake2b(repr(self.scorer.layout).encode(), digest_size=16)
+        state.update(self.scorer.weight.float().cpu().numpy().tobytes())
+        return state.hexdigest()
+
+
+def name_of(objective: Objective) -> str:
+    """What logs and files call a function of HeadRewards.
+
+    >>> name_of(worst_case)
+    'poise.functional.objectives.worst_case'
+    """
+    kind = objective if hasattr(objective, "__qualname__") else type(objective)
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def as_sample(prompt: Prompt, completion: Completion) -> Sample:

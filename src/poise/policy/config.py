@@ -4,8 +4,8 @@ Torch is not imported to read them.
 """
 
 import sys
-from dataclasses import dataclass, fields
-from typing import Annotated, Literal
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Literal, Self
 
 import tyro
 
@@ -97,12 +97,12 @@ class PpoConfig(Settings):
 class Config(PpoConfig):
     """Train a policy by PPO against a reward model, with the objective of your choice."""
 
-    prompts: Prompts
-    """JSON lines with `prompt`: text, or a conversation."""
-    reward: Reward
-    """Reward model: checkpoint folder, hub id, `poise train-reward` run, or an ensemble."""
-    output: str = "runs/policy"
-    """Run folder to write."""
+    prompts: Prompts = ""
+    """JSON lines with `prompt`: text, or a conversation. A command needs them; `PolicyTrainer` is given them."""
+    reward: Reward = ""
+    """Reward model: checkpoint folder, hub id, `poise train-reward` run, or an ensemble. Needed as the prompts are."""
+    output: str = ""
+    """Run folder to write. Default: runs/policy; of a `PolicyTrainer` none is kept."""
     model: Language = DEFAULT_MODEL
     """Local folder or hub id of the language model to train."""
     algorithm: Literal["ppo", "rloo", "grpo"] = "ppo"
@@ -173,6 +173,13 @@ class Config(PpoConfig):
     """`skip` sets bad rows aside in a file beside the data."""
     seed: Seed = 0
     """Seed of the prompts' order, the sampling and the minibatches."""
+
+    def for_command(self) -> Self:
+        """As `Settings.for_command`."""
+        if missing := [name for name in ("prompts", "reward") if not getattr(self, name)]:
+            what = {"prompts": "name a file of prompts", "reward": "name a reward model"}[missing[0]]
+            raise PoiseError(f"--{missing[0]} is missing: {what}")
+        return replace(self, output=self.output or "runs/policy")
 
     def check(self) -> None:
         """Raise PoiseError for bad settings, before a model is loaded."""

@@ -30,6 +30,7 @@ from poise.functional.objectives import (
     worst_case,
 )
 from poise.functional.schedules import adaptive_kl_coef, headroom, linear
+from poise.integrations.trl_reward import RobustReward
 from poise.models.fused_ops import keep_freed_memory
 from poise.models.loading import load_policy
 from poise.models.policy import Policy, uniforms
@@ -48,11 +49,14 @@ from poise.runtime.run_folder import Json, Run, append_jsonl, is_main_process, k
 class Training:
     """A PPO run between two steps."""
 
-    def __init__(self, config: Config, out: Run, prompts: list[Prompt]):
+    def __init__(self, config: Config, out: Run, prompts: list[Prompt], given: RobustReward | None = None):
+        """given: the reward of `config.reward`, if it is in memory already; its objective may be a function."""
         keep_freed_memory()
         self.config, self.out, self.prompts = config, out, prompts
-        scorer = Scorer.load(config.reward)
-        scorer.layout.check_objective(config.objective)
+        self._first_objective = given.combine if given else parse_objective(config.objective)
+        scorer = given.scorer if given else Scorer.load(config.reward)
+        if given is None:
+            scorer.layout.check_objective(config.objective)
         torch.manual_seed(config.seed)  # initial adapters
         model, tokenizer = load_policy(config.model)
         self.policy = Policy(
@@ -62,7 +66,7 @@ class Training:
         if tokenizer.get_vocab() != scorer.extract.tokenizer.get_vocab():
             console.print("policy and reward model have different tokenizers: completions are re-tokenized as text")
         self.learner = Learner(self.policy, config, config.seed)
-        self.reward = PolicyReward(scorer, parse_objective(config.objective), config.shaping)
+        self.reward = PolicyReward(scorer, self._first_objective, config.shaping)
         if config.shaping != "none":
             self.reward.baselines = Baselines(
                 scorer, config.baselines_per_prompt, config.max_tokens, config.seed, out.folder
@@ -142,7 +146,7 @@ class Training:
     def _objective(self, step: int | None = None) -> Objective:
         """The objective with the parameter of a step; by default of this one."""
         step = self.step if step is None else step
-        objective = parse_objective(self.config.objective)
+        objective = self._first_objective
         if self.config.final_parameter is not None:
             start = parameter(objective) or 0.0
             objective = with_parameter(
@@ -247,7 +251,7 @@ class Training:
         if "objective_parameter" not in saved:
             self.reward.objective = self._objective(max(self.step - 1, 0))
         elif value is not None:
-            self.reward.objective = with_parameter(parse_objective(self.config.objective), value)
+            self.reward.objective = with_parameter(self._first_objective, value)
 
     def _drop_later_rows(self) -> None:
         for name in ("metrics.jsonl", "samples.jsonl", "benchmarks.jsonl"):

@@ -26,8 +26,8 @@ from poise.data.preferences import read_prompts
 from poise.data.types import Prompt
 from poise.errors import PoiseError
 from poise.functional.monitor import Monitor, MonitorConfig
-from poise.functional.objectives import parse_objective
 from poise.integrations.lm_eval import Task, evaluate, read_tasks
+from poise.integrations.trl_reward import IN_MEMORY, MonitorCallback, RobustReward
 from poise.models.loading import check_room, load_policy, resolve_model
 from poise.models.policy import Policy
 from poise.models.reward_model import files_of
@@ -55,11 +55,16 @@ from poise.runtime.trackers import Track, tracked
 __all__ = ["Config", "run"]
 
 
-def run(config: Config) -> Run:
-    """Train, resuming from the last checkpoint if there is one. A finished run is returned unchanged."""
+def run(config: Config, given: RobustReward | None = None) -> Run:
+    """Train, resuming from the last checkpoint if there is one. A finished run is returned unchanged.
+
+    given: a reward in memory, of `config.reward`, whose model is not loaded again; its objective may be a function.
+    """
     processes.refuse_sharding()
     processes.join()
-    config.check()
+    config = config.for_command()
+    named = given is None or isinstance(given.given, str)
+    (config if named else dataclasses.replace(config, objective="mean")).check()  # a function's name says nothing
     out = _open(config)
     if out.results is not None:
         return out
@@ -74,7 +79,7 @@ def run(config: Config) -> Run:
     started = time.monotonic()
     train = _ppo if config.algorithm == "ppo" else _by_trl
     with tracked(config.trackers, out.folder, config_dict(config)) as track:
-        policy, reward, results = train(config, out, prompts, track)
+        policy, reward, results = train(config, out, prompts, track, given)
     final = sample_policy(
         policy, reward, eval_prompts, config.eval_completions, config.max_tokens, config.seed, results["steps"]
     )
@@ -97,10 +102,12 @@ def run(config: Config) -> Run:
     return out
 
 
-def _ppo(config: Config, out: Run, prompts: list[Prompt], track: Track) -> tuple[Policy, PolicyReward, Json]:
+def _ppo(
+    config: Config, out: Run, prompts: list[Prompt], track: Track, given: RobustReward | None
+) -> tuple[Policy, PolicyReward, Json]:
     """Our own loop."""
     tasks = read_tasks(config.eval_tasks, config.eval_data, config.eval_rows) if config.eval_every else []
-    training = Training(config, out, prompts)
+    training = Training(config, out, prompts, given)
     with finish_the_step() as asked_to_stop:
         with progress(f"PPO on {config.objective}", config.num_steps, training.step) as advance:
             while training.step < config.num_steps and not training.alarms.ended:
@@ -137,23 +144,28 @@ def evaluate_on_benchmarks(training: Training, tasks: list[Task]) -> None:
     processes.wait()
 
 
-def _by_trl(config: Config, out: Run, prompts: list[Prompt], track: Track) -> tuple[Policy, PolicyReward, Json]:
+def _by_trl(
+    config: Config, out: Run, prompts: list[Prompt], track: Track, given: RobustReward | None
+) -> tuple[Policy, PolicyReward, Json]:
     """RLOO and GRPO: the same reward, prompts and adapters in TRL's trainers."""
-    from poise.integrations import trl_reward as trl
     from poise.integrations import trl_trainers as trl_train
 
     names = {field.name for field in dataclasses.fields(trl_train.TrlSettings)}
     settings = trl_train.TrlSettings(**{name: getattr(config, name) for name in names})
-    reward = trl.RobustReward.load(
-        config.reward, config.objective, scale=str(out.folder / "scale.json"),
-        floor=-math.inf if config.reward_floor is None else config.reward_floor,
-        ceiling=math.inf if config.reward_ceiling is None else config.reward_ceiling,
-    )  # fmt: skip
+    of = {
+        "scale": str(out.folder / "scale.json"),
+        "floor": -math.inf if config.reward_floor is None else config.reward_floor,
+        "ceiling": math.inf if config.reward_ceiling is None else config.reward_ceiling,
+    }
+    if given is None:
+        reward = RobustReward.load(config.reward, config.objective, **of)
+    else:
+        reward = RobustReward.of(given.scorer, given.given, path=given.path, **of)
     step = trl_train.steps_kept(settings, out.folder)
     if is_main_process():
         for name in ("metrics.jsonl", "samples.jsonl"):
             keep_rows_before(out.folder / name, step)
-    callback = trl.MonitorCallback(
+    callback = MonitorCallback(
         Monitor(MonitorConfig(threshold=config.alarm_threshold)), "stop" if config.on_alarm == "stop" else "log"
     )
     steps: list[int] = []
@@ -175,7 +187,7 @@ def _by_trl(config: Config, out: Run, prompts: list[Prompt], track: Track) -> tu
     policy.load_adapters(str(out.folder / "policy"))
     scale = reward.fitted
     assert scale is not None  # it has been called
-    done = PolicyReward(reward.scorer, parse_objective(config.objective), scale=scale)
+    done = PolicyReward(reward.scorer, reward.combine, scale=scale)
     alarms = [{"step": row["step"], "score": row["monitor_score"]} for row in out.metrics() if row["alarm"]]
     return policy, done, {"steps": len(out.metrics()), "alarms": alarms}
 
@@ -196,4 +208,6 @@ def _inputs(config: Config) -> Inputs:
     found = {name: [Path(path)] for name, path in files.items() if path}
     if config.eval_every and config.eval_data:
         found["--eval-data"] = sorted(Path(config.eval_data).glob("*.jsonl*"))
-    return found | {"--reward": files_of(config.reward), "--model": [Path(resolve_model(config.model))]}
+    if config.reward != IN_MEMORY:
+        found["--reward"] = files_of(config.reward)
+    return found | {"--model": [Path(resolve_model(config.model))]}

@@ -12,7 +12,7 @@ from poise.models.model_card import front_matter, is_hub_id, public_name, valida
 from poise.reports import plots
 from poise.runtime.display import markdown_cell, markdown_code, on_one_line
 from poise.runtime.folders import write_file_atomic
-from poise.runtime.run_folder import Json, Run, write_atomic
+from poise.runtime.run_folder import Json, Run, is_main_process, write_atomic
 
 WHAT = {
     "single": (
@@ -50,6 +50,13 @@ COIN = (
     "> **No better than a coin, as far as the validation pairs can say**: the interval of its accuracy includes 50 %. "
     "Do not optimize against it."
 )
+
+
+def write_cards(out: Run, settings: Json) -> None:
+    """The card of every reward model of a run; weights are not touched. `settings` as for `write_card`."""
+    for name in WHAT:
+        if is_main_process() and (out.folder / name / "config.json").exists():
+            write_card(out, settings, name)
 
 
 def write_card(out: Run, settings: Json, name: str) -> None:

@@ -1,7 +1,7 @@
 """The settings of all commands about reward models; torch is not imported to read them."""
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal, Self
 
 import tyro
 
@@ -33,10 +33,11 @@ ShardKind = Literal["disjoint", "cluster", "source", "bootstrap", "same"]
 class Config(Settings):
     """Train a conventional reward model and multi-head ones from preferences."""
 
-    preferences: Preferences
-    """Preferences: a file (JSON lines, Parquet, CSV), a folder saved by `datasets`, or a hub id."""
-    output: str = "runs/reward"
-    """Run folder to write."""
+    preferences: Preferences = ""
+    """Preferences: a file (JSON lines, Parquet, CSV), a folder saved by `datasets`, or a hub id. A command needs them;
+    `RewardTrainer` takes them as `train_dataset`, too."""
+    output: str = ""
+    """Run folder to write. Default: runs/reward; of a `RewardTrainer` none is kept."""
     model: Language = DEFAULT_MODEL
     """Local folder or hub id of the language model whose first layers become the trunk."""
     num_layers: WholeNumber = 8
@@ -87,6 +88,12 @@ class Config(Settings):
     """`skip` sets bad rows aside in a file beside the data."""
     seed: Seed = 0
     """Seed of the validation split, the training of the trunk, the shards and the heads."""
+
+    def for_command(self) -> Self:
+        """As `Settings.for_command`."""
+        if not self.preferences:
+            raise PoiseError("--preferences is missing: name a file, a folder saved by `datasets`, or a hub id")
+        return replace(self, output=self.output or "runs/reward")
 
 
 @dataclass(frozen=True)

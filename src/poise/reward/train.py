@@ -52,6 +52,7 @@ __all__ = ["Config", "heads_in_memory", "pair_features", "run", "trunk_source"]
 
 def run(config: Config) -> Run:
     """Train, evaluate and save; a finished run is returned as it is."""
+    config = config.for_command()
     config.check()
     launched_processes()  # refuses an environment in which no process would save
     out = Run.open(config.output, config, lambda: _inputs(config))

@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Self, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from poise.errors import PoiseError
 
@@ -113,6 +113,13 @@ class Settings:
     def check(self) -> None:
         """Raise PoiseError, one line, for a setting of a wrong type or out of range. Commands add what they need."""
         check_settings(self)
+
+    def for_command(self) -> Self:
+        """The settings as a command runs them: with the default folder, and PoiseError for an input that is missing.
+
+        For settings that Python programs may leave out, since there data and models are given as objects.
+        """
+        return self
 
 
 def check_settings(config: Any, inside: str = "") -> None:

@@ -1,0 +1,185 @@
+"""`RewardTrainer` and `PolicyTrainer`: `poise train-reward` and `poise train-policy` on data and models in memory.
+
+What a command reads from files, a trainer is given, and writes as files into its run folder; from there on the two are
+one. The folder is that of `args.output`; without one it is temporary and removed, and only what `train` returns stays.
+"""
+
+import contextlib
+import math
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from poise.api.reward_model import RewardModel
+from poise.data.in_memory import Data, as_file
+from poise.errors import PoiseError
+from poise.integrations.trl_reward import IN_MEMORY, RobustReward
+from poise.models.loading import HfModel, HfTokenizer, load_adapters, load_policy
+from poise.policy import train as policy_training
+from poise.policy.config import Config as PolicyConfig
+from poise.policy.config import unread_settings
+from poise.reports import policy_card, reward_card
+from poise.reward import train as reward_training
+from poise.reward.config import Config as RewardConfig
+from poise.runtime.distributed import launched_processes
+from poise.runtime.quiet import quiet_loading
+from poise.runtime.run_folder import Json, config_dict, is_main_process, read_jsonl
+
+Args = TypeVar("Args", RewardConfig, PolicyConfig)
+
+
+class RewardTrainer:
+    """Trains reward models from preferences: one trunk, and every kind of heads on it.
+
+    results: what the training found, after `train`: accuracies on the validation pairs, by kind of heads.
+    bad_rows: rows that were left out, with line and reason (`args.on_bad_row="skip"`).
+    """
+
+    def __init__(self, model: str = "", train_dataset: Data | None = None, args: RewardConfig | None = None):
+        """model: folder or hub id of the language model; default `args.model`.
+
+        train_dataset: preferences in any form that files have: a `datasets.Dataset`, a list of rows, a file or hub id;
+        default `args.preferences`.
+        """
+        self.args = _with_model(args or RewardConfig(), model)
+        self.train_dataset = self.args.preferences if train_dataset is None else train_dataset
+        self.results: Json = {}
+        self.bad_rows: list[Json] = []
+
+    def train(self) -> RewardModel:
+        """Train, or go on from `args.output`; the same as the command does, and the same numbers.
+
+        Raises PoiseError as the command does: a bad row is named by its number, starting from 1.
+        """
+        with _run_folder(self.args.output) as folder:
+            preferences = as_file(self.train_dataset, folder / "train_dataset.jsonl")
+            config = replace(self.args, preferences=preferences, output=str(folder))
+            try:
+                out = reward_training.run(config)
+            finally:
+                self.bad_rows = _rows(folder / "train_dataset.bad.jsonl")
+            reward_card.write_cards(out, config_dict(config))
+            self.results = out.results or {}
+            model = RewardModel.from_pretrained(folder, config.max_length)
+        return model if self.args.output else model.in_memory()
+
+
+@dataclass
+class TrainedPolicy:
+    """A trained policy, as transformers and PEFT know it: `model.generate`, `model.merge_and_unload`, ….
+
+    model: a `peft.PeftModel` in eval mode; with `tune="full"` a transformers model.
+    metrics: one entry per step. results: of the whole run. completions: of the evaluation prompts, with every head.
+    """
+
+    model: HfModel
+    tokenizer: HfTokenizer
+    metrics: list[Json] = field(repr=False)
+    results: Json = field(repr=False)
+    completions: list[Json] = field(repr=False)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the adapters, or the whole model with `tune="full"`, and the tokenizer."""
+        # Embeddings are never adapted: peft need not ask the hub whether the vocabulary has grown.
+        about: dict[str, Any] = {"save_embedding_layers": False} if hasattr(self.model, "peft_config") else {}
+        with quiet_loading():
+            self.model.save_pretrained(str(folder), **about)
+            self.tokenizer.save_pretrained(str(folder))
+
+
+class PolicyTrainer:
+    """Trains a policy against a reward: PPO, or GRPO and RLOO through TRL (`args.algorithm`)."""
+
+    def __init__(
+        self,
+        model: str = "",
+        reward: RobustReward | RewardModel | str = "",
+        prompts: Data | None = None,
+        args: PolicyConfig | None = None,
+    ):
+        """model: folder or hub id of the language model; default `args.model`.
+
+        reward: `RewardModel.reward(…)` or `RobustReward.load(…)`, whose objective replaces that of `args`, and whose
+        bounds do where it has any; or a reward model, which is read by `args.objective`; default `args.reward`.
+        prompts: a list of texts or conversations, rows with a `prompt`, a `datasets.Dataset`, a file; default
+        `args.prompts`.
+        """
+        self.args = _with_model(args or PolicyConfig(), model)
+        self.reward = reward or self.args.reward
+        self.prompts = self.args.prompts if prompts is None else prompts
+
+    def train(self) -> TrainedPolicy:
+        """Train, or go on from `args.output`. Raises PoiseError as `poise train-policy` does."""
+        given = self._given()
+        with _run_folder(self.args.output) as folder:
+            config = replace(
+                self.args, output=str(folder), prompts=as_file(self.prompts, folder / "prompts.jsonl", "prompt")
+            )
+            if given is None:
+                config = replace(config, reward=str(self.reward))
+            else:
+                config = _with_reward(config, given, self._place(given, folder))
+            out = policy_training.run(config, given)
+            if is_main_process():
+                policy_card.write_card(out, config_dict(config), unread_settings(config.algorithm))
+            model, tokenizer = _trained(config, folder / "policy")
+            return TrainedPolicy(
+                model, tokenizer, out.metrics(), out.results or {}, list(read_jsonl(folder / "final.jsonl"))
+            )
+
+    def _given(self) -> RobustReward | None:
+        """The reward in memory; None for the name of a reward model, which is loaded as a command loads it."""
+        if isinstance(self.reward, RobustReward):
+            return self.reward
+        return self.reward.reward(self.args.objective) if isinstance(self.reward, RewardModel) else None
+
+    def _place(self, given: RobustReward, folder: Path) -> str:
+        """Where the reward model can be found again: a run that is kept gets a copy of one that is in memory only."""
+        if given.path or not self.args.output:
+            return given.path or IN_MEMORY
+        copy = folder / "reward-model"
+        if not copy.exists():
+            RewardModel({"": given.scorer}, "").save_pretrained(copy)
+        return str(copy)
+
+
+def _with_reward(config: PolicyConfig, given: RobustReward, place: str) -> PolicyConfig:
+    """The config with what the reward says of itself."""
+    bounds: dict[str, Any] = {}
+    if math.isfinite(given.ceiling):
+        bounds["reward_ceiling"] = given.ceiling
+    if math.isfinite(given.floor):
+        bounds["reward_floor"] = given.floor
+    return replace(config, reward=place, objective=given.objective, **bounds)
+
+
+def _trained(config: PolicyConfig, folder: Path) -> tuple[HfModel, HfTokenizer]:
+    if (folder / "adapter_config.json").exists():
+        model, tokenizer = load_policy(config.model)
+        return load_adapters(model, str(folder)).eval(), tokenizer
+    return load_policy(str(folder))
+
+
+def _with_model(args: Args, model: str) -> Args:
+    """The settings with the model that a trainer was given; PoiseError if the two name different ones."""
+    if model and args.model not in (model, type(args).model):
+        raise PoiseError(f"two models: {model} and args.model {args.model}; give one")
+    return replace(args, model=model or args.model)
+
+
+@contextlib.contextmanager
+def _run_folder(output: str) -> Iterator[Path]:
+    """The run folder that was asked for, or a temporary one."""
+    if output:
+        yield Path(output)
+        return
+    if launched_processes() > 1:
+        raise PoiseError("several processes need one run folder: give args an output")
+    with tempfile.TemporaryDirectory(prefix="poise-") as scratch:
+        yield Path(scratch) / "run"
+
+
+def _rows(path: Path) -> list[Json]:
+    return list(read_jsonl(path)) if path.exists() else []
