@@ -13,7 +13,6 @@ it is, or tuned in stage 1 (RUN/trunk, and RUN/adapter for LoRA). The trunk's fe
 feature cache.
 """
 
-import math
 import shutil
 from pathlib import Path
 
@@ -193,7 +192,7 @@ def _judge_one(scorer: Scorer, held: FeaturePairs, preferences: list[Preference]
     return {
         "validation_accuracy": judged["accuracy"], "validation_accuracy_interval": judged["accuracy_interval"],
         "length_accuracy": judged["length_accuracy"], "validation_nll": judged["probability"]["nll"],
-        "auroc_wrong_order": {name: value for name, value in known.items() if math.isfinite(value)},
+        "auroc_wrong_order": {name: value for name, value in known.items() if value is not None},
         "reliability": judged["probability"]["bins"],
     }  # fmt: skip
 
