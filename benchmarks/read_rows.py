@@ -2,10 +2,11 @@
 
     python benchmarks/read_rows.py --output read-rows.json [--rows 10000 100000] [--score-rows 20000 200000]
 
-Every case runs in a process of its own, with one thread. Seconds are those of reading alone, without imports. Memory is
-the highest resident size of the process; that of a process which reads ten rows is given beside it, since imports are
-most of it. Rows are preferences of about 600 bytes. The reward model that `poise score` is given has one layer of
-width 16: its time says nothing of real models, and its memory is that of reading, rendering, encoding and writing.
+Every case runs in a process of its own, with one thread. Seconds are of processor time, of reading alone, without
+imports. Memory is the highest resident size of the process; that of a process which reads ten rows stands beside it,
+since imports are most of it. Rows are preferences of about 600 bytes. The reward model that `poise score` is given has
+one layer of width 16: its time says nothing of real models, and its memory is that of reading, rendering, encoding and
+writing.
 """
 
 import argparse
@@ -29,19 +30,19 @@ WORDS = ("slow", "careful", "story", "of", "two", "people", "who", "meet", "in",
 READ = """
 import resource, sys, time
 from poise.data.preferences import read_preferences
-started = time.perf_counter()
+started = time.process_time()
 count = len(read_preferences(sys.argv[1]))
-print(count, time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(count, time.process_time() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 SCORE = """
 import resource, sys, time
 import torch
 from poise.reward import score
 torch.set_num_threads(1)
-started = time.perf_counter()
+started = time.process_time()
 path = score.run(score.Config(sys.argv[1], sys.argv[2], output=sys.argv[3]))
 count = sum(1 for _ in path.open())
-print(count, time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(count, time.process_time() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
@@ -73,7 +74,7 @@ def written(folder: Path, kind: str, count: int) -> Path:
 
 
 def measured(program: str, *arguments: str, repeats: int = 1) -> dict[str, Any]:
-    """Rows, the lowest seconds and the highest memory of runs in fresh processes."""
+    """Rows, the lowest seconds and the highest memory, in MiB, of runs in fresh processes."""
     found = []
     for _ in range(repeats):
         done = subprocess.run(

@@ -164,7 +164,7 @@ def test_score_writes_no_null(
             return Broken()
 
     monkeypatch.setattr(score, "Scorer", Broken)
-    monkeypatch.setattr(score, "row_check", lambda _: None)
+    monkeypatch.setattr(score, "row_check_of_rewards", lambda _: None)
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "Review.", "completion": "good"}\n')
     model = tmp_path / "model"
@@ -181,7 +181,7 @@ def test_score_writes_no_null(
 
 SHOWN = {
     "train-reward": ["preferences"], "evaluate-reward": ["questions"], "score": ["samples"],
-    "train-policy": ["prompts"],
+    "train-policy": ["prompts", "samples"],
     "best-of-n": ["prompts"], "ensemble": ["preferences"], "study": ["preferences", "prompts"],
 }  # fmt: skip
 

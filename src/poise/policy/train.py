@@ -38,6 +38,7 @@ from poise.policy.loop import Training
 from poise.policy.reward import PolicyReward
 from poise.policy.sampling import sample_policy
 from poise.runtime import distributed as processes
+from poise.runtime.folders import refuse_deleted
 from poise.runtime.progress import finish_the_step, progress
 from poise.runtime.records import read_rows, undefined_as_none
 from poise.runtime.run_folder import (
@@ -80,6 +81,7 @@ def run(config: Config) -> Run:
         policy, reward, eval_prompts, config.eval_completions, config.max_tokens, config.seed, results["steps"]
     )
     if is_main_process():
+        refuse_deleted(out.folder)
         write_jsonl(out.folder / "final.jsonl", final)
         with write_folder_atomic(out.folder / "policy") as scratch:
             policy.save(str(scratch))

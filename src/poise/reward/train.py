@@ -43,6 +43,7 @@ from poise.reward.trunk_training import (
     token_pairs,
 )
 from poise.runtime.distributed import launched_processes
+from poise.runtime.folders import refuse_deleted
 from poise.runtime.progress import console
 from poise.runtime.run_folder import Inputs, Json, Run, is_main_process
 
@@ -212,6 +213,7 @@ def _save(out: Run, split: PreferenceSplit, extract: FeatureExtractor, trained: 
         )
     if not is_main_process():
         return
+    refuse_deleted(out.folder)
     for name, (weight, layout, last_layer, trunk) in trained.models.items():
         save_reward_model(out.folder / name, trunk.classifier, trunk.tokenizer, weight, layout, last_layer)
     out.finish(

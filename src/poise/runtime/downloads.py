@@ -20,8 +20,14 @@ from poise.runtime.run_folder import write_folder_atomic
 
 
 def cache_folder() -> Path:
-    """Where fetched and converted files live: $POISE_CACHE, or the platform's user cache."""
-    return Path(os.environ.get("POISE_CACHE") or platformdirs.user_cache_dir("poise-rlhf"))
+    """Where fetched and converted files live: $POISE_CACHE, or the platform's user cache.
+
+    Raises PoiseError for a user without a home folder, as in some containers.
+    """
+    folder = Path(os.environ.get("POISE_CACHE") or platformdirs.user_cache_dir("poise-rlhf"))
+    if str(folder).startswith("~"):  # what Python leaves where no home is known
+        raise PoiseError("this user has no home folder to keep a cache in; set POISE_CACHE to a folder for it")
+    return folder
 
 
 def cached(name: str, build: Callable[[Path], None], whole: Callable[[Path], bool] = Path.exists) -> Path:

@@ -24,7 +24,16 @@ import yaml
 
 from poise.errors import PoiseError, first_line
 from poise.runtime import inputs as run_inputs
-from poise.runtime.folders import clear_leftovers, lock, own, partial_name, refuse_foreign, unlock, write_folder_atomic
+from poise.runtime.folders import (
+    clear_leftovers,
+    lock,
+    own,
+    partial_name,
+    refuse_deleted,
+    refuse_foreign,
+    unlock,
+    write_folder_atomic,
+)
 from poise.runtime.inputs import Inputs
 from poise.runtime.records import Json, as_lines, as_text, checked, mend_last_line, read_object, read_rows
 from poise.runtime.settings import WholeNumber
@@ -96,7 +105,8 @@ class Run:
         return read_object(path, kind) if path.exists() else None
 
     def finish(self, results: Json) -> Json:
-        """Mark the run complete."""
+        """Mark the run complete. Raises PoiseError if its folder was deleted since it was opened."""
+        refuse_deleted(self.folder)
         write_json(self.folder / "results.json", results)
         unlock(self.folder)
         return results
