@@ -21,7 +21,8 @@ from poise.functional.statistics import bootstrap_interval
 from poise.models.loading import DEFAULT_MODEL
 from poise.reward import evaluate as evaluate_reward
 from poise.reward import train as train_reward
-from poise.runtime.run_folder import environment, read_jsonl
+from poise.runtime.records import read_rows
+from poise.runtime.run_folder import environment
 
 MODELS = ("single", "brme", "posterior")
 
@@ -66,7 +67,7 @@ def main() -> None:
         )
     )  # fmt: skip
     correct = {
-        name: np.array([row["correct"] for row in read_jsonl(evaluated.folder / f"reward-{i}.jsonl")])
+        name: np.array([row["correct"] for row in read_rows(evaluated.folder / f"reward-{i}.jsonl")])
         for i, name in enumerate(MODELS, 1)
     }
     results = evaluated.results or {}

@@ -26,7 +26,8 @@ from poise.models.loading import DEFAULT_MODEL, load_tokenizer, pad_apart, resol
 from poise.models.reward_model import HeadLayout, load_trunk, save_reward_model
 from poise.policy.config import Config
 from poise.runtime.quiet import quiet_loading
-from poise.runtime.run_folder import config_dict, environment, read_jsonl, write_jsonl
+from poise.runtime.records import read_rows
+from poise.runtime.run_folder import config_dict, environment, write_jsonl
 from poise.studies import quickstart as recipes
 
 
@@ -97,7 +98,7 @@ def main() -> None:
             raise SystemExit("the last restart failed")
         one, other = (load_file(run / "checkpoint.safetensors") for run in (calm, stormy))
         same = one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-        rows = [list(read_jsonl(run / "samples.jsonl")) for run in (calm, stormy)]
+        rows = [list(read_rows(run / "samples.jsonl")) for run in (calm, stormy)]
         print(
             json.dumps(
                 {

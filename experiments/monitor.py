@@ -25,7 +25,8 @@ from numpy import ndarray
 from poise.functional.calibration import weighted_auroc
 from poise.functional.monitor import LIMITS, Monitor, MonitorConfig, suspicion, text_signs
 from poise.functional.statistics import bootstrap_interval, bootstrap_intervals
-from poise.runtime.run_folder import Json, environment, load_config_file, read_jsonl
+from poise.runtime.records import read_rows
+from poise.runtime.run_folder import Json, environment, load_config_file
 from poise.studies.gold import gold_rewards
 
 WIDTH, FALL, MARGIN = 5, 0.25, 0.1
@@ -70,9 +71,9 @@ def smooth(values: ndarray) -> ndarray:
 
 
 def read(folder: Path) -> Trajectory:
-    config, metrics = load_config_file(folder / "config.yaml"), list(read_jsonl(folder / "metrics.jsonl"))
+    config, metrics = load_config_file(folder / "config.yaml"), list(read_rows(folder / "metrics.jsonl"))
     rows: dict[int, list[Json]] = {}
-    for row in read_jsonl(folder / "samples.jsonl"):
+    for row in read_rows(folder / "samples.jsonl"):
         rows.setdefault(row["step"], []).append(row)
     monitor, found, gold = Monitor(), [], []
     for step in metrics:
@@ -83,7 +84,7 @@ def read(folder: Path) -> Trajectory:
         }
         found.append(monitor.update(step | extra | text_signs(texts)).signs)
         gold.append(gold_rewards(texts).mean())
-    final = [row["completion"] for row in read_jsonl(folder / "final.jsonl")]
+    final = [row["completion"] for row in read_rows(folder / "final.jsonl")]
     name = f"seed {config['seed']}, {config['objective']}, kl_coef {config['kl_coef']}, {len(metrics)} steps"
     rewards = [step["reward"] for step in metrics]
     return Trajectory(name, config["seed"], rewards, found, smooth(np.array(gold)), float(gold_rewards(final).mean()))

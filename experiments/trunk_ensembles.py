@@ -24,7 +24,8 @@ from poise.functional.overoptimization import Choice, Curves, Resamples, differe
 from poise.models.loading import DEFAULT_MODEL
 from poise.reward import train as train_reward
 from poise.runtime.progress import parts_of_another, progress
-from poise.runtime.run_folder import Json, environment, read_jsonl, write_json
+from poise.runtime.records import read_rows
+from poise.runtime.run_folder import Json, environment, write_json
 from poise.studies.pool import score_pool
 
 ENSEMBLES = {
@@ -96,7 +97,7 @@ def main() -> None:
     parser.add_argument("--result", type=Path, help="file to write")
     options = parser.parse_args()
 
-    pool = list(read_jsonl(options.study / "pool" / "pool.jsonl"))
+    pool = list(read_rows(options.study / "pool" / "pool.jsonl"))
     prompts = [json.dumps(row["prompt"]) for row in pool]
     per_prompt = prompts.count(prompts[0])
     kept = [i for i in range(len(pool)) if i % per_prompt < options.pool]

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -38,17 +39,19 @@ def _child(count: int, rank: int, work: Callable[[int], Any], folder: Path) -> i
     return code
 
 
-def started(work: Callable[[], object]) -> int:
-    """The process id of a child that does the work, says nothing, and exits with 0 if nothing was raised."""
+def started(work: Callable[[], object], stderr: Path | None = None) -> int:
+    """The process id of a child that does the work. It exits with the status that the work returns, with 0 for
+    anything but a number, and with 70 if something was raised. Only stderr is kept, in the file of that name."""
     pid = os.fork()
     if pid == 0:
-        code = 1
+        code = 70
         try:
-            silent = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(silent, 1)
-            os.dup2(silent, 2)
-            work()
-            code = 0
+            for path, number in ((os.devnull, 1), (stderr or os.devnull, 2)):
+                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
+            # pytest has put files of its own in their place
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+            status = work()
+            code = status if isinstance(status, int) else 0
         finally:
             os._exit(code)
     return pid

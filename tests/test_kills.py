@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
+import forked
 from poise.cli import main as cli
 from poise.models.loading import load_policy
 from poise.models.policy import Policy
@@ -25,17 +26,9 @@ NOT_COMPARED = {"environment.json", "inputs.json", ".poise"}
 
 def in_a_fork(work: Callable[[], int]) -> int:
     """Exit status of `work` in a copy of this process, which has everything imported."""
-    child = os.fork()
-    if child == 0:
-        status = 70
-        try:
-            with Path(os.devnull).open("w") as nowhere:
-                os.dup2(nowhere.fileno(), 1)
-                os.dup2(nowhere.fileno(), 2)
-                status = work()
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    status = forked.ended(forked.started(work))
+    assert status is not None
+    return status
 
 
 @contextlib.contextmanager

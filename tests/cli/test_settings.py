@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 import yaml
 
 from poise.cli.main import COMMANDS, main, settings_of
+from poise.data.examples import EXAMPLES
 from poise.policy.config import Config as PolicyConfig
-from poise.runtime.settings import Settings, finite_or_raise, marks, problem, typed_fields
+from poise.runtime.settings import Rows, Settings, finite_or_raise, hints, marks, problem, typed_fields
 
 WRONG = {
     "--num-layers": ("-1", "at least 0"),
@@ -162,7 +164,7 @@ def test_score_writes_no_null(
             return Broken()
 
     monkeypatch.setattr(score, "Scorer", Broken)
-    monkeypatch.setattr(score, "row_check", lambda _: None)
+    monkeypatch.setattr(score, "row_check_of_rewards", lambda _: None)
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "Review.", "completion": "good"}\n')
     model = tmp_path / "model"
@@ -175,3 +177,29 @@ def test_score_writes_no_null(
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("poise: ")]
     assert "the score: mean, number 1, number 1 is nan" in line
     assert not (tmp_path / "rows.scored.jsonl").exists()
+
+
+SHOWN = {
+    "train-reward": ["preferences"], "evaluate-reward": ["questions"], "score": ["samples"],
+    "train-policy": ["prompts", "samples"],
+    "best-of-n": ["prompts"], "ensemble": ["preferences"], "study": ["preferences", "prompts"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", SHOWN)
+def test_help_shows_a_row_of_every_kind_of_file(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    said = re.sub(r"[\s│]+", "", re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out))
+    for kind in SHOWN[command]:
+        assert re.sub(r"\s+", "", EXAMPLES[kind]) in said
+    assert "docs/data.md" in said
+
+
+def test_every_command_that_names_a_file_of_rows_is_among_them() -> None:
+    def kinds(command: str) -> list[str]:
+        found = (mark for kind in hints(settings_of(command)[0]).values() for mark in marks(kind))
+        return list(dict.fromkeys(mark.kind for mark in found if isinstance(mark, Rows)))
+
+    assert {command: of for command in COMMANDS if (of := kinds(command))} == SHOWN

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from poise.data.evaluation_sets import read_questions
+from poise.data.examples import EXAMPLES as shown  # noqa: N811
 from poise.data.preferences import preferences_of, prompt_of, sample_of
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
@@ -15,6 +16,12 @@ EXAMPLES = re.findall(r"^\| (preferences|prompts|samples|questions) \| ([^|]+) \
 
 def test_every_form_has_an_example() -> None:
     assert len(EXAMPLES) == 19
+
+
+def test_the_rows_that_help_shows_are_in_the_table() -> None:
+    assert {kind for kind, _, _ in EXAMPLES} == shown.keys()
+    for kind, row in shown.items():
+        assert (kind, row) in {(kind, text) for kind, _, text in EXAMPLES}
 
 
 @pytest.mark.parametrize(("kind", "form", "text"), EXAMPLES, ids=[f"{kind}, {form}" for kind, form, _ in EXAMPLES])

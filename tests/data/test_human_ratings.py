@@ -11,6 +11,7 @@ import pytest
 from poise.data import human_ratings as ratings_module
 from poise.data.human_ratings import Rated, is_held_out, judged_by_all, preference_pairs
 from poise.data.types import Preference
+from poise.errors import PoiseError
 
 
 def rated_texts(count: int = 60) -> list[Rated]:
@@ -69,12 +70,33 @@ def test_ratings_are_read_from_the_nested_archive(tmp_path: Path, monkeypatch: p
         archive.add(inner, "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
 
     monkeypatch.setenv("POISE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(ratings_module, "package_file", lambda *_, **__: contextlib.nullcontext(outer))
+    asked: list[str] = []
+
+    def package_file(name: str, *_: object, **__: object) -> contextlib.nullcontext[Path]:
+        asked.append(name)
+        return contextlib.nullcontext(outer)
+
+    monkeypatch.setattr(ratings_module, "package_file", package_file)
+    with pytest.raises(PoiseError, match="human-ratings is not what this version of poise knows"):
+        ratings_module.human_ratings()
+    assert not (tmp_path / "cache" / "human-ratings").exists()
+    ratings_module._fetch_ratings(tmp_path)
+    monkeypatch.setattr(ratings_module, "_ROWS_SHA256", ratings_module._digest(tmp_path))
     ratings = ratings_module.human_ratings()
     assert Counter(r.domain for r in ratings) == dict.fromkeys(ratings_module.DOMAINS, 2)
     assert ratings[0] == Rated("movieReviewSnippets", "good & bad", (0, -1, 2))
+    assert len(asked) == 3
+    assert ratings_module.human_ratings() == ratings
+    assert len(asked) == 3  # it was in the cache
+    file = tmp_path / "cache" / "human-ratings" / "ratings.jsonl"
+    whole = file.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", whole.replace(b"-1", b"+1", 1)):
+        file.write_bytes(damaged)
+        assert ratings_module.human_ratings() == ratings
+        assert file.read_bytes() == whole
+    assert len(asked) == 6
     monkeypatch.delattr(ratings_module, "package_file")
-    assert ratings_module.human_ratings() == ratings  # from the cache
+    assert ratings_module.human_ratings() == ratings
 
 
 def test_judged_by_all_turns_what_a_single_rater_saw_differently() -> None:

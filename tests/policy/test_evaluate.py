@@ -22,7 +22,8 @@ from poise.policy import train as train_policy
 from poise.policy.evaluate import Config, average, average_difference, fluctuation, paired_difference
 from poise.policy.loop import Training
 from poise.runtime import run_folder as runs
-from poise.runtime.run_folder import Json, config_dict, read_jsonl
+from poise.runtime.records import read_rows
+from poise.runtime.run_folder import Json, config_dict
 
 # ---- outcomes ----
 
@@ -189,21 +190,21 @@ def test_benchmarks_do_not_disturb_the_training(
     )  # fmt: skip
     calm = dataclasses.replace(asked, output=str(tmp_path / "calm"), eval_every=0)
     one, other = (train_policy.run(config).folder for config in (asked, calm))
-    assert len(list(read_jsonl(one / "benchmarks.jsonl"))) == 4 * 3
+    assert len(list(read_rows(one / "benchmarks.jsonl"))) == 4 * 3
     assert not (other / "benchmarks.jsonl").exists()
     for name in ("samples.jsonl", "final.jsonl", "checkpoint.safetensors"):
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
     for path in (one / "policy").iterdir():
         assert path.read_bytes() == (other / "policy" / path.name).read_bytes(), path.name
     steps = [
-        [{key: value for key, value in row.items() if not key.endswith("seconds")} for row in read_jsonl(run)]
+        [{key: value for key, value in row.items() if not key.endswith("seconds")} for row in read_rows(run)]
         for run in (one / "metrics.jsonl", other / "metrics.jsonl")
     ]
     assert steps[0] == steps[1]
 
 
 def test_benchmarks_are_asked_before_between_and_after(trained: Path) -> None:
-    rows = list(read_jsonl(trained / "benchmarks.jsonl"))
+    rows = list(read_rows(trained / "benchmarks.jsonl"))
     assert [(row["step"], row["task"]) for row in rows] == [
         (step, task) for step in range(5) for task in ("piqa", "winogrande")
     ]

@@ -32,7 +32,8 @@ from poise.policy.reward import std_interval
 from poise.policy.train import Config
 from poise.reward import train as train_reward
 from poise.runtime import distributed as processes
-from poise.runtime.run_folder import Run, config_dict, read_jsonl
+from poise.runtime.records import read_rows
+from poise.runtime.run_folder import Run, config_dict
 from warm_processes import POISE, WarmProcess, WarmProcesses, ended
 
 
@@ -59,9 +60,9 @@ def test_a_run_leaves_what_it_says(config: Config) -> None:
         assert row["gap"] >= 0
         assert len(row["heads"]) == 5
         assert row["kl_k3"] >= 0
-    samples = list(read_jsonl(out.folder / "samples.jsonl"))
+    samples = list(read_rows(out.folder / "samples.jsonl"))
     assert len(samples) == 4 * 8
-    assert len(list(read_jsonl(out.folder / "final.jsonl"))) == 4 * 2
+    assert len(list(read_rows(out.folder / "final.jsonl"))) == 4 * 2
     assert (out.folder / "policy" / "adapter_model.safetensors").exists()
     assert not list(out.folder.rglob("*.pt")) + list(out.folder.rglob("*.bin"))
     # What is logged is what the objective makes of the logged heads and constants.
@@ -125,7 +126,7 @@ def test_a_killed_run_ends_bitwise_as_an_undisturbed_one(
     assert kills >= 3
     assert same_end(calm, stormy)
     keys = ("step", "reward", "kl", "heads", "policy_loss")
-    rows = [[[row[key] for key in keys] for row in read_jsonl(run / "metrics.jsonl")] for run in (calm, stormy)]
+    rows = [[[row[key] for key in keys] for row in read_rows(run / "metrics.jsonl")] for run in (calm, stormy)]
     assert rows[0] == rows[1]
     assert (calm / "final.jsonl").read_text() == (stormy / "final.jsonl").read_text()
 
@@ -388,13 +389,13 @@ def test_two_processes_compute_what_one_does(config: Config, tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr[-2000:]
     two = Run(tmp_path / "two")
     assert [(two.folder / f"world{rank}").read_text() for rank in (0, 1)] == ["2", "2"]
-    samples = [list(read_jsonl(run.folder / "samples.jsonl")) for run in (one, two)]
+    samples = [list(read_rows(run.folder / "samples.jsonl")) for run in (one, two)]
     assert [row["completion"] for row in samples[1][:16]] == [row["completion"] for row in samples[0][:16]]
     for mine, theirs in zip(samples[0][:16], samples[1][:16], strict=True):
         assert theirs["reward"] == pytest.approx(mine["reward"], abs=1e-5)
     assert losses_of(two)[0] == pytest.approx(losses_of(one)[0], abs=1e-5)
     assert losses_of(two)[2] == pytest.approx(losses_of(one)[2], abs=1e-2)  # rounding grows, slowly
-    assert len(list(read_jsonl(two.folder / "final.jsonl"))) == 4 * 2
+    assert len(list(read_rows(two.folder / "final.jsonl"))) == 4 * 2
 
 
 def test_every_collective_of_a_run_gets_a_tensor_of_the_group_s_device(
@@ -437,7 +438,7 @@ def test_rewards_against_baselines_by_hand(config: Config, tmp_path: Path, shapi
     scorer = Scorer.load(config.reward)
     assert out.results is not None
     scale = out.results["scale"]
-    rows = list(read_jsonl(out.folder / "samples.jsonl"))
+    rows = list(read_rows(out.folder / "samples.jsonl"))
     assert len(rows) == 8
     clipped = 0
     for row in rows:
@@ -453,7 +454,7 @@ def test_rewards_against_baselines_by_hand(config: Config, tmp_path: Path, shapi
 @pytest.mark.slow
 def test_baselines_are_sampled_once_for_each_prompt(config: Config) -> None:
     out = train_policy.run(dataclasses.replace(config, shaping="par", num_steps=6))
-    rows = list(read_jsonl(out.folder / "baselines.jsonl"))
+    rows = list(read_rows(out.folder / "baselines.jsonl"))
     assert len(rows) == len({row["key"] for row in rows}) == 4
     assert all(len(row["completions"]) == 4 for row in rows)
 
@@ -469,7 +470,7 @@ def test_what_never_ended_is_penalized(config: Config, tmp_path: Path) -> None:
     strict = train_policy.run(
         dataclasses.replace(config, num_steps=1, missing_eos_penalty=3.0, output=str(tmp_path / "strict"))
     )
-    before, after = (list(read_jsonl(run.folder / "samples.jsonl")) for run in (plain, strict))
+    before, after = (list(read_rows(run.folder / "samples.jsonl")) for run in (plain, strict))
     lowered = [one["reward"] - other["reward"] for one, other in zip(before, after, strict=True)]
     assert sorted({round(value, 4) for value in lowered}) in ([3.0], [0.0, 3.0])
     assert sum(lowered) / 24 == pytest.approx(1 - strict.metrics()[0]["ended"])
@@ -533,12 +534,12 @@ def test_other_algorithms_leave_the_same_folder(config: Config, algorithm: str) 
     assert out.results is not None
     scale = RewardScale.from_json(out.results["scale"])
     objective, scorer = parse_objective(config.objective), Scorer.load(config.reward)
-    samples = list(read_jsonl(out.folder / "samples.jsonl"))
+    samples = list(read_rows(out.folder / "samples.jsonl"))
     assert len(samples) == 2 * 8
     for row in samples:
         heads = scorer([generated(row["prompt"], row["completion"])])
         assert row["reward"] == pytest.approx(scale.combine(heads, objective).item(), abs=1e-4)
-    final = list(read_jsonl(out.folder / "final.jsonl"))
+    final = list(read_rows(out.folder / "final.jsonl"))
     assert len(final) == 4 * 2
     assert any(abs(row["kl"]) > 1e-4 for row in final)  # sampled from what was trained, not from where it began
     assert train_policy.run(config).results == out.results  # a finished run is left alone
@@ -648,7 +649,7 @@ def test_actions_on_an_alarm(config: Config, tmp_path: Path, monkeypatch: pytest
     assert all(torch.equal(saved[name], safe[name]) for name in safe)
     assert any(not torch.equal(saved[name], plain[name]) for name in safe)
     assert [row["step"] for row in found["rollback"].metrics()] == [0, 1, 2, 3]  # those of the policy that was kept
-    assert {row["step"] for row in read_jsonl(found["rollback"].folder / "samples.jsonl")} == {0, 1, 2, 3}
+    assert {row["step"] for row in read_rows(found["rollback"].folder / "samples.jsonl")} == {0, 1, 2, 3}
     rows = found["pessimism"].metrics()
     assert [row["kl_coef"] for row in rows] == [0.05] * 6 + [0.1] * 2
     assert [row["parameter"] for row in rows] == [0.4] * 6 + [0.2] * 2

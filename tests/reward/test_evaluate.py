@@ -26,7 +26,8 @@ from poise.reports import reward_page as evaluation_page
 from poise.reward import evaluate as evaluate_reward
 from poise.reward.evaluate import Config
 from poise.reward.model_comparison import over_rewards
-from poise.runtime.run_folder import Json, read_jsonl, write_json
+from poise.runtime.records import read_rows
+from poise.runtime.run_folder import Json, write_json
 
 SCRIPT = '<script>document.title="pwned"</script>'
 VOID = {"meta", "link", "br", "img", "hr", "input", "path", "use", "rect", "line"}
@@ -59,6 +60,69 @@ def write(path: Path, *rows: dict[str, Any]) -> str:
     return str(path)
 
 
+# ---- rows and inputs ----
+
+
+def refusing_system_turns(source: Path, folder: Path) -> Path:
+    shutil.copytree(source, folder)
+    template = folder / "chat_template.jinja"
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+    template.write_text(refusal + template.read_text())
+    return folder
+
+
+@pytest.mark.parametrize("place", ["file", "ood", "member"])
+def test_a_row_that_a_template_refuses_is_named_or_set_aside(reward_run: Path, tmp_path: Path, place: str) -> None:
+    strict = refusing_system_turns(reward_run / "single", tmp_path / "strict")
+    pair = {"chosen": "good", "rejected": "bad"}
+    refused = {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi."}], **pair}
+    rows = [{"prompt": f"Review {i}.", **pair} for i in range(3)]
+    bad, good = write(tmp_path / "bad.jsonl", *rows, refused), write(tmp_path / "good.jsonl", *rows)
+    if place == "member":  # the second member's template refuses it
+        (tmp_path / "both").mkdir()
+        both = {"members": [str(reward_run / "single"), "../strict"], "means": [0.0, 0.0], "stds": [1.0, 1.0]}
+        (tmp_path / "both" / "ensemble.json").write_text(json.dumps(both))
+        strict = tmp_path / "both"
+    rewards = (str(reward_run / "single"), str(strict))
+    file, ood = (good, bad) if place == "ood" else (bad, "")
+    with pytest.raises(PoiseError, match=r"bad\.jsonl:4: .*no system turns.*--on-bad-row skip"):
+        evaluate_reward.run(Config(rewards, file, ood, output=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+    done = evaluate_reward.run(Config(rewards, file, ood, output=str(tmp_path / "run"), on_bad_row="skip"))
+    assert (done.results or {})["rewards"][1]["ood" if ood else "pairs"]["num_pairs"] == 3
+    assert "no system turns" in (tmp_path / "bad.bad.jsonl").read_text()
+
+
+def test_an_unfinished_evaluation_does_not_go_on_with_another_file(reward_run: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"Review {i}.", "chosen": "good", "rejected": "bad"} for i in range(3)]
+    file = write(tmp_path / "pairs.jsonl", *rows)
+    config = Config((str(reward_run / "single"),), file, output=str(tmp_path / "run"))
+    evaluate_reward.run(config)
+    (tmp_path / "run" / "results.json").unlink()
+    evaluate_reward.run(config)
+    (tmp_path / "run" / "results.json").unlink()
+    write(tmp_path / "pairs.jsonl", *rows[:2])
+    with pytest.raises(PoiseError, match=r"begun with other inputs: --file changed since"):
+        evaluate_reward.run(config)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("reward", None), ("num_heads", 1.5), ("kind", "uniform"), ("reward_scale", float("nan")), ("num_samples", 0),
+     ("pairs", [1]), ("num_truncated", "0")],
+)  # fmt: skip
+def test_a_kept_part_that_is_wrong_is_one_line(reward_run: Path, tmp_path: Path, field: str, value: Any) -> None:
+    file = write(tmp_path / "pairs.jsonl", {"prompt": "Review.", "chosen": "good", "rejected": "bad"})
+    config = Config((str(reward_run / "single"),), file, output=str(tmp_path / "run"))
+    evaluate_reward.run(config)
+    (tmp_path / "run" / "results.json").unlink()
+    kept = tmp_path / "run" / "reward-1.json"
+    kept.write_text(json.dumps(json.loads(kept.read_text()) | {field: value}))
+    with pytest.raises(PoiseError, match=r"reward-1\.json") as caught:
+        evaluate_reward.run(config)
+    assert "\n" not in str(caught.value)
+
+
 # ---- the study ----
 
 
@@ -79,7 +143,7 @@ def test_accuracy_and_probabilities_are_those_of_the_scorer(
     assert judged["length_accuracy"] == pytest.approx(
         np.mean([0.5 * (1 + np.sign(len(p.chosen) - len(p.rejected))) for p in pairs])
     )
-    rows = list(read_jsonl(evaluation / "reward-1.jsonl"))
+    rows = list(read_rows(evaluation / "reward-1.jsonl"))
     assert [row["data"] for row in rows] == ["file"] * 40 + ["ood"] * 30
     np.testing.assert_allclose([row["margin"] for row in rows[:40]], margin, atol=1e-4)
     assert rows[0].keys() >= {"pair", "subset", "heads_probability", "disagreement", "routing_std", "random"}
@@ -111,7 +175,7 @@ def test_models_of_several_kinds_are_compared_and_not_averaged(evaluation: Path)
         brme, single = (model[data] for model in models)
         assert found[f"{data} accuracy"]["mean"] == pytest.approx(single["accuracy"] - brme["accuracy"])
         assert found[f"{data} NLL"]["mean"] == pytest.approx(single["probability"]["nll"] - brme["probability"]["nll"])
-    brme_rows, single_rows = (list(read_jsonl(evaluation / f"reward-{number}.jsonl"))[:40] for number in (1, 2))
+    brme_rows, single_rows = (list(read_rows(evaluation / f"reward-{number}.jsonl"))[:40] for number in (1, 2))
     nll = -np.log([row["probability"] for row in single_rows]) + np.log([row["probability"] for row in brme_rows])
     reach = 1.96 * nll.std() / 40**0.5  # paired: over the 40 pairs' own differences
     assert found["pairs NLL"]["interval"] == pytest.approx([nll.mean() - reach, nll.mean() + reach], abs=0.4 * reach)
@@ -200,7 +264,7 @@ def test_rm_bench_rows_give_a_matrix_of_the_rewards(reward_run: Path, tmp_path: 
     assert run.results["kind"] == "rm_bench"
     scorer = Scorer.load(str(reward_run))
     matrix = np.zeros((3, 3))
-    for row in read_jsonl(Path(path)):
+    for row in read_rows(Path(path)):
         c, r = (scorer([Sample("Q", text) for text in row[key]]).mean.mean(-1) for key in ("chosen", "rejected"))
         matrix += (c[:, None] > r).numpy() + 0.5 * torch.isclose(c[:, None], r, atol=1e-6).numpy()
     sets = run.results["rewards"][0]["sets"]
@@ -217,7 +281,7 @@ def test_best_of_n_sets_stand_beside_chance(reward_run: Path, tmp_path: Path) ->
     run = command.run(Config((str(reward_run), str(reward_run / "single")), path, output=str(tmp_path / "run")))
     assert run.results
     sets = run.results["rewards"][0]["sets"]
-    rows = list(read_jsonl(run.folder / "reward-1.jsonl"))
+    rows = list(read_rows(run.folder / "reward-1.jsonl"))
     assert sets["accuracy"] == pytest.approx(np.mean([max(row["chosen"]) > max(row["rejected"]) for row in rows]))
     assert sets["chance"] == 0.25
     [found], single = run.results["differences"], run.results["rewards"][1]["sets"]

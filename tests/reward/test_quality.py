@@ -157,7 +157,7 @@ def test_a_model_without_a_mistake_leaves_nothing_to_tell() -> None:
     pairs = made_up(20, wrong=0.0)
     judged = judge_pairs(pairs, [item("c", "r")] * 20, seed=0)
     assert judged["accuracy_interval"] == [1.0, 1.0]
-    assert math.isnan(judged["uncertainties"]["disagreement"]["auroc"])
+    assert judged["uncertainties"]["disagreement"]["auroc"] is None
     assert judged["uncertainties"]["disagreement"]["aurc_excess"] == 0.0
     assert judged["mistakes"] == []
 

@@ -1,12 +1,14 @@
 """`poise score`: what its columns hold."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from poise.data.types import Sample
 from poise.models.scorer import Scorer
@@ -59,3 +61,28 @@ def test_a_stopped_command_goes_on_after_its_last_part(
     assert len((tmp_path / "again.jsonl.partial").read_text().splitlines()) == 8
     assert score.run(again).read_text() == whole
     assert parts == [4, 4, 2, 2]
+
+
+def test_parts_of_another_reward_model_are_not_kept(
+    tiny_model: str, train_tiny_reward: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Also of a run folder and of an ensemble, whose own files say nothing of the heads."""
+    run, copy = train_tiny_reward(tiny_model), tmp_path / "rm"
+    shutil.copytree(run, copy)
+    file = tmp_path / "texts.jsonl"
+    file.write_text(json.dumps({"prompt": "Review.", "completion": "good"}) + "\n")
+    both = {"members": ["../rm", "../rm/brme"], "means": [0.0, 0.0], "stds": [1.0, 1.0]}
+    (tmp_path / "both").mkdir()
+    (tmp_path / "both" / "ensemble.json").write_text(json.dumps(both))
+    found = {}
+    for name in ("rm", "both"):
+        config = score.Config(str(tmp_path / name), str(file), output=str(tmp_path / f"{name}.jsonl"))
+        partial = tmp_path / f"{name}.jsonl.partial"
+        score._resumed(partial, config)
+        found[name] = score._settings_of(partial).read_text()
+    [weights] = [path for path in (copy / "brme").glob("*.safetensors") if "score.weight" in load_file(path)]
+    save_file({key: value + 1 for key, value in load_file(weights).items()}, weights, {"format": "pt"})
+    for name, before in found.items():
+        config = score.Config(str(tmp_path / name), str(file), output=str(tmp_path / f"{name}.jsonl"))
+        score._resumed(tmp_path / f"{name}.jsonl.partial", config)
+        assert score._settings_of(tmp_path / f"{name}.jsonl.partial").read_text() != before

@@ -25,8 +25,11 @@ def test_open_writes_what_repeats_the_run(tmp_path: Path) -> None:
     environment = json.loads((run.folder / "environment.json").read_text())
     assert environment["versions"]["torch"]
     assert run.results is None
-    run.finish({"value": float("nan"), "list": (1.5, float("inf"))})
-    assert Run.open(tmp_path / "run", Config()).results == {"value": None, "list": [1.5, None]}
+    with pytest.raises(PoiseError, match="value is nan, not a number"):
+        run.finish({"value": float("nan")})
+    assert run.results is None
+    run.finish({"value": None, "list": (1.5, 2)})
+    assert Run.open(tmp_path / "run", Config()).results == {"value": None, "list": [1.5, 2]}
 
 
 def test_another_config_is_refused_but_a_moved_folder_is_not(tmp_path: Path) -> None:

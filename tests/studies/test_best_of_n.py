@@ -12,7 +12,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from poise.errors import PoiseError
-from poise.runtime.run_folder import read_jsonl, write_jsonl
+from poise.runtime.records import read_rows
+from poise.runtime.run_folder import write_jsonl
 from poise.studies import best_of_n, pool
 from poise.studies.best_of_n import Config
 
@@ -52,7 +53,7 @@ def test_curves_laws_and_differences(settings: Config) -> None:
 
 def test_gold_of_ones_own_is_the_mean_of_its_heads(settings: Config, reward: Path) -> None:
     best_of_n.run(settings)
-    rows = list(read_jsonl(Path(settings.output) / "pool.jsonl"))
+    rows = list(read_rows(Path(settings.output) / "pool.jsonl"))
     heads = pool.score_pool(Path(settings.output), rows, {"0-posterior": str(reward / "posterior")})[
         "0-posterior"
     ].heads
@@ -70,12 +71,12 @@ def test_nothing_is_sampled_or_scored_twice(settings: Config, monkeypatch: pytes
 def test_a_pool_is_judged_anew_by_another_gold(settings: Config, reward: Path, tmp_path: Path) -> None:
     best_of_n.run(settings)
     shutil.copy(Path(settings.output) / "pool.jsonl", tmp_path)
-    kept = list(read_jsonl(tmp_path / "pool.jsonl"))
+    kept = list(read_rows(tmp_path / "pool.jsonl"))
     assert best_of_n.make_pool(tmp_path, settings) == kept
     other = best_of_n.make_pool(tmp_path, replace(settings, gold=str(reward / "ensemble")))
     assert [row["completion"] for row in other] == [row["completion"] for row in kept]
     assert all(one["gold"] != two["gold"] for one, two in zip(other, kept, strict=True))
-    assert list(read_jsonl(tmp_path / "pool.jsonl")) == other
+    assert list(read_rows(tmp_path / "pool.jsonl")) == other
     by_rules = best_of_n.make_pool(tmp_path, replace(settings, gold=""))
     assert {row["gold"] for row in by_rules} <= {-1.0, 0.0}  # of a random model's text
     # Folders of a time before `judge`: whose gold it is, nobody knows.
@@ -142,3 +143,25 @@ def test_bad_settings_are_one_line(settings: Config, tmp_path: Path) -> None:
     alone.write_text(json.dumps({"prompt": "Review a film."}) + "\n")
     with pytest.raises(PoiseError, match=r"one\.jsonl has one prompt"):
         best_of_n.run(replace(own, prompts=str(alone)))
+
+
+def test_an_unfinished_run_does_not_go_on_with_other_inputs(settings: Config, reward: Path, tmp_path: Path) -> None:
+    own = tmp_path / "reward"
+    shutil.copytree(reward, own)
+    prompts = tmp_path / "prompts.jsonl"
+    shutil.copy(settings.prompts, prompts)
+    run = replace(settings, output=str(tmp_path / "run"), reward=(str(reward), str(own)), prompts=str(prompts))
+    best_of_n.run(run)
+    assert set(json.loads((tmp_path / "run" / "inputs.json").read_text())) == {
+        "--prompts", "--model", "--reward 1", "--reward 2", "--gold",
+    }  # fmt: skip
+    (tmp_path / "run" / "results.json").unlink()
+    [file] = [file for file in (own / "brme").glob("*.safetensors") if "score.weight" in load_file(file)]
+    before = file.read_bytes()
+    save_file({name: tensor * 2 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(PoiseError, match=r"begun with other inputs: --reward 2 changed since"):
+        best_of_n.run(run)
+    file.write_bytes(before)
+    prompts.write_text(prompts.read_text() + '{"prompt": "One more."}\n')
+    with pytest.raises(PoiseError, match=r"begun with other inputs: --prompts changed since"):
+        best_of_n.run(run)

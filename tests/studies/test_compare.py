@@ -6,9 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
+from poise.cli.main import main
 from poise.errors import PoiseError
-from poise.runtime.run_folder import Json, read_jsonl
+from poise.runtime.records import read_rows
+from poise.runtime.run_folder import Json
 from poise.studies import compare, gold
 
 PROMPTS = ("a film", "a phone")
@@ -81,7 +84,7 @@ def test_conversations_that_share_their_last_turn_are_prompts_of_their_own(tmp_p
     arms = []
     for name, order in (("one", prompts), ("other", prompts[::-1])):
         arms.append(make_arm(tmp_path / name, [(0.0, 0.0)], {"gold": len(arms), "proxy": 0.0}, prompts=order))
-        rows = list(read_jsonl(tmp_path / name / "final.jsonl"))
+        rows = list(read_rows(tmp_path / name / "final.jsonl"))
         write_rows(
             tmp_path / name / "final.jsonl", [row | {"reward": int(row["prompt"][0]["content"])} for row in rows]
         )
@@ -102,3 +105,67 @@ def test_arms_of_other_prompts_are_not_compared(tmp_path: Path) -> None:
         compare.run(compare.Config(arms=(one, other), output=str(tmp_path / "out")))
     with pytest.raises(PoiseError, match=r"has no final\.jsonl"):
         compare.run(compare.Config(arms=(one, str(tmp_path)), output=str(tmp_path / "again")))
+
+
+# ---- files that were damaged, edited, or written by another version ----
+
+NUMBER = {"null": None, "text": "many", "list": [1], "nan": float("nan"), "inf": float("inf"), "true": True}
+TEXT = {"null": None, "number": 3, "object": {}, "nan": float("nan")}
+WRONG: dict[tuple[str, str], Json] = {
+    ("metrics.jsonl", "step"): NUMBER | {"fraction": 1.5, "negative": -3},
+    **{("metrics.jsonl", name): NUMBER for name in ("reward", "disagreement", "gap", "routing_std")},
+    ("metrics.jsonl", "kl"): {"text": "x", "list": [], "nan": float("nan")},
+    ("metrics.jsonl", "heads"): {"null": None, "number": 1.0, "texts": ["a"], "nulls": [None], "nan": [float("nan")]},
+    ("metrics.jsonl", "alarm"): {"text": "yes", "number": 1, "null": None},
+    ("metrics.jsonl", "score_seconds"): {"text": "x", "negative": -1.0, "null": None},
+    ("samples.jsonl", "step"): NUMBER | {"another": 99},
+    ("samples.jsonl", "completion"): TEXT,
+    ("samples.jsonl", "prompt"): TEXT,
+    ("final.jsonl", "prompt"): TEXT,
+    ("final.jsonl", "completion"): TEXT,
+    ("final.jsonl", "reward"): NUMBER,
+    ("final.jsonl", "kl"): NUMBER,
+    ("final.jsonl", "mean"): {"null": None, "number": 1.0, "texts": ["a"], "nan": [float("nan")]},
+    ("config.yaml", "objective"): {"null": None, "number": 3},
+    ("config.yaml", "kl_coef"): {"null": None, "text": "many", "negative": -1.0, "nan": float("nan")},
+    ("config.yaml", "reward"): {"null": None, "list": ["a"]},
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "field", "value"),
+    [pytest.param(*at, value, id=f"{'-'.join(at)}-{name}") for at, of in WRONG.items() for name, value in of.items()]
+    + [pytest.param(*at, "MISSING", id=f"{'-'.join(at)}-missing") for at in WRONG
+       if at[1] not in ("kl", "alarm", "score_seconds") or at[0] == "final.jsonl"],
+)  # fmt: skip
+def test_a_wrong_value_in_a_run_is_one_line(
+    file: str, field: str, value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = [make_arm(tmp_path / name, [(0.0, 0.0)] * 2, {"gold": 0.0, "proxy": 2.0}) for name in ("a", "b")]
+    path = tmp_path / "b" / file
+    rows = [yaml.safe_load(path.read_text())] if file == "config.yaml" else list(read_rows(path))
+    rows[-1] = {name: old for name, old in rows[-1].items() if name != field} | (
+        {} if value == "MISSING" else {field: value}
+    )
+    if file == "config.yaml":
+        path.write_text(yaml.safe_dump(rows[0]))
+    else:
+        write_rows(path, rows)
+    assert main(["compare", "--arms", *arms, "--output", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("poise: ")
+    assert said.count("\n") == 1
+    assert str(tmp_path / "b") in said
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "samples.jsonl", "final.jsonl"])
+def test_a_torn_last_line_is_left_out_and_an_empty_file_is_one_line(file: str, tmp_path: Path) -> None:
+    arms = tuple(make_arm(tmp_path / name, [(0.0, 0.0)] * 2, {"gold": 0.0, "proxy": 2.0}) for name in ("a", "b"))
+    path = tmp_path / "b" / file
+    before = path.read_text()
+    path.write_text(before + before.splitlines()[-1][:-5])
+    compare.run(compare.Config(arms=arms, output=str(tmp_path / "out")))
+    path.write_text("")
+    with pytest.raises(PoiseError, match=r"b.* (no|not) "):
+        compare.run(compare.Config(arms=arms, output=str(tmp_path / "again")))

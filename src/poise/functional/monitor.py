@@ -88,7 +88,7 @@ class Monitor:
 
     def update(self, stats: Mapping[str, Any]) -> Reading:
         """Read one step; of `stats` those named in STATISTICS count, whichever there are."""
-        present = [name for name in STATISTICS if name in stats and math.isfinite(stats[name])]
+        present = [name for name in STATISTICS if stats.get(name) is not None and math.isfinite(stats[name])]
         for name in present:
             value = float(stats[name])
             if self._steps < self.config.baseline_steps:

@@ -19,6 +19,7 @@ from numpy import ndarray
 from poise.errors import PoiseError
 from poise.functional.best_of_n import (
     KL_COEFS,
+    MIN_SAMPLES,
     best_of_n_kl,
     fit_best_of_n,
     fit_rl,
@@ -37,12 +38,9 @@ from poise.functional.objectives import (
     parse_objective,
 )
 from poise.functional.statistics import resampled_counts, shared_by_ties, student_shares
-from poise.runtime.run_folder import Json
+from poise.runtime.records import Json, undefined_as_none
 
 DRAWS = 1000
-
-# With fewer effective samples a prompt, a tilted policy's KL and gold are those of the pool's few best completions.
-MIN_SAMPLES = 10.0
 
 
 @dataclass(frozen=True)
@@ -203,7 +201,7 @@ def summarize(curves: Curves, resamples: Resamples) -> CurveSummary:
         {
             "seeds": len(curves.best_of_n_gold_SPM), "initial_gold": initial, "best_of_n": best, "tilted": tilted,
             "tilted_stopped": stopped,
-            "fits": {name: law._asdict() for name, law in laws.items()}, "measures": measures,
+            "fits": {name: undefined_as_none(law._asdict()) for name, law in laws.items()}, "measures": measures,
         },
         means,
         draws,
@@ -243,7 +241,7 @@ def differences_from(own: CurveSummary, first: CurveSummary) -> Json:
         shares = own.draws["gain"] / np.where(first.draws["gain"] > 0, first.draws["gain"], np.nan) - 1
         measures["relative_gain"] = {
             "mean": own.means["gain"] / first.means["gain"] - 1,
-            "interval": interval(shares[~np.isnan(shares)]),
+            "interval": undefined_as_none(interval(shares[~np.isnan(shares)])),
         }
     return measures
 

@@ -14,7 +14,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -41,6 +41,7 @@ from poise.models.reward_model import heads_fingerprint, read_layout
 from poise.models.scorer import ENSEMBLE_FILE, Scorer, generated
 from poise.runtime.distributed import gathered_rows, process_index
 from poise.runtime.progress import console
+from poise.runtime.records import read_object
 from poise.runtime.run_folder import Json, is_main_process, write_json
 
 IN_MEMORY = "in memory"  # what settings call a reward model that no folder holds
@@ -56,6 +57,14 @@ class Scored(NamedTuple):
     samples: list[Sample]
     heads: HeadRewards
     reward: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _ScaleFile:
+    """scale.json, beside the fields of a RewardScale: whose scale it is."""
+
+    objective: str
+    reward: str | None = None
 
 
 class RobustReward:
@@ -187,11 +196,11 @@ class RobustReward:
         if not self.scale or not Path(self.scale).exists():
             return None
         try:
-            saved = json.loads(Path(self.scale).read_text())
+            saved = read_object(Path(self.scale), _ScaleFile)
             objective, reward = saved.pop("objective"), saved.pop("reward", None)  # absent in files of earlier versions
             scale = RewardScale.from_json(saved)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise PoiseError(f"{self.scale} does not hold the scale of a reward") from None
+        except PoiseError as error:
+            raise PoiseError(f"{self.scale} does not hold the scale of a reward: {error}") from None
         num_heads = self.scorer.layout.num_heads
         found = (objective, len(scale.head_baseline), scale.floor, scale.ceiling)
         if found != (self.objective, num_heads, self.floor, self.ceiling):

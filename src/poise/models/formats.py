@@ -3,16 +3,15 @@
 Nothing here imports torch, so that a wrong file is one line at once. A number in a file is finite, or it is refused.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from poise.errors import PoiseError, first_line
+from poise.runtime.records import read_object
 from poise.runtime.settings import HUGE, Bounded, above, at_least, between, read_fields, sized
 
 ENSEMBLE_FILE = "ensemble.json"
-_LARGEST_FILE = 64 * 2**20  # bytes of a JSON file that is still read
 Std = Annotated[float, above(0, HUGE)]
 
 
@@ -79,7 +78,7 @@ def read_ensemble(folder: str) -> EnsembleFile:
     Raises PoiseError, one line, for a file that is wrong, and for a member that is an ensemble: itself, for one.
     """
     path = Path(folder) / ENSEMBLE_FILE
-    found = read_fields(read_object(path), EnsembleFile, f"{path} is not one this version reads: it")
+    found = read_fields(read_object(path, strict=False), EnsembleFile, f"{path} is not one this version reads: it")
     if not len(found.members) == len(found.means) == len(found.stds):
         raise PoiseError(
             f"{path} is not one this version reads: it has {len(found.members)} members, {len(found.means)} means and "
@@ -99,22 +98,3 @@ def refuse_nested(member: str) -> None:
         raise PoiseError(f"{member!r} cannot be the name of a reward model: {first_line(error)}") from None
     if nested:
         raise PoiseError(f"{member} is itself an ensemble; name its members")
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises PoiseError, one line, for a file that cannot be read or holds none."""
-    try:
-        if path.stat().st_size > _LARGEST_FILE:
-            raise PoiseError(f"{path} is larger than a settings file can be")
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PoiseError(f"cannot read {path}: {error.strerror}") from None
-    except RecursionError:
-        raise PoiseError(f"{path} is nested too deeply to be read") from None
-    except PoiseError:
-        raise
-    except ValueError as error:
-        raise PoiseError(f"{path} is not JSON: {first_line(error)}") from None
-    if not isinstance(found, dict):
-        raise PoiseError(f"{path} holds no settings")
-    return found

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from poise.errors import PoiseError, first_line
-from poise.models.formats import ENSEMBLE_FILE, num_labels_of, read_ensemble, read_head_block, read_object
+from poise.models.formats import ENSEMBLE_FILE, num_labels_of, read_ensemble, read_head_block
 from poise.models.template_trial import try_template
+from poise.runtime.records import read_object
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _CONFIG = "config.json"
@@ -37,7 +38,7 @@ def check_model(path: str) -> None:
         return
     if not (folder / _CONFIG).exists():
         raise PoiseError(f"{path} is not a model folder: it has no config.json")
-    _check_config(folder / _CONFIG, read_object(folder / _CONFIG))
+    _check_config(folder / _CONFIG, read_object(folder / _CONFIG, strict=False))
     _check_files(folder)
     _check_template(folder)
 
@@ -57,7 +58,7 @@ def check_reward_model(path: str) -> None:
     if not (folder / _CONFIG).exists() and (folder / "brme" / _CONFIG).exists():
         folder = folder / "brme"
     check_model(str(folder))
-    config = read_object(folder / _CONFIG)
+    config = read_object(folder / _CONFIG, strict=False)
     read_head_block(config.get("poise"), num_labels_of(config, str(folder)), path)
 
 
@@ -133,7 +134,7 @@ def _check_files(folder: Path) -> None:
 
 def _check_template(folder: Path) -> None:
     settings = folder / "tokenizer_config.json"
-    saved = read_object(settings) if settings.exists() else {}
+    saved = read_object(settings, strict=False) if settings.exists() else {}
     file = folder / "chat_template.jinja"
     try:
         template = file.read_text(encoding="utf-8") if file.exists() else saved.get("chat_template")

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from poise.errors import PoiseError, first_line
 from poise.functional.objectives import HeadRewards
 from poise.functional.typicality import Reference
-from poise.models.formats import read_head_block
+from poise.models.formats import ENSEMBLE_FILE, read_ensemble, read_head_block
 from poise.models.loading import (
     HfModel,
     HfTokenizer,
@@ -249,6 +249,11 @@ def checkpoint_folder(path: str) -> str:
     if not (Path(path) / "config.json").exists() and (Path(path) / "brme" / "config.json").exists():
         return str(Path(path) / "brme")
     return path
+
+
+def members_of(path: str) -> tuple[str, ...]:
+    """The reward models that a name stands for: an ensemble's members, or itself."""
+    return read_ensemble(path).members if (Path(path) / ENSEMBLE_FILE).exists() else (path,)
 
 
 def files_of(path: str) -> list[Path]:

@@ -6,6 +6,7 @@ from poise.data.rows import Check
 from poise.data.types import Prompt
 from poise.models.chat_format import HfTokenizer, completion_text, generation_prompt, prompt_text
 from poise.models.loading import load_tokenizer, resolve_model
+from poise.models.reward_model import checkpoint_folder, members_of
 
 
 def row_check(*tokenizers: HfTokenizer) -> Check:
@@ -29,3 +30,9 @@ def row_check(*tokenizers: HfTokenizer) -> Check:
 def row_check_of(model: str) -> Check:
     """The same by the name of a language model; only its tokenizer is loaded."""
     return row_check(load_tokenizer(resolve_model(model)))
+
+
+def row_check_of_rewards(paths: Sequence[str]) -> Check:
+    """The same by the names of reward models; of an ensemble, its members' tokenizers."""
+    folders = (resolve_model(checkpoint_folder(member)) for path in paths for member in members_of(path))
+    return row_check(*(load_tokenizer(folder) for folder in dict.fromkeys(folders)))

@@ -3,7 +3,9 @@
 from typing import Literal
 
 from poise.functional.monitor import Monitor, MonitorConfig
+from poise.policy.formats import MonitorState
 from poise.runtime.progress import console
+from poise.runtime.records import checked
 from poise.runtime.run_folder import Json, is_main_process
 
 OnAlarm = Literal["log", "stop", "rollback", "pessimism"]
@@ -61,5 +63,6 @@ class Alarms:
 
     def restore(self, state: Json) -> None:
         """Inverse of `state`; other keys of `state` are ignored."""
+        checked(state["monitor"], MonitorState, "the monitor's state in the checkpoint")
         self.pessimism, self.raised, self.ended = state["pessimism"], state["alarms"], state["ended"]
         self.monitor, self.last_score = Monitor.restore(state["monitor"], self.monitor.config), state["last_score"]

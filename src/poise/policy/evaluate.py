@@ -17,7 +17,6 @@ Outcomes are cached in the user's cache folder by weights, rows and the harness'
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,9 +35,12 @@ from poise.integrations.lm_eval import Answers, Task, evaluate, read_tasks
 from poise.models.loading import HfModel, HfTokenizer, frozen_dtype, load_policy, resolve_model
 from poise.models.policy import Policy
 from poise.policy.config import EvaluateConfig as Config
+from poise.policy.formats import BenchmarkRow, ModelSettings, Outcome
 from poise.runtime.downloads import cache_folder
 from poise.runtime.progress import console, progress
-from poise.runtime.run_folder import Inputs, Json, Run, load_config_file, read_jsonl, write_json
+from poise.runtime.records import checked, read_object, read_rows, undefined_as_none
+from poise.runtime.run_folder import Inputs, Json, Run, load_config_file, write_json
+from poise.runtime.settings import read_fields
 
 Z = 1.959964  # half-width of a 95 % interval in standard errors
 FLIPS = 100_000  # draws of the sign-flip test, so p is known to a step of 1e-5
@@ -169,12 +171,13 @@ def _compared(answers: dict[str, Answers], start: dict[str, Answers] | None) -> 
     """A policy's part of the results; with `start`, its differences to it."""
     tasks: Json = {}
     for name, task in answers.items():
-        tasks[name] = {"metric": task.metric, "mean": task.mean, "stderr": task.stderr, "rows": len(task.outcomes)}
+        tasks[name] = {"metric": task.metric, "mean": task.mean, "stderr": undefined_as_none(task.stderr)}
+        tasks[name] |= {"rows": len(task.outcomes)}
         tasks[name] |= {"also": task.also, "num_truncated": task.num_truncated, "outcomes": task.outcomes}
         if start:
             tasks[name] |= paired_difference(task.array, start[name].array)._asdict()
     mean, stderr = average(list(answers.values()))
-    whole: Json = {"mean": mean, "stderr": stderr}
+    whole: Json = {"mean": mean, "stderr": undefined_as_none(stderr)}
     if start:
         rows, before = ([task.array for task in side.values()] for side in (answers, start))
         whole |= average_difference(rows, before)._asdict()
@@ -230,8 +233,9 @@ def _source(path: str) -> _Source:
         resolve_model(path)
         return _Source(path, path)
     settings, policy = load_config_file(folder / "config.yaml"), folder / "policy"
-    if "lora_rank" not in settings or Run(folder).results is None or not policy.exists():
+    if "lora_rank" not in settings or not Run(folder).finished(Outcome) or not policy.exists():
         raise PoiseError(f"{path} is not a finished `poise train-policy` run; the same command goes on with it")
+    settings = checked(settings, ModelSettings, str(folder / "config.yaml"))
     if settings["tune"] == "full":
         return _Source(path, str(policy))
     resolve_model(settings["model"])
@@ -252,7 +256,7 @@ def _names(sources: Sequence[_Source]) -> list[str]:
 def _logged(folder: Path) -> list[Json]:
     """Rows of a run folder's benchmarks.jsonl (--eval-every); none if it has no such file."""
     path = folder / "benchmarks.jsonl"
-    return list(read_jsonl(path)) if path.exists() else []
+    return list(read_rows(path, BenchmarkRow)) if path.exists() else []
 
 
 def _evaluate_source(source: _Source, tasks: Sequence[Task], config: Config) -> dict[str, Answers]:
@@ -272,7 +276,7 @@ def _evaluate_source(source: _Source, tasks: Sequence[Task], config: Config) -> 
                     model, tokenizer, task, batch_size=config.batch_size, max_tokens=config.max_tokens, advance=advance
                 )
                 write_json(kept[task.name], asdict(answers))
-    found = {name: Answers(**json.loads(path.read_text())) for name, path in kept.items()}
+    found = {name: read_fields(read_object(path), Answers, f"{path}: delete it; it") for name, path in kept.items()}
     if cut := sum(answers.num_truncated for answers in found.values()):
         console.print(f"{source.path}: {cut} requests are longer than the model's context and lost their beginning")
     return found

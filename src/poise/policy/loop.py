@@ -38,11 +38,13 @@ from poise.models.rollout import Rollout
 from poise.models.scorer import Scorer
 from poise.policy.alarms import Alarms
 from poise.policy.config import Config
+from poise.policy.formats import Checkpoint
 from poise.policy.reward import Baselines, PolicyReward, gather, std_interval
 from poise.policy.sampling import sample_rows
 from poise.policy.update import Learner
 from poise.runtime import distributed as processes
 from poise.runtime.progress import console
+from poise.runtime.records import checked, undefined_as_none
 from poise.runtime.run_folder import Json, Run, append_jsonl, is_main_process, keep_rows_before
 
 
@@ -167,7 +169,7 @@ class Training:
         chosen = nominal_head(centered).view(self.config.prompts_per_step, -1)
         return {
             "reward": score.mean().item(),
-            "reward_std": score.std().item(),
+            "reward_std": undefined_as_none(score.std().item()),  # of a single completion
             **means,
             "entropy": -(facts[:, 2].sum() / facts[:, 3].sum()).item(),  # per token, from the sampled ones
             "heads": centered.mean.mean(0).tolist(),
@@ -184,7 +186,7 @@ class Training:
             "pace": self._pace(score),
             "scale_mean": self.reward.scale.mean,
             "scale_std": self.reward.scale.std,
-            "scale_std_interval": self.scale_interval,
+            "scale_std_interval": undefined_as_none(self.scale_interval),
         }
 
     # ---- what follows a step ----
@@ -220,7 +222,7 @@ class Training:
         `safe` comes first: a run that is killed between the two files must find it no older than its checkpoint.
         """
         if self.alarms.ended == "rollback" and self.safe.exists():
-            self._return_to(self.learner.load(self.safe))
+            self._return_to(self._loaded(self.safe))
         if is_main_process():
             if self.config.on_alarm == "rollback" and self.alarms.policy_looks_safe:
                 self.learner.save(self.safe, self._state())
@@ -229,12 +231,16 @@ class Training:
                 self._drop_later_rows()
         processes.wait()
 
+    def _loaded(self, path: Path) -> Json:
+        """Load the learner from a checkpoint; what it holds beside tensors, each value of its type and range."""
+        return checked(self.learner.load(path), Checkpoint, str(path))
+
     def _state(self) -> Json:
         """What a checkpoint holds beside the learner's tensors."""
         return {
             "step": self.step, "kl_coef": self.kl_coef, "scale": self.reward.scale.to_json(),
             "objective_parameter": parameter(self.reward.objective), "num_truncated": self.reward.num_truncated,
-            "scale_std_interval": [bound if math.isfinite(bound) else None for bound in self.scale_interval],
+            "scale_std_interval": undefined_as_none(self.scale_interval),
         } | self.alarms.state()  # fmt: skip
 
     def _return_to(self, saved: Json) -> None:
@@ -245,7 +251,7 @@ class Training:
         """
         self.step, self.kl_coef = saved["step"], saved["kl_coef"]
         self.reward.scale = RewardScale.from_json(saved["scale"])
-        low, high = (math.nan if bound is None else bound for bound in saved.get("scale_std_interval", (None, None)))
+        low, high = (math.nan if bound is None else bound for bound in saved.get("scale_std_interval") or (None, None))
         self.scale_interval = (low, high)
         value = saved.get("objective_parameter")
         if "objective_parameter" not in saved:
@@ -262,7 +268,7 @@ class Training:
             self._fit_scale()
             self.save()
             return
-        saved = self.learner.load(self.checkpoint)
+        saved = self._loaded(self.checkpoint)
         self.alarms.restore(saved)
         self._return_to(saved)
         # Given baselines were scored again just now; they are counted in the checkpoint already.

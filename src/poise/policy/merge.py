@@ -13,7 +13,6 @@ from pathlib import Path
 import transformers
 
 from poise.errors import PoiseError, first_line
-from poise.models.formats import read_object
 from poise.models.loading import (
     HfModel,
     HfTokenizer,
@@ -27,6 +26,7 @@ from poise.policy.config import MergeConfig as Config
 from poise.runtime.folders import own_file, write_folder_atomic
 from poise.runtime.progress import console
 from poise.runtime.quiet import quiet_loading
+from poise.runtime.records import read_object
 
 _SETTINGS, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -77,7 +77,7 @@ def _policy_folder(path: str) -> Path:
 
 def _base_of(adapters: Path) -> str:
     """Folder of the model that the adapters belong to."""
-    settings = read_object(adapters / _SETTINGS)
+    settings = read_object(adapters / _SETTINGS, strict=False)
     if (settings.get("peft_type"), settings.get("task_type")) != ("LORA", "CAUSAL_LM"):
         raise PoiseError(f"{adapters} holds no LoRA adapters of a language model; reward models are for `poise export`")
     if not (adapters / _WEIGHTS).exists():

@@ -24,8 +24,10 @@ from poise.functional.objectives import SHAPINGS, HeadRewards, Objective, Reward
 from poise.functional.statistics import t_interval
 from poise.models.policy import Policy, uniforms
 from poise.models.scorer import Scorer, generated
+from poise.policy.formats import BaselineRow
 from poise.runtime import distributed as processes
-from poise.runtime.run_folder import append_jsonl, keep_rows_before, read_jsonl
+from poise.runtime.records import read_rows
+from poise.runtime.run_folder import append_jsonl, keep_rows_before
 
 
 class Baselines:
@@ -55,7 +57,7 @@ class Baselines:
     def resume(self, step: int) -> None:
         """Read the baselines that the run sampled before `step`, and drop later ones."""
         keep_rows_before(self.path, step)
-        for row in read_jsonl(self.path) if self.path.exists() else ():
+        for row in read_rows(self.path, BaselineRow) if self.path.exists() else ():
             self._heads[row["key"]] = HeadRewards(torch.tensor(row["mean"]), torch.tensor(row["std"]))
 
     def of(self, prompts: list[Prompt], step: int, policy: Policy) -> HeadRewards:

@@ -33,11 +33,14 @@ from poise.models.policy import Policy
 from poise.models.reward_model import files_of
 from poise.models.row_check import row_check_of
 from poise.policy.config import Config
+from poise.policy.formats import BenchmarkRow, StepRow
 from poise.policy.loop import Training
 from poise.policy.reward import PolicyReward
 from poise.policy.sampling import sample_policy
 from poise.runtime import distributed as processes
+from poise.runtime.folders import refuse_deleted
 from poise.runtime.progress import finish_the_step, progress
+from poise.runtime.records import read_rows, undefined_as_none
 from poise.runtime.run_folder import (
     Inputs,
     Json,
@@ -46,7 +49,6 @@ from poise.runtime.run_folder import (
     config_dict,
     is_main_process,
     keep_rows_before,
-    read_jsonl,
     write_folder_atomic,
     write_jsonl,
 )
@@ -84,6 +86,7 @@ def run(config: Config, given: RobustReward | None = None) -> Run:
         policy, reward, eval_prompts, config.eval_completions, config.max_tokens, config.seed, results["steps"]
     )
     if is_main_process():
+        refuse_deleted(out.folder)
         write_jsonl(out.folder / "final.jsonl", final)
         with write_folder_atomic(out.folder / "policy") as scratch:
             policy.save(str(scratch))
@@ -124,7 +127,10 @@ def _ppo(
         training.save()
     if tasks:
         evaluate_on_benchmarks(training, tasks)
-    results = {"steps": training.step, "alarms": training.alarms.raised, "scale_std_interval": training.scale_interval}
+    results = {
+        "steps": training.step, "alarms": training.alarms.raised,
+        "scale_std_interval": undefined_as_none(training.scale_interval),
+    }  # fmt: skip
     return training.policy, training.reward, results
 
 
@@ -134,11 +140,17 @@ def evaluate_on_benchmarks(training: Training, tasks: list[Task]) -> None:
     A step that benchmarks.jsonl already holds is not evaluated again (--on-alarm rollback returns to such a step).
     """
     path, policy = training.out.folder / "benchmarks.jsonl", training.policy
-    if is_main_process() and not (path.exists() and any(row["step"] == training.step for row in read_jsonl(path))):
+    kept = {row["step"] for row in read_rows(path, BenchmarkRow)} if path.exists() else set()
+    if is_main_process() and training.step not in kept:
         rows = []
         for task in tasks:
             found = evaluate(policy.model, policy.tokenizer, task)
-            score = {"metric": found.metric, "mean": found.mean, "stderr": found.stderr, "rows": len(found.outcomes)}
+            score = {
+                "metric": found.metric,
+                "mean": found.mean,
+                "stderr": undefined_as_none(found.stderr),
+                "rows": len(found.outcomes),
+            }
             rows.append({"step": training.step, "task": task.name, **score})
         append_jsonl(path, rows)
     processes.wait()
@@ -188,7 +200,7 @@ def _by_trl(
     scale = reward.fitted
     assert scale is not None  # it has been called
     done = PolicyReward(reward.scorer, reward.combine, scale=scale)
-    alarms = [{"step": row["step"], "score": row["monitor_score"]} for row in out.metrics() if row["alarm"]]
+    alarms = [{"step": row["step"], "score": row["monitor_score"]} for row in out.metrics(StepRow) if row["alarm"]]
     return policy, done, {"steps": len(out.metrics()), "alarms": alarms}
 
 

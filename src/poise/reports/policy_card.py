@@ -8,10 +8,12 @@ import json
 from collections.abc import Collection
 from typing import Any
 
+from poise.functional.objectives import RewardScale
 from poise.models.loading import HfTokenizer, load_tokenizer
 from poise.models.model_card import front_matter, is_hub_id, public_name
+from poise.policy.formats import Outcome
 from poise.runtime.display import markdown_cell, markdown_code, on_one_line
-from poise.runtime.run_folder import Json, Run, write_atomic
+from poise.runtime.run_folder import Json, Run, versions_of, write_atomic
 
 AFTER_ALARM = {
     "log": "Training went on all the same",
@@ -32,10 +34,10 @@ def write_card(out: Run, settings: Json, unread: Collection[str] = ()) -> None:
 
     settings: the config of the training, as plain values; unread: names of those that its algorithm did not read.
     """
-    environment = out.folder / "environment.json"
-    versions = json.loads(environment.read_text(encoding="utf-8"))["versions"] if environment.exists() else {}
+    results, versions = out.finished(Outcome) or {}, versions_of(out)
+    RewardScale.from_json(results["scale"])  # refuses a wrong one in one line
     tokenizer = load_tokenizer(str(out.folder / "policy"))
-    write_atomic(out.folder / "policy" / "README.md", card(tokenizer, settings, out.results or {}, versions, unread))
+    write_atomic(out.folder / "policy" / "README.md", card(tokenizer, settings, results, versions, unread))
 
 
 def card(tokenizer: HfTokenizer, settings: Json, results: Json, versions: Json, unread: Collection[str] = ()) -> str:

@@ -11,7 +11,6 @@ let through is what `plots` drew.
 """
 
 import functools
-import json
 import shlex
 from collections.abc import Callable
 from math import sqrt
@@ -25,7 +24,8 @@ from poise.errors import PoiseError, first_line
 from poise.reports import plots
 from poise.reports.config import ReportConfig as Config
 from poise.runtime.display import visible, visible_values
-from poise.runtime.run_folder import Json, write_atomic
+from poise.runtime.records import Json, read_object
+from poise.runtime.run_folder import write_atomic
 
 NUM_COMPLETIONS = 12
 PPO_PHASES = ("sample", "score", "reference", "update")
@@ -121,15 +121,7 @@ def read_study(folder: str | Path) -> Study:
 
 def read_json(path: Path) -> Json | None:
     """An object from a file, its texts `visible`; None if there is none, one line if it is damaged."""
-    if not path.exists():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise PoiseError(f"cannot read {path}: {error}") from None
-    if not isinstance(value, dict):
-        raise PoiseError(f"cannot read {path}: a JSON object was expected")
-    return visible_values(value)
+    return visible_values(read_object(path)) if path.exists() else None
 
 
 # ---- the answer ----

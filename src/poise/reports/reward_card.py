@@ -4,15 +4,16 @@ The card is written from what the run folder holds, so a finished run gets one, 
 the picture. It names files, not folders of this machine.
 """
 
-import json
 from typing import Any
 
 from poise.models.loading import HfTokenizer, load_tokenizer
 from poise.models.model_card import front_matter, is_hub_id, public_name, validation_accuracy
 from poise.reports import plots
+from poise.reward.formats import Trained
 from poise.runtime.display import markdown_cell, markdown_code, on_one_line
 from poise.runtime.folders import write_file_atomic
-from poise.runtime.run_folder import Json, Run, is_main_process, write_atomic
+from poise.runtime.records import read_object
+from poise.runtime.run_folder import Json, Run, is_main_process, versions_of, write_atomic
 
 WHAT = {
     "single": (
@@ -64,14 +65,13 @@ def write_card(out: Run, settings: Json, name: str) -> None:
 
     settings: the config of its training, as plain values.
     """
-    folder, results = out.folder / name, out.results or {}
+    folder, results = out.folder / name, out.finished(Trained) or {}
     bins = results["models"][name].get("reliability")
     if bins:
         with write_file_atomic(folder / "calibration.png") as picture:
             plots.save_reliability(bins, picture)
-    block = json.loads((folder / "config.json").read_text(encoding="utf-8"))["poise"]
-    environment = out.folder / "environment.json"
-    versions = json.loads(environment.read_text(encoding="utf-8"))["versions"] if environment.exists() else {}
+    block = read_object(folder / "config.json", strict=False)["poise"]
+    versions = versions_of(out)
     tokenizer = load_tokenizer(str(folder))
     write_atomic(folder / "README.md", card(name, block, tokenizer, settings, results, versions))
 

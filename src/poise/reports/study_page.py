@@ -24,7 +24,7 @@ import numpy as np
 from markupsafe import Markup
 
 from poise.errors import PoiseError
-from poise.functional.best_of_n import KL_COEFS, best_of_n_terms, rl_terms, sizes
+from poise.functional.best_of_n import KL_COEFS, MIN_SAMPLES, best_of_n_terms, rl_terms, sizes
 from poise.functional.statistics import smoothed, t_interval
 from poise.reports.quickstart_page import REWARD_MODELS, one_line_if_damaged, page_template, read_json
 from poise.reports.summary import noise_label, over_policies
@@ -301,7 +301,7 @@ def _pool(pool: Json) -> Json:
     return {
         "num_prompts": len(pool["prompts"]), "per_prompt": per_prompt, "gold": pool["gold"],
         "rewards": pool["rewards"], "reward_labels": labels,
-        "sizes": sizes(per_prompt).tolist(), "kl_coefs": KL_COEFS,
+        "sizes": sizes(per_prompt).tolist(), "kl_coefs": KL_COEFS, "min_samples": MIN_SAMPLES,
         "initial_gold": float(gold.mean()),
     }  # fmt: skip
 

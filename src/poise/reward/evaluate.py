@@ -15,16 +15,17 @@ The rows of the file decide which evaluation runs (data/evaluation_sets.py):
 Only human labels are used. Nothing is trained or chosen here.
 """
 
-import json
 from pathlib import Path
 
 from poise.data.evaluation_sets import Questions, read_questions
 from poise.data.types import Sample
 from poise.errors import PoiseError
 from poise.functional.objectives import Objective, RewardScale, mean, parse_objective
-from poise.models.reward_model import HeadLayout, checkpoint_folder
+from poise.models.reward_model import HeadLayout, checkpoint_folder, files_of
+from poise.models.row_check import row_check_of_rewards
 from poise.models.scorer import Scorer
 from poise.reward.config import EvaluateConfig as Config
+from poise.reward.formats import Evaluated, Trained
 from poise.reward.model_comparison import differences, over_rewards
 from poise.reward.quality import (
     TextScores,
@@ -37,18 +38,20 @@ from poise.reward.quality import (
     text_uncertainties,
 )
 from poise.runtime.progress import console, progress
-from poise.runtime.run_folder import Json, Run, read_jsonl, write_json, write_jsonl
+from poise.runtime.records import read_object, read_rows
+from poise.runtime.run_folder import Inputs, Json, Run, write_json, write_jsonl
 
 
 def run(config: Config) -> Run:
     """Score, judge; a finished run is returned as it is, and a model that was judged is not judged again."""
     config.check()
     objective = parse_objective(config.objective)
-    questions = read_questions(config.file, config.on_bad_row)
-    ood = read_questions(config.ood, config.on_bad_row) if config.ood else None
+    check = row_check_of_rewards(config.rewards)
+    questions = read_questions(config.file, config.on_bad_row, check)
+    ood = read_questions(config.ood, config.on_bad_row, check) if config.ood else None
     if ood and (questions.kind != "pairs" or ood.kind != "pairs"):
         raise PoiseError("--ood compares pairs with pairs; a file holds lists of texts")
-    out = Run.open(config.output, config)
+    out = Run.open(config.output, config, lambda: _inputs(config))
     if out.results is not None:
         return out
     rewards = []
@@ -58,10 +61,10 @@ def run(config: Config) -> Run:
             results, rows = _evaluate(path, config, objective, questions, ood, config.seed + number)
             write_jsonl(done.with_suffix(".jsonl"), rows)
             write_json(done, results)
-        rewards.append(json.loads(done.read_text()))
+        rewards.append(read_object(done, Evaluated))
         console.print(f"{path}: {_in_short(rewards[-1])}")
     units = {"file": questions.unit, **({"ood": ood.unit} if ood else {})}
-    kept = (list(read_jsonl(out.folder / f"reward-{number}.jsonl")) for number in range(1, len(rewards) + 1))
+    kept = (list(read_rows(out.folder / f"reward-{number}.jsonl")) for number in range(1, len(rewards) + 1))
     out.finish(
         {
             "kind": questions.kind, "rewards": rewards, "over_rewards": over_rewards(rewards),
@@ -69,6 +72,13 @@ def run(config: Config) -> Run:
         }
     )  # fmt: skip
     return out
+
+
+def _inputs(config: Config) -> Inputs:
+    """What the run reads, by the setting that names it; reward models are counted from 1."""
+    files = {"--file": config.file, "--ood": config.ood}
+    rewards = {f"--rewards {number}": files_of(path) for number, path in enumerate(config.rewards, 1)}
+    return {name: [Path(path)] for name, path in files.items() if path} | rewards
 
 
 # ---- one reward model ----
@@ -121,7 +131,8 @@ def _score_texts(scorer: Scorer, samples: list[Sample], label: str) -> TextScore
 
 def _learning(path: str, layout: HeadLayout) -> Json | None:
     """Validation error during stage 2, if the checkpoint is the BRME of a `poise train-reward` run."""
-    results = Run(Path(checkpoint_folder(path)).parent).results if layout.kind == "gaussian" else None
+    run = Run(Path(checkpoint_folder(path)).parent)
+    results = run.finished(Trained) if layout.kind == "gaussian" else None
     if not results or not results.get("stage2_history"):
         return None
     return {"stage2_history": results["stage2_history"], "std_collapsed": bool(results.get("std_collapsed"))}

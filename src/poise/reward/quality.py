@@ -28,7 +28,7 @@ from poise.functional.objectives import HeadRewards, Objective, RewardScale, dis
 from poise.functional.reward_benchmarks import REWARD_BENCH, picks_chosen, reward_bench, style_matrix, style_scores
 from poise.functional.statistics import bootstrap_intervals, intervals_of_means, spearman
 from poise.models.reward_model import HeadLayout, LastLayer
-from poise.runtime.run_folder import Json
+from poise.runtime.records import Json, undefined_as_none
 
 NUM_MISTAKES = 8  # the wrongly ordered pairs of largest margin that are shown
 NUM_CURVE_POINTS = 60
@@ -157,10 +157,11 @@ def _uncertainty_quality(pairs: PairJudgments, seed: int) -> Json:
 
         auroc, excess = statistics(np.ones((1, len(correct))))[0].tolist()
         auroc_interval, excess_interval = bootstrap_intervals(statistics, pairs.unit, seed=seed).tolist()
-        known[name] = {
-            "auroc": auroc, "auroc_interval": auroc_interval, "aurc": float(excess + 1 - correct.mean()),
+        known[name] = {  # without an error, or without a right pair, there is no AUROC
+            "auroc": undefined_as_none(auroc), "auroc_interval": undefined_as_none(auroc_interval),
+            "aurc": float(excess + 1 - correct.mean()),
             "aurc_excess": excess, "aurc_excess_interval": excess_interval,
-            "spearman": spearman(value, 1 - pairs.probability),
+            "spearman": undefined_as_none(spearman(value, 1 - pairs.probability)),
         }  # fmt: skip
     return known
 
@@ -270,7 +271,7 @@ def tells_apart(
     points = statistics(np.ones((1, len(unit))))[0].tolist()
     intervals = bootstrap_intervals(statistics, unit, seed=seed).tolist()
     return {
-        name: {"auroc": point, "auroc_interval": interval}
+        name: {"auroc": undefined_as_none(point), "auroc_interval": undefined_as_none(interval)}
         for name, point, interval in zip(values, points, intervals, strict=True)
     }
 

@@ -12,11 +12,12 @@ from poise.data.rows import Understood
 from poise.data.types import Sample
 from poise.errors import PoiseError
 from poise.functional.objectives import Objective, disagreement, nominal_head, parse_objective, routing_std, total_std
-from poise.models.reward_model import heads_fingerprint
-from poise.models.row_check import row_check
+from poise.models.reward_model import heads_fingerprint, members_of
+from poise.models.row_check import row_check_of_rewards
 from poise.models.scorer import Scorer
 from poise.reward.config import ScoreConfig as Config
 from poise.runtime.progress import console, progress
+from poise.runtime.records import read_object
 from poise.runtime.run_folder import Json, config_dict, write_json
 from poise.runtime.settings import finite_or_raise
 
@@ -33,12 +34,14 @@ def run(config: Config) -> Path:
     path = _output(config)
     scorer = Scorer.load(config.reward, config.max_length)
     scorer.layout.check_objective(config.objective)
-    check = row_check(scorer.extract.tokenizer)
+    check = row_check_of_rewards([config.reward])
     twice = can_be_read_twice(config.file)
     total = sum(1 for _ in iter_samples(config.file, config.on_bad_row, check)) if twice else 0
     partial = path.with_name(f"{path.name}.partial")
     done = _resumed(partial, config) if twice else 0
-    samples = iter_samples(config.file, config.on_bad_row, check, Understood(config.file, silent=twice))
+    checked = twice and config.on_bad_row == "error"  # by the first reading: no row is left to refuse
+    understood = Understood(config.file, silent=twice)
+    samples = iter_samples(config.file, config.on_bad_row, None if checked else check, understood)
     count = len(list(itertools.islice(samples, done)))
     with progress("scoring", total, done) as advance, partial.open("a" if done else "w", encoding="utf-8") as file:
         while part := list(itertools.islice(samples, ROWS_PER_PART)):
@@ -99,12 +102,12 @@ def _resumed(partial: Path, config: Config) -> int:
     about = Path(config.file).stat()
     settings = {
         **config_dict(config), "file": [config.file, about.st_size, about.st_mtime_ns],
-        "heads": heads_fingerprint(config.reward) if (Path(config.reward) / "config.json").exists() else "",
+        "heads": [heads_fingerprint(member) for member in members_of(config.reward)],
     }  # fmt: skip
     record = _settings_of(partial)
     try:
-        same = json.loads(record.read_text(encoding="utf-8")) == settings
-    except (OSError, ValueError):
+        same = read_object(record) == settings
+    except PoiseError:
         same = False
     if not same:
         partial.unlink(missing_ok=True)

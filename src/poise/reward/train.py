@@ -13,7 +13,6 @@ it is, or tuned in stage 1 (RUN/trunk, and RUN/adapter for LoRA). The trunk's fe
 feature cache.
 """
 
-import math
 import shutil
 from pathlib import Path
 
@@ -44,6 +43,7 @@ from poise.reward.trunk_training import (
     token_pairs,
 )
 from poise.runtime.distributed import launched_processes
+from poise.runtime.folders import refuse_deleted
 from poise.runtime.progress import console
 from poise.runtime.run_folder import Inputs, Json, Run, is_main_process
 
@@ -194,7 +194,7 @@ def _judge_one(scorer: Scorer, held: FeaturePairs, preferences: list[Preference]
     return {
         "validation_accuracy": judged["accuracy"], "validation_accuracy_interval": judged["accuracy_interval"],
         "length_accuracy": judged["length_accuracy"], "validation_nll": judged["probability"]["nll"],
-        "auroc_wrong_order": {name: value for name, value in known.items() if math.isfinite(value)},
+        "auroc_wrong_order": {name: value for name, value in known.items() if value is not None},
         "reliability": judged["probability"]["bins"],
     }  # fmt: skip
 
@@ -214,6 +214,7 @@ def _save(out: Run, split: PreferenceSplit, extract: FeatureExtractor, trained: 
         )
     if not is_main_process():
         return
+    refuse_deleted(out.folder)
     for name, (weight, layout, last_layer, trunk, reference) in trained.models.items():
         save_reward_model(out.folder / name, trunk.classifier, trunk.tokenizer, weight, layout, last_layer, reference)
     out.finish(

@@ -20,16 +20,30 @@ from poise.runtime.run_folder import write_folder_atomic
 
 
 def cache_folder() -> Path:
-    """Where fetched and converted files live: $POISE_CACHE, or the platform's user cache."""
-    return Path(os.environ.get("POISE_CACHE") or platformdirs.user_cache_dir("poise-rlhf"))
+    """Where fetched and converted files live: $POISE_CACHE, or the platform's user cache.
+
+    Raises PoiseError for a user without a home folder, as in some containers.
+    """
+    folder = Path(os.environ.get("POISE_CACHE") or platformdirs.user_cache_dir("poise-rlhf"))
+    if str(folder).startswith("~"):  # what Python leaves where no home is known
+        raise PoiseError("this user has no home folder to keep a cache in; set POISE_CACHE to a folder for it")
+    return folder
 
 
-def cached(name: str, build: Callable[[Path], None]) -> Path:
-    """The cache folder `name`, built once by `build(empty_folder)`; a killed build leaves nothing behind."""
+def cached(name: str, build: Callable[[Path], None], whole: Callable[[Path], bool] = Path.exists) -> Path:
+    """The cache folder `name`, built once by `build(empty_folder)`; a killed build leaves nothing behind.
+
+    whole: is the folder's content what was built? It is asked on every use, and a damaged folder is built again.
+    Raises PoiseError if what `build` made is not whole either.
+    """
     folder = cache_folder() / name
-    if not folder.exists():
+    if not folder.exists() or not whole(folder):
+        if folder.exists():
+            console.print(f"{folder} is damaged; it is fetched again", markup=False)
         with console.status(f"fetching {name} (once)"), write_folder_atomic(folder) as scratch:
             build(scratch)
+            if not whole(scratch):
+                raise PoiseError(f"what was fetched as {name} is not what this version of poise knows")
     return folder
 
 

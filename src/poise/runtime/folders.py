@@ -117,6 +117,13 @@ def unlock(folder: Path) -> None:
         os.close(file)
 
 
+def refuse_deleted(folder: Path) -> None:
+    """Raise PoiseError if a folder that this process locked was deleted since: what is written now is no whole run."""
+    file = _held.get(folder.resolve())
+    if file is not None and not os.fstat(file).st_nlink:
+        raise PoiseError(f"{folder} was deleted while the run wrote in it; start again")
+
+
 # ---- files and folders that appear whole ----
 
 

@@ -4,12 +4,12 @@ RUN/inputs.json   per input (prompts, model, …) and file: SHA-256, and the siz
 """
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from poise.errors import PoiseError
+from poise.runtime.records import read_object
 
 Inputs = Mapping[str, Sequence[Path]]  # files and model folders, by the name that the user knows them by
 
@@ -40,15 +40,12 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def read_fingerprints(path: Path) -> dict[str, Any] | None:
     """What inputs.json holds; None if there is none. Raises PoiseError for a damaged one."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise PoiseError(f"{path} is damaged; choose another --output, or delete it to go on unchecked")
-    return found
+    try:
+        return read_object(path)
+    except PoiseError as error:
+        raise PoiseError(f"{error}; choose another --output, or delete it to go on unchecked") from None
 
 
 def _files(number: int, path: Path) -> list[tuple[str, Path]]:

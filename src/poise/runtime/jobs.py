@@ -8,22 +8,31 @@ FOLDER/cost.json   processor time of all tries together
 
 import ctypes
 import fcntl
-import json
 import os
 import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from poise.errors import PoiseError
 from poise.runtime.folders import is_ours, own
 from poise.runtime.progress import progress
+from poise.runtime.records import read_object
 from poise.runtime.run_folder import Run, write_json
+from poise.runtime.settings import NotNegative
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """cost.json."""
+
+    cpu_hours: NotNegative
 
 
 class Job(NamedTuple):
@@ -116,7 +125,7 @@ def cpu_hours(folder: Path) -> float:
     The time of a try is recorded when the try ends. If the parent process is killed first, that try is not counted.
     """
     path = folder / "cost.json"
-    return float(json.loads(path.read_text())["cpu_hours"]) if path.exists() else 0.0
+    return float(read_object(path, _Cost)["cpu_hours"]) if path.exists() else 0.0
 
 
 def _hours(usage: Any) -> float:

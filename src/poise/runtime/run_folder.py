@@ -10,13 +10,12 @@ RUN/results.json       written last, atomically: its presence means the run is c
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,28 @@ import yaml
 
 from poise.errors import PoiseError, first_line
 from poise.runtime import inputs as run_inputs
-from poise.runtime.folders import clear_leftovers, lock, own, partial_name, refuse_foreign, unlock, write_folder_atomic
+from poise.runtime.folders import (
+    clear_leftovers,
+    lock,
+    own,
+    partial_name,
+    refuse_deleted,
+    refuse_foreign,
+    unlock,
+    write_folder_atomic,
+)
 from poise.runtime.inputs import Inputs
+from poise.runtime.records import Json, as_lines, as_text, checked, mend_last_line, read_object, read_rows
+from poise.runtime.settings import WholeNumber
 
-__all__ = ["Inputs", "Run", "write_folder_atomic"]
+__all__ = ["Inputs", "Json", "Run", "write_folder_atomic"]
 
-Json = dict[str, Any]
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """What every row has that is dropped when a run goes on from an earlier step."""
+
+    step: WholeNumber
 
 
 class Run:
@@ -54,7 +69,7 @@ class Run:
             own(run.folder)
             if is_main_process():
                 lock(run.folder)
-                _record_inputs(run.folder, inputs)
+                record_inputs(run.folder, inputs)
             run.write_config(config)
         return run
 
@@ -80,12 +95,18 @@ class Run:
 
     @property
     def results(self) -> Json | None:
-        """The finished run's results, or None while it is not complete."""
+        """The finished run's results, or None while it is not complete. PoiseError for a damaged file."""
         path = self.folder / "results.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        return read_object(path) if path.exists() else None
+
+    def finished(self, kind: type) -> Json | None:
+        """`results` with the fields of the dataclass `kind`; PoiseError if any is missing or wrong."""
+        path = self.folder / "results.json"
+        return read_object(path, kind) if path.exists() else None
 
     def finish(self, results: Json) -> Json:
-        """Mark the run complete."""
+        """Mark the run complete. Raises PoiseError if its folder was deleted since it was opened."""
+        refuse_deleted(self.folder)
         write_json(self.folder / "results.json", results)
         unlock(self.folder)
         return results
@@ -94,14 +115,30 @@ class Run:
         """Append one line to metrics.jsonl."""
         append_jsonl(self.folder / "metrics.jsonl", [metrics])
 
-    def metrics(self) -> list[Json]:
-        """Every logged line, oldest first."""
+    def metrics(self, kind: type | None = None) -> list[Json]:
+        """Every logged line, oldest first; kind: the fields that each must have, as `read_rows` takes it."""
         path = self.folder / "metrics.jsonl"
-        return list(read_jsonl(path)) if path.exists() else []
+        return list(read_rows(path, kind)) if path.exists() else []
 
 
-def load_config_file(path: str | Path) -> Json:
-    """The mapping in a config.yaml; PoiseError if missing or not a mapping."""
+@dataclasses.dataclass(frozen=True)
+class _Environment:
+    """environment.json, as far as cards read it."""
+
+    versions: dict[str, str]
+
+
+def versions_of(run: Run) -> dict[str, str]:
+    """Versions of the packages that made a run; none if it has no record of them."""
+    path = run.folder / "environment.json"
+    return dict(read_object(path, _Environment)["versions"]) if path.exists() else {}
+
+
+def load_config_file(path: str | Path, kind: type | None = None) -> Json:
+    """The mapping in a config.yaml; PoiseError if missing or not a mapping.
+
+    kind: a dataclass that names the settings which must be there, with their types and ranges.
+    """
     try:
         loaded = yaml.safe_load(Path(path).read_text())
     except OSError as error:
@@ -110,7 +147,7 @@ def load_config_file(path: str | Path) -> Json:
         raise PoiseError(f"config {path} is not valid YAML: {first_line(error)}") from None
     if not isinstance(loaded, dict):
         raise PoiseError(f"config {path} holds no settings")
-    return loaded
+    return checked(loaded, kind, str(path)) if kind else loaded
 
 
 def config_dict(config: Any) -> Json:
@@ -163,7 +200,7 @@ def _without_paths(arguments: Sequence[str]) -> list[str]:
     return ["poise" if program == "__main__.py" else program, *(plain.sub("", word) for word in arguments[1:])]
 
 
-def _record_inputs(folder: Path, inputs: Callable[[], Inputs] | None) -> None:
+def record_inputs(folder: Path, inputs: Callable[[], Inputs] | None) -> None:
     """Write inputs.json, or raise PoiseError if the run was begun with other inputs."""
     if inputs is None:
         return
@@ -206,40 +243,24 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Atomic JSON. NaN and infinities become null: strict JSON, readable by any browser."""
-    write_atomic(path, json.dumps(_finite(value), indent=1, allow_nan=False))
+    """Atomic JSON. Raises PoiseError for NaN and infinities: a statistic that may be undefined is None on purpose."""
+    write_atomic(path, as_text(value, str(path), indent=1))
 
 
 def append_jsonl(path: Path, rows: list[Json]) -> None:
-    """Append rows to a JSON-lines file."""
+    """Append rows to a JSON-lines file. Raises PoiseError, and nothing is appended, for NaN and infinities."""
+    text = as_lines(rows, str(path))
+    mend_last_line(path)
     with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows)
+        file.write(text)
 
 
 def write_jsonl(path: Path, rows: list[Json]) -> None:
-    """Atomic JSON lines."""
-    write_atomic(path, "".join(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows))
-
-
-def read_jsonl(path: Path) -> Iterator[Json]:
-    """Rows of a file this project wrote; a last line cut off by a kill is left out."""
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
+    """Atomic JSON lines. Raises PoiseError for NaN and infinities."""
+    write_atomic(path, as_lines(rows, str(path)))
 
 
 def keep_rows_before(path: Path, step: int) -> None:
     """Drop rows logged at or after `step`: the part of a killed run that its last checkpoint does not know."""
     if path.exists():
-        write_jsonl(path, [row for row in read_jsonl(path) if row["step"] < step])
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
+        write_jsonl(path, [row for row in read_rows(path, _Step) if row["step"] < step])

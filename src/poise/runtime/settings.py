@@ -79,7 +79,7 @@ def sized(low: int, high: int | float = math.inf) -> Range:
 
 @dataclass(frozen=True)
 class Rows:
-    """Marks a setting that names a data file, and says what its rows are."""
+    """Marks a setting that names a data file, and says what its rows are: a kind of poise.data.examples."""
 
     kind: Literal["preferences", "prompts", "samples", "questions"]
 
@@ -258,13 +258,13 @@ def _as(value: Any, kind: Any) -> Any:
 def finite_or_raise(value: T, what: str) -> T:
     """`value` as it is, JSON or rows of it. Raises PoiseError, naming the field, for a number in it that is not finite.
 
-    For results that mean nothing without their numbers: `write_json` and `write_jsonl` write NaN as null.
+    Every JSON file that this project writes goes through it.
 
     >>> finite_or_raise({"mean": [1.0, 2.0]}, "row 1")
     {'mean': [1.0, 2.0]}
     """
     if isinstance(value, float) and not math.isfinite(value):
-        raise PoiseError(f"{what} is {value}, not a number; the reward model is broken, nothing is written")
+        raise PoiseError(f"{what} is {value}, not a number; nothing is written")
     if isinstance(value, dict):
         for name, one in value.items():
             finite_or_raise(one, f"{what}: {name}")

@@ -21,17 +21,20 @@ from poise.data.types import Prompt
 from poise.errors import PoiseError
 from poise.functional.objectives import RewardScale, disagreement, mean, routing_std
 from poise.functional.overoptimization import Choice
-from poise.runtime.run_folder import Json, Run, read_jsonl, write_jsonl
+from poise.models.loading import resolve_model
+from poise.models.reward_model import files_of
+from poise.runtime.records import read_rows
+from poise.runtime.run_folder import Inputs, Json, Run, write_jsonl
 from poise.studies.config import BestOfNConfig as Config
 from poise.studies.gold import label_with_gold
-from poise.studies.pool import PoolHeads, compare_choices, prompt_key, prompt_label, sample_pool, score_pool
+from poise.studies.pool import PoolHeads, PoolRow, compare_choices, prompt_key, prompt_label, sample_pool, score_pool
 
 
 def run(config: Config) -> Run:
     """Sample, score, select; a finished run is returned as it is, a sampled pool is not sampled again."""
     config.check()
     choices = {text: Choice.parse(text) for text in config.objectives}
-    out = Run.open(config.output, config)
+    out = Run.open(config.output, config, lambda: inputs_of(config))
     if out.results is not None:
         return out
     pool = make_pool(out.folder, config)
@@ -44,13 +47,25 @@ def run(config: Config) -> Run:
     return out
 
 
+def inputs_of(config: Config) -> Inputs:
+    """What the run reads, by the setting that names it; reward runs are counted from 1."""
+    names = dict.fromkeys(Choice.parse(text).reward for text in config.objectives)
+    rewards = {
+        f"--reward {number}": [file for name in names for file in files_of(str(Path(folder) / name))]
+        for number, folder in enumerate(config.reward, 1)
+    }
+    gold: Inputs = {"--gold": files_of(config.gold)} if config.gold else {}
+    model = [Path(resolve_model(config.model))]
+    return {"--prompts": [Path(config.prompts)], "--model": model, **rewards, **gold}
+
+
 def make_pool(folder: Path, config: Config) -> list[Json]:
     """Rows of the pool in `folder`, with gold; sampled if the file is missing, and relabeled if the gold is another."""
     path = folder / "pool.jsonl"
     if not path.exists():
         prompts = pool_prompts(config.prompts, config.on_bad_row)
         write_jsonl(path, sample_pool(config.model, prompts, config.per_prompt, config.max_tokens, config.seed))
-    rows = list(read_jsonl(path))
+    rows = list(read_rows(path, PoolRow))
     if label_with_gold(rows, config.gold):
         write_jsonl(path, rows)
     return rows

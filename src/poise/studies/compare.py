@@ -12,10 +12,12 @@ from numpy import ndarray
 from poise.errors import PoiseError
 from poise.functional.monitor import text_signs
 from poise.functional.statistics import bootstrap_interval
-from poise.runtime.run_folder import Json, Run, load_config_file, read_jsonl
+from poise.policy.formats import FinalRow, RewardSettings, SampleRow, StepRow
+from poise.runtime.records import read_rows
+from poise.runtime.run_folder import Json, Run, load_config_file
 from poise.studies.config import CompareConfig as Config
 from poise.studies.gold import gold_of, label_with_gold
-from poise.studies.pool import prompt_key, prompt_label
+from poise.studies.pool import PoolRow, prompt_key, prompt_label
 
 NUM_SHOWN = 24
 
@@ -50,7 +52,7 @@ def run(config: Config) -> Run:
 
 def _initial(pool: Path, per_prompt: int, gold: str) -> Json:
     """The initial policy on the same prompts; variety is counted on as many completions as the arms have."""
-    rows = list(read_jsonl(pool / "pool.jsonl"))
+    rows = list(read_rows(pool / "pool.jsonl", PoolRow))
     texts = [row["completion"] for part in _by_prompt(rows).values() for row in part[:per_prompt]]
     label_with_gold(rows, gold)  # the pool may have labels of another gold
     golds = np.array([row["gold"] for row in rows])
@@ -61,7 +63,9 @@ def _final(arm: Path, gold: str) -> list[Json]:
     path = arm / "final.jsonl"
     if not path.exists():
         raise PoiseError(f"{arm} is not a finished policy run: it has no final.jsonl")
-    rows = list(read_jsonl(path))
+    rows = list(read_rows(path, FinalRow))
+    if not rows:
+        raise PoiseError(f"{path} holds no completions")
     for row, value in zip(rows, gold_of(rows, gold), strict=True):
         row["gold"] = float(value)
     return rows
@@ -80,8 +84,11 @@ def _gold_by_prompt(rows: list[Json]) -> dict[str, float]:
 
 
 def _arm(folder: Path, label: str, final: list[Json], gold: str) -> Json:
-    settings, metrics = load_config_file(folder / "config.yaml"), list(read_jsonl(folder / "metrics.jsonl"))
-    samples = list(read_jsonl(folder / "samples.jsonl"))
+    settings = load_config_file(folder / "config.yaml", RewardSettings)
+    metrics = list(read_rows(folder / "metrics.jsonl", StepRow))
+    samples = list(read_rows(folder / "samples.jsonl", SampleRow))
+    if not metrics or {step["step"] for step in metrics} != {row["step"] for row in samples}:
+        raise PoiseError(f"{folder}: metrics.jsonl and samples.jsonl are not of the same steps; it cannot be compared")
     golds: dict[int, list[float]] = {}
     for row, value in zip(samples, gold_of(samples, gold), strict=True):
         golds.setdefault(row["step"], []).append(float(value))
@@ -99,7 +106,9 @@ def _arm(folder: Path, label: str, final: list[Json], gold: str) -> Json:
     peak = max(final_gold, float(_moving_average(np.array([step["gold"] for step in steps])).max()))
     first = np.array(golds[metrics[0]["step"]])  # the initial policy's
     # TRL's trainers log no times, and no KL at beta 0.
-    laps = [lap for lap in ("sample", "score", "reference", "update") if f"{lap}_seconds" in metrics[0]]
+    laps = [
+        lap for lap in ("sample", "score", "reference", "update") if all(f"{lap}_seconds" in step for step in metrics)
+    ]
     return {
         "name": folder.name.removeprefix("policy-"), "label": label, "objective": settings["objective"],
         "reward": Path(settings["reward"]).name, "kl_coef": settings["kl_coef"], "steps": steps,

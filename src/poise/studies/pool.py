@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from numpy import ndarray
@@ -36,6 +37,16 @@ from poise.runtime.progress import progress
 from poise.runtime.run_folder import Json
 
 ROWS_PER_BATCH = 256
+
+
+@dataclass(frozen=True)
+class PoolRow:
+    """A row of pool.jsonl; judge: the fingerprint of its gold."""
+
+    prompt: str | list[dict[str, Any]]
+    completion: str
+    gold: float | None = None
+    judge: str = ""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import functools
 import resource
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from poise.data.human_ratings import Rated, human_ratings, is_held_out, judged_by_all, preference_pairs
@@ -20,6 +21,7 @@ from poise.reports import quickstart_page as report
 from poise.reward import train as train_reward
 from poise.runtime.progress import console
 from poise.runtime.run_folder import Run, write_jsonl
+from poise.runtime.settings import NotNegative
 from poise.studies import best_of_n, compare
 from poise.studies.arms import Arm
 from poise.studies.config import QuickstartConfig as Config
@@ -73,9 +75,17 @@ ARMS = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class _Stage:
+    """A row of metrics.jsonl."""
+
+    stage: str
+    seconds: NotNegative
+
+
 def run(config: Config) -> Run:
     """Run every stage that is not complete; returns the run, with report.html in its folder."""
-    out = Run.open(config.output, config)
+    out = Run.open(config.output, config, lambda: {"--model": [Path(resolve_model(config.model))]})
     folder = out.folder
     console.print(f"Poise quickstart in {folder}")
     _stage(out, "model and data", lambda: _prepare(config, folder))
@@ -103,7 +113,7 @@ def run(config: Config) -> Run:
     )  # fmt: skip
     _stage(out, "comparison", lambda: compare.run(comparison))
     seconds: dict[str, float] = {}
-    for line in out.metrics():
+    for line in out.metrics(_Stage):
         seconds[line["stage"]] = seconds.get(line["stage"], 0.0) + line["seconds"]
     out.finish(
         {

@@ -16,27 +16,42 @@ Intervals are 95 %: of policies Student's, over reward models (reports/summary.p
 models and prompts (functional/overoptimization.py). Differences are paired.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from poise.data.preferences import read_preferences, read_prompts, write_preferences
 from poise.data.types import Preference, Prompt
 from poise.errors import PoiseError
+from poise.models.loading import resolve_model
+from poise.models.reward_model import files_of
 from poise.policy.evaluate import fluctuation
+from poise.policy.formats import BenchmarkRow, Outcome
 from poise.reports import published as claims
 from poise.reports import study_page, study_plots
 from poise.reports.summary import contrasts, measured, summary
 from poise.runtime.folders import lock, own, refuse_foreign
 from poise.runtime.jobs import cpu_hours, run_jobs
 from poise.runtime.progress import console, progress
-from poise.runtime.run_folder import Json, Run, config_dict, environment, read_jsonl, write_atomic, write_json
+from poise.runtime.records import read_object, read_rows
+from poise.runtime.run_folder import (
+    Inputs,
+    Json,
+    Run,
+    config_dict,
+    environment,
+    record_inputs,
+    write_atomic,
+    write_json,
+)
 from poise.studies import best_of_n, compare
 from poise.studies import pool_study as study_pool
 from poise.studies import quickstart as recipes
@@ -59,6 +74,20 @@ from poise.studies.config import (
 from poise.studies.pool import compare_choices, prompt_key, prompt_label
 
 VERSION = 2  # of results.json
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """study.json: the settings that are fixed, and the digests of the files."""
+
+    digests: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Benchmarks:
+    """results.json of `poise evaluate-policy`, as far as a study reads it."""
+
+    policies: list[dict[str, Any]]
 
 
 def run(config: Config) -> Run:
@@ -178,7 +207,7 @@ def _unstable_policies(of_noise: Json) -> Json:
 
 def _benchmarks(config: Config, folder: Path) -> Json | None:
     """What `poise evaluate-policy --output RUN/benchmarks` found, without single rows; and arms beside the first."""
-    found = Run(folder / "benchmarks").results
+    found = Run(folder / "benchmarks").finished(_Benchmarks)
     if found:
         found["contrasts"] = contrasts(found["policies"], config.arms)
         for task in (task for policy in found["policies"] for task in policy["tasks"].values()):
@@ -215,19 +244,28 @@ def _open(config: Config) -> Run:
                 f"{folder} holds a study of other settings (differs in {', '.join(changed)}); choose another --output"
             )
         digests = known | digests
+    record_inputs(folder, lambda: _models(config))
     write_json(path, fixed | {"digests": digests})
     return out
+
+
+def _models(config: Config) -> Inputs:
+    """Model folders that the study reads; its files are in `_digests`."""
+    gold: Inputs = {"--gold": files_of(config.gold)} if config.gold else {}
+    trunk = reward_config(config, config.label_noise[0], 0).model
+    models: list[Path] = []
+    for name in dict.fromkeys((trunk, policy_model(config))):
+        with contextlib.suppress(PoiseError):  # a job says what is wrong with it
+            models.append(Path(resolve_model(name)))
+    return {"--model": models, **gold}
 
 
 def _kept(path: Path) -> Json:
     """What study.json holds; PoiseError for a damaged one."""
     try:
-        kept = json.loads(path.read_text())
-    except ValueError:
-        kept = None
-    if not isinstance(kept, dict):
-        raise PoiseError(f"{path} is damaged; choose another --output")
-    return kept
+        return read_object(path, _Kept)
+    except PoiseError:
+        raise PoiseError(f"{path} is damaged; choose another --output") from None
 
 
 def _digests(config: Config) -> dict[str, str]:
@@ -311,7 +349,7 @@ def _cells(config: Config, comparisons: list[str]) -> Iterator[Json]:
     for noise, seed in worlds(config):
         for policy_seed in range(config.policy_seeds):
             jobs = [policy_job(config, arm, policy_seed, noise, seed) for arm in config.arms]
-            done = [str(job.folder) for job in jobs if Run(job.folder).results is not None]
+            done = [str(job.folder) for job in jobs if Run(job.folder).finished(Outcome)]
             if len(done) < 2:
                 continue
             output = world_folder(config, noise, seed) / f"policy-{policy_seed}" / "comparison"
@@ -325,5 +363,5 @@ def _cells(config: Config, comparisons: list[str]) -> Iterator[Json]:
                 folder = policy_job(config, arm["name"], policy_seed, noise, seed).folder
                 cell = at | measured(arm) | {"cpu_hours": cpu_hours(folder)}
                 if (folder / "benchmarks.jsonl").exists():
-                    cell["checkpoints"] = fluctuation(list(read_jsonl(folder / "benchmarks.jsonl")))
+                    cell["checkpoints"] = fluctuation(list(read_rows(folder / "benchmarks.jsonl", BenchmarkRow)))
                 yield cell

@@ -145,7 +145,8 @@
 
   function tilted(prompts, gold, klCoefs) {
     return klCoefs.map((klCoef) => {
-      const point = { at: klCoef, kl: 0, proxy: 0, gold: 0 };
+      // inverse: of the effective sample size, mean over prompts; the error of the pool's KL goes with it.
+      const point = { at: klCoef, kl: 0, proxy: 0, gold: 0, inverse: 0 };
       prompts.forEach((proxy, p) => {
         const top = proxy.reduce((high, value) => Math.max(high, value), -Infinity);
         const weights = proxy.map((value) => Math.exp((value - top) / klCoef));
@@ -155,10 +156,17 @@
           if (weight > 0) point.kl += (weight * Math.log(weight * proxy.length)) / prompts.length;
           point.proxy += (weight * proxy[i]) / prompts.length;
           point.gold += (weight * gold[p][i]) / prompts.length;
+          point.inverse += (weight * weight) / prompts.length;
         });
       });
       return point;
     });
+  }
+
+  // A tilted curve up to the point before the first at which the pool is worth too few samples a prompt.
+  function reached(points) {
+    const short = points.findIndex(({ inverse }) => 1 / inverse < POOL.min_samples);
+    return short < 0 ? points : points.slice(0, short);
   }
 
   // ---- the pool ----
@@ -203,11 +211,15 @@
           kl: mean(points.map((point) => point.kl)),
           proxy: mean(points.map((point) => point.proxy)),
           gold: mean(golds),
+          inverse: mean(points.map((point) => point.inverse)),
           low: Math.min(...golds),
           high: Math.max(...golds),
         };
       });
-    return { seeds, mean: { best_of_n: averaged('best_of_n'), tilted: averaged('tilted') } };
+    return {
+      mean: { best_of_n: averaged('best_of_n'), tilted: reached(averaged('tilted')) },
+      seeds: seeds.map((seed) => ({ ...seed, tilted: reached(seed.tilted) })),
+    };
   }
 
   // ---- elements and numbers ----

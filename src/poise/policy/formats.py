@@ -1,0 +1,127 @@
+"""What a policy run's files hold, as its readers need it: comparison, studies, cards, evaluation, and a resume.
+
+A field that is None where it could be a number was undefined: the reason stands beside it. Nothing here imports torch.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from poise.runtime.settings import Bounded, Count, NotNegative, Share, WholeNumber
+
+Prompt = str | list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """What config.yaml says of the reward that a policy was trained to."""
+
+    objective: str
+    reward: str
+    kl_coef: NotNegative
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What config.yaml says of the model that a policy is."""
+
+    model: str
+    tune: Literal["lora", "full"]
+    adapted_layers: WholeNumber
+    lora_rank: Count
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """A row of metrics.jsonl."""
+
+    step: WholeNumber
+    reward: float
+    disagreement: float
+    gap: float
+    routing_std: float
+    heads: tuple[float, ...]
+    alarm: bool = False
+    monitor_score: float | None = None  # absent without a monitor
+    kl: float | None = None  # TRL logs none at beta 0
+    sample_seconds: NotNegative = 0.0
+    score_seconds: NotNegative = 0.0
+    reference_seconds: NotNegative = 0.0
+    update_seconds: NotNegative = 0.0
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """A row of samples.jsonl."""
+
+    step: WholeNumber
+    prompt: Prompt
+    completion: str
+
+
+@dataclass(frozen=True)
+class FinalRow:
+    """A row of final.jsonl; mean: of each head."""
+
+    prompt: Prompt
+    completion: str
+    reward: float
+    kl: float
+    mean: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class BaselineRow:
+    """A row of baselines.jsonl: the scores of one prompt's baseline completions, each of every head."""
+
+    step: WholeNumber
+    key: str
+    mean: tuple[tuple[float, ...], ...]
+    std: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class BenchmarkRow:
+    """A row of benchmarks.jsonl."""
+
+    step: WholeNumber
+    task: str
+    mean: Share
+    stderr: float | None = None  # undefined for a single row
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """results.json."""
+
+    steps: WholeNumber
+    alarms: list[dict[str, float | str]]
+    reward: float
+    kl: float
+    num_heads: Count
+    scale: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class MonitorState:
+    """What the monitor has read, in a checkpoint."""
+
+    steps: WholeNumber
+    first: dict[str, tuple[float, ...]]
+    recent: dict[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a PPO run's checkpoint holds beside tensors. Those of earlier versions lack the fields with a default."""
+
+    step: WholeNumber
+    kl_coef: NotNegative
+    scale: dict[str, Any]
+    pessimism: WholeNumber
+    alarms: list[dict[str, float | str]]
+    ended: Literal["", "stop", "rollback"]
+    monitor: dict[str, Any]
+    last_score: float
+    objective_parameter: Bounded | None = None  # the objective has none
+    num_truncated: WholeNumber = 0
+    scale_std_interval: tuple[float | None, ...] = ()  # undefined for fewer than three prompts
