@@ -7,6 +7,7 @@ module of Poise is the first to import: 15 of 39 seconds of processor in each te
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets  # noqa: F401
 import matplotlib.pyplot  # noqa: F401
@@ -31,6 +32,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+DRAWN: dict[str, Any] = {}  # see `drawn_once`
 WORDS = [
     *("good", "bad", "fine", "awful", "film", "phone", "great", "poor", "a", "the", "this", "is", "was"),
     *("really", "not", "love", "hate", "it", ".", ","),
@@ -95,6 +97,36 @@ def make_model(folder: Path, architecture: str = "llama") -> str:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture
+def drawn_once(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the figures of `plots` show, by their data. Figures of equal data are drawn once in a test process: drawing
+    takes most of the time of a page. A test of drawing itself clears the dictionary, or does without this."""
+    from poise.reports import plots
+
+    def remembered(name: str) -> Callable[..., Any]:
+        draw = getattr(plots, name)
+
+        def once(*data: Any) -> Any:
+            data, path = (data[:-1], Path(data[-1])) if name.startswith("save_") else (data, None)
+            key = f"{name}{data!r}"
+            if path is None:
+                if key not in DRAWN:
+                    DRAWN[key] = draw(*data)
+                return DRAWN[key]
+            if key not in DRAWN:
+                draw(*data, path)
+                DRAWN[key] = path.read_bytes()
+            return path.write_bytes(DRAWN[key])
+
+        return once
+
+    for name in ("over_optimization", "heads", "stage2", "calibration"):
+        monkeypatch.setattr(plots, name, remembered(name))
+    for name in ("save_over_optimization", "save_calibration", "save_reliability"):
+        monkeypatch.setattr(plots, name, remembered(name))
+    return DRAWN
 
 
 @pytest.fixture(autouse=True)

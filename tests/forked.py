@@ -10,6 +10,7 @@ not take over pytest's capture of its output, a change of Ctrl-C, or what accele
 - `in_processes`: several processes that have formed a group.
 """
 
+import gc
 import os
 import pickle
 import signal
@@ -17,6 +18,7 @@ import socket
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -64,7 +66,9 @@ def started(
     stderr: the file for what it says there. Nothing else that it says is kept.
     environment: what it finds in `os.environ` besides what is there.
     """
-    pid = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads; pytest's hold no lock here
+        pid = os.fork()
     if pid == 0:
         _child(work, stderr or Path(os.devnull), environment or {})
     _running.append(Forked(pid))
@@ -90,14 +94,18 @@ def launched(count: int, work: Callable[[], object], said: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
-    shared |= {"MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
     ranks = [
-        started(work, stderr=said / f"stderr{rank}", environment=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        started(work, stderr=said / f"stderr{rank}", environment=environment_of_torchrun(rank, count, port))
         for rank in range(count)
     ]
     statuses = [process.ended() for process in ranks]
     assert statuses == [0] * count, "\n".join((said / f"stderr{rank}").read_text()[-2000:] for rank in range(count))
+
+
+def environment_of_torchrun(rank: int, count: int, port: int) -> dict[str, str]:
+    """What `torchrun` tells process `rank` of `count` on one machine, and that there is no GPU."""
+    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    return ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
 
 
 def in_processes(count: int, work: Callable[[int], Any], folder: Path) -> list[Any]:
@@ -126,9 +134,10 @@ def _child(work: Callable[[], object], stderr: Path, environment: Mapping[str, s
             file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             os.dup2(file, number)
             os.close(file)
-        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+        sys.stdout, sys.stderr = (os.fdopen(fd, "w", 1, closefd=False) for fd in (1, 2))
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.environ.update(environment)
+        gc.freeze()  # a collection would touch, and so copy, all that is shared with the parent
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         PartialState._reset_state()

@@ -327,7 +327,14 @@ def test_bfloat16_weights_as_on_a_gpu(
     for module in (models, reward_model):
         monkeypatch.setattr(module, "frozen_dtype", lambda: torch.bfloat16)
     reward = train_reward.run(
-        train_reward.Config(str(preferences_file), str(tmp_path / "reward"), model=config.model, num_layers=2)
+        train_reward.Config(
+            str(preferences_file),
+            str(tmp_path / "reward"),
+            model=config.model,
+            num_layers=2,
+            posterior_heads=6,
+            head_steps=60,
+        )
     )
     out = train_policy.run(dataclasses.replace(config, reward=str(reward.folder), num_steps=2))
     assert all(abs(row["kl"]) < 5 for row in out.metrics())
