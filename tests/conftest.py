@@ -1,17 +1,28 @@
-"""Tiny models built on the spot: no download, no cache, a fraction of a second each."""
+"""Tiny models built on the spot: no download, no cache, a fraction of a second each.
+
+The libraries that Poise uses are imported before it. Under jaxtyping's hook, Python compiles anew every library that a
+module of Poise is the first to import: 15 of 39 seconds of processor in each test process.
+"""
 
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import datasets  # noqa: F401
+import matplotlib.pyplot  # noqa: F401
+import peft  # noqa: F401
 import pytest
+import scipy.stats  # noqa: F401
+import sklearn.metrics  # noqa: F401
 import torch
 import transformers
+import transformers.trainer
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+import forked
 from poise.reward import train as train_reward
-from warm_processes import WarmProcesses
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 settings.register_profile("poise", deadline=None)  # a loaded machine is no failure
@@ -21,6 +32,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+DRAWN: dict[str, Any] = {}  # see `drawn_once`
 WORDS = [
     *("good", "bad", "fine", "awful", "film", "phone", "great", "poor", "a", "the", "this", "is", "was"),
     *("really", "not", "love", "hate", "it", ".", ","),
@@ -87,24 +99,48 @@ def make_model(folder: Path, architecture: str = "llama") -> str:
     return str(folder)
 
 
+@pytest.fixture
+def drawn_once(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the figures of `plots` show, by their data. Figures of equal data are drawn once in a test process: drawing
+    takes most of the time of a page. A test of drawing itself clears the dictionary, or does without this."""
+    from poise.reports import plots
+
+    def remembered(name: str) -> Callable[..., Any]:
+        draw = getattr(plots, name)
+
+        def once(*data: Any) -> Any:
+            data, path = (data[:-1], Path(data[-1])) if name.startswith("save_") else (data, None)
+            key = f"{name}{data!r}"
+            if path is None:
+                if key not in DRAWN:
+                    DRAWN[key] = draw(*data)
+                return DRAWN[key]
+            if key not in DRAWN:
+                draw(*data, path)
+                DRAWN[key] = path.read_bytes()
+            return path.write_bytes(DRAWN[key])
+
+        return once
+
+    for name in ("over_optimization", "heads", "stage2", "calibration"):
+        monkeypatch.setattr(plots, name, remembered(name))
+    for name in ("save_over_optimization", "save_calibration", "save_reliability"):
+        monkeypatch.setattr(plots, name, remembered(name))
+    return DRAWN
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    yield
+    forked.stop_all()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Tests neither read nor fill the user's cache, nor do the processes they start."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("POISE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
-
-
-@pytest.fixture(scope="session")
-def warm_server() -> WarmProcesses:
-    """One server in each test process. It starts with the first process that a test asks for, after `own_cache`."""
-    return WarmProcesses()
-
-
-@pytest.fixture
-def warm_processes(warm_server: WarmProcesses) -> Iterator[WarmProcesses]:
-    yield warm_server
-    warm_server.stop_all()
 
 
 @pytest.fixture(scope="session")

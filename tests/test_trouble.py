@@ -48,9 +48,8 @@ class Command:
             return cli.main([*self.arguments, "--output", str(self.output)])
 
         stderr = self.folder.with_name(f"{self.folder.name}.stderr")
-        status = forked.ended(forked.started(work, stderr))
-        assert status is not None
-        self.said = stderr.read_text()
+        status = forked.started(work, stderr=stderr).ended()
+            self.said = stderr.read_text()
         return status
 
     def left(self) -> dict[str, Any]:

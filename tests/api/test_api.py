@@ -20,7 +20,8 @@ from poise.functional.objectives import mean
 from poise.integrations.trl_reward import RobustReward, name_of
 from poise.policy import train as train_policy
 from poise.reward import push
-from poise.runtime.run_folder import Run, read_jsonl
+from poise.runtime.records import read_rows
+from poise.runtime.run_folder import Run
 
 SMALL = RewardConfig(
     num_layers=2, trunk="frozen", posterior_heads=6, head_steps=60, feature_cache=False, max_length=1024
@@ -261,7 +262,7 @@ def test_a_policy_trained_in_memory_is_the_command_s(
     assert [[row[name] for name in losses] for row in trained.metrics] == [
         [row[name] for name in losses] for row in out.metrics()
     ]
-    assert trained.completions == list(read_jsonl(out.folder / "final.jsonl"))
+    assert trained.completions == list(read_rows(out.folder / "final.jsonl"))
     # Plain transformers and PEFT: the same weights, and generation.
     ids = trained.tokenizer("Review", return_tensors="pt")
     written = trained.model.generate(**ids, max_new_tokens=4, do_sample=False)

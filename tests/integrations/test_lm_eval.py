@@ -328,11 +328,16 @@ def test_all_samples_are_readable() -> None:
 
 @pytest.fixture(scope="module")
 def task_manager() -> Iterator[Any]:
-    """One reading of the harness's list of tasks, which takes seconds, for all."""
+    """One reading of the harness's list of tasks, for all. Only of these folders: the whole list takes 16 s."""
     from lm_eval import tasks
 
+    folders = (
+        "arc", "bbh", "commonsense_qa", "gsm8k", "hellaswag", "lambada", "mathqa", "mmlu/default", "openbookqa", "piqa",
+        "race", "sciq", "siqa", "super_glue/boolq", "truthfulqa", "winogrande",
+    )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        manager = tasks.TaskManager()
+        root = Path(tasks.__file__).parent
+        manager = tasks.TaskManager(include_path=[root / folder for folder in folders], include_defaults=False)
         patch.setattr(tasks, "TaskManager", lambda: manager)
         yield manager
 

@@ -3,8 +3,6 @@
 import json
 import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +17,7 @@ import transformers
 import trl
 from safetensors.torch import load_file
 
+from forked import launched
 from poise.data.types import Sample
 from poise.errors import PoiseError
 from poise.functional.monitor import Monitor, MonitorConfig
@@ -228,51 +227,39 @@ def test_logs_average_over_accumulation_and_generation_batches(
         assert row[f"poise/{name}"] == pytest.approx((said[0][name] + said[1][name]) / 2, abs=1e-6), name
 
 
-TWO_PROCESSES = """
-import json, os, sys
-from pathlib import Path
-import datasets, torch, transformers, trl
-torch.set_num_threads(1)
-from poise.integrations.trl_reward import RobustReward
-from poise.models.chat_format import encode_prompt
-from poise.models.loading import load_policy
-model, reward_model, folder = sys.argv[1:]
-reward = RobustReward.load(reward_model, scale=folder + "/scale.json")
-coupled = RobustReward.load(reward_model, "expected_tradeoff(0.4)", scale=folder + "/coupled.json")
-calls = []
-def recorded(prompts, completions, **columns):
-    rewards = reward(prompts, completions, **columns)
-    calls.append((prompts, completions, rewards, coupled(prompts, completions)))
-    return rewards
-policy, tokenizer = load_policy(model)
-arguments = trl.GRPOConfig(
-    output_dir=folder, per_device_train_batch_size=4, num_generations=8, max_completion_length=6, max_steps=2,
-    logging_steps=1, learning_rate=1e-3, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
-    disable_tqdm=True, save_strategy="no",
-)
-rows = datasets.Dataset.from_list([{"prompt": f"Review the {thing}."} for thing in ("film", "phone")])
-trainer = trl.GRPOTrainer(policy, recorded, args=arguments, train_dataset=rows, processing_class=tokenizer)
-trainer.train()
-logged = [row for row in trainer.state.log_history if "reward" in row]
-Path(folder, os.environ["RANK"] + ".json").write_text(json.dumps([calls, logged]))
-assert torch.distributed.get_world_size() == 2
-torch.distributed.destroy_process_group()
-"""
+def script_of_two(model: str, reward_model: str, folder: Path) -> None:
+    """What a user of TRL would start by `torchrun`; it writes down what it was asked and what TRL logged."""
+    reward = RobustReward.load(reward_model, scale=str(folder / "scale.json"))
+    coupled = RobustReward.load(reward_model, "expected_tradeoff(0.4)", scale=str(folder / "coupled.json"))
+    calls = []
+
+    def recorded(prompts: Any, completions: Any, **columns: Any) -> list[float]:
+        rewards = reward(prompts, completions, **columns)
+        calls.append((prompts, completions, rewards, coupled(prompts, completions)))
+        return rewards
+
+    policy, tokenizer = load_policy(model)
+    arguments = trl.GRPOConfig(
+        output_dir=str(folder), per_device_train_batch_size=4, num_generations=8, max_completion_length=6, max_steps=2,
+        logging_steps=1, learning_rate=1e-3, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
+        disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    rows = datasets.Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS[:2]])
+    trainer = trl.GRPOTrainer(policy, recorded, args=arguments, train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+    logged = [row for row in trainer.state.log_history if "reward" in row]
+    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps([calls, logged]))
+    assert torch.distributed.get_world_size() == 2
+    torch.distributed.destroy_process_group()
 
 
+@TRL_SETS_A_DEPRECATED_DEFAULT
 @pytest.mark.slow
 def test_two_processes_give_the_rewards_of_one(tiny_model: str, reward_run: str, tmp_path: Path) -> None:
     """Each prompt's completions lie on both processes, and one of the objectives couples all of a batch."""
     coupled = RobustReward.load(reward_run, "expected_tradeoff(0.4)", scale=str(tmp_path / "coupled.json"))
     coupled(PROMPTS, TEXTS)
-    (tmp_path / "script.py").write_text(TWO_PROCESSES)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*launch, str(tmp_path / "script.py"), tiny_model, reward_run, str(tmp_path)],
-        capture_output=True, text=True, check=False, env=environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    launched(2, lambda: script_of_two(tiny_model, reward_run, tmp_path), tmp_path)
     (first, logged), (second, _) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert len(first) == len(second) == len(logged) == 2
     one = RobustReward.load(reward_run)

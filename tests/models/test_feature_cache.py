@@ -1,6 +1,7 @@
 """The feature cache: what comes back is what went in, whatever happened to the files or the writers in between."""
 
 import contextlib
+import functools
 import gc
 import hashlib
 import json
@@ -17,13 +18,13 @@ import numpy as np
 import pytest
 import torch
 
+from forked import started
 from poise.data.types import Sample
 from poise.models import feature_cache as features
 from poise.models.feature_cache import FeatureCache, row_keys, trunk_fingerprint
 from poise.models.loading import HfModel
 from poise.models.reward_model import HeadLayout, load_reward_model, load_trunk, save_reward_model
 from poise.models.scorer import FeatureExtractor
-from warm_processes import WarmProcesses
 
 HIDDEN = 3
 
@@ -339,11 +340,6 @@ def write_some(root: Path, numbers: list[int], start: Event) -> None:
         cache.flush()
 
 
-@pytest.fixture(scope="module")
-def processes(warm_server: WarmProcesses) -> multiprocessing.context.ForkServerContext:
-    return warm_server.context
-
-
 def test_a_segment_is_not_seen_before_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def look_first(file: int) -> None:
         reader = FeatureCache(tmp_path, "trunk", HIDDEN)
@@ -357,16 +353,12 @@ def test_a_segment_is_not_seen_before_it_is_whole(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.slow
-def test_two_processes_write_at_once(tmp_path: Path, processes: multiprocessing.context.ForkServerContext) -> None:
-    start = processes.Event()
+def test_two_processes_write_at_once(tmp_path: Path) -> None:
+    start = multiprocessing.get_context("fork").Event()
     shares = [list(range(20)), list(range(10, 30))]
-    writers = [processes.Process(target=write_some, args=(tmp_path, share, start)) for share in shares]
-    for writer in writers:
-        writer.start()
+    writers = [started(functools.partial(write_some, tmp_path, share, start)) for share in shares]
     start.set()
-    for writer in writers:
-        writer.join()
-    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert [writer.ended() for writer in writers] == [0, 0]
     assert len(segment_files(tmp_path)) == 40
     cache = FeatureCache(tmp_path, "trunk", WIDTH)
     for number in range(30):
@@ -376,22 +368,17 @@ def test_two_processes_write_at_once(tmp_path: Path, processes: multiprocessing.
 
 
 @pytest.mark.slow
-def test_a_killed_writer_leaves_a_cache_that_can_be_read(
-    tmp_path: Path, processes: multiprocessing.context.ForkServerContext
-) -> None:
+def test_a_killed_writer_leaves_a_cache_that_can_be_read(tmp_path: Path) -> None:
     clock = random.Random(0)
     for _ in range(6):
         before = len(segment_files(tmp_path))
-        start = processes.Event()
+        start = multiprocessing.get_context("fork").Event()
         start.set()
-        writer = processes.Process(target=write_some, args=(tmp_path, list(range(5000)), start))
-        writer.start()
+        writer = started(functools.partial(write_some, tmp_path, list(range(5000)), start))
         while len(segment_files(tmp_path)) <= before:
             time.sleep(0.001)
         time.sleep(clock.uniform(0, 0.02))
-        os.kill(writer.pid or 0, signal.SIGKILL)
-        writer.join()
-        assert writer.exitcode == -signal.SIGKILL
+        assert writer.killed() == -signal.SIGKILL
         cache = FeatureCache(tmp_path, "trunk", WIDTH)
         assert len(cache) == 100 * len(segment_files(tmp_path))
         for number in range(10):

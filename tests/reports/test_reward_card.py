@@ -28,6 +28,7 @@ from poise.reports import plots
 from poise.reports import reward_card as model_card
 from poise.runtime.run_folder import Json, config_dict
 
+pytestmark = pytest.mark.usefixtures("drawn_once")
 SAMPLE = Sample("Review a film.", "A warm, funny film.")
 NAMES = ("single", "ensemble", "brme", "posterior")
 BINS = [{"confidence": 0.6, "accuracy": 0.5, "count": 3}, {"confidence": 0.9, "accuracy": 1.0, "count": 5}]
@@ -118,7 +119,7 @@ def test_both_snippets_give_the_scores_of_the_model(
 
 
 def test_cards_beside_untouched_weights(
-    finished: tuple[Path, Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: tuple[Path, Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawn_once: dict[str, Any]
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished[0], folder)
@@ -131,6 +132,7 @@ def test_cards_beside_untouched_weights(
     written = {str(path.relative_to(folder)) for path in after.keys() - before.keys()}
     assert written == {f"{name}/{file}" for name in NAMES for file in ("README.md", "calibration.png")}
     assert {path: after[path] for path in before} == before
+    drawn_once.clear()
     command.run(replace(finished[1], output=str(folder)))
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == after  # once more, the same
 
@@ -283,8 +285,9 @@ def test_what_a_std_is_depends_on_the_loss_and_its_calibration() -> None:
     assert "`std_scale`" not in text_of("brme", GAUSSIAN)
 
 
-def test_picture_of_reliability(tmp_path: Path) -> None:
+def test_picture_of_reliability(tmp_path: Path, drawn_once: dict[str, Any]) -> None:
     for name, bins in (("a", BINS), ("b", BINS), ("c", BINS[:1]), ("d", [BINS[0] | {"accuracy": 0.1}, BINS[1]])):
+        drawn_once.clear()
         plots.save_reliability(bins, tmp_path / f"{name}.png")
     pictures = {path.stem: path.read_bytes() for path in tmp_path.iterdir()}
     assert pictures["a"] == pictures["b"]

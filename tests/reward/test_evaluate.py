@@ -29,6 +29,7 @@ from poise.reward.model_comparison import over_rewards
 from poise.runtime.records import read_rows
 from poise.runtime.run_folder import Json, write_json
 
+pytestmark = pytest.mark.usefixtures("drawn_once")
 SCRIPT = '<script>document.title="pwned"</script>'
 VOID = {"meta", "link", "br", "img", "hr", "input", "path", "use", "rect", "line"}
 
@@ -342,8 +343,9 @@ def test_the_page_is_whole_and_points_nowhere(evaluation: Path) -> None:
         assert image.width > 1200
 
 
-def test_the_same_run_gives_the_same_page(evaluation: Path) -> None:
+def test_the_same_run_gives_the_same_page(evaluation: Path, drawn_once: dict[str, Any]) -> None:
     first = (evaluation / "evaluation.html").read_text()
+    drawn_once.clear()
     assert evaluation_page.build(evaluation).read_text() == first
 
 
@@ -484,9 +486,10 @@ def test_a_model_without_a_mistake_has_a_page(evaluation: Path, tmp_path: Path) 
     assert "nothing to tell apart" in page_text(evaluation_page.build(tmp_path))
 
 
-def test_an_uncertainty_has_one_color_in_every_figure(evaluation: Path) -> None:
+def test_an_uncertainty_has_one_color_in_every_figure(evaluation: Path, drawn_once: dict[str, Any]) -> None:
     pairs = json.loads((evaluation / "results.json").read_text())["rewards"][0]["pairs"]
     svg = plots.calibration(pairs, "one")
+    drawn_once.clear()
     assert plots.calibration(pairs, "one") == svg
     for name in ("disagreement", "routing_std", "small_margin"):
         assert plots.UNCERTAINTY_STYLES[name].color in svg

@@ -21,7 +21,7 @@ from poise.models.scorer import Ensemble, Scorer
 from poise.policy import train as train_policy
 from poise.reward import export, push, reference, score
 from poise.reward.config import ExportConfig, ReferenceConfig, ScoreConfig
-from poise.runtime.run_folder import read_jsonl
+from poise.runtime.records import read_rows
 from poise.studies.pool import PoolHeads
 
 TEXTS = ["a good film", "bad", "it is fine , really", "awful awful awful awful", "?!"]
@@ -89,9 +89,9 @@ def test_an_earlier_checkpoint_gets_a_reference(
     found = scorer(SAMPLES)
     assert torch.equal(found.mean, before(SAMPLES).mean)
     if given == "completions":
-        again = [Sample(row["prompt"], row["completion"]) for row in read_jsonl(Path(texts_file))]
+        again = [Sample(row["prompt"], row["completion"]) for row in read_rows(Path(texts_file))]
         assert scorer(again).distance.mean().item() == pytest.approx(1, abs=1e-4)
-    scored = list(read_jsonl(score.run(ScoreConfig(str(copy), texts_file, "typical(0.5)", str(tmp_path / "out")))))
+    scored = list(read_rows(score.run(ScoreConfig(str(copy), texts_file, "typical(0.5)", str(tmp_path / "out")))))
     for row in scored:
         assert row["typical(0.5)"] == pytest.approx(row["mean"][0] - 0.5 * row["distance"], abs=1e-5)
 
@@ -142,7 +142,7 @@ def test_a_policy_is_trained_on_it(run: Path, prompts_file: Path, tiny_model: st
         adapted_layers=1, lora_rank=2, baseline_completions=16, eval_completions=1,
     )  # fmt: skip
     out = train_policy.run(config)
-    samples = list(read_jsonl(out.folder / "samples.jsonl"))
+    samples = list(read_rows(out.folder / "samples.jsonl"))
     assert out.results is not None
     scale = RewardScale.from_json(out.results["scale"])
     for row in samples:
@@ -152,7 +152,7 @@ def test_a_policy_is_trained_on_it(run: Path, prompts_file: Path, tiny_model: st
     logged = [row["distance"] for row in out.metrics()]
     assert logged == pytest.approx([sum(step) / len(step) for step in steps], rel=1e-5)
     assert max(logged) > 1.5  # a model of random weights writes other texts than people
-    assert next(read_jsonl(out.folder / "final.jsonl"))["distance"] > 0
+    assert next(read_rows(out.folder / "final.jsonl"))["distance"] > 0
 
 
 def test_trl_gets_it(run: Path) -> None:

@@ -4,10 +4,9 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -15,12 +14,15 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from forked import launched, started
+from poise.cli.main import main
 from poise.data.preferences import read_preferences
 from poise.data.types import Preference, Sample
 from poise.errors import PoiseError
 from poise.models.reward_model import load_trunk
 from poise.models.scorer import FeatureExtractor, Scorer
 from poise.reward import train as train_reward
+from poise.reward import trunk_training
 from poise.reward.train import Config
 from poise.reward.trunk_training import (
     PairModel,
@@ -31,7 +33,6 @@ from poise.reward.trunk_training import (
     token_pairs,
     training_arguments,
 )
-from warm_processes import WarmProcesses, ended
 
 
 def settings(**changes: object) -> TrunkTraining:
@@ -131,29 +132,25 @@ def test_the_tuned_trunk_is_part_of_every_checkpoint(
 @pytest.mark.slow
 @pytest.mark.parametrize("trunk", ["lora", "full"])
 def test_killed_at_any_moment_it_ends_in_the_same_weights(
-    trunk: str, tiny_model: str, preferences_file: Path, tmp_path: Path, warm_processes: WarmProcesses
+    trunk: str, tiny_model: str, preferences_file: Path, tmp_path: Path
 ) -> None:
     whole = train_reward.run(config(tiny_model, preferences_file, tmp_path / "whole", trunk=trunk))
     again = config(tiny_model, preferences_file, tmp_path / "killed", trunk=trunk)
-    program = (
-        f"from poise.reward import train as train_reward\ntrain_reward.run(train_reward.Config(**{vars(again)!r}))"
-    )
     said = tmp_path / "stderr.txt"
     generator = random.Random(trunk)
     kills = 0
     for _ in range(3):
-        process = warm_processes.start(program, stderr=said)
+        process = started(lambda: train_reward.run(again), stderr=said)
         steps = tmp_path / "killed" / "metrics.jsonl"
         before = steps.read_text().count("\n") if steps.exists() else 0
         target = before + generator.randint(1, 6)
-        while process.is_alive() and (steps.read_text().count("\n") if steps.exists() else 0) < target:
+        while process.status() is None and (steps.read_text().count("\n") if steps.exists() else 0) < target:
             time.sleep(0.002)
-        if not process.is_alive():
-            assert process.exitcode == 0, said.read_text()
+        if process.status() is not None:
+            assert process.ended() == 0, said.read_text()
             break
         time.sleep(generator.random() * 0.05)
-        os.kill(process.pid or 0, signal.SIGKILL)
-        kills += ended(process) == -signal.SIGKILL
+        kills += process.killed() == -signal.SIGKILL
     result = train_reward.run(again)
     assert kills >= 1
     for name in ("trunk", "single", "brme", "posterior"):
@@ -233,39 +230,25 @@ def test_scores_of_a_tuned_run(tiny_model: str, preferences_file: Path, tmp_path
     assert heads.mean[0] > heads.mean[1]
 
 
-TWO_PROCESSES = """
-import os, sys
-from pathlib import Path
-from poise.cli.main import main
-from poise.reward import trunk_training
-training_arguments = trunk_training.training_arguments
-def counted(*how):
-    args = training_arguments(*how)
-    Path(folder, "world" + os.environ["RANK"]).write_text(str(args.world_size))
-    return args
-trunk_training.training_arguments = counted
-folder = sys.argv[1]
-sys.exit(main(sys.argv[2:]))
-"""
-
-
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_the_same_batch(
-    tiny_model: str, preferences_file: Path, tmp_path: Path
+    tiny_model: str, preferences_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Data parallel by `torchrun`, gloo on the CPU: the same losses and weights as one process with the whole batch."""
+    """Data parallel, gloo on the CPU: the losses and weights are those of one process with the whole batch."""
     shared = {"trunk": "full", "learning_rate": 1e-3, "epochs": 1.0, "feature_cache": False}
     one = train_reward.run(
         config(tiny_model, preferences_file, tmp_path / "one", **shared, device_batch_size=8)  # type: ignore[arg-type]
     )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    (tmp_path / "two.py").write_text(TWO_PROCESSES)
-    launch += [str(tmp_path / "two.py"), str(tmp_path)]
+    arguments = trunk_training.training_arguments
+
+    def counted(*how: Any) -> Any:
+        found = arguments(*how)
+        (tmp_path / f"world{os.environ['RANK']}").write_text(str(found.world_size))
+        return found
+
+    monkeypatch.setattr(trunk_training, "training_arguments", counted)
     again = ["--config", str(one.folder / "config.yaml"), "--output", str(tmp_path / "two"), "--device-batch-size", "4"]
-    command = [*launch, "train-reward", *again]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
+    launched(2, lambda: main(["train-reward", *again]), tmp_path)
     first, second = (
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         for folder in (one.folder, tmp_path / "two")

@@ -1,7 +1,10 @@
 """Collective operations: on the device that the group knows, all in one module, and never without a group."""
 
+import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ import pytest
 import torch
 
 import poise
-from forked import in_processes
+from forked import environment_of_torchrun, in_processes
 from poise.errors import PoiseError
 from poise.runtime import distributed as processes
 
@@ -50,6 +53,39 @@ def test_sums_and_rows_of_two_processes(tmp_path: Path) -> None:
             "number": 2, "total": 3.0, "gathered": [[0.0], [1.0]], "rows": [{"rank": 0}, {"rank": 1}, {"rank": 1}],
             "gradient": [[2.0, 2.0], [2.0, 2.0]],
         }  # fmt: skip
+
+
+MEET = """
+import json, os, sys
+from pathlib import Path
+import torch
+from poise.runtime import distributed
+environment = dict(os.environ)
+distributed.join()
+rank = distributed.process_index()
+total = distributed.total(torch.tensor(float(rank + 1))).item()
+Path(sys.argv[1], str(rank)).write_text(json.dumps([distributed.num_processes(), total, environment]))
+distributed.leave()
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_gives_the_environment_of_launched_processes(tmp_path: Path) -> None:
+    """Two processes of the launcher itself meet; elsewhere `forked.launched` stands for it."""
+    (tmp_path / "meet.py").write_text(MEET)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [*launch, str(tmp_path / "meet.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for rank in range(2):
+        number, total, found = json.loads((tmp_path / str(rank)).read_text())
+        assert (number, total) == (2, 3.0)
+        expected = environment_of_torchrun(rank, 2, port=int(found["MASTER_PORT"]))
+        assert {name: found.get(name) for name in expected if name != "MASTER_ADDR"} == {
+            name: value for name, value in expected.items() if name != "MASTER_ADDR"
+        }
+        assert found["MASTER_ADDR"]
 
 
 @pytest.fixture

@@ -89,8 +89,7 @@ def run(
             counted.write_text(str(len(SEEN)))
         return 0
 
-    status = forked.ended(forked.started(work, Path(wanted.output).parent / "stderr.txt"))
-    assert status is not None
+    status = forked.started(work, stderr=Path(wanted.output).parent / "stderr.txt").ended()
     return status
 
 

@@ -25,7 +25,8 @@ from poise.reward import train as reward_training
 from poise.reward.config import Config as RewardConfig
 from poise.runtime.distributed import launched_processes
 from poise.runtime.quiet import quiet_loading
-from poise.runtime.run_folder import Json, config_dict, is_main_process, read_jsonl
+from poise.runtime.records import read_rows
+from poise.runtime.run_folder import Json, config_dict, is_main_process
 
 Args = TypeVar("Args", RewardConfig, PolicyConfig)
 
@@ -126,7 +127,7 @@ class PolicyTrainer:
                 policy_card.write_card(out, config_dict(config), unread_settings(config.algorithm))
             model, tokenizer = _trained(config, folder / "policy")
             return TrainedPolicy(
-                model, tokenizer, out.metrics(), out.results or {}, list(read_jsonl(folder / "final.jsonl"))
+                model, tokenizer, out.metrics(), out.results or {}, list(read_rows(folder / "final.jsonl"))
             )
 
     def _given(self) -> RobustReward | None:
@@ -182,4 +183,4 @@ def _run_folder(output: str) -> Iterator[Path]:
 
 
 def _rows(path: Path) -> list[Json]:
-    return list(read_jsonl(path)) if path.exists() else []
+    return list(read_rows(path)) if path.exists() else []

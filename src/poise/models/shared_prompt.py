@@ -177,26 +177,18 @@ def _attend_apart(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
         )
         return found
-    start = query.shape[2] - per_prompt * tokens
-
-    def split(states: Tensor, dim: int) -> Tensor:
-        return states.unflatten(dim, (per_prompt, tokens))
-
-    def apart(states: Tensor) -> Tensor:  # (rows, per_prompt, heads, tokens, channels)
-        return split(states[:, :, start:], 2).transpose(1, 2)
-
-    def with_prompt(states: Tensor) -> Tensor:
-        prompt = states[:, None, :, :start].expand(-1, per_prompt, -1, -1, -1)
-        return torch.cat([prompt, apart(states)], 3).flatten(0, 1)
-
-    to_prompt = split(attention_mask[:, 0, start:, :start], 1)
-    to_own = split(split(attention_mask[:, 0, start:, start:], 2), 1).diagonal(dim1=1, dim2=3).movedim(-1, 1)
-    mask = torch.cat([to_prompt, to_own], -1).flatten(0, 1).unsqueeze(1)
-    prompt = _attend(
-        query[:, :, :start], key[:, :, :start], value[:, :, :start], attention_mask[:, :, :start, :start],
-        dropout, scaling,
-    )  # fmt: skip
-    own = _attend(apart(query).flatten(0, 1), with_prompt(key), with_prompt(value), mask, dropout, scaling)
+    start, each = query.shape[2] - per_prompt * tokens, (per_prompt, tokens)
+    to_prompt = attention_mask[:, 0, start:, :start].unflatten(1, each)
+    to_all = attention_mask[:, 0, start:, start:].unflatten(2, each).unflatten(1, each)
+    mask = torch.cat([to_prompt, to_all.diagonal(dim1=1, dim2=3).movedim(-1, 1)], -1).flatten(0, 1).unsqueeze(1)
+    parts = [(states[:, :, :start], states[:, :, start:].unflatten(2, each)) for states in (query, key, value)]
+    prompt = _attend(*(before for before, _ in parts), attention_mask[:, :, :start, :start], dropout, scaling)
+    queries = parts[0][1].transpose(1, 2).flatten(0, 1)  # (rows * per_prompt, heads, tokens, channels)
+    keys, values = (
+        torch.cat([before[:, None].expand(-1, per_prompt, -1, -1, -1), after.transpose(1, 2)], 3).flatten(0, 1)
+        for before, after in parts[1:]
+    )
+    own = _attend(queries, keys, values, mask, dropout, scaling)
     return torch.cat([prompt, own.unflatten(0, (-1, per_prompt)).flatten(1, 2)], 1), None
 
 
