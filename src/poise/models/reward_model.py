@@ -40,6 +40,7 @@ from poise.models.loading import (
     pad_apart,
     resolve_model,
 )
+from poise.models.scoring_template import scoring_template
 from poise.runtime.quiet import quiet_loading
 from poise.runtime.run_folder import write_folder_atomic
 
@@ -186,7 +187,8 @@ def save_reward_model(
     try:
         with write_folder_atomic(folder) as scratch, quiet_loading():
             classifier.save_pretrained(scratch)
-            tokenizer.save_pretrained(scratch)
+            with scoring_template(tokenizer):
+                tokenizer.save_pretrained(scratch)
             if last_layer is not None:
                 (scratch / _LAST_LAYER).parent.mkdir()
                 tensors = {"factor": last_layer.factor_HH, "centre": last_layer.center_H}
