@@ -1,12 +1,9 @@
 """What a reward model reads is what the chat template writes for the whole conversation, for every stock template."""
 
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
-import trl
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from conftest import CHAT_TEMPLATE, make_tokenizer
@@ -19,17 +16,8 @@ from poise.models.chat_format import (
     generation_prompt,
     prompt_text,
 )
+from stock_templates import DROP_PLAIN_TEXT, PLAIN_TEXTS, PROMPTS, TEMPLATES, family_tokenizer
 
-TEMPLATES = {path.stem: path.read_text() for path in (Path(trl.__file__).parent / "chat_templates").glob("*.jinja")}
-DROP_PLAIN_TEXT = {"idefics3", "idefics3_training", "llava_next", "llava_next_training", "smolvlm", "smolvlm_training"}
-PROMPTS = (
-    "Pick a letter.",
-    [
-        {"role": "user", "content": "Is tea hot?"},
-        {"role": "assistant", "content": "<think>\nTea.\n</think>\n\nMostly."},
-        {"role": "user", "content": "a"},
-    ],
-)
 ANSWERS = (
     *("a", "b", "d", "e", "n", "of", "end", "turn", "user", "assistant", "id"),
     *("<", ">", "|", "_", "<|", "<think>", "</think>", ".", "0", "'", "{{ 1 }}", "{% if %}"),
@@ -168,21 +156,6 @@ def test_without_a_template_nothing_is_added() -> None:
 
 # ---- markers of the template in the texts of the turns ----
 
-MARKER = re.compile(r"</?[|｜]?[\w▁]+[|｜]?>|\[/?[A-Z_]+\]|<[|｜]\w+>|<\w+[|｜]>")
-
-
-def family_tokenizer(name: str) -> transformers.PreTrainedTokenizerFast:
-    """A tokenizer whose added tokens are the markers of a stock template, as those of its model family are."""
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = TEMPLATES[name]
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
-    rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    found = sorted({*MARKER.findall(TEMPLATES[name]), *MARKER.findall(rendered)} - {"<x>"})
-    tags = [text for text in found if {text.replace("</", "<"), text.replace("<", "</")} & {*found} - {text}]
-    tokenizer.add_tokens([text for text in found if text not in tags], special_tokens=True)
-    tokenizer.add_tokens(tags)  # think and tool blocks, which are no special tokens in their families
-    return tokenizer
-
 
 def conversation_ids(
     tokenizer: transformers.PreTrainedTokenizerFast, turns: list[dict[str, Any]], **options: Any
@@ -192,7 +165,6 @@ def conversation_ids(
     return tokenizer(text if options else text.rstrip(), add_special_tokens=False).input_ids
 
 
-PLAIN_TEXTS = sorted(TEMPLATES.keys() - DROP_PLAIN_TEXT)
 # Families whose template reads its own markers in a text, and writes something else for them.
 REFUSED: set[str] = set()
 

@@ -18,12 +18,14 @@ import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from conftest import make_tokenizer
 from pages import UNSEEN, assert_all_is_seen
 from poise.cli import train_reward as command
 from poise.cli.train_reward import Config
 from poise.data.types import Sample
 from poise.models.model_card import front_matter, front_matter_without_results, is_hub_id, public_name
 from poise.models.scorer import Scorer
+from poise.models.scoring_template import UNCHANGED, scoring_template
 from poise.reports import plots
 from poise.reports import reward_card as model_card
 from poise.runtime.run_folder import Json, config_dict
@@ -113,6 +115,13 @@ def test_both_snippets_give_the_scores_of_the_model(
     exec(ours, read)
     assert torch.equal(read["heads"].mean, expected.mean)
     assert torch.equal(read["heads"].std, expected.std)
+
+
+def test_a_template_that_could_not_be_changed_is_said() -> None:
+    tokenizer = make_tokenizer()
+    assert UNCHANGED in model_card.card("single", POINT, tokenizer, SETTINGS, RESULTS, {})
+    with scoring_template(tokenizer):
+        assert UNCHANGED not in model_card.card("single", POINT, tokenizer, SETTINGS, RESULTS, {})
 
 
 # ---- what a run writes ----

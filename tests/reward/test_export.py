@@ -50,6 +50,36 @@ def logits(folder: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         )
 
 
+# ---- the chat template ----
+
+
+def test_the_saved_template_ends_where_the_score_is_read(llama_run: Path, tiny_model: str, tmp_path: Path) -> None:
+    """Rendered by others, without a word about white space, a conversation gets the reward that Scorer gives."""
+    exported = export.run(Config(str(llama_run / "brme"), str(tmp_path / "rm"), "mean"))
+    stock = transformers.AutoTokenizer.from_pretrained(tiny_model)
+    for folder in (llama_run / "single", exported):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+        expected = Scorer.load(str(folder))(SAMPLES).mean[:, 0] + model.config.poise["offset"][0]
+        rewards = {}
+        for name, rendering in (("saved", tokenizer), ("stock", stock)):
+            ids = [
+                rendering.apply_chat_template(
+                    [
+                        *([{"role": "user", "content": s.prompt}] if isinstance(s.prompt, str) else s.prompt),
+                        {"role": "assistant", "content": s.completion},
+                    ],
+                    return_tensors="pt",
+                    return_dict=False,
+                )
+                for s in SAMPLES
+            ]
+            with torch.no_grad():
+                rewards[name] = torch.cat([model(one).logits[:, 0] for one in ids])
+        torch.testing.assert_close(rewards["saved"], expected, rtol=0, atol=1e-5)
+        assert (rewards["stock"] - expected).abs().max() > 0.01
+
+
 # ---- one label ----
 
 

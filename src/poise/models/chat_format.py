@@ -24,6 +24,9 @@ HfTokenizer = Any
 _PLAIN = ("a", "b")
 _THINKING = ("<think>\nc\n</think>\n\nd", "e\n</think>\n\nf")
 
+# Longer prompts, in characters, are not kept in memory.
+_LONGEST_KEPT = 2**15
+
 
 def generation_prompt(tokenizer: HfTokenizer, prompt: Prompt) -> str:
     """What a policy continues: the prompt through the chat template, if there is one, up to the assistant's answer.
@@ -44,7 +47,9 @@ def prompt_text(tokenizer: HfTokenizer, prompt: Prompt) -> str:
     """
     if tokenizer.chat_template is None:
         return generation_prompt(tokenizer, prompt)
-    return _shared_text(tokenizer, _template_key(tokenizer), json.dumps(prompt))
+    asked = json.dumps(prompt)
+    found = _shared_text if len(asked) <= _LONGEST_KEPT else _shared_text.__wrapped__
+    return found(tokenizer, _template_key(tokenizer), asked)
 
 
 def completion_text(tokenizer: HfTokenizer, prompt: Prompt, completion: str) -> str:

@@ -41,6 +41,7 @@ from poise.models.loading import (
     pad_apart,
     resolve_model,
 )
+from poise.models.scoring_template import scoring_template
 from poise.runtime.folders import write_file_atomic
 from poise.runtime.quiet import quiet_loading
 from poise.runtime.run_folder import write_folder_atomic
@@ -206,7 +207,8 @@ def save_reward_model(
     try:
         with write_folder_atomic(folder) as scratch, quiet_loading():
             classifier.save_pretrained(scratch)
-            tokenizer.save_pretrained(scratch)
+            with scoring_template(tokenizer):
+                tokenizer.save_pretrained(scratch)
             if last_layer is not None:
                 _save_tensors(scratch / _LAST_LAYER, factor=last_layer.factor_HH, centre=last_layer.center_H)
             if reference is not None:

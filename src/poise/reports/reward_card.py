@@ -8,6 +8,7 @@ from typing import Any
 
 from poise.models.loading import HfTokenizer, load_tokenizer
 from poise.models.model_card import front_matter, is_hub_id, public_name, validation_accuracy
+from poise.models.scoring_template import UNCHANGED, ends_where_read
 from poise.reports import plots
 from poise.reward.formats import Trained
 from poise.runtime.display import markdown_cell, markdown_code, on_one_line
@@ -175,7 +176,13 @@ model = AutoModelForSequenceClassification.from_pretrained(".", dtype=torch.floa
 {encoded}
 logits = model(torch.tensor([ids])).logits[0].detach() - torch.tensor(model.config.poise["offset"])
 {last}
-```"""
+```{
+        ""
+        if ends_where_read(tokenizer)
+        else f'''
+
+The chat template {UNCHANGED}.'''
+    }"""
 
 
 def _with_poise() -> str:

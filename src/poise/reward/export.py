@@ -28,6 +28,7 @@ from poise.models.loading import frozen_dtype, load_config, load_tokenizer, reso
 from poise.models.model_card import front_matter_without_results
 from poise.models.reward_model import REFERENCE, HeadLayout, checkpoint_folder, read_layout
 from poise.models.scorer import Scorer
+from poise.models.scoring_template import UNCHANGED, ends_where_read, scoring_template
 from poise.reward.config import ExportConfig as Config
 from poise.runtime.folders import inside, own_file, write_folder_atomic
 from poise.runtime.progress import console
@@ -65,9 +66,11 @@ def run(config: Config) -> Path:
         settings.poise = asdict(exported)
         setattr(settings, _MARK, {"scalar": config.scalar, "head": config.head, "engine": config.engine})
         settings.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
+        with scoring_template(tokenizer):
+            tokenizer.save_pretrained(scratch)
+            ends = ends_where_read(tokenizer)
         _compare(source, scratch, config)
-        (scratch / "README.md").write_text(_card(source, layout, exported, config), encoding="utf-8")
+        (scratch / "README.md").write_text(_card(source, layout, exported, config, ends=ends), encoding="utf-8")
     console.print(f"{exported.num_labels} label{'s' * (exported.num_labels > 1)} for {config.engine}: {target}")
     return target
 
@@ -231,7 +234,7 @@ def _compare(source: Path, target: Path, config: Config) -> None:
 # ---- card ----
 
 
-def _card(source: Path, layout: HeadLayout, exported: HeadLayout, config: Config) -> str:
+def _card(source: Path, layout: HeadLayout, exported: HeadLayout, config: Config, *, ends: bool) -> str:
     heads = f"{layout.num_heads} {layout.kind} head{'s' * (layout.num_heads > 1)}"
     if config.scalar:
         title = f"Reward model with one label: {'mean' if config.head is None else f'head {config.head}'} of {heads}"
@@ -258,6 +261,7 @@ how to read them.
 transformers library calls it unexpected and ignores it. Ask SGLang for `/classify`: its `/v1/classify` applies a
 softmax, which makes one label always 1.
 """
+    text += "" if ends else f"\nThe chat template {UNCHANGED}.\n"
     return (
         f"{front_matter_without_results(source / 'README.md')}\n# {title}\n\n{text}\nWritten by Poise {__version__}.\n"
     )
