@@ -16,6 +16,7 @@ from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from poise import __version__
+from poise.cli import ending
 from poise.cli.boundary import DONE, exit_status
 from poise.errors import PoiseError
 from poise.runtime.settings import Settings, problem, shown
@@ -39,7 +40,7 @@ COMMANDS = {
     "export": ("poise.reward.export", "a reward model for tools that take one scalar, as adapters, or for SGLang"),
     "merge": ("poise.policy.merge", "a policy's LoRA adapters folded into its language model"),
     "push": ("poise.reward.push", "upload a reward model to the model hub"),
-    "report": ("poise.reports.quickstart_page", "rebuild the page of a quickstart folder"),
+    "report": ("poise.reports.run_pages", "the page of any run folder, or of several"),
 }
 
 # Where the settings of each command are, in modules that do not import torch.
@@ -111,10 +112,13 @@ def _run(arguments: list[str]) -> None:
 
         config.check()
         check_inputs(config)
+    ending.say_finished(command, config)
+    ending.warn_of_models(config)
     module = importlib.import_module(COMMANDS[command][0])  # only now: torch takes seconds to import
     done = module.run(config)
     if hasattr(module, "check_outcome"):
         module.check_outcome(done)
+    ending.say_ending(command, config, done)
     if "torch" in sys.modules:
         importlib.import_module("poise.runtime.distributed").leave()
 

@@ -37,7 +37,7 @@ from poise.policy.loop import Training
 from poise.policy.reward import PolicyReward
 from poise.policy.sampling import sample_policy
 from poise.runtime import distributed as processes
-from poise.runtime.progress import finish_the_step, progress
+from poise.runtime.progress import console, finish_the_step, progress
 from poise.runtime.run_folder import (
     Inputs,
     Json,
@@ -54,14 +54,17 @@ from poise.runtime.trackers import Track, tracked
 
 __all__ = ["Config", "run"]
 
+GROWS = ("num_steps",)  # a finished run of fewer steps goes on
+
 
 def run(config: Config) -> Run:
     """Train, resuming from the last checkpoint if there is one. A finished run is returned unchanged."""
     processes.refuse_sharding()
     processes.join()
     config.check()
-    out = _open(config)
-    if out.results is not None:
+    out = Run(Path(config.output))
+    out.check_config(config, GROWS)
+    if out.results is not None and not out.differs(config):
         return out
     check = row_check_of(config.model)
     prompts = read_prompts(config.prompts, config.on_bad_row, check)
@@ -71,6 +74,10 @@ def run(config: Config) -> Run:
             f"{config.prompts} has {len(prompts)} prompts, --prompts-per-step is {config.prompts_per_step}"
         )
     check_room(config.model, [*prompts, *eval_prompts], config.max_tokens)
+    if out.results is not None:
+        _say_extended(config, out)
+    processes.wait()  # until all have looked at what the folder holds
+    out = _open(config)
     started = time.monotonic()
     train = _ppo if config.algorithm == "ppo" else _by_trl
     with tracked(config.trackers, out.folder, config_dict(config)) as track:
@@ -180,10 +187,23 @@ def _by_trl(config: Config, out: Run, prompts: list[Prompt], track: Track) -> tu
     return policy, done, {"steps": len(out.metrics()), "alarms": alarms}
 
 
+def _say_extended(config: Config, out: Run) -> None:
+    """Say that a finished run goes on, and where that is no longer run; PoiseError if an alarm ended it."""
+    if any(alarm.get("action") in ("stop", "rollback") for alarm in (out.results or {}).get("alarms", [])):
+        raise PoiseError(f"{out.folder} was ended by an alarm of the monitor; more --num-steps do not make it go on")
+    if is_main_process():
+        console.print(f"{out.folder} is finished; it goes on to {config.num_steps} steps")
+        if config.final_parameter is not None:
+            console.print(
+                "--final-parameter moves the objective over all steps, and the earlier ones moved as for the smaller "
+                "number: the result is not that of one run of this length"
+            )
+
+
 def _open(config: Config) -> Run:
     """The run folder. The main process creates it."""
     if is_main_process():
-        Run.open(config.output, config, lambda: _inputs(config))
+        Run.open(config.output, config, lambda: _inputs(config), GROWS)
     processes.wait()
     return Run(Path(config.output))
 

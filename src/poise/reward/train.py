@@ -54,10 +54,12 @@ def run(config: Config) -> Run:
     """Train, evaluate and save; a finished run is returned as it is."""
     config.check()
     launched_processes()  # refuses an environment in which no process would save
-    out = Run.open(config.output, config, lambda: _inputs(config))
+    out = Run(Path(config.output))
+    out.check_config(config)
     if out.results is not None:
         return out
-    split = read(config)
+    split = read(config)  # what is wrong with the data comes before the folder
+    out = Run.open(config.output, config, lambda: _inputs(config))
     console.print(f"reward model: {split}")
     extract = make_trunk(config, out.folder, split)
     trained, held_features = fit_heads(config, out.folder, split, extract)

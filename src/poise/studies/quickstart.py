@@ -22,6 +22,7 @@ from poise.runtime.progress import console
 from poise.runtime.run_folder import Run, write_jsonl
 from poise.studies import best_of_n, compare
 from poise.studies.arms import Arm
+from poise.studies.config import REVIEWS
 from poise.studies.config import QuickstartConfig as Config
 
 # What the reviews are about. Policies are trained on one half and evaluated on the other.
@@ -86,7 +87,7 @@ def run(config: Config) -> Run:
     _stage(out, "reward models", lambda: train_reward.run(reward))
     pool = best_of_n.Config(
         prompts=str(folder / "eval_prompts.jsonl"), reward=(str(folder / "reward"),), output=str(folder / "pool"),
-        model=config.model, seed=config.seed,
+        model=config.model, seed=config.seed, gold=REVIEWS,
         objectives=tuple(f"{arm.reward}:{arm.objective}" for arm in ARMS.values()),
     )  # fmt: skip
     _stage(out, "best-of-n pool", lambda: best_of_n.run(pool))
@@ -99,7 +100,7 @@ def run(config: Config) -> Run:
         _stage(out, f"PPO, {name}", functools.partial(train_policy.run, arm.applied(policy)))
     comparison = compare.Config(
         arms=tuple(str(folder / f"policy-{name}") for name in ARMS), labels=tuple(arm.label for arm in ARMS.values()),
-        pool=str(folder / "pool"), output=str(folder / "comparison"),
+        pool=str(folder / "pool"), output=str(folder / "comparison"), gold=REVIEWS,
     )  # fmt: skip
     _stage(out, "comparison", lambda: compare.run(comparison))
     seconds: dict[str, float] = {}
