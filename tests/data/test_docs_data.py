@@ -14,7 +14,7 @@ EXAMPLES = re.findall(r"^\| (preferences|prompts|samples|questions) \| ([^|]+) \
 
 
 def test_every_form_has_an_example() -> None:
-    assert len(EXAMPLES) == 19
+    assert len(EXAMPLES) == 20
 
 
 @pytest.mark.parametrize(("kind", "form", "text"), EXAMPLES, ids=[f"{kind}, {form}" for kind, form, _ in EXAMPLES])

@@ -36,10 +36,13 @@ COMMANDS = {
     "study": ("poise.studies.study", "arms x seeds x label noise: does a robust reward help, and by how much?"),
     "toy": ("poise.cli.toy", "PPO and robust rewards on a bandit whose optimum is known"),
     "score": ("poise.reward.score", "every head's scores of given completions"),
+    "inspect": ("poise.cli.inspect", "type or pipe completions, and see every head of a reward model"),
+    "chat": ("poise.cli.chat", "talk with a trained policy"),
     "ensemble": ("poise.reward.ensemble", "several reward models as one"),
     "export": ("poise.reward.export", "a reward model for tools that take one scalar, as adapters, or for SGLang"),
-    "merge": ("poise.policy.merge", "a policy's LoRA adapters folded into its language model"),
+    "merge": ("poise.cli.merge", "a policy's LoRA adapters folded into its language model"),
     "push": ("poise.reward.push", "upload a reward model to the model hub"),
+    "watch": ("poise.cli.watch", "serve the page of runs in progress on this machine"),
     "report": ("poise.reports.run_pages", "the page of any run folder, or of several"),
 }
 

@@ -10,7 +10,6 @@ Config = train.Config
 def run(config: Config) -> Run:
     """Train, evaluate and save, then write the cards; weights are not touched."""
     out = train.run(config)
-    for name in reward_card.WHAT:
-        if is_main_process() and (out.folder / name / "config.json").exists():
-            reward_card.write_card(out, config_dict(config), name)
+    if is_main_process():
+        reward_card.write_cards(out, config_dict(config))
     return out

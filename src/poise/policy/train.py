@@ -33,7 +33,7 @@ from poise.models.policy import Policy
 from poise.models.reward_model import files_of
 from poise.models.row_check import row_check_of
 from poise.policy.config import Config
-from poise.policy.loop import Training
+from poise.policy.loop import Training, cut_off, note_of
 from poise.policy.reward import PolicyReward
 from poise.policy.sampling import sample_policy
 from poise.runtime import distributed as processes
@@ -117,7 +117,7 @@ def _ppo(config: Config, out: Run, prompts: list[Prompt], track: Track) -> tuple
                 step = training.step  # a rollback may change it
                 metrics = training.one_step()
                 track(metrics, step)
-                advance(1, f"reward {metrics['reward']:+.2f}  KL {metrics['kl']:.1f}")
+                advance(1, note_of(metrics))
                 if processes.total(torch.tensor(float(asked_to_stop()))):  # if any process got a signal, all stop
                     training.save()
                     raise KeyboardInterrupt
@@ -174,7 +174,9 @@ def _by_trl(config: Config, out: Run, prompts: list[Prompt], track: Track) -> tu
             out.log(**metrics)
             track(metrics, metrics["step"])
             steps.append(metrics["step"])
-            advance(1, f"reward {metrics['reward']:+.2f}  KL {metrics.get('kl', 0.0):.1f}")
+            advance(1, note_of(metrics))
+            if metrics["step"] == 0 and metrics.get("ended") == 0.0:
+                console.print(cut_off(config.max_tokens, config.reward))
 
         torch.manual_seed(config.seed)  # initial adapters
         trl_train.train(settings, reward, *load_policy(config.model), prompts, out.folder, on_step, [callback])

@@ -139,13 +139,13 @@ GLOSSARY = {
 }
 
 
-def render(pages: Sequence[Page], title: str = "") -> str:
-    """One HTML page of one run, or of several with a table of contents."""
+def render(pages: Sequence[Page], title: str = "", *, unfinished: bool = False) -> str:
+    """One HTML page of one run, or of several with a table of contents. unfinished: the page loads itself anew."""
     terms = dict.fromkeys(term for page in pages for term in page.glossary)
     return page_template("run.html.j2").render(
         title=title or pages[0].title,
         pages=pages,
-        reload=RELOAD_SECONDS if any(page.unfinished for page in pages) else None,
+        reload=RELOAD_SECONDS if unfinished else None,
         glossary={term: GLOSSARY[term] for term in terms},
         num_sections=sum(len(page.sections) for page in pages),
     )

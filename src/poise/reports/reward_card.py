@@ -52,6 +52,13 @@ COIN = (
 )
 
 
+def write_cards(out: Run, settings: Json) -> None:
+    """A card in every reward model of a run; weights are not touched."""
+    for name in WHAT:
+        if (out.folder / name / "config.json").exists():
+            write_card(out, settings, name)
+
+
 def write_card(out: Run, settings: Json, name: str) -> None:
     """README.md of RUN/`name`, and calibration.png where the results have reliability bins.
 

@@ -75,7 +75,8 @@ def html(folders: Sequence[Path]) -> str:
     if len(policies) > 1:
         pages.insert(0, _together(policies))
     title = "" if len(pages) == 1 else " and ".join(folder.resolve().name for folder in folders[:3])
-    return render(pages, title + (" …" if len(folders) > 3 else ""))
+    unfinished = not all(is_finished(folder) for folder in folders)
+    return render(pages, title + (" …" if len(folders) > 3 else ""), unfinished=unfinished)
 
 
 def is_finished(folder: Path) -> bool:

@@ -59,6 +59,8 @@ def run(config: Config) -> Path:
         write = _write_adapter if config.adapter else _write_weights
         exported = write(source, scratch, layout, config)
         settings.num_labels = exported.num_labels
+        settings.id2label = dict(enumerate(exported.label_names))
+        settings.label2id = {name: number for number, name in enumerate(exported.label_names)}
         settings.poise = asdict(exported)
         setattr(settings, _MARK, {"scalar": config.scalar, "head": config.head, "engine": config.engine})
         settings.save_pretrained(scratch)

@@ -17,6 +17,7 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +25,8 @@ from poise.data.evaluation_sets import Item, Questions
 from poise.data.types import Preference
 from poise.errors import PoiseError
 from poise.functional.objectives import mean
-from poise.models.loading import HfModel, frozen_dtype, resolve_model
+from poise.models.chat_format import encode_conversation
+from poise.models.loading import HfModel, HfTokenizer, frozen_dtype, resolve_model
 from poise.models.reward_model import HeadLayout, load_trunk, save_reward_model, with_heads
 from poise.models.row_check import row_check_of
 from poise.models.scorer import FeatureExtractor, Scorer
@@ -46,6 +48,8 @@ from poise.reward.trunk_training import (
 from poise.runtime.distributed import launched_processes
 from poise.runtime.progress import console
 from poise.runtime.run_folder import Inputs, Json, Run, is_main_process
+
+_MEASURED = 500  # pairs whose answers' lengths are taken
 
 __all__ = ["Config", "heads_in_memory", "pair_features", "run", "trunk_source"]
 
@@ -203,6 +207,13 @@ def _judge_one(scorer: Scorer, held: FeaturePairs, preferences: list[Preference]
 # ---- the run folder ----
 
 
+def _lengths(tokenizer: HfTokenizer, preferences: list[Preference]) -> Json:
+    """Tokens of the answers people chose, of every so many pairs: what a policy's completions should have room for."""
+    some = preferences[:: max(len(preferences) // _MEASURED, 1)]
+    lengths = np.array([len(encode_conversation(tokenizer, one.prompt, one.chosen)[1]) for one in some])
+    return {"median": int(np.median(lengths)), "p90": int(np.ceil(np.quantile(lengths, 0.9)))}
+
+
 def _save(out: Run, split: PreferenceSplit, extract: FeatureExtractor, trained: HeadTraining, judged: Json) -> None:
     """Write every model, then the results; the checkpoints of trunks that are finished are deleted."""
     collapsed = std_collapsed(trained.history)
@@ -222,6 +233,7 @@ def _save(out: Run, split: PreferenceSplit, extract: FeatureExtractor, trained: 
             "num_preferences": len(split.preferences), "num_train": len(split.train),
             "num_validation": len(split.validation),
             "split": dict(zip(("unit", "num_train", "num_validation"), (split.unit, *split.num_units), strict=True)),
+            "chosen_tokens": _lengths(extract.tokenizer, split.preferences),
             "num_truncated": extract.num_truncated, "num_layers": extract.classifier.config.num_hidden_layers,
             "prior_precision": trained.precision, "stage1_reward_std": trained.models["single"].layout.reward_scale,
             "stage2_history": trained.history, "std_collapsed": collapsed, "models": judged,
