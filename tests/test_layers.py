@@ -94,7 +94,7 @@ def test_training_does_not_load_gold_at_run_time() -> None:
 
 def test_each_library_is_imported_only_by_its_home() -> None:
     homes = {
-        "matplotlib": {"reports.plot_style", "reports.plots", "reports.study_plots"},
+        "matplotlib": {"reports.plot_style", "reports.plots", "reports.run_plots", "reports.study_plots"},
         "jinja2": {"models.template_trial", "reports.quickstart_page", "reports.reward_page", "reports.study_page"},
         "lm_eval": {"integrations.lm_eval"},
         "vaderSentiment": {"studies.gold"},

@@ -141,6 +141,7 @@ def test_a_run_does_not_go_on_with_other_inputs(tmp_path: Path, capsys: pytest.C
         return {"--prompts": [prompts], "--model": [model]}
 
     Run.open(tmp_path / "run", Config(), inputs)
+    (tmp_path / "run" / "checkpoint.safetensors").touch()
     kept = (tmp_path / "run" / "inputs.json").read_text()
     assert str(tmp_path) not in kept
     assert set(json.loads(kept)) == {"--prompts", "--model"}
@@ -162,6 +163,7 @@ def test_an_older_run_goes_on_and_says_so_once(tmp_path: Path, capsys: pytest.Ca
     prompts.write_text("one")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("size: 3\n")
+    (tmp_path / "run" / "checkpoint.safetensors").touch()
     for said in (1, 0):
         Run.open(tmp_path / "run", Config(), lambda: {"--prompts": [prompts]})
         assert capsys.readouterr().err.count("kept no digests") == said

@@ -34,9 +34,35 @@ def test_open_writes_what_repeats_the_run(tmp_path: Path) -> None:
 
 def test_another_config_is_refused_but_a_moved_folder_is_not(tmp_path: Path) -> None:
     Run.open(tmp_path, Config())
+    (tmp_path / "checkpoint.safetensors").touch()
     Run.open(tmp_path, Config(output="elsewhere"))
     with pytest.raises(PoiseError, match="differs in size"):
         Run.open(tmp_path, Config(size=4))
+
+
+def test_a_folder_without_results_or_checkpoints_is_taken_over(tmp_path: Path) -> None:
+    run = Run.open(tmp_path, Config())
+    run.log(step=0)
+    Run.open(tmp_path, Config(size=4))
+    assert runs.load_config_file(tmp_path / "config.yaml")["size"] == 4
+    assert run.metrics() == []
+    run.finish({})
+    with pytest.raises(PoiseError, match="differs in size"):
+        Run.open(tmp_path, Config(size=5))
+
+
+def test_a_finished_run_may_grow_and_not_shrink(tmp_path: Path) -> None:
+    Run.open(tmp_path, Config()).finish({"steps": 3})
+    (tmp_path / "checkpoint.safetensors").touch()
+    with pytest.raises(PoiseError, match="differs in size"):
+        Run.open(tmp_path, Config(size=2), grows=("size",))
+    with pytest.raises(PoiseError, match="differs in names, size"):
+        Run.open(tmp_path, Config(size=4, names=()), grows=("size",))
+    assert Run(tmp_path).results == {"steps": 3}
+    assert Run.open(tmp_path, Config(size=4), grows=("size",)).results is None
+    assert Run(tmp_path).differs(Config(size=4)) == []
+    with pytest.raises(PoiseError, match="differs in size"):  # it has been extended
+        Run.open(tmp_path, Config(), grows=("size",))
 
 
 def test_a_setting_that_an_old_run_lacks_had_its_default(tmp_path: Path) -> None:
@@ -49,7 +75,7 @@ def test_a_setting_that_an_old_run_lacks_had_its_default(tmp_path: Path) -> None
     class Needier(Config):
         prompts: str
 
-    Run.open(tmp_path, Config())
+    Run.open(tmp_path, Config()).finish({})
     Run.open(tmp_path, Newer(output="elsewhere"))
     with pytest.raises(PoiseError, match=r"differs in tasks\)"):
         Run.open(tmp_path, Newer(tasks=("race",)))
@@ -57,7 +83,7 @@ def test_a_setting_that_an_old_run_lacks_had_its_default(tmp_path: Path) -> None
         Run.open(tmp_path, Newer(limits={}))
     with pytest.raises(PoiseError, match=r"differs in prompts\)"):
         Run.open(tmp_path, Needier(prompts="some"))
-    Run.open(tmp_path / "new", Newer())
+    Run.open(tmp_path / "new", Newer()).finish({})
     with pytest.raises(PoiseError, match=r"differs in limits, tasks\)"):  # settings that are no more still count
         Run.open(tmp_path / "new", Config())
 

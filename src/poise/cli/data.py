@@ -131,9 +131,9 @@ def _kind_of(rows: Iterator[tuple[int, RawRow]]) -> tuple[Kind, Iterator[tuple[i
         kind: Kind = "prompts"
         if lists or ("subset" in row and "chosen" in row):
             kind = "questions"
-        elif row.keys() & {"chosen", "rejected", "annotators", "responses", "rating"}:
+        elif row.keys() & {"chosen", "rejected", "annotators", "responses", "rating", "winner"}:
             kind = "preferences"
-        elif "completion" in row:
+        elif row.keys() & {"completion", "completions"}:
             kind = "samples"
         return kind, itertools.chain(seen, rows)
     return "preferences", iter(seen)

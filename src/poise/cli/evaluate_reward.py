@@ -8,7 +8,7 @@ Config = evaluate.Config
 
 
 def run(config: Config) -> Run:
-    """Judge, write the page, and print where it is."""
+    """Judge, then write the page."""
     out = evaluate.run(config)
-    print(reward_page.build(out.folder))
+    reward_page.build(out.folder)
     return out

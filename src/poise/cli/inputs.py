@@ -11,10 +11,20 @@ from poise.errors import PoiseError, first_line
 from poise.models.model_folder import check_model, check_reward_model
 from poise.runtime.progress import console
 from poise.runtime.settings import ModelPath, Rows, marks, typed_fields
+from poise.studies.config import REVIEWS
 
 # Larger files are read once, by the command: there the import is the smaller part of the time.
 _SMALL = 8 * 2**20
-_CHECKS: dict[str, Callable[[str], None]] = {"language model": check_model, "reward model": check_reward_model}
+
+
+def _check_gold(name: str) -> None:
+    if name != REVIEWS:
+        check_reward_model(name)
+
+
+_CHECKS: dict[str, Callable[[str], None]] = {
+    "language model": check_model, "reward model": check_reward_model, "gold": _check_gold,
+}  # fmt: skip
 
 
 def check_inputs(config: Any) -> None:

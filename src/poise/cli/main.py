@@ -17,6 +17,7 @@ from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from poise import __version__
+from poise.cli import ending
 from poise.cli.boundary import DONE, exit_status
 from poise.data.examples import EXAMPLES
 from poise.errors import PoiseError
@@ -37,12 +38,15 @@ COMMANDS = {
     "study": ("poise.studies.study", "arms x seeds x label noise: does a robust reward help, and by how much?"),
     "toy": ("poise.cli.toy", "PPO and robust rewards on a bandit whose optimum is known"),
     "score": ("poise.reward.score", "every head's scores of given completions"),
+    "inspect": ("poise.cli.inspect", "type or pipe completions, and see every head of a reward model"),
+    "chat": ("poise.cli.chat", "talk with a trained policy"),
     "ensemble": ("poise.reward.ensemble", "several reward models as one"),
     "reference": ("poise.reward.reference", "texts from which the objective `typical` measures distances"),
     "export": ("poise.reward.export", "a reward model for tools that take one scalar, as adapters, or for SGLang"),
-    "merge": ("poise.policy.merge", "a policy's LoRA adapters folded into its language model"),
+    "merge": ("poise.cli.merge", "a policy's LoRA adapters folded into its language model"),
     "push": ("poise.reward.push", "upload a reward model to the model hub"),
-    "report": ("poise.reports.quickstart_page", "rebuild the page of a quickstart folder"),
+    "watch": ("poise.cli.watch", "serve the page of runs in progress on this machine"),
+    "report": ("poise.reports.run_pages", "the page of any run folder, or of several"),
     "completion": ("poise.cli.completion", "a script by which bash or zsh completes commands and options"),
 }
 
@@ -117,10 +121,13 @@ def _run(arguments: list[str]) -> None:
         config = config.for_command()
         config.check()
         check_inputs(config)
+    ending.say_finished(command, config)
+    ending.warn_of_models(config)
     module = importlib.import_module(COMMANDS[command][0])  # only now: torch takes seconds to import
     done = module.run(config)
     if hasattr(module, "check_outcome"):
         module.check_outcome(done)
+    ending.say_ending(command, config, done)
     if "torch" in sys.modules:
         importlib.import_module("poise.runtime.distributed").leave()
 

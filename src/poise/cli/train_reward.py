@@ -10,5 +10,6 @@ Config = train.Config
 def run(config: Config) -> Run:
     """Train, evaluate and save, then write the cards; weights are not touched."""
     out = train.run(config)
-    reward_card.write_cards(out, config_dict(config))
+    if is_main_process():
+        reward_card.write_cards(out, config_dict(config))
     return out

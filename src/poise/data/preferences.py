@@ -4,6 +4,8 @@ Files: see files.py. Forms of conversations: see conversations.py. docs/data.md 
 
 A preference row is any of
     prompt, chosen, rejected            text, or conversations
+    prompt, response_a, response_b, winner
+                                        a, b or a tie; see other_forms.py
     chosen, rejected                    the prompt is what the two share: an implicit prompt
     prompt, response_1, response_2, annotators
                                         one vote per annotator: 1, 2, or anything else for a tie
@@ -34,6 +36,7 @@ from poise.data.conversations import (
     turns_of,
 )
 from poise.data.files import RawRow, as_object, parsed_json, raw_rows
+from poise.data.other_forms import FORMS, one_by_one, with_chosen
 from poise.data.rows import Check, OnBadRow, Understood, finish, parsed_rows, read_rows, short
 from poise.data.types import Preference, Prompt, Sample
 from poise.runtime.run_folder import write_jsonl
@@ -103,7 +106,7 @@ def read_prompts(
     """Rows with a `prompt`: text or a conversation. check, understood, rows: as `read_preferences` takes them."""
 
     def parse(row: dict[str, Any]) -> Prompt:
-        prompt = prompt_of(row)
+        prompt = _prompt_of_any(row)
         if check:
             check(prompt, ())
         return prompt
@@ -134,18 +137,18 @@ def iter_samples(
 ) -> Iterator[Sample]:
     """Rows of `prompt`, `completion`, one at a time as the file is read; parameters as of `read_preferences`."""
 
-    def parse(row: dict[str, Any]) -> Sample:
-        sample = sample_of(row)
+    def parse(row: dict[str, Any]) -> list[Sample]:
+        samples = [sample_of(one) for one in one_by_one(row)]
         if check:
-            check(sample.prompt, (sample.completion,))
-        return sample
+            check(samples[0].prompt, [sample.completion for sample in samples])
+        return samples
 
     understood = understood or Understood(str(path))
-    for number, sample in parsed_rows(understood, parse, on_bad_row, rows):
+    for number, samples in parsed_rows(understood, parse, on_bad_row, rows):
         understood.used += 1
-        understood.forms["prompt, completion"] += 1
-        _note_plain(understood, number, sample.prompt)
-        yield sample
+        understood.forms["prompt, completions" if len(samples) > 1 else "prompt, completion"] += 1
+        _note_plain(understood, number, samples[0].prompt)
+        yield from samples
     finish(understood)
 
 
@@ -221,6 +224,7 @@ def sample_of(row: dict[str, Any]) -> Sample:
 
 def read_row(row: dict[str, Any]) -> _Read:
     """What a row says, by the columns it has; ValueError says what is wrong."""
+    given, row = row, with_chosen(row)
     source = str(row.get("source") or "")
     margin = _optional_number(row, "margin") or 0.0
     if margin < 0:
@@ -242,7 +246,8 @@ def read_row(row: dict[str, Any]) -> _Read:
     else:
         tie = _scored_equal(row)
         prompt, chosen, rejected, notes = _pair(row)
-        form = ", ".join([name for name in (prompt_key(row),) if name] + ["chosen", "rejected"])
+        sides = ["two responses", "winner"] if row is not given else ["chosen", "rejected"]
+        form = ", ".join([name for name in (prompt_key(row),) if name] + sides)
         if chosen.strip() == rejected.strip():
             raise ValueError("'chosen' and 'rejected' are the same text, but for white space at their ends")
         pairs = [] if tie else [(prompt, chosen, rejected)]
@@ -250,6 +255,18 @@ def read_row(row: dict[str, Any]) -> _Read:
             if not text.strip():
                 raise ValueError(f"{key!r} is empty")
     return _Read([Preference(prompt, c, r, source, margin) for prompt, c, r in pairs], form, notes)
+
+
+def _prompt_of_any(row: dict[str, Any]) -> Prompt:
+    """The prompt of a row of prompts, or of a row that was made to train on: what comes before the answer."""
+    key = prompt_key(row)
+    if key is None and "chosen" in with_chosen(row):
+        found = read_row(row).found
+        if isinstance(found, list) and found:
+            return found[0].prompt
+    prompt = prompt_of(row)
+    answered = key in ("messages", "conversations") and isinstance(prompt, list) and len(prompt) > 1
+    return prompt[:-1] if answered and prompt[-1]["role"] == "assistant" else prompt
 
 
 def _plain_notes(prompt: Prompt) -> tuple[tuple[str, str], ...]:
@@ -373,6 +390,8 @@ def _pair(row: dict[str, Any]) -> tuple[Prompt, str, str, tuple[tuple[str, str],
     prompt = prompt_of(row) if prompt_key(row) is not None else None
     if prompt is None and (name := other_prompt_name(row)):
         raise ValueError(f"no 'prompt', but {name!r}; rename it to 'prompt'")
+    if "chosen" not in row and "rejected" not in row:
+        raise ValueError(f"no 'chosen' and no 'rejected', but {', '.join(map(repr, row)) or 'nothing'}; {FORMS}")
     one, other = (turns_of(row.get(key), key) for key in ("chosen", "rejected"))
     if one is not None and other is not None:
         return _pair_of_conversations(prompt, one, other)

@@ -222,10 +222,14 @@ class _Ours(SafeCheckpoints):
 
 
 class _Report(transformers.TrainerCallback):
-    """Hands each step on, and stops a run that has gone astray before it is saved."""
+    """Hands each step on, has the first one saved, and stops a run that has gone astray before it is saved."""
 
     def __init__(self, settings: TrlSettings, reward: RobustReward, on_step: Callable[[Json], None]):
         self._settings, self._reward, self._on_step = settings, reward, on_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self._settings.updates_per_step:
+            control.should_save = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if not logs or "reward" not in logs or self._reward.last is None:  # the last line of a run: seconds in all

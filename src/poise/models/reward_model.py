@@ -80,6 +80,12 @@ class HeadLayout:
     def num_labels(self) -> int:
         return self.num_heads * (2 if self.kind == "gaussian" else 1)
 
+    @property
+    def label_names(self) -> list[str]:
+        """What each label is, for config.json."""
+        kinds = ("mean", "raw_std") if self.kind == "gaussian" else ("mean",)
+        return [f"{kind}_{k}" for kind in kinds for k in range(self.num_heads)]
+
     def decode(self, logits: Float[Tensor, "*batch labels"]) -> HeadRewards:
         """Raw logits, from any backend, as rewards. Raises PoiseError if their number does not fit."""
         if logits.shape[-1] != self.num_labels:
@@ -203,6 +209,8 @@ def save_reward_model(
     previous = classifier.score
     with_heads(classifier, weight)
     classifier.config.problem_type = "regression"
+    classifier.config.id2label = dict(enumerate(layout.label_names))
+    classifier.config.label2id = {name: number for number, name in enumerate(layout.label_names)}
     classifier.config.poise = asdict(layout)
     try:
         with write_folder_atomic(folder) as scratch, quiet_loading():

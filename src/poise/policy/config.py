@@ -35,7 +35,7 @@ from poise.runtime.trackers import check_trackers
 PPO_ONLY = {
     "value_learning_rate", "accumulation", "value_clip", "discount", "trace", "whiten_advantages", "entropy_coef",
     "max_step_kl", "tune", "value_trunk", "final_parameter", "reward_norm", "shaping", "baselines", "kl_target",
-    "missing_eos_penalty", "settle", "eval_every", "eval_tasks", "eval_data", "eval_rows",
+    "missing_eos_penalty", "settle", "eval_every", "eval_tasks", "eval_data", "eval_rows", "baseline_completions",
 }  # fmt: skip
 
 

@@ -34,6 +34,7 @@ from poise.integrations.trl_reward import RobustReward
 from poise.models.fused_ops import keep_freed_memory
 from poise.models.loading import load_policy
 from poise.models.policy import Policy, uniforms
+from poise.models.reward_model import checkpoint_folder
 from poise.models.rollout import Rollout
 from poise.models.scorer import Scorer
 from poise.policy.alarms import Alarms
@@ -109,6 +110,8 @@ class Training:
         metrics = self._metrics(heads, score, facts) | losses | text_signs([row["completion"] for row in rows])
         reading, self.kl_coef = self.alarms.watch(metrics, self.step, self.kl_coef)
         metrics |= reading | clock.seconds
+        if self.step == 0 and metrics["ended"] == 0.0 and is_main_process():
+            console.print(cut_off(config.max_tokens, config.reward))
         if is_main_process():
             append_jsonl(self.out.folder / "samples.jsonl", rows)
             self.out.log(step=self.step, **metrics)
@@ -303,6 +306,25 @@ class Training:
         if is_main_process() and math.isfinite(self.scale_interval[0]):
             low, high = self.scale_interval
             console.print(f"unit of the reward: {scale.std:.3g}, 95 % interval {low:.3g} to {high:.3g}")
+
+
+def note_of(metrics: Json) -> str:
+    """A step in a few words, for the bar; where completions are cut, how many."""
+    cut = 1 - metrics.get("ended", 1.0)
+    note = f"reward {metrics['reward']:+.2f}  KL {metrics.get('kl', 0.0):.1f}"
+    return f"{note}  {cut:.0%} cut" if cut > 0.5 else note
+
+
+def cut_off(max_tokens: int, reward: str) -> str:
+    """What to say where no completion ends by itself, with a length that the answers people chose would have fit in."""
+    text = (
+        f"no completion ended within --max-tokens {max_tokens}: the reward model judges texts that break off, and the "
+        f"policy cannot learn to end"
+    )
+    lengths = (Run(Path(checkpoint_folder(reward)).parent).results or {}).get("chosen_tokens")
+    if not lengths:
+        return f"{text}; give more"
+    return f"{text}; of the answers people chose, half have {lengths['median']} tokens and nine in ten {lengths['p90']}"
 
 
 _FACTS = ("kl", "kl_k3", "logprob", "tokens", "ended")

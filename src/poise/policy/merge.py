@@ -43,7 +43,7 @@ def run(config: Config) -> Path:
             shutil.copytree(source, scratch, dirs_exist_ok=True)
         console.print(f"{source} is a whole model, there is nothing to fold: copied to {target}")
         return target
-    base = _base_of(source)
+    base = base_of(source)
     model, tokenizer = folded(base, source)
     with write_folder_atomic(target) as scratch, quiet_loading():
         model.save_pretrained(scratch)
@@ -75,7 +75,7 @@ def _policy_folder(path: str) -> Path:
     raise PoiseError(f"{path} holds no policy; name a finished `poise train-policy` run, or the policy folder in it")
 
 
-def _base_of(adapters: Path) -> str:
+def base_of(adapters: Path) -> str:
     """Folder of the model that the adapters belong to."""
     settings = read_object(adapters / _SETTINGS, strict=False)
     if (settings.get("peft_type"), settings.get("task_type")) != ("LORA", "CAUSAL_LM"):

@@ -34,12 +34,12 @@ from poise.models.reward_model import files_of
 from poise.models.row_check import row_check_of
 from poise.policy.config import Config
 from poise.policy.formats import BenchmarkRow, StepRow
-from poise.policy.loop import Training
+from poise.policy.loop import Training, cut_off, note_of
 from poise.policy.reward import PolicyReward
 from poise.policy.sampling import sample_policy
 from poise.runtime import distributed as processes
 from poise.runtime.folders import refuse_deleted
-from poise.runtime.progress import finish_the_step, progress
+from poise.runtime.progress import console, finish_the_step, progress
 from poise.runtime.records import read_rows, undefined_as_none
 from poise.runtime.run_folder import (
     Inputs,
@@ -56,6 +56,8 @@ from poise.runtime.trackers import Track, tracked
 
 __all__ = ["Config", "run"]
 
+GROWS = ("num_steps",)  # a finished run of fewer steps goes on
+
 
 def run(config: Config, given: RobustReward | None = None) -> Run:
     """Train, resuming from the last checkpoint if there is one. A finished run is returned unchanged.
@@ -67,8 +69,9 @@ def run(config: Config, given: RobustReward | None = None) -> Run:
     config = config.for_command()
     named = given is None or isinstance(given.given, str)
     (config if named else dataclasses.replace(config, objective="mean")).check()  # a function's name says nothing
-    out = _open(config)
-    if out.results is not None:
+    out = Run(Path(config.output))
+    out.check_config(config, GROWS)
+    if out.results is not None and not out.differs(config):
         return out
     check = row_check_of(config.model)
     prompts = read_prompts(config.prompts, config.on_bad_row, check)
@@ -78,6 +81,10 @@ def run(config: Config, given: RobustReward | None = None) -> Run:
             f"{config.prompts} has {len(prompts)} prompts, --prompts-per-step is {config.prompts_per_step}"
         )
     check_room(config.model, [*prompts, *eval_prompts], config.max_tokens)
+    if out.results is not None:
+        _say_extended(config, out)
+    processes.wait()  # until all have looked at what the folder holds
+    out = _open(config)
     started = time.monotonic()
     train = _ppo if config.algorithm == "ppo" else _by_trl
     with tracked(config.trackers, out.folder, config_dict(config)) as track:
@@ -120,7 +127,7 @@ def _ppo(
                 step = training.step  # a rollback may change it
                 metrics = training.one_step()
                 track(metrics, step)
-                advance(1, f"reward {metrics['reward']:+.2f}  KL {metrics['kl']:.1f}")
+                advance(1, note_of(metrics))
                 if processes.total(torch.tensor(float(asked_to_stop()))):  # if any process got a signal, all stop
                     training.save()
                     raise KeyboardInterrupt
@@ -191,7 +198,9 @@ def _by_trl(
             out.log(**metrics)
             track(metrics, metrics["step"])
             steps.append(metrics["step"])
-            advance(1, f"reward {metrics['reward']:+.2f}  KL {metrics.get('kl', 0.0):.1f}")
+            advance(1, note_of(metrics))
+            if metrics["step"] == 0 and metrics.get("ended") == 0.0:
+                console.print(cut_off(config.max_tokens, config.reward))
 
         torch.manual_seed(config.seed)  # initial adapters
         trl_train.train(settings, reward, *load_policy(config.model), prompts, out.folder, on_step, [callback])
@@ -204,10 +213,23 @@ def _by_trl(
     return policy, done, {"steps": len(out.metrics()), "alarms": alarms}
 
 
+def _say_extended(config: Config, out: Run) -> None:
+    """Say that a finished run goes on, and where that is no longer run; PoiseError if an alarm ended it."""
+    if any(alarm.get("action") in ("stop", "rollback") for alarm in (out.results or {}).get("alarms", [])):
+        raise PoiseError(f"{out.folder} was ended by an alarm of the monitor; more --num-steps do not make it go on")
+    if is_main_process():
+        console.print(f"{out.folder} is finished; it goes on to {config.num_steps} steps")
+        if config.final_parameter is not None:
+            console.print(
+                "--final-parameter moves the objective over all steps, and the earlier ones moved as for the smaller "
+                "number: the result is not that of one run of this length"
+            )
+
+
 def _open(config: Config) -> Run:
     """The run folder. The main process creates it."""
     if is_main_process():
-        Run.open(config.output, config, lambda: _inputs(config))
+        Run.open(config.output, config, lambda: _inputs(config), GROWS)
     processes.wait()
     return Run(Path(config.output))
 

@@ -32,6 +32,7 @@ STYLES = (
     Style("#b07c00", "-", "v"), Style("#3a96c9", "--", "P"),
 )  # fmt: skip
 GRAY = "#666666"
+ALARM = "#a3180b"
 
 LOOK = {
     "font.family": "sans-serif", "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold",
@@ -41,6 +42,13 @@ LOOK = {
     "svg.fonttype": "none",  # text stays text: small, crisp and searchable
 }  # fmt: skip
 
+
+# Colors of a figure on a page, as variables of page.css: a page has a dark mode, and its charts follow it.
+_ON_PAGES = {style.color: f"var(--series-{i}, {style.color})" for i, style in enumerate(STYLES)} | {
+    GRAY: f"var(--muted, {GRAY})", "#e4e4e4": "var(--grid, #e4e4e4)", "#000000": "var(--ink, #000000)",
+    "#ffffff": "var(--paper, #ffffff)", ALARM: f"var(--alarm, {ALARM})",
+}  # fmt: skip
+_COLOR = re.compile("|".join(_ON_PAGES))
 
 # ---- output ----
 
@@ -53,11 +61,12 @@ def look(identifier: str) -> Iterator[None]:
 
 
 def svg(figure: Figure, identifier: str) -> str:
-    """The <svg> element alone, undated, every id made unique on the page by `identifier`."""
+    """The <svg> element alone, undated, every id made unique on the page by `identifier`, in the page's colors."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = buffer.getvalue()
-    return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{identifier}-", text[text.index("<svg") :])
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{identifier}-", text[text.index("<svg") :])
+    return _COLOR.sub(lambda found: _ON_PAGES[found[0]], text)
 
 
 def save_png(figure: Figure, path: str | Path) -> None:

@@ -6,6 +6,7 @@ folders of this machine.
 
 import json
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from poise.functional.objectives import RewardScale
@@ -13,7 +14,7 @@ from poise.models.loading import HfTokenizer, load_tokenizer
 from poise.models.model_card import front_matter, is_hub_id, public_name
 from poise.policy.formats import Outcome
 from poise.runtime.display import markdown_cell, markdown_code, on_one_line
-from poise.runtime.run_folder import Json, Run, versions_of, write_atomic
+from poise.runtime.run_folder import Json, Run, load_config_file, versions_of, write_atomic
 
 AFTER_ALARM = {
     "log": "Training went on all the same",
@@ -40,22 +41,46 @@ def write_card(out: Run, settings: Json, unread: Collection[str] = ()) -> None:
     write_atomic(out.folder / "policy" / "README.md", card(tokenizer, settings, results, versions, unread))
 
 
-def card(tokenizer: HfTokenizer, settings: Json, results: Json, versions: Json, unread: Collection[str] = ()) -> str:
+def write_merged_card(policy: Path, target: Path) -> None:
+    """README.md of a model that the adapters of a run's policy were folded into; nothing for a policy of no run.
+
+    policy: the run, or the policy folder in it.
+    """
+    out = next((Run(path) for path in (policy, policy.parent) if (path / "policy").is_dir()), None)
+    if out is None or out.results is None:
+        return
+    settings = load_config_file(out.folder / "config.yaml")
+    text = card(load_tokenizer(str(target)), settings, out.results, {}, merged=True)
+    write_atomic(target / "README.md", text)
+
+
+def card(
+    tokenizer: HfTokenizer,
+    settings: Json,
+    results: Json,
+    versions: Json,
+    unread: Collection[str] = (),
+    *,
+    merged: bool = False,
+) -> str:
     """The card's text.
 
     settings: the config of the training; versions: of the packages; unread: settings to leave out.
+    merged: the adapters have been folded into the model.
     """
+    whole = merged or settings["tune"] != "lora"
+    folded = ", folded into it" if merged and settings["tune"] == "lora" else ""
     algorithm, reward = settings["algorithm"].upper(), markdown_code(public_name(settings["reward"]))
     sections = [
         f"# Policy trained by {algorithm}",
         _alarms(settings, results),
-        f"{_what(settings)}, trained by {algorithm} to please the reward model {reward} "
+        f"{_what(settings)}{folded}, trained by {algorithm} to please the reward model {reward} "
         f"({results['num_heads']} head{'s' * (results['num_heads'] > 1)}, "
         f"objective {markdown_code(settings['objective'])}, kl_coef {settings['kl_coef']:g}).",
         "## What it is not",
         _limits(settings),
         "## Reading it",
-        _snippet(settings, tokenizer),
+        _snippet(settings, tokenizer, whole),
         "## What came out",
         _outcome(settings, results),
         "## The reward's scale",
@@ -66,16 +91,16 @@ def card(tokenizer: HfTokenizer, settings: Json, results: Json, versions: Json, 
         if versions
         else "",
     ]
-    return _front_matter(settings) + "\n" + "\n\n".join(filter(None, sections)) + "\n"
+    return _front_matter(settings, whole) + "\n" + "\n\n".join(filter(None, sections)) + "\n"
 
 
 # ---- sections ----
 
 
-def _front_matter(settings: Json) -> str:
+def _front_matter(settings: Json, whole: bool) -> str:
     return front_matter(
         settings["model"] if is_hub_id(settings["model"]) else "",
-        library="peft" if settings["tune"] == "lora" else "transformers",
+        library="transformers" if whole else "peft",
         task="text-generation",
         tags=("poise", "reward-robust-rlhf", settings["algorithm"]),
     )
@@ -116,8 +141,8 @@ def _limits(settings: Json) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _snippet(settings: Json, tokenizer: HfTokenizer) -> str:
-    if settings["tune"] == "lora":
+def _snippet(settings: Json, tokenizer: HfTokenizer, whole: bool) -> str:
+    if not whole:
         hub = is_hub_id(settings["model"])
         base = json.dumps(settings["model"]) if hub else 'PeftConfig.from_pretrained(".").base_model_name_or_path'
         imports = f"from peft import {'PeftModel' if hub else 'PeftConfig, PeftModel'}\n"

@@ -22,7 +22,6 @@ from markupsafe import Markup
 
 from poise.errors import PoiseError, first_line
 from poise.reports import plots
-from poise.reports.config import ReportConfig as Config
 from poise.runtime.display import visible, visible_values
 from poise.runtime.records import Json, read_object
 from poise.runtime.run_folder import write_atomic
@@ -35,13 +34,6 @@ REWARD_MODELS = {
     "brme": "Gaussian heads fitted to it",
     "posterior": "heads drawn from its posterior",
 }
-
-
-def run(config: Config) -> None:
-    """Build the page and say where it is."""
-    print(build(config.folder))
-    if config.png:
-        save_png(config.folder, config.png)
 
 
 class Study(NamedTuple):
@@ -84,11 +76,14 @@ def one_line_if_damaged(build: Callable[[str | Path], Path]) -> Callable[[str | 
 @one_line_if_damaged
 def build(folder: str | Path) -> Path:
     """Write FOLDER/report.html and return its path. PoiseError if the folder is not a finished quickstart."""
-    study = read_study(folder)
-    page = page_template("quickstart.html.j2").render(_page(study))
     path = Path(folder) / "report.html"
-    write_atomic(path, page)
+    write_atomic(path, html(folder))
     return path
+
+
+def html(folder: str | Path) -> str:
+    """The page as text."""
+    return page_template("quickstart.html.j2").render(_page(read_study(folder)))
 
 
 def save_png(folder: str | Path, path: str | Path) -> None:

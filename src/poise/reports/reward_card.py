@@ -57,7 +57,7 @@ COIN = (
 def write_cards(out: Run, settings: Json) -> None:
     """The card of every reward model of a run; weights are not touched. `settings` as for `write_card`."""
     for name in WHAT:
-        if is_main_process() and (out.folder / name / "config.json").exists():
+        if (out.folder / name / "config.json").exists():
             write_card(out, settings, name)
 
 

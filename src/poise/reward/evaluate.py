@@ -62,7 +62,7 @@ def run(config: Config) -> Run:
             write_jsonl(done.with_suffix(".jsonl"), rows)
             write_json(done, results)
         rewards.append(read_object(done, Evaluated))
-        console.print(f"{path}: {_in_short(rewards[-1])}")
+        console.print(f"{path}: {in_short(rewards[-1])}")
     units = {"file": questions.unit, **({"ood": ood.unit} if ood else {})}
     kept = (list(read_rows(out.folder / f"reward-{number}.jsonl")) for number in range(1, len(rewards) + 1))
     out.finish(
@@ -138,7 +138,7 @@ def _learning(path: str, layout: HeadLayout) -> Json | None:
     return {"stage2_history": results["stage2_history"], "std_collapsed": bool(results.get("std_collapsed"))}
 
 
-def _in_short(results: Json) -> str:
+def in_short(results: Json) -> str:
     """One line for the terminal."""
     if pairs := results.get("pairs"):
         return f"{pairs['accuracy']:.1%} of {pairs['num_pairs']} pairs, the longer text {pairs['length_accuracy']:.1%}"

@@ -63,6 +63,8 @@ def run(config: Config) -> Path:
             (scratch / REFERENCE).parent.mkdir()
             shutil.copyfile(own_file(source, REFERENCE), scratch / REFERENCE)
         settings.num_labels = exported.num_labels
+        settings.id2label = dict(enumerate(exported.label_names))
+        settings.label2id = {name: number for number, name in enumerate(exported.label_names)}
         settings.poise = asdict(exported)
         setattr(settings, _MARK, {"scalar": config.scalar, "head": config.head, "engine": config.engine})
         settings.save_pretrained(scratch)

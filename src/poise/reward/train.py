@@ -16,6 +16,7 @@ feature cache.
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +24,8 @@ from poise.data.evaluation_sets import Item, Questions
 from poise.data.types import Preference
 from poise.errors import PoiseError
 from poise.functional.objectives import mean
-from poise.models.loading import HfModel, frozen_dtype, resolve_model
+from poise.models.chat_format import encode_conversation
+from poise.models.loading import HfModel, HfTokenizer, frozen_dtype, resolve_model
 from poise.models.reward_model import HeadLayout, load_trunk, save_reward_model, with_heads
 from poise.models.row_check import row_check_of
 from poise.models.scorer import FeatureExtractor, Scorer
@@ -47,6 +49,8 @@ from poise.runtime.folders import refuse_deleted
 from poise.runtime.progress import console
 from poise.runtime.run_folder import Inputs, Json, Run, is_main_process
 
+_MEASURED = 500  # pairs whose answers' lengths are taken
+
 __all__ = ["Config", "heads_in_memory", "pair_features", "run", "trunk_source"]
 
 
@@ -55,10 +59,12 @@ def run(config: Config) -> Run:
     config = config.for_command()
     config.check()
     launched_processes()  # refuses an environment in which no process would save
-    out = Run.open(config.output, config, lambda: _inputs(config))
+    out = Run(Path(config.output))
+    out.check_config(config)
     if out.results is not None:
         return out
-    split = read(config)
+    split = read(config)  # what is wrong with the data comes before the folder
+    out = Run.open(config.output, config, lambda: _inputs(config))
     console.print(f"reward model: {split}")
     extract = make_trunk(config, out.folder, split)
     trained, held_features = fit_heads(config, out.folder, split, extract)
@@ -202,6 +208,13 @@ def _judge_one(scorer: Scorer, held: FeaturePairs, preferences: list[Preference]
 # ---- the run folder ----
 
 
+def _lengths(tokenizer: HfTokenizer, preferences: list[Preference]) -> Json:
+    """Tokens of the answers people chose, of every so many pairs: what a policy's completions should have room for."""
+    some = preferences[:: max(len(preferences) // _MEASURED, 1)]
+    lengths = np.array([len(encode_conversation(tokenizer, one.prompt, one.chosen)[1]) for one in some])
+    return {"median": int(np.median(lengths)), "p90": int(np.ceil(np.quantile(lengths, 0.9)))}
+
+
 def _save(out: Run, split: PreferenceSplit, extract: FeatureExtractor, trained: HeadTraining, judged: Json) -> None:
     """Write every model, then the results; the checkpoints of trunks that are finished are deleted."""
     collapsed = std_collapsed(trained.history)
@@ -222,6 +235,7 @@ def _save(out: Run, split: PreferenceSplit, extract: FeatureExtractor, trained: 
             "num_preferences": len(split.preferences), "num_train": len(split.train),
             "num_validation": len(split.validation),
             "split": dict(zip(("unit", "num_train", "num_validation"), (split.unit, *split.num_units), strict=True)),
+            "chosen_tokens": _lengths(extract.tokenizer, split.preferences),
             "num_truncated": extract.num_truncated, "num_layers": extract.classifier.config.num_hidden_layers,
             "prior_precision": trained.precision, "stage1_reward_std": trained.models["single"].layout.reward_scale,
             "stage2_history": trained.history, "std_collapsed": collapsed, "models": judged,

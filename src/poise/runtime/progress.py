@@ -4,6 +4,7 @@ import contextlib
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import IO, Any, cast
 
@@ -50,12 +51,13 @@ class PlainConsole(Console):
 
 
 console = PlainConsole()
+_SECONDS_BETWEEN_LINES = 60.0  # in a pipe or a file, where no bar is seen
 _parts_of_another = 0
 
 
 @contextlib.contextmanager
 def progress(label: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
-    """Yield `advance(count, note="")`. On a terminal a live bar; in a log file one line when the stage ends.
+    """Yield `advance(count, note="")`. On a terminal a live bar; in a log file a line a minute, and one at the end.
 
     Of several processes the first one shows it.
     """
@@ -65,11 +67,16 @@ def progress(label: str, total: int, done: int = 0) -> Iterator[Callable[..., No
     )  # fmt: skip
     with Progress(*columns, console=console, disable=process_index() > 0 or _parts_of_another > 0) as bar:
         task = bar.add_task(visible(label), total=total, completed=done, note="")
+        said = time.monotonic()
 
         def advance(count: int = 1, note: str = "") -> None:
+            nonlocal said
             bar.advance(task, count)
             if note:
                 bar.update(task, note=note)
+            if not console.is_terminal and not bar.disable and time.monotonic() - said >= _SECONDS_BETWEEN_LINES:
+                said = time.monotonic()
+                console.print(f"{label} {bar.tasks[0].completed:.0f}/{total} {note}".rstrip())
 
         yield advance
 

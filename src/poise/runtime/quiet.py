@@ -19,6 +19,8 @@ def quiet_loading() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
+            # PEFT, of a base model whose config it cannot fetch; the vocabulary is never changed here.
+            warnings.filterwarnings("ignore", message="Could not find a config file in")
             yield
     finally:
         logger.setLevel(level)

@@ -15,7 +15,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,9 @@ import yaml
 from poise.errors import PoiseError, first_line
 from poise.runtime import inputs as run_inputs
 from poise.runtime.folders import (
+    MARK,
     clear_leftovers,
+    is_leftover,
     lock,
     own,
     partial_name,
@@ -47,6 +49,13 @@ class _Step:
 
     step: WholeNumber
 
+_OF_JOBS = {MARK, ".lock", "error.txt", "error.txt.part", "log.txt", "cost.json"}  # see jobs.py
+# What a run, or a job of a study, writes before there is a checkpoint or a result.
+_BEFORE_ANY_WORK = _OF_JOBS | {
+    "config.yaml", "environment.json", run_inputs.FILE, "report.html", "metrics.jsonl", "samples.jsonl", "scale.json",
+    "baselines.jsonl", "benchmarks.jsonl",
+}  # fmt: skip
+
 
 class Run:
     """One run folder. `Run.open` starts it, or finds it as it was left."""
@@ -55,41 +64,76 @@ class Run:
         self.folder = folder
 
     @classmethod
-    def open(cls, folder: str | Path, config: Any, inputs: Callable[[], Inputs] | None = None) -> "Run":
+    def open(
+        cls,
+        folder: str | Path,
+        config: Any,
+        inputs: Callable[[], Inputs] | None = None,
+        grows: Collection[str] = (),
+    ) -> "Run":
         """Open `folder` for `config` (a dataclass), creating it if need be, and be the one process that writes in it.
 
         inputs: called for the files and model folders that the run reads; not called for a finished run.
+        grows: numbers of which a run may take more than it was begun with. A finished run then goes on.
+        A folder in which a run of another config left neither results nor checkpoints is taken over.
         A setting that the folder's config.yaml lacks, being of an earlier version, had the default it has now.
         Raises PoiseError if the folder holds something else, a run of another config or with other inputs, or if
         another process writes in it: results never mix.
         """
         run = cls(Path(folder))
-        run.check_config(config)
-        if run.results is None:  # a finished run keeps the record of what made it
+        run.check_config(config, grows)
+        if run.results is None or run.differs(config):  # a finished run keeps the record of what made it
             own(run.folder)
             if is_main_process():
                 lock(run.folder)
+                run.check_config(config, grows)
+                if run._is_bare:
+                    run._begin_anew()
                 record_inputs(run.folder, inputs)
+                if run.differs(config):  # it is extended
+                    (run.folder / "results.json").unlink(missing_ok=True)
             run.write_config(config)
         return run
 
-    def check_config(self, config: Any) -> None:
-        """Raise PoiseError if the folder holds a run of another config, or something else than a run."""
-        path = self.folder / "config.yaml"
-        if path.exists():
-            changed = _changed_fields(_defaults(config) | load_config_file(path), config_dict(config))
-            if changed:
-                raise PoiseError(
-                    f"{self.folder} holds a run of another config (differs in {', '.join(changed)}); "
-                    f"choose another --output or delete the folder"
-                )
-        else:
+    def check_config(self, config: Any, grows: Collection[str] = ()) -> None:
+        """Raise PoiseError if the folder holds work of a run of another config, or something else than a run.
+
+        grows: as of `open`.
+        """
+        if not (self.folder / "config.yaml").exists():
             refuse_foreign(self.folder)
+        elif (changed := self.differs(config)) and not self._is_bare and not self._extends(config, changed, grows):
+            raise PoiseError(
+                f"{self.folder} holds a run of another config (differs in {', '.join(changed)}); "
+                f"choose another --output or delete the folder"
+            )
+
+    def differs(self, config: Any) -> list[str]:
+        """Names of the settings in which the run in the folder differs from `config`; [] if there is no run."""
+        path = self.folder / "config.yaml"
+        if not path.exists():
+            return []
+        return _changed_fields(_defaults(config) | load_config_file(path), config_dict(config))
+
+    @property
+    def _is_bare(self) -> bool:
+        """Holds the folder only what a run writes before its first checkpoint?"""
+        paths = [path for path in self.folder.iterdir() if not is_leftover(path.name)]
+        return all(path.name in _BEFORE_ANY_WORK and path.is_file() for path in paths)
+
+    def _extends(self, config: Any, changed: list[str], grows: Collection[str]) -> bool:
+        before, now = load_config_file(self.folder / "config.yaml"), config_dict(config)
+        return set(changed) <= set(grows) and all(now[name] > before.get(name, now[name]) for name in changed)
+
+    def _begin_anew(self) -> None:
+        """Delete what a run without a checkpoint left. The caller holds the lock."""
+        for name in _BEFORE_ANY_WORK - _OF_JOBS:
+            (self.folder / name).unlink(missing_ok=True)
 
     def write_config(self, config: Any) -> None:
         """Write config.yaml, unless it is there, and environment.json."""
         path = self.folder / "config.yaml"
-        if not path.exists():
+        if not path.exists() or self.differs(config):
             write_atomic(path, yaml.safe_dump(config_dict(config), sort_keys=False))
         write_atomic(self.folder / "environment.json", json.dumps(environment(), indent=2))
 

@@ -86,9 +86,9 @@ class Rows:
 
 @dataclass(frozen=True)
 class ModelPath:
-    """Marks a setting that names models: language models, or reward models."""
+    """Marks a setting that names models: language models, reward models, or what stands for human judgment."""
 
-    kind: Literal["language model", "reward model"]
+    kind: Literal["language model", "reward model", "gold"]
 
 
 Count = Annotated[int, at_least(1)]
@@ -103,6 +103,7 @@ Bounded = Annotated[float, between(-HUGE, HUGE)]
 Seed = Annotated[int, at_least(0, LARGEST)]
 Language = Annotated[str, ModelPath("language model")]
 Reward = Annotated[str, ModelPath("reward model")]
+Gold = Annotated[str, ModelPath("gold")]
 Preferences = Annotated[str, Rows("preferences")]
 Prompts = Annotated[str, Rows("prompts")]
 

@@ -4,13 +4,15 @@ One pool of the initial policy's completions is scored once by every reward mode
 runs; from those scores best-of-n and the exactly tilted policy pi ~ pi_0 exp(r / beta) follow for any objective in
 milliseconds.
 
-    RUN/pool.jsonl          prompt, completion, gold, judge: the fingerprint of that gold
+    RUN/pool.jsonl          prompt, completion; with --gold also gold, judge: the fingerprint of that gold
+    RUN/selected.jsonl      per objective and prompt, by the first reward run: best, reward, runner_up, runner_up_reward
     RUN/heads/…             every head's mean and std, per reward model
     RUN/results.json        per objective: gold and proxy against KL with 95 % intervals over prompts and reward-model
-                            runs, fitted laws, peak, final and fall of gold, and differences from the first objective
+                            runs, fitted laws, peak, final and fall of gold, and differences from the first objective;
+                            without --gold the proxy alone
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
 
@@ -27,23 +29,37 @@ from poise.runtime.records import read_rows
 from poise.runtime.run_folder import Inputs, Json, Run, write_jsonl
 from poise.studies.config import BestOfNConfig as Config
 from poise.studies.gold import label_with_gold
-from poise.studies.pool import PoolHeads, PoolRow, compare_choices, prompt_key, prompt_label, sample_pool, score_pool
+from poise.studies.pool import (
+    PoolHeads,
+    PoolRow,
+    compare_choices,
+    prompt_key,
+    prompt_label,
+    proxies,
+    sample_pool,
+    score_pool,
+)
 
 
 def run(config: Config) -> Run:
     """Sample, score, select; a finished run is returned as it is, a sampled pool is not sampled again."""
     config.check()
     choices = {text: Choice.parse(text) for text in config.objectives}
-    out = Run.open(config.output, config, lambda: inputs_of(config))
+    out = Run(Path(config.output))
+    out.check_config(config)
     if out.results is not None:
         return out
+    pool_prompts(config.prompts, config.on_bad_row)  # what is wrong with them comes before the folder
+    out = Run.open(config.output, config, lambda: inputs_of(config))
     pool = make_pool(out.folder, config)
     heads = []
     for number, folder in enumerate(config.reward):
         names = dict.fromkeys(choice.reward for choice in choices.values())
         scored = score_pool(out.folder, pool, {f"{number}-{name}": str(Path(folder) / name) for name in names})
         heads.append({name: scored[f"{number}-{name}"] for name in names})
-    out.finish(summarize(pool, config.per_prompt, choices, heads))
+    write_jsonl(out.folder / "selected.jsonl", list(selected(pool, config.per_prompt, choices, heads[0])))
+    found = summarize(pool, config.per_prompt, choices, heads)
+    out.finish(found if config.gold else _without_gold(found))
     return out
 
 
@@ -60,15 +76,49 @@ def inputs_of(config: Config) -> Inputs:
 
 
 def make_pool(folder: Path, config: Config) -> list[Json]:
-    """Rows of the pool in `folder`, with gold; sampled if the file is missing, and relabeled if the gold is another."""
+    """Rows of the pool in `folder`; sampled if the file is missing, and relabeled if the gold is another."""
     path = folder / "pool.jsonl"
     if not path.exists():
         prompts = pool_prompts(config.prompts, config.on_bad_row)
         write_jsonl(path, sample_pool(config.model, prompts, config.per_prompt, config.max_tokens, config.seed))
     rows = list(read_rows(path, PoolRow))
-    if label_with_gold(rows, config.gold):
+    if config.gold and label_with_gold(rows, config.gold):
         write_jsonl(path, rows)
     return rows
+
+
+def selected(
+    pool: Sequence[Json], per_prompt: int, choices: Mapping[str, Choice], heads: Mapping[str, PoolHeads]
+) -> Iterator[Json]:
+    """Of each objective and prompt, the completion with the highest reward and the next one; the first of equal ones.
+
+    heads: the scores of one run's reward models. Rewards are centered and scaled on the pool, as best-of-n takes them.
+    """
+    for name, choice in choices.items():
+        scores = proxies(choice, [heads], per_prompt)[0]
+        for number, own in enumerate(scores):
+            best, second = np.argsort(-own, kind="stable")[:2]
+            rows = pool[number * per_prompt : (number + 1) * per_prompt]
+            yield {
+                "objective": name, "prompt": rows[0]["prompt"], "best": rows[best]["completion"],
+                "reward": float(own[best]), "runner_up": rows[second]["completion"],
+                "runner_up_reward": float(own[second]),
+            }  # fmt: skip
+
+
+def _without_gold(results: Json) -> Json:
+    """The results less all that gold would have said."""
+    curves = [
+        {
+            key: [{name: value for name, value in point.items() if not name.startswith("gold")} for point in points]
+            if key in ("best_of_n", "tilted")
+            else points
+            for key, points in curve.items()
+            if key not in ("fits", "measures", "initial_gold")
+        }
+        for curve in results["curves"]
+    ]
+    return {key: value for key, value in results.items() if key != "initial_gold"} | {"curves": curves}
 
 
 def pool_prompts(path: str, on_bad_row: OnBadRow = "error") -> list[Prompt]:
@@ -90,9 +140,9 @@ def summarize(
 ) -> Json:
     """Curves of every choice over a pool scored by several runs, rows grouped by prompt.
 
-    heads: per run, the scores of each of its reward models.
+    heads: per run, the scores of each of its reward models. A row without gold counts as 0.
     """
-    gold = np.array([row["gold"] for row in pool]).reshape(-1, per_prompt)
+    gold = np.array([row.get("gold", 0.0) for row in pool]).reshape(-1, per_prompt)
     curves = [
         {"name": name, "label": name, "reward": choices[name].reward, "objective": choices[name].objective} | judged
         for name, judged in compare_choices(gold, heads, choices).items()

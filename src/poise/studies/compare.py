@@ -1,7 +1,7 @@
-"""Finished policies side by side, scored by gold. No other module reads gold of trained policies.
+"""Finished policies side by side, scored by gold if there is one. No other module reads gold of trained policies.
 
 RUN/results.json   per arm: gold, proxy, KL and heads per step; final gold with intervals; differences between
-                   arms; completions, most over-scored first
+                   arms; completions, most over-scored first. Without gold: what is left of it, highest proxy first
 """
 
 from pathlib import Path
@@ -25,21 +25,21 @@ NUM_SHOWN = 24
 def run(config: Config) -> Run:
     """Read the arms' completions, score them by gold, compare. Takes seconds; always done anew."""
     config.check()
-    out = Run.open(config.output, config)
     labels = config.labels or tuple(Path(arm).name for arm in config.arms)
     finals = [_final(Path(arm), config.gold) for arm in config.arms]
     by_prompt = [_gold_by_prompt(rows) for rows in finals]
     if any(golds.keys() != by_prompt[0].keys() for golds in by_prompt):
         raise PoiseError("the arms were not evaluated on the same prompts")
+    out = Run.open(config.output, config)
     arms = [
         _arm(Path(arm), label, rows, config.gold) for arm, label, rows in zip(config.arms, labels, finals, strict=True)
     ]
     per_prompt = len(finals[0]) // len(by_prompt[0])
     initial = _initial(Path(config.pool), per_prompt, config.gold) if config.pool else {}
-    for arm in arms if initial else []:
+    for arm in arms if "gold" in initial else []:
         arm |= {"initial_gold": initial["gold"], "initial_gold_std": initial["gold_std"]}
     differences = []
-    for arm, golds in zip(arms[1:], by_prompt[1:], strict=True):
+    for arm, golds in zip(arms[1:], by_prompt[1:], strict=True) if config.gold else []:
         paired = np.array([golds[prompt] - by_prompt[0][prompt] for prompt in golds])
         difference: Json = {"arm": arm["name"], "against": arms[0]["name"], "num_prompts": len(paired)}
         differences.append(difference | {"gold": float(paired.mean()), "interval": bootstrap_interval(paired)})
@@ -54,6 +54,8 @@ def _initial(pool: Path, per_prompt: int, gold: str) -> Json:
     """The initial policy on the same prompts; variety is counted on as many completions as the arms have."""
     rows = list(read_rows(pool / "pool.jsonl", PoolRow))
     texts = [row["completion"] for part in _by_prompt(rows).values() for row in part[:per_prompt]]
+    if not gold:
+        return {"distinct_bigrams": distinct_bigrams(texts)}
     label_with_gold(rows, gold)  # the pool may have labels of another gold
     golds = np.array([row["gold"] for row in rows])
     return {"gold": float(golds.mean()), "gold_std": _std(golds), "distinct_bigrams": distinct_bigrams(texts)}
@@ -66,9 +68,14 @@ def _final(arm: Path, gold: str) -> list[Json]:
     rows = list(read_rows(path, FinalRow))
     if not rows:
         raise PoiseError(f"{path} holds no completions")
-    for row, value in zip(rows, gold_of(rows, gold), strict=True):
+    for row, value in zip(rows, _gold_of(rows, gold), strict=True):
         row["gold"] = float(value)
     return rows
+
+
+def _gold_of(rows: list[Json], gold: str) -> ndarray:
+    """NaN for every row where there is no gold: results.json has null in its place."""
+    return gold_of(rows, gold) if gold else np.full(len(rows), np.nan)
 
 
 def _by_prompt(rows: list[Json]) -> dict[str, list[Json]]:
@@ -90,13 +97,13 @@ def _arm(folder: Path, label: str, final: list[Json], gold: str) -> Json:
     if not metrics or {step["step"] for step in metrics} != {row["step"] for row in samples}:
         raise PoiseError(f"{folder}: metrics.jsonl and samples.jsonl are not of the same steps; it cannot be compared")
     golds: dict[int, list[float]] = {}
-    for row, value in zip(samples, gold_of(samples, gold), strict=True):
+    for row, value in zip(samples, _gold_of(samples, gold), strict=True):
         golds.setdefault(row["step"], []).append(float(value))
     steps = [
         {
             "step": step["step"], "kl": step.get("kl"), "proxy": step["reward"],
-            "gold": float(np.mean(golds[step["step"]])), "disagreement": step["disagreement"],
-            "gap": step["gap"], "routing_std": step["routing_std"], "heads": step["heads"],
+            "gold": float(np.mean(golds[step["step"]])),
+            **{name: step.get(name) for name in ("disagreement", "gap", "routing_std", "heads")},
         }
         for step in metrics
     ]  # fmt: skip
@@ -113,7 +120,7 @@ def _arm(folder: Path, label: str, final: list[Json], gold: str) -> Json:
         "name": folder.name.removeprefix("policy-"), "label": label, "objective": settings["objective"],
         "reward": Path(settings["reward"]).name, "kl_coef": settings["kl_coef"], "steps": steps,
         "final": {
-            "gold": final_gold, "interval": bootstrap_interval(by_prompt),
+            "gold": final_gold, "interval": bootstrap_interval(by_prompt) if gold else None,
             "proxy": float(np.mean([row["reward"] for row in final])),
             "kl": float(np.mean([row["kl"] for row in final])),
             "distinct_bigrams": distinct_bigrams([row["completion"] for row in final]),
@@ -137,7 +144,8 @@ def _moving_average(values: ndarray, width: int = 3) -> ndarray:
 
 
 def _side_by_side(names: list[str], finals: list[list[Json]]) -> list[Json]:
-    """One completion of each arm per evaluation prompt, sorted by how much the first arm's proxy over-scores its own.
+    """One completion of each arm per evaluation prompt, sorted by how much the first arm's proxy over-scores its own;
+    without gold by that proxy.
 
     over_scored: standardized proxy minus standardized gold, both over all final completions of the arm and, for the
     comparison to mean something, of the other arms too.
@@ -147,9 +155,9 @@ def _side_by_side(names: list[str], finals: list[list[Json]]) -> list[Json]:
     first = [(prompt, number) for prompt, rows in by_prompt[0].items() for number in range(len(rows))]
     rows = [by_prompt[0][prompt][number] for prompt, number in first]
     proxy = np.array([row["reward"] for row in rows])
-    gap = (proxy - proxy.mean()) / max(proxy.std(), 1e-9) - (
-        np.array([row["gold"] for row in rows]) - gold.mean()
-    ) / max(gold.std(), 1e-9)
+    gap = (proxy - proxy.mean()) / max(proxy.std(), 1e-9)
+    if np.isfinite(gold).all():
+        gap -= (np.array([row["gold"] for row in rows]) - gold.mean()) / max(gold.std(), 1e-9)
     shown: dict[str, Json] = {}
     for i in np.argsort(-gap):
         prompt, number = first[i]

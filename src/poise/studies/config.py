@@ -22,6 +22,7 @@ from poise.runtime.jobs import Job
 from poise.runtime.run_folder import Json, config_dict
 from poise.runtime.settings import (
     Count,
+    Gold,
     Language,
     NotNegative,
     Preferences,
@@ -35,6 +36,8 @@ from poise.runtime.settings import (
     sized,
 )
 from poise.studies.arms import ARMS
+
+REVIEWS = "reviews"  # as a --gold: the rules of gold.py
 
 # Settings that may change when a study goes on: what they already made is kept.
 GROWS = {
@@ -156,9 +159,9 @@ class BestOfNConfig(Settings):
     """Completions per prompt."""
     max_tokens: Count = 20
     """Longest completion, in tokens."""
-    gold: Reward = ""
-    """Reward model that serves as gold, the reference score that stands for human judgment; it must be trained on other
-    data. Default: rules that score short reviews."""
+    gold: Gold = ""
+    """Gold, the reference score that stands for human judgment: a reward model trained on other data, or `reviews`, for
+    rules that score short film and product reviews and nothing else. Default: no gold."""
     on_bad_row: OnBadRow = "error"
     """`skip` sets bad rows aside in a file beside the data."""
     seed: Seed = 0
@@ -178,16 +181,17 @@ class BestOfNConfig(Settings):
 
 @dataclass(frozen=True)
 class CompareConfig(Settings):
-    """Finished policies side by side, scored by gold: a reference that stands for human judgment."""
+    """Finished policies side by side, scored by gold if there is one: a reference that stands for human judgment."""
 
     arms: tuple[str, ...]
     """`poise train-policy` run folders of the same evaluation prompts; differences are taken against the first."""
     labels: tuple[str, ...] = ()
     """What to call each arm; default: its folder's name."""
     pool: str = ""
-    """A `poise best-of-n` run on the evaluation prompts: the initial policy's gold."""
-    gold: Reward = ""
-    """Reward model that serves as gold, trained on data no arm has seen; default: rules that score short reviews."""
+    """A `poise best-of-n` run on the evaluation prompts: what the initial policy wrote, and its gold."""
+    gold: Gold = ""
+    """Gold: a reward model trained on data that no arm has seen, or `reviews`, rules that score short film and product
+    reviews and nothing else. Default: no gold; the policies are compared by their own rewards, KL and texts."""
     output: str = "runs/comparison"
     """Run folder to write."""
 

@@ -34,18 +34,19 @@ from poise.models.reward_model import heads_fingerprint
 from poise.models.scorer import Scorer, generated
 from poise.runtime.progress import progress
 from poise.runtime.run_folder import Json
+from poise.studies.config import REVIEWS
 
 MIN_WORDS = 4
 _WORD = re.compile(r"[^\W\d_]+(?:['’\-][^\W\d_]+)*")
 
 
-def gold_of(rows: Sequence[Json], gold: str = "") -> Float[ndarray, " rows"]:
+def gold_of(rows: Sequence[Json], gold: str) -> Float[ndarray, " rows"]:
     """Gold of rows of `prompt` and `completion`.
 
-    gold: a reward model, whose mean over heads is taken; default: `gold_rewards`.
+    gold: a reward model, whose mean over heads is taken; REVIEWS: `gold_rewards`.
     Raises PoiseError if the reward model gives NaN or infinity.
     """
-    if not gold:
+    if gold == REVIEWS:
         return gold_rewards([row["completion"] for row in rows])
     scorer = Scorer.load(gold, cached=True)
     with progress("gold", len(rows)) as advance:
@@ -56,7 +57,7 @@ def gold_of(rows: Sequence[Json], gold: str = "") -> Float[ndarray, " rows"]:
     return values
 
 
-def label_with_gold(rows: Sequence[Json], gold: str = "") -> bool:
+def label_with_gold(rows: Sequence[Json], gold: str) -> bool:
     """Set `gold` of every row, and as `judge` the fingerprint of this gold. Returns False if the rows had them."""
     by = fingerprint(gold)
     if all(row.get("judge") == by for row in rows):
@@ -66,9 +67,9 @@ def label_with_gold(rows: Sequence[Json], gold: str = "") -> bool:
     return True
 
 
-def fingerprint(gold: str = "") -> str:
+def fingerprint(gold: str) -> str:
     """Fingerprint of a gold: of a reward model's heads, or of this file and VADER's version."""
-    if gold:
+    if gold != REVIEWS:
         return heads_fingerprint(gold)
     rules = Path(__file__).read_bytes() + metadata.version("vaderSentiment").encode()
     return hashlib.blake2b(rules, digest_size=16).hexdigest()

@@ -17,13 +17,15 @@ from poise.data.preferences import write_preferences
 from poise.data.types import Prompt
 from poise.models.loading import resolve_model
 from poise.policy import train as train_policy
+from poise.reports import live, policy_card, reward_card
 from poise.reports import quickstart_page as report
 from poise.reward import train as train_reward
 from poise.runtime.progress import console
-from poise.runtime.run_folder import Run, write_jsonl
+from poise.runtime.run_folder import Run, config_dict, write_jsonl
 from poise.runtime.settings import NotNegative
 from poise.studies import best_of_n, compare
 from poise.studies.arms import Arm
+from poise.studies.config import REVIEWS
 from poise.studies.config import QuickstartConfig as Config
 
 # What the reviews are about. Policies are trained on one half and evaluated on the other.
@@ -87,31 +89,9 @@ def run(config: Config) -> Run:
     """Run every stage that is not complete; returns the run, with report.html in its folder."""
     out = Run.open(config.output, config, lambda: {"--model": [Path(resolve_model(config.model))]})
     folder = out.folder
-    console.print(f"Poise quickstart in {folder}")
-    _stage(out, "model and data", lambda: _prepare(config, folder))
-    reward = train_reward.Config(
-        preferences=str(folder / "preferences.jsonl"), output=str(folder / "reward"), model=config.model,
-        num_layers=NUM_LAYERS, seed=config.seed,
-    )  # fmt: skip
-    _stage(out, "reward models", lambda: train_reward.run(reward))
-    pool = best_of_n.Config(
-        prompts=str(folder / "eval_prompts.jsonl"), reward=(str(folder / "reward"),), output=str(folder / "pool"),
-        model=config.model, seed=config.seed,
-        objectives=tuple(f"{arm.reward}:{arm.objective}" for arm in ARMS.values()),
-    )  # fmt: skip
-    _stage(out, "best-of-n pool", lambda: best_of_n.run(pool))
-    for name, arm in ARMS.items():
-        policy = train_policy.Config(
-            prompts=str(folder / "prompts.jsonl"), eval_prompts=str(folder / "eval_prompts.jsonl"),
-            reward=str(folder / "reward" / arm.reward), output=str(folder / f"policy-{name}"),
-            model=config.model, kl_coef=config.kl_coef, num_steps=config.num_steps, seed=config.seed,
-        )  # fmt: skip
-        _stage(out, f"PPO, {name}", functools.partial(train_policy.run, arm.applied(policy)))
-    comparison = compare.Config(
-        arms=tuple(str(folder / f"policy-{name}") for name in ARMS), labels=tuple(arm.label for arm in ARMS.values()),
-        pool=str(folder / "pool"), output=str(folder / "comparison"),
-    )  # fmt: skip
-    _stage(out, "comparison", lambda: compare.run(comparison))
+    console.print(f"Poise quickstart in {folder}; its page from the first minutes: {folder / 'report.html'}")
+    with live.refreshed(folder):
+        _stages(config, out)
     seconds: dict[str, float] = {}
     for line in out.metrics(_Stage):
         seconds[line["stage"]] = seconds.get(line["stage"], 0.0) + line["seconds"]
@@ -122,8 +102,52 @@ def run(config: Config) -> Run:
             "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         }
     )
-    console.print(f"Report: {report.build(folder)}")
+    report.build(folder)
     return out
+
+
+def _stages(config: Config, out: Run) -> None:
+    """Every stage that is not complete."""
+    folder = out.folder
+    _stage(out, "model and data", lambda: _prepare(config, folder))
+    reward = train_reward.Config(
+        preferences=str(folder / "preferences.jsonl"), output=str(folder / "reward"), model=config.model,
+        num_layers=NUM_LAYERS, seed=config.seed,
+    )  # fmt: skip
+    _stage(out, "reward models", lambda: _train_reward(reward))
+    pool = best_of_n.Config(
+        prompts=str(folder / "eval_prompts.jsonl"), reward=(str(folder / "reward"),), output=str(folder / "pool"),
+        model=config.model, seed=config.seed, gold=REVIEWS,
+        objectives=tuple(f"{arm.reward}:{arm.objective}" for arm in ARMS.values()),
+    )  # fmt: skip
+    _stage(out, "best-of-n pool", lambda: best_of_n.run(pool))
+    for name, arm in ARMS.items():
+        policy = train_policy.Config(
+            prompts=str(folder / "prompts.jsonl"), eval_prompts=str(folder / "eval_prompts.jsonl"),
+            reward=str(folder / "reward" / arm.reward), output=str(folder / f"policy-{name}"),
+            model=config.model, kl_coef=config.kl_coef, num_steps=config.num_steps, seed=config.seed,
+        )  # fmt: skip
+        _stage(out, f"PPO, {name}", functools.partial(_train_policy, arm.applied(policy)))
+    comparison = compare.Config(
+        arms=tuple(str(folder / f"policy-{name}") for name in ARMS), labels=tuple(arm.label for arm in ARMS.values()),
+        pool=str(folder / "pool"), output=str(folder / "comparison"), gold=REVIEWS,
+    )  # fmt: skip
+    _stage(out, "comparison", lambda: compare.run(comparison))
+
+
+def _train_reward(config: train_reward.Config) -> None:
+    """Train, and write a card into every reward model."""
+    done = Run(Path(config.output)).results is not None
+    run = train_reward.run(config)
+    if not done:
+        reward_card.write_cards(run, config_dict(config))
+
+
+def _train_policy(config: train_policy.Config) -> None:
+    done = Run(Path(config.output)).results is not None
+    run = train_policy.run(config)
+    if not done:
+        policy_card.write_card(run, config_dict(config))
 
 
 def _prepare(config: Config, folder: Path) -> None:

@@ -59,6 +59,7 @@ from poise.studies.arms import ARMS
 from poise.studies.config import (
     GROWS,
     RENAMED,
+    REVIEWS,
     Config,
     check,
     completed,
@@ -95,6 +96,8 @@ def run(config: Config) -> Run:
     standard, config = is_standard(config), completed(config)
     check(config)
     refuse_foreign(Path(config.output))
+    if not standard and not config.gold:
+        console.print("gold is by rules that score short film and product reviews; for other texts give --gold MODEL")
     if standard:
         own(Path(config.output))
         recipes.study_files(Path(config.preferences).parent)
@@ -159,7 +162,7 @@ def _best_of_n(config: Config, folder: Path) -> Json:
     """Best-of-n of every arm over many reward models, and how much these reward models differ."""
     sampling = best_of_n.Config(
         prompts=config.eval_prompts, reward=(), model=policy_model(config), per_prompt=config.pool_size,
-        max_tokens=config.policy.max_tokens, gold=config.gold, on_bad_row=config.policy.on_bad_row,
+        max_tokens=config.policy.max_tokens, gold=config.gold or REVIEWS, on_bad_row=config.policy.on_bad_row,
     )  # fmt: skip
     own(folder / "pool")
     rows = best_of_n.make_pool(folder / "pool", sampling)
@@ -356,7 +359,8 @@ def _cells(config: Config, comparisons: list[str]) -> Iterator[Json]:
             own(output)
             (output / "config.yaml").unlink(missing_ok=True)  # compared again: there may be more arms than last time
             pool = str(Path(config.output) / "pool") if config.pool_size else ""
-            side_by_side = compare.Config(arms=tuple(done), output=str(output), gold=config.gold, pool=pool)
+            gold = config.gold or REVIEWS
+            side_by_side = compare.Config(arms=tuple(done), output=str(output), gold=gold, pool=pool)
             comparisons.append(str(output.relative_to(config.output)))
             for arm in (compare.run(side_by_side).results or {})["arms"]:
                 at = {"noise": noise, "reward_seed": seed, "policy_seed": policy_seed, "arm": arm["name"]}

@@ -1,0 +1,123 @@
+"""`poise chat`: a conversation with a trained policy, in a terminal or through a pipe."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from poise.errors import PoiseError
+from poise.runtime.display import visible
+from poise.runtime.settings import Count, Seed, Settings, between
+
+
+@dataclass(frozen=True)
+class Config(Settings):
+    """Talk with a policy: the language model with its adapters, sampled as it was trained.
+
+    In a terminal `/new` begins another conversation, and Ctrl-D ends. From a pipe each line is a turn of one
+    conversation, and the answers go to standard output.
+    """
+
+    policy: tyro.conf.Positional[str]
+    """Policy: a `poise train-policy` run, the `policy` folder in it, or any language model (folder or hub id)."""
+    system: str = ""
+    """System turn to begin with."""
+    max_tokens: Count = 256
+    """Longest answer, in tokens."""
+    temperature: Annotated[float, between(0, 10)] = 1.0
+    """1 samples as in training; 0 always takes the most probable token."""
+    seed: Seed = 0
+    """Of the sampling."""
+
+
+def run(config: Config) -> None:
+    """Answer until the input ends."""
+    policy = Talker(config)
+    terminal = sys.stdin.isatty()
+    if terminal:
+        print("Ctrl-D ends, /new begins anew.")
+    for text in _lines(terminal):
+        if text.strip() == "/new":
+            policy.begin()
+        elif text.strip():
+            print(visible(policy.answer(text)), flush=True)
+
+
+class Talker:
+    """A policy and the conversation so far."""
+
+    def __init__(self, config: Config):
+        import torch
+        import transformers
+
+        self.config = config
+        self.model, self.tokenizer = _load(config.policy)
+        if self.tokenizer.chat_template is None and config.system:
+            raise PoiseError("--system needs a model with a chat template")
+        transformers.set_seed(config.seed)
+        self._torch = torch
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the conversation."""
+        self.turns: list[dict[str, Any]] = []
+        if self.config.system:
+            self.turns.append({"role": "system", "content": self.config.system})
+
+    def answer(self, text: str) -> str:
+        """The policy's next turn. A model without a chat template goes on from the text alone.
+
+        Raises PoiseError once the conversation does not fit the model's context.
+        """
+        from poise.models.chat_format import encode_prompt
+        from poise.models.end_tokens import end_token_ids
+        from poise.models.loading import context_length
+
+        templated = self.tokenizer.chat_template is not None
+        self.turns.append({"role": "user", "content": text})
+        ids = encode_prompt(self.tokenizer, self.turns if templated else text)
+        room = context_length(self.model.config) - len(ids)
+        if room < 1:
+            raise PoiseError(f"the conversation is longer than the model's context by {1 - room} tokens; begin anew")
+        sampled = self.config.temperature > 0
+        how: dict[str, Any] = {"do_sample": sampled}
+        if sampled:
+            how |= {"temperature": self.config.temperature, "top_k": 0, "top_p": 1.0}
+        with self._torch.no_grad():
+            given = self._torch.tensor([ids], device=self.model.device)
+            written = self.model.generate(
+                given, attention_mask=self._torch.ones_like(given), max_new_tokens=min(self.config.max_tokens, room),
+                eos_token_id=end_token_ids(self.model, self.tokenizer) or None,
+                pad_token_id=self.tokenizer.pad_token_id, **how,
+            )  # fmt: skip
+        said = str(self.tokenizer.decode(written[0, len(ids) :], skip_special_tokens=True))
+        self.turns.append({"role": "assistant", "content": said})
+        return said
+
+
+def _load(policy: str) -> tuple[Any, Any]:
+    from poise.models.loading import load_adapters, load_policy, load_tokenizer
+    from poise.policy.merge import base_of
+
+    folders = (Path(policy) / "policy", Path(policy))
+    adapters = next((folder for folder in folders if (folder / "adapter_config.json").exists()), None)
+    if adapters is None:
+        inner = Path(policy) / "policy"
+        if not (inner / "config.json").exists() and (Path(policy) / "config.yaml").exists():
+            raise PoiseError(f"{policy} has no policy yet: the run is not finished")
+        return load_policy(str(inner) if (inner / "config.json").exists() else policy)
+    model, _ = load_policy(base_of(adapters))
+    return load_adapters(model, str(adapters)).eval(), load_tokenizer(str(adapters))
+
+
+def _lines(terminal: bool) -> Iterator[str]:
+    while True:
+        try:
+            yield input("> " if terminal else "")
+        except EOFError:
+            if terminal:
+                print()
+            return

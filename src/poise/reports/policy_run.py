@@ -1,0 +1,225 @@
+"""What the page of a `poise train-policy` run shows, from its folder alone, also while it is still training."""
+
+import json
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from poise.models.card_warnings import card_warnings
+from poise.models.model_card import public_name
+from poise.reports import run_plots
+from poise.reports.blocks import Answer, Answers, Cell, Chart, Charts, Made, Page, Part, Section, Table, Text
+from poise.reports.plot_style import column_of
+from poise.reports.quickstart_page import Verdict, duration, number, percent, read_json, signed
+from poise.runtime.display import visible_values
+from poise.runtime.records import read_rows
+from poise.runtime.run_folder import Json, load_config_file
+
+NUM_PROMPTS = 6
+_READ_AT_EACH_END = 2 * 2**20  # bytes of samples.jsonl: a run's first and last steps
+_GLOSSARY = ("reward", "KL", "gap", "disagreement", "routing std", "ended", "monitor")
+
+
+class PolicyRun:
+    """A run folder's files, read once."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.settings: Json = visible_values(load_config_file(folder / "config.yaml"))
+        metrics = folder / "metrics.jsonl"
+        self.steps = list(read_rows(metrics)) if metrics.exists() else []
+        self.results = read_json(folder / "results.json")
+        self.alarms = [row["step"] for row in self.steps if row.get("alarm")]
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def algorithm(self) -> str:
+        return str(self.settings.get("algorithm", "ppo")).upper()
+
+    def column(self, key: str) -> np.ndarray:
+        return column_of(self.steps, key)
+
+    def mean_of(self, key: str, part: slice) -> float | None:
+        """Mean of one number over some steps; None if none of them has it."""
+        values = self.column(key)[part]
+        return float(np.nanmean(values)) if len(values) and not np.isnan(values).all() else None
+
+
+def page(folder: Path) -> Page:
+    """The page of one policy run."""
+    run = PolicyRun(folder)
+    total = run.settings.get("num_steps")
+    done = len(run.steps)
+    unfinished = "" if run.results else f"This run is not finished: {done} of {total} steps."
+    sections = [Section("What happened", [_facts(run)])]
+    if run.steps:
+        sections.append(Section("Over training", [Charts(charts([run], run.name), _caption(run))]))
+    if samples := _samples(run):
+        sections.append(Section("What it wrote, first and last", [samples]))
+    sections.append(Section("How it was made", [Made.of(folder)]))
+    return Page(
+        f"policy run {run.name}: {run.algorithm} on {run.settings.get('objective')}", findings(run), sections,
+        warnings(run), unfinished, _GLOSSARY,
+    )  # fmt: skip
+
+
+def together(folders: Sequence[Path]) -> Page:
+    """Several policy runs in the same charts."""
+    runs = [PolicyRun(folder) for folder in folders]
+    rows = [[run.name, *(value for _, value in _numbers(run))] for run in runs]
+    table = Table("Policies", ["Policy", *(name for name, _ in _numbers(runs[0]))], rows)
+    note = Text("Rewards of different reward models or objectives have different units: compare shapes.", "note")
+    parts: list[Part] = [table, Charts(charts([run for run in runs if run.steps], "together")), note]
+    return Page(f"{len(runs)} policies side by side", [], [Section("Side by side", parts)], glossary=_GLOSSARY)
+
+
+# ---- in words ----
+
+
+def findings(run: PolicyRun) -> list[Verdict]:
+    """What a run came to, in sentences that claim nothing about gold."""
+    if not run.steps:
+        return [Verdict("unclear", "No step has been taken yet.")]
+    first, last = run.mean_of("reward", slice(0, 3)), run.mean_of("reward", slice(-3, None))
+    distance = run.mean_of("kl", slice(-3, None))
+    text = (
+        f"Its reward went from {signed(first)} to {signed(last)} in {len(run.steps)} steps (means of three), at KL "
+        f"{number(distance, 1)}."
+    )
+    found = [Verdict("unclear", text)]
+    if run.alarms:
+        steps = ", ".join(map(str, run.alarms[:5])) + (" …" if len(run.alarms) > 5 else "")
+        found.insert(0, Verdict("worse", f"The monitor saw signs of over-optimization: step {steps}."))
+    found.append(
+        Verdict("unclear", "A higher reward is what it was trained for, and no evidence of better text: read some.")
+    )
+    return found
+
+
+def warnings(run: PolicyRun) -> list[str]:
+    """The warnings of the reward model's card, and that completions were cut."""
+    reward = str(run.settings.get("reward", ""))
+    found = [f"Reward model {public_name(reward)}: {text}" for text in card_warnings(reward)]
+    ended = run.column("ended") if run.steps else np.array([])
+    if len(ended) and not np.nan_to_num(ended, nan=1.0).any():
+        found.append(
+            f"Every completion of every step was cut at {run.settings.get('max_tokens')} tokens: the reward model saw "
+            f"only text that breaks off. Train with a larger --max-tokens."
+        )
+    return found
+
+
+def _numbers(run: PolicyRun) -> list[tuple[str, Cell]]:
+    results, last = run.results or {}, slice(-3, None)
+    ended, tokens = run.mean_of("ended", last), run.mean_of("tokens", last)
+    seconds = sum(np.nansum(run.column(f"{lap}_seconds")) for lap in ("sample", "reference", "score", "update"))
+    evaluated = results.get("reward")
+    return [
+        ("Objective", str(run.settings.get("objective"))),
+        ("Reward model", public_name(str(run.settings.get("reward")))),
+        ("Steps", f"{len(run.steps)} of {run.settings.get('num_steps')}"),
+        ("Reward, first 3 steps", signed(run.mean_of("reward", slice(0, 3)))),
+        ("Reward, last 3 steps", signed(run.mean_of("reward", last))),
+        ("Reward, evaluation prompts", signed(evaluated)),
+        ("KL", number(results.get("kl", run.mean_of("kl", last)), 1)),
+        ("Ended", percent(ended, 0)),
+        ("Tokens", number(tokens, 0)),
+        ("Alarms", str(len(run.alarms)) if run.steps else number(None)),
+        ("Time a step", duration(float(seconds) / len(run.steps)) if run.steps and seconds else number(None)),
+    ]
+
+
+def _facts(run: PolicyRun) -> Table:
+    return Table("What happened", ["Measured", "Value"], [[name, value] for name, value in _numbers(run)])
+
+
+def _caption(run: PolicyRun) -> str:
+    text = "Over training steps, on training prompts; the band is one std over a step’s completions."
+    return f"{text} Red lines: alarms of the monitor." if run.alarms else text
+
+
+# ---- figures ----
+
+
+def charts(runs: Sequence[PolicyRun], identifier: str) -> list[Chart]:
+    """One small figure per measure, every run a line in it; with a single run its spread and alarms too."""
+    alone = runs[0] if len(runs) == 1 else None
+    alarms = [float(step) for step in alone.alarms] if alone else []
+    found: list[Chart] = []
+
+    def add(title: str, keys: dict[str, str], what: str, spread: str = "", **options: Any) -> None:
+        lines = [
+            run_plots.over_steps(run.steps, key, label if alone else run.name, at if alone else i, spread)
+            for i, run in enumerate(runs)
+            for at, (key, label) in enumerate(keys.items())
+            if not np.isnan(run.column(key)).all() and (at == 0 or alone)
+        ]
+        if lines:
+            name = f"{identifier}-{len(found)}"
+            found.append(Chart(run_plots.panel(lines, title, name, alarms=alarms, **options), what))
+
+    add("Reward", {"reward": ""}, "Mean reward over training steps.", "reward_std" if alone else "", level=0.0)
+    add("KL to the initial policy", {"kl": ""}, "KL over training steps.")
+    spreads = {"gap": "gap", "disagreement": "disagreement", "routing_std": "routing std"}
+    if any(np.nansum(run.column("routing_std")) == 0 for run in runs):  # point heads: all have std 0
+        spreads = {"disagreement": "disagreement"}
+    if any(np.nansum(run.column("disagreement")) > 0 for run in runs):
+        add("Uncertainty of the heads", spreads, "Gap, disagreement and routing std over training steps.", floor=0.0)
+    if alone and any(len(row.get("heads") or []) > 1 for row in alone.steps):
+        found.append(Chart(run_plots.heads(alone.steps, f"{identifier}-heads"), "Each head’s mean reward over steps."))
+    add("Tokens of a completion", {"tokens": ""}, "Mean length over training steps.", floor=0.0)
+    add("Completions that ended", {"ended": ""}, "Share that ended by itself.", floor=-0.03, ceiling=1.03)
+    if alone and "alarm_threshold" in alone.settings:
+        add("Monitor", {"monitor_score": ""}, "The monitor’s score.", level=float(alone.settings["alarm_threshold"]))
+    return found
+
+
+# ---- completions ----
+
+
+def _samples(run: PolicyRun) -> Answers | None:
+    """The same prompts early and late in training."""
+    path = run.folder / "samples.jsonl"
+    if not path.exists():
+        return None
+    first: dict[str, Json] = {}
+    last: dict[str, Json] = {}
+    for row in _ends(path):
+        key = json.dumps(row["prompt"])
+        first.setdefault(key, row)
+        if key not in last or row["step"] > last[key]["step"]:
+            last[key] = row
+    apart = sorted(first, key=lambda key: first[key]["step"] - last[key]["step"])
+    shown = []
+    for key in islice(apart, NUM_PROMPTS):
+        rows = [first[key], last[key]] if last[key]["step"] > first[key]["step"] else [first[key]]
+        answers = [
+            Answer(f"step {row['step']}", row["completion"], f"reward {signed(row.get('reward'))}") for row in rows
+        ]
+        shown.append((prompt_line(first[key]["prompt"]), answers))
+    return Answers(shown, "The first completion of a prompt in each of the two steps.")
+
+
+def prompt_line(prompt: Any) -> str:
+    """A prompt for a heading: its last user turn."""
+    if isinstance(prompt, str):
+        return prompt
+    return str(next((turn["content"] for turn in reversed(prompt) if turn["role"] == "user"), prompt[-1]["content"]))
+
+
+def _ends(path: Path) -> list[Json]:
+    """The rows at both ends of a JSON-lines file; all of a small one."""
+    size = path.stat().st_size
+    if size <= 2 * _READ_AT_EACH_END:
+        return list(read_rows(path))
+    with path.open("rb") as file:
+        head = file.read(_READ_AT_EACH_END).splitlines()[:-1]
+        file.seek(size - _READ_AT_EACH_END)
+        tail = file.read().splitlines(keepends=True)[1:]
+    return [json.loads(line) for line in (*head, *(line for line in tail if line.endswith(b"\n")))]

@@ -1,0 +1,95 @@
+"""Small figures of runs, one panel each, as SVG text: a page puts as many side by side as its width takes."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy import ndarray
+
+from poise.reports.plot_style import ALARM, GRAY, STYLES, column_of, look, svg
+from poise.runtime.run_folder import Json
+
+_SIZE = (4.2, 2.5)
+
+
+class Line(NamedTuple):
+    """One line of a panel. low, high: a band around it."""
+
+    label: str
+    x: ndarray
+    y: ndarray
+    style: int = 0
+    low: ndarray | None = None
+    high: ndarray | None = None
+
+
+def panel(
+    lines: Sequence[Line],
+    title: str,
+    identifier: str,
+    *,
+    xlabel: str = "step",
+    ylabel: str = "",
+    alarms: Sequence[float] = (),
+    level: float | None = None,
+    floor: float | None = None,
+    ceiling: float | None = None,
+) -> str:
+    """Lines in one panel. alarms: marked by vertical lines; level: a dashed line; floor, ceiling: ends of the axis.
+
+    identifier: unique on the page.
+    """
+    with look(identifier):
+        figure = Figure(figsize=_SIZE, layout="constrained")
+        ax = figure.subplots()
+        for line in lines:
+            _draw(ax, line)
+        for step in alarms:
+            ax.axvline(step, color=ALARM, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        if level is not None:
+            ax.axhline(level, color=GRAY, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
+        if floor is not None:
+            ax.set_ylim(bottom=floor)
+        if ceiling is not None:
+            ax.set_ylim(top=ceiling)
+        ax.set_title(title, loc="left")
+        ax.set(xlabel=xlabel, ylabel=ylabel)
+        if sum(bool(line.label) for line in lines) > 1:
+            ax.legend(loc="best", fontsize=8)
+        return svg(figure, identifier)
+
+
+def over_steps(rows: Sequence[Json], key: str, label: str = "", style: int = 0, spread: str = "") -> Line:
+    """One number of every step's metrics. spread: name of its std, which becomes a band."""
+    y = column_of(rows, key)
+    std = column_of(rows, spread) if spread else None
+    low, high = (y - std, y + std) if std is not None else (None, None)
+    return Line(label, column_of(rows, "step"), y, style, low, high)
+
+
+def heads(rows: Sequence[Json], identifier: str) -> str:
+    """The mean reward of each head over the steps."""
+    known = [row for row in rows if row.get("heads")]
+    step, values = column_of(known, "step"), np.array([row["heads"] for row in known], dtype=float)
+    return panel([Line("", step, column) for column in values.T], "Reward of each head", identifier)
+
+
+def reliability(bins: Sequence[Json], identifier: str, title: str = "Reliability") -> str:
+    """Accuracy against claimed probability."""
+    x, y = column_of(bins, "confidence"), column_of(bins, "accuracy")
+    diagonal = Line("as often right as it says", np.array([0.5, 1.0]), np.array([0.5, 1.0]), len(STYLES))
+    return panel(
+        [diagonal, Line("pairs", x, y)], title, identifier,
+        xlabel="probability that the model claims", ylabel="share in the right order",
+    )  # fmt: skip
+
+
+def _draw(ax: Axes, line: Line) -> None:
+    known = STYLES[line.style % len(STYLES)] if line.style < len(STYLES) else None
+    color, dash = (known.color, known.dash) if known else (GRAY, "--")
+    marker = "o" if len(line.x) < 3 else ""
+    ax.plot(line.x, line.y, color=color, linestyle=dash, marker=marker, linewidth=1.6, label=line.label or None)
+    if line.low is not None and line.high is not None:
+        ax.fill_between(line.x, line.low, line.high, color=color, alpha=0.13, linewidth=0)

@@ -1,0 +1,203 @@
+"""`poise report` on any run folder: pages made of hand-written JSON, as runs leave it."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pages import Page, assert_all_is_seen, poison
+from poise.errors import PoiseError
+from poise.reports import run_pages
+from poise.reports.config import ReportConfig
+from poise.runtime.run_folder import Json, write_json, write_jsonl
+
+SCRIPT = '<script>document.title="pwned"</script>'
+COIN = "> **No better than a coin, as far as the validation pairs can say**: do not optimize against it."
+
+
+def settings(folder: Path, **values: Any) -> Path:
+    """A run folder with a config.yaml."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    environment = {"python": "3.11", "system": "Linux", "device": "cpu", "date": "2026-11-28", "versions": {}}
+    write_json(folder / "environment.json", environment | {"command": ["poise", "x"]})
+    return folder
+
+
+def policy(folder: Path, reward: str = "rm", steps: int = 12, finished: bool = True, ended: float = 0.9) -> Path:
+    settings(
+        folder, prompts="p.jsonl", reward=reward, objective="tradeoff(0.4)", kl_coef=0.01, num_steps=12,
+        algorithm="ppo", alarm_threshold=3.0, max_tokens=20,
+    )  # fmt: skip
+    laps = {f"{lap}_seconds": 0.5 for lap in ("sample", "reference", "score", "update")}
+    rows = [
+        {
+            "step": i, "reward": 0.1 * i, "reward_std": 1.0, "kl": 0.5 * i, "gap": 0.2, "disagreement": 0.1 + 0.01 * i,
+            "routing_std": 0.3, "tokens": 15.0, "ended": ended, "monitor_score": i / 4, "alarm": i == 10,
+            "heads": [0.1 * i, 0.2 * i], **laps,
+        }
+        for i in range(steps)
+    ]  # fmt: skip
+    write_jsonl(folder / "metrics.jsonl", rows)
+    turns = [{"role": "user", "content": "Review a film."}]
+    samples = [
+        {"step": i, "prompt": turns, "completion": f"text of step {i} {SCRIPT}", "reward": 0.1 * i}
+        for i in range(steps)
+    ]
+    write_jsonl(folder / "samples.jsonl", samples)
+    if finished:
+        alarms = [{"step": 10, "score": 3.2, "action": "log"}]
+        write_json(folder / "results.json", {"reward": 1.1, "kl": 5.0, "alarms": alarms, "steps": steps})
+    return folder
+
+
+def reward(folder: Path) -> Path:
+    settings(folder, preferences="pairs.jsonl", head_loss="x", num_heads=3, model="m")
+    bins = [{"confidence": 0.6, "accuracy": 0.5, "count": 3}, {"confidence": 0.9, "accuracy": 1.0, "count": 5}]
+    models: Json = {
+        "single": {
+            "num_heads": 1, "validation_accuracy": 0.55, "validation_accuracy_interval": [0.45, 0.65],
+            "length_accuracy": 0.5, "validation_nll": 0.69, "reliability": bins,
+        },
+        "brme": {
+            "num_heads": 3, "validation_accuracy": 0.8, "validation_accuracy_interval": [0.7, 0.9],
+            "length_accuracy": 0.5, "auroc_wrong_order": {"disagreement": 0.61},
+        },
+    }  # fmt: skip
+    history = [{"step": 20 * i, "mse": 0.4 + 1 / i, "std": 0.9**i} for i in range(1, 6)]
+    counts = {"num_train": 80, "num_validation": 20, "num_truncated": 1, "std_collapsed": False}
+    write_json(folder / "results.json", {"models": models, "stage2_history": history, **counts})
+    (folder / "single").mkdir()
+    (folder / "single" / "README.md").write_text(f"# Card\n\n{COIN}\n")
+    return folder
+
+
+def selection(folder: Path, gold: bool) -> Path:
+    settings(folder, objectives=["single:nominal"], per_prompt=4, prompts="p.jsonl")
+    points = [
+        {"n": n, "kl": math.log(n), "proxy": n / 4, "proxy_low": n / 5, "proxy_high": n / 3}
+        | ({"gold": n / 8, "gold_low": 0.0, "gold_high": 1.0} if gold else {})
+        for n in (1, 2, 4)
+    ]
+    curve: Json = {"name": "single:nominal", "label": "single:nominal", "best_of_n": points, "tilted": []}
+    results: Json = {"num_prompts": 2, "per_prompt": 4, "curves": [curve]}
+    if gold:
+        names = ("peak_gold", "drawdown", "gain")
+        curve["measures"] = {name: {"mean": 0.3, "interval": [0.1, 0.5]} for name in names}
+        results["initial_gold"] = 0.1
+    write_json(folder / "results.json", results)
+    row = {"objective": "single:nominal", "prompt": "A film?", "best": f"Good. {SCRIPT}", "reward": 1.0}
+    write_jsonl(folder / "selected.jsonl", [row | {"runner_up": "Fine.", "runner_up_reward": 0.5}])
+    return folder
+
+
+def comparison(folder: Path, gold: float | None) -> Path:
+    settings(folder, arms=["a", "b"], labels=[], pool="")
+    steps = [{"step": i, "proxy": 0.1 * i, "kl": 0.2 * i, "gold": gold, "disagreement": None} for i in range(5)]
+    final = {"gold": gold, "interval": None if gold is None else [0.1, 0.3], "proxy": 1.0, "kl": 2.0}
+    arms = [
+        {
+            "name": name, "label": name, "objective": "nominal", "reward": "single", "kl_coef": 0.01, "steps": steps,
+            "final": final | {"distinct_bigrams": 0.5}, "alarms": [], "initial_gold": gold, "peak_gold": gold,
+        }
+        for name in ("a", "b")
+    ]  # fmt: skip
+    difference = {"arm": "b", "against": "a", "gold": gold, "interval": [-0.1, 0.2], "num_prompts": 4}
+    answers = {name: {"completion": f"text {SCRIPT}", "proxy": 1.0, "gold": gold} for name in ("a", "b")}
+    results = {
+        "initial": {}, "arms": arms, "differences": [] if gold is None else [difference],
+        "completions": [{"prompt": "A film?", "over_scored": 1.0, "arms": answers}],
+    }  # fmt: skip
+    write_json(folder / "results.json", results)
+    return folder
+
+
+def page_of(*folders: Path) -> Page:
+    page = Page(run_pages.build(folders))
+    page.assert_fetches_nothing()
+    page.assert_accessible()
+    assert not {tag for tag, _ in page.tags} & {"script", "img", "iframe"}
+    return page
+
+
+def test_a_policy_run(tmp_path: Path) -> None:
+    (tmp_path / "rm").mkdir()
+    (tmp_path / "rm" / "README.md").write_text(COIN)
+    page = page_of(policy(tmp_path / "one", str(tmp_path / "rm"), ended=0.0))
+    text = page.text.replace("\xa0", " ")
+    for words in (
+        "signs of over-optimization: step 10", "went from +0.10 to +1.00 in 12 steps", "12 of 12",
+        "Reward model rm: No better than a coin", "was cut at 20 tokens", "text of step 0", "text of step 11",
+        "Glossary", SCRIPT,
+    ):  # fmt: skip
+        assert words in text, words
+    assert sum(tag == "svg" for tag, _ in page.tags) == 7
+    assert 'http-equiv="refresh"' not in page.html
+
+
+def test_the_page_of_a_run_in_progress_loads_itself_anew(tmp_path: Path) -> None:
+    page = page_of(policy(tmp_path / "one", steps=3, finished=False))
+    assert "This run is not finished: 3 of 12 steps." in page.text
+    assert ("meta", {"http-equiv": "refresh", "content": "30"}) in page.tags
+    assert "has been taken yet" in page_of(policy(tmp_path / "two", steps=0, finished=False)).text
+
+
+def test_a_reward_run(tmp_path: Path) -> None:
+    page = page_of(reward(tmp_path / "one"))
+    text = page.text.replace("\xa0", " ")
+    assert "single orders 55.0 % of 20 validation pairs as people did (95 % interval 45.0 % to 65.0 %)" in text
+    assert "single: No better than a coin" in text
+    assert "0.61" in text
+    (tmp_path / "one" / "results.json").unlink()
+    assert "is not finished" in page_of(tmp_path / "one").text
+
+
+@pytest.mark.parametrize("gold", [True, False])
+def test_best_of_n_with_gold_and_without(tmp_path: Path, gold: bool) -> None:
+    text = page_of(selection(tmp_path / "one", gold)).text
+    assert ("No gold was given" in text) is not gold
+    assert ("has gold +0.50" in text) is gold
+    assert "runner-up +0.50: Fine." in text
+
+
+@pytest.mark.parametrize("gold", [0.2, None])
+def test_a_comparison_with_gold_and_without(tmp_path: Path, gold: float | None) -> None:
+    text = page_of(comparison(tmp_path / "one", gold)).text
+    assert ("No gold was given" in text) is (gold is None)
+    assert ("not distinguishable from zero" in text) is (gold is not None)
+    assert f"text {SCRIPT}" in text
+
+
+def test_several_runs_make_one_page_with_contents(tmp_path: Path) -> None:
+    folders = [policy(tmp_path / "one"), policy(tmp_path / "two"), reward(tmp_path / "rm")]
+    page = page_of(*folders)
+    links = {attributes["href"] for tag, attributes in page.tags if tag == "a"}
+    identifiers = {f"#{attributes['id']}" for _, attributes in page.tags if "id" in attributes}
+    assert len(links) == 5
+    assert links <= identifiers
+    assert "2 policies side by side" in page.text
+    assert run_pages.build(folders, tmp_path / "elsewhere.html") == tmp_path / "elsewhere.html"
+
+
+def test_what_has_no_page_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(PoiseError, match=r"is not a run folder: it has no config\.yaml; its run is"):
+        run_pages.build([reward(tmp_path / "one") / "single"])
+    with pytest.raises(PoiseError, match="of a command that has no page"):
+        run_pages.build([settings(tmp_path / "toy", num_seeds=3)])
+    write_json(policy(tmp_path / "bad") / "results.json", {"reward": "high", "kl": [1]})
+    with pytest.raises(PoiseError, match="results that no page can be made of"):
+        run_pages.build([tmp_path / "bad"])
+
+
+def test_what_cannot_be_seen_is_shown_as_escapes(tmp_path: Path) -> None:
+    poison(comparison(tmp_path / "one", 0.2))
+    assert_all_is_seen(run_pages.build([tmp_path / "one"]).read_text())
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_pages.run(ReportConfig(folders=(str(reward(tmp_path / "one")),)))
+    assert capsys.readouterr().out == f"{tmp_path}/one/report.html\n"
+    assert json.loads((tmp_path / "one" / "results.json").read_text())["num_train"] == 80
