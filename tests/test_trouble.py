@@ -49,7 +49,7 @@ class Command:
 
         stderr = self.folder.with_name(f"{self.folder.name}.stderr")
         status = forked.started(work, stderr=stderr).ended()
-            self.said = stderr.read_text()
+        self.said = stderr.read_text()
         return status
 
     def left(self) -> dict[str, Any]:

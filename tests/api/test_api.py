@@ -194,7 +194,9 @@ def test_a_trainer_gives_the_command_s_model(
 ) -> None:
     rows = rows_of(preferences_file)
     for row in rows:  # columns of a data set have one type
-        row["prompt"] = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
+        row["prompt"] = (
+            row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
+        )
     given: Any = {"list": rows, "dataset": datasets.Dataset.from_list(rows), "file": preferences_file}[form]
     monkeypatch.chdir(tmp_path)
     trainer = RewardTrainer(tiny_model, train_dataset=given, args=SMALL)
@@ -236,7 +238,7 @@ def test_what_a_trainer_lacks_is_said(tiny_model: str) -> None:
         RewardTrainer(tiny_model).train()
     with pytest.raises(PoiseError, match="--reward is missing"):
         PolicyTrainer(tiny_model, prompts=["Say."]).train()
-    with pytest.raises(PoiseError, match="two models: a and args.model b"):
+    with pytest.raises(PoiseError, match=r"two models: a and args\.model b"):
         RewardTrainer("a", [], RewardConfig(model="b"))
 
 
@@ -244,7 +246,12 @@ def test_what_a_trainer_lacks_is_said(tiny_model: str) -> None:
 
 
 def test_a_policy_trained_in_memory_is_the_command_s(
-    rm: RewardModel, run_folder: Path, prompts_file: Path, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rm: RewardModel,
+    run_folder: Path,
+    prompts_file: Path,
+    tiny_model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     bounds = {"reward_ceiling": 2.0, "objective": "lower_confidence(1)"}

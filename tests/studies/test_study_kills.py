@@ -89,8 +89,7 @@ def run(
             counted.write_text(str(len(SEEN)))
         return 0
 
-    status = forked.started(work, stderr=Path(wanted.output).parent / "stderr.txt").ended()
-    return status
+    return forked.started(work, stderr=Path(wanted.output).parent / "stderr.txt").ended()
 
 
 @contextlib.contextmanager

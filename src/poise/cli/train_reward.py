@@ -2,7 +2,7 @@
 
 from poise.reports import reward_card
 from poise.reward import train
-from poise.runtime.run_folder import Run, config_dict
+from poise.runtime.run_folder import Run, config_dict, is_main_process
 
 Config = train.Config
 

@@ -14,7 +14,7 @@ from poise.reward.formats import Trained
 from poise.runtime.display import markdown_cell, markdown_code, on_one_line
 from poise.runtime.folders import write_file_atomic
 from poise.runtime.records import read_object
-from poise.runtime.run_folder import Json, Run, is_main_process, versions_of, write_atomic
+from poise.runtime.run_folder import Json, Run, versions_of, write_atomic
 
 WHAT = {
     "single": (

@@ -49,6 +49,7 @@ class _Step:
 
     step: WholeNumber
 
+
 _OF_JOBS = {MARK, ".lock", "error.txt", "error.txt.part", "log.txt", "cost.json"}  # see jobs.py
 # What a run, or a job of a study, writes before there is a checkpoint or a result.
 _BEFORE_ANY_WORK = _OF_JOBS | {
