@@ -33,6 +33,7 @@ from poise.policy.train import Config
 from poise.reward import train as train_reward
 from poise.runtime import distributed as processes
 from poise.runtime.run_folder import Run, config_dict, read_jsonl
+from poise.studies.config import LAPTOP_POLICY
 from warm_processes import POISE, WarmProcess, WarmProcesses, ended
 
 
@@ -43,7 +44,8 @@ def reward_folder(tiny_model: str, train_tiny_reward: Callable[[str], Path]) -> 
 
 @pytest.fixture
 def config(reward_folder: Path, prompts_file: Path, tiny_model: str, tmp_path: Path) -> Config:
-    return Config(
+    return dataclasses.replace(
+        LAPTOP_POLICY,
         prompts=str(prompts_file), reward=str(reward_folder / "brme"), output=str(tmp_path / "policy"),
         model=tiny_model,
         num_steps=4, prompts_per_step=2, completions_per_prompt=4, max_tokens=8, adapted_layers=2, lora_rank=4,
@@ -331,7 +333,9 @@ def test_bfloat16_weights_as_on_a_gpu(
     for module in (models, reward_model):
         monkeypatch.setattr(module, "frozen_dtype", lambda: torch.bfloat16)
     reward = train_reward.run(
-        train_reward.Config(str(preferences_file), str(tmp_path / "reward"), model=config.model, num_layers=2)
+        train_reward.Config(
+            str(preferences_file), str(tmp_path / "reward"), model=config.model, num_layers=2, trunk="frozen"
+        )
     )
     out = train_policy.run(dataclasses.replace(config, reward=str(reward.folder), num_steps=2))
     assert all(abs(row["kl"]) < 5 for row in out.metrics())

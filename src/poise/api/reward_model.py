@@ -1,8 +1,8 @@
 """A reward model as Python programs use it: every kind of heads that a run trained, on one trunk.
 
-    rm = RewardModel.from_pretrained("runs/rm")
-    rm.score("Review a film.", ["A warm film.", "Bad."]).mean      # (2, K)
-    rm.reward("lower_confidence(1)", ceiling=2)                    # for TRL's `reward_funcs`, and for PolicyTrainer
+rm = RewardModel.from_pretrained("runs/rm")
+rm.score("Review a film.", ["A warm film.", "Bad."]).mean      # (2, K)
+rm.reward("lower_confidence(1)", ceiling=2)                    # for TRL's `reward_funcs`, and for PolicyTrainer
 """
 
 import math
@@ -17,7 +17,6 @@ from poise.data.types import Prompt, Sample
 from poise.errors import PoiseError
 from poise.functional.objectives import HeadRewards, Objective
 from poise.integrations.trl_reward import RobustReward
-from poise.models.formats import ENSEMBLE_FILE
 from poise.models.head_kinds import (
     HeadSet,
     is_run,
@@ -136,8 +135,8 @@ class RewardModel:
         self,
         objective: str | Objective,
         *,
-        ceiling: float = math.inf,
-        floor: float = -math.inf,
+        ceiling: float | int = math.inf,
+        floor: float | int = -math.inf,
         scale: str = "",
     ) -> RobustReward:
         """One number per completion, for TRL's `reward_funcs` and for `PolicyTrainer`.
@@ -152,8 +151,12 @@ class RewardModel:
         if isinstance(objective, str) and len(self._scorers) > 1 and not self._chosen:
             model = self.heads(kind_for(objective))
             others = ", ".join(kind for kind in self.kinds if kind != model.kind)
-            console.print(f"reward: {objective} of the {model.kind} heads (.heads(…) takes others: {others})", markup=False)
-        return RobustReward.of(model.scorer, objective, path=model.path, scale=scale, floor=floor, ceiling=ceiling)
+            console.print(
+                f"reward: {objective} of the {model.kind} heads (.heads(…) takes others: {others})", markup=False
+            )
+        return RobustReward.of(
+            model.scorer, objective, path=model.path, scale=scale, floor=float(floor), ceiling=float(ceiling)
+        )
 
     # ---- keeping it ----
 

@@ -41,7 +41,7 @@ def as_row(row: Any, number: int, what: str, column: str = "") -> dict[str, Any]
     {'prompt': 'Review a film.'}
     """
     if isinstance(row, Mapping):
-        return {str(key): None if value != value else value for key, value in row.items()}  # noqa: PLR0124  NaN
+        return {str(key): None if value != value else value for key, value in row.items()}
     if column and isinstance(row, (str, list)):
         return {column: row}
     raise PoiseError(f"row {number} of {what} is of type {type(row).__name__}; a mapping of columns was expected")

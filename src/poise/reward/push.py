@@ -18,7 +18,8 @@ from poise.runtime.progress import console
 # What a reward model is made of. Anything else in the folder, data and optimizer states included, stays here.
 FILES = (
     "config.json", "model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json",
-    "poise/last_layer.safetensors", "poise/heads.safetensors", "poise/heads.json", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
+    "poise/last_layer.safetensors", "poise/heads.safetensors", "poise/heads.json", "adapter_config.json",
+    "adapter_model.safetensors", "tokenizer.json",
     "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "chat_template.jinja", "README.md", "calibration.png",
 )  # fmt: skip

@@ -62,7 +62,9 @@ class Run:
         """Raise PoiseError if the folder holds a run of another config, or something else than a run."""
         path = self.folder / "config.yaml"
         if path.exists():
-            changed = _changed_fields(_defaults(config) | load_config_file(path), config_dict(config))
+            now = config_dict(config)
+            added = {name: now[name] for name in getattr(config, "ADDED", {})}
+            changed = _changed_fields(_defaults(config) | added | load_config_file(path), now)
             if changed:
                 raise PoiseError(
                     f"{self.folder} holds a run of another config (differs in {', '.join(changed)}); "
