@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,9 @@ from poise.data.types import Prompt
 from poise.integrations.trl_reward import RobustReward
 from poise.integrations.trl_trainers import TrlSettings, make_trainer
 from poise.models.loading import DEFAULT_MODEL, HfModel, HfTokenizer, load_policy
-from poise.policy.config import Config
 from poise.policy.loop import Training
 from poise.runtime.run_folder import Json, Run, environment, write_jsonl
+from poise.studies.config import LAPTOP_POLICY
 
 PROMPTS, COMPLETIONS, TOKENS, RANK, KL_COEF, LEARNING_RATE = 4, 8, 24, 16, 0.05, 1e-5
 OBJECTIVE = "tradeoff(0.4)"
@@ -128,8 +129,8 @@ def trl_side(options: argparse.Namespace, scratch: Path) -> tuple[Steps, float]:
 def poise_side(options: argparse.Namespace, scratch: Path) -> tuple[Steps, float]:
     """(steps, tokens of a completion) of `poise train-policy` with one epoch of one minibatch."""
     write_jsonl(scratch / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts()])
-    config = Config(
-        prompts=str(scratch / "prompts.jsonl"), reward=options.reward, output=str(scratch / "run"),
+    config = replace(
+        LAPTOP_POLICY, prompts=str(scratch / "prompts.jsonl"), reward=options.reward, output=str(scratch / "run"),
         model=options.model, objective=OBJECTIVE, kl_coef=KL_COEF, num_steps=options.steps, prompts_per_step=PROMPTS,
         completions_per_prompt=COMPLETIONS, max_tokens=TOKENS, learning_rate=LEARNING_RATE, num_epochs=1,
         num_minibatches=1, adapted_layers=options.layers, lora_rank=RANK, baseline_completions=1, save_every=10**6,

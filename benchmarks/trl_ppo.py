@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,9 @@ from poise.models.loading import (
     resolve_model,
 )
 from poise.models.reward_model import load_trunk
-from poise.policy import train as train_policy
 from poise.policy.loop import Training
 from poise.runtime.run_folder import Json, Run, environment, write_jsonl
+from poise.studies.config import LAPTOP_POLICY
 
 PROMPTS, COMPLETIONS, PROMPT_TOKENS, TOKENS, EPOCHS, MINIBATCHES = 4, 8, 43, 24, 4, 2
 RANK, REWARD_LAYERS, LEARNING_RATE, KL_COEF = 16, 8, 1e-5, 0.05
@@ -149,7 +150,8 @@ def poise_side(model: str, layers: int, steps: int, scratch: Path) -> tuple[list
     write_reward_model(model, scratch / "reward")
     asked = prompts(load_tokenizer(resolve_model(model)))
     write_jsonl(scratch / "prompts.jsonl", [{"prompt": prompt} for prompt in asked])
-    config = train_policy.Config(
+    config = replace(
+        LAPTOP_POLICY,
         prompts=str(scratch / "prompts.jsonl"), reward=str(scratch / "reward"), output=str(scratch / "run"),
         model=model, objective="nominal", kl_coef=KL_COEF, num_steps=steps, prompts_per_step=PROMPTS,
         completions_per_prompt=COMPLETIONS, max_tokens=TOKENS, learning_rate=LEARNING_RATE, num_epochs=EPOCHS,

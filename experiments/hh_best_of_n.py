@@ -25,7 +25,7 @@ from poise.reward import train as train_reward
 from poise.runtime.progress import progress
 from poise.runtime.run_folder import write_jsonl
 from poise.studies import study
-from poise.studies.config import POLICY
+from poise.studies.config import LAPTOP_REWARD, POLICY
 
 
 def part_of(preference: Preference) -> int:
@@ -74,8 +74,8 @@ def main() -> None:
     data = options.output / "data"
     data.mkdir(parents=True, exist_ok=True)
     files = {name: data / f"{name}.jsonl" for name in ("gold", "preferences", "raters", "prompts")}
-    gold = train_reward.Config(
-        preferences=str(files["gold"]), output=str(options.output / "gold"), model=options.model,
+    gold = dataclasses.replace(
+        LAPTOP_REWARD, preferences=str(files["gold"]), output=str(options.output / "gold"), model=options.model,
         num_layers=options.gold_layers,
     )  # fmt: skip
     if not files["prompts"].exists():

@@ -8,6 +8,7 @@ differences between the models on the same pairs, and every uncertainty's AUROC 
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
 from dataclasses import asdict
@@ -23,6 +24,7 @@ from poise.reward import evaluate as evaluate_reward
 from poise.reward import train as train_reward
 from poise.runtime.records import read_rows
 from poise.runtime.run_folder import environment
+from poise.studies.config import LAPTOP_REWARD
 
 MODELS = ("single", "brme", "posterior")
 
@@ -53,8 +55,9 @@ def main() -> None:
     ):
         if not (folder / f"{name}.jsonl").exists():
             write_preferences(folder / f"{name}.jsonl", rows)
-    config = train_reward.Config(
-        str(folder / "train.jsonl"), str(folder / "reward"), options.model, num_layers=options.layers,
+    config = dataclasses.replace(
+        LAPTOP_REWARD, preferences=str(folder / "train.jsonl"), output=str(folder / "reward"), model=options.model,
+        num_layers=options.layers,
         max_length=options.max_length, trunk=options.trunk, learning_rate=options.learning_rate,
         epochs=options.epochs, shards="source",
     )  # fmt: skip

@@ -10,6 +10,7 @@ pairs and raters, other heads, other prompts and samples. Gold is read by `repor
 import argparse
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from poise.reward import train as train_reward
 from poise.runtime.run_folder import Json, environment, load_config_file, write_jsonl
 from poise.studies import compare
 from poise.studies import quickstart as recipes
+from poise.studies.config import LAPTOP_POLICY, LAPTOP_REWARD
 
 ARMS: dict[str, tuple[str, str, float | None, bool]] = {  # name -> reward model, objective, ceiling, settle
     "conventional": ("single", "nominal", None, False),
@@ -53,10 +55,10 @@ def prepare(folder: Path, seed: int) -> None:
             subjects = [f"a film about {film}" for film in films] + [f"a {product}" for product in products]
             write_jsonl(folder / f"{name}.jsonl", [{"prompt": recipes.review_prompt(subject)} for subject in subjects])
     train_reward.run(
-        train_reward.Config(
+        replace(
+            LAPTOP_REWARD,
             preferences=str(folder / "preferences.jsonl"),
             output=str(folder / "reward"),
-            num_layers=recipes.NUM_LAYERS,
             seed=seed,
         )
     )
@@ -65,7 +67,8 @@ def prepare(folder: Path, seed: int) -> None:
 def train(folder: Path, seed: int, arm: str, steps: int, kl_coef: float) -> None:
     reward, objective, ceiling, settle = ARMS[arm]
     train_policy.run(
-        train_policy.Config(
+        replace(
+            LAPTOP_POLICY,
             prompts=str(folder / "prompts.jsonl"),
             eval_prompts=str(folder / "eval_prompts.jsonl"),
             reward=str(folder / "reward" / reward),

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,11 +25,11 @@ from safetensors.torch import load_file
 
 from poise.models.loading import DEFAULT_MODEL, load_tokenizer, pad_apart, resolve_model
 from poise.models.reward_model import HeadLayout, load_trunk, save_reward_model
-from poise.policy.config import Config
 from poise.runtime.quiet import quiet_loading
 from poise.runtime.records import read_rows
 from poise.runtime.run_folder import config_dict, environment, write_jsonl
 from poise.studies import quickstart as recipes
+from poise.studies.config import LAPTOP_POLICY
 
 
 def write_models(folder: Path, layers: int) -> tuple[str, str]:
@@ -67,7 +68,8 @@ def main() -> None:
         write_jsonl(
             folder / "prompts.jsonl", [{"prompt": recipes.review_prompt(f"a {p}")} for p in recipes.TRAIN_PRODUCTS]
         )
-        config = Config(
+        config = replace(
+            LAPTOP_POLICY,
             prompts=str(folder / "prompts.jsonl"), reward=reward, model=policy, num_steps=2 * options.kills,
             prompts_per_step=2, completions_per_prompt=2, max_tokens=8, adapted_layers=2, save_every=1,
             baseline_completions=16, shaping="contrastive", kl_target=5.0,

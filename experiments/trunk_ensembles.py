@@ -11,6 +11,7 @@ with all of them comes last.
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from poise.reward import train as train_reward
 from poise.runtime.progress import parts_of_another, progress
 from poise.runtime.records import read_rows
 from poise.runtime.run_folder import Json, environment, write_json
+from poise.studies.config import LAPTOP_REWARD
 from poise.studies.pool import score_pool
 
 ENSEMBLES = {
@@ -37,7 +39,8 @@ def train_and_score(options: argparse.Namespace, seed: int, member: int, rows: l
     """Rewards of the pool's rows by one member, and its accuracy on held-out preferences."""
     world = f"noise-{options.noise}/reward-{seed}"
     folder = options.output / world / f"member-{member}"
-    config = train_reward.Config(
+    config = replace(
+        LAPTOP_REWARD,
         preferences=str(options.study / world / "preferences.jsonl"), output=str(folder), model=options.model,
         num_layers=options.layers, trunk="lora", epochs=options.epochs, feature_cache=False, seed=1000 * seed + member,
     )  # fmt: skip

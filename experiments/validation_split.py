@@ -10,6 +10,7 @@ Prints JSON.
 """
 
 import argparse
+import dataclasses
 import json
 
 import numpy as np
@@ -23,10 +24,10 @@ from poise.functional.statistics import t_interval
 from poise.models.loading import DEFAULT_MODEL
 from poise.models.reward_model import load_trunk
 from poise.models.scorer import FeatureExtractor
-from poise.reward.config import Config
 from poise.reward.head_training import TrainedModel, train_on_features
 from poise.reward.pairs import FeaturePairs, PreferenceSplit, pair_features, prompt_groups
 from poise.runtime.run_folder import Json, environment
+from poise.studies.config import LAPTOP_REWARD
 from poise.studies.quickstart import NUM_LAYERS, RATED_DOMAINS
 
 SHARE, SEEDS, FRESH = 0.2, 5, 2000
@@ -69,7 +70,7 @@ def compare(
     found: Json = {}
     splits = {"at random": at_random(preferences, seed), "in groups": PreferenceSplit.draw(preferences, SHARE, seed)}
     for name, split in splits.items():
-        trained = train_on_features(Config("", seed=seed), split, extract, raw)
+        trained = train_on_features(dataclasses.replace(LAPTOP_REWARD, seed=seed), split, extract, raw)
         held = raw.rows(split.validation)
         found[name] = {**shared(split), "prior_precision": trained.precision} | {
             model: {

@@ -182,6 +182,7 @@ def train_tiny_reward(preferences_file: Path, tmp_path_factory: pytest.TempPathF
             output=output,
             model=model,
             num_layers=2,
+            trunk="frozen",
             posterior_heads=6,
             head_steps=60,
         )

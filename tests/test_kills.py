@@ -116,7 +116,7 @@ def test_killed_at_every_boundary(
             "score": [f"{reward}/brme", str(samples)],
             "train-reward": [
                 "--preferences", str(preferences_file), "--model", tiny_model, "--num-layers", "1",
-                "--head-steps", "5", "--posterior-heads", "3",
+                "--trunk", "frozen", "--head-steps", "5", "--posterior-heads", "3",
             ],
             "train-policy": [
                 "--prompts", str(prompts_file), "--model", tiny_model, "--reward", f"{reward}/brme",

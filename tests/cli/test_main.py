@@ -101,7 +101,7 @@ def test_score_end_to_end_and_its_bad_input(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: str, preferences_file: Path
 ) -> None:
     reward = tmp_path / "reward"
-    options = ["--num-layers", "2", "--posterior-heads", "3", "--head-steps", "20"]
+    options = ["--num-layers", "2", "--trunk", "frozen", "--posterior-heads", "3", "--head-steps", "20"]
     command = ["train-reward", "--preferences", str(preferences_file), "--output", str(reward), "--model", tiny_model]
     assert main([*command, *options]) == 0
     rows = tmp_path / "rows.jsonl"
@@ -132,6 +132,7 @@ def test_an_ensemble_stands_where_a_reward_model_may(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: str, preferences_file: Path
 ) -> None:
     train = ["train-reward", "--preferences", str(preferences_file), "--model", tiny_model, "--num-layers", "2"]
+    train += ["--trunk", "frozen"]
     members = [str(tmp_path / f"reward{seed}") for seed in (0, 1)]
     for seed, member in enumerate(members):
         few = ["--posterior-heads", "3", "--head-steps", "20", "--seed", str(seed)]

@@ -1,5 +1,6 @@
 """What differs on a GPU: bfloat16 against float32, and short runs of PPO, LoRA and FSDP2. Skipped without CUDA."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from poise.policy import train as train_policy
 from poise.reward import train as train_reward
 from poise.reward.config import Trunk
 from poise.runtime.run_folder import Run, config_dict
+from poise.studies.config import LAPTOP_POLICY
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA finds no GPU here"),
@@ -50,7 +52,8 @@ def trunk_config(model: str, preferences: Path, output: Path, trunk: Trunk) -> t
 
 
 def ppo_config(reward: Path, prompts: Path, model: str, output: Path) -> train_policy.Config:
-    return train_policy.Config(
+    return dataclasses.replace(
+        LAPTOP_POLICY,
         prompts=str(prompts), reward=str(reward / "brme"), output=str(output), model=model, num_steps=2,
         prompts_per_step=2, completions_per_prompt=4, max_tokens=8, adapted_layers=2, lora_rank=4,
         baseline_completions=16, save_every=1, eval_completions=2,

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from poise.policy.loop import Training
 from poise.runtime import run_folder as runs
 from poise.runtime.records import read_rows
 from poise.runtime.run_folder import Json, config_dict
+from poise.studies.config import LAPTOP_POLICY
 
 # ---- outcomes ----
 
@@ -162,7 +164,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def training(reward_folder: Path, prompts_file: Path, tiny_model: str, data: Path) -> train_policy.Config:
-    return train_policy.Config(
+    return replace(
+        LAPTOP_POLICY,
         prompts=str(prompts_file), reward=str(reward_folder / "brme"), model=tiny_model,
         num_steps=4, prompts_per_step=2, completions_per_prompt=4, max_tokens=8, adapted_layers=2, lora_rank=4,
         baseline_completions=16, save_every=2, eval_completions=2, learning_rate=0.03,

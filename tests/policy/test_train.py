@@ -34,6 +34,7 @@ from poise.reward import train as train_reward
 from poise.runtime import distributed as processes
 from poise.runtime.records import read_rows
 from poise.runtime.run_folder import Run, config_dict
+from poise.studies.config import LAPTOP_POLICY
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,8 @@ def reward_folder(tiny_model: str, train_tiny_reward: Callable[[str], Path]) -> 
 
 @pytest.fixture
 def config(reward_folder: Path, prompts_file: Path, tiny_model: str, tmp_path: Path) -> Config:
-    return Config(
+    return dataclasses.replace(
+        LAPTOP_POLICY,
         prompts=str(prompts_file), reward=str(reward_folder / "brme"), output=str(tmp_path / "policy"),
         model=tiny_model,
         num_steps=4, prompts_per_step=2, completions_per_prompt=4, max_tokens=8, adapted_layers=2, lora_rank=4,
@@ -333,6 +335,7 @@ def test_bfloat16_weights_as_on_a_gpu(
             str(tmp_path / "reward"),
             model=config.model,
             num_layers=2,
+            trunk="frozen",
             posterior_heads=6,
             head_steps=60,
         )

@@ -20,10 +20,12 @@ from poise.cli.train_policy import Config
 from poise.policy.config import unread_settings
 from poise.reports import policy_card
 from poise.runtime.run_folder import Json, config_dict
+from poise.studies.config import LAPTOP_POLICY
 
 TOKENS = torch.tensor([[5, 60, 100, 7, 33, 90, 12]])
 SETTINGS = config_dict(
-    Config(
+    replace(
+        LAPTOP_POLICY,
         prompts="/home/me/prompts.jsonl", reward="/home/me/runs/rm", output="/home/me/run", model="user/model",
         reward_ceiling=2.0, num_steps=40, seed=7,
     )
@@ -45,7 +47,8 @@ def finished(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Config:  # fmt: skip
     """A run of two steps, carded: its config."""
-    config = Config(
+    config = replace(
+        LAPTOP_POLICY,
         prompts=str(prompts_file), reward=str(reward_folder / "brme"), model=tiny_model, tune=request.param,
         output=str(tmp_path_factory.mktemp("policy") / "run"), learning_rate=1e-2,
         num_steps=2, prompts_per_step=2, completions_per_prompt=4, max_tokens=6, adapted_layers=2, lora_rank=4,

@@ -34,7 +34,9 @@ pytestmark = pytest.mark.usefixtures("drawn_once")
 SAMPLE = Sample("Review a film.", "A warm, funny film.")
 NAMES = ("single", "ensemble", "brme", "posterior")
 BINS = [{"confidence": 0.6, "accuracy": 0.5, "count": 3}, {"confidence": 0.9, "accuracy": 1.0, "count": 5}]
-SETTINGS = config_dict(Config(preferences="/home/me/pairs.jsonl", output="/home/me/run", model="user/model"))
+SETTINGS = config_dict(
+    Config(preferences="/home/me/pairs.jsonl", output="/home/me/run", model="user/model", trunk="frozen")
+)
 RESULTS: Json = {
     "num_preferences": 100, "num_train": 80, "num_validation": 20, "num_truncated": 1, "num_layers": 2,
     "std_collapsed": False,
@@ -168,7 +170,13 @@ def test_a_card_names_no_machine(finished: tuple[Path, Config], tmp_path: Path) 
 
 def test_a_fresh_run_is_trained_and_carded(tiny_model: str, preferences_file: Path, tmp_path: Path) -> None:
     config = Config(
-        str(preferences_file), str(tmp_path / "run"), tiny_model, num_layers=1, posterior_heads=3, head_steps=20
+        str(preferences_file),
+        str(tmp_path / "run"),
+        tiny_model,
+        num_layers=1,
+        trunk="frozen",
+        posterior_heads=3,
+        head_steps=20,
     )
     out = command.run(config)
     assert out.results is not None

@@ -34,7 +34,7 @@ def train(raw: FeaturePairs, **settings: Any) -> tuple[HeadTraining, PreferenceS
     order = torch.randperm(count, generator=torch.Generator().manual_seed(1))
     rows = [Preference("p", f"a{i}", f"b{i}") for i in range(count)]
     split = PreferenceSplit(rows, order[count // 5 :], order[: count // 5], torch.Generator().manual_seed(2))
-    config = Config("unread", **{"head_steps": 200, "shards": "bootstrap", **settings})
+    config = Config("unread", **{"trunk": "frozen", "head_steps": 200, "shards": "bootstrap", **settings})
     return train_on_features(config, split, NO_TRUNK, raw), split
 
 

@@ -16,7 +16,9 @@ from poise.reward.train import Config
 @pytest.fixture(scope="module")
 def finished(tiny_model: str, preferences_file: Path, tmp_path_factory: pytest.TempPathFactory) -> train_reward.Run:
     output = tmp_path_factory.mktemp("runs") / "reward"
-    config = Config(preferences=str(preferences_file), output=str(output), model=tiny_model, num_layers=3)
+    config = Config(
+        preferences=str(preferences_file), output=str(output), model=tiny_model, num_layers=3, trunk="frozen"
+    )
     return train_reward.run(config)
 
 

@@ -135,8 +135,8 @@ class RewardModel:
         self,
         objective: str | Objective,
         *,
-        ceiling: float = math.inf,
-        floor: float = -math.inf,
+        ceiling: float | int = math.inf,
+        floor: float | int = -math.inf,
         scale: str = "",
     ) -> RobustReward:
         """One number per completion, for TRL's `reward_funcs` and for `PolicyTrainer`.
@@ -154,7 +154,9 @@ class RewardModel:
             console.print(
                 f"reward: {objective} of the {model.kind} heads (.heads(…) takes others: {others})", markup=False
             )
-        return RobustReward.of(model.scorer, objective, path=model.path, scale=scale, floor=floor, ceiling=ceiling)
+        return RobustReward.of(
+            model.scorer, objective, path=model.path, scale=scale, floor=float(floor), ceiling=float(ceiling)
+        )
 
     # ---- keeping it ----
 
@@ -210,8 +212,8 @@ def _of_run(folder: Path, max_length: int) -> RewardModel:
             if twin is None
             else _on_trunk_of(scorers[twin], read_head_set(folder / other))
         )
-    paths = {name: str(folder / name) for name in kinds}
-    cards = {name: _card_in(folder / name) for name in kinds}
+    paths: dict[str, str] = {name: str(folder / name) for name in kinds}
+    cards: dict[str, Mapping[str, bytes]] = {name: _card_in(folder / name) for name in kinds}
     model = RewardModel({name: scorers[name] for name in kinds}, kind, paths, cards)
     model.results = (Run(folder).results or {}).get("models", {})
     return model

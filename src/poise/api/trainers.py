@@ -24,6 +24,7 @@ from poise.reports import policy_card, reward_card
 from poise.reward import train as reward_training
 from poise.reward.config import Config as RewardConfig
 from poise.runtime.distributed import launched_processes
+from poise.runtime.folders import own
 from poise.runtime.quiet import quiet_loading
 from poise.runtime.records import read_rows
 from poise.runtime.run_folder import Json, config_dict, is_main_process
@@ -141,6 +142,7 @@ class PolicyTrainer:
         if given.path or not self.args.output:
             return given.path or IN_MEMORY
         copy = folder / "reward-model"
+        own(folder)
         if not copy.exists():
             RewardModel({"": given.scorer}, "").save_pretrained(copy)
         return str(copy)

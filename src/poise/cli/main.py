@@ -156,6 +156,9 @@ def parse_config(
         raise PoiseError("--config needs a file, e.g. --config RUN/config.yaml")
     path = arguments[at + 1]
     settings = _with_new_names(load_config_file(path), renamed)
+    added = getattr(config, "ADDED", {})
+    if added and {field.name for field in fields(config)} - settings.keys() == added.keys():
+        settings |= added  # the whole config of a run of an earlier version
     values, unknown = _values(settings, config, path)
     if unknown:
         raise PoiseError(f"{path} has settings {program} does not know: {', '.join(sorted(unknown))}")

@@ -58,6 +58,22 @@ def is_run(path: str) -> bool:
     return bool(path) and not (Path(path) / "config.json").exists() and bool(kinds_in(Path(path)))
 
 
+def reward_folder(path: str, objective: str, heads: HeadKind | None = None) -> str:
+    """The checkpoint that `path` means as a reward: itself, or one kind of heads of a `poise train-reward` run.
+
+    heads: which; default `kind_for(objective)`. Raises PoiseError for a run without them, and for a kind of what is
+    no run.
+    """
+    if not is_run(path):
+        if heads:
+            raise PoiseError(f"--heads {heads} chooses among those of a run; {path} is no `poise train-reward` run")
+        return path
+    kind = heads or kind_for(objective)
+    if kind not in kinds_in(Path(path)):
+        raise PoiseError(f"{path} has no {kind} heads; --heads takes one of {', '.join(kinds_in(Path(path)))}")
+    return str(Path(path) / kind)
+
+
 def read_head_set(folder: Path) -> HeadSet:
     """The heads of a local checkpoint, without its trunk."""
     return HeadSet(_tensor(folder, "score.weight").float(), read_layout(str(folder)), load_last_layer(str(folder)))
@@ -78,7 +94,8 @@ def write_more_heads(checkpoint: Path, own: str, others: Mapping[str, HeadSet]) 
     for kind, heads in others.items():
         tensors[f"{kind}.weight"] = heads.weight
         if heads.last_layer is not None:
-            tensors[f"{kind}.factor"], tensors[f"{kind}.center"] = heads.last_layer
+            last = heads.last_layer
+            tensors |= {f"{kind}.factor": last.factor_HH, f"{kind}.center": last.center_H}
     if tensors:
         save_file({name: value.float().cpu().contiguous() for name, value in tensors.items()}, checkpoint / _WEIGHTS)
     block = {"own": own, "others": {kind: asdict(heads.layout) for kind, heads in others.items()}}
@@ -110,7 +127,7 @@ def read_more_heads(checkpoint: Path) -> tuple[str, dict[str, HeadSet]]:
 
 def _tensors(folder: Path) -> dict[str, Path]:
     """Names of the weights of a checkpoint but for its `score` layer's, each with its file."""
-    found = {}
+    found: dict[str, Path] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             found |= {name: file for name in tensors.keys() if not name.startswith("score.")}  # noqa: SIM118

@@ -182,11 +182,13 @@ def _attend_apart(
     to_all = attention_mask[:, 0, start:, start:].unflatten(2, each).unflatten(1, each)
     mask = torch.cat([to_prompt, to_all.diagonal(dim1=1, dim2=3).movedim(-1, 1)], -1).flatten(0, 1).unsqueeze(1)
     parts = [(states[:, :, :start], states[:, :, start:].unflatten(2, each)) for states in (query, key, value)]
-    prompt = _attend(*(before for before, _ in parts), attention_mask[:, :, :start, :start], dropout, scaling)
+    before = [states for states, _ in parts]
+    own_mask = attention_mask[:, :, :start, :start]
+    prompt = _attend(before[0], before[1], before[2], own_mask, dropout, scaling)
     queries = parts[0][1].transpose(1, 2).flatten(0, 1)  # (rows * per_prompt, heads, tokens, channels)
     keys, values = (
-        torch.cat([before[:, None].expand(-1, per_prompt, -1, -1, -1), after.transpose(1, 2)], 3).flatten(0, 1)
-        for before, after in parts[1:]
+        torch.cat([shared[:, None].expand(-1, per_prompt, -1, -1, -1), after.transpose(1, 2)], 3).flatten(0, 1)
+        for shared, after in parts[1:]
     )
     own = _attend(queries, keys, values, mask, dropout, scaling)
     return torch.cat([prompt, own.unflatten(0, (-1, per_prompt)).flatten(1, 2)], 1), None

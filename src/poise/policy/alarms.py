@@ -16,7 +16,7 @@ class Alarms:
     """A run's monitor, the alarms so far, and their consequences.
 
     raised: step, score and action of each alarm; pessimism: how many times the objective became more pessimistic;
-    ended: "stop" or "rollback" once an alarm has ended the run, else "".
+    ended: what has ended the run early, else "": an alarm's "stop" or "rollback", or "max_kl", the KL budget.
     """
 
     def __init__(self, action: OnAlarm, threshold: float):

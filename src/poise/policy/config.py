@@ -5,7 +5,7 @@ Torch is not imported to read them.
 
 import sys
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -14,7 +14,7 @@ from poise.errors import PoiseError
 from poise.functional.monitor import MonitorConfig
 from poise.functional.objective_names import PARAMETERS, Shaping, check_parameter, read_objective
 from poise.integrations.lm_eval_tasks import DEFAULT_TASKS, MAX_TOKENS
-from poise.models.choices import DEFAULT_MODEL, Tune, ValueTrunk
+from poise.models.choices import DEFAULT_MODEL, HeadKind, Tune, ValueTrunk
 from poise.runtime.settings import (
     Bounded,
     Count,
@@ -35,8 +35,13 @@ from poise.runtime.trackers import check_trackers
 PPO_ONLY = {
     "value_learning_rate", "accumulation", "value_clip", "discount", "trace", "whiten_advantages", "entropy_coef",
     "max_step_kl", "tune", "value_trunk", "final_parameter", "reward_norm", "shaping", "baselines", "kl_target",
-    "missing_eos_penalty", "settle", "eval_every", "eval_tasks", "eval_data", "eval_rows", "baseline_completions",
+    "kl_horizon", "max_kl", "missing_eos_penalty", "settle", "eval_every", "eval_tasks", "eval_data", "eval_rows",
+    "baseline_completions",
 }  # fmt: skip
+
+
+# Values that turn such a setting off, where the default does not: runs of earlier versions have them in their files.
+_OFF = {"accumulation": 1, "kl_target": None, "kl_horizon": 10_000.0, "settle": False}
 
 
 def unread_settings(algorithm: str) -> set[str]:
@@ -57,15 +62,16 @@ def _num_processes() -> int:
 class PpoConfig(Settings):
     """The settings of PPO itself."""
 
-    learning_rate: LearningRate = 1e-3
-    """Learning rate of the policy (Adam). For --tune full choose 1e-6 to 1e-5."""
+    learning_rate: LearningRate = 1e-4
+    """Learning rate of the policy (Adam). Models of less than 200M parameters take 1e-3; for --tune full choose 1e-6 to
+    1e-5."""
     value_learning_rate: LearningRate = 1e-3
     """Learning rate of the value head, and of its trunk with --value-trunk own (Adam)."""
     num_epochs: Count = 2
     """Passes over each step's completions."""
     num_minibatches: Count = 2
     """Minibatches per pass; they and the processes must divide the prompts per step."""
-    accumulation: Count = 1
+    accumulation: Count = 4
     """Parts in which a minibatch is computed, to save memory; the result is the same."""
     clip: Positive = 0.2
     """Clip range of the probability ratio."""
@@ -101,23 +107,27 @@ class Config(PpoConfig):
     """JSON lines with `prompt`: text, or a conversation. A command needs them; `PolicyTrainer` is given them."""
     reward: Reward = ""
     """Reward model: checkpoint folder, hub id, `poise train-reward` run, or an ensemble. Needed as the prompts are."""
+    heads: HeadKind | None = None
+    """Which heads of a `poise train-reward` run to take; default: `posterior` for lower_confidence, `brme` for other
+    objectives."""
     output: str = ""
     """Run folder to write. Default: runs/policy; of a `PolicyTrainer` none is kept."""
     model: Language = DEFAULT_MODEL
     """Local folder or hub id of the language model to train."""
     algorithm: Literal["ppo", "rloo", "grpo"] = "ppo"
     """`ppo` is our own; `rloo` and `grpo` (no values) are TRL's, with this reward: pip install 'poise-rlhf[trl]'."""
-    objective: str = "tradeoff(0.4)"
-    """How the heads become one reward: nominal, worst_case, tradeoff(λ), mean, median, random_head, quantile(q),
-    uncertainty_weighted(c), lower_confidence(c), typical(c), soft_min(t), expected_worst_case, expected_tradeoff(λ),
-    constant(v)."""
+    objective: str = "lower_confidence(1)"
+    """How the heads become one reward; `tradeoff(0.4)` is the paper's. All of them: nominal, worst_case, tradeoff(λ),
+    mean, median, random_head, quantile(q), uncertainty_weighted(c), lower_confidence(c), typical(c), soft_min(t),
+    expected_worst_case, expected_tradeoff(λ), constant(v)."""
     final_parameter: Bounded | None = None
     """Move the objective's parameter linearly from its own value to this one by the last step."""
     reward_norm: Literal["initial", "running", "batch"] = "initial"
     """Completions whose mean and std scale the reward: the initial policy's, all so far (running), or the batch's."""
-    reward_ceiling: Bounded | None = None
-    """Upper bound of the reward, in stds of its scale. One in forty of the initial policy's completions exceeds 2."""
-    settle: bool = False
+    reward_ceiling: Bounded | None = 2.0
+    """Upper bound of the reward, in stds of its scale; None for no bound. One in forty of the initial policy's
+    completions exceeds 2."""
+    settle: bool = True
     """Scale the policy's learning rate by the distance of the step's mean reward to --reward-ceiling: training slows to
     zero as the mean reward reaches the ceiling."""
     reward_floor: Bounded | None = None
@@ -133,17 +143,20 @@ class Config(PpoConfig):
     """Subtracted from the reward of a completion that was cut off at --max-tokens."""
     kl_coef: NotNegative = 0.05
     """β: weight of the KL to the initial policy, per nat, against a reward of std 1."""
-    kl_target: NotNegative | None = None
-    """Adapt β to hold the KL of a completion at this many nats."""
-    kl_horizon: NotNegative = 10_000.0
-    """Completions over which β adapts."""
+    kl_target: NotNegative | None = 10.0
+    """Adapt β to hold the KL of a completion at this many nats; None keeps β as it is."""
+    kl_horizon: NotNegative = 1000.0
+    """Completions over which β adapts: by a factor of about e^.2, if the KL stays far from the target."""
+    max_kl: Positive | None = None
+    """Stop once the KL of a step's completions exceeds this many nats, and go back to the last checkpoint that did
+    not."""
     num_steps: Count = 40
     """PPO steps."""
-    prompts_per_step: Count = 4
+    prompts_per_step: Count = 32
     """Prompts of each step, over all processes."""
     completions_per_prompt: Count = 8
     """Completions sampled of each prompt."""
-    max_tokens: Count = 20
+    max_tokens: Count = 256
     """Longest completion, in tokens."""
     baseline_completions: Count = 64
     """Completions of the initial policy on which the reward's zero and unit are fitted."""
@@ -174,7 +187,10 @@ class Config(PpoConfig):
     seed: Seed = 0
     """Seed of the prompts' order, the sampling and the minibatches."""
 
-    def for_command(self) -> Self:
+    # What a run without a setting, written by an earlier version, did: its config.yaml names every other one.
+    ADDED: ClassVar[dict[str, Any]] = {"heads": "brme", "max_kl": None}
+
+    def for_command(self) -> "Config":
         """As `Settings.for_command`."""
         if missing := [name for name in ("prompts", "reward") if not getattr(self, name)]:
             what = {"prompts": "name a file of prompts", "reward": "name a reward model"}[missing[0]]
@@ -217,7 +233,8 @@ class Config(PpoConfig):
     def _check_without_ppo(self) -> None:
         """Raise PoiseError for settings that TRL's trainers would silently ignore."""
         for field in fields(self):
-            if field.name in PPO_ONLY and getattr(self, field.name) != field.default:
+            value = getattr(self, field.name)
+            if field.name in PPO_ONLY and value not in (field.default, _OFF.get(field.name, field.default)):
                 raise PoiseError(f"--{field.name.replace('_', '-')} is for --algorithm ppo, not {self.algorithm}")
         if self.on_alarm in ("rollback", "pessimism"):
             raise PoiseError(f"--on-alarm {self.on_alarm} is for --algorithm ppo; {self.algorithm} takes log or stop")

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,7 @@ from poise.functional.objectives import (
 from poise.functional.schedules import adaptive_kl_coef, headroom, linear
 from poise.integrations.trl_reward import RobustReward
 from poise.models.fused_ops import keep_freed_memory
+from poise.models.head_kinds import reward_folder
 from poise.models.loading import load_policy
 from poise.models.policy import Policy, uniforms
 from poise.models.reward_model import checkpoint_folder
@@ -44,6 +46,7 @@ from poise.policy.reward import Baselines, PolicyReward, gather, std_interval
 from poise.policy.sampling import sample_rows
 from poise.policy.update import Learner
 from poise.runtime import distributed as processes
+from poise.runtime.folders import write_file_atomic
 from poise.runtime.progress import console
 from poise.runtime.records import checked, undefined_as_none
 from poise.runtime.run_folder import Json, Run, append_jsonl, is_main_process, keep_rows_before
@@ -57,7 +60,7 @@ class Training:
         keep_freed_memory()
         self.config, self.out, self.prompts = config, out, prompts
         self._first_objective = given.combine if given else parse_objective(config.objective)
-        scorer = given.scorer if given else Scorer.load(config.reward)
+        scorer = given.scorer if given else Scorer.load(reward_folder(config.reward, config.objective, config.heads))
         if given is None:
             scorer.layout.check_objective(config.objective)
         torch.manual_seed(config.seed)  # initial adapters
@@ -115,6 +118,7 @@ class Training:
         if is_main_process():
             append_jsonl(self.out.folder / "samples.jsonl", rows)
             self.out.log(step=self.step, **metrics)
+        self._watch_budget(metrics["kl"])
         self._adapt(metrics)
         self.step += 1
         if self.step % config.save_every == 0:
@@ -208,6 +212,21 @@ class Training:
         except PoiseError as error:
             raise PoiseError(f"step {self.step}: {error}; the last checkpoint is kept") from None
 
+    def _watch_budget(self, kl: float) -> None:
+        """Keep the checkpoint that this step began with if it is within --max-kl; otherwise end the run."""
+        limit = self.config.max_kl
+        if limit is None or self.alarms.ended:
+            return
+        if kl > limit:
+            self.alarms.ended = "max_kl"
+            if is_main_process():
+                console.print(
+                    f"step {self.step}: KL {kl:.1f} is above --max-kl {limit:g}; going back to a checkpoint below"
+                )
+        elif self.step % self.config.save_every == 0 and is_main_process():
+            with write_file_atomic(self.within) as copy:  # not written yet since the step began
+                shutil.copyfile(self.checkpoint, copy)
+
     # ---- checkpoints ----
 
     @property
@@ -219,18 +238,25 @@ class Training:
         """The checkpoint that --on-alarm rollback returns to."""
         return self.out.folder / "safe.safetensors"
 
+    @property
+    def within(self) -> Path:
+        """The last checkpoint whose KL was within --max-kl."""
+        return self.out.folder / "within.safetensors"
+
     def save(self) -> None:
-        """Write the checkpoint. With --on-alarm rollback: after an alarm return to `safe`, before one update it.
+        """Write the checkpoint. With --on-alarm rollback: after an alarm return to `safe`, before one update it. Above
+        --max-kl return to `within`.
 
         `safe` comes first: a run that is killed between the two files must find it no older than its checkpoint.
         """
-        if self.alarms.ended == "rollback" and self.safe.exists():
-            self._return_to(self._loaded(self.safe))
+        back = {"rollback": self.safe, "max_kl": self.within}.get(self.alarms.ended)
+        if back and back.exists():
+            self._return_to(self._loaded(back))
         if is_main_process():
             if self.config.on_alarm == "rollback" and self.alarms.policy_looks_safe:
                 self.learner.save(self.safe, self._state())
             self.learner.save(self.checkpoint, self._state())
-            if self.alarms.ended == "rollback":
+            if back:
                 self._drop_later_rows()
         processes.wait()
 

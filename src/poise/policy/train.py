@@ -28,6 +28,7 @@ from poise.errors import PoiseError
 from poise.functional.monitor import Monitor, MonitorConfig
 from poise.integrations.lm_eval import Task, evaluate, read_tasks
 from poise.integrations.trl_reward import IN_MEMORY, MonitorCallback, RobustReward
+from poise.models.head_kinds import is_run, kinds_in, reward_folder
 from poise.models.loading import check_room, load_policy, resolve_model
 from poise.models.policy import Policy
 from poise.models.reward_model import files_of
@@ -73,6 +74,8 @@ def run(config: Config, given: RobustReward | None = None) -> Run:
     out.check_config(config, GROWS)
     if out.results is not None and not out.differs(config):
         return out
+    if given is None:
+        _say_which_heads(config)
     check = row_check_of(config.model)
     prompts = read_prompts(config.prompts, config.on_bad_row, check)
     eval_prompts = read_prompts(config.eval_prompts, config.on_bad_row, check) if config.eval_prompts else prompts
@@ -112,6 +115,17 @@ def run(config: Config, given: RobustReward | None = None) -> Run:
     return out
 
 
+def _say_which_heads(config: Config) -> None:
+    """Of a run folder one kind of heads is the reward: which, and how to take another."""
+    place = Path(reward_folder(config.reward, config.objective, config.heads))
+    if is_run(config.reward) and is_main_process():
+        others = ", ".join(kind for kind in kinds_in(Path(config.reward)) if kind != place.name)
+        console.print(
+            f"reward: {config.objective} of the {place.name} heads of {config.reward}; --heads takes others: {others}",
+            markup=False, soft_wrap=True,
+        )  # fmt: skip
+
+
 def _ppo(
     config: Config, out: Run, prompts: list[Prompt], track: Track, given: RobustReward | None
 ) -> tuple[Policy, PolicyReward, Json]:
@@ -135,9 +149,11 @@ def _ppo(
     if tasks:
         evaluate_on_benchmarks(training, tasks)
     results = {
-        "steps": training.step, "alarms": training.alarms.raised,
+        "steps": training.step,
+        "ended_by": training.alarms.ended or "num_steps",
+        "alarms": training.alarms.raised,
         "scale_std_interval": undefined_as_none(training.scale_interval),
-    }  # fmt: skip
+    }
     return training.policy, training.reward, results
 
 
@@ -171,13 +187,14 @@ def _by_trl(
 
     names = {field.name for field in dataclasses.fields(trl_train.TrlSettings)}
     settings = trl_train.TrlSettings(**{name: getattr(config, name) for name in names})
-    of = {
+    of: dict[str, Any] = {
         "scale": str(out.folder / "scale.json"),
         "floor": -math.inf if config.reward_floor is None else config.reward_floor,
         "ceiling": math.inf if config.reward_ceiling is None else config.reward_ceiling,
     }
     if given is None:
-        reward = RobustReward.load(config.reward, config.objective, **of)
+        place = reward_folder(config.reward, config.objective, config.heads)
+        reward = RobustReward.load(place, config.objective, **of)
     else:
         reward = RobustReward.of(given.scorer, given.given, path=given.path, **of)
     step = trl_train.steps_kept(settings, out.folder)
@@ -243,5 +260,5 @@ def _inputs(config: Config) -> Inputs:
     if config.eval_every and config.eval_data:
         found["--eval-data"] = sorted(Path(config.eval_data).glob("*.jsonl*"))
     if config.reward != IN_MEMORY:
-        found["--reward"] = files_of(config.reward)
+        found["--reward"] = files_of(reward_folder(config.reward, config.objective, config.heads))
     return found | {"--model": [Path(resolve_model(config.model))]}

@@ -1,7 +1,7 @@
 """The settings of all commands about reward models; torch is not imported to read them."""
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 import tyro
 
@@ -40,7 +40,7 @@ class Config(Settings):
     """Run folder to write. Default: runs/reward; of a `RewardTrainer` none is kept."""
     model: Language = DEFAULT_MODEL
     """Local folder or hub id of the language model whose first layers become the trunk."""
-    num_layers: WholeNumber = 8
+    num_layers: WholeNumber = 0
     """Layers of the model to keep as trunk; 0 keeps all."""
     max_length: Count = 1024
     """Longest sample in tokens; longer ones lose their oldest tokens. Their number is reported."""
@@ -49,8 +49,10 @@ class Config(Settings):
     there are few prompts."""
     label_smoothing: Annotated[float, between(0, 0.5, open_high=True)] = 0.0
     """Assumed share of preferences whose chosen and rejected texts are swapped, in [0, 0.5)."""
-    trunk: Trunk = "frozen"
-    """Trunk weights that stage 1 trains together with the head: none, LoRA adapters (merged afterwards), or all."""
+    trunk: Trunk = "lora"
+    """Trunk weights that stage 1 trains together with the head: LoRA adapters (merged afterwards), all (`full`), or
+    none (`frozen`). Frozen is the fast way where the model is a reward model already; on a language model's own
+    features heads may stay at chance (docs/defaults.md)."""
     stage2_trunk: Trunk = "frozen"
     """The same for stage 2, which starts from the heads on the frozen trunk. The BRME then gets its own trunk."""
     epochs: Positive = 1.0
@@ -89,7 +91,7 @@ class Config(Settings):
     seed: Seed = 0
     """Seed of the validation split, the training of the trunk, the shards and the heads."""
 
-    def for_command(self) -> Self:
+    def for_command(self) -> "Config":
         """As `Settings.for_command`."""
         if not self.preferences:
             raise PoiseError("--preferences is missing: name a file, a folder saved by `datasets`, or a hub id")

@@ -114,7 +114,9 @@ class Run:
         path = self.folder / "config.yaml"
         if not path.exists():
             return []
-        return _changed_fields(_defaults(config) | load_config_file(path), config_dict(config))
+        now = config_dict(config)
+        added = {name: now[name] for name in getattr(config, "ADDED", {})}
+        return _changed_fields(_defaults(config) | added | load_config_file(path), now)
 
     @property
     def _is_bare(self) -> bool:

@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Self, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from poise.errors import PoiseError
 
@@ -109,13 +109,19 @@ Prompts = Annotated[str, Rows("prompts")]
 
 
 class Settings:
-    """What the settings of every command are: a frozen dataclass whose fields say their ranges."""
+    """What the settings of every command are: a frozen dataclass whose fields say their ranges.
+
+    ADDED: settings that earlier versions did not have, with the value that stands for what a run did without them,
+    where that is not the default. A whole config file without one of them gets that value.
+    """
+
+    ADDED: ClassVar[dict[str, Any]] = {}
 
     def check(self) -> None:
         """Raise PoiseError, one line, for a setting of a wrong type or out of range. Commands add what they need."""
         check_settings(self)
 
-    def for_command(self) -> Self:
+    def for_command(self) -> "Settings":
         """The settings as a command runs them: with the default folder, and PoiseError for an input that is missing.
 
         For settings that Python programs may leave out, since there data and models are given as objects.

@@ -9,7 +9,7 @@ import functools
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from poise.data.human_ratings import Rated, human_ratings, is_held_out, judged_by_all, preference_pairs
@@ -25,7 +25,7 @@ from poise.runtime.run_folder import Run, config_dict, write_jsonl
 from poise.runtime.settings import NotNegative
 from poise.studies import best_of_n, compare
 from poise.studies.arms import Arm
-from poise.studies.config import REVIEWS
+from poise.studies.config import LAPTOP_POLICY, LAPTOP_REWARD, REVIEWS
 from poise.studies.config import QuickstartConfig as Config
 
 # What the reviews are about. Policies are trained on one half and evaluated on the other.
@@ -57,9 +57,6 @@ def review_prompt(subject: str) -> Prompt:
         {"role": "user", "content": f"Write a one-sentence review of {subject}."},
     ]
 
-
-# Of the model's 30 layers: fast, and as good on generated text as more (LOG.md).
-NUM_LAYERS = 8
 
 # The human texts answer the same question, without a subject: it is not known what film a snippet is about.
 RATED_DOMAINS = {"movieReviewSnippets": review_prompt("a film"), "amazonReviewSnippets": review_prompt("a product")}
@@ -110,9 +107,9 @@ def _stages(config: Config, out: Run) -> None:
     """Every stage that is not complete."""
     folder = out.folder
     _stage(out, "model and data", lambda: _prepare(config, folder))
-    reward = train_reward.Config(
-        preferences=str(folder / "preferences.jsonl"), output=str(folder / "reward"), model=config.model,
-        num_layers=NUM_LAYERS, seed=config.seed,
+    reward = replace(
+        LAPTOP_REWARD, preferences=str(folder / "preferences.jsonl"), output=str(folder / "reward"),
+        model=config.model, seed=config.seed,
     )  # fmt: skip
     _stage(out, "reward models", lambda: _train_reward(reward))
     pool = best_of_n.Config(
@@ -122,8 +119,8 @@ def _stages(config: Config, out: Run) -> None:
     )  # fmt: skip
     _stage(out, "best-of-n pool", lambda: best_of_n.run(pool))
     for name, arm in ARMS.items():
-        policy = train_policy.Config(
-            prompts=str(folder / "prompts.jsonl"), eval_prompts=str(folder / "eval_prompts.jsonl"),
+        policy = replace(
+            LAPTOP_POLICY, prompts=str(folder / "prompts.jsonl"), eval_prompts=str(folder / "eval_prompts.jsonl"),
             reward=str(folder / "reward" / arm.reward), output=str(folder / f"policy-{name}"),
             model=config.model, kl_coef=config.kl_coef, num_steps=config.num_steps, seed=config.seed,
         )  # fmt: skip
