@@ -42,7 +42,9 @@ def test_every_option_of_every_command_is_explained(command: str, capsys: pytest
     out = capsys.readouterr().out
     config = importlib.import_module(COMMANDS[command][0]).Config
     for part in (part for part in config.__mro__ if dataclasses.is_dataclass(part)):
-        names, source = list(inspect.get_annotations(part)), inspect.getsource(part)
+        settings = {field.name for field in dataclasses.fields(part)}
+        names = [name for name in inspect.get_annotations(part) if name in settings]
+        source = inspect.getsource(part)
         for name, following in zip(names, [*names[1:], ""][: len(names)], strict=True):
             assert name.replace("_", "-") in out.lower()
             text = source.split(f"\n    {name}:")[1].split(f"\n    {following}:")[0]
