@@ -2,9 +2,9 @@
 
 python experiments/equal_kl.py --output results/equal-kl-2026-11-28.json
 
-Read are the runs whose gold and KL are stored for every step: results/holds-60-steps-2026-11-24.json (seeds 41 to 45) and
-results/quickstart-seeds-2026-11-23.json (seeds 1 to 5). A run's gold over KL 5 to 30 is the mean, over KL, of the line
-through its steps' (KL, gold), steps of equal KL averaged in order of KL; from 5 to 30, or to the largest KL it reached.
+Read are the runs whose gold and KL are stored for every step: results/holds-60-steps-2026-11-24.json (seeds 41 to 45)
+and results/quickstart-seeds-2026-11-23.json (seeds 1 to 5). A run's gold over KL 5 to 30 is the mean, over KL, of the
+line through its steps' (KL, gold), in order of KL; from 5 to 30, or to the largest KL it reached.
 Arms are paired with one head by seed, over the KL that both reached. Intervals are Student's, 95 %; p-values are
 corrected by Holm over the arms. The study of 2026-11-25 stored the end of its runs only, and is not read here.
 """
@@ -73,7 +73,8 @@ def main() -> None:
         "stopping": {
             "what": f"settled policy's end minus the {FIRST} one where KL first passes {STOP:g}, means over five steps",
             **compared((settled - stopped).tolist()),
-            "settled": float(settled.mean()), "stopped": float(stopped.mean()), "conventional at its end": float(end.mean()),
+            "settled": float(settled.mean()), "stopped": float(stopped.mean()),
+            "conventional at its end": float(end.mean()),
         },
         "files": list(FILES), "command": "python experiments/equal_kl.py",
     }  # fmt: skip

@@ -50,7 +50,8 @@ def test_what_was_measured_on_other_terms_is_not_comparable(gain: tuple[float, f
 
 def test_answers_that_earlier_versions_stored_are_read_as_today() -> None:
     stored = [
-        {"claim": "as good (2310.02743)", "replicated": "no"}, {"claim": "steadier (2409.15360)", "replicated": "unclear"},
+        {"claim": "as good (2310.02743)", "replicated": "no"},
+        {"claim": "steadier (2409.15360)", "replicated": "unclear"},
         {"claim": "more (2409.15360)", "replicated": "no"}, {"claim": "most (2409.15360)", "replicated": "yes"},
     ]  # fmt: skip
     found = [(row["claim"].split(" (")[0], row["replicated"]) for row in as_read_today(stored)]

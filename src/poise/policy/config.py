@@ -35,7 +35,7 @@ from poise.runtime.trackers import check_trackers
 PPO_ONLY = {
     "value_learning_rate", "accumulation", "value_clip", "discount", "trace", "whiten_advantages", "entropy_coef",
     "max_step_kl", "tune", "value_trunk", "final_parameter", "reward_norm", "shaping", "baselines", "kl_target",
-    "missing_eos_penalty", "settle", "eval_every", "eval_tasks", "eval_data", "eval_rows",
+    "missing_eos_penalty", "settle", "validator", "eval_every", "eval_tasks", "eval_data", "eval_rows",
 }  # fmt: skip
 
 
@@ -101,6 +101,9 @@ class Config(PpoConfig):
     """JSON lines with `prompt`: text, or a conversation."""
     reward: Reward
     """Reward model: checkpoint folder, hub id, `poise train-reward` run, or an ensemble."""
+    validator: Reward = ""
+    """Another reward model, of other pairs or other features, that is only watched: `validator` in metrics.jsonl is its
+    gain since the start, and `transfer` that gain over the reward's own, both in stds of the initial completions."""
     output: str = "runs/policy"
     """Run folder to write."""
     model: Language = DEFAULT_MODEL

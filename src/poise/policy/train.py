@@ -196,4 +196,6 @@ def _inputs(config: Config) -> Inputs:
     found = {name: [Path(path)] for name, path in files.items() if path}
     if config.eval_every and config.eval_data:
         found["--eval-data"] = sorted(Path(config.eval_data).glob("*.jsonl*"))
+    if config.validator:
+        found["--validator"] = files_of(config.validator)
     return found | {"--reward": files_of(config.reward), "--model": [Path(resolve_model(config.model))]}

@@ -193,8 +193,8 @@ def caveats(results: Json) -> list[str]:
     ]
     if ends and max(ends) > 1.5 * min(ends):
         found.append(
-            f"Policies are compared where their training ended, at a mean KL of {min(ends):.0f} to {max(ends):.0f} nats: "
-            f"a difference in gold may be one of distance alone, not of the reward."
+            f"Policies are compared where their training ended, at a mean KL of {min(ends):.0f} to {max(ends):.0f} "
+            f"nats: a difference in gold may be one of distance alone, not of the reward."
         )
     own = (results.get("settings") or {}).get("arms") or []
     if others := {arm for arms in pools.values() for arm in arms} - {*own} if own else set():
