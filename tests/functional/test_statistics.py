@@ -10,6 +10,7 @@ import sklearn.metrics
 from hypothesis import given
 from hypothesis import strategies as st
 
+from poise.errors import PoiseError
 from poise.functional.calibration import (
     aurc,
     brier,
@@ -26,7 +27,9 @@ from poise.functional.statistics import (
     auroc,
     bootstrap_interval,
     bootstrap_intervals,
+    holm,
     intervals_of_means,
+    mean_between,
     movement,
     resampled_counts,
     smoothed,
@@ -327,3 +330,34 @@ def test_units_are_all_drawn_and_their_rows_together() -> None:
     assert (counts[:, 0] == counts[:, 1]).all()
     np.testing.assert_array_equal(counts[:, [0, 2, 3]].sum(-1), 3)  # three units, drawn three times
     assert len(counts) == 500
+
+
+# ---- at equal x ----
+
+
+def test_mean_between_by_hand() -> None:
+    x, y = np.array([4.0, 0.0, 2.0, 2.0]), np.array([8.0, 0.0, 1.0, 3.0])  # the line: 0 to 2 over 2, then to 8 over 2
+    assert mean_between(x, y, 0.0, 4.0) == pytest.approx((1.0 * 2 + 5.0 * 2) / 4)
+    assert mean_between(x, y, 1.0, 3.0) == pytest.approx((1.5 * 1 + 3.5 * 1) / 2)
+    assert mean_between(x, y, 4.0, 9.0) == pytest.approx(8.0)  # flat beyond the points
+    with pytest.raises(PoiseError, match="needs a range from low to high"):
+        mean_between(x, y, 3.0, 3.0)
+
+
+@given(st.lists(st.floats(-5, 5), min_size=2, max_size=12, unique=True), st.floats(-4, 4), st.floats(0.1, 4))
+def test_mean_between_is_the_integral_of_the_line(places: list[float], low: float, width: float) -> None:
+    x = np.array(places)
+    y, high = np.sin(x), low + width
+    fine = np.linspace(low, high, 20_001)
+    expected = np.interp(fine, np.sort(x), y[np.argsort(x)]).mean()
+    assert mean_between(x, y, low, high) == pytest.approx(expected, abs=2e-3)
+    assert mean_between(x, 3 * y + 1, low, high) == pytest.approx(3 * mean_between(x, y, low, high) + 1, abs=1e-6)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_is_the_closed_test_of_all_subsets(values: list[float]) -> None:
+    """A hypothesis is kept until every intersection that holds it is refused by Bonferroni."""
+    for i, adjusted in enumerate(holm(values)):
+        subsets = (s for size in range(1, len(values) + 1) for s in itertools.combinations(range(len(values)), size))
+        expected = max(min(1.0, len(s) * min(values[j] for j in s)) for s in subsets if i in s)
+        assert adjusted == pytest.approx(expected)

@@ -242,6 +242,7 @@ def test_the_answer_counts_and_failures_come_first(folder: Path):
     published = "Of 3 published figures 1 not found here: BRME nominal +1.1 %: published +1.1 %, here −4 %."
     assert ("worse", published) in found
     assert ("better", "Of 3 published figures 1 found here too.") in found
+    assert ("unclear", "Of 3 published figures 1 open: the interval here holds both answers.") in found
     assert ("unclear", "On the average of the benchmarks, not distinguishable from single: brme_0.4.") in found
     order = [
         "3 are worse",

@@ -3,11 +3,13 @@
 Signs, each larger when more suspicious; `recent` is a mean over the last `window` steps, `first` one over the baseline
 (the first `baseline_steps` updates: the initial policy, or nearly), `scale` the statistic's own std over the baseline:
 
-    repetition, gap, disagreement, routing_std    (recent - first) / scale
+    repetition, gap, disagreement, routing_std,
+    distance (to the reward's reference texts)    (recent - first) / scale
     variety, entropy                              (first - recent) / scale
     tokens                                        |recent - first| / scale
     reward                                        (recent - first) / std of the reward over completions at first
     kl                                            sqrt(2 * recent): a shift of that many std, were policies Gaussian
+    transfer                                      1 - recent transfer ratio of a validator (`transfer_ratio`)
     divergence                                    smaller of: rise of nominal over its scale, fall of worst_case or
                                                   lower_bound over its scale, both between the last two windows; >= 0
 
@@ -37,11 +39,11 @@ from poise.runtime.run_folder import Json
 # equal, and repetition is often exactly 0 at first: the scale is never less than this, nor than RELATIVE of the level.
 DRIFTS: dict[str, tuple[int, float]] = {
     "repetition": (1, 0.01), "variety": (-1, 0.02), "entropy": (-1, 0.1), "tokens": (0, 0.0),
-    "gap": (1, 0.0), "disagreement": (1, 0.0), "routing_std": (1, 0.0),
+    "gap": (1, 0.0), "disagreement": (1, 0.0), "routing_std": (1, 0.0), "distance": (1, 0.0),
 }  # fmt: skip
 RELATIVE = 0.05
 BOUNDS = ("worst_case", "lower_bound")
-STATISTICS = (*DRIFTS, "reward", "reward_std", "kl", "nominal", *BOUNDS)
+STATISTICS = (*DRIFTS, "reward", "reward_std", "kl", "transfer", "nominal", *BOUNDS)
 
 # Measured on 32 completions of at most 20 tokens a step. A sign has a limit if, in the calibration runs, it told steps
 # past the peak of gold better than the mere number of the step did. Of the four, on the other seeds, only repetition
@@ -97,9 +99,10 @@ class Monitor:
         self._steps += 1
         if self._steps <= self.config.baseline_steps:
             return Reading(0.0, False, {})
-        usable = {name for name in present if len(self._first.get(name, [])) >= 2}
+        # The transfer ratio is undefined at first; it needs no baseline, because a healthy one is 1.
+        usable = {name for name in present if len(self._first.get(name, [])) >= 2 or name == "transfer"}
         found = signs(
-            {name: self._first[name] for name in usable},
+            {name: self._first.get(name, []) for name in usable},
             {name: self._recent[name] for name in usable},
             self.config.window,
         )
@@ -139,6 +142,8 @@ def signs(first: Mapping[str, Sequence[float]], recent: Mapping[str, Sequence[fl
         found["reward"] = (fmean(recent["reward"][-window:]) - fmean(first["reward"])) / unit
     if "kl" in recent:
         found["kl"] = math.sqrt(2 * max(0.0, fmean(recent["kl"][-window:])))
+    if "transfer" in recent:
+        found["transfer"] = 1 - fmean(recent["transfer"][-window:])
     apart = [divergence(first, recent, bound, window) for bound in BOUNDS if {"nominal", bound} <= recent.keys()]
     return found | ({"divergence": max(apart)} if apart else {})
 
@@ -163,6 +168,21 @@ def divergence(
             return 0.0
         moves.append(direction * (fmean(values[-window:]) - fmean(values[-2 * window : -window])) / unit)
     return max(0.0, min(moves))
+
+
+def transfer_ratio(proxy_gain: float, validator_gain: float, count: int) -> float | None:
+    """validator_gain / proxy_gain: how much of what a reward gained another reward model sees, too.
+
+    Gains since the start of means over `count` completions, each in stds of the initial policy's completions. 1: all of
+    it. Falling: the policy finds what only its own reward likes. None, not NaN, while the proxy's gain is below
+    2 / sqrt(count), twice the standard error of its mean: the ratio would be one of noise.
+
+    >>> transfer_ratio(2.0, 1.5, 100), transfer_ratio(0.1, 0.3, 100)
+    (0.75, None)
+    """
+    if not (math.isfinite(proxy_gain) and math.isfinite(validator_gain)) or proxy_gain < 2 / math.sqrt(count):
+        return None
+    return validator_gain / proxy_gain
 
 
 def suspicion(found: Mapping[str, float], limits: Mapping[str, float]) -> float:

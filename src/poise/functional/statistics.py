@@ -1,13 +1,15 @@
 """Intervals, resamples, ranks and movement over steps. NumPy in, NumPy out; no models."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
 from scipy.stats import mannwhitneyu, sem, spearmanr
 from scipy.stats import t as t_distribution
+
+from poise.errors import PoiseError
 
 
 def shared_by_ties(values: ndarray, key: ndarray) -> ndarray:
@@ -166,3 +168,32 @@ def intervals_of_means(
         return counts @ values / counts.sum(-1, keepdims=True)
 
     return bootstrap_intervals(means, unit, seed=seed).tolist()
+
+
+def mean_between(x: Float[ndarray, " steps"], y: Float[ndarray, " steps"], low: float, high: float) -> float:
+    """Mean over x in [low, high] of the line through the points (x, y), in order of x: gold at equal KL, for instance.
+
+    Points of equal x are averaged. Beyond the points the line is flat. Raises PoiseError unless low < high.
+
+    >>> mean_between(np.array([0.0, 2.0]), np.array([0.0, 4.0]), 1.0, 2.0)
+    3.0
+    """
+    if not low < high:
+        raise PoiseError(f"a mean between {low:g} and {high:g} needs a range from low to high")
+    places, at = np.unique(x, return_inverse=True)
+    values = np.bincount(at, y) / np.bincount(at)
+    inside = np.concatenate([[low], places[(places > low) & (places < high)], [high]])
+    return float(np.trapezoid(np.interp(inside, places, values), inside) / (high - low))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for there being several (Holm 1979): the k-th smallest of m times m - k + 1, never decreasing.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    order = np.argsort(p_values)
+    scaled = np.asarray(p_values, dtype=float)[order] * np.arange(len(order), 0, -1)
+    adjusted = np.empty(len(order))
+    adjusted[order] = np.minimum(np.maximum.accumulate(scaled), 1.0)
+    return adjusted.tolist()

@@ -35,8 +35,8 @@ from poise.runtime.trackers import check_trackers
 PPO_ONLY = {
     "value_learning_rate", "accumulation", "value_clip", "discount", "trace", "whiten_advantages", "entropy_coef",
     "max_step_kl", "tune", "value_trunk", "final_parameter", "reward_norm", "shaping", "baselines", "kl_target",
-    "kl_horizon", "max_kl", "missing_eos_penalty", "settle", "eval_every", "eval_tasks", "eval_data", "eval_rows",
-    "baseline_completions",
+    "kl_horizon", "max_kl", "missing_eos_penalty", "settle", "validator", "eval_every", "eval_tasks", "eval_data",
+    "eval_rows", "baseline_completions",
 }  # fmt: skip
 
 
@@ -110,6 +110,9 @@ class Config(PpoConfig):
     heads: HeadKind | None = None
     """Which heads of a `poise train-reward` run to take; default: `posterior` for lower_confidence, `brme` for other
     objectives."""
+    validator: Reward = ""
+    """Another reward model, of other pairs or other features, that is only watched: `validator` in metrics.jsonl is its
+    gain since the start, and `transfer` that gain over the reward's own, both in stds of the initial completions."""
     output: str = ""
     """Run folder to write. Default: runs/policy; of a `PolicyTrainer` none is kept."""
     model: Language = DEFAULT_MODEL

@@ -45,6 +45,7 @@ from poise.policy.formats import Checkpoint
 from poise.policy.reward import Baselines, PolicyReward, gather, std_interval
 from poise.policy.sampling import sample_rows
 from poise.policy.update import Learner
+from poise.policy.validator import Validator
 from poise.runtime import distributed as processes
 from poise.runtime.folders import write_file_atomic
 from poise.runtime.progress import console
@@ -79,6 +80,7 @@ class Training:
             )
             if config.baselines:
                 self.reward.baselines.read(config.baselines, prompts)
+        self.validator = Validator(config.validator, self.reward.objective) if config.validator else None
         self.scale_interval: tuple[float, float] = (math.nan, math.nan)
         self.step, self.kl_coef, self.alarms = 0, config.kl_coef, Alarms(config.on_alarm, config.alarm_threshold)
         self._rereading_checked = False
@@ -100,6 +102,7 @@ class Training:
         clock.lap("reference")
         with self._naming_the_step():
             heads = gather(self.reward.heads(self.policy, batch, texts, self.step))
+            validated = self.validator.metrics(self.validator.heads(batch, texts), heads) if self.validator else {}
         facts = processes.gathered(_facts(rollout, reference, self.policy.end_ids))
         score = self._score(heads, ended=facts[:, _FACTS.index("ended")])
         clock.lap("score")
@@ -110,7 +113,9 @@ class Training:
 
         part = heads.each(lambda whole: whole[mine])
         rows = processes.gathered_rows(sample_rows(self.step, batch, texts, part, score[mine], facts[mine, 0]))
-        metrics = self._metrics(heads, score, facts) | losses | text_signs([row["completion"] for row in rows])
+        metrics = (
+            self._metrics(heads, score, facts) | validated | losses | text_signs([row["completion"] for row in rows])
+        )
         reading, self.kl_coef = self.alarms.watch(metrics, self.step, self.kl_coef)
         metrics |= reading | clock.seconds
         if self.step == 0 and metrics["ended"] == 0.0 and is_main_process():
@@ -270,6 +275,7 @@ class Training:
             "step": self.step, "kl_coef": self.kl_coef, "scale": self.reward.scale.to_json(),
             "objective_parameter": parameter(self.reward.objective), "num_truncated": self.reward.num_truncated,
             "scale_std_interval": undefined_as_none(self.scale_interval),
+            **({"validator": self.validator.state()} if self.validator else {}),
         } | self.alarms.state()  # fmt: skip
 
     def _return_to(self, saved: Json) -> None:
@@ -282,6 +288,8 @@ class Training:
         self.reward.scale = RewardScale.from_json(saved["scale"])
         low, high = (math.nan if bound is None else bound for bound in saved.get("scale_std_interval") or (None, None))
         self.scale_interval = (low, high)
+        if self.validator:
+            self.validator.restore(saved["validator"])
         value = saved.get("objective_parameter")
         if "objective_parameter" not in saved:
             self.reward.objective = self._objective(max(self.step - 1, 0))
@@ -313,14 +321,19 @@ class Training:
         config = self.config
         mine = processes.share(config.prompts_per_step)
         found: list[HeadRewards] = []
+        watched: list[HeadRewards] = []
         batches = max(1, config.baseline_completions // (config.prompts_per_step * config.completions_per_prompt))
         for number in range(batches):
             self.step = -1 - number  # its prompts come from an order of their own
             batch = self._batch()[mine]
             texts = self.policy.texts(self.policy.sample(batch, self._uniforms()))
             found.append(gather(self.reward.heads(self.policy, batch, texts, -1)))
+            if self.validator:
+                watched.append(self.validator.heads(batch, texts))
         self.step = 0
         heads = joined(found)
+        if self.validator:
+            self.validator.fit(joined(watched), heads)
         bounds = (config.reward_floor, config.reward_ceiling)
         floor, ceiling = (
             limit if bound is None else bound for bound, limit in zip(bounds, (-math.inf, math.inf), strict=True)

@@ -260,6 +260,8 @@ def _inputs(config: Config) -> Inputs:
     found = {name: [Path(path)] for name, path in files.items() if path}
     if config.eval_every and config.eval_data:
         found["--eval-data"] = sorted(Path(config.eval_data).glob("*.jsonl*"))
+    if config.validator:
+        found["--validator"] = files_of(config.validator)
     if config.reward != IN_MEMORY:
         found["--reward"] = files_of(reward_folder(config.reward, config.objective, config.heads))
     return found | {"--model": [Path(resolve_model(config.model))]}

@@ -5,25 +5,38 @@
     yes       the interval is above 0 and reaches v
     smaller   the interval is above 0 and ends below v
     no        the interval reaches down to 0 or below, and ends below v
-    unclear   any other case
+    open      any other case
 
-Published directions without a size: `yes` above 0, `no` below 0, `unclear` where the interval holds 0. With a single
+Published directions without a size: `yes` above 0, `no` below 0, `open` where the interval holds 0. With a single
 reward model there is no interval and no row.
+
+    not comparable   whatever the interval, for figures of arXiv 2310.02743: there gold labels the preferences, the
+                     texts are the policy's own samples, and best-of-n goes to 8.4 nats. A study has people's labels,
+                     and 3.9 nats at n = 128.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from poise.reports.summary import difference, noise_label, over_checkpoints, seed_interval, values
 from poise.runtime.run_folder import Json
 
-ANSWERS = ("no", "smaller", "unclear", "yes")
+ANSWERS = ("no", "smaller", "open", "not comparable", "yes")
+_OTHER_TERMS = "(2310.02743)"
 ENSEMBLES = ("mean", "worst_case", "uncertainty_weighted")
 
 
 def published(results: Json) -> list[Json]:
     """Rows of claim, published figure, what came out here, and whether that replicates it; failures first."""
-    rows = [*_best_of_n(results), *_policies(results), *_benchmarks(results)]
-    return sorted(rows, key=lambda row: ANSWERS.index(row["replicated"]))
+    return as_read_today([*_best_of_n(results), *_policies(results), *_benchmarks(results)])
+
+
+def as_read_today(rows: Iterable[Json]) -> list[Json]:
+    """Rows, failures first; those that earlier versions stored, too, with the answers of this one."""
+    found = []
+    for row in rows:
+        answer = "not comparable" if _OTHER_TERMS in row["claim"] else row["replicated"]
+        found.append(row | {"replicated": "open" if answer == "unclear" else answer})
+    return sorted(found, key=lambda row: ANSWERS.index(row["replicated"]))
 
 
 def _best_of_n(results: Json) -> Iterator[Json]:
@@ -55,7 +68,7 @@ def _policies(results: Json) -> Iterator[Json]:
             gap = _gap(of_arm[name], of_arm["single_large_kl"], "final_gold")
             if gap["interval"]:
                 low, high = gap["interval"]
-                yield _answer(claim, "as good", gap, "yes" if low >= 0 else "no" if high < 0 else "unclear")
+                yield _answer(claim, "as good", gap, "yes" if low >= 0 else "no" if high < 0 else "open")
         brme, single = of_arm["brme_0.4"], of_arm["single"]
         for measure, sign, what in (("final_gold", 1, "ends with more gold"), ("drawdown", -1, "falls less")):
             claim = f"{where}: BRME with the robust term {what} than one head (2409.15360)"
@@ -88,7 +101,7 @@ def _gap(own: Sequence[Json], other: Sequence[Json], measure: str) -> Json:
 def _figure(claim: str, said: str, target: float, value: float, interval: Sequence[float], form: str) -> Json:
     """A claim of a size."""
     low, high = interval
-    kind = ("yes" if high >= target else "smaller") if low > 0 else "no" if high < target else "unclear"
+    kind = ("yes" if high >= target else "smaller") if low > 0 else "no" if high < target else "open"
     here = f"{form.format(value)} ({form.format(low)} to {form.format(high)})"
     return {"claim": claim, "published": said, "here": here, "replicated": kind}
 
@@ -97,7 +110,7 @@ def _direction(claim: str, gap: Json, sign: int) -> Iterator[Json]:
     """A claim that something is higher (sign 1) or lower (-1); none without an interval."""
     if gap["interval"]:
         low, high = sorted(sign * bound for bound in gap["interval"])
-        yield _answer(claim, "yes", gap, "yes" if low > 0 else "no" if high < 0 else "unclear")
+        yield _answer(claim, "yes", gap, "yes" if low > 0 else "no" if high < 0 else "open")
 
 
 def _answer(claim: str, said: str, gap: Json, kind: str) -> Json:

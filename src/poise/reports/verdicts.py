@@ -6,7 +6,7 @@ Pure: a study's results in, verdicts out. A sentence claims no more than its int
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from poise.reports.published import ANSWERS
+from poise.reports.published import as_read_today
 from poise.reports.quickstart_page import Verdict, signed
 from poise.reports.summary import noise_label
 from poise.runtime.run_folder import Json
@@ -133,7 +133,8 @@ def _of_published(results: Json) -> Iterator[Verdict]:
         yield Verdict("worse", f"Of {len(claims)} published figures {len(failed)} not found here: {listed}{more}.")
     says: tuple[tuple[Kind, str, str], ...] = (
         ("unclear", "smaller", "found here too, but smaller"),
-        ("unclear", "unclear", "undecided here"),
+        ("unclear", "open", "open: the interval here holds both answers"),
+        ("unclear", "not comparable", "not comparable: gold did not label the pairs here, and the pool is smaller"),
         ("better", "yes", "found here too"),
     )
     for kind, answer, text in says:
@@ -187,6 +188,14 @@ def caveats(results: Json) -> list[str]:
         found.append(
             f"{after_ppo} are few: such an interval is wide, and right if they differ about as a bell curve does."
         )
+    ends = [
+        arm["kl"]["mean"] for arms in summary.values() for arm in arms.values() if (arm.get("kl") or {}).get("mean")
+    ]
+    if ends and max(ends) > 1.5 * min(ends):
+        found.append(
+            f"Policies are compared where their training ended, at a mean KL of {min(ends):.0f} to {max(ends):.0f} "
+            f"nats: a difference in gold may be one of distance alone, not of the reward."
+        )
     own = (results.get("settings") or {}).get("arms") or []
     if others := {arm for arms in pools.values() for arm in arms} - {*own} if own else set():
         found.append(
@@ -201,5 +210,4 @@ def caveats(results: Json) -> list[str]:
 
 def published(results: Json) -> list[Json]:
     """Published figures, those that did not replicate first."""
-    rows = results.get("published") or []
-    return sorted(rows, key=lambda row: ANSWERS.index(row["replicated"]))
+    return as_read_today(results.get("published") or [])

@@ -1,0 +1,89 @@
+"""How often `poise choose` finds a rung within .05 gold of the best one, on the stored gold-KL curves.
+
+python experiments/choice.py --output results/choice-2026-11-28.json
+
+Curves: the 15 runs of results/holds-60-steps-2026-11-24.json, gold as a mean over five steps. Rungs: the first step at
+which KL reaches 5, 10, 20 and 40. A judge prefers the policy with probability .1 + .8 Phi(gain / (sqrt 2 * std)), std
+.433 being that of gold over the initial policy's completions, and .1 the share of raters who differ from the mean. 160
+labels spread over a run's rungs. Beside the law of `poise.functional.choice`: a free unimodal fit (isotonic up to a
+split, then down) and the rung with the most wins.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import norm
+from sklearn.isotonic import isotonic_regression
+
+from poise.functional.choice import Ladder, choose
+
+CURVES = Path(__file__).parents[1] / "results" / "holds-60-steps-2026-11-24.json"
+RUNGS, LABELS, STD, NOISE, WITHIN = (5, 10, 20, 40), 160, 0.433, 0.1, 0.05
+
+
+def rungs_of(run: dict) -> tuple[np.ndarray, np.ndarray]:
+    """(KL, gold) at the start and at the rungs that the run reached."""
+    gold = np.array(run["gold"])
+    smooth = np.array([gold[max(0, i - 2) : i + 3].mean() for i in range(len(gold))])
+    at = [int(np.argmax(np.array(run["kl_by_step"]) >= rung)) for rung in RUNGS if max(run["kl_by_step"]) >= rung]
+    return np.array([0.0, *RUNGS[: len(at)]]), np.array([gold[:2].mean(), *smooth[at]])
+
+
+def free_fit(ladder: Ladder) -> int:
+    """The mode of the most likely unimodal curve through one half at the start."""
+    rate, labels, best = ladder.wins_R / ladder.labels_R, ladder.labels_R, (-np.inf, np.zeros(0))
+    for split in range(len(rate) + 1):
+        up, down = rate[:split], rate[split:]
+        up = isotonic_regression(up, sample_weight=labels[:split], y_min=0.5) if split else up
+        down = isotonic_regression(down, sample_weight=labels[split:], increasing=False) if len(down) else down
+        fitted = np.clip(np.concatenate([up, down]), 1e-9, 1 - 1e-9)
+        likelihood = (labels * (rate * np.log(fitted) + (1 - rate) * np.log1p(-fitted))).sum()
+        best = max(best, (float(likelihood), np.concatenate([[0.5], fitted])), key=lambda one: one[0])
+    return int(best[1].argmax())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--output", default="results/choice.json")
+    parser.add_argument("--seeds", type=int, default=10)
+    arguments = parser.parse_args()
+    lost: dict[str, list[float]] = {"law": [], "free unimodal fit": [], "most wins": []}
+    decided: list[bool] = []
+    runs = []
+    for entry in json.loads(CURVES.read_text())["seeds"]:
+        for arm, run in entry["arms"].items():
+            kl, gold = rungs_of(run)
+            rate = NOISE + (1 - 2 * NOISE) * norm.cdf((gold[1:] - gold[0]) / (2**0.5 * STD))
+            labels = np.full(len(rate), LABELS // len(rate))
+            own = []
+            for seed in range(1000, 1000 + arguments.seeds):
+                wins = np.random.default_rng(seed).binomial(labels, rate)
+                ladder = Ladder(kl[1:], wins.astype(float), labels.astype(float))
+                decision = choose(ladder)
+                decided.append(decision.decided)
+                most = int(np.argmax([0.5, *(wins / labels)]))
+                for name, chosen in (
+                    ("law", decision.chosen),
+                    ("free unimodal fit", free_fit(ladder)),
+                    ("most wins", most),
+                ):
+                    lost[name].append(float(gold.max() - gold[chosen]))
+                own.append(lost["law"][-1] <= WITHIN)
+            runs.append(
+                {"seed": entry["seed"], "arm": arm, "kl": kl.tolist(), "gold": gold.tolist(), "within": sum(own)}
+            )
+    found = {
+        "settings": {"labels": LABELS, "rungs": RUNGS, "std": STD, "noise": NOISE, "within": WITHIN,
+        "seeds": arguments.seeds},
+        "share within": {name: float(np.mean(np.array(one) <= WITHIN)) for name, one in lost.items()},
+        "mean gold lost": {name: float(np.mean(one)) for name, one in lost.items()},
+        "share decided": float(np.mean(decided)), "runs": runs, "command": "python experiments/choice.py",
+    }  # fmt: skip
+    Path(arguments.output).write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps({key: found[key] for key in ("share within", "mean gold lost", "share decided")}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

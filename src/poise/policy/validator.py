@@ -1,0 +1,47 @@
+"""A validator: another reward model that watches a PPO run (--validator). Nothing is trained on what it says."""
+
+from collections.abc import Sequence
+
+from poise.data.types import Prompt
+from poise.errors import PoiseError
+from poise.functional.monitor import transfer_ratio
+from poise.functional.objectives import HeadRewards, Objective, RewardScale, mean
+from poise.models.scorer import Scorer, generated
+from poise.policy.reward import gather
+from poise.runtime.run_folder import Json
+
+
+class Validator:
+    """Scores the run's completions, on the scale of the initial policy's. Of several heads it takes the mean.
+
+    objective: of the reward that is trained on, at the start of the run.
+    """
+
+    def __init__(self, path: str, objective: Objective):
+        self.path, self.scorer, self.objective = path, Scorer.load(path), objective
+        self.own = self.proxy = RewardScale((), 0.0, 1.0)
+
+    def heads(self, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]) -> HeadRewards:
+        """Heads (N, K) of the completions of all processes; every process calls it with its own."""
+        heads = self.scorer([generated(p, text) for p, row in zip(prompts, texts, strict=True) for text in row])
+        if not heads.mean.isfinite().all():
+            raise PoiseError(f"the validator {self.path} gives a completion a reward that is not finite")
+        return gather(heads)
+
+    def fit(self, own: HeadRewards, proxy: HeadRewards) -> None:
+        """Take the units of both rewards from the initial policy's completions."""
+        self.own, self.proxy = RewardScale.fit(own, mean), RewardScale.fit(proxy, self.objective)
+
+    def metrics(self, own: HeadRewards, proxy: HeadRewards) -> Json:
+        """Of one step: the validator's gain since the start, in stds, and the transfer ratio where it is defined."""
+        gain = self.own.combine(own, mean).mean().item()
+        ratio = transfer_ratio(self.proxy.combine(proxy, self.objective).mean().item(), gain, len(own.mean))
+        return {"validator": gain} | ({} if ratio is None else {"transfer": ratio})
+
+    def state(self) -> Json:
+        """For a checkpoint."""
+        return {"own": self.own.to_json(), "proxy": self.proxy.to_json()}
+
+    def restore(self, state: Json) -> None:
+        """Inverse of `state`."""
+        self.own, self.proxy = RewardScale.from_json(state["own"]), RewardScale.from_json(state["proxy"])

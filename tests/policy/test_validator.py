@@ -1,0 +1,110 @@
+"""A validator watches: what it logs is recomputed from the samples, and the run is the same without it."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from poise.data.types import Sample
+from poise.errors import PoiseError
+from poise.functional.monitor import LIMITS, Monitor, transfer_ratio
+from poise.functional.objectives import HeadRewards, mean, worst_case
+from poise.models.scorer import Scorer, generated
+from poise.policy import train as train_policy
+from poise.policy.config import Config
+from poise.policy.validator import Validator
+from poise.runtime.run_folder import read_jsonl
+
+
+@pytest.fixture(scope="module")
+def reward_run(tiny_model: str, train_tiny_reward: Callable[[str], Path]) -> Path:
+    return train_tiny_reward(tiny_model)
+
+
+def test_transfer_by_hand() -> None:
+    assert transfer_ratio(2.0, 1.0, 32) == 0.5
+    assert transfer_ratio(2.0, -1.0, 32) == -0.5
+    assert transfer_ratio(0.36, 1.0, 32) == pytest.approx(1 / 0.36)
+    assert transfer_ratio(0.35, 1.0, 32) is None  # 2 / sqrt(32) = .3536
+    assert transfer_ratio(-2.0, -1.0, 32) is None
+    assert transfer_ratio(float("nan"), 1.0, 32) is None
+    assert transfer_ratio(2.0, float("inf"), 32) is None
+
+
+@given(st.floats(0.5, 50), st.floats(-50, 50), st.integers(16, 1000))
+def test_laws_of_transfer(proxy: float, gain: float, count: int) -> None:
+    assert transfer_ratio(proxy, proxy, count) == 1.0  # a validator that is the reward itself
+    assert transfer_ratio(proxy, gain, count) == pytest.approx(gain / proxy)
+    assert transfer_ratio(2 * proxy, 2 * gain, count) == pytest.approx(gain / proxy)  # no unit
+
+
+def test_units_are_those_of_the_start() -> None:
+    """By hand: gains of 3 and 1.5 stds, whatever each reward's own zero and unit."""
+    watching = Validator.__new__(Validator)
+    watching.objective = worst_case
+    start = torch.tensor([[1.0], [3.0], [5.0]])
+    zeros = torch.zeros(3, 1)
+    watching.fit(HeadRewards(10 + 4 * start, zeros), HeadRewards(start, zeros))
+    kept = json.loads(json.dumps(watching.state()))
+    again = Validator.__new__(Validator)
+    again.objective = worst_case
+    again.restore(kept)
+    step = torch.full((40, 1), 9.0)
+    for one in (watching, again):
+        found = one.metrics(HeadRewards(10 + 4 * torch.full((40, 1), 6.0), step * 0), HeadRewards(step, step * 0))
+        assert found == pytest.approx({"validator": 1.5, "transfer": 0.5})
+    assert "transfer" not in watching.metrics(HeadRewards(10 + 4 * start, zeros), HeadRewards(start, zeros))
+
+
+def test_a_run_is_watched_and_not_disturbed(
+    reward_run: Path, prompts_file: Path, tiny_model: str, tmp_path: Path
+) -> None:
+    config = Config(
+        prompts=str(prompts_file), reward=str(reward_run / "brme"), output=str(tmp_path / "watched"), model=tiny_model,
+        validator=str(reward_run / "single"), objective="worst_case", num_steps=3, prompts_per_step=2,
+        completions_per_prompt=4, max_tokens=8, adapted_layers=1, lora_rank=2, baseline_completions=16, save_every=1,
+        eval_completions=1, learning_rate=3e-2,
+    )  # fmt: skip
+    out = train_policy.run(config)
+    alone = train_policy.run(replace(config, validator="", output=str(tmp_path / "alone")))
+    samples = list(read_jsonl(out.folder / "samples.jsonl"))
+    assert samples == list(read_jsonl(alone.folder / "samples.jsonl"))
+    assert all("validator" not in row for row in alone.metrics())
+
+    scorer = Scorer.load(str(reward_run / "single"))
+    logged = [row["validator"] for row in out.metrics()]
+    gains = []
+    for step in range(3):
+        texts: list[Sample] = [generated(row["prompt"], row["completion"]) for row in samples if row["step"] == step]
+        gains.append(mean(scorer(texts)).mean().item())
+    moved = [gain - gains[0] for gain in gains]
+    found = [one - logged[0] for one in logged]
+    assert max(map(abs, moved)) > 1e-3
+    unit = found[-1] / moved[-1]
+    assert unit > 0
+    assert found == pytest.approx([unit * one for one in moved], abs=1e-4)  # one unit for the whole run
+
+
+def test_only_ppo_has_one(prompts_file: Path, reward_run: Path) -> None:
+    config = Config(prompts=str(prompts_file), reward=str(reward_run), validator=str(reward_run), algorithm="rloo")
+    with pytest.raises(PoiseError, match="--validator is for --algorithm ppo"):
+        config.check()
+
+
+def test_the_monitor_shows_both_signs_and_its_alarm_stays() -> None:
+    plain, told = Monitor(), Monitor()
+    for step in range(8):
+        stats = {"kl": 3.0 * step, "reward": 0.1 * step, "reward_std": 1.0}
+        more = {"distance": 1.0 + step} | ({"transfer": 0.4} if step > 2 else {})
+        before, now = plain.update(stats), told.update(stats | more)
+        assert (before.score, before.alarm) == (now.score, now.alarm)
+        told = Monitor.restore(json.loads(json.dumps(told.state())))
+    assert now.signs["transfer"] == pytest.approx(0.6)
+    assert now.signs["distance"] > 3
+    assert before.signs == {name: now.signs[name] for name in before.signs}
+    assert not {"distance", "transfer"} & LIMITS.keys()

@@ -1,0 +1,163 @@
+"""`poise choose`: comparisons that hide the policy, judgments that are counted right, and the rung that comes of it."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from poise.cli.main import main
+from poise.errors import PoiseError
+from poise.runtime.run_folder import read_jsonl, write_jsonl
+from poise.studies import choose
+from poise.studies.config import ChooseConfig
+
+PROMPTS = [f"Review the {thing}." for thing in ("film", "phone", "pan")]
+
+
+def ladder_rows() -> list[dict[str, Any]]:
+    """The start, and three rungs whose texts say which they are of."""
+    return [
+        {"prompt": prompt, "completion": f"{kl:g} {n}", "kl": kl} for kl in (0, 5, 10, 20) for prompt in PROMPTS
+        for n in range(4)
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def ladder(tmp_path: Path) -> str:
+    write_jsonl(tmp_path / "ladder.jsonl", ladder_rows())
+    return str(tmp_path / "ladder.jsonl")
+
+
+def judge(out: Path, wins: dict[float, int]) -> None:
+    """A judge who knows the texts: of each rung this many comparisons go to the policy."""
+    left, rows = Counter(wins), []
+    for row in read_jsonl(out / "comparisons.jsonl"):
+        policy = "a" if row["b"].startswith("0 ") else "b"
+        kl = float(row[policy].split()[0])
+        better = policy if left[kl] > 0 else "ba"["ab".index(policy)]
+        left[kl] -= 1
+        rows.append({"id": row["id"], "better": better})
+    write_jsonl(out / "judgments.jsonl", rows)
+
+
+def test_comparisons_are_blind_and_fair(ladder: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    config = ChooseConfig(ladder, str(out), per_rung=12)
+    assert choose.run(config) is None
+    rows = list(read_jsonl(out / "comparisons.jsonl"))
+    assert [row["id"] for row in rows] == list(range(36))
+    assert {frozenset(row) for row in rows} == {frozenset({"id", "prompt", "a", "b"})}
+    key = json.loads((out / "key.json").read_text())
+    for row, side in zip(rows, key["sides"], strict=True):
+        start = "ba"["ab".index(side["policy"])]
+        assert row[start].startswith("0 ")  # the start, on the side that the key says
+        assert row[side["policy"]].startswith(f"{key['kl'][side['rung']]:g} ")
+    assert 9 <= sum(side["policy"] == "a" for side in key["sides"]) <= 27
+    assert [side["rung"] for side in key["sides"]] != sorted(side["rung"] for side in key["sides"])
+    per_prompt = Counter((side["rung"], row["prompt"]) for row, side in zip(rows, key["sides"], strict=True))
+    assert set(per_prompt.values()) == {4}  # every prompt as often
+    before = (out / "comparisons.jsonl").read_text()
+    choose.run(config)
+    assert (out / "comparisons.jsonl").read_text() == before
+
+
+def test_judgments_decide(ladder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    command = ["choose", ladder, "--output", str(out), "--per-rung", "12", "--delta", "0.2"]
+    assert main(command) == 0
+    judge(out, {5.0: 9, 10.0: 12, 20.0: 1})
+    assert main(command) == 0
+    found = json.loads((out / "choice.json").read_text())
+    assert [(rung["kl"], rung["wins"], rung["labels"]) for rung in found["rungs"]] == [
+        (0, 0, 0), (5, 9, 12), (10, 12, 12), (20, 1, 12)
+    ]  # fmt: skip
+    assert found["chosen_kl"] in (5, 10)
+    assert found["misfit"] < 0.05
+    said = capsys.readouterr()
+    assert "do not rise and fall as the law says" in said.out + said.err
+
+
+def test_ties_are_half_wins_and_rungs_without_labels_are_left_out() -> None:
+    key = {"kl": [5.0, 10.0], "sides": [{"policy": "a", "rung": 0}, {"policy": "b", "rung": 0}]}
+    found = choose.count(key, {0: "tie", 1: "b"})
+    assert [part.tolist() for part in found] == [[5.0], [1.5], [2.0]]
+    assert choose.count(key, {0: "b", 1: "a"}).wins_R.tolist() == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"id": 36, "better": "a"}, "'id' must be the number of a comparison, 0 to 35"),
+        ({"id": True, "better": "a"}, "'id' must be the number"),
+        ({"id": 3, "better": "A"}, "'better' must be a, b or tie"),
+        ({"id": 0, "better": "a"}, "comparison 0 is judged twice"),
+    ],
+)
+def test_wrong_judgments_are_named_by_line(ladder: str, tmp_path: Path, row: dict[str, Any], said: str) -> None:
+    config = ChooseConfig(ladder, str(tmp_path / "out"), per_rung=12)
+    choose.run(config)
+    write_jsonl(tmp_path / "out" / "judgments.jsonl", [{"id": 0, "better": "a"}, row])
+    with pytest.raises(PoiseError, match=said) as raised:
+        choose.run(config)
+    assert "judgments.jsonl:2:" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"prompt": "p", "completion": "c", "kl": -1}], "'kl' must be the rung's KL"),
+        ([{"prompt": "p", "completion": "c", "kl": "5"}], "'kl' must be the rung's KL"),
+        ([{"prompt": "p", "completion": "c", "kl": 5}], "completions of the start"),
+        ([{"prompt": "p", "completion": "c", "kl": 0}, {"prompt": "q", "completion": "c", "kl": 5}], "has 0 compl"),
+    ],
+)
+def test_files_that_hold_no_ladder_are_refused(tmp_path: Path, rows: list[dict[str, Any]], said: str) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(PoiseError, match=said):
+        choose.run(ChooseConfig(str(tmp_path / "rows.jsonl"), str(tmp_path / "out"), per_rung=1))
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_of_others_are_not_written_to(ladder: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    with pytest.raises(PoiseError, match="holds other files"):
+        choose.run(ChooseConfig(ladder, str(out), per_rung=4))
+    choose.run(ChooseConfig(ladder, str(tmp_path / "ours"), per_rung=4))
+    write_jsonl(tmp_path / "other.jsonl", ladder_rows())
+    with pytest.raises(PoiseError, match="holds comparisons of"):
+        choose.run(ChooseConfig(str(tmp_path / "other.jsonl"), str(tmp_path / "ours"), per_rung=4))
+
+
+def test_a_run_is_asked_at_its_own_steps(tiny_model: str, tmp_path: Path) -> None:
+    """Steps near a rung's KL, and the start's completions for the same prompts, sampled anew."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(f"model: {tiny_model}\nmax_tokens: 6\n")
+    steps = [0.0, 4.6, 5.2, 8.5, 10.5, 13.5]
+    rows = [
+        {"step": step, "prompt": prompt, "completion": f"{step}", "kl": kl + (0.2 if n else -0.2)}
+        for step, kl in enumerate(steps) for prompt in PROMPTS for n in range(2)
+    ]  # fmt: skip
+    write_jsonl(run / "samples.jsonl", rows)
+    found = choose.from_run(ChooseConfig(str(run), per_rung=9))
+    by_rung = {kl: Counter(row["completion"] for row in found if row["kl"] == kl) for kl in (5.0, 10.0)}
+    assert by_rung == {5.0: {"1": 6, "2": 6}, 10.0: {"3": 6, "4": 6}}  # 13.5 is too far from 10, and 20 not reached
+    start = [row for row in found if row["kl"] == 0]
+    assert Counter(row["prompt"] for row in start) == dict.fromkeys(PROMPTS, 3)
+    assert len(choose.draw(found, 9, 0)[0]) == 18
+    (run / "samples.jsonl").unlink()
+    with pytest.raises(PoiseError, match="is no `poise train-policy` run by PPO"):
+        choose.run(ChooseConfig(str(run), str(tmp_path / "out")))
+
+
+def test_the_decision_as_json_is_that_of_the_equations() -> None:
+    ladder = choose.Ladder(np.array([5.0, 20.0]), np.array([300.0, 10.0]), np.array([400.0, 400.0]))
+    found = choose.as_json(ladder, choose.choose(ladder))
+    assert (found["chosen_kl"], found["decided"], found["misfit"]) == (5.0, True, None)
+    assert found["rungs"][0]["win_rate"] == pytest.approx(0.5)
+    json.dumps(found, allow_nan=False)
