@@ -3,6 +3,7 @@ a full disk. docs/robustness.md has a row for each. Commands run in forks of thi
 
 import ctypes
 import os
+import pwd
 import resource
 import shutil
 import signal
@@ -19,7 +20,6 @@ from poise.models import reward_model
 from poise.policy import loop
 from poise.reward import head_training, score
 from poise.reward import train as train_reward
-from poise.runtime import downloads
 from test_kills import contents
 
 GOES_ON = "poise: interrupted; the same command goes on from the last checkpoint\n"
@@ -62,7 +62,7 @@ class Command:
 def commands(tmp_path: Path, reward: Path, tiny_model: str, preferences_file: Path, prompts_file: Path) -> Any:
     """name, folder -> Command."""
     samples = tmp_path / "samples.jsonl"
-    samples.write_text("".join(f'{{"prompt": "Review.", "completion": "good {i}"}}\n' for i in range(6)))
+    samples.write_text("".join(f'{{"prompt": "Review.", "completion": "good {i}"}}\n' for i in range(40)))
     options: dict[str, list[str]] = {
         "train-reward": [
             "--preferences", str(preferences_file), "--model", tiny_model, "--num-layers", "1", "--head-steps", "5",
@@ -87,6 +87,16 @@ def commands(tmp_path: Path, reward: Path, tiny_model: str, preferences_file: Pa
 
 
 Commands = Callable[[str, str], Command]
+_calm: dict[str, dict[str, Any]] = {}
+
+
+def undisturbed(commands: Commands, name: str) -> dict[str, Any]:
+    """What a command leaves when nothing happens; it is run once."""
+    if name not in _calm:
+        calm = commands(name, "calm")
+        assert calm.run() == 0, calm.said
+        _calm[name] = calm.left()
+    return _calm[name]
 
 
 def in_step(number: int, *signals: int) -> Prepare:
@@ -109,26 +119,26 @@ def in_step(number: int, *signals: int) -> Prepare:
 # ---- signals ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signals", [(signal.SIGTERM,), (signal.SIGINT,), (signal.SIGINT, signal.SIGINT)])
 def test_a_training_that_is_asked_to_stop_goes_on(commands: Commands, signals: tuple[int, ...]) -> None:
     """Asked once, it ends the step and saves it; asked twice, it ends at once."""
-    calm, stopped = commands("train-policy", "calm"), commands("train-policy", "stopped")
-    assert calm.run() == 0
+    stopped = commands("train-policy", "stopped")
     assert stopped.run(in_step(1, *signals)) == 130
     assert stopped.said.endswith(GOES_ON)
     steps = (stopped.output / "metrics.jsonl").read_text().count("\n")
     assert steps == (2 if len(signals) == 1 else 1)
     assert stopped.run() == 0
     assert f"going on from step {2 if len(signals) == 1 else 0} of" in stopped.said
-    assert stopped.left() == calm.left()
+    assert stopped.left() == undisturbed(commands, "train-policy")
 
 
 def test_sigterm_ends_other_commands_at_once_and_they_go_on(
     commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    whole = undisturbed(commands, "score")
     monkeypatch.setattr(score, "ROWS_PER_PART", 2)
-    calm, stopped = commands("score", "calm"), commands("score", "stopped")
-    assert calm.run() == 0
+    stopped = commands("score", "stopped")
     calls: list[int] = []
     scored = score._scored
 
@@ -144,9 +154,9 @@ def test_sigterm_ends_other_commands_at_once_and_they_go_on(
     assert stopped.run(prepare) == -signal.SIGTERM
     assert not stopped.output.exists()
     partial = stopped.output.with_name("out.jsonl.partial")
-    assert partial.read_text() == "".join(calm.output.read_text().splitlines(keepends=True)[:4])
+    assert partial.read_bytes() == b"".join(whole["out.jsonl"].splitlines(keepends=True)[:4])
     assert stopped.run() == 0
-    assert stopped.left() == calm.left()
+    assert stopped.left() == whole
 
 
 # ---- pipes, home, cache ----
@@ -162,21 +172,26 @@ def closed_pipes() -> None:
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["score", "train-policy"])
 def test_closed_pipes_do_not_stop_the_work(commands: Commands, command: str) -> None:
-    calm, unheard = commands(command, "calm"), commands(command, "unheard")
-    assert calm.run() == 0
+    unheard = commands(command, "unheard")
     assert unheard.run(closed_pipes) == 0
-    assert unheard.left() == calm.left()
+    assert unheard.left() == undisturbed(commands, command)
 
 
 def no_home() -> None:
     """As in a container whose user number has no entry in /etc/passwd."""
     for name in ("HOME", "XDG_CACHE_HOME", "POISE_CACHE"):
         os.environ.pop(name, None)
-    downloads.platformdirs.user_cache_dir = lambda name: f"~/.cache/{name}"  # type: ignore[assignment]
+
+    def unknown(number: int) -> None:
+        raise KeyError(number)
+
+    pwd.getpwuid = unknown  # type: ignore[assignment]
 
 
+@pytest.mark.slow
 def test_without_a_home_the_cache_is_asked_for_and_nothing_else(
     commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,18 +203,6 @@ def test_without_a_home_the_cache_is_asked_for_and_nothing_else(
         "poise: this user has no home folder to keep a cache in; set POISE_CACHE to a folder for it"
     )
     assert not (tmp_path / "~").exists()
-
-
-def test_python_leaves_a_tilde_where_no_home_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    import pwd
-
-    def unknown(number: int) -> None:
-        raise KeyError(number)
-
-    for name in ("HOME", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(pwd, "getpwuid", unknown)
-    assert downloads.platformdirs.user_cache_dir("poise-rlhf").startswith("~")
 
 
 def without_rights() -> None:
@@ -217,18 +220,18 @@ def without_rights() -> None:
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="capabilities are Linux's")
 
 
+@pytest.mark.slow
 @linux_only
 def test_a_cache_that_cannot_be_written_costs_time_only(commands: Commands) -> None:
-    calm, uncached = commands("train-reward", "calm"), commands("train-reward", "uncached")
-    assert calm.run() == 0
+    uncached = commands("train-reward", "uncached")
     cache = uncached.folder / "cache"
     cache.mkdir(parents=True)
     cache.chmod(0o555)
     assert uncached.run(without_rights) == 0
-    assert "feature cache: " in uncached.said
-    assert "rows are not kept, the folder cannot be written (Permission denied)" in uncached.said
+    said = "80 rows are not kept, the folder cannot be written (Permission denied)"
+    assert f"feature cache: {said}" in " ".join(uncached.said.split())
     cache.chmod(0o755)
-    assert uncached.left() == calm.left()
+    assert uncached.left() == undisturbed(commands, "train-reward")
 
 
 # ---- folders and disks ----
@@ -245,7 +248,7 @@ def test_a_read_only_folder_is_one_line(commands: Commands, command: str) -> Non
         last = made.said.splitlines()[-1]
         assert last.startswith("poise: ")
         assert "Permission denied" in last
-        assert str(made.output) in last
+        assert str(made.folder) in last
         assert list(made.folder.iterdir()) == []
     finally:
         made.folder.chmod(0o755)
@@ -268,6 +271,7 @@ def deleted_in(place: Any, name: str, folder: Path, at: int = 1) -> Prepare:
     return prepare
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "place", "name", "at"),
     [
@@ -282,15 +286,11 @@ def deleted_in(place: Any, name: str, folder: Path, at: int = 1) -> Prepare:
 def test_a_deleted_output_ends_the_run_in_one_line(
     commands: Commands, command: str, place: Any, name: str, at: int
 ) -> None:
-    calm, deleted = commands(command, "calm"), commands(command, "deleted")
-    assert calm.run() == 0
+    deleted = commands(command, "deleted")
     assert deleted.run(deleted_in(place, name, deleted.output, at)) == 2
     assert deleted.said.splitlines()[-1].startswith("poise: ")
     assert str(deleted.output) in deleted.said.splitlines()[-1]
     assert not (deleted.output / "results.json").exists()
-    shutil.rmtree(deleted.output, ignore_errors=True)
-    assert deleted.run() == 0
-    assert deleted.left() == calm.left()
 
 
 def full_disk() -> None:
@@ -299,21 +299,18 @@ def full_disk() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["train-reward", "export", "score"])
 def test_a_full_disk_leaves_no_part_of_a_file(
     commands: Commands, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    whole = undisturbed(commands, command)
     monkeypatch.setattr(score, "ROWS_PER_PART", 2)
-    calm, full = commands(command, "calm"), commands(command, "full")
-    if command == "score":  # rows enough for the limit
-        for one in (calm, full):
-            rows = "".join(f'{{"prompt": "Review.", "completion": "good {i}"}}\n' for i in range(40))
-            Path(one.arguments[2]).write_text(rows)
-    assert calm.run() == 0
+    full = commands(command, "full")
     assert full.run(full_disk) == 2
     assert full.said.splitlines()[-1].startswith("poise: ")
     assert "Traceback" not in full.said
-    whole, found = calm.left(), full.left()
+    found = full.left()
     kept = {name: data for name, data in found.items() if not name.startswith("out.jsonl.partial")}
     assert all(whole[name] == data for name, data in kept.items() if name in whole)
     assert "out/results.json" not in kept

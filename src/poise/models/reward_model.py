@@ -11,7 +11,6 @@ place that knows the layout.
 """
 
 import hashlib
-import json
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -44,6 +43,7 @@ from poise.models.loading import (
 from poise.models.scoring_template import scoring_template
 from poise.runtime.folders import write_file_atomic
 from poise.runtime.quiet import quiet_loading
+from poise.runtime.records import read_object
 from poise.runtime.run_folder import write_folder_atomic
 
 _ADAPTER = "adapter_config.json"
@@ -269,17 +269,14 @@ def members_of(path: str) -> tuple[str, ...]:
 def files_of(path: str) -> list[Path]:
     """Folders that decide what a reward model says: its own, those of an ensemble's members, and an adapter's base.
 
-    What cannot be read is left out: loading says what is wrong with it.
+    Raises PoiseError, one line, for one that is not there.
     """
-    place = checkpoint_folder(path)
-    folder = Path(place) if (Path(place) / "ensemble.json").exists() else Path(resolve_model(place))
-    found = [folder]
-    for name, key in (("ensemble.json", "members"), (_ADAPTER, "base_model_name_or_path")):
-        try:
-            named = json.loads((folder / name).read_text(encoding="utf-8"))[key]
-            found += [folder / one for one in named] if isinstance(named, list) else [Path(resolve_model(named))]
-        except (OSError, ValueError, KeyError, TypeError, PoiseError):
-            continue
+    found = [Path(path)] if (Path(path) / ENSEMBLE_FILE).exists() else []
+    for member in members_of(path):
+        folder = Path(resolve_model(checkpoint_folder(member)))
+        found.append(folder)
+        if (folder / _ADAPTER).exists():
+            found.append(Path(resolve_model(_adapted_model(folder))))
     return found
 
 
@@ -340,12 +337,20 @@ def load_reward_model(path: str) -> tuple[HfModel, HfTokenizer, HeadLayout]:
     return classifier, tokenizer, layout
 
 
+@dataclass(frozen=True)
+class _Adapter:
+    """adapter_config.json, as far as it is read here."""
+
+    base_model_name_or_path: str
+
+
+def _adapted_model(folder: Path) -> str:
+    """The model that the adapters in a folder were trained on."""
+    return str(read_object(folder / _ADAPTER, _Adapter, strict=False)["base_model_name_or_path"])
+
+
 def _load_adapted(folder: str, config: Any) -> HfModel:
     """The model that an adapter checkpoint names, with as many layers and labels as its config.json says, merged."""
-    try:
-        base = json.loads((Path(folder) / _ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError):
-        raise PoiseError(f"{Path(folder) / _ADAPTER} names no base_model_name_or_path") from None
-    num_layers = config.num_hidden_layers
-    classifier = _load_classifier(resolve_model(base), config, frozen_dtype(), fresh={_SCORE}, num_layers=num_layers)
+    base, num_layers = resolve_model(_adapted_model(Path(folder))), config.num_hidden_layers
+    classifier = _load_classifier(base, config, frozen_dtype(), fresh={_SCORE}, num_layers=num_layers)
     return load_adapters(classifier, folder, needs="score").merge_and_unload().eval()

@@ -35,7 +35,7 @@ from poise.integrations.lm_eval import Answers, Task, evaluate, read_tasks
 from poise.models.loading import HfModel, HfTokenizer, frozen_dtype, load_policy, resolve_model
 from poise.models.policy import Policy
 from poise.policy.config import EvaluateConfig as Config
-from poise.policy.formats import BenchmarkRow, ModelSettings, Outcome
+from poise.policy.formats import BenchmarkRow, ModelSettings
 from poise.runtime.downloads import cache_folder
 from poise.runtime.progress import console, progress
 from poise.runtime.records import checked, read_object, read_rows, undefined_as_none
@@ -233,7 +233,7 @@ def _source(path: str) -> _Source:
         resolve_model(path)
         return _Source(path, path)
     settings, policy = load_config_file(folder / "config.yaml"), folder / "policy"
-    if "lora_rank" not in settings or not Run(folder).finished(Outcome) or not policy.exists():
+    if "lora_rank" not in settings or Run(folder).results is None or not policy.exists():
         raise PoiseError(f"{path} is not a finished `poise train-policy` run; the same command goes on with it")
     settings = checked(settings, ModelSettings, str(folder / "config.yaml"))
     if settings["tune"] == "full":

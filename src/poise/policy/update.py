@@ -158,6 +158,6 @@ class Learner:
                         for key in ("step", "exp_avg", "exp_avg_sq")
                         if f"{key}.{name}" in file.keys()  # noqa: SIM118  not a dict
                     }
-        except (SafetensorError, KeyError, TypeError, OSError) as error:
+        except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError, OSError) as error:
             raise PoiseError(f"{path} is not a checkpoint of this run: {first_line(error)}") from None
         return extra

@@ -25,7 +25,7 @@ from poise.models.reward_model import HeadLayout, checkpoint_folder, files_of
 from poise.models.row_check import row_check_of_rewards
 from poise.models.scorer import Scorer
 from poise.reward.config import EvaluateConfig as Config
-from poise.reward.formats import Evaluated, Trained
+from poise.reward.formats import Evaluated, Learning
 from poise.reward.model_comparison import differences, over_rewards
 from poise.reward.quality import (
     TextScores,
@@ -132,7 +132,8 @@ def _score_texts(scorer: Scorer, samples: list[Sample], label: str) -> TextScore
 def _learning(path: str, layout: HeadLayout) -> Json | None:
     """Validation error during stage 2, if the checkpoint is the BRME of a `poise train-reward` run."""
     run = Run(Path(checkpoint_folder(path)).parent)
-    results = run.finished(Trained) if layout.kind == "gaussian" else None
+    ours = layout.kind == "gaussian" and (run.folder / "config.yaml").exists()  # else its results.json is not ours
+    results = run.finished(Learning) if ours else None
     if not results or not results.get("stage2_history"):
         return None
     return {"stage2_history": results["stage2_history"], "std_collapsed": bool(results.get("std_collapsed"))}

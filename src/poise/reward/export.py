@@ -11,7 +11,7 @@ the new row is float32, because the mean of bfloat16 rows is not a bfloat16 row.
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -32,6 +32,7 @@ from poise.models.scoring_template import UNCHANGED, ends_where_read, scoring_te
 from poise.reward.config import ExportConfig as Config
 from poise.runtime.folders import inside, own_file, write_folder_atomic
 from poise.runtime.progress import console
+from poise.runtime.records import read_object
 from poise.runtime.run_folder import Json, write_json
 
 SCALARS = ("mean", "head")
@@ -160,21 +161,24 @@ def _write_weights(source: Path, target: Path, layout: HeadLayout, config: Confi
     return layout
 
 
+@dataclass(frozen=True)
+class _Index:
+    """model.safetensors.index.json: the file of each tensor."""
+
+    weight_map: dict[str, str]
+
+
 def _read_index(path: Path) -> Json:
     """The index of a sharded checkpoint. Its names of files are plain: whatever writes them writes in one folder.
 
     Raises PoiseError for anything else.
     """
-    try:
-        listing = json.loads(path.read_text(encoding="utf-8"))
-        names = listing["weight_map"].values()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise PoiseError(f"{path} is no index of safetensors files") from None
-    for name in names:
+    listing = read_object(path, _Index, strict=False)
+    for name in listing["weight_map"].values():
         inside(path.parent, name)
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise PoiseError(f"{path} names {name!r}, which is no safetensors file beside it")
-    return dict(listing)
+    return listing
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -7,7 +7,15 @@ from poise.runtime.settings import Count, NotNegative, WholeNumber
 
 
 @dataclass(frozen=True)
-class Trained:
+class Learning:
+    """What results.json of `poise train-reward` says of stage 2."""
+
+    std_collapsed: bool = False
+    stage2_history: list[dict[str, float | None]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained(Learning):
     """results.json of `poise train-reward`."""
 
     num_preferences: Count
@@ -15,9 +23,7 @@ class Trained:
     num_validation: Count
     models: dict[str, dict[str, Any]]
     num_truncated: WholeNumber = 0
-    std_collapsed: bool = False
     split: dict[str, int | str] | None = None  # versions that split pairs at random wrote none
-    stage2_history: list[dict[str, float | None]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from poise.models.reward_model import checkpoint_folder
 from poise.reward.config import PushConfig as Config
 from poise.runtime.folders import own_file
 from poise.runtime.progress import console
+from poise.runtime.records import read_object
 
 # What a reward model is made of. Anything else in the folder, data and optimizer states included, stays here.
 FILES = (
@@ -63,11 +64,8 @@ def run(config: Config) -> str:
 
 def checkpoint_files(folder: Path) -> list[str]:
     """Names of the files in `folder` that belong to its reward model. PoiseError if there is none."""
-    try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        settings = None
-    if not isinstance(settings, dict) or "poise" not in settings:
+    settings = read_object(folder / "config.json", strict=False) if (folder / "config.json").exists() else {}
+    if "poise" not in settings:
         raise PoiseError(f"{folder} is not a reward model: no config.json with a `poise` block")
     paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     names = sorted(name for name in paths if any(fnmatchcase(name, known) for known in FILES))

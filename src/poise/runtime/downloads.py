@@ -24,10 +24,13 @@ def cache_folder() -> Path:
 
     Raises PoiseError for a user without a home folder, as in some containers.
     """
-    folder = Path(os.environ.get("POISE_CACHE") or platformdirs.user_cache_dir("poise-rlhf"))
-    if str(folder).startswith("~"):  # what Python leaves where no home is known
+    try:
+        folder = os.environ.get("POISE_CACHE") or platformdirs.user_cache_dir("poise-rlhf")
+    except RuntimeError:
+        folder = "~"
+    if folder.startswith("~"):  # what older versions of platformdirs leave
         raise PoiseError("this user has no home folder to keep a cache in; set POISE_CACHE to a folder for it")
-    return folder
+    return Path(folder)
 
 
 def cached(name: str, build: Callable[[Path], None], whole: Callable[[Path], bool] = Path.exists) -> Path:

@@ -34,6 +34,7 @@ from poise.models.reward_model import heads_fingerprint
 from poise.models.scorer import Ensemble, Scorer, generated
 from poise.runtime.folders import write_file_atomic
 from poise.runtime.progress import progress
+from poise.runtime.records import checked
 from poise.runtime.run_folder import Json
 
 ROWS_PER_BATCH = 256
@@ -47,6 +48,14 @@ class PoolRow:
     completion: str
     gold: float | None = None
     judge: str = ""
+
+
+@dataclass(frozen=True)
+class _About:
+    """What a file of scores says beside them."""
+
+    fingerprint: str
+    unit: str
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,7 @@ class PoolHeads:
         """Read scores; PoiseError unless they are of this reward model and of a pool with this number of rows."""
         try:
             with safe_open(path, framework="pt") as file:
-                about = file.metadata()
+                about = checked(file.metadata() or {}, _About, f"{path}; delete it to score again: it")
                 distance = file.get_tensor("distance") if "distance" in file.keys() else None  # noqa: SIM118
                 heads = HeadRewards(file.get_tensor("mean"), file.get_tensor("std"), distance)
         except (SafetensorError, OSError) as error:

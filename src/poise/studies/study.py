@@ -34,7 +34,7 @@ from poise.errors import PoiseError
 from poise.models.loading import resolve_model
 from poise.models.reward_model import files_of
 from poise.policy.evaluate import fluctuation
-from poise.policy.formats import BenchmarkRow, Outcome
+from poise.policy.formats import BenchmarkRow
 from poise.reports import published as claims
 from poise.reports import study_page, study_plots
 from poise.reports.summary import contrasts, measured, summary
@@ -352,7 +352,7 @@ def _cells(config: Config, comparisons: list[str]) -> Iterator[Json]:
     for noise, seed in worlds(config):
         for policy_seed in range(config.policy_seeds):
             jobs = [policy_job(config, arm, policy_seed, noise, seed) for arm in config.arms]
-            done = [str(job.folder) for job in jobs if Run(job.folder).finished(Outcome)]
+            done = [str(job.folder) for job in jobs if Run(job.folder).results is not None]
             if len(done) < 2:
                 continue
             output = world_folder(config, noise, seed) / f"policy-{policy_seed}" / "comparison"
