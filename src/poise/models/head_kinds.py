@@ -127,7 +127,7 @@ def read_more_heads(checkpoint: Path) -> tuple[str, dict[str, HeadSet]]:
 
 def _tensors(folder: Path) -> dict[str, Path]:
     """Names of the weights of a checkpoint but for its `score` layer's, each with its file."""
-    found = {}
+    found: dict[str, Path] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             found |= {name: file for name in tensors.keys() if not name.startswith("score.")}  # noqa: SIM118

@@ -19,6 +19,7 @@ import dataclasses
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -171,7 +172,7 @@ def _by_trl(
 
     names = {field.name for field in dataclasses.fields(trl_train.TrlSettings)}
     settings = trl_train.TrlSettings(**{name: getattr(config, name) for name in names})
-    of = {
+    of: dict[str, Any] = {
         "scale": str(out.folder / "scale.json"),
         "floor": -math.inf if config.reward_floor is None else config.reward_floor,
         "ceiling": math.inf if config.reward_ceiling is None else config.reward_ceiling,
