@@ -136,7 +136,7 @@ def human(extract: FeatureExtractor, seed: int) -> tuple[Pairs, Pairs]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=DEFAULT_MODEL)
-    parser.add_argument("--layers", type=int, default=recipes.NUM_LAYERS)
+    parser.add_argument("--layers", type=int, default=recipes.LAPTOP_REWARD.num_layers)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     extract = FeatureExtractor(*load_trunk(options.model, options.layers))

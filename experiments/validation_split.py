@@ -28,7 +28,7 @@ from poise.reward.head_training import TrainedModel, train_on_features
 from poise.reward.pairs import FeaturePairs, PreferenceSplit, pair_features, prompt_groups
 from poise.runtime.run_folder import Json, environment
 from poise.studies.config import LAPTOP_REWARD
-from poise.studies.quickstart import NUM_LAYERS, RATED_DOMAINS
+from poise.studies.quickstart import RATED_DOMAINS
 
 SHARE, SEEDS, FRESH = 0.2, 5, 2000
 MODELS = ("single", "brme")
@@ -116,7 +116,7 @@ def main() -> None:
     options = parser.parse_args()
     ratings = [text for text in human_ratings() if text.domain in RATED_DOMAINS]
     trained_on = [text for text in ratings if not is_held_out(text.text)]
-    extract = FeatureExtractor(*load_trunk(options.model, NUM_LAYERS))
+    extract = FeatureExtractor(*load_trunk(options.model, LAPTOP_REWARD.num_layers))
     others = preference_pairs([t for t in ratings if is_held_out(t.text)], RATED_DOMAINS.__getitem__, FRESH, 0)
     fresh = pair_features(extract, others)
     result: Json = {"seeds": SEEDS, "fresh_pairs": FRESH}

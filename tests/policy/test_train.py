@@ -92,6 +92,30 @@ def test_saved_adapters_are_the_trained_policy(config: Config) -> None:
     assert all(torch.equal(weights[name], loaded[name]) for name in checked)
 
 
+def test_the_kl_budget_ends_a_run_below_it(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever stops at a budget has the run of fewer steps: same weights, nothing of what came after."""
+    settings = dataclasses.replace(config, num_steps=8, learning_rate=0.02, kl_coef=0.0)
+    free = train_policy.run(dataclasses.replace(settings, output=f"{config.output}-free"))
+    kl = [row["kl"] for row in free.metrics()]
+    over = next(step for step, value in enumerate(kl) if value > 0.5)
+    assert 2 <= over < 8, kl
+    bounded = train_policy.run(dataclasses.replace(settings, max_kl=0.5))
+    assert bounded.results is not None
+    steps = max(step for step in range(0, over, config.save_every) if kl[step] <= 0.5)
+    assert (bounded.results["steps"], bounded.results["ended_by"]) == (steps, "max_kl")
+    assert [row["kl"] for row in bounded.metrics()] == kl[:steps]
+    assert "is above --max-kl 0.5; going back to a checkpoint below" in " ".join(capsys.readouterr().err.split())
+    short = train_policy.run(dataclasses.replace(settings, output=f"{config.output}-short", num_steps=steps))
+    assert same_weights(bounded.folder, short.folder)
+    assert free.results is not None
+    assert free.results["ended_by"] == "num_steps"
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    a, b = (load_file(path / "policy" / "adapter_model.safetensors") for path in (one, other))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
 def same_end(one: Path, other: Path) -> bool:
     a, b = load_file(one / "checkpoint.safetensors"), load_file(other / "checkpoint.safetensors")
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

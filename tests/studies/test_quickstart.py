@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def shorten(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(recipes, "TRAIN_PRODUCTS", TRAIN_PRODUCTS[:4])
     patch.setattr(recipes, "EVAL_FILMS", EVAL_FILMS[:3])
     patch.setattr(recipes, "EVAL_PRODUCTS", EVAL_PRODUCTS[:3])
-    patch.setattr(recipes, "NUM_LAYERS", 2)
+    patch.setattr(recipes, "LAPTOP_REWARD", replace(recipes.LAPTOP_REWARD, num_layers=2))
 
 
 @pytest.mark.slow

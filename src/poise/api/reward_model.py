@@ -200,7 +200,7 @@ class RewardModel:
 
 def _of_run(folder: Path, max_length: int) -> RewardModel:
     """Every kind of a run. The first one's trunk serves all that share it; another is loaded by itself."""
-    kinds = kinds_in(folder)
+    kinds: list[str] = [*kinds_in(folder)]
     kind = "brme" if "brme" in kinds else kinds[0]
     scorers = {kind: Scorer.load(str(folder / kind), max_length)}
     for other in kinds:

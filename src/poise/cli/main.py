@@ -26,6 +26,7 @@ from poise.runtime.settings import Rows, Settings, hints, marks, problem, shown
 COMMANDS = {
     "quickstart": ("poise.studies.quickstart", "all steps on a laptop in one command, ending in one page"),
     "data": ("poise.cli.data", "what a file was understood to hold, before anything is trained on it"),
+    "init": ("poise.cli.init", "a commented file of a command's settings, to edit and pass to --config"),
     "train-reward": ("poise.cli.train_reward", "preferences -> a conventional reward model and multi-head ones (BRME)"),
     "evaluate-reward": (
         "poise.cli.evaluate_reward",

@@ -8,7 +8,9 @@ FOLDER/cost.json   processor time of all tries together
 
 import ctypes
 import fcntl
+import math
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -51,12 +53,23 @@ def run_jobs(jobs: list[Job], at_a_time: int, label: str) -> dict[Path, str]:
     """Run the jobs that are not finished, `at_a_time` of them at a time.
 
     label: title of the progress bar.
-    Returns the folders of the jobs that failed, each with the reason.
+    Returns the folders of the jobs that failed, each with the reason. Where several GPUs are visible each job sees one
+    of its own, or, if the jobs at a time are more, as few others with it as can be.
     """
+    free = _gpus_for(at_a_time)
+
+    def run_one(job: Job) -> str:
+        gpu = free.get() if free else None
+        try:
+            return run_job(job, at_a_time, gpu)
+        finally:
+            if free:
+                free.put(gpu)
+
     todo = [job for job in jobs if Run(job.folder).results is None]
     failed: dict[Path, str] = {}
     with progress(label, len(jobs), len(jobs) - len(todo)) as advance, ThreadPoolExecutor(at_a_time) as pool:
-        running = {pool.submit(run_job, job, at_a_time): job for job in todo}
+        running = {pool.submit(run_one, job): job for job in todo}
         try:
             for done in as_completed(running):
                 if why := done.result():
@@ -68,8 +81,28 @@ def run_jobs(jobs: list[Job], at_a_time: int, label: str) -> dict[Path, str]:
     return failed
 
 
-def run_job(job: Job, at_a_time: int = 1) -> str:
-    """Run one job in a subprocess, on its share of the processor's cores.
+def _gpus_for(at_a_time: int) -> queue.SimpleQueue[str | None] | None:
+    """The GPUs that jobs take turns on, each as often as jobs may share it; None where there is nothing to choose."""
+    gpus = visible_gpus()
+    if len(gpus) < 2 or at_a_time < 2:
+        return None
+    free: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    for _ in range(math.ceil(at_a_time / len(gpus))):
+        for gpu in gpus:
+            free.put(gpu)
+    return free
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs of this process, as CUDA_VISIBLE_DEVICES names them; none if torch is not imported yet."""
+    if named := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return [name for name in map(str.strip, named.split(",")) if name and name != "-1"]
+    torch = sys.modules.get("torch")
+    return [str(number) for number in range(torch.cuda.device_count())] if torch else []
+
+
+def run_job(job: Job, at_a_time: int = 1, gpu: str | None = None) -> str:
+    """Run one job in a subprocess, on its share of the processor's cores, and on one GPU alone if one is named.
 
     Returns the reason if it failed, otherwise an empty string.
     """
@@ -93,10 +126,11 @@ def run_job(job: Job, at_a_time: int = 1) -> str:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if run.results is not None:
             return ""
-        threads = str(max((os.cpu_count() or 1) // at_a_time, 1))
+        environment = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // at_a_time, 1)), **os.environ}
+        environment |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
         process = subprocess.Popen(
             [sys.executable, "-m", "poise.cli", job.command, "--config", str(job.folder / "config.yaml")],
-            stdout=log, stderr=stderr, pass_fds=[lock.fileno()], env={"OMP_NUM_THREADS": threads, **os.environ},
+            stdout=log, stderr=stderr, pass_fds=[lock.fileno()], env=environment,
             preexec_fn=_ends_with_parent,  # one system call; its library is loaded before the fork
         )  # fmt: skip
         _, status, usage = os.wait4(process.pid, 0)  # `Popen.wait` does not report the subprocess's processor time

@@ -23,7 +23,7 @@ from poise.errors import PoiseError
 from poise.functional.choice import LEVEL, Decision, Ladder, choose
 from poise.models.formats import read_object
 from poise.runtime.progress import console
-from poise.runtime.records import read_rows
+from poise.runtime import records
 from poise.runtime.run_folder import Json, load_config_file, write_json, write_jsonl
 from poise.studies.config import ChooseConfig as Config
 from poise.studies.pool import prompt_key, sample_pool
@@ -85,7 +85,7 @@ def from_run(config: Config) -> list[Json]:
     if not (run / "samples.jsonl").exists() or not (run / "config.yaml").exists():
         raise PoiseError(f"{run} is no `poise train-policy` run by PPO: it has no samples.jsonl")
     by_step: dict[int, list[Json]] = {}
-    for row in read_rows(run / "samples.jsonl"):
+    for row in records.read_rows(run / "samples.jsonl"):
         by_step.setdefault(row["step"], []).append(row)
     kl = {step: sum(row["kl"] for row in rows) / len(rows) for step, rows in by_step.items()}
     rows: list[Json] = []

@@ -118,7 +118,7 @@ class Config(Settings):
     """Reward model that serves as gold, trained on data that none of these preferences are from. Default: rules that
     score short reviews."""
     jobs: Count = 1
-    """Jobs at a time; they share the processor's cores."""
+    """Jobs at a time; they share the processor's cores, and where there are several GPUs each has its own."""
     reward: RewardSettings = REWARD
     """Settings of all reward models, those of `poise train-reward`. An empty model means --model. The study sets
     preferences, output and seed."""

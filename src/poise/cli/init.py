@@ -1,0 +1,86 @@
+"""`poise init`: a commented file of a command's settings, to edit and pass to `--config`."""
+
+import ast
+import importlib
+import inspect
+import textwrap
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+import yaml
+
+from poise.errors import PoiseError
+from poise.runtime.progress import console
+from poise.runtime.run_folder import config_dict, write_atomic
+from poise.runtime.settings import Settings
+
+HOMES = {"train-reward": "poise.reward.config", "train-policy": "poise.policy.config", "study": "poise.studies.config"}
+_WIDTH = 100
+
+
+@dataclass(frozen=True)
+class Config(Settings):
+    """Write a commented file of a command's settings, all at their defaults, to edit and pass to --config."""
+
+    command: tyro.conf.Positional[Literal["train-reward", "train-policy", "study"]]
+    """The command whose settings to write."""
+    output: str = ""
+    """File to write; default: COMMAND.yaml here. A file that exists is not replaced."""
+
+
+def run(config: Config) -> Path:
+    """Write the file; returns its path."""
+    path = Path(config.output or f"{config.command}.yaml")
+    if path.exists():
+        raise PoiseError(f"{path} exists; choose another --output")
+    write_atomic(path, text_of(config.command))
+    console.print(f"{path}: edit it, then  poise {config.command} --config {path}", markup=False, soft_wrap=True)
+    return path
+
+
+def text_of(command: str) -> str:
+    """The YAML of a command's default settings, each after its help text."""
+    home = importlib.import_module(HOMES[command])
+    hidden = set(getattr(home, "SET_BY_STUDY", ()))
+    title = _comment(f"{inspect.getdoc(home.Config)}\n\npoise {command} --config THIS_FILE")
+    return "\n\n".join(["\n".join(title), *_settings(home.Config(), hidden)]) + "\n"
+
+
+def _settings(config: Any, hidden: Collection[str], group: str = "") -> Iterator[str]:
+    """One block of lines per setting; those of a nested config after its own help text, indented."""
+    helps, values = _helps(type(config)), config_dict(config)
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if group + field.name in hidden:
+            continue
+        comment = _comment(helps.get(field.name, ""))
+        if is_dataclass(value):
+            inner = "\n\n".join(_settings(value, hidden, f"{field.name}."))
+            yield "\n".join([*comment, f"{field.name}:", textwrap.indent(inner, "  ")])
+        else:
+            line = yaml.safe_dump(
+                {field.name: values[field.name]}, default_flow_style=None, width=_WIDTH, allow_unicode=True
+            )
+            yield "\n".join([*comment, line.rstrip("\n")])
+
+
+def _comment(text: str) -> list[str]:
+    lines = [line for part in text.split("\n\n") for line in textwrap.wrap(" ".join(part.split()), _WIDTH)]
+    return [f"# {line}" for line in lines]
+
+
+def _helps(kind: type) -> dict[str, str]:
+    """The docstring below each field of a dataclass, those of its bases too."""
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        if not is_dataclass(base):
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        statements = body.body if isinstance(body, ast.ClassDef) else []
+        for one, after in zip(statements, statements[1:], strict=False):
+            if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name) and isinstance(after, ast.Expr):
+                found[one.target.id] = str(ast.literal_eval(after.value))
+    return found
