@@ -265,8 +265,9 @@ def _prompt_of_any(row: dict[str, Any]) -> Prompt:
         if isinstance(found, list) and found:
             return found[0].prompt
     prompt = prompt_of(row)
-    answered = key in ("messages", "conversations") and isinstance(prompt, list) and len(prompt) > 1
-    return prompt[:-1] if answered and prompt[-1]["role"] == "assistant" else prompt
+    if key in ("messages", "conversations") and isinstance(prompt, list) and len(prompt) > 1:
+        return prompt[:-1] if prompt[-1]["role"] == "assistant" else prompt
+    return prompt
 
 
 def _plain_notes(prompt: Prompt) -> tuple[tuple[str, str], ...]:
