@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from poise.errors import PoiseError
+from poise.integrations.trl_reward import RobustReward
+from poise.integrations.trl_trainers import TrlSettings, _Report
 from poise.policy import train
 from poise.policy.config import Config
 from poise.policy.loop import cut_off, note_of
@@ -85,8 +87,9 @@ def test_the_bar_shows_how_many_are_cut() -> None:
 
 
 def test_grpo_saves_its_first_step_and_refuses_what_it_does_not_read(settings: Config) -> None:
-    trl_trainers = pytest.importorskip("poise.integrations.trl_trainers")
-    report = trl_trainers._Report(SimpleNamespace(updates_per_step=4), None, None)
+    grpo = dataclasses.replace(settings, algorithm="grpo", num_epochs=2, num_minibatches=2)
+    known = {field.name: getattr(grpo, field.name) for field in dataclasses.fields(TrlSettings)}
+    report = _Report(TrlSettings(**known), RobustReward("rm", "mean", "", 0, 0.0, 1.0), lambda _: None)
     saved = []
     for step in range(1, 9):
         control = SimpleNamespace(should_save=False)
@@ -94,4 +97,4 @@ def test_grpo_saves_its_first_step_and_refuses_what_it_does_not_read(settings: C
         saved.append(control.should_save)
     assert saved == [False] * 3 + [True] + [False] * 4
     with pytest.raises(PoiseError, match="--baseline-completions is for --algorithm ppo, not grpo"):
-        dataclasses.replace(settings, algorithm="grpo").check()
+        grpo.check()

@@ -14,9 +14,8 @@ from PIL import Image
 
 from pages import CHROMIUM, Page, assert_all_is_seen, needs_chromium, poison
 from poise.errors import PoiseError
-from poise.reports import plots
+from poise.reports import plots, run_pages
 from poise.reports import quickstart_page as report
-from poise.reports import run_pages
 from poise.reports.config import ReportConfig
 from poise.runtime.run_folder import Json, write_json
 

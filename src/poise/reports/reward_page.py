@@ -37,11 +37,14 @@ def build(folder: str | Path) -> Path:
     if results is None or "rewards" not in results:
         raise PoiseError(f"{folder} is not a finished poise evaluate-reward run")
     environment = read_json(folder / "environment.json") or {}
+    paths = [reward["reward"] for reward in results["rewards"]]
+    names = _short_names(paths)
     config = folder / "config.yaml"
     page = page_template("reward.html.j2").render(
         results=results,
         verdicts=verdicts(results),
-        names=_short_names([reward["reward"] for reward in results["rewards"]]),
+        names=names,
+        short=dict(zip(paths, names, strict=True)),
         glossary=GLOSSARY,
         sections=[_section(reward, f"reward{i}") for i, reward in enumerate(results["rewards"], 1)],
         colors={name: on_pages(style.color) for name, style in plots.UNCERTAINTY_STYLES.items()},
