@@ -21,7 +21,7 @@ from poise.runtime import checkpoints
 
 KILLED = 9
 # What differs between two equal runs: times and machine.
-NOT_COMPARED = {"environment.json", "inputs.json", ".poise"}
+NOT_COMPARED = {"environment.json", "inputs.json", ".poise", "report.html"}  # the page says how long steps took
 
 
 @contextlib.contextmanager

@@ -14,8 +14,9 @@ from PIL import Image
 
 from pages import CHROMIUM, Page, assert_all_is_seen, needs_chromium, poison
 from poise.errors import PoiseError
-from poise.reports import plots
+from poise.reports import plots, run_pages
 from poise.reports import quickstart_page as report
+from poise.reports.config import ReportConfig
 from poise.runtime.run_folder import Json, write_json
 
 pytestmark = pytest.mark.usefixtures("drawn_once")
@@ -244,7 +245,7 @@ def test_curves_take_the_color_of_the_arm_they_belong_to():
 def test_the_command_writes_the_page_and_the_figure(
     quickstart: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    report.run(report.Config(folder=str(quickstart), png=str(tmp_path / "curves.png")))
+    run_pages.run(ReportConfig(folders=(str(quickstart),), png=str(tmp_path / "curves.png")))
     assert capsys.readouterr().out == f"{quickstart}/report.html\n"
     with Image.open(tmp_path / "curves.png") as image:
         assert image.width > 1200

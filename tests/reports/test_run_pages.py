@@ -2,13 +2,15 @@
 
 import json
 import math
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from pages import Page, assert_all_is_seen, poison
+from pages import CHROMIUM, Page, assert_all_is_seen, needs_chromium, poison
 from poise.errors import PoiseError
 from poise.reports import run_pages
 from poise.reports.config import ReportConfig
@@ -201,3 +203,43 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     run_pages.run(ReportConfig(folders=(str(reward(tmp_path / "one")),)))
     assert capsys.readouterr().out == f"{tmp_path}/one/report.html\n"
     assert json.loads((tmp_path / "one" / "results.json").read_text())["num_train"] == 80
+
+
+# ---- on a phone ----
+
+MEASURE = """<script>addEventListener("load", () => parent.postMessage([...document.querySelectorAll(
+"html, .scroll, .card, .answers")].filter(x => x.scrollWidth > x.clientWidth + 1).map(x => x.className || x.tagName)
+.concat(innerWidth), "*"))</script>"""
+FRAME = """<iframe src="page.html" style="width:390px;height:800px;border:0"></iframe>
+<script>onmessage = message => document.title = JSON.stringify(message.data)</script>"""
+
+
+def cut_off_at_390_pixels(page: Path, scratch: Path) -> list[Any]:
+    """What is wider than a phone, then the width that the page was given. Chromium's own window is never as narrow."""
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text())
+    (scratch / "page.html").write_text(text.replace("</body>", f"{MEASURE}</body>"))
+    (scratch / "frame.html").write_text(FRAME)
+    flags = (
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--virtual-time-budget=5000",
+        "--dump-dom",
+    )
+    command = [str(CHROMIUM), *flags, f"--user-data-dir={scratch / 'profile'}", (scratch / "frame.html").as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    return list(json.loads(re.findall(r"<title>(.*?)</title>", dom)[0].replace("&quot;", '"')))
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_nothing_is_cut_off_on_a_phone(tmp_path: Path) -> None:
+    runs = [
+        policy(tmp_path / "one"),
+        policy(tmp_path / "two"),
+        reward(tmp_path / "rm"),
+        selection(tmp_path / "n", True),
+    ]
+    runs.append(comparison(tmp_path / "cmp", 0.2))
+    assert cut_off_at_390_pixels(run_pages.build(runs), tmp_path) == [390]

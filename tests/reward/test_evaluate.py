@@ -328,7 +328,15 @@ def test_the_page_is_whole_and_points_nowhere(evaluation: Path) -> None:
     page = Page(evaluation / "evaluation.html")
     identifiers = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(identifiers) == len(set(identifiers)) > 0
-    assert sum(tag == "svg" for tag, _ in page.tags) == 5  # two models on two files, and how the stds came about
+    assert sum(tag == "svg" for tag, _ in page.tags) == 9  # two figures of two models on two files, and the stds'
+    anchors = {v for _, attributes in page.tags for k, v in attributes.items() if k == "href" and v != "data:,"}
+    assert (
+        {"#glossary", "#model-1", "#model-2", "#made"}
+        <= {link for link in anchors if link}
+        <= {f"#{name}" for name in identifiers}
+    )
+    wide = [attributes for tag, attributes in page.tags if tag == "td" and attributes.get("data-label")]
+    assert len(wide) > 40  # on a phone each cell says which column it is of
     assert all("scope" in attributes for tag, attributes in page.tags if tag == "th")
     links = [v for _, attributes in page.tags for k, v in attributes.items() if k in ("src", "href", "xlink:href")]
     assert all(link and link.startswith(("#", "data:")) for link in links)

@@ -39,6 +39,10 @@ def make_arm(folder: Path, steps: list[tuple[float, float]], final: dict[str, fl
     return str(folder)
 
 
+def with_gold(**settings: Any) -> compare.Config:
+    return compare.Config(gold="reviews", **settings)
+
+
 @pytest.fixture(autouse=True)
 def gold_is_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (compare, gold):
@@ -49,7 +53,7 @@ def test_peak_end_and_fall_equal_values_worked_out_by_hand(tmp_path: Path) -> No
     rising = [(0.0, 0.5), (0.5, 0.5), (1.0, 1.0), (1.5, 1.5), (0.5, 0.5), (0.0, 0.0)]
     first = make_arm(tmp_path / "policy-single", rising, {"gold": 0.0, "proxy": 2.0})
     other = make_arm(tmp_path / "policy-brme", rising[:2], {"gold": 1.0, "proxy": 1.0})
-    found = compare.run(compare.Config(arms=(first, other), output=str(tmp_path / "out"))).results or {}
+    found = compare.run(with_gold(arms=(first, other), output=str(tmp_path / "out"))).results or {}
     single, brme = found["arms"]
     assert (single["name"], single["objective"], single["reward"]) == ("single", "nominal", "single")
     assert single["final"]["gold"] == 0.25
@@ -71,11 +75,11 @@ def test_the_pool_says_where_the_policy_began(tmp_path: Path) -> None:
     # What another gold said of them does not count.
     rows = [{"prompt": p, "completion": gold, "gold": 7.0} for p in PROMPTS for gold in ("0.0", "1.0")]
     write_rows(tmp_path / "pool" / "pool.jsonl", rows)
-    settings = compare.Config(arms=arms, output=str(tmp_path / "out"), pool=str(tmp_path / "pool"))
+    settings = with_gold(arms=arms, output=str(tmp_path / "out"), pool=str(tmp_path / "pool"))
     found = compare.run(settings).results or {}
     assert {arm["initial_gold"] for arm in found["arms"]} == {0.5}
     assert [arm["initial_gold_std"] for arm in found["arms"]] == [pytest.approx(1 / 3**0.5)] * 2
-    alone = compare.run(compare.Config(arms=arms, output=str(tmp_path / "alone"))).results or {}
+    alone = compare.run(with_gold(arms=arms, output=str(tmp_path / "alone"))).results or {}
     assert {(arm["initial_gold"], arm["initial_gold_std"]) for arm in alone["arms"]} == {(9.0, 1.0)}  # a constant
 
 
@@ -88,22 +92,23 @@ def test_conversations_that_share_their_last_turn_are_prompts_of_their_own(tmp_p
         write_rows(
             tmp_path / name / "final.jsonl", [row | {"reward": int(row["prompt"][0]["content"])} for row in rows]
         )
-    found = compare.run(compare.Config(arms=tuple(arms), output=str(tmp_path / "out"))).results or {}
+    found = compare.run(with_gold(arms=tuple(arms), output=str(tmp_path / "out"))).results or {}
     assert found["differences"][0]["num_prompts"] == 3
     assert [row["prompt"] for row in found["completions"]] == ["Go on."] * 3
     shown = [tuple(opinion["proxy"] for opinion in row["arms"].values()) for row in found["completions"]]
     assert sorted(shown) == [(0, 0), (1, 1), (2, 2)]  # each beside the other's of the same prompt
     fewer = make_arm(tmp_path / "fewer", [(0.0, 0.0)], {"gold": 2.0, "proxy": 0.0}, prompts=prompts[:2])
     with pytest.raises(PoiseError, match="not evaluated on the same prompts"):
-        compare.run(compare.Config(arms=(arms[0], fewer), output=str(tmp_path / "again")))
+        compare.run(with_gold(arms=(arms[0], fewer), output=str(tmp_path / "again")))
 
 
 def test_arms_of_other_prompts_are_not_compared(tmp_path: Path) -> None:
     one = make_arm(tmp_path / "one", [(0.0, 0.0)], {"gold": 0.0, "proxy": 0.0})
     other = make_arm(tmp_path / "other", [(0.0, 0.0)], {"gold": 0.0, "proxy": 0.0}, prompts=("a film", "a book"))
     with pytest.raises(PoiseError, match="not evaluated on the same prompts"):
-        compare.run(compare.Config(arms=(one, other), output=str(tmp_path / "out")))
+        compare.run(with_gold(arms=(one, other), output=str(tmp_path / "out")))
     with pytest.raises(PoiseError, match=r"has no final\.jsonl"):
+<<<<<<< HEAD
         compare.run(compare.Config(arms=(one, str(tmp_path)), output=str(tmp_path / "again")))
 
 
@@ -169,3 +174,37 @@ def test_a_torn_last_line_is_left_out_and_an_empty_file_is_one_line(file: str, t
     path.write_text("")
     with pytest.raises(PoiseError, match=r"b.* (no|not) "):
         compare.run(compare.Config(arms=arms, output=str(tmp_path / "again")))
+=======
+        compare.run(with_gold(arms=(one, str(tmp_path)), output=str(tmp_path / "again")))
+
+
+ARMS = (("a", 2.0), ("b", 1.0))
+
+
+def test_without_gold_nothing_is_said_of_it(tmp_path: Path) -> None:
+    arms = tuple(make_arm(tmp_path / name, [(0.0, 1.0)], {"gold": 0.0, "proxy": proxy}) for name, proxy in ARMS)
+    found = compare.run(compare.Config(arms=arms, output=str(tmp_path / "out"))).results or {}
+    assert found["differences"] == []
+    assert found["initial"] == {}
+    assert [arm["final"]["gold"] for arm in found["arms"]] == [None, None]
+    assert [arm["final"]["proxy"] for arm in found["arms"]] == [2.0, 1.0]
+    assert all(step["gold"] is None for arm in found["arms"] for step in arm["steps"])
+    assert found["completions"][0]["arms"]["a"]["gold"] is None
+
+
+def test_runs_of_ppo_and_grpo_are_compared(tmp_path: Path) -> None:
+    """TRL's trainers log no seconds, at β 0 no KL, and earlier versions no routing std."""
+    arms = [make_arm(tmp_path / name, [(0.0, 1.0)], {"gold": 0.0, "proxy": proxy}) for name, proxy in ARMS]
+    path = tmp_path / "b" / "metrics.jsonl"
+    dropped = ("kl", "routing_std")
+    rows = [
+        {key: value for key, value in row.items() if key not in dropped and not key.endswith("_seconds")}
+        for row in read_jsonl(path)
+    ]
+    write_rows(path, rows)
+    for order in (arms, arms[::-1]):
+        settings = compare.Config(arms=tuple(order), output=str(tmp_path / order[0][-1] / "with"))
+        found = {arm["name"]: arm for arm in (compare.run(settings).results or {})["arms"]}
+        assert found["a"]["step_seconds"]["sample"] == 0.25
+        assert (found["b"]["step_seconds"], found["b"]["steps"][0]["kl"]) == ({}, None)
+>>>>>>> w-front

@@ -10,7 +10,7 @@ import tyro
 
 from poise.errors import PoiseError
 from poise.runtime.display import visible
-from poise.runtime.settings import Count, Seed, Settings, between
+from poise.runtime.settings import Count, Language, Seed, Settings, between
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Config(Settings):
     conversation, and the answers go to standard output.
     """
 
-    policy: tyro.conf.Positional[str]
+    policy: tyro.conf.Positional[Language]
     """Policy: a `poise train-policy` run, the `policy` folder in it, or any language model (folder or hub id)."""
     system: str = ""
     """System turn to begin with."""

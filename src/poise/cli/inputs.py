@@ -17,13 +17,20 @@ from poise.studies.config import REVIEWS
 _SMALL = 8 * 2**20
 
 
+def _check_language_model(name: str) -> None:
+    """As `check_model`; a trained policy, or the run that holds one, is left to the commands that take it."""
+    folder = Path(name)
+    if not any((place / "adapter_config.json").exists() for place in (folder, folder / "policy")):
+        check_model(str(folder / "policy") if (folder / "policy" / "config.json").exists() else name)
+
+
 def _check_gold(name: str) -> None:
     if name != REVIEWS:
         check_reward_model(name)
 
 
 _CHECKS: dict[str, Callable[[str], None]] = {
-    "language model": check_model, "reward model": check_reward_model, "gold": _check_gold,
+    "language model": _check_language_model, "reward model": check_reward_model, "gold": _check_gold,
 }  # fmt: skip
 
 

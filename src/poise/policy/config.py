@@ -235,12 +235,12 @@ class Config(PpoConfig):
 
     def _check_without_ppo(self) -> None:
         """Raise PoiseError for settings that TRL's trainers would silently ignore."""
+        if self.on_alarm in ("rollback", "pessimism"):
+            raise PoiseError(f"--on-alarm {self.on_alarm} is for --algorithm ppo; {self.algorithm} takes log or stop")
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name in PPO_ONLY and value not in (field.default, _OFF.get(field.name, field.default)):
                 raise PoiseError(f"--{field.name.replace('_', '-')} is for --algorithm ppo, not {self.algorithm}")
-        if self.on_alarm in ("rollback", "pessimism"):
-            raise PoiseError(f"--on-alarm {self.on_alarm} is for --algorithm ppo; {self.algorithm} takes log or stop")
 
 
 @dataclass(frozen=True)

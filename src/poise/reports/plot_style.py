@@ -53,6 +53,11 @@ _COLOR = re.compile("|".join(_ON_PAGES))
 # ---- output ----
 
 
+def on_pages(color: str) -> str:
+    """A color of a figure as page.css has it, in light and in dark mode."""
+    return _ON_PAGES.get(color, color)
+
+
 @contextmanager
 def look(identifier: str) -> Iterator[None]:
     """Our settings on matplotlib's own defaults, whatever the user's matplotlibrc says."""

@@ -102,10 +102,15 @@ def stage2(history: Sequence[Json], identifier: str = "stage2") -> str:
         return svg(figure, identifier)
 
 
-def calibration(pairs: Json, identifier: str) -> str:
+def calibration(pairs: Json, identifier: str) -> tuple[str, str]:
     """Reliability of a reward model's probabilities, and risk–coverage of its uncertainties."""
-    with look(identifier):
-        return svg(_calibration(pairs), identifier)
+    found = []
+    for draw, part in ((_reliability, "reliability"), (_risk_coverage, "risk")):
+        with look(f"{identifier}{part}"):
+            figure = Figure(figsize=(5, 4), layout="constrained")
+            draw(figure.subplots(), pairs)
+            found.append(svg(figure, f"{identifier}{part}"))
+    return found[0], found[1]
 
 
 def save_calibration(pairs: Json, path: str | Path) -> None:
@@ -183,30 +188,41 @@ def _legend(figure: Figure, comparison: Json, pool: Json | None, styles: dict[st
 def _calibration(pairs: Json) -> Figure:
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    reference: Json = {"color": GRAY, "linewidth": 0.9, "linestyle": (0, (2, 2))}
-    left.plot([0.5, 1], [0.5, 1], label="as often right as it says", **reference)
+    _reliability(left, pairs)
+    _risk_coverage(right, pairs)
+    return figure
+
+
+_REFERENCE: Json = {"color": GRAY, "linewidth": 0.9, "linestyle": (0, (2, 2))}
+
+
+def _reliability(ax: Axes, pairs: Json) -> None:
+    ax.plot([0.5, 1], [0.5, 1], label="as often right as it says", **_REFERENCE)
     shown = {"probability": "reward"}
     if pairs["heads_probability"]["bins"] != pairs["probability"]["bins"]:
         shown["heads_probability"] = "average of the heads"
     for (key, label), style in zip(shown.items(), STYLES, strict=False):
         confidence, accuracy = (column_of(pairs[key]["bins"], column) for column in ("confidence", "accuracy"))
         line: Json = {"color": style.color, "linestyle": style.dash, "marker": style.marker, "markersize": 4}
-        left.plot(confidence, accuracy, label=label, **line)
+        ax.plot(confidence, accuracy, label=label, **line)
+    ax.set(xlabel="probability of the order it gives a pair", ylabel="share of pairs ordered as people did")
+    ax.set_xlim(0.48, 1.02)
+    ax.set_title("Reliability", loc="left")
+    ax.legend(loc="best", fontsize=8)
+
+
+def _risk_coverage(ax: Axes, pairs: Json) -> None:
     coverage = floats(pairs["risk_coverage"]["coverage"])
     kept = coverage * pairs["num_pairs"] >= _FEWEST_PAIRS
-    right.axhline(1 - pairs["accuracy"], label="knowing nothing", **reference)
+    ax.axhline(1 - pairs["accuracy"], label="knowing nothing", **_REFERENCE)
     for name, risk in pairs["risk_coverage"]["risk"].items():
         style = UNCERTAINTY_STYLES.get(name, Style(GRAY, "-", ""))
-        right.plot(coverage[kept], floats(risk)[kept], color=style.color, linestyle=style.dash, label=name)
-    left.set(xlabel="probability of the order it gives a pair", ylabel="share of pairs ordered as people did")
-    right.set(xlabel="share of pairs kept, least uncertain first", ylabel="share of them ordered wrongly")
-    left.set_xlim(0.48, 1.02)
-    right.set_xlim(0, 1.02)
-    right.set_ylim(bottom=0)
-    for ax, title in ((left, "Reliability"), (right, "Risk–coverage")):
-        ax.set_title(title, loc="left")
-        ax.legend(loc="best", fontsize=8)
-    return figure
+        ax.plot(coverage[kept], floats(risk)[kept], color=style.color, linestyle=style.dash, label=name)
+    ax.set(xlabel="share of pairs kept, least uncertain first", ylabel="share of them ordered wrongly")
+    ax.set_xlim(0, 1.02)
+    ax.set_ylim(bottom=0)
+    ax.set_title("Risk–coverage", loc="left")
+    ax.legend(loc="best", fontsize=8)
 
 
 # ---- numbers ----

@@ -170,7 +170,10 @@ def charts(runs: Sequence[PolicyRun], identifier: str) -> list[Chart]:
     if any(np.nansum(run.column("routing_std")) == 0 for run in runs):  # point heads: all have std 0
         spreads = {"disagreement": "disagreement"}
     if any(np.nansum(run.column("disagreement")) > 0 for run in runs):
-        add("Uncertainty of the heads", spreads, "Gap, disagreement and routing std over training steps.", floor=0.0)
+        if alone:
+            add("Uncertainty of the heads", spreads, "Gap, disagreement, routing std over training steps.", floor=0.0)
+        else:
+            add("Disagreement of the heads", {"disagreement": ""}, "Disagreement over training steps.", floor=0.0)
     if alone and any(len(row.get("heads") or []) > 1 for row in alone.steps):
         found.append(Chart(run_plots.heads(alone.steps, f"{identifier}-heads"), "Each head’s mean reward over steps."))
     add("Tokens of a completion", {"tokens": ""}, "Mean length over training steps.", floor=0.0)

@@ -22,6 +22,7 @@ from markupsafe import Markup
 
 from poise.errors import PoiseError, first_line
 from poise.reports import plots
+from poise.reports.plot_style import on_pages
 from poise.runtime.display import visible, visible_values
 from poise.runtime.records import Json, read_object
 from poise.runtime.run_folder import write_atomic
@@ -177,7 +178,7 @@ def _page(study: Study) -> Json:
         "verdicts": _verdicts(comparison),
         "arms": arms,
         "initial_variety": (comparison.get("initial") or {}).get("distinct_bigrams"),
-        "colors": {name: style.color for name, style in styles.items()},
+        "colors": {name: on_pages(style.color) for name, style in styles.items()},
         "curves_svg": Markup(plots.over_optimization(comparison, study.pool)),
         "pool": study.pool,
         "heads_svgs": [

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from poise.errors import PoiseError
 from poise.reports import plots
+from poise.reports.plot_style import on_pages
 from poise.reports.quickstart_page import (
     Verdict,
     number,
@@ -36,12 +37,17 @@ def build(folder: str | Path) -> Path:
     if results is None or "rewards" not in results:
         raise PoiseError(f"{folder} is not a finished poise evaluate-reward run")
     environment = read_json(folder / "environment.json") or {}
+    paths = [reward["reward"] for reward in results["rewards"]]
+    names = _short_names(paths)
     config = folder / "config.yaml"
     page = page_template("reward.html.j2").render(
         results=results,
         verdicts=verdicts(results),
+        names=names,
+        short=dict(zip(paths, names, strict=True)),
+        glossary=GLOSSARY,
         sections=[_section(reward, f"reward{i}") for i, reward in enumerate(results["rewards"], 1)],
-        colors={name: style.color for name, style in plots.UNCERTAINTY_STYLES.items()},
+        colors={name: on_pages(style.color) for name, style in plots.UNCERTAINTY_STYLES.items()},
         spreads=SPREADS,
         environment=environment,
         command=shlex.join(environment.get("command") or []),
@@ -202,6 +208,33 @@ def points(value: Any) -> str:
 
 # ---- the page ----
 
+GLOSSARY = {
+    "accuracy": "Share of pairs that the model orders as people did; ties count half.",
+    "longer text": "The accuracy of always choosing the longer text: what a model must beat to have read anything.",
+    "NLL": "Negative log-likelihood of people’s choices under the model’s probabilities, in nats a pair; a coin has "
+    "0.693.",
+    "Brier": "Mean squared error of the probabilities; a coin has 0.25.",
+    "ECE": "Expected calibration error: how far claimed probabilities are from the shares that come true.",
+    "AUROC": "How often a wrongly ordered pair has the larger uncertainty than a rightly ordered one; a coin has 0.50.",
+    "risk–coverage": "The error rate among the pairs that are kept, if the most uncertain ones are left out first.",
+    "disagreement": "Std of the heads’ mean rewards.",
+    "routing_std": "Std that the nominal head, the one with the lowest std, gives itself.",
+    "total_std": "The heads’ own stds and their disagreement together.",
+    "last_layer_std": "Std of the reward over the Laplace posterior of the last layer, without sampling heads.",
+    "small_margin": "How close the reward calls a pair: minus the difference of its two rewards.",
+}
+
+
+def _short_names(paths: Sequence[str]) -> list[str]:
+    """The last parts of paths, as many as tell them apart."""
+    parts = [Path(path).parts or (path,) for path in paths]
+    longest = max(map(len, parts), default=1)
+    for count in range(1, longest + 1):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return list(paths)
+
 
 def _section(reward: Json, identifier: str) -> Json:
     """What the template is given of one reward model."""
@@ -212,7 +245,7 @@ def _section(reward: Json, identifier: str) -> Json:
         "reward": reward,
         "findings": findings(reward, "The reward model"),
         "blocks": [
-            {"title": title, "pairs": block, "svg": Markup(plots.calibration(block, f"{identifier}{key}"))}
+            {"title": title, "pairs": block, "svgs": [*map(Markup, plots.calibration(block, f"{identifier}{key}"))]}
             for title, key, block in (("", "file", pairs), ("Other data", "ood", ood))
             if block
         ],

@@ -22,8 +22,8 @@ from poise.data.types import Prompt
 from poise.errors import PoiseError
 from poise.functional.choice import LEVEL, Decision, Ladder, choose
 from poise.models.formats import read_object
-from poise.runtime.progress import console
 from poise.runtime import records
+from poise.runtime.progress import console
 from poise.runtime.run_folder import Json, load_config_file, write_json, write_jsonl
 from poise.studies.config import ChooseConfig as Config
 from poise.studies.pool import prompt_key, sample_pool

@@ -1,0 +1,88 @@
+"""`poise inspect` and `poise chat`: what is typed or piped in, and what comes back."""
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from poise.cli import chat, inspect
+from poise.data.types import Sample
+from poise.errors import PoiseError
+from poise.models.loading import load_policy
+from poise.models.policy import Policy
+from poise.models.scorer import Scorer
+
+
+@pytest.fixture(scope="module")
+def reward(train_tiny_reward: Callable[[str], Path], tiny_model: str) -> Path:
+    return train_tiny_reward(tiny_model)
+
+
+def pipe(text: str, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(sys, "stdin", io.StringIO(text))
+
+
+def test_inspect_reads_a_pipe_of_text_and_of_rows(
+    reward: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe("Review a film.\ngood\nbad\n", monkeypatch)
+    inspect.run(inspect.Config(str(reward)))
+    plain = capsys.readouterr().out
+    pipe(json.dumps({"prompt": "Review a film.", "completions": ["good", "bad"]}) + "\n", monkeypatch)
+    inspect.run(inspect.Config(str(reward)))
+    assert capsys.readouterr().out == plain
+    assert plain.count("nominal: the lowest std") == plain.count("disagreement") == 2
+    pipe("Only a prompt\n", monkeypatch)
+    with pytest.raises(PoiseError, match="nothing to score"):
+        inspect.run(inspect.Config(str(reward)))
+    pipe('{"prompt": "x"}\n', monkeypatch)
+    with pytest.raises(PoiseError, match="line 1 of the input: no 'completion'"):
+        inspect.run(inspect.Config(str(reward)))
+
+
+def test_inspect_says_what_every_head_says_and_what_was_cut(reward: Path) -> None:
+    sample = Sample("Review a film.", "good")
+    scorer = Scorer.load(str(reward), 16)
+    found = inspect.describe(scorer, sample)
+    heads = scorer([sample])
+    assert found["mean"] == heads.mean[0].tolist()
+    assert found["worst_case"] == pytest.approx(min(found["mean"]))
+    assert found["routing_std"] == pytest.approx(found["std"][found["nominal_head"]])
+    assert found["lost"] == found["tokens"] - 16 > 0
+    text = inspect.as_text(found | {"lost_text": "\x1b[31mold"})
+    assert r"\x1b[31mold" in text.replace("\\\\", "\\")
+    assert "\x1b" not in text
+
+
+def test_chat_answers_each_line_of_a_pipe_in_one_conversation(
+    tiny_model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe("hello\n\nagain\n", monkeypatch)
+    chat.run(chat.Config(tiny_model, max_tokens=3, temperature=0.0))
+    assert len(capsys.readouterr().out.splitlines()) >= 2
+    talker = chat.Talker(chat.Config(tiny_model, max_tokens=3, temperature=0.0, system="Be brief."))
+    said = talker.answer("hello")
+    assert [turn["role"] for turn in talker.turns] == ["system", "user", "assistant"]
+    talker.begin()
+    assert talker.answer("hello") == said  # the same conversation from its beginning, greedily
+    with pytest.raises(PoiseError, match="longer than the model's context"):
+        talker.answer("x" * 300)
+
+
+def test_chat_speaks_with_the_adapters_of_a_run(tiny_model: str, tmp_path: Path) -> None:
+    model, tokenizer = load_policy(tiny_model)
+    policy = Policy(model, tokenizer, adapted_layers=2, rank=2)
+    for name, parameter in policy.trained_parameters().items():
+        if "lora" in name:
+            parameter.data.normal_(std=1.0)
+    policy.save(str(tmp_path / "run" / "policy"))
+    adapted = chat.Talker(chat.Config(str(tmp_path / "run"), max_tokens=8, temperature=0.0)).answer("hello")
+    plain = chat.Talker(chat.Config(tiny_model, max_tokens=8, temperature=0.0)).answer("hello")
+    assert adapted != plain
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "config.yaml").touch()
+    with pytest.raises(PoiseError, match="the run is not finished"):
+        chat.Talker(chat.Config(str(tmp_path / "new")))
