@@ -13,12 +13,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from poise.errors import PoiseError
-<<<<<<< HEAD
 from poise.runtime.records import read_rows
-from poise.runtime.run_folder import write_jsonl
-=======
-from poise.runtime.run_folder import config_dict, read_jsonl, write_jsonl
->>>>>>> w-front
+from poise.runtime.run_folder import config_dict, write_jsonl
 from poise.studies import best_of_n, pool
 from poise.studies.best_of_n import Config
 
@@ -81,13 +77,8 @@ def test_a_pool_is_judged_anew_by_another_gold(settings: Config, reward: Path, t
     other = best_of_n.make_pool(tmp_path, replace(settings, gold=str(reward / "ensemble")))
     assert [row["completion"] for row in other] == [row["completion"] for row in kept]
     assert all(one["gold"] != two["gold"] for one, two in zip(other, kept, strict=True))
-<<<<<<< HEAD
     assert list(read_rows(tmp_path / "pool.jsonl")) == other
-    by_rules = best_of_n.make_pool(tmp_path, replace(settings, gold=""))
-=======
-    assert list(read_jsonl(tmp_path / "pool.jsonl")) == other
     by_rules = best_of_n.make_pool(tmp_path, replace(settings, gold="reviews"))
->>>>>>> w-front
     assert {row["gold"] for row in by_rules} <= {-1.0, 0.0}  # of a random model's text
     # Folders of a time before `judge`: whose gold it is, nobody knows.
     old = [{"prompt": row["prompt"], "completion": row["completion"], "gold": 7.0} for row in kept]
@@ -155,7 +146,6 @@ def test_bad_settings_are_one_line(settings: Config, tmp_path: Path) -> None:
         best_of_n.run(replace(own, prompts=str(alone)))
 
 
-<<<<<<< HEAD
 def test_an_unfinished_run_does_not_go_on_with_other_inputs(settings: Config, reward: Path, tmp_path: Path) -> None:
     own = tmp_path / "reward"
     shutil.copytree(reward, own)
@@ -176,13 +166,14 @@ def test_an_unfinished_run_does_not_go_on_with_other_inputs(settings: Config, re
     prompts.write_text(prompts.read_text() + '{"prompt": "One more."}\n')
     with pytest.raises(PoiseError, match=r"begun with other inputs: --prompts changed since"):
         best_of_n.run(run)
-=======
+
+
 def test_without_gold_the_proxy_alone_and_what_was_selected(settings: Config, tmp_path: Path) -> None:
     best_of_n.run(settings)
     for name in ("pool.jsonl", "heads"):
         source = Path(settings.output) / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
-    rows = [{key: row[key] for key in ("prompt", "completion")} for row in read_jsonl(tmp_path / "pool.jsonl")]
+    rows = [{key: row[key] for key in ("prompt", "completion")} for row in read_rows(tmp_path / "pool.jsonl")]
     write_jsonl(tmp_path / "pool.jsonl", rows)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config_dict(replace(settings, gold=""))))
     found = best_of_n.run(replace(settings, gold="", output=str(tmp_path))).results
@@ -192,7 +183,7 @@ def test_without_gold_the_proxy_alone_and_what_was_selected(settings: Config, tm
     assert with_gold
     for one, other in zip(found["curves"], with_gold["curves"], strict=True):
         assert [point["proxy"] for point in one["best_of_n"]] == [point["proxy"] for point in other["best_of_n"]]
-    selected = list(read_jsonl(tmp_path / "selected.jsonl"))
+    selected = list(read_rows(tmp_path / "selected.jsonl"))
     assert [row["objective"] for row in selected] == [name for name in CHOICES for _ in range(4)]
     for row, curve in zip(selected[::4], found["curves"], strict=True):
         of_objective = [one["reward"] for one in selected if one["objective"] == row["objective"]]
@@ -200,4 +191,3 @@ def test_without_gold_the_proxy_alone_and_what_was_selected(settings: Config, tm
         assert row["reward"] >= row["runner_up_reward"]
         texts = [one["completion"] for one in rows if one["prompt"] == row["prompt"]]
         assert {row["best"], row["runner_up"]} <= set(texts)
->>>>>>> w-front

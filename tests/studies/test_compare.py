@@ -108,8 +108,7 @@ def test_arms_of_other_prompts_are_not_compared(tmp_path: Path) -> None:
     with pytest.raises(PoiseError, match="not evaluated on the same prompts"):
         compare.run(with_gold(arms=(one, other), output=str(tmp_path / "out")))
     with pytest.raises(PoiseError, match=r"has no final\.jsonl"):
-<<<<<<< HEAD
-        compare.run(compare.Config(arms=(one, str(tmp_path)), output=str(tmp_path / "again")))
+        compare.run(with_gold(arms=(one, str(tmp_path)), output=str(tmp_path / "again")))
 
 
 # ---- files that were damaged, edited, or written by another version ----
@@ -174,8 +173,6 @@ def test_a_torn_last_line_is_left_out_and_an_empty_file_is_one_line(file: str, t
     path.write_text("")
     with pytest.raises(PoiseError, match=r"b.* (no|not) "):
         compare.run(compare.Config(arms=arms, output=str(tmp_path / "again")))
-=======
-        compare.run(with_gold(arms=(one, str(tmp_path)), output=str(tmp_path / "again")))
 
 
 ARMS = (("a", 2.0), ("b", 1.0))
@@ -199,7 +196,7 @@ def test_runs_of_ppo_and_grpo_are_compared(tmp_path: Path) -> None:
     dropped = ("kl", "routing_std")
     rows = [
         {key: value for key, value in row.items() if key not in dropped and not key.endswith("_seconds")}
-        for row in read_jsonl(path)
+        for row in read_rows(path)
     ]
     write_rows(path, rows)
     for order in (arms, arms[::-1]):
@@ -207,4 +204,3 @@ def test_runs_of_ppo_and_grpo_are_compared(tmp_path: Path) -> None:
         found = {arm["name"]: arm for arm in (compare.run(settings).results or {})["arms"]}
         assert found["a"]["step_seconds"]["sample"] == 0.25
         assert (found["b"]["step_seconds"], found["b"]["steps"][0]["kl"]) == ({}, None)
->>>>>>> w-front

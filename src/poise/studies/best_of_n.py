@@ -27,6 +27,7 @@ from poise.models.loading import resolve_model
 from poise.models.reward_model import files_of
 from poise.runtime.records import read_rows
 from poise.runtime.run_folder import Inputs, Json, Run, write_jsonl
+from poise.studies.config import REVIEWS
 from poise.studies.config import BestOfNConfig as Config
 from poise.studies.gold import label_with_gold
 from poise.studies.pool import (
@@ -70,7 +71,7 @@ def inputs_of(config: Config) -> Inputs:
         f"--reward {number}": [file for name in names for file in files_of(str(Path(folder) / name))]
         for number, folder in enumerate(config.reward, 1)
     }
-    gold: Inputs = {"--gold": files_of(config.gold)} if config.gold else {}
+    gold: Inputs = {"--gold": files_of(config.gold)} if config.gold not in ("", REVIEWS) else {}
     model = [Path(resolve_model(config.model))]
     return {"--prompts": [Path(config.prompts)], "--model": model, **rewards, **gold}
 

@@ -254,7 +254,7 @@ def _open(config: Config) -> Run:
 
 def _models(config: Config) -> Inputs:
     """Model folders that the study reads; its files are in `_digests`."""
-    gold: Inputs = {"--gold": files_of(config.gold)} if config.gold else {}
+    gold: Inputs = {"--gold": files_of(config.gold)} if config.gold not in ("", REVIEWS) else {}
     trunk = reward_config(config, config.label_noise[0], 0).model
     models: list[Path] = []
     for name in dict.fromkeys((trunk, policy_model(config))):
