@@ -1,0 +1,24 @@
+"""Under pytest every function of Poise checks the types and shapes of what it is given."""
+
+import pytest
+import torch
+from beartype.roar import BeartypeCallHintParamViolation
+from jaxtyping import TypeCheckError
+
+from poise.functional import objectives, ppo
+from poise.runtime import run_folder
+
+
+def test_a_wrong_type_is_refused() -> None:
+    with pytest.raises(BeartypeCallHintParamViolation):
+        objectives.parse_objective(3)  # type: ignore[arg-type]
+    with pytest.raises(BeartypeCallHintParamViolation):
+        run_folder.write_json("no path", {})  # type: ignore[arg-type]
+
+
+def test_a_wrong_shape_is_refused() -> None:
+    assert ppo.whiten(torch.randn(2, 3), torch.ones(2, 3)).shape == (2, 3)
+    with pytest.raises(TypeCheckError):
+        ppo.whiten(torch.randn(2, 3), torch.ones(2, 4))
+    heads = objectives.HeadRewards(torch.zeros(2, 3), torch.ones(2, 3))
+    assert objectives.parse_objective("mean")(heads).shape == (2,)
