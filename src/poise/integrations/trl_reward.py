@@ -35,10 +35,11 @@ from poise.functional.objectives import (
     worst_case,
 )
 from poise.models.reward_model import heads_fingerprint, read_layout
+from poise.models.scale_file import ScaleFile
 from poise.models.scorer import ENSEMBLE_FILE, Scorer, generated
 from poise.runtime.distributed import gathered_rows, process_index
 from poise.runtime.progress import console
-from poise.runtime.run_folder import Json, is_main_process, write_json
+from poise.runtime.run_folder import Json, is_main_process
 
 Completion = str | list[dict[str, Any]]  # text, or the turns that answered a conversation
 
@@ -146,34 +147,16 @@ class RobustReward:
             )
         scale = RewardScale.fit(heads, self._combine, self.floor, self.ceiling)
         if self.scale and is_main_process():
-            write_json(
-                Path(self.scale),
-                {"objective": self.objective, "reward": heads_fingerprint(self.path), **scale.to_json()},
-            )
+            return self._file().keep(scale)
         return scale
 
     def saved_scale(self) -> RewardScale | None:
         """The constants in the file `scale`, if there are any; PoiseError for those of another reward."""
-        if not self.scale or not Path(self.scale).exists():
-            return None
-        try:
-            saved = json.loads(Path(self.scale).read_text())
-            objective, reward = saved.pop("objective"), saved.pop("reward", None)  # absent in files of earlier versions
-            scale = RewardScale.from_json(saved)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise PoiseError(f"{self.scale} does not hold the scale of a reward") from None
-        num_heads = self.scorer.layout.num_heads
-        found = (objective, len(scale.head_baseline), scale.floor, scale.ceiling)
-        if found != (self.objective, num_heads, self.floor, self.ceiling):
-            raise PoiseError(
-                f"{self.scale} holds the scale of {objective} of {len(scale.head_baseline)} heads from {scale.floor} "
-                f"to {scale.ceiling}, not of {self.objective} of {num_heads} from {self.floor} to {self.ceiling}"
-            )
-        if reward is not None and reward != heads_fingerprint(self.path):
-            raise PoiseError(
-                f"{self.scale} holds the scale of another reward model than {self.path}: give another file"
-            )
-        return scale
+        return self._file().read() if self.scale else None
+
+    def _file(self) -> ScaleFile:
+        heads, num_heads = heads_fingerprint(self.path), self.scorer.layout.num_heads
+        return ScaleFile(Path(self.scale), self.objective, heads, num_heads, self.floor, self.ceiling)
 
 
 def as_sample(prompt: Prompt, completion: Completion) -> Sample:
