@@ -2,8 +2,8 @@
 
 import asyncio
 import contextlib
+import importlib
 import json
-import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ from poise.serve.backend import of_scorer
 from poise.serve.client import Client
 from poise.serve.metrics import Metrics
 from poise.serve.rewards import Rewards
+from warm_processes import POISE, WarmProcesses, ended
 
 
 @pytest.fixture(scope="module")
@@ -235,34 +237,30 @@ def test_trl(expected: float, url: str) -> None:
 # ---- the command ----
 
 
-def start(brme: str, port: int, *options: str) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "poise.cli", "serve", brme, "--port", str(port), *options]
-    return subprocess.Popen(command, stderr=subprocess.PIPE)
-
-
 @pytest.mark.slow
-def test_a_stop_under_load_answers_what_was_accepted_and_a_restart_loses_nothing(brme: str, scorer: Scorer) -> None:
+def test_a_stop_under_load_answers_what_was_accepted_and_a_restart_loses_nothing(
+    brme: str, scorer: Scorer, warm_processes: WarmProcesses, tmp_path: Path
+) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        port = str(free.getsockname()[1])
     samples = [Sample(f"Review number {i % 8}.", f"It is a good one, {i}.") for i in range(400)]
     expected = tradeoff(scorer(samples), 0.4)
     client = Client(f"http://127.0.0.1:{port}", patience=200.0)
-    first = start(brme, port)
+    first = warm_processes.start(POISE, "serve", brme, "--port", port, stderr=tmp_path / "said")
     with ThreadPoolExecutor(16) as callers:
         client.score("Hi.", ["Good."])  # waits until it is there
         rewards = [callers.submit(client.score, sample.prompt, [sample.completion]) for sample in samples]
         while sum(future.done() for future in rewards) < 40:
             time.sleep(0.01)
-        first.send_signal(signal.SIGTERM)
-        assert first.wait(60) == 0
-        assert first.stderr is not None
-        assert b"Traceback" not in first.stderr.read()
+        first.terminate()
+        assert ended(first) == 0
+        assert (tmp_path / "said").read_text() == f"5 heads, tradeoff(0.4): http://127.0.0.1:{port}\n"
         assert not all(future.done() for future in rewards)
-        second = start(brme, port)
+        second = warm_processes.start(POISE, "serve", brme, "--port", port)
         found = torch.tensor([future.result()[0]["reward"] for future in rewards])
-    second.send_signal(signal.SIGTERM)
-    assert second.wait(60) == 0
+    second.terminate()
+    assert ended(second) == 0
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
@@ -285,3 +283,46 @@ def test_an_unknown_page_is_404(url: str) -> None:
         urllib.request.urlopen(f"{url}/nothing")
     assert error.value.code == 404
     error.value.close()
+
+
+# ---- adapters whose base classes are another project's: stand-ins of the recorded form ----
+
+
+def module(name: str, monkeypatch: pytest.MonkeyPatch, **content: Any) -> None:
+    parent = ""
+    for part in name.split("."):
+        parent = f"{parent}.{part}".lstrip(".")
+        monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+    vars(sys.modules[name]).update(content)
+
+
+def test_ms_swift(expected: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ORM of 4.6: made with `args`, called with completions and every column; found by its name in `orms`."""
+
+    class AsyncORM:
+        def __init__(self, args: Any = None, **_: Any):
+            self.args = args
+
+    orms: dict[str, Any] = {}
+    module("swift.rewards.orm", monkeypatch, AsyncORM=AsyncORM, orms=orms)
+    monkeypatch.delitem(sys.modules, "poise.integrations.ms_swift_reward", raising=False)
+    importlib.import_module("poise.integrations.ms_swift_reward")
+    turns = [{"role": "user", "content": PROMPT}]
+    messages = [turns, [*turns, {"role": "assistant", "content": ANSWER}]]
+    found = asyncio.run(orms["poise"](args=None)(completions=[ANSWER] * 2, messages=messages, solution=["x"] * 2))
+    assert found == pytest.approx([expected] * 2, abs=1e-5)
+
+
+def test_skyrl(expected: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """BaseTextEnv of skyrl-gym 0.4.0: init(prompt), step(action) with a dict of these keys, get_metrics()."""
+    module("skyrl_gym.envs.base_text_env", monkeypatch, BaseTextEnv=object, BaseTextEnvStepOutput=dict)
+    monkeypatch.delitem(sys.modules, "poise.integrations.skyrl_env", raising=False)
+    env = importlib.import_module("poise.integrations.skyrl_env").PoiseEnv(None, extras={"reward_spec": {}})
+    prompt = [{"role": "user", "content": PROMPT}]
+    assert env.init(prompt) == (prompt, {})
+    step = env.step(f"{ANSWER}<|im_end|>")
+    assert step.keys() == {"observations", "reward", "done", "metadata"}
+    assert step["done"] is True
+    assert step["reward"] == pytest.approx(expected, abs=1e-5)
+    assert env.get_metrics()["reward"] == step["reward"]
+    assert "head_0" in env.get_metrics()
