@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "poise"
 PAGE = ROOT / "docs" / "modules.md"
 ROOMS = (
-    "runtime", "functional", "data", "models", "toy", "integrations", "serve", "reward", "policy", "reports", "api",
+    "runtime", "functional", "data", "models", "toy", "serve", "integrations", "reward", "policy", "reports", "api",
     "studies", "cli",
 )  # fmt: skip
 

@@ -16,6 +16,7 @@ FLOORS = (
     {"runtime"},
     {"functional", "data"},
     {"models", "toy"},
+    {"serve"},
     {"integrations"},
     {"reward", "policy"},
     {"reports"},
@@ -106,6 +107,12 @@ def test_each_library_is_imported_only_by_its_home() -> None:
             "integrations.trl_trainers",
         },
         "trl": {"integrations.trl_trainers"},
+        "starlette": {"serve.app"},
+        "uvicorn": {"serve.server"},
+        "prometheus_client": {"serve.metrics"},
+        "pydantic": {"serve.forms"},
+        "swift": {"integrations.ms_swift_reward"},
+        "skyrl_gym": {"integrations.skyrl_env"},
     }
     for path in ROOT.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -14,7 +14,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -38,11 +38,11 @@ from poise.functional.objectives import (
     worst_case,
 )
 from poise.models.reward_model import heads_fingerprint, read_layout
+from poise.models.scale_file import ScaleFile
 from poise.models.scorer import ENSEMBLE_FILE, Scorer, generated
 from poise.runtime.distributed import gathered_rows, process_index
 from poise.runtime.progress import console
-from poise.runtime.records import read_object
-from poise.runtime.run_folder import Json, is_main_process, write_json
+from poise.runtime.run_folder import Json, is_main_process
 
 IN_MEMORY = "in memory"  # what settings call a reward model that no folder holds
 Completion = str | list[dict[str, Any]]  # text, or the turns that answered a conversation
@@ -57,14 +57,6 @@ class Scored(NamedTuple):
     samples: list[Sample]
     heads: HeadRewards
     reward: torch.Tensor
-
-
-@dataclass(frozen=True)
-class _ScaleFile:
-    """scale.json, beside the fields of a RewardScale: whose scale it is."""
-
-    objective: str
-    reward: str | None = None
 
 
 class RobustReward:
@@ -185,33 +177,16 @@ class RobustReward:
             )
         scale = RewardScale.fit(heads, self.combine, self.floor, self.ceiling)
         if self.scale and is_main_process():
-            write_json(
-                Path(self.scale),
-                {"objective": self.objective, "reward": self._fingerprint(), **scale.to_json()},
-            )
+            return self._file().keep(scale)
         return scale
 
     def saved_scale(self) -> RewardScale | None:
         """The constants in the file `scale`, if there are any; PoiseError for those of another reward."""
-        if not self.scale or not Path(self.scale).exists():
-            return None
-        try:
-            saved = read_object(Path(self.scale), _ScaleFile)
-            objective, reward = saved.pop("objective"), saved.pop("reward", None)  # absent in files of earlier versions
-            scale = RewardScale.from_json(saved)
-        except PoiseError as error:
-            raise PoiseError(f"{self.scale} does not hold the scale of a reward: {error}") from None
+        return self._file().read() if self.scale else None
+
+    def _file(self) -> ScaleFile:
         num_heads = self.scorer.layout.num_heads
-        found = (objective, len(scale.head_baseline), scale.floor, scale.ceiling)
-        if found != (self.objective, num_heads, self.floor, self.ceiling):
-            raise PoiseError(
-                f"{self.scale} holds the scale of {objective} of {len(scale.head_baseline)} heads from {scale.floor} "
-                f"to {scale.ceiling}, not of {self.objective} of {num_heads} from {self.floor} to {self.ceiling}"
-            )
-        if reward is not None and reward != self._fingerprint():
-            other = self.path or "the one in memory"
-            raise PoiseError(f"{self.scale} holds the scale of another reward model than {other}: give another file")
-        return scale
+        return ScaleFile(Path(self.scale), self.objective, self._fingerprint(), num_heads, self.floor, self.ceiling)
 
     def _fingerprint(self) -> str:
         """A hash of what the heads are; also of the trunk's settings where the model has a folder."""

@@ -282,7 +282,8 @@ def files_of(path: str) -> list[Path]:
 
 def heads_fingerprint(path: str) -> str:
     """A hash of what a checkpoint's heads are: its config.json and `score` weights, or its ensemble.json."""
-    folder = Path(resolve_model(checkpoint_folder(path)))
+    place = checkpoint_folder(path)
+    folder = Path(place) if (Path(place) / "ensemble.json").exists() else Path(resolve_model(place))
     state = hashlib.blake2b(digest_size=16)
     for name in ("config.json", "ensemble.json"):
         if (folder / name).exists():

@@ -1,0 +1,28 @@
+"""A Poise reward for OpenRLHF 0.11.2, in its `.py` form: `--remote_rm_url …/poise/integrations/openrlhf_reward.py`.
+
+The URL form, `--remote_rm_url http://127.0.0.1:8400/get_reward`, needs no file and gives up after five tries, 1 s
+apart; this one waits for a server that is restarted. OpenRLHF clips rewards to ±10 by default.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from poise.serve.client import Client
+
+
+def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Any], **_: Any) -> dict[str, Any]:
+    """Rewards of rendered prompts and answers. OpenRLHF passes one at a time, and takes scalars only."""
+    import torch
+
+    asked = {"query": list(queries), "prompts": list(prompts)}
+    answer = _client().post("/get_reward", asked)
+    rewards = torch.tensor(answer["rewards"])
+    rewards = rewards[0] if len(queries) == 1 else rewards
+    logs = {name: torch.tensor(value) for name, value in answer["extra_logs"].items()}
+    return {"rewards": rewards, "scores": rewards, "extra_logs": logs}
+
+
+@functools.cache
+def _client() -> Client:
+    return Client()

@@ -1,0 +1,24 @@
+"""A Poise reward for slime and miles: `--custom-rm-path poise.integrations.slime_reward.custom_rm --reward-key reward`.
+
+With `--group-rm`, slime passes the samples of one prompt as a list; they are sent together, and share their prompt.
+"""
+
+import asyncio
+import functools
+from typing import Any
+
+from poise.serve.client import Client
+
+
+async def custom_rm(args: Any, sample: Any, **_: Any) -> Any:
+    """The reward with every head, as a dict of scalars; a list of them for a list of samples."""
+    if isinstance(sample, list):
+        return list(await asyncio.gather(*(custom_rm(args, one) for one in sample)))
+    asked = {"prompt": sample.prompt, "response": sample.response}
+    answer = await _client().apost("/remote_rm", asked)
+    return {name: value for name, value in answer.items() if name != "request"}
+
+
+@functools.cache
+def _client() -> Client:
+    return Client()

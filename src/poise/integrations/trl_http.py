@@ -1,0 +1,49 @@
+"""The reward of a `poise serve` for TRL, as a callable for `reward_funcs`: the reward model is in another process.
+
+    from poise.integrations.trl_http import ServedReward
+
+    trainer = GRPOTrainer(model, reward_funcs=[ServedReward("http://127.0.0.1:8400")], …)
+
+For a reward model in the training process itself, see poise.integrations.trl_reward.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from poise.errors import PoiseError
+from poise.serve.client import Client, scalars
+
+
+class ServedReward:
+    """One reward per completion; completions of one prompt go out together. Heads are logged through `log_metric`."""
+
+    __name__ = "ServedReward"  # what TRL calls it in its logs
+
+    def __init__(self, url: str = "", **options: Any):
+        """url, options: as for `Client`."""
+        self.client = Client(url, **options)
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+        """Text and conversations both. Raises PoiseError if there is no reward."""
+        rows = []
+        pairs = [_turns(*pair) for pair in zip(prompts, completions, strict=True)]
+        for prompt, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
+            rows += self.client.score(prompt, [completion for _, completion in group])
+        if log_metric := columns.get("log_metric"):
+            numbers = [scalars(row) for row in rows]
+            for name in numbers[0]:
+                log_metric(f"poise/{name}", sum(row[name] for row in numbers) / len(numbers))
+        return [row["reward"] for row in rows]
+
+
+def _turns(prompt: Any, completion: Any) -> tuple[Any, str]:
+    """Of an answer in several turns (tools), the last one is judged after the others."""
+    if isinstance(completion, str):
+        return prompt, completion
+    *before, last = completion
+    text = last.get("content") or ""
+    if last.get("role") != "assistant" or not isinstance(text, str):
+        raise PoiseError(f"a completion must end in text by the assistant, not in a turn of {last.get('role')}")
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    return ([*turns, *before] if before else prompt), text

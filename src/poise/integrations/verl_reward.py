@@ -1,0 +1,49 @@
+"""A Poise reward for verl 0.9.1, as its custom reward function:
+
+    reward.custom_reward_function.path=pkg://poise.integrations.verl_reward
+    reward.custom_reward_function.name=compute_score      # or compute_score_sync
+
+verl does not give the prompt to a reward function, so the data needs it in a column: `extra_info.prompt`, as text or
+as turns. The answer has the same keys for every sample, which verl demands. Do not switch on `reward_model.enable`: its
+own reward-model path reads the last raw std at the wrong token.
+"""
+
+import functools
+from typing import Any
+
+from poise.errors import PoiseError
+from poise.serve.client import Client, scalars
+
+
+async def compute_score(
+    data_source: str, solution_str: str, ground_truth: Any, extra_info: dict[str, Any] | None = None, **options: Any
+) -> dict[str, float]:
+    """`score`, and every head and uncertainty. Raises PoiseError if there is no reward; verl must not train on 0."""
+    rows = await _client().ascore(_prompt(extra_info, options), [solution_str])
+    return _answer(rows[0])
+
+
+def compute_score_sync(
+    data_source: str, solution_str: str, ground_truth: Any, extra_info: dict[str, Any] | None = None, **options: Any
+) -> dict[str, float]:
+    """As `compute_score`, for code that does not await."""
+    return _answer(_client().score(_prompt(extra_info, options), [solution_str])[0])
+
+
+def _answer(row: dict[str, Any]) -> dict[str, float]:
+    numbers = scalars(row)
+    return {"score": numbers.pop("reward"), **numbers}
+
+
+def _prompt(extra_info: dict[str, Any] | None, options: dict[str, Any]) -> Any:
+    if options.get("reward_router_address"):
+        raise PoiseError("switch off reward_model.enable: verl's own reward model would read another number")
+    prompt = (extra_info or {}).get("prompt")
+    if prompt is None:
+        raise PoiseError("verl gives no prompt to a reward function: put it into extra_info.prompt of the data")
+    return prompt if isinstance(prompt, str) else list(prompt)  # an array, where it comes from Parquet
+
+
+@functools.cache
+def _client() -> Client:
+    return Client()

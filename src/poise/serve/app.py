@@ -1,0 +1,143 @@
+"""The ASGI application: who may ask, how much, and what is answered when something is wrong."""
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import hmac
+import time
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple
+
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from poise import __version__
+from poise.errors import first_line
+from poise.serve.batching import QueueFullError
+from poise.serve.forms import FORMS, BadRequestError, openapi, read
+from poise.serve.metrics import Metrics
+from poise.serve.rewards import BadSampleError, NoScaleYetError, Rewards
+
+BODY_SECONDS = 30.0  # that a caller may take to send a body
+RETRY_AFTER = 1  # seconds
+REQUEST_HASH = "X-Poise-Request"
+
+
+class Limits(NamedTuple):
+    """What one request may hold."""
+
+    max_bytes: int = 8 * 2**20
+    max_completions: int = 1024
+    max_characters: int = 2**21
+
+
+class _RefusedError(Exception):
+    def __init__(self, status: int, line: str, **headers: str):
+        super().__init__(line)
+        self.status, self.headers = status, headers
+
+
+def make_app(rewards: Rewards, metrics: Metrics, limits: Limits = Limits(), token: str = "") -> Starlette:  # noqa: B008
+    """All endpoints. token: what requests must carry; "" for none."""
+
+    def guarded(answer: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+        async def respond(request: Request) -> Response:
+            start, path = time.perf_counter(), request.url.path
+            try:
+                if token and not _carries(request, token):
+                    challenge = {"WWW-Authenticate": "Bearer"}
+                    raise _RefusedError(401, "this server needs a bearer token", **challenge)
+                response = await answer(request)
+            except Exception as error:  # noqa: BLE001  the boundary: every error becomes one line
+                response = _refusal(error)
+            metrics.requests.labels(path, response.status_code).inc()
+            metrics.seconds.labels(path).observe(time.perf_counter() - start)
+            return response
+
+        return respond
+
+    async def score(request: Request) -> Response:
+        form = FORMS[request.url.path]
+        body = await _body(request, limits.max_bytes)
+        hashed = hashlib.sha256(body).hexdigest()
+        # Parsing a large body takes a while, too: in a thread, so that others are answered meanwhile.
+        asked = (form, body, rewards.models.tokenizer, limits.max_completions, limits.max_characters)
+        samples = await asyncio.to_thread(read, *asked) if len(body) > 2**16 else read(*asked)
+        rows = await rewards(samples)
+        metrics.scored(request.url.path, hashed, samples, rows)
+        return JSONResponse({**form.answer(rows), "request": hashed}, headers={REQUEST_HASH: hashed})
+
+    async def healthz(_: Request) -> Response:
+        return JSONResponse({"status": "alive", "version": __version__})
+
+    async def readyz(_: Request) -> Response:
+        if rewards.batcher.full:
+            raise QueueFullError
+        return JSONResponse({"status": "ready", "scale": rewards.ready, "objective": rewards.objective})
+
+    async def show_metrics(_: Request) -> Response:
+        metrics.waiting.set(rewards.batcher.waiting)
+        sizes, rewards.batch_sizes = rewards.batch_sizes, []
+        for size in sizes:
+            metrics.batch.observe(size)
+        return Response(metrics.page(), media_type="text/plain; version=0.0.4")
+
+    async def document(_: Request) -> Response:
+        return JSONResponse(openapi(__version__))
+
+    pages = {"/healthz": healthz, "/readyz": readyz, "/metrics": show_metrics, "/openapi.json": document}
+    routes = [Route(path, guarded(score), methods=["POST"]) for path in FORMS]
+    routes += [Route(path, guarded(page), methods=["GET"]) for path, page in pages.items()]
+    return Starlette(routes=routes)
+
+
+async def _body(request: Request, max_bytes: int) -> bytes:
+    """The body, in limited size and time."""
+    said = request.headers.get("content-length", "")
+    too_large = _RefusedError(413, f"a body of more than {max_bytes} bytes; send less at once", Connection="close")
+    if said.isdigit() and int(said) > max_bytes:
+        raise too_large
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in request.stream():
+                parts.append(part)
+                size += len(part)
+                if size > max_bytes:
+                    raise too_large
+    except TimeoutError:
+        line = f"the body took more than {BODY_SECONDS:g} s to arrive"
+        raise _RefusedError(408, line, Connection="close") from None
+    return b"".join(parts)
+
+
+def _carries(request: Request, token: str) -> bool:
+    """Does a request carry the token, as a bearer's, or as the password in http://poise:TOKEN@host?"""
+    kind, _, given = request.headers.get("authorization", "").partition(" ")
+    if kind.lower() == "basic":
+        try:
+            given = base64.b64decode(given, validate=True).decode().partition(":")[2]
+        except (binascii.Error, ValueError):
+            return False
+    return kind.lower() in ("bearer", "basic") and hmac.compare_digest(given.strip().encode(), token.encode())
+
+
+def _refusal(error: Exception) -> Response:
+    """A status and one line for what went wrong. Nothing that is no number ever looks like a reward."""
+    retry = {"Retry-After": str(RETRY_AFTER)}
+    if isinstance(error, _RefusedError):
+        return JSONResponse({"error": str(error)}, error.status, headers=error.headers)
+    if isinstance(error, BadRequestError):
+        return JSONResponse({"error": str(error)}, error.status)
+    if isinstance(error, BadSampleError):
+        return JSONResponse({"error": str(error)}, 422)
+    if isinstance(error, QueueFullError):
+        return JSONResponse({"error": "too many completions wait; come again"}, 429, headers=retry)
+    if isinstance(error, NoScaleYetError):
+        return JSONResponse({"error": str(error)}, 503, headers=retry)
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=499)  # nobody is there to read it
+    return JSONResponse({"error": f"{type(error).__name__}: {first_line(error)}"}, 500)

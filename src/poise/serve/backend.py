@@ -1,0 +1,124 @@
+"""Reward models as the server asks them: encoded samples in, logits out.
+
+A backend is a function from encoded samples to logits (N, labels). The local one runs the trunk in this process. One
+that asks another server for logits needs the same ids and the same layout, and nothing else here changes.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from poise.data.preferences import read_preferences
+from poise.data.types import Sample
+from poise.errors import PoiseError
+from poise.functional.objectives import HeadRewards
+from poise.models.chat_format import HfTokenizer
+from poise.models.reward_model import HeadLayout, heads_fingerprint
+from poise.models.scorer import Ensemble, FeatureExtractor, Scorer, Tokens
+from poise.serve.config import ServeConfig
+
+Backend = Callable[[Sequence[Tokens]], Float[Tensor, "samples labels"]]
+
+
+class Member(NamedTuple):
+    """One reward model: which trunk reads for it, its labels there, and its normalization in an ensemble."""
+
+    trunk: int
+    labels: slice
+    layout: HeadLayout
+    mean: float = 0.0
+    std: float = 1.0
+
+
+class RewardModels:
+    """One or several reward models whose heads stand side by side.
+
+    encoders, backends: one of each per trunk; members with equal trunks share one.
+    layout: of all heads together; fingerprint: a hash of what the heads are.
+    """
+
+    def __init__(
+        self,
+        encoders: Sequence[FeatureExtractor],
+        backends: Sequence[Backend],
+        members: Sequence[Member],
+        layout: HeadLayout,
+        fingerprint: str,
+    ):
+        self.encoders, self.backends, self.members = list(encoders), list(backends), list(members)
+        self.layout, self.fingerprint = layout, fingerprint
+
+    @property
+    def tokenizer(self) -> HfTokenizer:
+        """That of the first trunk: its chat template is what rendered texts are read by."""
+        return self.encoders[0].tokenizer
+
+    @property
+    def num_truncated(self) -> int:
+        """Encodings so far that lost their oldest tokens."""
+        return sum(encoder.num_truncated for encoder in self.encoders)
+
+    def encode(self, sample: Sample) -> list[Tokens]:
+        """Per trunk, the ids of a sample. Raises PoiseError for a sample that a chat template refuses."""
+        return [encoder.encode(sample) for encoder in self.encoders]
+
+    def __call__(self, encoded: Sequence[list[Tokens]]) -> HeadRewards:
+        """(N, K) means and stds, on the CPU."""
+        logits = [backend([tokens[i] for tokens in encoded]) for i, backend in enumerate(self.backends)]
+        parts = []
+        for member in self.members:
+            heads = member.layout.decode(logits[member.trunk][:, member.labels])
+            parts.append(HeadRewards((heads.mean - member.mean) / member.std, heads.std / member.std))
+        return HeadRewards(torch.cat([h.mean for h in parts], -1), torch.cat([h.std for h in parts], -1))
+
+
+def local(config: ServeConfig) -> RewardModels:
+    """The reward models that the settings name, in this process."""
+    if len(config.rewards) == 1:
+        scorer = Scorer.load(config.rewards[0], config.max_length)
+        fingerprint = heads_fingerprint(config.rewards[0])
+    else:
+        pairs = read_preferences(config.reference)
+        reference = [Sample(pair.prompt, text) for pair in pairs for text in (pair.chosen, pair.rejected)]
+        scorer = Ensemble.fit(config.rewards, reference, config.max_length)
+        parts = [*map(heads_fingerprint, config.rewards), *(f"{x:.5g}" for x in (*scorer.means, *scorer.stds))]
+        fingerprint = hashlib.blake2b(" ".join(parts).encode(), digest_size=16).hexdigest()
+    scorer.layout.check_objective(config.objective)
+    return of_scorer(scorer, fingerprint)
+
+
+def of_scorer(scorer: Scorer, fingerprint: str) -> RewardModels:
+    """A loaded scorer, or all members of an ensemble."""
+    scorers, means, stds = [scorer], [0.0], [1.0]
+    if isinstance(scorer, Ensemble):
+        scorers, means, stds = scorer.members, scorer.means, scorer.stds
+    encoders: list[FeatureExtractor] = []
+    weights: list[list[Tensor]] = []
+    members = []
+    for one, mean, std in zip(scorers, means, stds, strict=True):
+        trunk = next((i for i, encoder in enumerate(encoders) if encoder is one.extract), len(encoders))
+        if trunk == len(encoders):
+            encoders.append(one.extract)
+            weights.append([])
+        start = sum(len(weight) for weight in weights[trunk])
+        weights[trunk].append(one.weight)
+        members.append(Member(trunk, slice(start, start + len(one.weight)), one.layout, mean, std))
+    backends = [_trunk(encoder, torch.cat(rows)) for encoder, rows in zip(encoders, weights, strict=True)]
+    return RewardModels(encoders, backends, members, scorer.layout, fingerprint)
+
+
+def _trunk(extract: FeatureExtractor, weight: Float[Tensor, "labels hidden"]) -> Backend:
+    def logits(tokens: Sequence[Tokens]) -> Tensor:
+        return (extract.forward(tokens).to(weight.device) @ weight.T).cpu()
+
+    return logits
+
+
+def finite_or_raise(heads: HeadRewards) -> None:
+    """Raise PoiseError for heads that are not finite: a broken number must not become a reward."""
+    if not all(part.isfinite().all() for part in heads if part is not None):
+        raise PoiseError("a head is not finite: the reward model is broken")

@@ -1,0 +1,97 @@
+"""The settings of `poise serve`; torch is not imported to read them."""
+
+import ipaddress
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from poise.errors import PoiseError
+from poise.functional.objective_names import read_objective
+from poise.runtime.settings import Count, Preferences, Reward, Settings, WholeNumber, at_least, between
+from poise.serve.client import TOKEN_VARIABLE
+
+_COUPLED = {"expected_tradeoff", "expected_worst_case"}
+
+
+@dataclass(frozen=True)
+class ServeConfig(Settings):
+    """Serve reward models to training engines over HTTP."""
+
+    rewards: tyro.conf.Positional[tuple[Reward, ...]]
+    """Reward models: checkpoint folders, hub ids, `poise train-reward` runs or an ensemble. Several act as one."""
+    objective: str = "tradeoff(0.4)"
+    """How the heads become one reward, e.g. nominal, worst_case, tradeoff(0.4), lower_confidence(1)."""
+    reference: Preferences = ""
+    """Preferences, needed for several reward models: each one's reward is scaled to mean 0 and std 1 over their texts,
+    as in `poise ensemble`."""
+    scale: str = ""
+    """JSON file with the zero and the unit of the reward. Read where it exists; otherwise fitted to the first
+    `--scale-count` completions and written there. Replicas share one file. Empty: as `poise score` gives them."""
+    scale_count: Annotated[int, at_least(2)] = 64
+    """Different completions of the initial policy that a new scale is fitted to. Answers wait until all are there."""
+    host: str = "127.0.0.1"
+    """Address to listen at. Anything but loopback needs a token."""
+    port: Annotated[int, between(0, 65535)] = 8400
+    """Port to listen at; 0 takes a free one."""
+    token_file: str = ""
+    """File with the bearer token that every request must carry; the environment variable POISE_TOKEN does the same."""
+    log: str = ""
+    """JSON lines file to add every scored completion to, with all heads."""
+    max_length: WholeNumber = 0
+    """Longest sample in tokens; longer ones lose their oldest tokens. 0: the model's context."""
+    max_body: Count = 8
+    """Largest request, in MiB."""
+    max_completions: Count = 1024
+    """Most completions in one request."""
+    max_characters: Count = 2**21
+    """Longest prompt or completion, in characters."""
+    max_queue: Count = 8192
+    """Completions that may wait; beyond them requests are answered with 429 and told to come again."""
+
+    def check(self) -> None:
+        """As `Settings.check`, the objective, the reference of several reward models, and the token."""
+        super().check()
+        name, _ = read_objective(self.objective)
+        if name in _COUPLED:
+            raise PoiseError(
+                f"objective {name} depends on which completions are scored together, and a server cannot know that; "
+                f"take tradeoff or worst_case"
+            )
+        if not self.rewards:
+            raise PoiseError("name at least one reward model to serve")
+        if len(self.rewards) > 1 and not self.reference:
+            raise PoiseError(
+                "several reward models need --reference, the preferences over which their scales are made equal; or "
+                "serve one folder that `poise ensemble` wrote"
+            )
+        if not self.token() and not is_loopback(self.host):
+            raise PoiseError(
+                f"--host {self.host} is reachable from other machines: set a token in {TOKEN_VARIABLE} or --token-file"
+            )
+
+    def token(self) -> str:
+        """The bearer token; "" for none. Raises PoiseError for a file that cannot be read or is empty."""
+        if not self.token_file:
+            return os.environ.get(TOKEN_VARIABLE, "").strip()
+        try:
+            token = Path(self.token_file).read_text(encoding="utf-8").strip()
+        except (OSError, ValueError) as error:
+            raise PoiseError(f"--token-file {self.token_file} cannot be read: {type(error).__name__}") from None
+        if not token:
+            raise PoiseError(f"--token-file {self.token_file} is empty")
+        return token
+
+
+def is_loopback(host: str) -> bool:
+    """Is this an address that only the same machine reaches?
+
+    >>> is_loopback("127.0.0.1"), is_loopback("::1"), is_loopback("0.0.0.0"), is_loopback("example.org")
+    (True, True, False, False)
+    """
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,78 @@
+"""What a server shows of its rewards while others train: Prometheus metrics, and a JSON lines log.
+
+The monitor reads the mean of every READING completions as one step. Its baseline begins when the server does.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, pstdev
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, generate_latest
+
+from poise.data.types import Sample
+from poise.functional.monitor import Monitor, text_signs
+from poise.runtime.run_folder import Json, append_jsonl
+
+READING = 256
+_SIGNALS = ("reward", "nominal", "worst_case", "gap", "disagreement", "routing_std", "total_std")
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+
+class Metrics:
+    """The metrics of one server, in a registry of its own."""
+
+    def __init__(self, log: str = ""):
+        self.registry = registry = CollectorRegistry()
+        self._log = Path(log) if log else None
+        self.requests = Counter("poise_requests", "Requests by answer", ["path", "status"], registry=registry)
+        self.seconds = Histogram("poise_seconds", "Time of a request", ["path"], registry=registry, buckets=_SECONDS)
+        self.waiting = Gauge("poise_waiting_completions", "Completions that wait or are scored", registry=registry)
+        self.batch = Summary("poise_batch_completions", "Completions scored in one call", registry=registry)
+        self._truncated = Counter("poise_truncated", "Completions that lost their oldest tokens", registry=registry)
+        self._signals = {
+            name: Summary(f"poise_{name}", f"{name} of completions", registry=registry) for name in _SIGNALS
+        }
+        self._head_mean = Summary("poise_head_mean", "Reward by head", ["head"], registry=registry)
+        self._head_std = Summary("poise_head_std", "Std by head", ["head"], registry=registry)
+        self._nominal_head = Counter("poise_nominal_head", "Completions by nominal head", ["head"], registry=registry)
+        self._suspicion = Gauge("poise_monitor_score", "Signs of over-optimization", registry=registry)
+        self._alarm = Gauge("poise_alarm", "1 if that score is above the monitor's threshold", registry=registry)
+        self._monitor = Monitor()
+        self._gathered: list[tuple[Json, str]] = []
+
+    def scored(self, path: str, request: str, samples: Sequence[Sample], rows: Sequence[Json]) -> None:
+        """Count the rows of one answered request, and add them to the log."""
+        for sample, row in zip(samples, rows, strict=True):
+            for name, summary in self._signals.items():
+                summary.observe(row[name])
+            for k, (mean, std) in enumerate(zip(row["mean"], row["std"], strict=True)):
+                self._head_mean.labels(k).observe(mean)
+                self._head_std.labels(k).observe(std)
+            self._nominal_head.labels(row["nominal_head"]).inc()
+            self._truncated.inc(row["truncated"])
+            self._gathered.append((row, sample.completion))
+        if len(self._gathered) >= READING:
+            self._read()
+        if self._log is not None:
+            head = {"time": round(time.time(), 3), "path": path, "request": request}
+            append_jsonl(
+                self._log,
+                [
+                    {**head, "prompt": sample.prompt, "completion": sample.completion, **row}
+                    for sample, row in zip(samples, rows, strict=True)
+                ],
+            )
+
+    def page(self) -> bytes:
+        """The metrics as Prometheus reads them."""
+        return generate_latest(self.registry)
+
+    def _read(self) -> None:
+        rows, texts = [row for row, _ in self._gathered], [text for _, text in self._gathered]
+        self._gathered.clear()
+        names = ("reward", "nominal", "worst_case", "gap", "disagreement", "routing_std")
+        stats = {name: fmean(row[name] for row in rows) for name in names} | text_signs(texts)
+        reading = self._monitor.update(stats | {"reward_std": pstdev(row["reward"] for row in rows)})
+        self._suspicion.set(reading.score)
+        self._alarm.set(reading.alarm)

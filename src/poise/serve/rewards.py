@@ -1,0 +1,163 @@
+"""From samples to rewards for concurrent callers: batching, heads, objective, and the scale that all answers share."""
+
+import asyncio
+import json
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from poise.data.types import Sample
+from poise.errors import PoiseError
+from poise.functional.objectives import (
+    HeadRewards,
+    RewardScale,
+    disagreement,
+    nominal,
+    nominal_head,
+    parse_objective,
+    routing_std,
+    total_std,
+    worst_case,
+)
+from poise.models.scale_file import ScaleFile
+from poise.runtime.run_folder import Json
+from poise.serve.backend import RewardModels, finite_or_raise
+from poise.serve.batching import Batcher
+
+HOLD = 4.0  # seconds that an answer waits for a new scale; OpenRLHF gives up after 5
+
+
+class BadSampleError(PoiseError):
+    """A sample that cannot be scored: the caller's fault."""
+
+
+class BrokenRewardError(PoiseError):
+    """A reward that is no number: the reward model's fault."""
+
+
+class NoScaleYetError(PoiseError):
+    """Too few completions so far to fit the scale to."""
+
+
+class Scored(NamedTuple):
+    """One sample's heads (K,), and whether it lost its oldest tokens."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    truncated: bool
+
+
+class Rewards:
+    """The reward that is served: reward models, an objective and a scale.
+
+    Without a scale file, rewards and heads are as `poise score` gives them. With one, every head is less its mean on
+    the initial policy, and the reward has mean 0 and std 1 there. A scale that the file does not hold yet is fitted
+    to the first `scale_count` different completions; answers wait for it, so that all of them are on one scale.
+    """
+
+    def __init__(
+        self,
+        models: RewardModels,
+        objective: str,
+        scale_file: ScaleFile | None = None,
+        scale_count: int = 64,
+        max_waiting: int = 8192,
+    ):
+        self.models, self.objective = models, objective
+        self.batcher: Batcher[Sample, Scored] = Batcher(self._score, max_waiting)
+        self.batch_sizes: list[int] = []
+        self._combine = parse_objective(objective)
+        self._file, self._count = scale_file, scale_count
+        self._scale = scale_file.read() if scale_file else None
+        self._first: dict[str, Scored] = {}
+        self._fitted = asyncio.Event()
+
+    @property
+    def ready(self) -> bool:
+        """Is there a scale, or none needed?"""
+        return self._file is None or self._scale is not None
+
+    async def __call__(self, samples: Sequence[Sample]) -> list[Json]:
+        """One row per sample: reward, what it is made of, and all heads.
+
+        Raises BadSampleError, BrokenRewardError, NoScaleYetError, or the batcher's QueueFullError.
+        """
+        scored = await self.batcher(samples)
+        if not self.ready:
+            await self._fit(samples, scored)
+        return self._rows(scored)
+
+    def _score(self, samples: list[Sample]) -> list[Scored | Exception]:
+        """In the worker thread. A sample that cannot be encoded or scored does not harm the others of its batch."""
+        self.batch_sizes.append(len(samples))
+        results: list[Scored | Exception] = []
+        encoded, kept, cut = [], [], []
+        for i, sample in enumerate(samples):
+            before = self.models.num_truncated
+            try:
+                encoded.append(self.models.encode(sample))
+                kept.append(i)
+                cut.append(self.models.num_truncated > before)
+                results.append(BrokenRewardError("not scored"))
+            except PoiseError as error:
+                results.append(BadSampleError(str(error)))
+        if not encoded:
+            return results
+        heads = self.models(encoded)
+        for i, mean, std, truncated in zip(kept, heads.mean, heads.std, cut, strict=True):
+            try:
+                finite_or_raise(HeadRewards(mean, std))
+                results[i] = Scored(mean, std, truncated)
+            except PoiseError as error:
+                results[i] = BrokenRewardError(str(error))
+        return results
+
+    async def _fit(self, samples: Sequence[Sample], scored: Sequence[Scored]) -> None:
+        assert self._file is not None
+        self._scale = self._file.read()  # of another replica
+        for sample, one in zip(samples, scored, strict=True):
+            self._first[json.dumps([sample.prompt, sample.completion])] = one
+        if self._scale is None and len(self._first) >= self._count:
+            self._scale = self._file.keep(RewardScale.fit(_stacked(list(self._first.values())), self._combine))
+        if self._scale is not None:
+            self._first.clear()
+            self._fitted.set()
+            return
+        try:
+            await asyncio.wait_for(self._fitted.wait(), HOLD)
+        except TimeoutError:
+            raise NoScaleYetError(
+                f"the scale is fitted to the first {self._count} different completions, and {len(self._first)} are "
+                f"here; send more at once"
+            ) from None
+
+    def _rows(self, scored: Sequence[Scored]) -> list[Json]:
+        heads = _stacked(scored)
+        reward = self._combine(heads)
+        if self._scale is not None:
+            reward = self._scale.combine(heads, self._combine)
+            heads = self._scale.centered(heads)
+        columns = {
+            "reward": reward,
+            "nominal": nominal(heads),
+            "worst_case": worst_case(heads),
+            "gap": nominal(heads) - worst_case(heads),
+            "nominal_head": nominal_head(heads),
+            "disagreement": disagreement(heads),
+            "routing_std": routing_std(heads),
+            "total_std": total_std(self.models.layout.calibrated(heads)),
+            "mean": heads.mean,
+            "std": heads.std,
+        }
+        if not all(column.isfinite().all() for column in columns.values()):
+            raise BrokenRewardError("a reward is not finite: the reward model is broken")
+        listed = {name: column.tolist() for name, column in columns.items()}
+        return [
+            {name: column[i] for name, column in listed.items()} | {"truncated": one.truncated}
+            for i, one in enumerate(scored)
+        ]
+
+
+def _stacked(scored: Sequence[Scored]) -> HeadRewards:
+    return HeadRewards(torch.stack([one.mean for one in scored]), torch.stack([one.std for one in scored]))

@@ -1,0 +1,81 @@
+"""Conversations that other engines rendered are found again exactly, or refused."""
+
+import pytest
+
+from conftest import CHAT_TEMPLATE, make_tokenizer
+from poise.data.types import Sample
+from poise.errors import PoiseError
+from poise.models.chat_format import completion_text, generation_prompt, prompt_text
+from poise.serve.rendered import sample_of_answer, sample_of_query, sample_of_text, turns_of
+from stock_templates import PLAIN_TEXTS, TEMPLATES, family_tokenizer
+
+PROMPTS = (
+    [{"role": "user", "content": "Is tea hot?"}],
+    [
+        {"role": "user", "content": "Is tea hot?\n\nReally"},
+        {"role": "assistant", "content": "Mostly."},
+        {"role": "user", "content": "And coffee?"},
+    ],
+    [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Is tea hot?"}],
+)
+
+
+@pytest.mark.parametrize("name", PLAIN_TEXTS)
+def test_turns_of_every_stock_template_are_found(name: str) -> None:
+    tokenizer = family_tokenizer(name)
+    num_found = 0
+    for prompt in PROMPTS:
+        try:
+            text = generation_prompt(tokenizer, prompt)
+        except PoiseError:
+            continue  # it has no system turns
+        found = turns_of(tokenizer, text)
+        if found is not None:  # two conversations may have one rendering; then either has the same ids
+            assert generation_prompt(tokenizer, found) == text
+            query = sample_of_query(tokenizer, text, f"{text}Yes.{tokenizer.eos_token}")
+            assert query == Sample(found, "Yes.")
+            num_found += 1
+    assert num_found >= 2
+
+
+def chatml() -> object:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def test_whole_conversations_are_found() -> None:
+    tokenizer = chatml()
+    for prompt in PROMPTS:
+        whole = prompt_text(tokenizer, prompt) + completion_text(tokenizer, prompt, "Yes.")
+        for text in (whole, whole + "\n", whole.removesuffix("<|im_end|>")):
+            assert sample_of_text(tokenizer, text) == Sample(prompt, "Yes.")
+    for text in ("Yes.", "", whole.replace("assistant", "robot"), "<|im_start|>user\nHi<|im_end|>\n"):
+        with pytest.raises(PoiseError, match="does not write this text"):
+            sample_of_text(tokenizer, text)
+
+
+def test_an_answer_loses_its_end_and_a_cut_prompt_is_whole() -> None:
+    tokenizer = chatml()
+    prompt = generation_prompt(tokenizer, "x" * 300 + " Is tea hot?")
+    expected = Sample([{"role": "user", "content": "x" * 300 + " Is tea hot?"}], "Yes.")
+    for query in (f"{prompt}Yes.", f"{prompt} Yes.\n<|im_end|><|im_end|>\n", f"{prompt[100:]}Yes.<|im_end|>"):
+        got = sample_of_query(tokenizer, prompt, query)
+        assert (got.prompt, got.completion.strip()) == (expected.prompt, "Yes.")
+    assert sample_of_query(tokenizer, prompt, prompt).completion == "."  # no answer: as in training
+    with pytest.raises(PoiseError, match="must begin with its prompt"):
+        sample_of_query(tokenizer, prompt, "Yes.")
+
+
+def test_another_familys_prompt_is_refused() -> None:
+    """Read as plain text, it would get a reward that means nothing."""
+    tokenizer = chatml()
+    assert sample_of_answer(tokenizer, "Is tea hot? a < b", "Yes.") == Sample("Is tea hot? a < b", "Yes.")
+    for name in ("llama3", "gemma3", "phi3", "deepseek_r1_distill"):
+        foreign = family_tokenizer(name)
+        with pytest.raises(PoiseError, match="another chat template"):
+            sample_of_answer(tokenizer, generation_prompt(foreign, "Is tea hot?"), "Yes.")
+    broken = generation_prompt(tokenizer, "Hi").replace("user", "human")
+    with pytest.raises(PoiseError, match="another chat template"):
+        sample_of_answer(tokenizer, broken, "Yes.")
+    assert TEMPLATES
