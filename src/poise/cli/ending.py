@@ -236,7 +236,7 @@ def _toy(_: Any, done: Run) -> Ending:
 
 def _score(config: Any, done: Path) -> Ending:
     warnings = [f"{config.reward}: {text}" for text in card_warnings(config.reward)]
-    return Ending([("scores", str(done)), ("sorted by", config.objective)], (), tuple(warnings))
+    return Ending([("scores", str(done)), ("objective", config.objective)], (), tuple(warnings))
 
 
 def _ensemble(_: Any, done: Path) -> Ending:
