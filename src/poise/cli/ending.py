@@ -137,6 +137,8 @@ def _train_policy(config: Any, done: Run) -> Ending:
     ]
     folder = str(done.folder)
     warnings = [*card_warnings(config.reward), *card_warnings(done.folder)]
+    if _mean(steps, "ended") == 0.0:
+        warnings.append(f"every completion was cut at --max-tokens {config.max_tokens}; train with more")
     merged = _command("merge", folder, "--output", f"{folder}-merged")
     return Ending(rows, (_command("chat", folder), merged), tuple(warnings))
 
