@@ -9,7 +9,7 @@ from poise.cli import ending, main
 from poise.models.card_warnings import card_warnings
 from poise.policy.config import Config as PolicyConfig
 from poise.reward.config import Config as RewardConfig
-from poise.runtime.run_folder import Run, append_jsonl, config_dict, write_json
+from poise.runtime.run_folder import Run, append_jsonl, config_dict, write_json, write_jsonl
 from poise.studies.config import BestOfNConfig, CompareConfig
 
 COIN = "> **No better than a coin**: the interval includes 50 %. Do not optimize against it.\n"
@@ -62,6 +62,10 @@ def test_train_policy_repeats_the_warnings_of_its_reward_model(
     assert "warning: No better than a coin" in out
     assert "9 tokens, 50% ended by themselves" in out
     assert f"next:   poise chat {run.folder}" in out
+    assert "was cut" not in out
+    write_jsonl(run.folder / "metrics.jsonl", [{"step": 0, "reward": 0.5, "kl": 1.0, "tokens": 9, "ended": 0.0}])
+    ending.say_ending("train-policy", config, run)
+    assert "warning: every completion was cut at --max-tokens" in capsys.readouterr().out
 
 
 def test_best_of_n_warns_of_what_its_objectives_select_by(reward: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -261,3 +261,15 @@ def test_names_are_text_in_a_card() -> None:
     assert r"| prompts | `<b>[x](y)'\|" in text
     for line in text.splitlines():
         assert "<b>" not in re.sub("`[^`]*`", "", line)
+
+
+def test_a_merged_model_is_read_without_adapters(tmp_path: Path) -> None:
+    fake = type("Tokenizer", (), {"chat_template": None})()
+    text = policy_card.card(fake, SETTINGS, RESULTS, {}, merged=True)
+    assert "LoRA adapters of rank 16" in text
+    assert ", folded into it, trained by PPO" in text
+    assert "PeftModel" not in text
+    assert front(text)["library_name"] == "transformers"
+    assert "folded" not in text_of().split("## What it is not")[0]
+    policy_card.write_merged_card(tmp_path, tmp_path)  # a policy of no run: what it was trained for is not known
+    assert list(tmp_path.iterdir()) == []

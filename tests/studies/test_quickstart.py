@@ -56,6 +56,9 @@ def test_a_quickstart_leaves_every_result(finished: Path) -> None:
         low, high = difference["interval"]
         assert low <= difference["gold"] <= high
         assert difference["num_prompts"] == 6
+    models = [path.parent for path in finished.glob("*/*/config.json")] + list(finished.glob("policy-*/policy"))
+    assert len(models) == 4 + 3
+    assert all("## What it is not" in (model / "README.md").read_text() for model in models)
     page = (finished / "report.html").read_text()
     assert "<html" in page
     assert "robust" in page

@@ -137,6 +137,8 @@ def _train_policy(config: Any, done: Run) -> Ending:
     ]
     folder = str(done.folder)
     warnings = [*card_warnings(config.reward), *card_warnings(done.folder)]
+    if _mean(steps, "ended") == 0.0:
+        warnings.append(f"every completion was cut at --max-tokens {config.max_tokens}; train with more")
     merged = _command("merge", folder, "--output", f"{folder}-merged")
     return Ending(rows, (_command("chat", folder), merged), tuple(warnings))
 
@@ -236,7 +238,7 @@ def _toy(_: Any, done: Run) -> Ending:
 
 def _score(config: Any, done: Path) -> Ending:
     warnings = [f"{config.reward}: {text}" for text in card_warnings(config.reward)]
-    return Ending([("scores", str(done)), ("sorted by", config.objective)], (), tuple(warnings))
+    return Ending([("scores", str(done)), ("objective", config.objective)], (), tuple(warnings))
 
 
 def _ensemble(_: Any, done: Path) -> Ending:

@@ -16,11 +16,9 @@ The first two may carry `margin` (by how much the rewards should differ, >= 0) a
 """
 
 import hashlib
-import itertools
 import json
-import math
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +35,7 @@ from poise.data.conversations import (
 )
 from poise.data.files import RawRow, as_object, parsed_json, raw_rows
 from poise.data.other_forms import FORMS, one_by_one, with_chosen
+from poise.data.ratings import Rated, by_prompt, number_of, ranked, rated_list
 from poise.data.rows import Check, OnBadRow, Understood, finish, parsed_rows, read_rows, short
 from poise.data.types import Preference, Prompt, Sample
 from poise.runtime.run_folder import write_jsonl
@@ -46,7 +45,6 @@ __all__ = [
     "read_preferences", "read_prompts", "read_rows", "read_samples", "write_preferences",
 ]  # fmt: skip
 
-_MOST_RATED = 1000  # responses of one row: their pairs are half the square
 # A text repeats its prompt if it begins with it, and the prompt is long enough that this is no accident.
 _REPEATED_WORDS = 3
 
@@ -66,7 +64,7 @@ def read_preferences(
     """
     understood = understood or Understood(str(path))
     decided: list[list[Preference]] = []
-    rated: list[tuple[int, _Rated]] = []
+    rated: list[tuple[int, Rated]] = []
     # Votes repeat a pair on purpose; the same row twice is an accident that would leak from training to validation.
     seen: set[bytes] = set()
 
@@ -80,7 +78,7 @@ def read_preferences(
         understood.forms[read.form] += 1
         for what, example in read.notes:
             understood.note(what, f"line {number}: {example}")
-        if isinstance(read.found, _Rated):
+        if isinstance(read.found, Rated):
             rated.append((number, read.found))
         elif not read.found:
             understood.ties += 1
@@ -90,7 +88,7 @@ def read_preferences(
             seen.add(key)
             understood.used += 1
             decided.append(read.found)
-    decided += _by_prompt([row for _, row in rated], understood)
+    decided += by_prompt([row for _, row in rated], understood)
     finish(understood)
     return [vote for row in decided for vote in row]
 
@@ -158,7 +156,7 @@ def write_preferences(path: Path, preferences: list[Preference]) -> None:
 
 
 def _ask(check: Check, read: "_Read") -> None:
-    if isinstance(read.found, _Rated):
+    if isinstance(read.found, Rated):
         check(read.found.prompt, (read.found.response,))
         return
     for pair in dict.fromkeys((json.dumps(pair.prompt), pair.chosen, pair.rejected) for pair in read.found):
@@ -179,23 +177,13 @@ def _note_plain(understood: Understood, number: int, prompt: Prompt) -> None:
 # ---- what a row may look like ----
 
 
-@dataclass(frozen=True)
-class _Rated:
-    """One rated response of a prompt, to be compared with the prompt's others."""
-
-    prompt: Prompt
-    response: str
-    rating: float
-    source: str
-
-
 class _Read(NamedTuple):
     """What a row says: its preferences (one, one per vote, one per two ratings), or a rating that waits for others.
 
     notes: (assumption, example) that a reader of the file should know.
     """
 
-    found: list[Preference] | _Rated
+    found: list[Preference] | Rated
     form: str
     notes: tuple[tuple[str, str], ...] = ()
 
@@ -205,7 +193,7 @@ _REPEATED = "repeat the prompt in both texts; it is read once"
 _PLAIN_TEXT = "hold marks of speakers in a prompt that is read as plain text of one user turn"
 
 
-def preferences_of(row: dict[str, Any]) -> list[Preference] | _Rated:
+def preferences_of(row: dict[str, Any]) -> list[Preference] | Rated:
     """The preferences of a row: one, one per vote, one per two ratings; or a rating that waits for others."""
     return read_row(row).found
 
@@ -231,10 +219,10 @@ def read_row(row: dict[str, Any]) -> _Read:
         raise ValueError(f"'margin' must be at least 0, not {margin}")
     if "rating" in row and "chosen" not in row:
         key = "completion" if "completion" in row else "response"
-        rated = _Rated(prompt_of(row), text_of(row, key), _number(row, "rating"), source)
+        rated = Rated(prompt_of(row), text_of(row, key), number_of(row, "rating"), source)
         return _Read(rated, f"prompt, {key}, rating")
     if "ratings" in row and "responses" in row:
-        return _Read(_ranked(_rated_list(row, source)), "prompt, responses, ratings")
+        return _Read(ranked(rated_list(row, source)), "prompt, responses, ratings")
     if "annotators" in row:
         first, second = (text_of(row, key) for key in ("response_1", "response_2"))
         order = {1: (first, second), 2: (second, first)}
@@ -274,25 +262,10 @@ def _plain_notes(prompt: Prompt) -> tuple[tuple[str, str], ...]:
     return ((_PLAIN_TEXT, short(prompt)),) if isinstance(prompt, str) and looks_like_turns(prompt) else ()
 
 
-def _number(row: dict[str, Any], key: str) -> float:
-    value = row[key]
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = float(value)
-    except OverflowError:
-        raise ValueError(f"{key!r} is too large a number") from None
-    except (TypeError, ValueError):
-        raise ValueError(f"{key!r} must be a number, not {repr(value)[:60]}") from None
-    if not math.isfinite(number):
-        raise ValueError(f"{key!r} is {number}")
-    return number
-
-
 def _optional_number(row: dict[str, Any], key: str) -> float | None:
     """None where the number is missing: no column, null, or a blank cell of a table."""
     value = row.get(key)
-    return None if value is None or (isinstance(value, str) and not value.strip()) else _number(row, key)
+    return None if value is None or (isinstance(value, str) and not value.strip()) else number_of(row, key)
 
 
 def _scored_equal(row: dict[str, Any]) -> bool:
@@ -327,60 +300,6 @@ def _vote(vote: Any) -> int:
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"a vote in 'annotators' must be 1, 2 or a tie, not {repr(vote)[:60]}") from None
     return int(number) if number in (1, 2) else 0
-
-
-# ---- ratings ----
-
-
-def _rated_list(row: dict[str, Any], source: str) -> list[_Rated]:
-    listed = {}
-    for key in ("responses", "ratings"):
-        value = row[key]
-        if isinstance(value, str) and value.lstrip().startswith("["):
-            value = parsed_json(value)
-        if not isinstance(value, list):
-            raise ValueError("'responses' and 'ratings' must be lists")
-        listed[key] = value
-    if len(listed["ratings"]) != len(listed["responses"]):
-        raise ValueError(f"{len(listed['responses'])} responses but {len(listed['ratings'])} ratings")
-    if len(listed["ratings"]) > _MOST_RATED:
-        raise ValueError(f"{len(listed['ratings'])} responses; at most {_MOST_RATED} are compared with one another")
-    prompt = prompt_of(row)
-    return [
-        _Rated(prompt, text_of({"responses": text}, "responses"), _number({"ratings": rating}, "ratings"), source)
-        for text, rating in zip(listed["responses"], listed["ratings"], strict=True)
-    ]
-
-
-def _ranked(rated: list[_Rated]) -> list[Preference]:
-    """Of each two responses the higher rated one is chosen; equal ratings and equal texts say nothing."""
-    return [
-        Preference(better.prompt, better.response, worse.response, better.source)
-        for one, other in itertools.combinations(rated, 2)
-        if one.rating != other.rating and one.response.strip() != other.response.strip()
-        for better, worse in [(one, other) if one.rating > other.rating else (other, one)]
-    ]
-
-
-def _by_prompt(rated: list[_Rated], understood: Understood) -> list[list[Preference]]:
-    """Ranked responses of each prompt. A response rated twice counts with its mean rating.
-
-    A row counts as used if its response is in a pair, and as a tie otherwise.
-    """
-    prompts: dict[str, dict[str, list[_Rated]]] = {}
-    for row in rated:
-        prompts.setdefault(json.dumps(row.prompt), {}).setdefault(row.response, []).append(row)
-    ranked = []
-    for responses in prompts.values():
-        pairs = _ranked(
-            [replace(rows[0], rating=sum(row.rating for row in rows) / len(rows)) for rows in responses.values()]
-        )
-        in_pairs = {text for pair in pairs for text in (pair.chosen, pair.rejected)}
-        used = sum(len(rows) for text, rows in responses.items() if text in in_pairs)
-        understood.used += used
-        understood.ties += sum(map(len, responses.values())) - used
-        ranked.append(pairs)
-    return ranked
 
 
 # ---- pairs ----

@@ -5,6 +5,7 @@ No pyplot, no state, and no influence of the user's matplotlibrc. The same input
 
 import io
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +51,9 @@ _ON_PAGES = {style.color: f"var(--series-{i}, {style.color})" for i, style in en
 }  # fmt: skip
 _COLOR = re.compile("|".join(_ON_PAGES))
 
+# matplotlib's settings are of the whole process, and a page may be drawn in a thread beside a run (live.py).
+_ONE_AT_A_TIME = threading.RLock()
+
 # ---- output ----
 
 
@@ -61,7 +65,7 @@ def on_pages(color: str) -> str:
 @contextmanager
 def look(identifier: str) -> Iterator[None]:
     """Our settings on matplotlib's own defaults, whatever the user's matplotlibrc says."""
-    with matplotlib.style.context(["default", LOOK | {"svg.hashsalt": identifier}]):
+    with _ONE_AT_A_TIME, matplotlib.style.context(["default", LOOK | {"svg.hashsalt": identifier}]):
         yield
 
 

@@ -130,7 +130,7 @@ def run(config: Config) -> Run:
     if cells or of_pool:  # otherwise every job failed and there is nothing to draw
         study_plots.save_study(results, out.folder / "study.png")
     _say(results)
-    console.print(f"Report: {study_page.build(out.folder)}")
+    study_page.build(out.folder)
     return out
 
 
