@@ -29,7 +29,7 @@ def numpy_distances(reference: np.ndarray, asked: np.ndarray) -> tuple[list[floa
     size = np.trace(raw) / width  # the paper's m, d2 and b2, in its norm |A|^2 = tr(AA') / width
     away = np.linalg.norm(raw - size * np.eye(width)) ** 2 / width
     error = sum(np.linalg.norm(np.outer(row, row) - raw) ** 2 / width for row in z) / count**2
-    shrinkage = min(error, away) / away
+    shrinkage = max(min(error, away) / away, 1e-4)
     inverse = np.linalg.inv((1 - shrinkage) * raw + shrinkage * size * np.eye(width))
     unit = np.mean([mahalanobis(row, np.zeros(width), inverse) ** 2 for row in z])
     return [mahalanobis((row - center) / spread, np.zeros(width), inverse) ** 2 / unit for row in asked], shrinkage
@@ -92,6 +92,15 @@ def test_a_feature_that_does_not_vary_keeps_its_unit() -> None:
     reference = fit_reference(known)
     assert distance(known, reference).mean().item() == pytest.approx(1)
     assert distance(known[0] + torch.eye(7)[6], reference).isfinite()
+
+
+def test_features_that_say_the_same_are_no_trouble() -> None:
+    """Their covariance is singular, and Ledoit and Wolf's shrinkage is 0 where all texts lie equally far out."""
+    signs = torch.tensor([[1.0], [-1.0]]).repeat(8, 3)
+    reference = fit_reference(signs)
+    assert reference.shrinkage == 1e-4
+    assert distance(signs, reference).tolist() == pytest.approx([1.0] * 16)
+    assert distance(torch.tensor([1.0, -1.0, 0.0]), reference) > 1e3  # the features never disagreed
 
 
 @pytest.mark.parametrize(

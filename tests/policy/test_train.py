@@ -23,7 +23,7 @@ from poise.cli.main import main
 from poise.data.types import Sample
 from poise.errors import PoiseError
 from poise.functional.monitor import Monitor, Reading
-from poise.functional.objectives import HeadRewards, RewardScale, parameter, parse_objective
+from poise.functional.objectives import HeadRewards, RewardScale, joined, parameter, parse_objective
 from poise.models.policy import Policy
 from poise.models.scorer import Scorer, generated
 from poise.policy import loop as training
@@ -511,7 +511,7 @@ def test_running_scale_is_that_of_everything_so_far() -> None:
     scale = RewardScale.fit(batches[0], objective)
     for batch in batches[1:]:
         scale = scale.updated(batch, objective)
-    everything = objective(scale.centered(HeadRewards(*(torch.cat(part) for part in zip(*batches, strict=True)))))
+    everything = objective(scale.centered(joined(batches)))
     assert scale.count == 16
     assert scale.mean == pytest.approx(everything.mean().item(), abs=1e-5)
     assert scale.std == pytest.approx(everything.std().item(), abs=1e-5)

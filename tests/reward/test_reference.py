@@ -118,13 +118,21 @@ def test_what_cannot_be_a_reference_is_refused(copy: Path, texts_file: str, tmp_
         reference.run(ReferenceConfig(str(tmp_path), completions=texts_file))
 
 
-@pytest.mark.parametrize("damage", ["missing", "not a file of tensors", "another size", "not a number"])
+def test_a_reference_that_was_left_behind_is_missed(copy: Path, texts_file: str) -> None:
+    """As by `save_pretrained` of transformers, which keeps the block of config.json and drops the file."""
+    (copy / REFERENCE).unlink()
+    scorer = Scorer.load(str(copy))
+    assert scorer(SAMPLES).distance is None
+    assert scorer.layout.reference_texts == 0
+    with pytest.raises(PoiseError, match="`poise reference CHECKPOINT FILE` adds them"):
+        score.run(ScoreConfig(str(copy), texts_file, "typical"))
+
+
+@pytest.mark.parametrize("damage", ["not a file of tensors", "another size", "not a number"])
 def test_a_damaged_reference_is_one_line(copy: Path, damage: str) -> None:
     file = copy / REFERENCE
     tensors = load_file(file)
-    if damage == "missing":
-        file.unlink()
-    elif damage == "not a file of tensors":
+    if damage == "not a file of tensors":
         file.write_bytes(b"\0" * 40)
     else:
         changed = tensors["center"] * float("nan") if damage == "not a number" else tensors["center"][:-1]

@@ -6,8 +6,8 @@ Shapes: _T texts, _H hidden.
     S    = (1 - a) Z'Z / T + a m I                  covariance, shrunk; m = tr(Z'Z / T) / H
     d(x) = z' S^-1 z / unit                         unit: so that d has mean 1 over the reference texts
 
-The shrinkage a is that of Ledoit and Wolf (2004, doi:10.1016/S0047-259X(03)00096-4). Without it S is singular wherever
-there are fewer texts than features.
+The shrinkage a is that of Ledoit and Wolf (2004, doi:10.1016/S0047-259X(03)00096-4), at least LEAST_SHRINKAGE. Without
+it S is singular wherever there are fewer texts than features, or two features say the same.
 
 A linear reward w.x has no maximum; the policy is paid for ever stranger texts. Less c d(x) it has one, at
 center + unit / (2 c) * spread S spread w: close to the reference texts.
@@ -17,10 +17,12 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from sklearn.covariance import ledoit_wolf
+from sklearn.covariance import ledoit_wolf_shrinkage
 from torch import Tensor
 
 from poise.errors import PoiseError
+
+LEAST_SHRINKAGE = 1e-4
 
 
 class Reference(NamedTuple):
@@ -39,7 +41,7 @@ def fit_reference(features_TH: Float[Tensor, "texts hidden"]) -> Reference:
     """Fit the reference to texts' features, in float64 on the CPU.
 
     Features that do not vary over the texts keep their own unit. Over other texts of the same kind d has a mean above
-    1: the center and the covariance are fitted to these.
+    1, since the center and the covariance are fitted to these: with 640 texts of 576 features, of 2.
     Raises PoiseError for fewer than two texts, features that are not finite, and texts that are all alike.
 
     >>> reference = fit_reference(torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 4.0], [2.0, 4.0]]))
@@ -54,12 +56,12 @@ def fit_reference(features_TH: Float[Tensor, "texts hidden"]) -> Reference:
     z = (x - center) / spread
     if not z.square().sum() > 1e-12:
         raise PoiseError("the reference texts are all alike; give different ones")
-    covariance, shrinkage = ledoit_wolf(z.numpy(), assume_centered=True)
-    root = torch.linalg.cholesky(torch.from_numpy(covariance))
-    identity = torch.eye(len(root), dtype=torch.float64)
+    shrinkage = max(float(ledoit_wolf_shrinkage(z.numpy(), assume_centered=True)), LEAST_SHRINKAGE)
+    raw, identity = z.T @ z / len(z), torch.eye(z.shape[1], dtype=torch.float64)
+    root = torch.linalg.cholesky((1 - shrinkage) * raw + shrinkage * raw.trace() / len(raw) * identity)
     factor = torch.linalg.solve_triangular(root, identity, upper=False).T / spread.unsqueeze(-1)
     unit = ((x - center) @ factor).square().sum(-1).mean()
-    return Reference(center, factor / unit.sqrt(), len(x), float(shrinkage))
+    return Reference(center, factor / unit.sqrt(), len(x), shrinkage)
 
 
 def distance(features: Float[Tensor, "*batch hidden"], reference: Reference) -> Float[Tensor, "*batch"]:

@@ -238,16 +238,17 @@ def save_reference(folder: Path, reference: Reference) -> None:
 def load_reference(path: str, layout: HeadLayout, hidden_size: int) -> Reference | None:
     """The reference that a checkpoint's `poise` block speaks of; None if it speaks of none.
 
-    Raises PoiseError, one line, for a file that is missing, cannot be read, or is of other features.
+    None, too, without the file: `save_pretrained` of transformers keeps the block and leaves the file behind. Raises
+    PoiseError, one line, for a file that cannot be read or is of other features.
     """
-    if not layout.reference_texts:
-        return None
     file = Path(resolve_model(checkpoint_folder(path))) / REFERENCE
+    if not layout.reference_texts or not file.exists():
+        return None
     try:
         tensors = load_file(file)
         center, factor = tensors["center"], tensors["factor"]
     except (SafetensorError, KeyError, OSError) as error:
-        raise PoiseError(f"cannot read {file}, which the poise block speaks of: {first_line(error)}") from None
+        raise PoiseError(f"cannot read {file}: {first_line(error)}") from None
     finite = center.isfinite().all() and factor.isfinite().all()
     if not finite or center.shape != (hidden_size,) or factor.shape != (hidden_size, hidden_size):
         raise PoiseError(f"{file} holds no reference for features of size {hidden_size}; `poise reference` writes one")

@@ -159,7 +159,7 @@ class Scorer:
         extract = FeatureExtractor(classifier, tokenizer, max_length, cached=cached)
         weight = classifier.score.weight.data.float()
         reference = load_reference(path, layout, weight.shape[1])
-        return Scorer(extract, weight, layout, load_last_layer(path), reference)
+        return Scorer(extract, weight, layout.with_reference(reference), load_last_layer(path), reference)
 
     def with_heads_of(self, path: str) -> "Scorer":
         """The heads of another checkpoint on this one's trunk, so that one set of features serves both.

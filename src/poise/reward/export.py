@@ -60,9 +60,11 @@ def run(config: Config) -> Path:
     with write_folder_atomic(target) as scratch:
         write = _write_adapter if config.adapter else _write_weights
         exported = write(source, scratch, layout, config)
-        if exported.reference_texts:  # not of a scalar, which no objective reads
+        if exported.reference_texts and (source / REFERENCE).exists():  # not of a scalar, which no objective reads
             (scratch / REFERENCE).parent.mkdir()
             shutil.copyfile(own_file(source, REFERENCE), scratch / REFERENCE)
+        else:
+            exported = exported.with_reference(None)
         settings.num_labels = exported.num_labels
         settings.id2label = dict(enumerate(exported.label_names))
         settings.label2id = {name: number for number, name in enumerate(exported.label_names)}

@@ -26,6 +26,7 @@ from poise.runtime import records
 from poise.runtime.progress import console
 from poise.runtime.run_folder import Json, load_config_file, write_json, write_jsonl
 from poise.studies.config import ChooseConfig as Config
+from poise.studies.judging import Judging
 from poise.studies.pool import prompt_key, sample_pool
 
 WITHIN = 1.25  # a step is of a rung if its KL is no further from it than this factor
@@ -42,15 +43,31 @@ def run(config: Config) -> Json | None:
     if key["source"] != config.source:
         raise PoiseError(f"--output {out} holds comparisons of {key['source']}; choose another folder")
     judged = out / "judgments.jsonl"
-    if not judged.exists():
+    if config.page:
+        _by_a_person(out, judged)
+    elif not judged.exists():
         console.print(f"{len(key['sides'])} comparisons to judge: {out / 'comparisons.jsonl'}", markup=False)
-        console.print(f'write {{"id": 0, "better": "a"}} (or b, or tie) for each into {judged}, and start again')
+        console.print(
+            f'write {{"id": 0, "better": "a"}} (or b, or tie) for each into {judged} and start again; or use --page',
+            markup=False,
+        )
         return None
     ladder = count(key, read_judgments(judged, len(key["sides"])))
     found = as_json(ladder, choose(ladder, config.delta))
     write_json(out / "choice.json", found)
     _say(found, config.delta)
     return found
+
+
+def _by_a_person(out: Path, judged: Path) -> None:
+    """Serve the page until every comparison is judged; Ctrl-C leaves those that are."""
+    comparisons = list(read_jsonl(out / "comparisons.jsonl"))
+    server = Judging(comparisons, read_judgments(judged, len(comparisons)) if judged.exists() else {}, judged)
+    console.print(f"judge at {server.address}", markup=False, soft_wrap=True)
+    try:
+        server.serve()
+    finally:
+        server.server_close()
 
 
 def _prepare(config: Config, out: Path) -> None:

@@ -374,7 +374,8 @@ class ChooseConfig(Settings):
     """
 
     source: tyro.conf.Positional[str]
-    """A `poise train-policy` run by PPO; or a file of `prompt`, `completion`, `kl` rows, with kl 0 for the start's."""
+    """Source of the completions: a `poise train-policy` run by PPO; or a file of `prompt`, `completion`, `kl` rows, with
+    kl 0 for the start's."""
     output: str = "runs/choose"
     """Folder to write."""
     rungs: tuple[Positive, ...] = (5.0, 10.0, 20.0, 40.0)
@@ -382,6 +383,8 @@ class ChooseConfig(Settings):
     its own."""
     per_rung: Count = 40
     """Comparisons of each rung."""
+    page: bool = False
+    """Judge on a page of this machine (its address is printed); every answer is saved at once."""
     delta: Annotated[float, between(0, 0.5, open_low=True, open_high=True)] = 0.05
     """How much win rate against the start may be lost to go further: the largest KL within that of the best is
     taken."""
