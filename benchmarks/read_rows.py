@@ -126,6 +126,12 @@ def main() -> None:
     options = parser.parse_args()
     started = time.monotonic()
     results: dict[str, Any] = {"reading": {}, "score": []}
+
+    def kept() -> None:  # after every case: the largest take long, and may be stopped
+        write_json(
+            options.output, results | {"environment": environment(), "seconds": round(time.monotonic() - started)}
+        )
+
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         for kind in FORMATS:
@@ -133,7 +139,8 @@ def main() -> None:
             for count in (10, *options.rows):
                 found.append(measured(READ, str(written(folder, kind, count)), repeats=options.repeats))
                 print(kind, found[-1], flush=True)
-            results["reading"][kind] = found
+                results["reading"][kind] = found
+                kept()
         reward = tiny_reward(folder / "reward")
         for count in (10, *options.score_rows):
             file = folder / "samples.jsonl"
@@ -142,8 +149,7 @@ def main() -> None:
                     lines.write(json.dumps({"prompt": row["prompt"], "completion": row["chosen"]}) + "\n")
             results["score"].append(measured(SCORE, reward, str(file), str(folder / "scored.jsonl")))
             print("score", results["score"][-1], flush=True)
-    results |= {"environment": environment(), "seconds": round(time.monotonic() - started)}
-    write_json(options.output, results)
+            kept()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """docs/robustness.md names tests that exist; docs/licences.md has every package of requirements.lock."""
 
+import ast
 import re
 from pathlib import Path
+from typing import Any
 
 import licences
 
@@ -15,6 +17,31 @@ def test_every_row_of_the_table_names_its_test() -> None:
         found = re.search(r"`(tests/\S+\.py)::(\w+)` \|$", row)
         assert found, row
         assert f"def {found[2]}(" in (ROOT / found[1]).read_text(), row
+
+
+def constant(file: str, name: str) -> Any:
+    """The literal value that a test module gives a name; the module is not imported."""
+    tree = ast.parse((ROOT / "tests" / file).read_text())
+    [value] = (
+        node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name
+    )
+    return ast.literal_eval(value)
+
+
+def test_the_kill_points_are_counted() -> None:
+    points = {
+        "commands": sum(constant("test_kills.py", "LEAST").values()),
+        "policies": len(constant("policy/test_train.py", "BOUNDARIES")),
+        "studies": constant("studies/test_study_kills.py", "BOUNDARIES")
+        + len(constant("studies/test_study_kills.py", "IN_JOBS")),
+    }
+    said = re.search(
+        r"^Kill points: (\d+) \((\d+) of single commands, (\d+) of a policy's training .*, (\d+) of a study\)",
+        (ROOT / "docs" / "robustness.md").read_text(),
+        re.MULTILINE,
+    )
+    assert said
+    assert list(map(int, said.groups())) == [sum(points.values()), *points.values()]
 
 
 def test_every_package_has_a_licence() -> None:

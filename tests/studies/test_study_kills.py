@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import shutil
 import signal
 import sys
 import time
@@ -27,7 +26,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reas
 
 BOUNDARIES = 5  # of the study's own process, spread over all
 IN_JOBS = ("heads", "models", "step 0", "step 1", "checkpoint")
-KILLS = BOUNDARIES + len(IN_JOBS)
 TIMES = {"cost.json", "log.txt", "report.html", ".lock"}
 
 
@@ -137,38 +135,50 @@ def killing(base: Path, moment: str) -> Callable[[], None]:
     return prepare
 
 
-def test_a_killed_study_leaves_no_orphans_and_goes_on(
-    tmp_path: Path, preferences_file: Path, prompts_file: Path, tiny_model: str
-) -> None:
+@pytest.fixture(scope="module")
+def settings_of(preferences_file: Path, prompts_file: Path, tiny_model: str) -> Callable[[Path], study.Config]:
+    """A study of one reward model and two policies in a folder of its own."""
     policy = replace(
         settings.POLICY, num_steps=2, max_tokens=3, prompts_per_step=2, completions_per_prompt=2, adapted_layers=1,
         lora_rank=2, baseline_completions=4, eval_completions=1, save_every=1,
     )  # fmt: skip
     reward = replace(settings.REWARD, num_layers=1, head_steps=5, posterior_heads=3)
 
-    def of(name: str) -> study.Config:
-        (tmp_path / name / "base").mkdir(parents=True)
+    def make(base: Path) -> study.Config:
+        base.mkdir(parents=True)
         return study.Config(
-            output=str(tmp_path / name / "base" / "study"), preferences=str(preferences_file),
-            prompts=str(prompts_file), eval_prompts=str(prompts_file), num_preferences=0, model=tiny_model,
-            arms=("single", "brme_0.4"), label_noise=("0",), pool_size=0, reward_seeds=1, reward=reward, policy=policy,
+            output=str(base / "study"), preferences=str(preferences_file), prompts=str(prompts_file),
+            eval_prompts=str(prompts_file), num_preferences=0, model=tiny_model, arms=("single", "brme_0.4"),
+            label_noise=("0",), pool_size=0, reward_seeds=1, reward=reward, policy=policy,
         )  # fmt: skip
 
-    calm = of("calm")
-    assert run(calm, counted=tmp_path / "counted") == 0, (tmp_path / "calm" / "base" / "stderr.txt").read_text()
-    expected, total = kept(Path(calm.output).parent), int((tmp_path / "counted").read_text())
-    assert json.loads((Path(calm.output) / "results.json").read_text())["missing"] == {}
-    assert total > BOUNDARIES
-    moments: list[int | str] = [total * i // BOUNDARIES for i in range(BOUNDARIES)] + list(IN_JOBS)
-    assert len(moments) == KILLS
-    for moment in moments:
-        wanted = of(str(moment))
-        base = Path(wanted.output).parent
-        if isinstance(moment, int):
-            assert run(wanted, moment) == KILLED, moment
-        else:
-            assert run(wanted, prepare=killing(base, moment)) == -signal.SIGKILL, moment
-        assert orphans(base) == [], moment
-        assert run(wanted) == 0, (moment, (base / "stderr.txt").read_text())
-        assert kept(base) == expected, moment
-        shutil.rmtree(base)
+    return make
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    settings_of: Callable[[Path], study.Config], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], int]:
+    """What a study leaves that nobody killed, and the number of its boundaries."""
+    base = tmp_path_factory.mktemp("calm") / "base"
+    calm = settings_of(base)
+    assert run(calm, counted=base.parent / "counted") == 0, (base / "stderr.txt").read_text()
+    assert json.loads((base / "study" / "results.json").read_text())["missing"] == {}
+    return kept(base), int((base.parent / "counted").read_text())
+
+
+@pytest.mark.parametrize("moment", [*range(BOUNDARIES), *IN_JOBS])
+def test_a_killed_study_leaves_no_orphans_and_goes_on(
+    moment: int | str, undisturbed: tuple[dict[str, Any], int], settings_of: Callable[[Path], study.Config],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    expected, total = undisturbed
+    base = tmp_path / "base"
+    wanted = settings_of(base)
+    if isinstance(moment, int):
+        assert run(wanted, total * moment // BOUNDARIES) == KILLED
+    else:
+        assert run(wanted, prepare=killing(base, moment)) == -signal.SIGKILL
+    assert orphans(base) == []
+    assert run(wanted) == 0, (base / "stderr.txt").read_text()
+    assert kept(base) == expected
