@@ -91,11 +91,10 @@ def policy(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "points"),
-    [("export", 60), ("merge", 60), ("ensemble", 60), ("score", 60),
-     pytest.param("train-reward", 8, marks=pytest.mark.slow),
-     pytest.param("train-policy", 6, marks=pytest.mark.slow),
+    [("export", 60), ("merge", 60), ("ensemble", 60), ("score", 60), ("train-reward", 8), ("train-policy", 6),
      ("export again", 60)],
 )  # fmt: skip
 def test_killed_at_every_boundary(

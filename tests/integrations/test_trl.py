@@ -17,6 +17,7 @@ import transformers
 import trl
 from safetensors.torch import load_file
 
+from conftest import rest_slow
 from forked import launched
 from poise.data.types import Sample
 from poise.errors import PoiseError
@@ -165,7 +166,7 @@ def own_script(
 
 @TRL_SETS_A_DEPRECATED_DEFAULT
 @pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
-@pytest.mark.parametrize("kind", ["standard", "conversational"])
+@pytest.mark.parametrize("kind", rest_slow(["standard", "conversational"]))
 def test_trl_trains_on_the_rewards_scored_by_hand(
     algorithm: str, kind: str, tiny_model: str, reward_run: str, tmp_path: Path
 ) -> None:
@@ -369,7 +370,7 @@ def test_what_cannot_be_trained_is_one_line(tiny_model: str, reward_run: str, tm
 
 @TRL_SETS_A_DEPRECATED_DEFAULT
 @pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
-@pytest.mark.parametrize("ends", [(), (2, 20, 30, 40)])
+@pytest.mark.parametrize("ends", rest_slow([(2, 20, 30, 40), ()]))
 def test_completions_end_where_ppos_end(
     algorithm: str, ends: tuple[int, ...], tiny_model: str, reward_run: str, tmp_path: Path
 ) -> None:

@@ -175,6 +175,7 @@ def trained(training: train_policy.Config, tmp_path_factory: pytest.TempPathFact
     return train_policy.run(config).folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tune", ["lora", "full"])
 def test_benchmarks_do_not_disturb_the_training(
     training: train_policy.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tune: str
@@ -212,6 +213,7 @@ def test_benchmarks_are_asked_before_between_and_after(trained: Path) -> None:
     assert len({row["mean"] for row in rows if row["task"] == "piqa"}) > 1  # the policy did move
 
 
+@pytest.mark.slow
 def test_a_stopped_run_asks_again_what_its_checkpoint_does_not_know(
     training: train_policy.Config, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

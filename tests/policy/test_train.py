@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import forked
+from conftest import rest_slow
 from poise.cli.main import main
 from poise.data.types import Sample
 from poise.errors import PoiseError
@@ -135,6 +136,7 @@ BOUNDARIES = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_every_boundary_ends_as_an_undisturbed_one(config: Config, tmp_path: Path) -> None:
     """With a moving parameter, a moving scale and a safe policy: everything that the end needs is in the checkpoint."""
     config = dataclasses.replace(
@@ -512,7 +514,7 @@ def test_the_interval_of_the_unit_is_logged_and_kept(config: Config) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
+@pytest.mark.parametrize("algorithm", rest_slow(["rloo", "grpo"]))
 def test_other_algorithms_leave_the_same_folder(config: Config, algorithm: str) -> None:
     config = dataclasses.replace(config, algorithm=algorithm, num_steps=2, reward_ceiling=0.2)
     out = train_policy.run(config)

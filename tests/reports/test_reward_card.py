@@ -18,6 +18,7 @@ import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from conftest import rest_slow
 from pages import UNSEEN, assert_all_is_seen
 from poise.cli import train_reward as command
 from poise.cli.train_reward import Config
@@ -84,7 +85,7 @@ def snippets(card: str) -> list[str]:
 # ---- the snippets ----
 
 
-@pytest.mark.parametrize("template", ["chatml", "qwen3", "qwen3_5_think", "gemma3", None])
+@pytest.mark.parametrize("template", rest_slow(["chatml", "qwen3", "qwen3_5_think", "gemma3", None]))
 @pytest.mark.parametrize("name", NAMES)
 def test_both_snippets_give_the_scores_of_the_model(
     finished: tuple[Path, Config], name: str, template: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,6 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from conftest import rest_slow
 from forked import launched, started
 from poise.cli.main import main
 from poise.data.preferences import read_preferences
@@ -105,7 +106,7 @@ def config(model: str, preferences: Path, output: Path, **changes: object) -> Co
     return Config(str(preferences), str(output), model, **{**values, **changes})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("trunk", ["lora", "full"])
+@pytest.mark.parametrize("trunk", rest_slow(["lora", "full"]))
 def test_the_tuned_trunk_is_part_of_every_checkpoint(
     trunk: str, tiny_model: str, preferences_file: Path, tmp_path: Path
 ) -> None:
