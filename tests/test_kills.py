@@ -97,7 +97,7 @@ def policy(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [("export", 60), ("merge", 60), ("ensemble", 60), ("score", 60), ("train-reward", 8), ("train-policy", 6),
      ("export again", 60)],
 )  # fmt: skip
-def test_killed_at_every_boundary(
+def test_a_command_killed_at_every_boundary_ends_as_an_undisturbed_one(
     command: str, points: int, reward: Path, policy: Path, tiny_model: str, preferences_file: Path,
     prompts_file: Path, tmp_path: Path,
 ) -> None:  # fmt: skip
@@ -163,7 +163,7 @@ def test_killed_at_every_boundary(
         shutil.rmtree(base)
 
 
-def test_killed_while_uploading_changes_nothing_here(
+def test_an_upload_that_is_killed_changes_nothing_here(
     reward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kill_at = {"moment": ""}

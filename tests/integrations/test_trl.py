@@ -67,7 +67,7 @@ def text_of(completion: Any) -> str:
 # ---- the reward alone ----
 
 
-def test_rewards_by_hand(reward_run: str) -> None:
+def test_rewards_equal_those_worked_out_by_hand(reward_run: str) -> None:
     reward = RobustReward.load(reward_run, "tradeoff(0.4)")
     first = reward(prompts=PROMPTS, completions=TEXTS)
     other = reward(prompts=PROMPTS, completions=TEXTS[::-1])  # the scale is that of the first call
@@ -83,7 +83,7 @@ def test_conversations_count_as_the_text_they_hold(reward_run: str) -> None:
     assert one == pytest.approx(other, abs=1e-5)
 
 
-def test_completions_of_several_turns() -> None:
+def test_completions_of_several_turns_end_in_text() -> None:
     asked = [{"role": "user", "content": "2 + 2?"}]
     called = [{"role": "assistant", "content": "adding"}, {"role": "tool", "content": "4"}]
     answer = {"role": "assistant", "content": "four"}
@@ -306,7 +306,9 @@ def run(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
-def test_a_run_and_one_that_was_interrupted(algorithm: str, tiny_model: str, reward_run: str, tmp_path: Path) -> None:
+def test_an_interrupted_run_ends_as_a_whole_one(
+    algorithm: str, tiny_model: str, reward_run: str, tmp_path: Path
+) -> None:
     how = settings(algorithm)
     whole = run(how, tiny_model, reward_run, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -437,7 +439,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_model: str, reward_run: st
 # ---- logs and the alarm ----
 
 
-def test_names_of_metrics() -> None:
+def test_metrics_have_the_names_of_the_monitor() -> None:
     logs = {
         "reward": 1.5, "kl": 0.1, "completions/mean_length": 20.0, "completions/clipped_ratio": 0.25, "entropy": None,
         "poise/gap": 0.5, **{f"poise/head_{k}": float(k) for k in range(11)},

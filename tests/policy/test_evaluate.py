@@ -33,7 +33,7 @@ def outcomes(both: int, b: int, c: int, neither: int) -> tuple[np.ndarray, np.nd
     return after, np.repeat([1.0, 0.0, 1.0, 0.0], [both, b, c, neither])
 
 
-def test_a_paired_difference_by_hand() -> None:
+def test_a_paired_difference_equals_one_worked_out_by_hand() -> None:
     found = paired_difference(*outcomes(10, 6, 1, 3))
     assert found.difference == 0.25
     assert found.p_value == pytest.approx(2 * (1 + 7) / 2**7)  # of 7 coins none or one falls the other way
@@ -84,7 +84,7 @@ def test_the_average_of_one_benchmark_is_that_benchmark() -> None:
     assert np.ptp(alone.interval) == pytest.approx(np.ptp(one.interval) * 45 / 43)
 
 
-def test_the_interval_of_an_average_by_hand() -> None:
+def test_the_interval_of_an_average_equals_one_worked_out_by_hand() -> None:
     after, before = zip(outcomes(10, 6, 1, 3), outcomes(2, 0, 0, 6), strict=True)
     found = average_difference(after, before)
     # Spreads 6.5 + 1.5 - 5²/22 and 0.5 + 0.5 - 0, of 20 and 8 rows.
@@ -119,7 +119,7 @@ def test_benchmarks_count_equally_whatever_their_size() -> None:
     assert math.hypot(parts[0].stderr / unbiased, parts[1].stderr) / 2 == pytest.approx(means.std(), rel=0.02)
 
 
-def test_fluctuation_by_hand() -> None:
+def test_fluctuation_equals_values_worked_out_by_hand() -> None:
     rows = [{"step": step, "task": "race", "mean": mean} for step, mean in [(0, 0.5), (4, 0.7), (2, 0.3), (6, 0.6)]]
     rows.append({"step": 0, "task": "piqa", "mean": 0.4})
     found = fluctuation(rows)

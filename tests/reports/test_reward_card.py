@@ -286,7 +286,7 @@ def test_what_a_std_is_depends_on_the_loss_and_its_calibration() -> None:
     assert "`std_scale`" not in text_of("brme", GAUSSIAN)
 
 
-def test_picture_of_reliability(tmp_path: Path, drawn_once: dict[str, Any]) -> None:
+def test_the_picture_of_reliability_shows_its_bins(tmp_path: Path, drawn_once: dict[str, Any]) -> None:
     for name, bins in (("a", BINS), ("b", BINS), ("c", BINS[:1]), ("d", [BINS[0] | {"accuracy": 0.1}, BINS[1]])):
         drawn_once.clear()
         plots.save_reliability(bins, tmp_path / f"{name}.png")
