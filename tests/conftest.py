@@ -1,7 +1,7 @@
 """Tiny models built on the spot: no download, no cache, a fraction of a second each."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,12 @@ WORDS = [
     *("good", "bad", "fine", "awful", "film", "phone", "great", "poor", "a", "the", "this", "is", "was"),
     *("really", "not", "love", "hate", "it", ".", ","),
 ]
+
+
+def rest_slow(values: Iterable[Any]) -> list[Any]:
+    """Values of a parameter of which all but the first are slow: `make test-fast` runs one case of many alike."""
+    first, *rest = values
+    return [first, *(pytest.param(value, marks=pytest.mark.slow) for value in rest)]
 
 
 @pytest.fixture(autouse=True)

@@ -145,7 +145,9 @@ def written(path: Path, value: Json) -> None:
 
 
 @pytest.mark.parametrize(("field", "value"), cases(WRONG_BLOCKS))
-def test_poise_block(field: str, value: Any, folder: Path, refused: Callable[..., str], tmp_path: Path) -> None:
+def test_a_wrong_poise_block_is_one_line(
+    field: str, value: Any, folder: Path, refused: Callable[..., str], tmp_path: Path
+) -> None:
     file = folder / "reward" / "config.json"
     right = json.loads(file.read_text())
     written(file, right | {"poise": changed(BLOCK, field, value)})
@@ -157,13 +159,17 @@ def test_poise_block(field: str, value: Any, folder: Path, refused: Callable[...
 
 
 @pytest.mark.parametrize(("field", "value"), cases(WRONG_ENSEMBLES))
-def test_ensemble(field: str, value: Any, folder: Path, refused: Callable[..., str], tmp_path: Path) -> None:
+def test_a_wrong_ensemble_is_one_line(
+    field: str, value: Any, folder: Path, refused: Callable[..., str], tmp_path: Path
+) -> None:
     written(folder / "both" / "ensemble.json", changed(ENSEMBLE | {"members": ["../a", "../b"]}, field, value))
     refused("score", str(folder / "both"), str(folder / "rows.jsonl"), "--output", str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(("field", "value"), cases(WRONG_CONFIGS))
-def test_model_folder(field: str, value: Any, folder: Path, refused: Callable[..., str], tmp_path: Path) -> None:
+def test_a_wrong_model_folder_is_one_line(
+    field: str, value: Any, folder: Path, refused: Callable[..., str], tmp_path: Path
+) -> None:
     of_labels = field == "id2label"
     file = folder / ("reward" if of_labels else "model") / "config.json"
     right = json.loads(file.read_text())
@@ -182,7 +188,7 @@ def test_model_folder(field: str, value: Any, folder: Path, refused: Callable[..
 
 @pytest.mark.parametrize("text", ["", "[]", "3", "{", '{"a": ' * 100_000, "\x00", '{"members": ["\ud800"]}'])
 @pytest.mark.parametrize("file", ["reward/config.json", "both/ensemble.json", "model/tokenizer_config.json"])
-def test_what_is_no_json_object(
+def test_a_file_that_is_no_json_object_is_one_line(
     file: str, text: str, folder: Path, refused: Callable[..., str], tmp_path: Path
 ) -> None:
     path = folder / file
@@ -203,7 +209,7 @@ def test_what_is_no_json_object(
 
 
 @pytest.mark.parametrize(("field", "value"), cases(WRONG_SCALES))
-def test_saved_scale(field: str, value: Any) -> None:
+def test_a_wrong_saved_scale_is_one_line(field: str, value: Any) -> None:
     assert RewardScale.from_json(SCALE).to_json() == SCALE | {"head_baseline": (0.0, 1.0)}
     with pytest.raises(PoiseError) as caught:
         RewardScale.from_json(changed(SCALE, field, value))
@@ -211,7 +217,7 @@ def test_saved_scale(field: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(("command", "name", "value"), wrong_settings())
-def test_config_file(
+def test_a_wrong_config_file_is_one_line(
     command: str, name: str, value: Any, refused: Callable[..., str], tmp_path: Path, folder: Path
 ) -> None:
     rows = str(folder / "rows.jsonl")
@@ -223,7 +229,9 @@ def test_config_file(
     assert name in said.replace("-", "_")
 
 
-def test_an_ensemble_of_ensembles_in_a_ring(folder: Path, refused: Callable[..., str], tmp_path: Path) -> None:
+def test_an_ensemble_of_ensembles_in_a_ring_is_refused(
+    folder: Path, refused: Callable[..., str], tmp_path: Path
+) -> None:
     for one, other in (("ring1", "ring2"), ("ring2", "ring1")):
         (folder / one).mkdir()
         written(folder / one / "ensemble.json", ENSEMBLE | {"members": [f"../{other}", "../a"]})
@@ -240,7 +248,7 @@ TEMPLATES = {
 
 
 @pytest.mark.parametrize("what", TEMPLATES)
-def test_templates(
+def test_a_wrong_template_is_one_line(
     what: str, folder: Path, refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert SECONDS <= 5

@@ -361,6 +361,7 @@ def one_line_of(read: Callable[..., Any], *arguments: Any) -> str | None:
     return message
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=250, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(HOSTILE | VALUES, min_size=1, max_size=6))
 def test_any_value_in_any_field_is_used_counted_or_named(tmp_path: Path, rows: list[Any]) -> None:

@@ -71,7 +71,7 @@ def column(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64).unsqueeze(-1)
 
 
-def test_gaussian_nll_against_scipy() -> None:
+def test_gaussian_nll_is_that_of_scipy() -> None:
     from scipy.stats import norm
 
     mean, std, target = column(0.3, -1.0), column(0.5, 2.0), torch.tensor([1.0, 0.2], dtype=torch.float64)
@@ -80,7 +80,7 @@ def test_gaussian_nll_against_scipy() -> None:
     assert value.item() == pytest.approx(expected)
 
 
-def test_crps_against_its_definition() -> None:
+def test_crps_equals_its_definition() -> None:
     """CRPS = E|X - y| - E|X - X'| / 2, by Monte Carlo."""
     generator = np.random.default_rng(0)
     for mu, sigma, y in ((0.0, 1.0, 0.5), (-1.0, 0.3, 1.0), (2.0, 3.0, 2.0)):
@@ -91,7 +91,7 @@ def test_crps_against_its_definition() -> None:
         assert value.item() == pytest.approx(expected, abs=8e-3)
 
 
-def test_probit_pairs_against_monte_carlo() -> None:
+def test_probit_pairs_agree_with_monte_carlo() -> None:
     """Phi(...) is the probability that noisy judgments of two Gaussian rewards come out in this order."""
     generator = np.random.default_rng(0)
     better = 0.8 + 0.5 * generator.standard_normal(400_000)

@@ -17,6 +17,7 @@ import transformers
 import trl
 from safetensors.torch import load_file
 
+from conftest import rest_slow
 from forked import launched
 from poise.data.types import Sample
 from poise.errors import PoiseError
@@ -66,7 +67,7 @@ def text_of(completion: Any) -> str:
 # ---- the reward alone ----
 
 
-def test_rewards_by_hand(reward_run: str) -> None:
+def test_rewards_equal_those_worked_out_by_hand(reward_run: str) -> None:
     reward = RobustReward.load(reward_run, "tradeoff(0.4)")
     first = reward(prompts=PROMPTS, completions=TEXTS)
     other = reward(prompts=PROMPTS, completions=TEXTS[::-1])  # the scale is that of the first call
@@ -82,7 +83,7 @@ def test_conversations_count_as_the_text_they_hold(reward_run: str) -> None:
     assert one == pytest.approx(other, abs=1e-5)
 
 
-def test_completions_of_several_turns() -> None:
+def test_completions_of_several_turns_end_in_text() -> None:
     asked = [{"role": "user", "content": "2 + 2?"}]
     called = [{"role": "assistant", "content": "adding"}, {"role": "tool", "content": "4"}]
     answer = {"role": "assistant", "content": "four"}
@@ -165,7 +166,7 @@ def own_script(
 
 @TRL_SETS_A_DEPRECATED_DEFAULT
 @pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
-@pytest.mark.parametrize("kind", ["standard", "conversational"])
+@pytest.mark.parametrize("kind", rest_slow(["standard", "conversational"]))
 def test_trl_trains_on_the_rewards_scored_by_hand(
     algorithm: str, kind: str, tiny_model: str, reward_run: str, tmp_path: Path
 ) -> None:
@@ -305,7 +306,9 @@ def run(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
-def test_a_run_and_one_that_was_interrupted(algorithm: str, tiny_model: str, reward_run: str, tmp_path: Path) -> None:
+def test_an_interrupted_run_ends_as_a_whole_one(
+    algorithm: str, tiny_model: str, reward_run: str, tmp_path: Path
+) -> None:
     how = settings(algorithm)
     whole = run(how, tiny_model, reward_run, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -369,7 +372,7 @@ def test_what_cannot_be_trained_is_one_line(tiny_model: str, reward_run: str, tm
 
 @TRL_SETS_A_DEPRECATED_DEFAULT
 @pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
-@pytest.mark.parametrize("ends", [(), (2, 20, 30, 40)])
+@pytest.mark.parametrize("ends", rest_slow([(2, 20, 30, 40), ()]))
 def test_completions_end_where_ppos_end(
     algorithm: str, ends: tuple[int, ...], tiny_model: str, reward_run: str, tmp_path: Path
 ) -> None:
@@ -436,7 +439,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_model: str, reward_run: st
 # ---- logs and the alarm ----
 
 
-def test_names_of_metrics() -> None:
+def test_metrics_have_the_names_of_the_monitor() -> None:
     logs = {
         "reward": 1.5, "kl": 0.1, "completions/mean_length": 20.0, "completions/clipped_ratio": 0.25, "entropy": None,
         "poise/gap": 0.5, **{f"poise/head_{k}": float(k) for k in range(11)},

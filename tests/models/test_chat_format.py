@@ -6,7 +6,7 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from conftest import CHAT_TEMPLATE, make_tokenizer
+from conftest import CHAT_TEMPLATE, make_tokenizer, rest_slow
 from poise.errors import PoiseError
 from poise.models.chat_format import (
     completion_text,
@@ -30,7 +30,7 @@ ANSWERS = (
 )
 
 
-@pytest.mark.parametrize("name", sorted(TEMPLATES))
+@pytest.mark.parametrize("name", rest_slow(sorted(TEMPLATES)))
 def test_a_reward_model_reads_the_whole_conversation(name: str) -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = TEMPLATES[name]
@@ -169,7 +169,7 @@ def conversation_ids(
 REFUSED: set[str] = set()
 
 
-@pytest.mark.parametrize("name", PLAIN_TEXTS)
+@pytest.mark.parametrize("name", rest_slow(PLAIN_TEXTS))
 def test_ids_are_those_of_the_template_for_a_familys_own_tokens(name: str) -> None:
     """For every stock template, with its markers as tokens: the ids of apply_chat_template, or one line."""
     tokenizer = family_tokenizer(name)

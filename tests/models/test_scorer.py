@@ -59,6 +59,7 @@ def test_score_is_the_same_with_padding_on_either_side(reward_run: Path, side: s
     torch.testing.assert_close(padded.std, scorer(SAMPLES).std, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "rtol"), [("single", 0.0), ("brme", 0.0), ("posterior", 1e-5)])
 def test_score_is_the_same_whether_or_not_the_prompt_is_shared(
     reward_run: Path, name: str, rtol: float, monkeypatch: pytest.MonkeyPatch

@@ -36,7 +36,7 @@ def outcomes(both: int, b: int, c: int, neither: int) -> tuple[np.ndarray, np.nd
     return after, np.repeat([1.0, 0.0, 1.0, 0.0], [both, b, c, neither])
 
 
-def test_a_paired_difference_by_hand() -> None:
+def test_a_paired_difference_equals_one_worked_out_by_hand() -> None:
     found = paired_difference(*outcomes(10, 6, 1, 3))
     assert found.difference == 0.25
     assert found.p_value == pytest.approx(2 * (1 + 7) / 2**7)  # of 7 coins none or one falls the other way
@@ -87,7 +87,7 @@ def test_the_average_of_one_benchmark_is_that_benchmark() -> None:
     assert np.ptp(alone.interval) == pytest.approx(np.ptp(one.interval) * 45 / 43)
 
 
-def test_the_interval_of_an_average_by_hand() -> None:
+def test_the_interval_of_an_average_equals_one_worked_out_by_hand() -> None:
     after, before = zip(outcomes(10, 6, 1, 3), outcomes(2, 0, 0, 6), strict=True)
     found = average_difference(after, before)
     # Spreads 6.5 + 1.5 - 5²/22 and 0.5 + 0.5 - 0, of 20 and 8 rows.
@@ -122,7 +122,7 @@ def test_benchmarks_count_equally_whatever_their_size() -> None:
     assert math.hypot(parts[0].stderr / unbiased, parts[1].stderr) / 2 == pytest.approx(means.std(), rel=0.02)
 
 
-def test_fluctuation_by_hand() -> None:
+def test_fluctuation_equals_values_worked_out_by_hand() -> None:
     rows = [{"step": step, "task": "race", "mean": mean} for step, mean in [(0, 0.5), (4, 0.7), (2, 0.3), (6, 0.6)]]
     rows.append({"step": 0, "task": "piqa", "mean": 0.4})
     found = fluctuation(rows)
@@ -179,6 +179,7 @@ def trained(training: train_policy.Config, tmp_path_factory: pytest.TempPathFact
     return train_policy.run(config).folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tune", ["lora", "full"])
 def test_benchmarks_do_not_disturb_the_training(
     training: train_policy.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tune: str
@@ -216,6 +217,7 @@ def test_benchmarks_are_asked_before_between_and_after(trained: Path) -> None:
     assert len({row["mean"] for row in rows if row["task"] == "piqa"}) > 1  # the policy did move
 
 
+@pytest.mark.slow
 def test_a_stopped_run_asks_again_what_its_checkpoint_does_not_know(
     training: train_policy.Config, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

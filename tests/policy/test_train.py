@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import forked
+from conftest import rest_slow
 from poise.cli.main import main
 from poise.data.types import Sample
 from poise.errors import PoiseError
@@ -162,6 +163,7 @@ BOUNDARIES = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_every_boundary_ends_as_an_undisturbed_one(config: Config, tmp_path: Path) -> None:
     """With a moving parameter, a moving scale and a safe policy: everything that the end needs is in the checkpoint."""
     config = dataclasses.replace(
@@ -265,7 +267,7 @@ def test_a_constant_reward_leaves_the_policy_at_the_reference(config: Config, tu
     assert max(abs(row["kl_k3"]) for row in rows) <= 1e-3
 
 
-def test_reward_scale_by_hand() -> None:
+def test_the_reward_scale_equals_one_worked_out_by_hand() -> None:
     heads = HeadRewards(torch.tensor([[0.0, 10.0], [2.0, 14.0]]), torch.ones(2, 2))
     scale = RewardScale.fit(heads, parse_objective("worst_case"))
     assert scale.head_baseline == (1.0, 12.0)
@@ -344,7 +346,7 @@ def test_a_policy_with_another_tokenizer_than_the_reward_model_is_said(
 
 
 @pytest.mark.slow
-def test_bfloat16_weights_as_on_a_gpu(
+def test_bfloat16_weights_train_as_on_a_gpu(
     config: Config, preferences_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The frozen weights in bfloat16, adapters and heads in float32; on a CPU only slower."""
@@ -441,7 +443,7 @@ def test_processes_must_share_a_step_evenly(config: Config, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("shaping", ["contrastive", "par"])
-def test_rewards_against_baselines_by_hand(config: Config, tmp_path: Path, shaping: str) -> None:
+def test_rewards_against_baselines_equal_those_worked_out_by_hand(config: Config, tmp_path: Path, shaping: str) -> None:
     given = tmp_path / "baselines.jsonl"
     texts = ["a fine film", "an awful phone", "it was good"]
     prompts = [json.loads(line)["prompt"] for line in Path(config.prompts).read_text().splitlines()]
@@ -540,7 +542,7 @@ def test_the_interval_of_the_unit_is_logged_and_kept(config: Config) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
+@pytest.mark.parametrize("algorithm", rest_slow(["rloo", "grpo"]))
 def test_other_algorithms_leave_the_same_folder(config: Config, algorithm: str) -> None:
     config = dataclasses.replace(
         config, algorithm=algorithm, num_steps=2, reward_ceiling=0.2, baseline_completions=Config.baseline_completions
@@ -649,7 +651,7 @@ def alarmed_at(*steps: int) -> Callable[..., Reading]:
 
 
 @pytest.mark.slow
-def test_actions_on_an_alarm(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_alarm_does_what_the_settings_say(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = dataclasses.replace(config, num_steps=8, save_every=2)
     monkeypatch.setattr(Monitor, "update", alarmed_at(5, 6))
     found = {
@@ -750,7 +752,7 @@ def test_ctrl_c_finishes_the_step_and_saves(config: Config, tmp_path: Path) -> N
         assert json.loads(file.metadata()["run"])["step"] == metrics.read_bytes().count(b"\n")
 
 
-def test_unknown_and_missing_trackers_are_said(config: Config) -> None:
+def test_unknown_and_missing_trackers_are_refused(config: Config) -> None:
     with pytest.raises(PoiseError, match="no tracker 'tensorbored'"):
         dataclasses.replace(config, trackers=("tensorbored",)).check()
     with pytest.raises(PoiseError, match="--trackers comet_ml: its package is not installed"):

@@ -18,7 +18,7 @@ import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from conftest import make_tokenizer
+from conftest import make_tokenizer, rest_slow
 from pages import UNSEEN, assert_all_is_seen
 from poise.cli import train_reward as command
 from poise.cli.train_reward import Config
@@ -88,7 +88,7 @@ def snippets(card: str) -> list[str]:
 # ---- the snippets ----
 
 
-@pytest.mark.parametrize("template", ["chatml", "qwen3", "qwen3_5_think", "gemma3", None])
+@pytest.mark.parametrize("template", rest_slow(["chatml", "qwen3", "qwen3_5_think", "gemma3", None]))
 @pytest.mark.parametrize("name", NAMES)
 def test_both_snippets_give_the_scores_of_the_model(
     finished: tuple[Path, Config], name: str, template: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -302,7 +302,7 @@ def test_what_a_std_is_depends_on_the_loss_and_its_calibration() -> None:
     assert "`std_scale`" not in text_of("brme", GAUSSIAN)
 
 
-def test_picture_of_reliability(tmp_path: Path, drawn_once: dict[str, Any]) -> None:
+def test_the_picture_of_reliability_shows_its_bins(tmp_path: Path, drawn_once: dict[str, Any]) -> None:
     for name, bins in (("a", BINS), ("b", BINS), ("c", BINS[:1]), ("d", [BINS[0] | {"accuracy": 0.1}, BINS[1]])):
         drawn_once.clear()
         plots.save_reliability(bins, tmp_path / f"{name}.png")

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from conftest import rest_slow
 from pages import UNSEEN, assert_all_is_seen, assert_wrong_forms_are_one_line, poison
 from poise.cli import evaluate_reward as command
 from poise.data.preferences import read_preferences
@@ -513,7 +514,7 @@ def test_characters_that_are_not_seen_are_shown_as_escapes(evaluation: Path, tmp
     assert_all_is_seen(evaluation_page.build(folder).read_text())
 
 
-@pytest.mark.parametrize("value", [None, "text", 3, [], {}, [1], {"a": 1}], ids=str)
+@pytest.mark.parametrize("value", rest_slow([None, "text", 3, [], {}, [1], {"a": 1}]), ids=str)
 def test_results_of_a_wrong_form_are_one_line(evaluation: Path, tmp_path: Path, value: Any) -> None:
     folder = shutil.copytree(evaluation, tmp_path / "page")
     assert_wrong_forms_are_one_line(folder, evaluation_page.build, value)

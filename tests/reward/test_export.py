@@ -13,6 +13,7 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from conftest import rest_slow
 from poise.data.types import Sample
 from poise.errors import PoiseError
 from poise.functional.objectives import mean
@@ -181,7 +182,7 @@ def test_sglang_gets_a_zero_bias_that_transformers_ignores(reward_run: Path, sca
 # ---- folders and refusals ----
 
 
-@pytest.mark.parametrize("scalar", ["", "mean"])
+@pytest.mark.parametrize("scalar", rest_slow(["", "mean"]))
 def test_adapters_carry_the_heads(tiny_model: str, preferences_file: Path, tmp_path: Path, scalar: str) -> None:
     """The adapter form scores as the merged checkpoint does, and plain PEFT opens it."""
     import peft
@@ -213,6 +214,7 @@ def test_adapters_carry_the_heads(tiny_model: str, preferences_file: Path, tmp_p
         export.run(Config(str(folder), str(tmp_path / "x"), adapter=True))
 
 
+@pytest.mark.slow
 def test_adapters_of_another_trunk_are_refused(tiny_model: str, preferences_file: Path, tmp_path: Path) -> None:
     """After --stage2-trunk the adapters beside the BRME are those of stage 1."""
     from poise.reward import train as train_reward

@@ -72,6 +72,7 @@ def test_reward_scale_stays_finite_and_positive() -> None:
     assert fit_reward_scale(1e6 * margin) == pytest.approx(1e-6 * fit_reward_scale(margin), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_probit_heads_have_the_scale_at_which_they_predict_best() -> None:
     """Of noisy preferences the stage-1 scale is .58 where 1.0 is best."""
     trained, _ = train(make_pairs(2400, noise=3.0), head_loss="probit_pairs", head_steps=400, head_lr=0.02)

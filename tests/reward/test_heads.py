@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import rest_slow
 from poise.models.reward_model import LastLayer
 from poise.reward.heads import (
     Heads,
@@ -175,7 +176,7 @@ def test_heads_of_regions_are_stopped_by_their_own_region() -> None:
     assert error_at_home(own) < 0.05 < 0.5 < error_at_home(wrong)
 
 
-@pytest.mark.parametrize("loss", ["gaussian_nll", "beta_nll", "crps", "probit_pairs"])
+@pytest.mark.parametrize("loss", rest_slow(["gaussian_nll", "beta_nll", "crps", "probit_pairs"]))
 def test_other_losses_learn_the_order_too(loss: str) -> None:
     features, weight = synthetic(400)
     held, true = synthetic(200, seed=1)

@@ -75,7 +75,7 @@ def test_votes_on_one_pair_are_drawn_together() -> None:
     assert width(10) == pytest.approx(width(1))
 
 
-def test_differences_of_sets() -> None:
+def test_differences_of_sets_equal_values_worked_out_by_hand() -> None:
     models = [model(0.5), model(0.5, kind="gaussian")]
     good, bad = {"chosen": [2.0], "rejected": [1.0, 0.0]}, {"chosen": [0.0], "rejected": [1.0, 0.0]}
     [found] = differences(models, [[good, bad], [good, good]], "best_of_n", {"file": np.arange(2)}, seed=0)

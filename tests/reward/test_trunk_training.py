@@ -14,6 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from conftest import rest_slow
 from forked import launched, started
 from poise.cli.main import main
 from poise.data.preferences import read_preferences
@@ -105,7 +106,7 @@ def config(model: str, preferences: Path, output: Path, **changes: object) -> Co
     return Config(str(preferences), str(output), model, **{**values, **changes})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("trunk", ["lora", "full"])
+@pytest.mark.parametrize("trunk", rest_slow(["lora", "full"]))
 def test_the_tuned_trunk_is_part_of_every_checkpoint(
     trunk: str, tiny_model: str, preferences_file: Path, tmp_path: Path
 ) -> None:
@@ -131,7 +132,7 @@ def test_the_tuned_trunk_is_part_of_every_checkpoint(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trunk", ["lora", "full"])
-def test_killed_at_any_moment_it_ends_in_the_same_weights(
+def test_a_training_killed_at_any_moment_ends_in_the_same_weights(
     trunk: str, tiny_model: str, preferences_file: Path, tmp_path: Path
 ) -> None:
     whole = train_reward.run(config(tiny_model, preferences_file, tmp_path / "whole", trunk=trunk))
@@ -161,7 +162,7 @@ def test_killed_at_any_moment_it_ends_in_the_same_weights(
 
 
 @pytest.mark.slow
-def test_stage_two_with_the_trunk(tiny_model: str, preferences_file: Path, tmp_path: Path) -> None:
+def test_stage_two_trains_a_trunk_of_its_own(tiny_model: str, preferences_file: Path, tmp_path: Path) -> None:
     """The BRME gets a trunk of its own and comes nearer to the stage-1 reward; the others stay on the frozen one."""
     changes = {"trunk": "frozen", "shards": "same", "head_loss": "gaussian_nll", "epochs": 10.0, "head_steps": 40}
     runs = {

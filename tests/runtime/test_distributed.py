@@ -47,7 +47,7 @@ def exchange(rank: int) -> dict[str, Any]:
     }
 
 
-def test_sums_and_rows_of_two_processes(tmp_path: Path) -> None:
+def test_two_processes_share_sums_and_rows(tmp_path: Path) -> None:
     for found in in_processes(2, exchange, tmp_path):
         assert found == {
             "number": 2, "total": 3.0, "gathered": [[0.0], [1.0]], "rows": [{"rank": 0}, {"rank": 1}, {"rank": 1}],

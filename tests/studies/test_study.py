@@ -141,7 +141,7 @@ def test_a_study_takes_no_folder_of_somebody_else(
 
 
 @pytest.mark.slow
-def test_a_cell_in_a_process_of_its_own(tmp_path: Path, tiny_model: str, prompts_file: Path) -> None:
+def test_a_cell_runs_in_a_process_of_its_own(tmp_path: Path, tiny_model: str, prompts_file: Path) -> None:
     bad = train_policy.Config(
         prompts=str(prompts_file), reward=str(tmp_path / "nowhere"), output=str(tmp_path / "cell"), model=tiny_model,
         num_steps=1,
@@ -164,7 +164,7 @@ def test_a_cell_begun_with_other_settings_fails_alone(tmp_path: Path, tiny_model
     assert "differs in eval_every" in (tmp_path / "cell" / "error.txt").read_text()
 
 
-def test_flipped_by_hand() -> None:
+def test_flips_change_the_share_that_was_asked_for() -> None:
     pairs = [Preference("p", f"good {i}", f"bad {i}") for i in range(8)]
     found = study.flipped(pairs, 0.25, seed=0)
     assert sum(pair.chosen.startswith("bad") for pair in found) == 2
