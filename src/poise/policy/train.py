@@ -130,7 +130,8 @@ def evaluate_on_benchmarks(training: Training, tasks: list[Task]) -> None:
     if is_main_process() and not (path.exists() and any(row["step"] == training.step for row in read_jsonl(path))):
         rows = []
         for task in tasks:
-            found = evaluate(policy.model, policy.tokenizer, task)
+            with policy.rounding():
+                found = evaluate(policy.model, policy.tokenizer, task)
             score = {"metric": found.metric, "mean": found.mean, "stderr": found.stderr, "rows": len(found.outcomes)}
             rows.append({"step": training.step, "task": task.name, **score})
         append_jsonl(path, rows)
