@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import peft
 import torch
 from jaxtyping import Float
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -33,8 +32,8 @@ from poise.functional import ppo
 from poise.models.chat_format import encode_prompt
 from poise.models.choices import Tune, ValueTrunk
 from poise.models.end_tokens import end_token_ids
-from poise.models.families import feature_size, is_low, steady_context
-from poise.models.fused_ops import AdaptedLinear, ChosenLogprob
+from poise.models.families import feature_size, is_low
+from poise.models.fused_ops import AdaptedLinear, ChosenLogprob, folded_in
 from poise.models.loading import (
     HfModel,
     HfTokenizer,
@@ -44,7 +43,16 @@ from poise.models.loading import (
     load_into_adapters,
     room_or_raise,
 )
-from poise.models.rereading import Predictions, Reading, check_rereading, choose, has_plain_head, predict
+from poise.models.rereading import (
+    Predictions,
+    Reading,
+    check_rereading,
+    choose,
+    entering_layer,
+    entering_the_head,
+    has_plain_head,
+    predict,
+)
 from poise.models.rollout import Rollout
 from poise.runtime.quiet import quiet_loading
 
@@ -126,11 +134,6 @@ class Policy(nn.Module):
                 parameter.data = parameter.data.float()
         return adapted
 
-    @property
-    def context_length(self) -> int:
-        """Most tokens of a prompt and its completion together."""
-        return steady_context(self._base)
-
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """All that training changes and a checkpoint must hold: adapters or upper layers, and the values' own."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -165,7 +168,13 @@ class Policy(nn.Module):
         position = prompt_mask.sum(-1).repeat_interleave(per_prompt)
         row_mask = prompt_mask.repeat_interleave(per_prompt, 0)
 
-        with self.rounding(), self._merged(), self._captured() as (captured, last_hidden):
+        # In low precision not folded in: a sum W + B A in bfloat16 loses what is below 2^-9 of W.
+        with (
+            self.rounding(),
+            contextlib.nullcontext() if self.low_precision else folded_in(self.model),
+            entering_layer(self._base, self._first_adapted) as captured,
+            entering_the_head(self._base) as last_hidden,
+        ):
             cache = DynamicCache(config=self.model.config)
             positions = (prompt_mask.cumsum(-1) - 1).clamp_min(0)
             out = self._base(
@@ -343,47 +352,11 @@ class Policy(nn.Module):
     def _encode(self, prompts: list[Prompt], max_tokens: int) -> tuple[Tensor, Tensor]:
         rows = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         longest = max(map(len, rows))
-        room_or_raise(longest, max_tokens, self.context_length)
+        room_or_raise(longest, max_tokens, self._base.base_model.config.get_text_config())
         device = next(self.model.parameters()).device
         ids = [[self.tokenizer.pad_token_id] * (longest - len(row)) + row for row in rows]
         mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-    @contextlib.contextmanager
-    def _captured(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        """Collect, forward after forward, what enters the first adapted layer and what enters the output layer."""
-        entering: list[Tensor] = []
-        leaving: list[Tensor] = []
-        hooks = [self._base.get_output_embeddings().register_forward_pre_hook(lambda _, x: leaving.append(x[0]))]
-        if self._first_adapted:
-            layer = self._base.base_model.layers[self._first_adapted]
-            hooks.append(layer.register_forward_pre_hook(lambda _, x: entering.append(x[0])))
-        try:
-            yield entering, leaving
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    @contextlib.contextmanager
-    def _merged(self) -> Iterator[None]:
-        """Sample from weights with the adapters folded in; afterwards the weights are bitwise what they were.
-
-        Not in low precision: a sum W + B A that is rounded to bfloat16 loses what is below 2^-9 of W.
-        """
-        layers: list[Any] = [
-            module
-            for module in self.model.modules()
-            if isinstance(module, LoraLayer) and not module.disable_adapters and not self.low_precision
-        ]
-        kept = [layer.get_base_layer().weight.data for layer in layers]
-        with self.as_reference() if layers else contextlib.nullcontext():
-            try:
-                for layer, weight in zip(layers, kept, strict=True):
-                    layer.get_base_layer().weight.data = weight + layer.get_delta_weight("default").to(weight.dtype)
-                yield
-            finally:
-                for layer, weight in zip(layers, kept, strict=True):
-                    layer.get_base_layer().weight.data = weight
 
 
 def uniforms(
