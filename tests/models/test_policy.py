@@ -1,19 +1,28 @@
 """The policy's short cuts (kept activations, packed rows, merged adapters) change nothing but speed."""
 
+import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+<<<<<<< HEAD
 from conftest import make_model, rest_slow
+=======
+from conftest import make_model
+from forked import in_processes
+>>>>>>> w-fbf
 from poise.errors import PoiseError
 from poise.models.loading import load_policy
 from poise.models.policy import Policy, _draw, uniforms
+from poise.models.rereading import check_rereading
 from poise.models.reward_model import load_trunk
 from poise.models.rollout import Rollout, packed_attention
+from poise.runtime import distributed as processes
 
 PROMPTS = ["Review a film.", [{"role": "user", "content": "And now review a phone, please."}]]
 
@@ -267,3 +276,88 @@ def test_a_rollout_beyond_a_sliding_window_is_read_again_as_it_was_sampled(tmp_p
     naive = naive_logprobs(policy, rollout)
     torch.testing.assert_close(rollout.logprob_PMT, naive, rtol=0, atol=2e-5)
     torch.testing.assert_close(policy.evaluate(rollout).logprob * rollout.mask_PMT, naive, rtol=0, atol=2e-5)
+
+
+# ---- bfloat16 ----
+
+
+@pytest.fixture
+def bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frozen weights in bfloat16, as on a GPU."""
+    monkeypatch.setattr("poise.models.loading.frozen_dtype", lambda: torch.bfloat16)
+
+
+@pytest.mark.usefixtures("bfloat16")
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_in_bfloat16_a_fresh_rollout_is_that_of_reading_it_again(any_model: str, kind: dict[str, Any]) -> None:
+    """To the bit, for a policy that has moved; and one that has not is its reference, to the bit."""
+    policy = make_policy(any_model, 1, **kind)
+    rollout = sample(policy)
+    assert rollout.sampled_PMT is not None
+    with torch.no_grad():
+        again = policy.evaluate(rollout)
+    assert torch.equal(again.logprob * rollout.mask_PMT, rollout.logprob_PMT)
+    assert torch.equal(again.value * rollout.mask_PMT, rollout.value_PMT)
+    policy.check_rereading(rollout)
+    assert (policy.reference_logprobs(rollout) * rollout.mask_PMT - rollout.logprob_PMT).abs().max() > 1e-2
+    fresh = Policy(*load_policy(any_model), adapted_layers=1, rank=4, **kind)
+    rollout = sample(fresh)
+    assert torch.equal(fresh.reference_logprobs(rollout) * rollout.mask_PMT, rollout.logprob_PMT)
+
+
+@pytest.mark.usefixtures("bfloat16")
+def test_in_bfloat16_small_adapters_count_when_sampling(tiny_model: str) -> None:
+    """Less than half of the last bit of every weight, so that a sum in bfloat16 would leave the weights as they are."""
+    policy = make_policy(tiny_model, 0)
+    for layer in (module for module in policy.model.modules() if hasattr(module, "get_delta_weight")):
+        for name, size in (("lora_A", 1.0), ("lora_B", 2.0**-15)):
+            getattr(layer, name)["default"].weight.data.sign_().mul_(size)
+        weight = layer.get_base_layer().weight
+        weight.data = 0.25 * torch.where(weight < 0, -torch.ones_like(weight), torch.ones_like(weight))
+        assert torch.equal(weight + layer.get_delta_weight("default").to(weight.dtype), weight)
+    with policy.as_reference():
+        reference = sample(policy)
+    assert reference.sampled_PMT is not None
+    assert not torch.equal(sample(policy).sampled_PMT, reference.sampled_PMT)
+
+
+def read_with_errors(sampling: float, reading: float) -> None:
+    """The check of a rollout of 2 x 50 tokens whose readings differ from sampling by these rms, in nats."""
+    config = SimpleNamespace(num_hidden_layers=30, model_type="llama")
+    config.get_text_config = lambda: config
+    model = SimpleNamespace(config=config, dtype=torch.bfloat16)  # as much of a model as the check asks for
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.ones(1, 2, 50, dtype=torch.long)
+    logprob = -torch.rand(1, 2, 50, generator=generator)
+    rollout = Rollout(ids[0, :1], ids[0, :1], ids, torch.ones(1, 2, 50), logprob, logprob, None)
+    errors = torch.randn(2, 1, 2, 50, generator=generator)
+    check_rereading(rollout, logprob + reading * errors[0], model, logprob + sampling * errors[1])
+
+
+def test_in_bfloat16_the_rounding_that_is_allowed_is_measured() -> None:
+    read_with_errors(0.046, 0.046)
+    read_with_errors(0.0, 0.005)  # one eps
+    read_with_errors(0.2, 0.24)
+    for sampling, reading in ((0.046, 0.2), (0.0, 0.02), (1.0, 0.4), (0.046, math.nan)):
+        with pytest.raises(PoiseError, match=r"differ by .* nats"):
+            read_with_errors(sampling, reading)
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_a_misreading_of_one_process_stops_all(tiny_model: str, tmp_path: Path, low: bool) -> None:
+    """Else the others would wait for it, at the next sum over processes, for ever."""
+
+    def work(rank: int) -> tuple[int, str]:
+        policy = make_policy(tiny_model, 1)
+        rollout = sample(policy)
+        again = rollout.logprob_PMT + 0.1 * rank
+        try:
+            check_rereading(rollout, again, policy._base, rollout.logprob_PMT if low else None)
+        except PoiseError as error:
+            return processes.num_processes(), str(error)
+        return processes.num_processes(), ""
+
+    found = in_processes(2, work, tmp_path)
+    assert [number for number, _ in found] == [2, 2]
+    assert found[0][1] == found[1][1]
+    assert "differ by 0.1 nats" in found[0][1]

@@ -31,7 +31,6 @@ from poise.policy import loop as training
 from poise.policy import train as train_policy
 from poise.policy.reward import std_interval
 from poise.policy.train import Config
-from poise.reward import train as train_reward
 from poise.runtime import distributed as processes
 from poise.runtime.records import read_rows
 from poise.runtime.run_folder import Run, config_dict
@@ -345,31 +344,65 @@ def test_a_policy_with_another_tokenizer_than_the_reward_model_is_said(
     assert "re-tokenized as text" in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.slow
-def test_bfloat16_weights_train_as_on_a_gpu(
-    config: Config, preferences_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The frozen weights in bfloat16, adapters and heads in float32; on a CPU only slower."""
-    from poise.models import loading as models
-    from poise.models import reward_model
+BFLOAT16_KINDS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "full": {"tune": "full"},
+    "all layers": {"tune": "full", "adapted_layers": 0},
+    "own values": {"value_trunk": "own", "entropy_coef": 0.0, "accumulation": 2},
+}
 
-    for module in (models, reward_model):
-        monkeypatch.setattr(module, "frozen_dtype", lambda: torch.bfloat16)
-    reward = train_reward.run(
-        train_reward.Config(
-            str(preferences_file),
-            str(tmp_path / "reward"),
-            model=config.model,
-            num_layers=2,
-            trunk="frozen",
-            posterior_heads=6,
-            head_steps=60,
-        )
+
+@pytest.fixture
+def bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frozen weights in bfloat16, as on a GPU; on a CPU only slower."""
+    for module in ("models.loading", "models.reward_model"):
+        monkeypatch.setattr(f"poise.{module}.frozen_dtype", lambda: torch.bfloat16)
+
+
+@pytest.mark.usefixtures("bfloat16")
+@pytest.mark.parametrize("kind", BFLOAT16_KINDS)
+def test_a_constant_reward_moves_nothing_in_bfloat16(config: Config, kind: str) -> None:
+    """To the bit: old, new and reference log-probabilities come of one path, so that no rounding is left between them.
+
+    The advantages are 0, so the gradients are 0, and Adam's step is 0 / (0 + eps).
+    """
+    config = dataclasses.replace(
+        config, objective="constant(3)", prompts_per_step=4, num_steps=3, **BFLOAT16_KINDS[kind]
     )
-    out = train_policy.run(dataclasses.replace(config, reward=str(reward.folder), num_steps=2))
-    assert all(abs(row["kl"]) < 5 for row in out.metrics())
+    out = train_policy.run(config)
+    exactly = (
+        "reward",
+        "kl",
+        "kl_k3",
+        "policy_loss",
+        "value_loss",
+        "step_kl",
+        "clipped",
+        "grad_norm",
+        "value_grad_norm",
+    )
+    assert [{name: row[name] for name in exactly} for row in out.metrics()] == 3 * [dict.fromkeys(exactly, 0.0)]
+    assert out.results is not None
+    assert out.results["kl"] == 0.0
     saved = load_file(out.folder / "checkpoint.safetensors")
-    assert all(value.dtype == torch.float32 for name, value in saved.items() if name.startswith("weight."))
+    weights = {name: value for name, value in saved.items() if name.startswith("weight.")}
+    assert all(value.dtype == torch.float32 for value in weights.values())
+    assert not any(value.any() for name, value in weights.items() if "lora_B" in name or "value_head" in name)
+
+
+@pytest.mark.usefixtures("bfloat16")
+@pytest.mark.parametrize("kind", BFLOAT16_KINDS)
+def test_before_the_first_update_ratios_are_1_and_kl_is_0_in_bfloat16(config: Config, kind: str) -> None:
+    """To the bit, with a reward that does move the policy."""
+    config = dataclasses.replace(
+        config, objective="mean", prompts_per_step=4, num_steps=2, num_epochs=1, num_minibatches=1,
+        **BFLOAT16_KINDS[kind],
+    )  # fmt: skip
+    first, second = train_policy.run(config).metrics()
+    assert first["kl"] == first["kl_k3"] == first["step_kl"] == first["clipped"] == 0.0
+    assert first["grad_norm"] > 0
+    assert second["kl_k3"] > 0  # it has moved since
+    assert second["step_kl"] == second["clipped"] == 0.0
 
 
 # ---- the reward ----

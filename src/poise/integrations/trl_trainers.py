@@ -19,7 +19,7 @@ from poise.errors import PoiseError
 from poise.integrations.trl_reward import RobustReward, Scored, policy_metrics
 from poise.models.chat_format import encode_prompt, generation_prompt
 from poise.models.end_tokens import end_token_ids
-from poise.models.loading import HfModel, HfTokenizer, has_conv1d, linear_maps, room_or_raise, steady_context_length
+from poise.models.loading import HfModel, HfTokenizer, has_conv1d, linear_maps, room_or_raise
 from poise.runtime.checkpoints import SafeCheckpoints, latest_checkpoint
 from poise.runtime.distributed import num_processes
 from poise.runtime.quiet import quiet_loading
@@ -100,7 +100,7 @@ def train(
     if settings.prompts_per_step > len(prompts):
         raise PoiseError(f"{len(prompts)} prompts are fewer than --prompts-per-step {settings.prompts_per_step}")
     longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts)
-    room_or_raise(longest, settings.max_tokens, steady_context_length(model.config))
+    room_or_raise(longest, settings.max_tokens, model.config.get_text_config())
     reward.scale = reward.scale or str(output / "scale.json")
     with quiet_loading():
         trainer = make_trainer(settings, reward, model, tokenizer, prompts, output / "trainer")

@@ -124,6 +124,11 @@ def rounding(model: HfModel) -> float:
     return 0.5 * float(torch.finfo(model.dtype).eps) * float(operations) ** 0.5
 
 
+def is_low(dtype: torch.dtype) -> bool:
+    """Does it round so coarsely that two ways of computing one log-probability differ by more than PPO may ignore?"""
+    return torch.finfo(dtype).bits < 32
+
+
 def tolerance(model: HfModel) -> float:
     """Largest difference, as a share of the whole, that two right ways of reading one text may have.
 

@@ -6,6 +6,7 @@ activations, for the table of all logits, and for fresh pages. Each of these ope
 
 import contextlib
 import ctypes
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -86,6 +87,26 @@ class AdaptedLinear(lora.Linear):
         rows = x.flatten(0, -2)
         out: Tensor = AdaptedMap.apply(rows, base.weight, base.bias, down, up, self.scaling[active[0]])
         return out.view(*x.shape[:-1], -1)
+
+
+@contextlib.contextmanager
+def folded_in(model: Any) -> Iterator[None]:
+    """Within it the adapters that are on are part of a model's weights, in the weights' dtype.
+
+    Afterwards the weights are bitwise what they were.
+    """
+    layers: list[Any] = [
+        module for module in model.modules() if isinstance(module, lora.LoraLayer) and not module.disable_adapters
+    ]
+    kept = [layer.get_base_layer().weight.data for layer in layers]
+    with model.disable_adapter() if layers else contextlib.nullcontext():
+        try:
+            for layer, weight in zip(layers, kept, strict=True):
+                layer.get_base_layer().weight.data = weight + layer.get_delta_weight("default").to(weight.dtype)
+            yield
+        finally:
+            for layer, weight in zip(layers, kept, strict=True):
+                layer.get_base_layer().weight.data = weight
 
 
 def keep_freed_memory() -> None:

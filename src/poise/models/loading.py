@@ -351,7 +351,7 @@ def check_room(model: str, prompts: list[Prompt], max_tokens: int) -> None:
     texts = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     for ids in texts:
         embedded_or_raise(ids, config.get_text_config().vocab_size, tokenizer)
-    room_or_raise(max(map(len, texts)), max_tokens, steady_context_length(config))
+    room_or_raise(max(map(len, texts)), max_tokens, config)
 
 
 def embedded_or_raise(ids: Sequence[int], num_embeddings: int, tokenizer: HfTokenizer) -> None:
@@ -363,12 +363,15 @@ def embedded_or_raise(ids: Sequence[int], num_embeddings: int, tokenizer: HfToke
         )
 
 
-def room_or_raise(longest: int, max_tokens: int, context: int) -> None:
+def room_or_raise(longest: int, max_tokens: int, config: Any) -> None:
     """The one line that `check_room` raises, for a longest prompt whose length in tokens is known."""
-    if longest + max_tokens > context:
+    steady = steady_context_length(config)
+    if longest + max_tokens > steady:
+        limit = f"the model's context of {steady}"
+        if steady < context_length(config):
+            limit = f"the {steady} tokens beyond which longrope changes the positions of a whole batch"
         raise PoiseError(
-            f"a prompt of {longest} tokens and {max_tokens} new ones exceed the model's context of {context}; "
-            f"shorten the prompt or --max-tokens"
+            f"a prompt of {longest} tokens and {max_tokens} new ones exceed {limit}; shorten the prompt or --max-tokens"
         )
 
 

@@ -2,7 +2,11 @@
 
 The lower layers are frozen and shared by the policy, its reference and its values. What enters the first trained layer
 is kept while sampling, so that neither the reference nor any PPO epoch runs the lower layers again; nor are
-log-probabilities and values of the sampled tokens computed a second time.
+log-probabilities and values of the sampled tokens computed a second time. That holds in float32.
+
+In bfloat16 two ways of computing one log-probability differ by hundredths of a nat, which PPO would take for a change
+of the policy and for KL. So there the old log-probabilities, the new ones and the reference's all come from reading the
+rollout again. Sampling runs the adapters beside the weights: folded in, small ones would be rounded away.
 
 A prompt's M completions lie in one row with it, [prompt | completion 1 | … | completion M]: each completion attends
 to the prompt and to itself, at positions that continue the prompt's. So a prompt is encoded once, however many
@@ -13,13 +17,13 @@ Shapes: _P prompts, _M completions per prompt, _T tokens of a completion, _L row
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import peft
 import torch
 from jaxtyping import Float
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -28,8 +32,8 @@ from poise.functional import ppo
 from poise.models.chat_format import encode_prompt
 from poise.models.choices import Tune, ValueTrunk
 from poise.models.end_tokens import end_token_ids
-from poise.models.families import feature_size, steady_context
-from poise.models.fused_ops import AdaptedLinear, ChosenLogprob
+from poise.models.families import feature_size, is_low
+from poise.models.fused_ops import AdaptedLinear, ChosenLogprob, folded_in
 from poise.models.loading import (
     HfModel,
     HfTokenizer,
@@ -39,7 +43,16 @@ from poise.models.loading import (
     load_into_adapters,
     room_or_raise,
 )
-from poise.models.rereading import Predictions, Reading, check_rereading, choose, has_plain_head, predict
+from poise.models.rereading import (
+    Predictions,
+    Reading,
+    check_rereading,
+    choose,
+    entering_layer,
+    entering_the_head,
+    has_plain_head,
+    predict,
+)
 from poise.models.rollout import Rollout
 from poise.runtime.quiet import quiet_loading
 
@@ -77,11 +90,16 @@ class Policy(nn.Module):
         self.end_ids = end_token_ids(model, tokenizer)
         num_layers = model.config.num_hidden_layers
         self._first_adapted = max(num_layers - adapted_layers, 0) if adapted_layers else 0
-        device = next(model.parameters()).device
+        device, self.dtype = next(model.parameters()).device, model.dtype
+        self.low_precision = is_low(model.dtype)
         self._plain_head, self._reading = has_plain_head(model), choose(model, self._first_adapted)
         trained = _upper_parameters(model, self._first_adapted)
+        if tune == "full":  # before the copies are made: the reference computes as the policy does
+            for parameter in trained:
+                parameter.data = parameter.data.float()
         twins = [_twin(model, trained) for _ in range((tune == "full") + (value_trunk == "own"))]
         self.model = self._trainable(model, trained, rank)
+        self._trains_head = self._base.get_output_embeddings().weight.requires_grad
         self.value_model = self._trainable(twins.pop(), None, rank) if value_trunk == "own" else None
         # In a list, so that it is not registered: it is neither trained nor saved.
         self._reference = [twins.pop().requires_grad_(False)] if twins else []
@@ -92,13 +110,15 @@ class Policy(nn.Module):
         nn.init.zeros_(self.value_head.bias)
 
     def _trainable(self, model: HfModel, trained: list[nn.Parameter] | None, rank: int) -> HfModel:
-        """The model with what is to be trained, in float32, and nothing else asking for gradients."""
+        """The model with what is to be trained, in float32, and nothing else asking for gradients.
+
+        trained: with `full` in float32 already; None: of a copy.
+        """
         if trained is None:
             trained = _upper_parameters(model, self._first_adapted)
         model.requires_grad_(False)
         if self.tune == "full":
             for parameter in trained:
-                parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
             return model
         config = peft.LoraConfig(
@@ -114,17 +134,14 @@ class Policy(nn.Module):
                 parameter.data = parameter.data.float()
         return adapted
 
-    @property
-    def context_length(self) -> int:
-        """Most tokens of a prompt and its completion together."""
-        return steady_context(self._base)
-
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """All that training changes and a checkpoint must hold: adapters or upper layers, and the values' own."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     @torch.no_grad()
-    def sample(self, prompts: list[Prompt], uniform: Float[Tensor, "prompts completions tokens"]) -> Rollout:
+    def sample(
+        self, prompts: list[Prompt], uniform: Float[Tensor, "prompts completions tokens"], *, read_again: bool = True
+    ) -> Rollout:
         """Sample at temperature 1 from the full distribution, so that the kept log-probabilities are exact.
 
         uniform: numbers in [0, 1), one for each token that may be drawn: how many completions of each prompt, how long
@@ -132,6 +149,8 @@ class Policy(nn.Module):
         rounding), so that one process and several draw the same; see `uniforms`.
 
         It ends at any of the model's end tokens (`end_token_ids`), or after the longest length.
+
+        read_again: give log-probabilities and values as `Policy.read_again` does; False where texts alone are wanted.
 
         Raises PoiseError if a prompt leaves no room for the completion in the model's context.
         """
@@ -149,7 +168,13 @@ class Policy(nn.Module):
         position = prompt_mask.sum(-1).repeat_interleave(per_prompt)
         row_mask = prompt_mask.repeat_interleave(per_prompt, 0)
 
-        with self._merged(), self._captured() as (captured, last_hidden):
+        # In low precision not folded in: a sum W + B A in bfloat16 loses what is below 2^-9 of W.
+        with (
+            self.rounding(),
+            contextlib.nullcontext() if self.low_precision else folded_in(self.model),
+            entering_layer(self._base, self._first_adapted) as captured,
+            entering_the_head(self._base) as last_hidden,
+        ):
             cache = DynamicCache(config=self.model.config)
             positions = (prompt_mask.cumsum(-1) - 1).clamp_min(0)
             out = self._base(
@@ -193,14 +218,40 @@ class Policy(nn.Module):
         rollout = Rollout(
             prompt_ids, prompt_mask, ids.view(shape), mask.view(shape), logprob.view(shape), value.view(shape), packed
         )
+        if self.low_precision:
+            return self.read_again(rollout) if read_again else rollout
         if self.value_model is not None:
             rollout.value_PMT = self._own_values(rollout) * rollout.mask_PMT
         return rollout
 
     @torch.no_grad()
+    def read_again(self, rollout: Rollout, parts: Sequence[Tensor] = (), *, entropy: bool = False) -> Rollout:
+        """The rollout with the log-probabilities and values that `evaluate` gives now; in float32 as it is.
+
+        parts: indices of the prompts that are read together, by default all; entropy: as for `evaluate`. Rows are read
+        to the same bit only beside as many rows, and in the same way.
+        """
+        if not self.low_precision:
+            return rollout
+        mask, kept = rollout.mask_PMT, rollout.sampled_PMT
+        logprob, value = torch.zeros_like(mask), torch.zeros_like(mask)
+        for index in parts or [torch.arange(len(mask), device=mask.device)]:
+            logprob[index], value[index], _ = self.evaluate(rollout.rows(index), entropy=entropy)
+        return replace(
+            rollout, logprob_PMT=logprob * mask, value_PMT=value * mask,
+            sampled_PMT=rollout.logprob_PMT if kept is None else kept,
+        )  # fmt: skip
+
+    @torch.no_grad()
     def check_rereading(self, rollout: Rollout) -> None:
         """Raise PoiseError unless this policy reads its own fresh rollout as it sampled it, up to rounding."""
-        check_rereading(rollout, self._read(self._base, rollout)[0], self._base)
+        if not self.low_precision:
+            check_rereading(rollout, self._read(self._base, rollout)[0], self._base)
+            return
+        rollout = rollout if rollout.sampled_PMT is not None else self.read_again(rollout)
+        each = torch.arange(len(rollout.mask_PMT), device=rollout.mask_PMT.device).unsqueeze(-1)
+        apart = [self._read(self._base, rollout.rows(one), reading=Reading(packed=False))[0] for one in each]
+        check_rereading(rollout, rollout.logprob_PMT, self._base, torch.cat(apart))
 
     def evaluate(self, rollout: Rollout, *, entropy: bool = False) -> Evaluation:
         """Log-probabilities, values and, if asked for, entropies at the sampled tokens, under the present policy."""
@@ -209,10 +260,15 @@ class Policy(nn.Module):
         return Evaluation(logprob, value, spread)
 
     @torch.no_grad()
-    def reference_logprobs(self, rollout: Rollout) -> Tensor:
-        """Log-probabilities (P, M, T) under the initial policy."""
+    def reference_logprobs(self, rollout: Rollout, parts: Sequence[Tensor] = (), *, entropy: bool = False) -> Tensor:
+        """Log-probabilities (P, M, T) under the initial policy; parts, entropy: as for `read_again`."""
         with self.as_reference():
-            return self._read(self._reference[0] if self._reference else self._base, rollout)[0]
+            if not (self.low_precision and (parts or entropy)):
+                return self._read(self._base, rollout)[0]
+            found = torch.zeros_like(rollout.mask_PMT)
+            for index in parts or [torch.arange(len(found), device=found.device)]:
+                found[index] = self._read(self._base, rollout.rows(index), entropy=entropy)[0]
+            return found
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[None]:
@@ -251,32 +307,44 @@ class Policy(nn.Module):
 
     # ---- inside ----
 
-    def _read(self, base: HfModel, rollout: Rollout, *, entropy: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _read(
+        self, base: HfModel, rollout: Rollout, *, entropy: bool = False, reading: Reading | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """(log-probabilities, last hidden states, entropies if asked for) at the sampled tokens."""
         head = base.get_output_embeddings()
-        if self._plain_head and not entropy and not head.weight.requires_grad:
-            hidden = self._predict(base, rollout, logits=False).hidden
+        # In low precision the reference's head, which is never trained, is read as the policy's is.
+        trained = self._trains_head if self.low_precision else head.weight.requires_grad
+        if self._plain_head and not entropy and not trained:
+            hidden = self._predict(base, rollout, logits=False, reading=reading).hidden
             sampled = rollout.mask_PMT.bool()
             logprob = hidden.new_zeros(sampled.shape, dtype=torch.float32)
-            logprob[sampled] = ChosenLogprob.apply(hidden[sampled], head.weight, rollout.completion_ids_PMT[sampled])
+            entering = hidden[sampled].to(head.weight.dtype)
+            logprob[sampled] = ChosenLogprob.apply(entering, head.weight, rollout.completion_ids_PMT[sampled])
             return logprob, hidden, None
-        logits, hidden = self._predict(base, rollout, logits=True)
+        logits, hidden = self._predict(base, rollout, logits=True, reading=reading)
         assert logits is not None  # asked for
         logits = logits.float()
         chosen = logits.gather(-1, rollout.completion_ids_PMT.unsqueeze(-1)).squeeze(-1)
         return chosen - logits.logsumexp(-1), hidden, ppo.token_entropy(logits) if entropy else None
 
-    def _predict(self, base: HfModel, rollout: Rollout, *, logits: bool) -> Predictions:
+    def _predict(self, base: HfModel, rollout: Rollout, *, logits: bool, reading: Reading | None = None) -> Predictions:
         # A rollout without kept hidden states, of another policy, can be read from its tokens.
-        reading = self._reading if rollout.hidden_PLH is not None else Reading(self._reading.packed)
-        return predict(base, rollout, reading, logits=logits)
+        own = self._reading if rollout.hidden_PLH is not None else Reading(self._reading.packed)
+        with self.rounding():
+            return predict(base, rollout, reading or own, logits=logits)
+
+    def rounding(self) -> contextlib.AbstractContextManager[Any]:
+        """Within it the model can be called: with `full` in low precision, its float32 weights are rounded as used."""
+        if self.tune == "full" and self.low_precision:
+            return torch.autocast(self.value_head.weight.device.type, self.dtype)
+        return contextlib.nullcontext()
 
     @property
     def _base(self) -> HfModel:
         return _without_adapters(self.model)
 
     def _value_of(self, hidden: Tensor) -> Tensor:
-        return self.value_head(hidden.float()).squeeze(-1)
+        return self.value_head(hidden.float()).squeeze(-1).float()  # `rounding` may be on
 
     def _own_values(self, rollout: Rollout) -> Tensor:
         return self._value_of(self._predict(_without_adapters(self.value_model), rollout, logits=False).hidden)
@@ -284,42 +352,11 @@ class Policy(nn.Module):
     def _encode(self, prompts: list[Prompt], max_tokens: int) -> tuple[Tensor, Tensor]:
         rows = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         longest = max(map(len, rows))
-        room_or_raise(longest, max_tokens, self.context_length)
+        room_or_raise(longest, max_tokens, self._base.base_model.config.get_text_config())
         device = next(self.model.parameters()).device
         ids = [[self.tokenizer.pad_token_id] * (longest - len(row)) + row for row in rows]
         mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-    @contextlib.contextmanager
-    def _captured(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        """Collect, forward after forward, what enters the first adapted layer and what enters the output layer."""
-        entering: list[Tensor] = []
-        leaving: list[Tensor] = []
-        hooks = [self._base.get_output_embeddings().register_forward_pre_hook(lambda _, x: leaving.append(x[0]))]
-        if self._first_adapted:
-            layer = self._base.base_model.layers[self._first_adapted]
-            hooks.append(layer.register_forward_pre_hook(lambda _, x: entering.append(x[0])))
-        try:
-            yield entering, leaving
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    @contextlib.contextmanager
-    def _merged(self) -> Iterator[None]:
-        """Sample from weights with the adapters folded in; afterwards the weights are bitwise what they were."""
-        layers: list[Any] = [
-            module for module in self.model.modules() if isinstance(module, LoraLayer) and not module.disable_adapters
-        ]
-        kept = [layer.get_base_layer().weight.data for layer in layers]
-        with self.as_reference() if layers else contextlib.nullcontext():
-            try:
-                for layer, weight in zip(layers, kept, strict=True):
-                    layer.get_base_layer().weight.data = weight + layer.get_delta_weight("default").to(weight.dtype)
-                yield
-            finally:
-                for layer, weight in zip(layers, kept, strict=True):
-                    layer.get_base_layer().weight.data = weight
 
 
 def uniforms(

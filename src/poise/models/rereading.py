@@ -156,21 +156,36 @@ def entering_layer(base: HfModel, first_layer: int) -> Iterator[list[Tensor]]:
 
 
 @torch.no_grad()
-def check_rereading(rollout: Rollout, logprob_PMT: Tensor, base: HfModel) -> None:
+def check_rereading(rollout: Rollout, logprob_PMT: Tensor, base: HfModel, apart_PMT: Tensor | None = None) -> None:
     """Raise PoiseError if a fresh rollout, read again, has other log-probabilities than sampling recorded.
 
-    PPO would train on the difference. logprob_PMT: as read again, by the weights that sampled, at temperature 1.
-    Allowed is an rms difference of `families.tolerance` nats per token: 1e-3 for 30 layers in float32, .26 in bfloat16.
-    The largest difference of all processes counts, so that all of them stop.
+    PPO would train on the difference. logprob_PMT: as read again, by the weights that sampled, at temperature 1;
+    apart_PMT: in low precision, the same in rows of their own under the model's own mask.
+
+    Allowed is in float32 an rms difference of `families.tolerance` nats per token, 1e-3 for 30 layers. In bfloat16 that
+    would be .26, far above the rounding. There the rounding of this very rollout is measured: the rms difference r
+    between sampling and reading apart, both of them the model's own ways. A right reading errs about as much. Over n
+    tokens the ratio of two such rms has a relative error of n^-1/2. Allowed is twice r, plus five of these errors; at
+    least one eps, the rounding of a logit of 2; and no more than `families.tolerance`.
+
+    The worst of all processes counts, so that all of them stop.
     """
+    recorded = rollout.logprob_PMT if rollout.sampled_PMT is None else rollout.sampled_PMT
     sampled = rollout.mask_PMT.bool()
-    difference = (logprob_PMT.float() - rollout.logprob_PMT.float())[sampled].square().mean().sqrt()
-    largest = processes.gathered(difference.reshape(1)).max().item()
-    allowed = tolerance(base)
-    if not largest <= allowed:  # NaN neither
+
+    def rms(logprob: Tensor) -> Tensor:
+        return (logprob.float() - recorded.float())[sampled].square().mean().sqrt()
+
+    found, allowed = rms(logprob_PMT), sampled.new_tensor(tolerance(base), dtype=torch.float32)
+    if apart_PMT is not None:
+        wide = 2 * (1 + 5 * sampled.sum() ** -0.5)
+        allowed = (wide * rms(apart_PMT)).clamp_min(torch.finfo(base.dtype).eps).minimum(allowed)
+    pairs = processes.gathered(torch.stack([found, allowed]).unsqueeze(0))
+    found, allowed = pairs[(pairs[:, 0] / pairs[:, 1]).nan_to_num(torch.inf).argmax()]
+    if not found <= allowed:  # NaN neither
         raise PoiseError(
             f"{base.config.model_type}: log-probabilities of the sampled tokens, read again before the first update, "
-            f"differ by {largest:.2g} nats (rounding: up to {allowed:.2g}); PPO would train on that difference, "
+            f"differ by {found:.2g} nats (rounding: up to {allowed:.2g}); PPO would train on that difference, "
             f"use --algorithm rloo or grpo"
         )
 

@@ -21,9 +21,10 @@ class Rollout:
     prompt_mask_PL: Tensor
     completion_ids_PMT: Tensor
     mask_PMT: Tensor  # 1.0 for sampled tokens, the end token included
-    logprob_PMT: Tensor
+    logprob_PMT: Tensor  # what PPO counts from: as sampling recorded it, or as `Policy.read_again` gave it
     value_PMT: Tensor
     hidden_PLH: Tensor | None  # input of the first adapted layer; None if the model cannot be split
+    sampled_PMT: Tensor | None = None  # log-probabilities as sampling recorded them, where logprob_PMT was read again
 
     def rows(self, index: Tensor) -> "Rollout":
         """The prompts at `index`, with their completions."""

@@ -92,13 +92,13 @@ class Training:
         """Sample, score, improve, log; an alarm changes or ends what follows. Returns the step's metrics."""
         config, clock = self.config, _Clock()
         batch = self._batch()[processes.share(config.prompts_per_step)]
-        rollout = self.policy.sample(batch, self._uniforms())
+        rollout = self.policy.sample(batch, self._uniforms(), read_again=False)
+        texts = self.policy.texts(rollout)
+        clock.lap("sample")
+        rollout, reference = self.learner.read(rollout)
         if not self._rereading_checked:  # before this process's first update
             self.policy.check_rereading(rollout)
             self._rereading_checked = True
-        texts = self.policy.texts(rollout)
-        clock.lap("sample")
-        reference = self.policy.reference_logprobs(rollout)
         clock.lap("reference")
         with self._naming_the_step():
             heads = gather(self.reward.heads(self.policy, batch, texts, self.step))
@@ -326,7 +326,7 @@ class Training:
         for number in range(batches):
             self.step = -1 - number  # its prompts come from an order of their own
             batch = self._batch()[mine]
-            texts = self.policy.texts(self.policy.sample(batch, self._uniforms()))
+            texts = self.policy.texts(self.policy.sample(batch, self._uniforms(), read_again=False))
             found.append(gather(self.reward.heads(self.policy, batch, texts, -1)))
             if self.validator:
                 watched.append(self.validator.heads(batch, texts))

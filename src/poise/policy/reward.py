@@ -65,7 +65,8 @@ class Baselines:
         new = [prompt for prompt in prompts if _key(prompt) not in self._heads]
         if new:
             with policy.as_reference():
-                rollout = policy.sample(new, torch.cat([self._uniforms(prompt) for prompt in new]))
+                numbers = torch.cat([self._uniforms(prompt) for prompt in new])
+                rollout = policy.sample(new, numbers, read_again=False)
             rows = []
             for prompt, texts in zip(new, policy.texts(rollout), strict=True):
                 heads = self.scorer([generated(prompt, text) for text in texts])

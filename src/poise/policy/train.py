@@ -168,7 +168,8 @@ def evaluate_on_benchmarks(training: Training, tasks: list[Task]) -> None:
     if is_main_process() and training.step not in kept:
         rows = []
         for task in tasks:
-            found = evaluate(policy.model, policy.tokenizer, task)
+            with policy.rounding():
+                found = evaluate(policy.model, policy.tokenizer, task)
             score = {
                 "metric": found.metric,
                 "mean": found.mean,

@@ -90,6 +90,7 @@ def _evaluate(
     """(results, rows to keep) of one reward model. seed: its own, so that no two have the same random uncertainty."""
     scorer = Scorer.load(path, config.max_length, cached=config.feature_cache)
     layout = scorer.layout
+    layout.check_objective(config.objective)
     results: Json = {
         "reward": path, "num_heads": layout.num_heads, "kind": layout.kind, "reward_scale": layout.reward_scale,
         "learning": _learning(path, layout),

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from poise.data.types import Preference, Sample
 from poise.errors import PoiseError
 from poise.functional.reward_losses import CENTERING, bradley_terry
-from poise.models.loading import HfModel, has_conv1d, linear_maps
+from poise.models.loading import HfModel, frozen_dtype, has_conv1d, linear_maps
 from poise.models.reward_model import HeadLayout
 from poise.models.scorer import FeatureExtractor
 from poise.models.shared_prompt import Family, PackedRows, pack, packed_hidden, separate_hidden
@@ -265,8 +265,9 @@ def training_arguments(how: TrunkTraining, folder: Path) -> transformers.Trainin
         gradient_accumulation_steps=how.batch_size // per_step,
         warmup_steps=0.05, lr_scheduler_type="linear", weight_decay=0.0, max_grad_norm=1.0,
         logging_steps=1, save_strategy="steps", save_steps=how.save_steps, save_total_limit=2,
-        bf16=gpu, use_cpu=not gpu, dataloader_pin_memory=gpu, remove_unused_columns=False, report_to="none",
-        disable_tqdm=True, seed=how.seed, data_seed=how.seed, ddp_find_unused_parameters=False,
+        bf16=frozen_dtype() == torch.bfloat16, use_cpu=not gpu, dataloader_pin_memory=gpu,
+        remove_unused_columns=False, report_to="none", disable_tqdm=True, seed=how.seed, data_seed=how.seed,
+        ddp_find_unused_parameters=False,
     )  # fmt: skip
 
 

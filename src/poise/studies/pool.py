@@ -106,7 +106,8 @@ def sample_pool(model: str, prompts: Sequence[Prompt], per_prompt: int, max_toke
     with progress("pool: sampling", len(prompts) * per_prompt) as advance:
         for start in range(0, len(prompts), size):
             batch = list(prompts[start : start + size])
-            rollout = policy.sample(batch, uniforms(len(batch), per_prompt, max_tokens, generator))
+            numbers = uniforms(len(batch), per_prompt, max_tokens, generator)
+            rollout = policy.sample(batch, numbers, read_again=False)
             for prompt, texts in zip(batch, policy.texts(rollout), strict=True):
                 rows += [{"prompt": prompt, "completion": text} for text in texts]
             advance(len(batch) * per_prompt)
