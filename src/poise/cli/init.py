@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import itertools
 import textwrap
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields, is_dataclass
@@ -80,7 +81,7 @@ def _helps(kind: type) -> dict[str, str]:
             continue
         body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
         statements = body.body if isinstance(body, ast.ClassDef) else []
-        for one, after in zip(statements, statements[1:], strict=False):
+        for one, after in itertools.pairwise(statements):
             if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name) and isinstance(after, ast.Expr):
                 found[one.target.id] = str(ast.literal_eval(after.value))
     return found
