@@ -91,7 +91,6 @@ def policy(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-<<<<<<< HEAD
 # Boundaries at which each command is killed, at least; docs/robustness.md counts them. All of them, but of trainings.
 LEAST = {
     "export": 11, "merge": 11, "ensemble": 7, "score": 13, "train-reward": 8, "train-policy": 6, "export again": 27,
@@ -99,17 +98,9 @@ LEAST = {
 TRAININGS = ("train-reward", "train-policy")
 
 
-@pytest.mark.parametrize(
-    ("command", "points"),
-    [pytest.param(name, least, marks=pytest.mark.slow) if name in TRAININGS else (name, 60)
-     for name, least in LEAST.items()],
-=======
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("command", "points"),
-    [("export", 60), ("merge", 60), ("ensemble", 60), ("score", 60), ("train-reward", 8), ("train-policy", 6),
-     ("export again", 60)],
->>>>>>> w-suite
+    ("command", "points"), [(name, least if name in TRAININGS else 60) for name, least in LEAST.items()],
 )  # fmt: skip
 def test_a_command_killed_at_every_boundary_ends_as_an_undisturbed_one(
     command: str, points: int, reward: Path, policy: Path, tiny_model: str, preferences_file: Path,

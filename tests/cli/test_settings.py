@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -105,7 +105,10 @@ def test_every_number_has_a_range(command: str) -> None:
     config = settings_of(command)[0]
     assert issubclass(config, Settings), command
     required = [f for f in dataclasses.fields(config) if f.default is dataclasses.MISSING]
-    values = {field.name: ("a", "b") if "tuple" in str(field.type) else "a" for field in required}
+    values: dict[str, Any] = {field.name: ("a", "b") if "tuple" in str(field.type) else "a" for field in required}
+    for name in values:
+        choices = get_args(get_args(hints(config)[name])[0])  # of a Literal
+        values[name] = choices[0] if choices and "tuple" not in str(hints(config)[name]) else values[name]
     for name, (kind, value) in typed_fields(config(**values)).items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             assert list(marks(kind)), f"{command} --{name} has no range"

@@ -10,12 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-<<<<<<< HEAD
 from conftest import make_model, rest_slow
-=======
-from conftest import make_model
 from forked import in_processes
->>>>>>> w-fbf
 from poise.errors import PoiseError
 from poise.models.loading import load_policy
 from poise.models.policy import Policy, _draw, uniforms

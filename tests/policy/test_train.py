@@ -97,14 +97,14 @@ def test_the_kl_budget_ends_a_run_below_it(config: Config, capsys: pytest.Captur
     settings = dataclasses.replace(config, num_steps=8, learning_rate=0.02, kl_coef=0.0)
     free = train_policy.run(dataclasses.replace(settings, output=f"{config.output}-free"))
     kl = [row["kl"] for row in free.metrics()]
-    over = next(step for step, value in enumerate(kl) if value > 0.5)
-    assert 2 <= over < 8, kl
-    bounded = train_policy.run(dataclasses.replace(settings, max_kl=0.5))
+    over = next(step for step in range(3, 8) if kl[step] > max(kl[:step]))
+    limit = (max(kl[:over]) + kl[over]) / 2
+    bounded = train_policy.run(dataclasses.replace(settings, max_kl=limit))
     assert bounded.results is not None
-    steps = max(step for step in range(0, over, config.save_every) if kl[step] <= 0.5)
+    steps = max(range(0, over, config.save_every))
     assert (bounded.results["steps"], bounded.results["ended_by"]) == (steps, "max_kl")
     assert [row["kl"] for row in bounded.metrics()] == kl[:steps]
-    assert "is above --max-kl 0.5; going back to a checkpoint below" in " ".join(capsys.readouterr().err.split())
+    assert f"is above --max-kl {limit:g}; going back to a checkpoint below" in " ".join(capsys.readouterr().err.split())
     short = train_policy.run(dataclasses.replace(settings, output=f"{config.output}-short", num_steps=steps))
     assert same_weights(bounded.folder, short.folder)
     assert free.results is not None
@@ -114,6 +114,15 @@ def test_the_kl_budget_ends_a_run_below_it(config: Config, capsys: pytest.Captur
 def same_weights(one: Path, other: Path) -> bool:
     a, b = (load_file(path / "policy" / "adapter_model.safetensors") for path in (one, other))
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_few_prompts_make_smaller_steps_than_the_default(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    default = dataclasses.replace(config, prompts_per_step=Config.prompts_per_step, num_steps=1, save_every=1)
+    out = train_policy.run(default)
+    assert len(list(read_jsonl(out.folder / "samples.jsonl"))) == 4 * config.completions_per_prompt  # of four prompts
+    assert "4 prompts are fewer than --prompts-per-step 32: a step takes 4" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(PoiseError, match="has 4 prompts, --prompts-per-step is 8"):
+        train_policy.run(dataclasses.replace(config, prompts_per_step=8, output=f"{config.output}-8"))
 
 
 def same_end(one: Path, other: Path) -> bool:

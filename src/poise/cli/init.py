@@ -63,7 +63,7 @@ def _settings(config: Any, hidden: Collection[str], group: str = "") -> Iterator
             yield "\n".join([*comment, f"{field.name}:", textwrap.indent(inner, "  ")])
         else:
             line = yaml.safe_dump(
-                {field.name: values[field.name]}, default_flow_style=None, width=_WIDTH, allow_unicode=True
+                {field.name: values[field.name]}, default_flow_style=False, width=_WIDTH, allow_unicode=True
             )
             yield "\n".join([*comment, line.rstrip("\n")])
 

@@ -80,10 +80,7 @@ def run(config: Config, given: RobustReward | None = None) -> Run:
     check = row_check_of(config.model)
     prompts = read_prompts(config.prompts, config.on_bad_row, check)
     eval_prompts = read_prompts(config.eval_prompts, config.on_bad_row, check) if config.eval_prompts else prompts
-    if len(prompts) < config.prompts_per_step:
-        raise PoiseError(
-            f"{config.prompts} has {len(prompts)} prompts, --prompts-per-step is {config.prompts_per_step}"
-        )
+    config = _with_prompts_to_take(config, len(prompts))
     check_room(config.model, [*prompts, *eval_prompts], config.max_tokens)
     if out.results is not None:
         _say_extended(config, out)
@@ -114,6 +111,23 @@ def run(config: Config, given: RobustReward | None = None) -> Run:
         )
     processes.wait()
     return out
+
+
+def _with_prompts_to_take(config: Config, count: int) -> Config:
+    """The config, with smaller steps where the default number of prompts is more than there are.
+
+    Raises PoiseError where a number that was asked for is, or too few are left to divide.
+    """
+    if count >= config.prompts_per_step:
+        return config
+    fewer = count - count % (config.num_minibatches * processes.num_processes())
+    if config.prompts_per_step != Config.prompts_per_step or not fewer:
+        raise PoiseError(f"{config.prompts} has {count} prompts, --prompts-per-step is {config.prompts_per_step}")
+    if is_main_process():
+        console.print(
+            f"{count} prompts are fewer than --prompts-per-step {config.prompts_per_step}: a step takes {fewer}"
+        )
+    return dataclasses.replace(config, prompts_per_step=fewer)
 
 
 def _say_which_heads(config: Config) -> None:
