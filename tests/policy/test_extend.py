@@ -13,7 +13,8 @@ from poise.integrations.trl_trainers import TrlSettings, _Report
 from poise.policy import train
 from poise.policy.config import Config
 from poise.policy.loop import cut_off, note_of
-from poise.runtime.run_folder import Json, Run, read_jsonl, write_json
+from poise.runtime.records import read_rows
+from poise.runtime.run_folder import Json, Run, write_json
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def test_more_steps_of_a_finished_run_are_those_of_a_longer_run(settings: Config
     assert (train.run(part).results or {})["steps"] == 2
     extended = train.run(dataclasses.replace(part, num_steps=3))
     assert without_times(extended.metrics()) == without_times(whole.metrics())
-    assert list(read_jsonl(extended.folder / "final.jsonl")) == list(read_jsonl(whole.folder / "final.jsonl"))
+    assert list(read_rows(extended.folder / "final.jsonl")) == list(read_rows(whole.folder / "final.jsonl"))
     before, after = (dict(run.results or {}) for run in (whole, extended))
     assert before | {"seconds": 0} == after | {"seconds": 0}
     with pytest.raises(PoiseError, match="differs in num_steps"):

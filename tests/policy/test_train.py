@@ -119,7 +119,7 @@ def same_weights(one: Path, other: Path) -> bool:
 def test_few_prompts_make_smaller_steps_than_the_default(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
     default = dataclasses.replace(config, prompts_per_step=Config.prompts_per_step, num_steps=1, save_every=1)
     out = train_policy.run(default)
-    assert len(list(read_jsonl(out.folder / "samples.jsonl"))) == 4 * config.completions_per_prompt  # of four prompts
+    assert len(list(read_rows(out.folder / "samples.jsonl"))) == 4 * config.completions_per_prompt  # of four prompts
     assert "4 prompts are fewer than --prompts-per-step 32: a step takes 4" in " ".join(capsys.readouterr().err.split())
     with pytest.raises(PoiseError, match="has 4 prompts, --prompts-per-step is 8"):
         train_policy.run(dataclasses.replace(config, prompts_per_step=8, output=f"{config.output}-8"))

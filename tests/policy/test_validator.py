@@ -18,7 +18,7 @@ from poise.models.scorer import Scorer, generated
 from poise.policy import train as train_policy
 from poise.policy.config import Config
 from poise.policy.validator import Validator
-from poise.runtime.run_folder import read_jsonl
+from poise.runtime.records import read_rows
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +72,8 @@ def test_a_run_is_watched_and_not_disturbed(
     )  # fmt: skip
     out = train_policy.run(config)
     alone = train_policy.run(replace(config, validator="", output=str(tmp_path / "alone")))
-    samples = list(read_jsonl(out.folder / "samples.jsonl"))
-    assert samples == list(read_jsonl(alone.folder / "samples.jsonl"))
+    samples = list(read_rows(out.folder / "samples.jsonl"))
+    assert samples == list(read_rows(alone.folder / "samples.jsonl"))
     assert all("validator" not in row for row in alone.metrics())
 
     scorer = Scorer.load(str(reward_run / "single"))

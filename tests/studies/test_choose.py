@@ -10,7 +10,8 @@ import pytest
 
 from poise.cli.main import main
 from poise.errors import PoiseError
-from poise.runtime.run_folder import read_jsonl, write_jsonl
+from poise.runtime.records import read_rows
+from poise.runtime.run_folder import write_jsonl
 from poise.studies import choose
 from poise.studies.config import ChooseConfig
 
@@ -34,7 +35,7 @@ def ladder(tmp_path: Path) -> str:
 def judge(out: Path, wins: dict[float, int]) -> None:
     """A judge who knows the texts: of each rung this many comparisons go to the policy."""
     left, rows = Counter(wins), []
-    for row in read_jsonl(out / "comparisons.jsonl"):
+    for row in read_rows(out / "comparisons.jsonl"):
         policy = "a" if row["b"].startswith("0 ") else "b"
         kl = float(row[policy].split()[0])
         better = policy if left[kl] > 0 else "ba"["ab".index(policy)]
@@ -47,7 +48,7 @@ def test_comparisons_are_blind_and_fair(ladder: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     config = ChooseConfig(ladder, str(out), per_rung=12)
     assert choose.run(config) is None
-    rows = list(read_jsonl(out / "comparisons.jsonl"))
+    rows = list(read_rows(out / "comparisons.jsonl"))
     assert [row["id"] for row in rows] == list(range(36))
     assert {frozenset(row) for row in rows} == {frozenset({"id", "prompt", "a", "b"})}
     key = json.loads((out / "key.json").read_text())

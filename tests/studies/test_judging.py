@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from poise.runtime.run_folder import read_jsonl
+from poise.runtime.records import read_rows
 from poise.studies.choose import read_judgments
 from poise.studies.judging import Judging
 
@@ -54,7 +54,7 @@ def test_judging_one_after_the_other(server: Judging) -> None:
     for number, better in enumerate(("a", "tie", "b")):
         status, page = asked(server.address, id=str(number), better=better)
         assert status == 200
-        assert len(list(read_jsonl(server.path))) == number + 1
+        assert len(list(read_rows(server.path))) == number + 1
         assert ("user: Which film?" in page) == (number == 0)
     assert "All are judged" in page
     assert read_judgments(server.path, 3) == server.serve() == {0: "a", 1: "tie", 2: "b"}

@@ -61,7 +61,7 @@ def run(config: Config) -> Json | None:
 
 def _by_a_person(out: Path, judged: Path) -> None:
     """Serve the page until every comparison is judged; Ctrl-C leaves those that are."""
-    comparisons = list(read_jsonl(out / "comparisons.jsonl"))
+    comparisons = list(records.read_rows(out / "comparisons.jsonl"))
     server = Judging(comparisons, read_judgments(judged, len(comparisons)) if judged.exists() else {}, judged)
     console.print(f"judge at {server.address}", markup=False, soft_wrap=True)
     try:
