@@ -47,7 +47,7 @@ def of_policy(**changes: Any) -> dict[str, Any]:
 def of_reward(**changes: Any) -> dict[str, Any]:
     """A study's settings with some of its reward models' changed."""
     return {
-        "reward": replace(study_config.REWARD, **({"num_layers": 2, "head_steps": 60, "posterior_heads": 6} | changes))
+        "reward": replace(study_config.REWARD, **({"num_layers": 2, "head_steps": 60} | changes))
     }
 
 
