@@ -47,9 +47,7 @@ def of_policy(**changes: Any) -> dict[str, Any]:
 
 def of_reward(**changes: Any) -> dict[str, Any]:
     """A study's settings with some of its reward models' changed."""
-    return {
-        "reward": replace(study_config.REWARD, **({"num_layers": 2, "head_steps": 60, "posterior_heads": 6} | changes))
-    }
+    return {"reward": replace(study_config.REWARD, **({"num_layers": 2, "head_steps": 60} | changes))}
 
 
 def in_this_process(job: jobs.Job, _at_a_time: int = 1) -> str:
