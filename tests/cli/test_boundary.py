@@ -47,6 +47,7 @@ def foreign_error() -> Exception:
         (RecursionError(), "nested too deeply"),
         (MemoryError(), "out of memory"),
         (ModuleNotFoundError("No module named 'x'", name="x"), "the package x is not installed"),
+        (ModuleNotFoundError("No module", name="uvicorn"), 'uvicorn is not installed: pip install "poise-rlhf[serve]"'),
     ],
 )
 def test_trouble_of_input_and_machine_is_one_line(

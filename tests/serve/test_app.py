@@ -374,6 +374,16 @@ def test_metrics_and_log_show_every_head(scorer: Scorer, tmp_path: Path) -> None
     assert all(len(row["mean"]) == heads.mean.shape[-1] and len(row["request"]) == 64 for row in rows)
 
 
+def test_a_log_that_cannot_be_written_stops_no_training(
+    scorer: Scorer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def scenario(app: Any, _: Rewards) -> list[int]:
+        return [(await post(app, "/score", asked(sample))).status for sample in SAMPLES]
+
+    assert serve(scorer, scenario, log=str(tmp_path)) == [200] * 4
+    assert capsys.readouterr().err.count("nothing more is written") == 1
+
+
 def test_the_monitor_rings() -> None:
     metrics = Metrics()
     row = {

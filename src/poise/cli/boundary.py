@@ -28,6 +28,11 @@ _READERS = {
     "bz2", "peft", "pyarrow", "requests", "safetensors", "safetensors_rust", "tokenizers", "transformers", "trl",
     "tyro", "urllib", "yaml", "zipfile", "zlib",
 }  # fmt: skip
+# Packages that only some commands need, by the extra that installs them.
+_EXTRAS = {
+    "lm_eval": "eval", "prometheus_client": "serve", "pydantic": "serve", "starlette": "serve", "trl": "trl",
+    "uvicorn": "serve",
+}  # fmt: skip
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -66,7 +71,8 @@ def _of_input(error: BaseException) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"a file is not JSON: {error}"
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("poise"):
-        return f"the package {error.name} is not installed"
+        extra = _EXTRAS.get(error.name.partition(".")[0])
+        return f"the package {error.name} is not installed" + (f': pip install "poise-rlhf[{extra}]"' if extra else "")
     if isinstance(error, Exception) and (library := _library(error)):
         return f"{library}: {type(error).__name__}: {first_line(error)} (POISE_DEBUG=1 shows where)"
     return ""

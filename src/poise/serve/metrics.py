@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summ
 
 from poise.data.types import Sample
 from poise.functional.monitor import Monitor, text_signs
+from poise.runtime.progress import console
 from poise.runtime.run_folder import Json, append_jsonl
 
 READING = 256
@@ -55,18 +56,25 @@ class Metrics:
         if len(self._gathered) >= READING:
             self._read()
         if self._log is not None:
-            head = {"time": round(time.time(), 3), "path": path, "request": request}
-            append_jsonl(
-                self._log,
-                [
-                    {**head, "prompt": sample.prompt, "completion": sample.completion, **row}
-                    for sample, row in zip(samples, rows, strict=True)
-                ],
-            )
+            self._append(path, request, samples, rows)
 
     def page(self) -> bytes:
         """The metrics as Prometheus reads them."""
         return generate_latest(self.registry)
+
+    def _append(self, path: str, request: str, samples: Sequence[Sample], rows: Sequence[Json]) -> None:
+        """Add to the log. A disk that is full ends the log, with one line, and not the training that it is about."""
+        assert self._log is not None
+        head = {"time": round(time.time(), 3), "path": path, "request": request}
+        lines = [
+            {**head, "prompt": sample.prompt, "completion": sample.completion, **row}
+            for sample, row in zip(samples, rows, strict=True)
+        ]
+        try:
+            append_jsonl(self._log, lines)
+        except OSError as error:
+            console.print(f"nothing more is written to {self._log}: {error.strerror}", markup=False, soft_wrap=True)
+            self._log = None
 
     def _read(self) -> None:
         rows, texts = [row for row, _ in self._gathered], [text for _, text in self._gathered]
