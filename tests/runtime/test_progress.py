@@ -13,6 +13,7 @@ def test_a_pipe_gets_lines_while_a_stage_goes_on(
     with progress("GRPO on mean", 3, 1) as advance:
         advance(1, "reward +0.50")
         assert capsys.readouterr().err == "GRPO on mean 2/3 reward +0.50\n"
+    assert "2/3" in capsys.readouterr().err  # where the stage ends, as before
     monkeypatch.setattr(module, "_SECONDS_BETWEEN_LINES", 60.0)
     with progress("GRPO on mean", 3) as advance:
         advance(1, "reward +0.50")
