@@ -362,8 +362,8 @@ class ChooseConfig(Settings):
     """
 
     source: tyro.conf.Positional[str]
-    """Source of the completions: a `poise train-policy` run by PPO; or rows of `prompt`, `completion`, `kl`, where
-    kl is 0 for the start's."""
+    """Source of the completions: a `poise train-policy` run by PPO; or a file with `prompt`, `completion` and
+    `kl` in each row, kl 0 for the start's."""
     output: str = "runs/choose"
     """Folder to write."""
     rungs: tuple[Positive, ...] = (5.0, 10.0, 20.0, 40.0)
