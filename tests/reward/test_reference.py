@@ -98,9 +98,9 @@ def test_an_earlier_checkpoint_gets_a_reference(
 
 def test_without_a_reference_one_line_says_what_to_do(copy: Path, texts_file: str, run: Path) -> None:
     without_reference(copy)
-    with pytest.raises(PoiseError, match="`poise reference CHECKPOINT FILE` adds them"):
+    with pytest.raises(PoiseError, match="`poise reference CHECKPOINT --preferences FILE` adds them"):
         score.run(ScoreConfig(str(copy), texts_file, "typical"))
-    with pytest.raises(PoiseError, match="`poise reference CHECKPOINT FILE` adds them"):
+    with pytest.raises(PoiseError, match="`poise reference CHECKPOINT --preferences FILE` adds them"):
         RobustReward.load(str(copy), "typical(2)")
     both = Ensemble([Scorer.load(str(run / "single"))] * 2, [0.0, 0.0], [1.0, 1.0])
     assert both(SAMPLES).distance is None
@@ -124,7 +124,7 @@ def test_a_reference_that_was_left_behind_is_missed(copy: Path, texts_file: str)
     scorer = Scorer.load(str(copy))
     assert scorer(SAMPLES).distance is None
     assert scorer.layout.reference_texts == 0
-    with pytest.raises(PoiseError, match="`poise reference CHECKPOINT FILE` adds them"):
+    with pytest.raises(PoiseError, match="`poise reference CHECKPOINT --preferences FILE` adds them"):
         score.run(ScoreConfig(str(copy), texts_file, "typical"))
 
 

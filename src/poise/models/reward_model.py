@@ -109,7 +109,7 @@ class HeadLayout:
         if name == "typical" and not self.reference_texts:
             raise PoiseError(
                 f"objective {objective} needs reference texts, which this reward model does not have; "
-                f"`poise reference CHECKPOINT FILE` adds them to a checkpoint (an ensemble takes none)"
+                f"`poise reference CHECKPOINT --preferences FILE` adds them (an ensemble takes none)"
             )
         if self.kind == "point" and self.num_heads > 1 and name in _READ_NOMINAL:
             raise PoiseError(

@@ -374,8 +374,8 @@ class ChooseConfig(Settings):
     """
 
     source: tyro.conf.Positional[str]
-    """Source of the completions: a `poise train-policy` run by PPO; or a file of `prompt`, `completion`, `kl` rows,
-    with kl 0 for those of the start."""
+    """Source of the completions: a `poise train-policy` run by PPO; or a file with `prompt`, `completion` and
+    `kl` in each row, kl 0 for the start's."""
     output: str = "runs/choose"
     """Folder to write."""
     rungs: tuple[Positive, ...] = (5.0, 10.0, 20.0, 40.0)
