@@ -107,8 +107,9 @@ def test_every_number_has_a_range(command: str) -> None:
     required = [f for f in dataclasses.fields(config) if f.default is dataclasses.MISSING]
     values: dict[str, Any] = {field.name: ("a", "b") if "tuple" in str(field.type) else "a" for field in required}
     for name in values:
-        choices = get_args(get_args(hints(config)[name])[0])  # of a Literal
-        values[name] = choices[0] if choices and "tuple" not in str(hints(config)[name]) else values[name]
+        inner = get_args(hints(config)[name])
+        choices = get_args(inner[0]) if inner else ()  # of a Literal
+        values[name] = choices[0] if choices and isinstance(values[name], str) else values[name]
     for name, (kind, value) in typed_fields(config(**values)).items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             assert list(marks(kind)), f"{command} --{name} has no range"

@@ -125,6 +125,17 @@ def test_few_prompts_make_smaller_steps_than_the_default(config: Config, capsys:
         train_policy.run(dataclasses.replace(config, prompts_per_step=8, output=f"{config.output}-8"))
 
 
+def test_a_run_folder_is_one_kind_of_heads_said_aloud(
+    config: Config, reward_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bounded = {"objective": "lower_confidence(1)", "reward_ceiling": 2.0, "settle": True, "num_steps": 1}
+    out = train_policy.run(dataclasses.replace(config, reward=str(reward_folder), **bounded))
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"lower_confidence(1) of the posterior heads of {reward_folder}; --heads takes others: single" in said
+    assert out.results is not None
+    assert out.results["num_heads"] == 6  # as many as the posterior's, not the BRME's five
+
+
 def same_end(one: Path, other: Path) -> bool:
     a, b = load_file(one / "checkpoint.safetensors"), load_file(other / "checkpoint.safetensors")
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -5,7 +5,8 @@ Torch is not imported to read them.
 
 import sys
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any, ClassVar, Literal
+from types import MappingProxyType
+from typing import Annotated, Literal
 
 import tyro
 
@@ -191,7 +192,7 @@ class Config(PpoConfig):
     """Seed of the prompts' order, the sampling and the minibatches."""
 
     # What a run without a setting, written by an earlier version, did: its config.yaml names every other one.
-    ADDED: ClassVar[dict[str, Any]] = {"heads": "brme", "max_kl": None}
+    ADDED = MappingProxyType({"heads": "brme", "max_kl": None})
 
     def for_command(self) -> "Config":
         """As `Settings.for_command`."""

@@ -75,13 +75,13 @@ def run(config: Config, given: RobustReward | None = None) -> Run:
     out.check_config(config, GROWS)
     if out.results is not None and not out.differs(config):
         return out
-    if given is None:
-        _say_which_heads(config)
     check = row_check_of(config.model)
     prompts = read_prompts(config.prompts, config.on_bad_row, check)
     eval_prompts = read_prompts(config.eval_prompts, config.on_bad_row, check) if config.eval_prompts else prompts
     config = _with_prompts_to_take(config, len(prompts))
     check_room(config.model, [*prompts, *eval_prompts], config.max_tokens)
+    if given is None:
+        _say_which_heads(config)
     if out.results is not None:
         _say_extended(config, out)
     processes.wait()  # until all have looked at what the folder holds

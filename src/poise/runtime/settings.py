@@ -115,7 +115,7 @@ class Settings:
     where that is not the default. A whole config file without one of them gets that value.
     """
 
-    ADDED: ClassVar[dict[str, Any]] = {}
+    ADDED: ClassVar[Mapping[str, Any]] = {}
 
     def check(self) -> None:
         """Raise PoiseError, one line, for a setting of a wrong type or out of range. Commands add what they need."""
