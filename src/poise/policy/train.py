@@ -78,14 +78,14 @@ def run(config: Config, given: RobustReward | None = None) -> Run:
     check = row_check_of(config.model)
     prompts = read_prompts(config.prompts, config.on_bad_row, check)
     eval_prompts = read_prompts(config.eval_prompts, config.on_bad_row, check) if config.eval_prompts else prompts
-    config = _with_prompts_to_take(config, len(prompts))
+    asked, config = config, _with_prompts_to_take(config, len(prompts))
     check_room(config.model, [*prompts, *eval_prompts], config.max_tokens)
     if given is None:
         _say_which_heads(config)
     if out.results is not None:
         _say_extended(config, out)
     processes.wait()  # until all have looked at what the folder holds
-    out = _open(config)
+    out = _open(asked)
     started = time.monotonic()
     train = _ppo if config.algorithm == "ppo" else _by_trl
     with tracked(config.trackers, out.folder, config_dict(config)) as track:
