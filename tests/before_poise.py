@@ -13,6 +13,7 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
+import beartype
 import datasets  # noqa: F401
 import jaxtyping
 import matplotlib.pyplot  # noqa: F401
@@ -22,13 +23,14 @@ import sklearn.metrics  # noqa: F401
 import transformers.trainer  # noqa: F401
 
 _jaxtyped = jaxtyping.jaxtyped
+_beartyped = beartype.beartype(conf=beartype.BeartypeConf(violation_type=jaxtyping.TypeCheckError))
 
 
 def _checked(function: Any = None, *, typechecker: Callable[[Any], Any]) -> Any:
     if function is None:
         return functools.partial(_checked, typechecker=typechecker)
     if inspect.isfunction(function) and not any(map(_has_shapes, function.__annotations__.values())):
-        return typechecker(function)
+        return _beartyped(function)
     return _jaxtyped(function, typechecker=typechecker)
 
 
