@@ -136,7 +136,7 @@ def test_adapters_of_other_kinds_are_refused_before_peft_reads_them(
 
 
 def test_every_load_says_that_no_code_is_trusted() -> None:
-    """Each `from_pretrained` in the sources passes trust_remote_code=False, but PEFT's, which takes a model or JSON, and ours."""
+    """Each `from_pretrained` in the sources passes trust_remote_code=False, but PEFT's (a model, or JSON) and ours."""
     found = 0
     for path in sorted(SOURCES.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):

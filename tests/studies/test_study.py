@@ -64,7 +64,7 @@ def test_a_study_grows_and_repeats_nothing(
 ) -> None:
     ran: list[str] = []
 
-    def note(job: jobs.Job, _at_a_time: int = 1) -> str:
+    def note(job: jobs.Job, _at_a_time: int = 1, _gpu: str | None = None) -> str:
         ran.append(str(job.folder.relative_to(tmp_path / "study")))
         return in_this_process(job)
 
@@ -101,7 +101,7 @@ def test_a_study_grows_and_repeats_nothing(
 def test_a_cell_that_fails_is_named_and_the_others_go_on(
     tmp_path: Path, preferences_file: Path, prompts_file: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail_once(job: jobs.Job, _at_a_time: int = 1) -> str:
+    def fail_once(job: jobs.Job, _at_a_time: int = 1, _gpu: str | None = None) -> str:
         return "out of memory" if job.folder.name == "constant" else in_this_process(job)
 
     monkeypatch.setattr(jobs, "run_job", fail_once)
