@@ -50,7 +50,7 @@ def of_reward(**changes: Any) -> dict[str, Any]:
     return {"reward": replace(study_config.REWARD, **({"num_layers": 2, "head_steps": 60} | changes))}
 
 
-def in_this_process(job: jobs.Job, _at_a_time: int = 1) -> str:
+def in_this_process(job: jobs.Job, _at_a_time: int = 1, _gpu: str | None = None) -> str:
     """`jobs.run_job` without starting an interpreter."""
     try:
         (train_reward if job.command == "train-reward" else train_policy).run(job.config)
@@ -65,7 +65,7 @@ def test_a_study_grows_and_repeats_nothing(
 ) -> None:
     ran: list[str] = []
 
-    def note(job: jobs.Job, _at_a_time: int = 1) -> str:
+    def note(job: jobs.Job, _at_a_time: int = 1, _gpu: str | None = None) -> str:
         ran.append(str(job.folder.relative_to(tmp_path / "study")))
         return in_this_process(job)
 
@@ -102,7 +102,7 @@ def test_a_study_grows_and_repeats_nothing(
 def test_a_cell_that_fails_is_named_and_the_others_go_on(
     tmp_path: Path, preferences_file: Path, prompts_file: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail_once(job: jobs.Job, _at_a_time: int = 1) -> str:
+    def fail_once(job: jobs.Job, _at_a_time: int = 1, _gpu: str | None = None) -> str:
         return "out of memory" if job.folder.name == "constant" else in_this_process(job)
 
     monkeypatch.setattr(jobs, "run_job", fail_once)
@@ -119,7 +119,7 @@ def test_a_cell_that_fails_is_named_and_the_others_go_on(
 def test_a_study_of_which_every_cell_fails_says_so(
     tmp_path: Path, preferences_file: Path, prompts_file: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs, "run_job", lambda _job, _at_a_time: "out of memory")
+    monkeypatch.setattr(jobs, "run_job", lambda *_: "out of memory")
     results = study.run(config(tmp_path, preferences_file, prompts_file, tiny_model)).results
     assert results["missing"] == {"noise-0/reward-0/reward": "out of memory"}
     assert "1 run is missing" in (tmp_path / "study" / "report.html").read_text()
@@ -233,7 +233,11 @@ def test_a_reward_model_in_memory_is_the_one_a_run_saves(
     from poise.models.scorer import FeatureExtractor, Scorer
 
     settings = train_reward.Config(
-        preferences=str(preferences_file), output=str(tmp_path / "run"), model=tiny_model, num_layers=2
+        preferences=str(preferences_file),
+        output=str(tmp_path / "run"),
+        model=tiny_model,
+        num_layers=2,
+        trunk="frozen",
     )
     train_reward.run(settings)
     models = train_reward.heads_in_memory(settings, FeatureExtractor(*load_trunk(tiny_model, 2), settings.max_length))
@@ -300,12 +304,16 @@ def test_dotted_options_reach_every_job() -> None:
     assert (settled.reward_ceiling, settled.settle, settled.kl_coef) == (2.0, True, 0.01)
 
 
-def test_a_job_by_default_has_the_settings_of_its_command() -> None:
+def test_a_job_by_default_has_the_laptop_s_settings() -> None:
     given = study.Config(prompts="p", eval_prompts="q", output="o")
-    assert study_config.reward_config(given, "0", 1) == train_reward.Config(
-        preferences="o/noise-0/reward-1/preferences.jsonl", output="o/noise-0/reward-1/reward", seed=1
+    assert study_config.reward_config(given, "0", 1) == replace(
+        study_config.LAPTOP_REWARD,
+        preferences="o/noise-0/reward-1/preferences.jsonl",
+        output="o/noise-0/reward-1/reward",
+        seed=1,
     )
-    assert study_config.policy_job(given, "single", 0, "0", 1).config == train_policy.Config(
+    assert study_config.policy_job(given, "single", 0, "0", 1).config == replace(
+        study_config.LAPTOP_POLICY,
         prompts="p", eval_prompts="q", reward="o/noise-0/reward-1/reward/single", objective="nominal", kl_coef=0.01,
         output="o/noise-0/reward-1/policy-0/single", seed=1000,
     )  # fmt: skip
