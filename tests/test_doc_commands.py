@@ -111,3 +111,23 @@ def test_the_journey_with_own_data(
         words = [tiny_model if option == "MODEL" else option for option in options]
         assert main([name, *words, *SHORT.get(name, [])]) == 0, f"{name}: {capsys.readouterr().err}"
     assert (tmp_path / "my-model" / "config.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_the_python_of_the_readme_runs(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    own_files(tmp_path)
+    [block] = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    shorter = {
+        '"MODEL"': repr(tiny_model),
+        "RewardConfig(": "RewardConfig(head_steps=5, feature_cache=False, ",
+        "num_steps=40": "num_steps=1, max_tokens=4, prompts_per_step=2, completions_per_prompt=2, eval_completions=1",
+    }
+    for shown, short in shorter.items():
+        assert shown in block
+        block = block.replace(shown, short)
+    names: dict[str, object] = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert (tmp_path / "my-policy" / "adapter_config.json").is_file()
+    assert (tmp_path / "my-reward-model" / "config.json").is_file()
