@@ -348,6 +348,8 @@ def test_anything_but_loopback_needs_a_token(tmp_path: Path, monkeypatch: pytest
         ServeConfig(("rm", "rm2")).check()
     with pytest.raises(PoiseError, match="scored together"):
         ServeConfig(("rm",), objective="expected_tradeoff(0.4)").check()
+    with pytest.raises(PoiseError, match="keeps logits only"):
+        ServeConfig(("rm",), objective="typical(1)").check()
 
 
 def test_metrics_and_log_show_every_head(scorer: Scorer, tmp_path: Path) -> None:
