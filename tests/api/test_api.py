@@ -181,7 +181,7 @@ def test_a_reward_in_memory_takes_its_model_along(rm: RewardModel, tmp_path: Pat
     prompts, texts = ["Say."] * 2, ["good", "awful"]
     assert copy(prompts, texts) == reward(prompts, texts)
     other = rm.heads("ensemble").in_memory().reward("mean", scale=str(tmp_path / "scale.json"))
-    with pytest.raises(PoiseError, match="scale of another reward model than the one in memory"):
+    with pytest.raises(PoiseError, match="scale of another reward model"):
         other(prompts, texts)
 
 
@@ -305,6 +305,8 @@ def test_a_policy_may_be_trained_on_a_function_of_heads(
     algorithm: Any, rm: RewardModel, tiny_model: str, prompts_file: Path
 ) -> None:
     args = dataclasses.replace(POLICY, algorithm=algorithm)
+    if algorithm == "grpo":  # it fits the scale to its first step
+        args = dataclasses.replace(args, baseline_completions=PolicyConfig.baseline_completions)
     trained = PolicyTrainer(tiny_model, rm.reward(first_head), prompts_file, args).train()
     scale = trained.results["scale"]
     row = trained.completions[0]

@@ -95,7 +95,19 @@ def test_a_finished_run_says_so_at_once(reward: Run, capsys: pytest.CaptureFixtu
 
 
 def test_every_command_that_makes_something_has_an_ending() -> None:
-    silent = {"data", "push", "report", "inspect", "chat", "watch"}  # they print what they found, or talk
+    silent = {
+        "data",
+        "push",
+        "report",
+        "inspect",
+        "chat",
+        "watch",
+        "serve",
+        "init",
+        "completion",
+        "choose",
+        "reference",
+    }  # they print what they found, or talk
     assert set(main.COMMANDS) - silent <= set(ending.ENDINGS)
 
 

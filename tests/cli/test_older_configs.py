@@ -16,7 +16,7 @@ from poise.runtime.run_folder import Run, config_dict, write_atomic
 
 OLDER = Path(__file__).parent / "older"
 # What settings that came later are in such a run: without them a run folder's reward was its BRME.
-LATER = {"train-reward": {}, "train-policy": {"heads": "brme", "max_kl": None}}
+LATER = {"train-reward": {}, "train-policy": {"heads": "brme", "max_kl": None, "validator": ""}}
 
 
 @pytest.mark.parametrize("command", list(LATER))
@@ -28,6 +28,7 @@ def test_it_is_read_as_it_was_meant(command: str, tmp_path: Path) -> None:
     config.check()
     # The run's own folder takes it, and goes on.
     write_atomic(tmp_path / "config.yaml", yaml.safe_dump(before))
+    (tmp_path / "results.json").write_text("{}")  # without any work a folder is taken over
     Run(tmp_path).check_config(config)
     with pytest.raises(PoiseError, match="differs in seed"):
         Run(tmp_path).check_config(replace(config, seed=5))

@@ -187,6 +187,7 @@ SHOWN = {
     "train-reward": ["preferences"], "evaluate-reward": ["questions"], "score": ["samples"],
     "train-policy": ["prompts", "samples"],
     "best-of-n": ["prompts"], "ensemble": ["preferences"], "study": ["preferences", "prompts"],
+    "reference": ["preferences", "samples"], "serve": ["preferences"],
 }  # fmt: skip
 
 

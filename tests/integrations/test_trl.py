@@ -331,7 +331,7 @@ def test_an_interrupted_run_ends_as_a_whole_one(
     expected = {
         "step", "reward", "reward_std", "kl", "entropy", "tokens", "ended", "heads", "nominal", "worst_case", "gap",
         "disagreement", "routing_std", "switches", "repetition", "variety", "truncated", "policy_loss", "grad_norm",
-        "clipped", "samples",
+        "clipped", "samples", "distance",
     }  # fmt: skip
     assert all(row.keys() == expected for row in whole)
     for row in whole:

@@ -248,7 +248,10 @@ def test_a_stopped_run_asks_again_what_its_checkpoint_does_not_know(
         ({"eval_rows": 0}, "--eval-rows must be at least 1"),
         ({"eval_tasks": ("lambda",)}, "no benchmark 'lambda'; choose from"),
         ({"eval_tasks": ("race",)}, "has no race.jsonl"),
-        ({"algorithm": "grpo"}, "--eval-every is for --algorithm ppo, not grpo"),
+        (
+            {"algorithm": "grpo", "baseline_completions": Config.baseline_completions},
+            "--eval-every is for --algorithm ppo, not grpo",
+        ),
     ],
 )
 def test_bad_settings_are_refused_before_a_model_is_loaded(

@@ -74,4 +74,4 @@ def test_too_little_data_and_bad_settings(tmp_path: Path, tiny_model: str) -> No
     with pytest.raises(PoiseError, match="has 3 layers"):
         train_reward.run(Config(str(path), str(tmp_path / "y"), model=tiny_model, num_layers=9))
     with pytest.raises(PoiseError, match="num-heads"):
-        train_reward.run(Config(preferences="", num_heads=0))
+        train_reward.run(Config(preferences=str(path), num_heads=0))

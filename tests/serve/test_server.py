@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import importlib
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -21,8 +23,8 @@ from typing import Any
 import pytest
 import torch
 import uvicorn
-from warm_processes import POISE, WarmProcesses, ended
 
+import forked
 from poise.cli.main import main
 from poise.data.types import Sample
 from poise.errors import PoiseError
@@ -239,7 +241,7 @@ def test_trl(expected: float, url: str) -> None:
 
 @pytest.mark.slow
 def test_a_stop_under_load_answers_what_was_accepted_and_a_restart_loses_nothing(
-    brme: str, scorer: Scorer, warm_processes: WarmProcesses, tmp_path: Path
+    brme: str, scorer: Scorer, tmp_path: Path
 ) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -247,20 +249,20 @@ def test_a_stop_under_load_answers_what_was_accepted_and_a_restart_loses_nothing
     samples = [Sample(f"Review number {i % 8}.", f"It is a good one, {i}.") for i in range(400)]
     expected = tradeoff(scorer(samples), 0.4)
     client = Client(f"http://127.0.0.1:{port}", patience=200.0)
-    first = warm_processes.start(POISE, "serve", brme, "--port", port, stderr=tmp_path / "said")
+    first = forked.started(lambda: main(["serve", brme, "--port", port]), stderr=tmp_path / "said")
     with ThreadPoolExecutor(16) as callers:
         client.score("Hi.", ["Good."])  # waits until it is there
         rewards = [callers.submit(client.score, sample.prompt, [sample.completion]) for sample in samples]
         while sum(future.done() for future in rewards) < 40:
             time.sleep(0.01)
-        first.terminate()
-        assert ended(first) == 0
+        os.kill(first.pid, signal.SIGTERM)
+        assert first.ended() == 0
         assert (tmp_path / "said").read_text() == f"5 heads, tradeoff(0.4): http://127.0.0.1:{port}\n"
         assert not all(future.done() for future in rewards)
-        second = warm_processes.start(POISE, "serve", brme, "--port", port)
+        second = forked.started(lambda: main(["serve", brme, "--port", port]))
         found = torch.tensor([future.result()[0]["reward"] for future in rewards])
-    second.terminate()
-    assert ended(second) == 0
+    os.kill(second.pid, signal.SIGTERM)
+    assert second.ended() == 0
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 

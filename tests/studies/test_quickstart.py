@@ -103,6 +103,7 @@ def test_a_quickstart_does_not_go_on_with_another_model(
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             recipes.run(settings)
+    (tmp_path / "run" / "preferences.jsonl").write_text("")  # without any work a folder is taken over
     (model / "generation_config.json").write_text("{}")
     with pytest.raises(PoiseError, match=r"begun with other inputs: --model changed since"):
         recipes.run(settings)

@@ -189,7 +189,7 @@ class RewardModel:
         if apart:
             console.print(f"left out, on a trunk of their own: {', '.join(apart)}; .heads(…) saves them")
         model, tokenizer = own.extract.classifier, own.extract.tokenizer
-        save_reward_model(target, model, tokenizer, own.weight, own.layout, own.last_layer)
+        save_reward_model(target, model, tokenizer, own.weight, own.layout, own.last_layer, own.reference)
         together = {kind: scorer for kind, scorer in others.items() if kind not in apart}
         if self.kind:
             heads = {kind: HeadSet(one.weight, one.layout, one.last_layer) for kind, one in together.items()}
@@ -223,7 +223,8 @@ def _on_trunk_of(scorer: Scorer, heads: HeadSet) -> Scorer:
     """Heads as loading their checkpoint would give them: rounded to the dtype of the trunk."""
     classifier = scorer.extract.classifier
     weight = heads.weight.to(classifier.device, classifier.dtype).float()
-    return Scorer(scorer.extract, weight, heads.layout, heads.last_layer)
+    layout = heads.layout.with_reference(scorer.reference)  # distances are the trunk's, whichever heads read it
+    return Scorer(scorer.extract, weight, layout, heads.last_layer, scorer.reference)
 
 
 def _card_in(folder: Path) -> dict[str, bytes]:

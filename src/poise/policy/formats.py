@@ -38,11 +38,11 @@ class StepRow:
     reward: float
     disagreement: float
     gap: float
-    routing_std: float
     heads: tuple[float, ...]
     alarm: bool = False
     monitor_score: float | None = None  # absent without a monitor
     kl: float | None = None  # TRL logs none at beta 0
+    routing_std: float | None = None  # absent in runs of earlier versions
     sample_seconds: NotNegative = 0.0
     score_seconds: NotNegative = 0.0
     reference_seconds: NotNegative = 0.0

@@ -21,7 +21,7 @@ class ServeConfig(Settings):
     """Serve reward models to training engines over HTTP."""
 
     rewards: tyro.conf.Positional[tuple[Reward, ...]]
-    """Reward models: checkpoint folders, hub ids, `poise train-reward` runs or an ensemble. Several act as one."""
+    """The rewards: checkpoint folders, hub ids, `poise train-reward` runs or an ensemble. Several act as one."""
     objective: str = "tradeoff(0.4)"
     """How the heads become one reward, e.g. nominal, worst_case, tradeoff(0.4), lower_confidence(1)."""
     reference: Preferences = ""

@@ -5,6 +5,7 @@ RUN/results.json   per arm: gold, proxy, KL and heads per step; final gold with 
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy import ndarray
@@ -20,6 +21,9 @@ from poise.studies.gold import gold_of, label_with_gold
 from poise.studies.pool import PoolRow, prompt_key, prompt_label
 
 NUM_SHOWN = 24
+
+
+_OF_GOLD = {"gold", "peak_gold", "drawdown", "initial_gold", "initial_gold_std"}
 
 
 def run(config: Config) -> Run:
@@ -44,10 +48,16 @@ def run(config: Config) -> Run:
         difference: Json = {"arm": arm["name"], "against": arms[0]["name"], "num_prompts": len(paired)}
         differences.append(difference | {"gold": float(paired.mean()), "interval": bootstrap_interval(paired)})
     names = [arm["name"] for arm in arms]
-    out.finish(
-        {"initial": initial, "arms": arms, "differences": differences, "completions": _side_by_side(names, finals)}
-    )
+    found = {"initial": initial, "arms": arms, "differences": differences, "completions": _side_by_side(names, finals)}
+    out.finish(found if config.gold else _without_gold(found))
     return out
+
+
+def _without_gold(found: Any) -> Any:
+    """The results with None for every measure of gold, which was NaN."""
+    if isinstance(found, dict):
+        return {name: None if name in _OF_GOLD else _without_gold(value) for name, value in found.items()}
+    return [_without_gold(value) for value in found] if isinstance(found, list) else found
 
 
 def _initial(pool: Path, per_prompt: int, gold: str) -> Json:
@@ -74,7 +84,7 @@ def _final(arm: Path, gold: str) -> list[Json]:
 
 
 def _gold_of(rows: list[Json], gold: str) -> ndarray:
-    """NaN for every row where there is no gold: results.json has null in its place."""
+    """NaN for every row where there is no gold; `_without_gold` puts None in its place."""
     return gold_of(rows, gold) if gold else np.full(len(rows), np.nan)
 
 
