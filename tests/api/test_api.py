@@ -305,8 +305,6 @@ def test_a_policy_may_be_trained_on_a_function_of_heads(
     algorithm: Any, rm: RewardModel, tiny_model: str, prompts_file: Path
 ) -> None:
     args = dataclasses.replace(POLICY, algorithm=algorithm)
-    if algorithm == "grpo":  # it fits the scale to its first step
-        args = dataclasses.replace(args, baseline_completions=PolicyConfig.baseline_completions)
     trained = PolicyTrainer(tiny_model, rm.reward(first_head), prompts_file, args).train()
     scale = trained.results["scale"]
     row = trained.completions[0]

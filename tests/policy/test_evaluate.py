@@ -249,7 +249,7 @@ def test_a_stopped_run_asks_again_what_its_checkpoint_does_not_know(
         ({"eval_tasks": ("lambda",)}, "no benchmark 'lambda'; choose from"),
         ({"eval_tasks": ("race",)}, "has no race.jsonl"),
         (
-            {"algorithm": "grpo", "baseline_completions": train_policy.Config.baseline_completions},
+            {"algorithm": "grpo"},
             "--eval-every is for --algorithm ppo, not grpo",
         ),
     ],

@@ -596,11 +596,12 @@ def test_the_interval_of_the_unit_is_logged_and_kept(config: Config) -> None:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("algorithm", rest_slow(["rloo", "grpo"]))
-def test_other_algorithms_leave_the_same_folder(config: Config, algorithm: str) -> None:
-    config = dataclasses.replace(
-        config, algorithm=algorithm, num_steps=2, reward_ceiling=0.2, baseline_completions=Config.baseline_completions
-    )
+def test_other_algorithms_leave_the_same_folder(
+    config: Config, algorithm: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dataclasses.replace(config, algorithm=algorithm, num_steps=2, reward_ceiling=0.2)
     out = train_policy.run(config)
+    assert f"--baseline-completions is not read: {algorithm} fits" in " ".join(capsys.readouterr().err.split())
     assert [row["step"] for row in out.metrics()] == [0, 1]
     assert all({"reward", "kl", "heads", "gap", "monitor_score"} <= row.keys() for row in out.metrics())
     assert out.results is not None

@@ -37,7 +37,7 @@ PPO_ONLY = {
     "value_learning_rate", "accumulation", "value_clip", "discount", "trace", "whiten_advantages", "entropy_coef",
     "max_step_kl", "tune", "value_trunk", "final_parameter", "reward_norm", "shaping", "baselines", "kl_target",
     "kl_horizon", "max_kl", "missing_eos_penalty", "settle", "validator", "eval_every", "eval_tasks", "eval_data",
-    "eval_rows", "baseline_completions",
+    "eval_rows",
 }  # fmt: skip
 
 
@@ -163,7 +163,8 @@ class Config(PpoConfig):
     max_tokens: Count = 256
     """Longest completion, in tokens."""
     baseline_completions: Count = 64
-    """Completions of the initial policy on which the reward's zero and unit are fitted."""
+    """Completions of the initial policy on which the reward's zero and unit are fitted. RLOO and GRPO fit them to their
+    first step instead."""
     eval_prompts: Prompts = ""
     """Prompts for the completions in final.jsonl; default: the training prompts."""
     eval_completions: Count = 4

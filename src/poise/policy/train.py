@@ -201,6 +201,11 @@ def _by_trl(
     """RLOO and GRPO: the same reward, prompts and adapters in TRL's trainers."""
     from poise.integrations import trl_trainers as trl_train
 
+    if config.baseline_completions != Config.baseline_completions and is_main_process():
+        console.print(
+            f"--baseline-completions is not read: {config.algorithm} fits the reward's scale to its first step",
+            markup=False, soft_wrap=True,
+        )  # fmt: skip
     names = {field.name for field in dataclasses.fields(trl_train.TrlSettings)}
     settings = trl_train.TrlSettings(**{name: getattr(config, name) for name in names})
     of: dict[str, Any] = {
