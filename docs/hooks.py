@@ -59,7 +59,7 @@ def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: File
         path = os.path.normpath(os.path.join(os.path.dirname(page.file.src_uri), target))
         if path.startswith(".."):
             text = match["text"]
-            return text if text.startswith("`") or text.startswith("!") else f"`{text}`"
+            return text if text.startswith(("`", "!")) else f"`{text}`"
         return match[0]
 
     return LINK.sub(plain, markdown)
