@@ -148,5 +148,7 @@ def _child(work: Callable[[], object], stderr: Path, environment: Mapping[str, s
     except BaseException:  # noqa: BLE001  the parent reads what happened
         traceback.print_exc()
     finally:
-        sys.stderr.flush()
-        os._exit(status if isinstance(status, int) else int(status is not None))
+        try:
+            sys.stderr.flush()
+        finally:  # whatever happens: a child that went on would be a second pytest
+            os._exit(status if isinstance(status, int) else int(status is not None))
