@@ -157,6 +157,7 @@ def test_a_cell_begun_with_other_settings_fails_alone(tmp_path: Path, tiny_model
         prompts=str(prompts_file), reward=str(tmp_path), output=str(tmp_path / "cell"), model=tiny_model
     )
     Run.open(begun.output, begun)
+    (tmp_path / "cell" / "checkpoint.safetensors").write_bytes(b"")  # without any work a folder is taken over
     failed = jobs.run_jobs([jobs.Job("train-policy", replace(begun, eval_every=10))], 1, "cells")
     assert "differs in eval_every" in failed[tmp_path / "cell"]
     assert "differs in eval_every" in (tmp_path / "cell" / "error.txt").read_text()
@@ -377,6 +378,7 @@ def test_bad_nested_settings_of_a_file_are_one_line(tmp_path: Path, text: str, m
 def test_a_study_folder_written_with_the_old_names_goes_on(tmp_path: Path, prompts_file: Path) -> None:
     pairs = write_pairs(tmp_path / "pairs.jsonl", ("a", "b"))
     wanted = config(tmp_path, pairs, prompts_file, "model")
+    wanted = replace(wanted, reward=replace(wanted.reward, head_steps=study_config.REWARD.head_steps))
     old = {
         "preferences": str(pairs), "raters": "", "prompts": str(prompts_file), "eval_prompts": str(prompts_file),
         "num_preferences": 0, "model": "model", "num_layers": 2, "num_steps": 2, "kl_coef": 0.01, "max_tokens": 4,
@@ -394,7 +396,13 @@ def test_a_study_folder_written_with_the_old_names_goes_on(tmp_path: Path, promp
     assert not kept.keys() & (study_config.RENAMED.keys() | study_config.GROWS | study_config.SET_BY_STUDY.keys())
     study._open(replace(wanted, policy=replace(wanted.policy, eval_every=10)))
     with pytest.raises(PoiseError, match=r"differs in policy\.learning_rate, reward\.trunk\)"):
-        study._open(replace(wanted, **of_policy(learning_rate=1e-4), **of_reward(trunk="lora")))
+        study._open(
+            replace(
+                wanted,
+                **of_policy(learning_rate=1e-4),
+                **of_reward(trunk="lora", head_steps=study_config.REWARD.head_steps),
+            )
+        )
     saved.write_text("{")
     with pytest.raises(PoiseError, match=r"study\.json is damaged; choose another --output$"):
         study._open(wanted)

@@ -3,7 +3,10 @@
 Every command that makes something has a function here that reads its results; one function prints what they say.
 """
 
+import contextlib
+import os
 import shlex
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +38,7 @@ def say_finished(command: str, config: Any) -> None:
     if command in _KEPT and output and is_main_process():
         run = Run(Path(output))
         if run.results is not None and not run.differs(config):
-            print(f"{on_one_line(output)} is finished; nothing is computed again (another --output makes a new run)")
+            _say(f"{on_one_line(output)} is finished; nothing is computed again (another --output makes a new run)")
 
 
 def warn_of_models(config: Any) -> None:
@@ -43,7 +46,7 @@ def warn_of_models(config: Any) -> None:
     if is_main_process():
         for path in _reward_models(config):
             for text in card_warnings(path):
-                print(f"warning: {on_one_line(path)}: {text}", flush=True)
+                _say(f"warning: {on_one_line(path)}: {text}")
 
 
 def say_ending(command: str, config: Any, done: Any) -> None:
@@ -69,7 +72,16 @@ def say_ending(command: str, config: Any, done: Any) -> None:
     if page:
         lines.append(f"page:   {page}")
     lines += [f"next:   {text}" for text in ending.next]
-    print("\n".join(map(on_one_line, lines)), flush=True)
+    _say("\n".join(map(on_one_line, lines)))
+
+
+def _say(text: str) -> None:
+    """Print; if nobody reads stdout any more, what is printed is lost, and the work is not."""
+    try:
+        print(text, flush=True)
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # else Python fails again at its exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _page(folder: Path) -> Path | None:
@@ -79,7 +91,7 @@ def _page(folder: Path) -> Path | None:
     try:
         return run_pages.build([folder])
     except (PoiseError, OSError) as error:
-        print(f"no page: {error}")
+        _say(f"no page: {error}")
         return None
 
 

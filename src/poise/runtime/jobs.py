@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from poise.errors import PoiseError
-from poise.runtime.folders import is_ours, own
+from poise.runtime.folders import clear_leftovers, is_ours, own
 from poise.runtime.progress import progress
 from poise.runtime.records import read_object
 from poise.runtime.run_folder import Run, write_json
@@ -67,6 +67,10 @@ def run_jobs(jobs: list[Job], at_a_time: int, label: str) -> dict[Path, str]:
                 free.put(gpu)
 
     todo = [job for job in jobs if Run(job.folder).results is None]
+    for job in jobs:
+        if job not in todo:  # what a killed study was writing of a job that had finished
+            clear_leftovers(job.folder / "cost.json")
+            (job.folder / "error.txt.part").unlink(missing_ok=True)
     failed: dict[Path, str] = {}
     with progress(label, len(jobs), len(jobs) - len(todo)) as advance, ThreadPoolExecutor(at_a_time) as pool:
         running = {pool.submit(run_one, job): job for job in todo}
