@@ -91,14 +91,22 @@ def launched(count: int, work: Callable[[], object], said: Path) -> None:
 
     said: a folder for what they say on stderr.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = [
-        started(work, stderr=said / f"stderr{rank}", environment=environment_of_torchrun(rank, count, port))
-        for rank in range(count)
-    ]
-    statuses = [process.ended() for process in ranks]
+    for patience in (80, 200):  # a fork of a process with threads may find a lock taken that nobody will free
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        ranks = [
+            started(work, stderr=said / f"stderr{rank}", environment=environment_of_torchrun(rank, count, port))
+            for rank in range(count)
+        ]
+        try:
+            statuses = [process.ended(patience) for process in ranks]
+            break
+        except AssertionError:
+            for process in ranks:
+                process.killed()
+            if patience == 200:
+                raise
     assert statuses == [0] * count, "\n".join((said / f"stderr{rank}").read_text()[-2000:] for rank in range(count))
 
 
