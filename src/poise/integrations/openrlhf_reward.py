@@ -4,11 +4,10 @@ The URL form, `--remote_rm_url http://127.0.0.1:8400/get_reward`, needs no file 
 apart; this one waits for a server that is restarted. OpenRLHF clips rewards to ±10 by default.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
-from poise.serve.client import Client
+from poise.serve.client import own_client as _client
 
 
 def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Any], **_: Any) -> dict[str, Any]:
@@ -21,8 +20,3 @@ def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence
     rewards = rewards[0] if len(queries) == 1 else rewards
     logs = {name: torch.tensor(value) for name, value in answer["extra_logs"].items()}
     return {"rewards": rewards, "scores": rewards, "extra_logs": logs}
-
-
-@functools.cache
-def _client() -> Client:
-    return Client()

@@ -4,10 +4,9 @@ With `--group-rm`, slime passes the samples of one prompt as a list; they are se
 """
 
 import asyncio
-import functools
 from typing import Any
 
-from poise.serve.client import Client
+from poise.serve.client import own_client as _client
 
 
 async def custom_rm(args: Any, sample: Any, **_: Any) -> Any:
@@ -17,8 +16,3 @@ async def custom_rm(args: Any, sample: Any, **_: Any) -> Any:
     asked = {"prompt": sample.prompt, "response": sample.response}
     answer = await _client().apost("/remote_rm", asked)
     return {name: value for name, value in answer.items() if name != "request"}
-
-
-@functools.cache
-def _client() -> Client:
-    return Client()

@@ -8,11 +8,11 @@ as turns. The answer has the same keys for every sample, which verl demands. Do 
 own reward-model path reads the last raw std at the wrong token.
 """
 
-import functools
 from typing import Any
 
 from poise.errors import PoiseError
-from poise.serve.client import Client, scalars
+from poise.serve.client import own_client as _client
+from poise.serve.client import scalars
 
 
 async def compute_score(
@@ -42,8 +42,3 @@ def _prompt(extra_info: dict[str, Any] | None, options: dict[str, Any]) -> Any:
     if prompt is None:
         raise PoiseError("verl gives no prompt to a reward function: put it into extra_info.prompt of the data")
     return prompt if isinstance(prompt, str) else list(prompt)  # an array, where it comes from Parquet
-
-
-@functools.cache
-def _client() -> Client:
-    return Client()

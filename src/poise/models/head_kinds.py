@@ -21,8 +21,9 @@ from torch import Tensor
 from poise.errors import PoiseError, first_line
 from poise.functional.objective_names import read_objective
 from poise.models.choices import HEAD_KINDS, HeadKind
-from poise.models.formats import read_head_block, read_object
+from poise.models.formats import read_head_block
 from poise.models.reward_model import HeadLayout, LastLayer, load_last_layer, read_layout
+from poise.runtime.records import read_object
 from poise.runtime.run_folder import write_atomic
 
 _KINDS, _WEIGHTS = "poise/heads.json", "poise/heads.safetensors"

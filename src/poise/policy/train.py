@@ -247,8 +247,9 @@ def _by_trl(
     scale = reward.fitted
     assert scale is not None  # it has been called
     done = PolicyReward(reward.scorer, reward.combine, scale=scale)
-    alarms = [{"step": row["step"], "score": row["monitor_score"]} for row in out.metrics(StepRow) if row["alarm"]]
-    return policy, done, {"steps": len(out.metrics()), "alarms": alarms}
+    rows = out.metrics(StepRow)
+    alarms = [{"step": row["step"], "score": row["monitor_score"]} for row in rows if row["alarm"]]
+    return policy, done, {"steps": len(rows), "alarms": alarms}
 
 
 def _say_extended(config: Config, out: Run) -> None:

@@ -66,9 +66,11 @@ def run_jobs(jobs: list[Job], at_a_time: int, label: str) -> dict[Path, str]:
             if free:
                 free.put(gpu)
 
-    todo = [job for job in jobs if Run(job.folder).results is None]
+    todo: list[Job] = []
     for job in jobs:
-        if job not in todo:  # what a killed study was writing of a job that had finished
+        if Run(job.folder).results is None:
+            todo.append(job)
+        else:  # what a killed study was writing of a job that had finished
             clear_leftovers(job.folder / "cost.json")
             (job.folder / "error.txt.part").unlink(missing_ok=True)
     failed: dict[Path, str] = {}

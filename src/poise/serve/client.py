@@ -10,6 +10,7 @@ raises PoiseError.
 """
 
 import asyncio
+import functools
 import hashlib
 import http.client
 import json
@@ -141,3 +142,9 @@ def scalars(row: dict[str, Any]) -> dict[str, float]:
     plain = {name: float(value) for name, value in row.items() if name not in ("mean", "std")}
     means = {f"head_{k}": value for k, value in enumerate(row["mean"])}
     return plain | means | {f"head_std_{k}": value for k, value in enumerate(row["std"])}
+
+
+@functools.cache
+def own_client() -> Client:
+    """The client of this process, with url and token from the environment: made once, for functions that keep none."""
+    return Client()

@@ -150,8 +150,7 @@ def _to_openrlhf(rows: list[Json]) -> Json:
 
 
 def _of_slime(request: SlimeRequest, tokenizer: HfTokenizer) -> list[Sample]:
-    prompt = request.prompt if isinstance(request.prompt, str) else _prompt(request.prompt)
-    return [sample_of_answer(tokenizer, prompt, request.response)]
+    return [sample_of_answer(tokenizer, _prompt(request.prompt), request.response)]
 
 
 def _to_slime(rows: list[Json]) -> Json:

@@ -21,7 +21,6 @@ from poise.data.rows import read_rows
 from poise.data.types import Prompt
 from poise.errors import PoiseError
 from poise.functional.choice import LEVEL, Decision, Ladder, choose
-from poise.models.formats import read_object
 from poise.runtime import records
 from poise.runtime.progress import console
 from poise.runtime.run_folder import Json, load_config_file, write_json, write_jsonl
@@ -39,7 +38,7 @@ def run(config: Config) -> Json | None:
     out = Path(config.output)
     if not (out / "key.json").exists():
         _prepare(config, out)
-    key = read_object(out / "key.json")
+    key = records.read_object(out / "key.json")
     if key["source"] != config.source:
         raise PoiseError(f"--output {out} holds comparisons of {key['source']}; choose another folder")
     judged = out / "judgments.jsonl"
