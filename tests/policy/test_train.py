@@ -27,13 +27,15 @@ from poise.functional.monitor import Monitor, Reading
 from poise.functional.objectives import HeadRewards, RewardScale, joined, parameter, parse_objective
 from poise.models.policy import Policy
 from poise.models.scorer import Scorer, generated
+from poise.policy import ladder
 from poise.policy import loop as training
 from poise.policy import train as train_policy
+from poise.policy.ladder import Ladder, kept_policy
 from poise.policy.reward import std_interval
 from poise.policy.train import Config
 from poise.runtime import distributed as processes
 from poise.runtime.records import read_rows
-from poise.runtime.run_folder import Run, config_dict
+from poise.runtime.run_folder import Run, config_dict, keep_rows_before
 from poise.studies.config import LAPTOP_POLICY
 
 
@@ -106,13 +108,61 @@ def test_the_kl_budget_ends_a_run_below_it(config: Config, capsys: pytest.Captur
     assert [row["kl"] for row in bounded.metrics()] == kl[:steps]
     assert f"is above --max-kl {limit:g}; going back to a checkpoint below" in " ".join(capsys.readouterr().err.split())
     short = train_policy.run(dataclasses.replace(settings, output=f"{config.output}-short", num_steps=steps))
-    assert same_weights(bounded.folder, short.folder)
+    assert same_weights(bounded.folder / "policy", short.folder / "policy")
     assert free.results is not None
     assert free.results["ended_by"] == "num_steps"
+    # Killed when it has ended and before it says so, it ends the same; and more steps are not what it lacks.
+    stormy = dataclasses.replace(settings, max_kl=limit, output=f"{config.output}-stormy")
+    boundary = f"before results.json at {steps}"
+    assert forked.status_of(lambda: run_until(stormy, boundary)) == -signal.SIGKILL
+    again = train_policy.run(stormy)
+    assert lasting([again.results or {}]) == lasting([bounded.results])
+    assert same_weights(bounded.folder / "policy", again.folder / "policy")
+    with pytest.raises(PoiseError, match=r"was ended by --max-kl .*; more --num-steps do not make it go on"):
+        train_policy.run(dataclasses.replace(stormy, num_steps=20))
+
+
+def test_the_ladder_keeps_the_first_policy_at_each_rung(config: Config) -> None:
+    """Each is the policy whose completions have the KL of its row: the one that a run of as many steps ends with."""
+    settings = dataclasses.replace(config, num_steps=8, learning_rate=0.02, kl_coef=0.0, save_every=8)
+    plain = train_policy.run(dataclasses.replace(settings, keep_at_kl=(), output=f"{config.output}-plain"))
+    kl = [row["kl"] for row in plain.metrics()]
+    first, second = sorted(value for step, value in enumerate(kl) if step and value > max(kl[:step]))[:2]
+    out = train_policy.run(dataclasses.replace(settings, keep_at_kl=(second, 1e6, first)))
+    assert lasting(plain.metrics()) == lasting(out.metrics())
+    rows = list(read_rows(out.folder / "ladder.jsonl"))
+    assert [(row["rung"], row["kl"]) for row in rows] == [(first, first), (second, second)]
+    assert sorted(place.name for place in (out.folder / "ladder").iterdir()) == sorted(
+        f"kl-{rung:g}" for rung in (first, second)
+    )
+    for row in rows:
+        assert kl[row["step"]] == row["kl"]
+        short = dataclasses.replace(settings, num_steps=row["step"], output=f"{config.output}-{row['step']}")
+        kept = kept_policy(out.folder, row["rung"])
+        assert kept is not None
+        assert same_weights(train_policy.run(short).folder / "policy", kept)
+    assert kept_policy(out.folder, 1e6) is None
+
+
+def test_a_step_past_several_rungs_is_kept_at_the_highest(tmp_path: Path) -> None:
+    class Saved(Policy):
+        def __init__(self) -> None: ...
+
+        def save(self, folder: str) -> None:
+            (Path(folder) / "weights").write_text("x")
+
+    kept = Ladder(tmp_path, (40.0, 5.0, 10.0))
+    for step, kl in enumerate([0.0, 4.9, 12.0, 6.0, 11.0, 39.0, 90.0]):
+        kept.keep(Saved(), step, kl)
+    rows = list(read_rows(tmp_path / "ladder.jsonl"))
+    assert rows == [{"step": 2, "rung": 10.0, "kl": 12.0}, {"step": 6, "rung": 40.0, "kl": 90.0}]
+    keep_rows_before(tmp_path / "ladder.jsonl", 3)
+    kept.drop_unlisted()
+    assert [place.name for place in (tmp_path / "ladder").iterdir()] == ["kl-10"]
 
 
 def same_weights(one: Path, other: Path) -> bool:
-    a, b = (load_file(path / "policy" / "adapter_model.safetensors") for path in (one, other))
+    a, b = (load_file(path / "adapter_model.safetensors") for path in (one, other))
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -177,6 +227,7 @@ def test_a_killed_run_ends_bitwise_as_an_undisturbed_one(config: Config, tmp_pat
 BOUNDARIES = (
     "before one_step at 0", "after one_step at 1", "before safe.safetensors at 2", "after safe.safetensors at 2",
     "before samples.jsonl at 2", "after samples.jsonl at 2", "after metrics.jsonl at 2",
+    "before ladder.jsonl at 3", "after ladder.jsonl at 3",
     "before checkpoint.safetensors at 4", "after checkpoint.safetensors at 4", "before final sampling at 4",
     "before final.jsonl at 4", "after final.jsonl at 4", "before results.json at 4",
 )  # fmt: skip
@@ -187,7 +238,7 @@ def test_a_run_killed_at_every_boundary_ends_as_an_undisturbed_one(config: Confi
     """With a moving parameter, a moving scale and a safe policy: everything that the end needs is in the checkpoint."""
     config = dataclasses.replace(
         config, objective="tradeoff(0.9)", final_parameter=0.0, reward_norm="running", on_alarm="rollback",
-        alarm_threshold=1e6,
+        alarm_threshold=1e6, keep_at_kl=(1e-9, 1e-3),
     )  # fmt: skip
     calm, stormy = (dataclasses.replace(config, output=str(tmp_path / name)) for name in ("calm", "stormy"))
     whole = train_policy.run(calm)
@@ -196,7 +247,7 @@ def test_a_run_killed_at_every_boundary_ends_as_an_undisturbed_one(config: Confi
     assert forked.status_of(lambda: train_policy.run(stormy)) == 0
     resumed = Run(Path(stormy.output))
     assert same_end(whole.folder, resumed.folder)
-    for name in ("final.jsonl", "samples.jsonl"):
+    for name in ("final.jsonl", "samples.jsonl", "ladder.jsonl"):
         assert (whole.folder / name).read_text() == (resumed.folder / name).read_text()
     assert lasting(whole.metrics()) == lasting(resumed.metrics())
     assert lasting([whole.results or {}]) == lasting([resumed.results or {}])
@@ -227,6 +278,7 @@ def run_until(config: Config, boundary: str) -> None:
     watched(training.Training, "one_step", lambda *_: "one_step")
     watched(training.Learner, "save", lambda _, path, *__: path.name)
     watched(training, "append_jsonl", lambda path, *_: path.name)
+    watched(ladder, "append_jsonl", lambda path, *_: path.name)
     watched(Run, "log", lambda *_: "metrics.jsonl")
     watched(train_policy, "sample_policy", lambda *_: "final sampling")
     watched(train_policy, "write_jsonl", lambda path, *_: path.name)

@@ -208,6 +208,7 @@ def test_what_it_was_trained_with() -> None:
     assert "None" not in text
     assert "all layers of `user/model`" in text_of({"adapted_layers": 0})
     assert "(1 head, objective" in text_of(results={"num_heads": 1})
+    assert "(2 posterior heads, objective" in text_of(results={"num_heads": 2, "heads": "posterior"})
 
 
 def test_limits_are_said() -> None:

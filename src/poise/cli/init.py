@@ -18,7 +18,10 @@ from poise.runtime.progress import console
 from poise.runtime.run_folder import config_dict, write_atomic
 from poise.runtime.settings import Settings
 
-HOMES = {"train-reward": "poise.reward.config", "train-policy": "poise.policy.config", "study": "poise.studies.config"}
+HOMES = {
+    "train-reward": "poise.reward.config:Config", "train-policy": "poise.policy.config:Config",
+    "study": "poise.studies.config:Config", "serve": "poise.serve.config:ServeConfig",
+}  # fmt: skip
 _WIDTH = 100
 
 
@@ -26,7 +29,7 @@ _WIDTH = 100
 class Config(Settings):
     """Write a commented file of a command's settings, all at their defaults, to edit and pass to --config."""
 
-    command: tyro.conf.Positional[Literal["train-reward", "train-policy", "study"]]
+    command: tyro.conf.Positional[Literal["train-reward", "train-policy", "study", "serve"]]
     """The command whose settings to write."""
     output: str = ""
     """File to write; default: COMMAND.yaml here. A file that exists is not replaced."""
@@ -44,10 +47,11 @@ def run(config: Config) -> Path:
 
 def text_of(command: str) -> str:
     """The YAML of a command's default settings, each after its help text."""
-    home = importlib.import_module(HOMES[command])
-    hidden = set(getattr(home, "SET_BY_STUDY", ()))
-    title = _comment(f"{inspect.getdoc(home.Config)}\n\npoise {command} --config THIS_FILE")
-    return "\n\n".join(["\n".join(title), *_settings(home.Config(), hidden)]) + "\n"
+    place, _, name = HOMES[command].partition(":")
+    home = importlib.import_module(place)
+    config, hidden = getattr(home, name), set(getattr(home, "SET_BY_STUDY", ()))
+    title = _comment(f"{inspect.getdoc(config)}\n\npoise {command} --config THIS_FILE")
+    return "\n\n".join(["\n".join(title), *_settings(config(), hidden)]) + "\n"
 
 
 def _settings(config: Any, hidden: Collection[str], group: str = "") -> Iterator[str]:

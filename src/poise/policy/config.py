@@ -36,13 +36,13 @@ from poise.runtime.trackers import check_trackers
 PPO_ONLY = {
     "value_learning_rate", "accumulation", "value_clip", "discount", "trace", "whiten_advantages", "entropy_coef",
     "max_step_kl", "tune", "value_trunk", "final_parameter", "reward_norm", "shaping", "baselines", "kl_target",
-    "kl_horizon", "max_kl", "missing_eos_penalty", "settle", "validator", "eval_every", "eval_tasks", "eval_data",
-    "eval_rows",
+    "kl_horizon", "max_kl", "keep_at_kl", "missing_eos_penalty", "settle", "validator", "eval_every", "eval_tasks",
+    "eval_data", "eval_rows",
 }  # fmt: skip
 
 
 # Values that turn such a setting off, where the default does not: runs of earlier versions have them in their files.
-_OFF = {"accumulation": 1, "kl_target": None, "kl_horizon": 10_000.0, "settle": False}
+_OFF = {"accumulation": 1, "kl_target": None, "kl_horizon": 10_000.0, "settle": False, "keep_at_kl": ()}
 
 
 def unread_settings(algorithm: str) -> set[str]:
@@ -154,6 +154,9 @@ class Config(PpoConfig):
     max_kl: Positive | None = None
     """Stop once the KL of a step's completions exceeds this many nats, and go back to the last checkpoint that did
     not."""
+    keep_at_kl: tuple[Positive, ...] = (5.0, 10.0, 20.0, 40.0)
+    """Keep the first policy whose KL reaches each of these, in nats, in RUN/ladder: `poise choose` finds out which to
+    take. With --tune full each is a whole model."""
     num_steps: Count = 40
     """PPO steps."""
     prompts_per_step: Count = 32
@@ -193,7 +196,7 @@ class Config(PpoConfig):
     """Seed of the prompts' order, the sampling and the minibatches."""
 
     # What a run without a setting, written by an earlier version, did: its config.yaml names every other one.
-    ADDED = MappingProxyType({"heads": "brme", "max_kl": None, "validator": ""})
+    ADDED = MappingProxyType({"heads": "brme", "max_kl": None, "validator": "", "keep_at_kl": []})
 
     def for_command(self) -> "Config":
         """As `Settings.for_command`."""

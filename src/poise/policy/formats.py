@@ -80,6 +80,15 @@ class BaselineRow:
 
 
 @dataclass(frozen=True)
+class RungRow:
+    """A row of ladder.jsonl: the policy kept at a rung of KL, the step it sampled in, and its measured KL, in nats."""
+
+    step: WholeNumber
+    rung: NotNegative
+    kl: float
+
+
+@dataclass(frozen=True)
 class BenchmarkRow:
     """A row of benchmarks.jsonl."""
 
@@ -99,6 +108,7 @@ class Outcome:
     kl: float
     num_heads: Count
     scale: dict[str, Any]
+    heads: str = ""  # which of a `poise train-reward` run's were the reward
 
 
 @dataclass(frozen=True)
@@ -119,9 +129,10 @@ class Checkpoint:
     scale: dict[str, Any]
     pessimism: WholeNumber
     alarms: list[dict[str, float | str]]
-    ended: Literal["", "stop", "rollback"]
+    ended: Literal["", "stop", "rollback", "max_kl"]
     monitor: dict[str, Any]
     last_score: float
     objective_parameter: Bounded | None = None  # the objective has none
     num_truncated: WholeNumber = 0
     scale_std_interval: tuple[float | None, ...] = ()  # undefined for fewer than three prompts
+    validator: dict[str, Any] | None = None  # absent without one

@@ -42,6 +42,7 @@ from poise.models.scorer import Scorer
 from poise.policy.alarms import Alarms
 from poise.policy.config import Config
 from poise.policy.formats import Checkpoint
+from poise.policy.ladder import Ladder
 from poise.policy.reward import Baselines, PolicyReward, gather, std_interval
 from poise.policy.sampling import sample_rows
 from poise.policy.update import Learner
@@ -83,6 +84,7 @@ class Training:
         self.validator = Validator(config.validator, self.reward.objective) if config.validator else None
         self.scale_interval: tuple[float, float] = (math.nan, math.nan)
         self.step, self.kl_coef, self.alarms = 0, config.kl_coef, Alarms(config.on_alarm, config.alarm_threshold)
+        self.ladder = Ladder(out.folder, config.keep_at_kl)
         self._rereading_checked = False
         self._resume_or_start()
 
@@ -104,6 +106,8 @@ class Training:
             heads = gather(self.reward.heads(self.policy, batch, texts, self.step))
             validated = self.validator.metrics(self.validator.heads(batch, texts), heads) if self.validator else {}
         facts = processes.gathered(_facts(rollout, reference, self.policy.end_ids))
+        if is_main_process():
+            self.ladder.keep(self.policy, self.step, facts.mean(0)[_FACTS.index("kl")].item())
         score = self._score(heads, ended=facts[:, _FACTS.index("ended")])
         clock.lap("score")
         mine = processes.share(len(score))
@@ -297,8 +301,9 @@ class Training:
             self.reward.objective = with_parameter(self._first_objective, value)
 
     def _drop_later_rows(self) -> None:
-        for name in ("metrics.jsonl", "samples.jsonl", "benchmarks.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl", "benchmarks.jsonl", "ladder.jsonl"):
             keep_rows_before(self.out.folder / name, self.step)
+        self.ladder.drop_unlisted()
 
     def _resume_or_start(self) -> None:
         if not self.checkpoint.exists():

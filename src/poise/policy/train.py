@@ -3,6 +3,7 @@
     RUN/metrics.jsonl     per step: reward, every head, gap, disagreement, KL, lengths, losses, the monitor's signs
     RUN/samples.jsonl     every completion of every step, with each head's mean and std
     RUN/benchmarks.jsonl  with --eval-every: mean and stderr of each benchmark, at each evaluated step
+    RUN/ladder/           the first policies whose KL reached --keep-at-kl; ladder.jsonl says when
     RUN/final.jsonl       completions of the trained policy on the evaluation prompts
     RUN/policy/           LoRA adapters (PEFT format), or the whole model with --tune full
     RUN/checkpoint.safetensors   all that a killed run needs to resume and end with the same result
@@ -103,6 +104,7 @@ def run(config: Config, given: RobustReward | None = None) -> Run:
                 "reward": sum(row["reward"] for row in final) / len(final),
                 "kl": sum(row["kl"] for row in final) / len(final),
                 "num_heads": reward.scorer.layout.num_heads,
+                "heads": _heads_taken(config),
                 "num_truncated": reward.num_truncated,
                 "scale": reward.scale.to_json(),
                 **results,
@@ -130,13 +132,19 @@ def _with_prompts_to_take(config: Config, count: int) -> Config:
     return dataclasses.replace(config, prompts_per_step=fewer)
 
 
+def _heads_taken(config: Config) -> str:
+    """Of a `poise train-reward` run the kind of heads that is the reward; "" of another reward."""
+    if config.reward == IN_MEMORY or not is_run(config.reward):
+        return ""
+    return Path(reward_folder(config.reward, config.objective, config.heads)).name
+
+
 def _say_which_heads(config: Config) -> None:
     """Of a run folder one kind of heads is the reward: which, and how to take another."""
-    place = Path(reward_folder(config.reward, config.objective, config.heads))
-    if is_run(config.reward) and is_main_process():
-        others = ", ".join(kind for kind in kinds_in(Path(config.reward)) if kind != place.name)
+    if (taken := _heads_taken(config)) and is_main_process():
+        others = ", ".join(kind for kind in kinds_in(Path(config.reward)) if kind != taken)
         console.print(
-            f"reward: {config.objective} of the {place.name} heads of {config.reward}; --heads takes others: {others}",
+            f"reward: {config.objective} of the {taken} heads of {config.reward}; --heads takes others: {others}",
             markup=False, soft_wrap=True,
         )  # fmt: skip
 
@@ -253,7 +261,9 @@ def _by_trl(
 
 
 def _say_extended(config: Config, out: Run) -> None:
-    """Say that a finished run goes on, and where that is no longer run; PoiseError if an alarm ended it."""
+    """Say that a finished run goes on, and where that is no longer run; PoiseError if it ended before its steps."""
+    if (out.results or {}).get("ended_by") == "max_kl" and config.max_kl is not None:
+        raise PoiseError(f"{out.folder} was ended by --max-kl {config.max_kl:g}; more --num-steps do not make it go on")
     if any(alarm.get("action") in ("stop", "rollback") for alarm in (out.results or {}).get("alarms", [])):
         raise PoiseError(f"{out.folder} was ended by an alarm of the monitor; more --num-steps do not make it go on")
     if is_main_process():

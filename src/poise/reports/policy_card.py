@@ -75,7 +75,7 @@ def card(
         f"# Policy trained by {algorithm}",
         _alarms(settings, results),
         f"{_what(settings)}{folded}, trained by {algorithm} to please the reward model {reward} "
-        f"({results['num_heads']} head{'s' * (results['num_heads'] > 1)}, "
+        f"({_heads(results)}, "
         f"objective {markdown_code(settings['objective'])}, kl_coef {settings['kl_coef']:g}).",
         "## What it is not",
         _limits(settings),
@@ -126,6 +126,12 @@ def _what(settings: Json) -> str:
     if settings["tune"] == "lora":
         return f"LoRA adapters of rank {settings['lora_rank']} on {where} of {model}"
     return f"The whole of {model} with {where} tuned"
+
+
+def _heads(results: Json) -> str:
+    count, kind = results["num_heads"], results.get("heads", "")
+    named = f"{on_one_line(kind)} " if kind else ""
+    return f"{count} {named}head{'s' * (count > 1)}"
 
 
 def _limits(settings: Json) -> str:

@@ -109,7 +109,8 @@ def _expanded(folders: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for folder in folders:
         if kind_of(folder) == "quickstart":
-            inner = [folder / "pool", *sorted(folder.glob("policy-*")), folder / "reward", folder / "comparison"]
+            policies = sorted(folder.glob("policy-*"))  # what is being trained is looked at first
+            inner = [*policies, folder / "pool", folder / "reward", folder / "comparison"]
             found += [path for path in inner if (path / "config.yaml").exists()] or [folder]
         else:
             found.append(folder)

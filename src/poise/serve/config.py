@@ -20,7 +20,7 @@ _COUPLED = {"expected_tradeoff", "expected_worst_case"}
 class ServeConfig(Settings):
     """Serve reward models to training engines over HTTP."""
 
-    rewards: tyro.conf.Positional[tuple[Reward, ...]]
+    rewards: tyro.conf.Positional[tuple[Reward, ...]] = ()
     """The rewards: checkpoint folders, hub ids, `poise train-reward` runs or an ensemble. Several act as one."""
     objective: str = "tradeoff(0.4)"
     """How the heads become one reward, e.g. nominal, worst_case, tradeoff(0.4), lower_confidence(1)."""

@@ -21,6 +21,7 @@ from poise.data.rows import read_rows
 from poise.data.types import Prompt
 from poise.errors import PoiseError
 from poise.functional.choice import LEVEL, Decision, Ladder, choose
+from poise.policy.ladder import kept_policy
 from poise.runtime import records
 from poise.runtime.progress import console
 from poise.runtime.run_folder import Json, load_config_file, write_json, write_jsonl
@@ -55,6 +56,8 @@ def run(config: Config) -> Json | None:
     found = as_json(ladder, choose(ladder, config.delta))
     write_json(out / "choice.json", found)
     _say(found, config.delta)
+    if kept := kept_policy(Path(config.source), found["chosen_kl"]):
+        console.print(f"policy: {kept}", markup=False, soft_wrap=True)
     return found
 
 

@@ -1,0 +1,56 @@
+"""The policies that a PPO run keeps as it moves away from its start: one at each rung of KL.
+
+RUN/ladder/kl-5    the first policy whose completions had a KL of 5 nats or more, as RUN/policy is saved
+RUN/ladder.jsonl   rung, step and measured KL of each
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from poise.models.policy import Policy
+from poise.policy.formats import RungRow
+from poise.runtime.folders import write_folder_atomic
+from poise.runtime.records import read_rows
+from poise.runtime.run_folder import Json, append_jsonl
+
+FILE, FOLDER = "ladder.jsonl", "ladder"
+
+
+class Ladder:
+    """rungs: nats of KL, of a whole completion."""
+
+    def __init__(self, folder: Path, rungs: Sequence[float]):
+        self.folder, self.rungs = folder, sorted(set(rungs))
+
+    def keep(self, policy: Policy, step: int, kl: float) -> None:
+        """Save the policy if its KL has passed a rung that no earlier one had; of several rungs, at the highest.
+
+        kl: of the completions that this very policy has sampled at `step`.
+        """
+        passed = [rung for rung in self.rungs if rung <= kl]
+        if not passed or passed[-1] <= max((row["rung"] for row in self._rows()), default=0.0):
+            return
+        with write_folder_atomic(self._place(passed[-1])) as scratch:
+            policy.save(str(scratch))
+        append_jsonl(self.folder / FILE, [{"step": step, "rung": passed[-1], "kl": kl}])
+
+    def drop_unlisted(self) -> None:
+        """Delete the policies whose rows are gone, as after a return to an earlier step."""
+        listed = {self._place(row["rung"]) for row in self._rows()}
+        for place in (self.folder / FOLDER).glob("kl-*"):
+            if place not in listed:
+                shutil.rmtree(place)
+
+    def _rows(self) -> list[Json]:
+        path = self.folder / FILE
+        return list(read_rows(path, RungRow)) if path.exists() else []
+
+    def _place(self, rung: float) -> Path:
+        return self.folder / FOLDER / f"kl-{rung:g}"
+
+
+def kept_policy(run: Path, rung: float) -> Path | None:
+    """The policy that a run kept at a rung, if it did."""
+    place = Ladder(run, ())._place(rung)
+    return place if place.is_dir() else None
