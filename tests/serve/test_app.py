@@ -14,7 +14,7 @@ import torch
 from asgi import Answer, call, post
 from poise.data.types import Sample
 from poise.errors import PoiseError
-from poise.functional.objectives import RewardScale, disagreement, tradeoff
+from poise.functional.objectives import RewardScale, disagreement, parse_objective, tradeoff, typical
 from poise.models.chat_format import generation_prompt
 from poise.models.scale_file import ScaleFile
 from poise.models.scorer import Ensemble, Scorer
@@ -105,6 +105,29 @@ def test_every_form_has_the_scorers_rewards(scorer: Scorer) -> None:
         assert row["gap"] == pytest.approx(row["nominal"] - row["worst_case"], abs=1e-6)
         assert row["nominal_head"] == heads.std[i].argmin()
         assert row["truncated"] is False
+
+
+def test_typical_is_served_with_the_scorers_distances(scorer: Scorer) -> None:
+    """And what a metrics page says of them; an ensemble, and a reward model without a reference, serve none."""
+    heads = scorer(SAMPLES)
+    assert heads.distance is not None
+
+    async def scenario(app: Any, rewards: Rewards) -> tuple[list[Any], str]:
+        rewards._combine = parse_objective("typical(0.5)")
+        scores = [(await post(app, "/score", asked(sample))).json["scores"][0] for sample in SAMPLES]
+        return scores, (await call(app, "/metrics")).body.decode()
+
+    scores, page = serve(scorer, scenario)
+    torch.testing.assert_close(torch.tensor([row["distance"] for row in scores]), heads.distance[:, 0])
+    torch.testing.assert_close(torch.tensor([row["reward"] for row in scores]), typical(heads, 0.5), rtol=0, atol=1e-5)
+    assert "poise_distance_count 4.0" in page
+    without = Scorer(scorer.extract, scorer.weight, scorer.layout)
+    for other in (without, Ensemble([scorer] * 2, [0.0] * 2, [1.0] * 2)):
+        row = serve(other, lambda app, _: post(app, "/score", asked(SAMPLES[0]))).json["scores"][0]
+        assert "distance" not in row
+        layout = without.layout.with_reference(None) if other is without else other.layout
+        with pytest.raises(PoiseError, match="reference"):
+            layout.check_objective("typical(0.5)")
 
 
 def test_callers_at_once_are_one_batch_and_get_their_own_answers(scorer: Scorer) -> None:
@@ -253,10 +276,10 @@ def test_no_number_is_made_of_nan(scorer: Scorer) -> None:
     async def scenario(app: Any, rewards: Rewards) -> list[Answer]:
         whole = rewards.models.backends[0]
 
-        def broken(tokens: Any) -> torch.Tensor:
-            logits = whole(tokens)
-            logits[0, 0] = float("nan")
-            return logits
+        def broken(tokens: Any) -> Any:
+            read = whole(tokens)
+            read.logits[0, 0] = float("nan")
+            return read
 
         rewards.models.backends[0] = broken
         one = await post(app, "/score", asked(SAMPLES[0]))
@@ -348,8 +371,6 @@ def test_anything_but_loopback_needs_a_token(tmp_path: Path, monkeypatch: pytest
         ServeConfig(("rm", "rm2")).check()
     with pytest.raises(PoiseError, match="scored together"):
         ServeConfig(("rm",), objective="expected_tradeoff(0.4)").check()
-    with pytest.raises(PoiseError, match="keeps logits only"):
-        ServeConfig(("rm",), objective="typical(1)").check()
 
 
 def test_metrics_and_log_show_every_head(scorer: Scorer, tmp_path: Path) -> None:

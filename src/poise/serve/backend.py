@@ -1,7 +1,7 @@
-"""Reward models as the server asks them: encoded samples in, logits out.
+"""Reward models as the server asks them: encoded samples in, logits out, and distances where there is a reference.
 
-A backend is a function from encoded samples to logits (N, labels). The local one runs the trunk in this process. One
-that asks another server for logits needs the same ids and the same layout, and nothing else here changes.
+The local backend runs the trunk in this process. One that asks another server for logits needs the same ids and the
+same layout, and nothing else here changes.
 """
 
 import hashlib
@@ -16,12 +16,21 @@ from poise.data.preferences import read_preferences
 from poise.data.types import Sample
 from poise.errors import PoiseError
 from poise.functional.objectives import HeadRewards
+from poise.functional.typicality import Reference, distance
 from poise.models.chat_format import HfTokenizer
 from poise.models.reward_model import HeadLayout, heads_fingerprint
 from poise.models.scorer import Ensemble, FeatureExtractor, Scorer, Tokens
 from poise.serve.config import ServeConfig
 
-Backend = Callable[[Sequence[Tokens]], Float[Tensor, "samples labels"]]
+
+class Read(NamedTuple):
+    """What a backend knows of samples, on the CPU."""
+
+    logits: Float[Tensor, "samples labels"]
+    distance: Float[Tensor, " samples"] | None = None  # to the reference texts (`poise.functional.typicality`)
+
+
+Backend = Callable[[Sequence[Tokens]], Read]
 
 
 class Member(NamedTuple):
@@ -67,13 +76,17 @@ class RewardModels:
         return [encoder.encode(sample) for encoder in self.encoders]
 
     def __call__(self, encoded: Sequence[list[Tokens]]) -> HeadRewards:
-        """(N, K) means and stds, on the CPU."""
-        logits = [backend([tokens[i] for tokens in encoded]) for i, backend in enumerate(self.backends)]
+        """(N, K) means and stds, on the CPU; with distances of a single reward model that has a reference."""
+        read = [backend([tokens[i] for tokens in encoded]) for i, backend in enumerate(self.backends)]
         parts = []
         for member in self.members:
-            heads = member.layout.decode(logits[member.trunk][:, member.labels])
+            heads = member.layout.decode(read[member.trunk].logits[:, member.labels])
             parts.append(HeadRewards((heads.mean - member.mean) / member.std, heads.std / member.std))
-        return HeadRewards(torch.cat([h.mean for h in parts], -1), torch.cat([h.std for h in parts], -1))
+        far = read[0].distance
+        return HeadRewards(
+            torch.cat([h.mean for h in parts], -1), torch.cat([h.std for h in parts], -1),
+            None if far is None else far.unsqueeze(-1),
+        )  # fmt: skip
 
 
 def local(config: ServeConfig) -> RewardModels:
@@ -107,15 +120,18 @@ def of_scorer(scorer: Scorer, fingerprint: str) -> RewardModels:
         start = sum(len(weight) for weight in weights[trunk])
         weights[trunk].append(one.weight)
         members.append(Member(trunk, slice(start, start + len(one.weight)), one.layout, mean, std))
-    backends = [_trunk(encoder, torch.cat(rows)) for encoder, rows in zip(encoders, weights, strict=True)]
+    reference = scorer.reference if len(members) == 1 else None  # an ensemble has none
+    backends = [_trunk(encoder, torch.cat(rows), reference) for encoder, rows in zip(encoders, weights, strict=True)]
     return RewardModels(encoders, backends, members, scorer.layout, fingerprint)
 
 
-def _trunk(extract: FeatureExtractor, weight: Float[Tensor, "labels hidden"]) -> Backend:
-    def logits(tokens: Sequence[Tokens]) -> Tensor:
-        return (extract.forward(tokens).to(weight.device) @ weight.T).cpu()
+def _trunk(extract: FeatureExtractor, weight: Float[Tensor, "labels hidden"], reference: Reference | None) -> Backend:
+    def read(tokens: Sequence[Tokens]) -> Read:
+        features = extract.forward(tokens)
+        far = None if reference is None else distance(features, reference).float()
+        return Read((features.to(weight.device) @ weight.T).cpu(), far)
 
-    return logits
+    return read
 
 
 def finite_or_raise(heads: HeadRewards) -> None:

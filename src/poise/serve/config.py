@@ -60,10 +60,6 @@ class ServeConfig(Settings):
                 f"objective {name} depends on which completions are scored together, and a server cannot know that; "
                 f"take tradeoff or worst_case"
             )
-        if name == "typical":
-            raise PoiseError(
-                "objective typical reads the trunk's features, and the server keeps logits only; take mean"
-            )
         if not self.rewards:
             raise PoiseError("name at least one reward model to serve")
         if len(self.rewards) > 1 and not self.reference:

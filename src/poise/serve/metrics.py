@@ -16,7 +16,7 @@ from poise.runtime.progress import console
 from poise.runtime.run_folder import Json, append_jsonl
 
 READING = 256
-_SIGNALS = ("reward", "nominal", "worst_case", "gap", "disagreement", "routing_std", "total_std")
+_SIGNALS = ("reward", "nominal", "worst_case", "gap", "disagreement", "routing_std", "total_std", "distance")
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
@@ -46,7 +46,8 @@ class Metrics:
         """Count the rows of one answered request, and add them to the log."""
         for sample, row in zip(samples, rows, strict=True):
             for name, summary in self._signals.items():
-                summary.observe(row[name])
+                if name in row:  # only a reward model with reference texts has distances
+                    summary.observe(row[name])
             for k, (mean, std) in enumerate(zip(row["mean"], row["std"], strict=True)):
                 self._head_mean.labels(k).observe(mean)
                 self._head_std.labels(k).observe(std)
@@ -79,7 +80,7 @@ class Metrics:
     def _read(self) -> None:
         rows, texts = [row for row, _ in self._gathered], [text for _, text in self._gathered]
         self._gathered.clear()
-        names = ("reward", "nominal", "worst_case", "gap", "disagreement", "routing_std")
+        names = [name for name in _SIGNALS if name != "total_std" and all(name in row for row in rows)]
         stats = {name: fmean(row[name] for row in rows) for name in names} | text_signs(texts)
         reading = self._monitor.update(stats | {"reward_std": pstdev(row["reward"] for row in rows)})
         self._suspicion.set(reading.score)

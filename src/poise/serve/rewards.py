@@ -41,11 +41,12 @@ class NoScaleYetError(PoiseError):
 
 
 class Scored(NamedTuple):
-    """One sample's heads (K,), and whether it lost its oldest tokens."""
+    """One sample's heads (K,), whether it lost its oldest tokens, and its distance (1,) to the reference texts."""
 
     mean: torch.Tensor
     std: torch.Tensor
     truncated: bool
+    distance: torch.Tensor | None = None
 
 
 class Rewards:
@@ -105,10 +106,11 @@ class Rewards:
         if not encoded:
             return results
         heads = self.models(encoded)
-        for i, mean, std, truncated in zip(kept, heads.mean, heads.std, cut, strict=True):
+        distances = [None] * len(kept) if heads.distance is None else list(heads.distance)
+        for i, mean, std, far, truncated in zip(kept, heads.mean, heads.std, distances, cut, strict=True):
             try:
-                finite_or_raise(HeadRewards(mean, std))
-                results[i] = Scored(mean, std, truncated)
+                finite_or_raise(HeadRewards(mean, std, far))
+                results[i] = Scored(mean, std, truncated, far)
             except PoiseError as error:
                 results[i] = BrokenRewardError(str(error))
         return results
@@ -149,6 +151,7 @@ class Rewards:
             "total_std": total_std(self.models.layout.calibrated(heads)),
             "mean": heads.mean,
             "std": heads.std,
+            **({} if heads.distance is None else {"distance": heads.distance.squeeze(-1)}),
         }
         if not all(column.isfinite().all() for column in columns.values()):
             raise BrokenRewardError("a reward is not finite: the reward model is broken")
@@ -160,4 +163,8 @@ class Rewards:
 
 
 def _stacked(scored: Sequence[Scored]) -> HeadRewards:
-    return HeadRewards(torch.stack([one.mean for one in scored]), torch.stack([one.std for one in scored]))
+    distances = [one.distance for one in scored if one.distance is not None]
+    return HeadRewards(
+        torch.stack([one.mean for one in scored]), torch.stack([one.std for one in scored]),
+        torch.stack(distances) if len(distances) == len(scored) else None,
+    )  # fmt: skip
