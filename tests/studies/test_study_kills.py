@@ -16,6 +16,7 @@ import pytest
 import forked
 from poise.cli import main as cli
 from poise.policy import loop
+from poise.reports import plots, policy_card
 from poise.reward import train as train_reward
 from poise.runtime import jobs
 from poise.studies import config as settings
@@ -25,7 +26,7 @@ from test_kills import KILLED, boundaries, contents
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="the system call is Linux's")]
 
 BOUNDARIES = 5  # of the study's own process, spread over all
-IN_JOBS = ("heads", "models", "step 0", "step 1", "checkpoint")
+IN_JOBS = ("heads", "models", "cards", "step 0", "step 1", "checkpoint", "card")
 TIMES = {"cost.json", "log.txt", "report.html", ".lock"}
 
 
@@ -117,7 +118,8 @@ def killing(base: Path, moment: str) -> Callable[[], None]:
     place, name, at = {
         "heads": (train_reward, "train_on_features", 1), "models": (train_reward, "save_reward_model", 2),
         "step 0": (loop.Training, "one_step", 1), "step 1": (loop.Training, "one_step", 2),
-        "checkpoint": (loop.Learner, "save", 3),
+        "cards": (plots, "save_reliability", 2), "checkpoint": (loop.Learner, "save", 3),
+        "card": (policy_card, "write_card", 1),
     }[moment]  # fmt: skip
 
     def prepare() -> None:
@@ -127,7 +129,10 @@ def killing(base: Path, moment: str) -> Callable[[], None]:
             calls.append(0)
             if len(calls) == at and not (base / "killed").exists():
                 (base / "killed").touch()
-                os.kill(os.getppid(), signal.SIGKILL)
+                parent = os.getppid()
+                os.kill(parent, signal.SIGKILL)
+                while os.getppid() == parent:  # a big process ends slowly, and the job is not to go on meanwhile
+                    time.sleep(0.001)
             return function(*arguments, **options)
 
         setattr(place, name, kill)

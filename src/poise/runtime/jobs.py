@@ -2,8 +2,9 @@
 
 A job whose parent is killed is asked to stop: a training saves its step and ends.
 
-FOLDER/error.txt   why the last try failed
-FOLDER/cost.json   processor time of all tries together
+FOLDER/error.txt        why the last try failed
+FOLDER/error.txt.part   what a try says on stderr; there while it goes on, and after one that was killed
+FOLDER/cost.json        processor time of all tries together
 """
 
 import ctypes
@@ -26,6 +27,7 @@ from poise.runtime.records import read_object
 from poise.runtime.run_folder import Run, write_json
 from poise.runtime.settings import NotNegative
 
+_SAID = "error.txt.part"
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -68,11 +70,10 @@ def run_jobs(jobs: list[Job], at_a_time: int, label: str) -> dict[Path, str]:
 
     todo: list[Job] = []
     for job in jobs:
-        if Run(job.folder).results is None:
+        if not _has_ended(job.folder):
             todo.append(job)
         else:  # what a killed study was writing of a job that had finished
             clear_leftovers(job.folder / "cost.json")
-            (job.folder / "error.txt.part").unlink(missing_ok=True)
     failed: dict[Path, str] = {}
     with progress(label, len(jobs), len(jobs) - len(todo)) as advance, ThreadPoolExecutor(at_a_time) as pool:
         running = {pool.submit(run_one, job): job for job in todo}
@@ -123,34 +124,36 @@ def run_job(job: Job, at_a_time: int = 1, gpu: str | None = None) -> str:
         if is_ours(job.folder):
             error.write_text(str(other))
         return str(other)
-    with (
-        (job.folder / ".lock").open("w") as lock,
-        (job.folder / "log.txt").open("a") as log,
-        (job.folder / "error.txt.part").open("w+") as stderr,
-    ):
+    with (job.folder / ".lock").open("w") as lock, (job.folder / "log.txt").open("a") as log:
         # The subprocess inherits the lock. If it outlives a killed parent, the next start waits for it here.
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if run.results is not None:
+        if _has_ended(job.folder):
             return ""
         environment = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // at_a_time, 1)), **os.environ}
         environment |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "poise.cli", job.command, "--config", str(job.folder / "config.yaml")],
-            stdout=log, stderr=stderr, pass_fds=[lock.fileno()], env=environment,
-            preexec_fn=_ends_with_parent,  # one system call; its library is loaded before the fork
-        )  # fmt: skip
-        _, status, usage = os.wait4(process.pid, 0)  # `Popen.wait` does not report the subprocess's processor time
-        process.returncode = os.waitstatus_to_exitcode(status)
-        write_json(job.folder / "cost.json", {"cpu_hours": cpu_hours(job.folder) + _hours(usage)})
-        stderr.seek(0)
-        said = stderr.read()
-        Path(stderr.name).unlink()
+        with (job.folder / _SAID).open("w+") as stderr:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "poise.cli", job.command, "--config", str(job.folder / "config.yaml")],
+                stdout=log, stderr=stderr, pass_fds=[lock.fileno()], env=environment,
+                preexec_fn=_ends_with_parent,  # one system call; its library is loaded before the fork
+            )  # fmt: skip
+            _, status, usage = os.wait4(process.pid, 0)  # `Popen.wait` does not report the subprocess's processor time
+            process.returncode = os.waitstatus_to_exitcode(status)
+            write_json(job.folder / "cost.json", {"cpu_hours": cpu_hours(job.folder) + _hours(usage)})
+            stderr.seek(0)
+            said = stderr.read()
+        (job.folder / _SAID).unlink()
     if process.returncode == 0 and run.results is not None:
         error.unlink(missing_ok=True)
         return ""
     why = (said.strip().splitlines() or [f"exit status {process.returncode}"])[-1].removeprefix("poise: ")
     error.write_text(said or why)
     return why
+
+
+def _has_ended(folder: Path) -> bool:
+    """Has the job done all its work? A command writes model cards after its results, and may be killed in between."""
+    return Run(folder).results is not None and not (folder / _SAID).exists()
 
 
 def _ends_with_parent() -> None:
