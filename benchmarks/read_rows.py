@@ -1,12 +1,12 @@
 """Reading rows: seconds and memory by number of rows, for JSON lines, CSV and Parquet; and the memory of `poise score`.
 
-    python benchmarks/read_rows.py --output read-rows.json [--rows 10000 100000] [--score-rows 20000 200000]
+    python benchmarks/read_rows.py --output read-rows.json [--rows 10000 100000] [--score-rows 2000 20000 200000]
 
 Every case runs in a process of its own, with one thread. Seconds are of processor time, of reading alone, without
 imports. Memory is the highest resident size of the process; that of a process which reads ten rows stands beside it,
 since imports are most of it. Rows are preferences of about 600 bytes. The reward model that `poise score` is given has
 one layer of width 16: its time says nothing of real models, and its memory is that of reading, rendering, encoding and
-writing.
+writing. Its file is read and written in one form.
 """
 
 import argparse
@@ -41,8 +41,13 @@ from poise.reward import score
 torch.set_num_threads(1)
 started = time.process_time()
 path = score.run(score.Config(sys.argv[1], sys.argv[2], output=sys.argv[3]))
-count = sum(1 for _ in path.open())
-print(count, time.process_time() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+seconds = time.process_time() - started
+if path.suffix == ".parquet":
+    import pyarrow.parquet
+    count = pyarrow.parquet.read_metadata(path).num_rows
+else:
+    count = sum(1 for _ in path.open())
+print(count, seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
@@ -70,6 +75,21 @@ def written(folder: Path, kind: str, count: int) -> Path:
         import pyarrow.parquet
 
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows(count))), path)
+    return path
+
+
+def samples(folder: Path, kind: str, count: int) -> Path:
+    """A file of completions; one of Parquet has a single row group, as pandas writes it."""
+    path = folder / f"samples.{kind}"
+    texts = ({"prompt": row["prompt"], "completion": row["chosen"]} for row in rows(count))
+    if kind == "jsonl":
+        with path.open("w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in texts)
+    else:
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(texts)), path, row_group_size=count)
     return path
 
 
@@ -120,8 +140,8 @@ def tiny_reward(folder: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000])
-    parser.add_argument("--score-rows", type=int, nargs="*", default=[20_000, 200_000])
+    parser.add_argument("--rows", type=int, nargs="*", default=[10_000, 100_000])
+    parser.add_argument("--score-rows", type=int, nargs="*", default=[2_000, 20_000, 200_000])
     parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args()
     started = time.monotonic()
@@ -134,7 +154,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        for kind in FORMATS:
+        for kind in FORMATS if options.rows else ():
             found = []
             for count in (10, *options.rows):
                 found.append(measured(READ, str(written(folder, kind, count)), repeats=options.repeats))
@@ -143,13 +163,12 @@ def main() -> None:
                 kept()
         reward = tiny_reward(folder / "reward")
         for count in (10, *options.score_rows):
-            file = folder / "samples.jsonl"
-            with file.open("w") as lines:
-                for row in rows(count):
-                    lines.write(json.dumps({"prompt": row["prompt"], "completion": row["chosen"]}) + "\n")
-            results["score"].append(measured(SCORE, reward, str(file), str(folder / "scored.jsonl")))
-            print("score", results["score"][-1], flush=True)
-            kept()
+            for kind in ("jsonl", "parquet"):
+                file = samples(folder, kind, count)
+                found = measured(SCORE, reward, str(file), str(folder / f"scores.{kind}"))
+                results["score"].append({"form": kind, **found})
+                print("score", results["score"][-1], flush=True)
+                kept()
 
 
 if __name__ == "__main__":

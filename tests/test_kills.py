@@ -91,16 +91,17 @@ def policy(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# Boundaries at which each command is killed, at least; docs/robustness.md counts them. All of them, but of trainings.
+# Boundaries at which each command is killed, at least; docs/robustness.md counts them. All, but of the long ones.
 LEAST = {
-    "export": 11, "merge": 11, "ensemble": 7, "score": 13, "train-reward": 8, "train-policy": 6, "export again": 27,
+    "export": 11, "merge": 11, "ensemble": 7, "score": 13, "score as parquet": 13, "train-reward": 8,
+    "train-policy": 6, "export again": 27,
 }  # fmt: skip
-TRAININGS = ("train-reward", "train-policy")
+SOME_ONLY = ("train-reward", "train-policy", "score as parquet")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("command", "points"), [(name, least if name in TRAININGS else 60) for name, least in LEAST.items()],
+    ("command", "points"), [(name, least if name in SOME_ONLY else 60) for name, least in LEAST.items()],
 )  # fmt: skip
 def test_a_command_killed_at_every_boundary_ends_as_an_undisturbed_one(
     command: str, points: int, reward: Path, policy: Path, tiny_model: str, preferences_file: Path,
@@ -110,7 +111,7 @@ def test_a_command_killed_at_every_boundary_ends_as_an_undisturbed_one(
     samples.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
 
     def start(base: Path, at: int = -1, counted: Path | None = None) -> int:
-        output = str(base / ("out.jsonl" if command == "score" else "out"))
+        output = str(base / {"score": "out.jsonl", "score as parquet": "out.parquet"}.get(command, "out"))
         (base / "cache").mkdir(exist_ok=True)
         rest = {
             "export": [f"{reward}/brme", "--scalar", "mean"],
@@ -118,6 +119,7 @@ def test_a_command_killed_at_every_boundary_ends_as_an_undisturbed_one(
             "merge": [str(policy)],
             "ensemble": [f"{reward}/brme", f"{reward}/brme", "--reference", str(preferences_file)],
             "score": [f"{reward}/brme", str(samples)],
+            "score as parquet": [f"{reward}/brme", str(samples)],
             "train-reward": [
                 "--preferences", str(preferences_file), "--model", tiny_model, "--num-layers", "1",
                 "--trunk", "frozen", "--head-steps", "5", "--posterior-heads", "3",

@@ -179,7 +179,7 @@ def test_score_writes_no_null(
     (model / "config.json").write_text(json.dumps(config | {"id2label": {"0": "LABEL_0"}}))
     assert main(["score", str(model), str(rows), "--objective", "mean"]) == 2
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("poise: ")]
-    assert "the score: mean, number 1, number 1 is nan" in line
+    assert "the score: reward, number 1 is nan" in line
     assert not (tmp_path / "rows.scored.jsonl").exists()
 
 

@@ -1,18 +1,31 @@
 """`poise score`: what its columns hold."""
 
+import dataclasses
+import gc
 import json
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
+from conftest import rest_slow
+from forked import launched
+from poise.data import files, rows
 from poise.data.types import Sample
+from poise.errors import PoiseError
+from poise.functional.objectives import HeadRewards
 from poise.models.scorer import Scorer
-from poise.reward import score
+from poise.reward import score, score_file
+from poise.reward.score_file import ScoreFile
+from poise.runtime import distributed
 
 
 def test_total_std_is_calibrated_and_routing_is_not(
@@ -22,29 +35,49 @@ def test_total_std_is_calibrated_and_routing_is_not(
     texts = ["good", "bad", "it was not great"]
     file = tmp_path / "texts.jsonl"
     file.write_text("".join(json.dumps({"prompt": "Review a film.", "completion": text}) + "\n" for text in texts))
-    rows = [json.loads(line) for line in score.run(score.Config(str(run), str(file))).read_text().splitlines()]
+    found = rows_in(score.run(score.Config(str(run), str(file))))
     scorer = Scorer.load(str(run))
     heads = scorer([Sample("Review a film.", text) for text in texts])
     scale = np.array(scorer.layout.std_scale)
     assert np.abs(scale - 1).max() > 0.1
-    np.testing.assert_allclose([row["std"] for row in rows], heads.std, rtol=1e-5)
-    np.testing.assert_allclose([row["routing_std"] for row in rows], heads.std.amin(-1), rtol=1e-5)
-    assert [row["nominal_head"] for row in rows] == heads.std.argmin(-1).tolist()
+    np.testing.assert_allclose([row["std"] for row in found], heads.std, rtol=1e-5)
+    np.testing.assert_allclose([row["routing_std"] for row in found], heads.std.amin(-1), rtol=1e-5)
+    assert [row["nominal_head"] for row in found] == heads.std.argmin(-1).tolist()
     expected = np.sqrt(np.square(heads.std.numpy() * scale).mean(-1) + heads.mean.numpy().var(-1))
-    np.testing.assert_allclose([row["total_std"] for row in rows], expected, rtol=1e-4)
+    np.testing.assert_allclose([row["total_std"] for row in found], expected, rtol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def reward(tiny_model: str, train_tiny_reward: Callable[[str], Path]) -> str:
+    return str(train_tiny_reward(tiny_model))
+
+
+def rows_in(path: Path) -> list[dict[str, Any]]:
+    if path.suffix == ".parquet":
+        return pyarrow.parquet.read_table(path).to_pylist()
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def texts_in(folder: Path, count: int, name: str = "texts.jsonl") -> Path:
+    """Samples, one of which has a conversation for its prompt."""
+    turns = [{"role": "user", "content": "Review – “it”."}]
+    rows = [{"prompt": turns if i == 1 else "Review.", "completion": f"good {i}"} for i in range(count)]
+    file = folder / name
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
 def test_a_stopped_command_goes_on_after_its_last_part(
-    tiny_model: str, train_tiny_reward: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = train_tiny_reward(tiny_model)
+    form: str, reward: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     monkeypatch.setattr(score, "ROWS_PER_PART", 4)
-    file = tmp_path / "texts.jsonl"
-    file.write_text("".join(json.dumps({"prompt": "Review.", "completion": f"good {i}"}) + "\n" for i in range(10)))
-    whole = score.run(score.Config(str(run), str(file))).read_text()
-    assert len(whole.splitlines()) == 10
-    assert {path.name for path in tmp_path.iterdir()} >= {"texts.jsonl", "texts.scored.jsonl"}
-    assert not list(tmp_path.glob("*.partial*"))
+    file = texts_in(tmp_path, 10)
+    calm = score.Config(reward, str(file), output=str(tmp_path / f"calm.{form}"))
+    whole = score.run(calm).read_bytes()
+    assert len(rows_in(tmp_path / f"calm.{form}")) == 10
+    assert {path.name for path in tmp_path.iterdir()} == {"texts.jsonl", f"calm.{form}"}
 
     parts, scored = [], score._scored
 
@@ -55,34 +88,150 @@ def test_a_stopped_command_goes_on_after_its_last_part(
         return scored(scorer, samples, *more)
 
     monkeypatch.setattr(score, "_scored", killed_in_the_third_part)
-    again = score.Config(str(run), str(file), output=str(tmp_path / "again.jsonl"))
+    again = score.Config(reward, str(file), output=str(tmp_path / f"again.{form}"))
     with pytest.raises(KeyboardInterrupt):
         score.run(again)
-    assert len((tmp_path / "again.jsonl.partial").read_text().splitlines()) == 8
-    assert score.run(again).read_text() == whole
+    partial = tmp_path / f"again.{form}.partial"
+    assert len(partial.read_text().splitlines()) == 8
+    partial.write_bytes(partial.read_bytes() + b'{"prompt": "cut o')
+    assert score.run(again).read_bytes() == whole
     assert parts == [4, 4, 2, 2]
 
 
-def test_parts_of_another_reward_model_are_not_kept(
-    tiny_model: str, train_tiny_reward: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_parquet_has_the_columns_of_the_lines_and_one_per_head(reward: str, tmp_path: Path) -> None:
+    file = texts_in(tmp_path, 3)
+    lines, table = (
+        rows_in(score.run(score.Config(reward, str(file), output=str(tmp_path / name))))
+        for name in ("scores.jsonl", "scores.parquet")
+    )
+    for line, row in zip(lines, table, strict=True):
+        for name in ("mean", "std"):
+            line |= {f"{name}_{k}": value for k, value in enumerate(line.pop(name))}
+        if not isinstance(line["prompt"], str):
+            line["prompt"], row["prompt"] = json.dumps(line["prompt"]), json.dumps(json.loads(row["prompt"]))
+        assert line == row
+        assert row["reward"] == pytest.approx(0.4 * row["nominal"] + 0.6 * row["worst_case"], rel=1e-6)
+        assert row["gap"] == row["nominal"] - row["worst_case"] or abs(row["gap"]) < 10
+        assert row["nominal"] == row[f"mean_{row['nominal_head']}"]
+    again = score.run(score.Config(reward, str(tmp_path / "scores.parquet"), output=str(tmp_path / "again.parquet")))
+    assert again.read_bytes() == (tmp_path / "scores.parquet").read_bytes()
+
+
+def test_the_reward_does_not_hide_behind_a_column_of_the_heads(reward: str, tmp_path: Path) -> None:
+    [row] = rows_in(score.run(score.Config(reward, str(texts_in(tmp_path, 1)), objective="mean")))
+    assert row["reward"] == pytest.approx(np.mean(row["mean"]))
+
+
+def test_several_processes_write_what_one_writes(reward: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after one that was stopped: parts do not depend on the number of processes."""
+    monkeypatch.setattr(score, "ROWS_PER_PART", 4)
+    file = texts_in(tmp_path, 22)
+    rows = file.read_text().splitlines()
+    file.write_text("\n".join([*rows, '{"prompt": "Review.", "completion": ""}']) + "\n")
+    config = score.Config(reward, str(file), output=str(tmp_path / "one.parquet"), on_bad_row="skip")
+    whole = score.run(config).read_bytes()
+    assert len((tmp_path / "texts.bad.jsonl").read_text().splitlines()) == 1
+    stopped = dataclasses.replace(config, output=str(tmp_path / "stopped.parquet"))
+    parts, scored = [], score._scored
+
+    def stop_after_two(scorer: Scorer, samples: list[Sample], *more: Any) -> list[dict[str, Any]]:
+        parts.append(len(samples))
+        if len(parts) == 3:
+            raise KeyboardInterrupt
+        return scored(scorer, samples, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(score, "_scored", stop_after_two)
+        with pytest.raises(KeyboardInterrupt):
+            score.run(stopped)
+    (tmp_path / "said").mkdir()
+    for each in (dataclasses.replace(config, output=str(tmp_path / "two.parquet")), stopped):
+
+        def score_and_leave(each: score.Config = each) -> None:
+            score.run(each)
+            distributed.leave()
+
+        launched(2, score_and_leave, tmp_path / "said")
+        assert Path(each.output).read_bytes() == whole
+    assert (tmp_path / "said" / "stderr1").read_text() == ""
+    assert "1 bad rows of 23" in " ".join((tmp_path / "said" / "stderr0").read_text().split())
+    assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_two_commands_do_not_write_one_file(reward: str, tmp_path: Path) -> None:
+    file = texts_in(tmp_path, 2)
+    config = score.Config(reward, str(file))
+    with (
+        ScoreFile(tmp_path / "texts.scored.jsonl").open({}, 4),
+        pytest.raises(PoiseError, match="another process is writing"),
+    ):
+        score.run(config)
+    assert len(rows_in(score.run(config))) == 2
+
+
+def test_the_file_to_be_scored_is_not_written_over(reward: str, tmp_path: Path) -> None:
+    file = texts_in(tmp_path, 2)
+    before = file.read_bytes()
+    (tmp_path / "link.jsonl").symlink_to(file)
+    config = score.Config(reward, str(file), output=str(tmp_path / "link.jsonl"))
+    with pytest.raises(PoiseError, match="is the file to be scored"):
+        score.run(config)
+    assert file.read_bytes() == before
+    with pytest.raises(PoiseError, match=r"\.jsonl or \.parquet, not as \.csv"):
+        dataclasses.replace(config, output="scores.csv").check()
+
+
+@pytest.mark.parametrize("form", rest_slow(["jsonl", "parquet"]))
+def test_memory_does_not_grow_with_rows(
+    form: str, reward: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Also if every second row is bad. Heads are made up: the trunk's part of the memory is the same for every part."""
+    scorer = Scorer.load(reward)
+    monkeypatch.setattr(Scorer, "load", lambda *_: scorer)
+    monkeypatch.setattr(Scorer, "__call__", lambda _, samples, *__: HeadRewards(*torch.ones(2, len(samples), 5)))
+    monkeypatch.setattr(score, "row_check_of_rewards", lambda _: None)
+    monkeypatch.setattr(score, "ROWS_PER_PART", 8)
+    monkeypatch.setattr(files, "_ROWS_AT_ONCE", 8)
+    monkeypatch.setattr(score_file, "_ROWS_PER_GROUP", 16)
+    monkeypatch.setattr(rows, "_BAD_ROWS_IN_MEMORY", 1024)
+    peaks = []
+    for count in (64, 64, 640):  # the first time imports and fills caches
+        texts = [{"prompt": "Review. " * 40, "completion": "" if i % 2 else f"good {i}"} for i in range(count)]
+        file = tmp_path / f"{count}.{form}"
+        if form == "parquet":
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(texts), file)
+        else:
+            file.write_text("".join(json.dumps(row) + "\n" for row in texts))
+        del texts
+        output = str(tmp_path / f"out.{form}")
+        gc.collect()
+        tracemalloc.start()
+        score.run(score.Config(reward, str(file), output=output, objective="mean", on_bad_row="skip"))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(rows_in(Path(output))) == count // 2
+    assert peaks[2] < 1.25 * peaks[1], peaks
+
+
+def test_parts_of_another_reward_model_are_not_kept(reward: str, tmp_path: Path) -> None:
     """Also of a run folder and of an ensemble, whose own files say nothing of the heads."""
-    run, copy = train_tiny_reward(tiny_model), tmp_path / "rm"
-    shutil.copytree(run, copy)
+    copy = tmp_path / "rm"
+    shutil.copytree(reward, copy)
     file = tmp_path / "texts.jsonl"
     file.write_text(json.dumps({"prompt": "Review.", "completion": "good"}) + "\n")
     both = {"members": ["../rm", "../rm/brme"], "means": [0.0, 0.0], "stds": [1.0, 1.0]}
     (tmp_path / "both").mkdir()
     (tmp_path / "both" / "ensemble.json").write_text(json.dumps(both))
-    found = {}
-    for name in ("rm", "both"):
-        config = score.Config(str(tmp_path / name), str(file), output=str(tmp_path / f"{name}.jsonl"))
-        partial = tmp_path / f"{name}.jsonl.partial"
-        score._resumed(partial, config)
-        found[name] = score._settings_of(partial).read_text()
+    configs = [score.Config(str(tmp_path / name), str(file)) for name in ("rm", "both")]
+    before = [score._settings(config) for config in configs]
+    assert before == [score._settings(config) for config in configs]
     [weights] = [path for path in (copy / "brme").glob("*.safetensors") if "score.weight" in load_file(path)]
     save_file({key: value + 1 for key, value in load_file(weights).items()}, weights, {"format": "pt"})
-    for name, before in found.items():
-        config = score.Config(str(tmp_path / name), str(file), output=str(tmp_path / f"{name}.jsonl"))
-        score._resumed(tmp_path / f"{name}.jsonl.partial", config)
-        assert score._settings_of(tmp_path / f"{name}.jsonl.partial").read_text() != before
+    for config, settings in zip(configs, before, strict=True):
+        assert score._settings(config) != settings
+    left = ScoreFile(tmp_path / "out.jsonl")
+    for settings, kept in ((before[0], 0), (before[0], 4), (before[1], 0)):
+        with left.open(settings, 2) as (done, partial):
+            assert done == kept
+            partial.write(b"{}\n" * (5 - done))

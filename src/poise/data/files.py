@@ -42,6 +42,7 @@ _MARKS = (
 )  # fmt: skip
 _PARQUET, _ZIP = b"PAR1", b"PK\x03\x04"
 _ROWS_AT_ONCE = 1024  # of Parquet and Arrow
+_PARQUET_BUFFER = 1 << 20  # bytes of a column
 _CHUNK = 1 << 16
 _MOST_DIGITS = 4000  # Python refuses to read longer integers
 
@@ -185,7 +186,9 @@ def _decompressed(file: IO[bytes], name: str) -> Any:
 def _parquet(file: IO[bytes]) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet
 
-    for batch in pyarrow.parquet.ParquetFile(file).iter_batches(_ROWS_AT_ONCE):
+    # Without buffers of whole columns: a row group may be the whole file.
+    table = pyarrow.parquet.ParquetFile(file, buffer_size=_PARQUET_BUFFER, pre_buffer=False)
+    for batch in table.iter_batches(_ROWS_AT_ONCE):
         yield from batch.to_pylist()
 
 

@@ -1,6 +1,8 @@
 """Rows on their way from a file to what they mean: every one is used, left out with its reason, or refused by line."""
 
 import json
+import os
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,13 +12,41 @@ from typing import Any, Literal, TypeVar
 from poise.data.files import RawRow, as_object, raw_rows
 from poise.data.types import Prompt
 from poise.errors import PoiseError
+from poise.runtime.folders import write_file_atomic
 from poise.runtime.progress import console
-from poise.runtime.run_folder import write_jsonl
 
 Row = TypeVar("Row")
 OnBadRow = Literal["error", "skip"]
 # Raises ValueError for a prompt with answers that a model cannot be given, such as turns that its template refuses.
 Check = Callable[[Prompt, Sequence[str]], None]
+
+_BAD_ROWS_IN_MEMORY = 1 << 20  # characters
+
+
+class BadRows:
+    """Refused rows, to be set aside: in memory while they are few, else in a file that the system deletes.
+
+    A file of any size can be read in constant memory, however many of its rows are bad.
+    """
+
+    def __init__(self) -> None:
+        self._file = tempfile.SpooledTemporaryFile(_BAD_ROWS_IN_MEMORY, "w+", encoding="utf-8")  # noqa: SIM115
+        self._count = 0
+
+    def append(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._count += 1
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self._file.seek(0)
+        yield from map(json.loads, self._file)
+        self._file.seek(0, os.SEEK_END)
+
+    def __del__(self) -> None:
+        self._file.close()
 
 
 @dataclass
@@ -35,7 +65,7 @@ class Understood:
     refused: int = 0
     forms: Counter[str] = field(default_factory=Counter)
     notes: dict[str, tuple[int, str]] = field(default_factory=dict)
-    bad: list[dict[str, Any]] = field(default_factory=list)
+    bad: "BadRows" = field(default_factory=lambda: BadRows())
     silent: bool = False
 
     @property
@@ -61,7 +91,10 @@ class Understood:
         path = Path(self.path)
         beside = path if path.is_file() and not self.path.startswith(("/dev/", "/proc/")) else Path(path.name)
         aside = beside.with_suffix(".bad.jsonl")
-        write_jsonl(aside, self.bad)
+        with write_file_atomic(aside) as partial, partial.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in self.bad)
+            file.flush()
+            os.fsync(file.fileno())
         self._print(f"{self.refused} bad rows of {self.num_rows} set aside in {aside}")
 
     def _print(self, text: str) -> None:

@@ -1,6 +1,7 @@
 """The settings of all commands about reward models; torch is not imported to read them."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -26,6 +27,7 @@ from poise.runtime.settings import (
 
 Trunk = Literal["frozen", "lora", "full"]
 HeadLossName = Literal["sampled_mse", "gaussian_nll", "beta_nll", "crps", "probit_pairs"]
+_NOT_WRITTEN = {".csv", ".tsv", ".xlsx", ".arrow", ".feather", ".gz", ".bz2", ".xz", ".zst", ".zip"}
 ShardKind = Literal["disjoint", "cluster", "source", "bootstrap", "same"]
 
 
@@ -135,6 +137,9 @@ class EvaluateConfig(Settings):
 class ScoreConfig(Settings):
     """Score completions: per-head mean and std, uncertainties, and one objective.
 
+    Rows are read, scored and written in parts, in constant memory; a stopped command goes on after its last part. Under
+    `torchrun` or `accelerate launch` the processes share the rows.
+
     `std` and `routing_std` are the stds as the heads report them. `total_std` is an error bar: it takes each head's std
     times its `std_scale`, which was fitted on validation pairs, as `poise evaluate-reward` does.
     """
@@ -142,20 +147,23 @@ class ScoreConfig(Settings):
     reward: tyro.conf.Positional[Reward]
     """Reward model: a checkpoint folder, a hub id of a one-label classifier, or a `poise train-reward` run."""
     file: tyro.conf.Positional[Annotated[str, Rows("samples")]]
-    """JSON lines with `prompt`, `completion`."""
+    """`prompt`, `completion`: JSON lines, Parquet, CSV, a folder saved by `datasets`, or a hub id."""
     objective: str = "tradeoff(0.4)"
-    """How the heads become one reward, e.g. nominal, worst_case, tradeoff(0.4), lower_confidence(1)."""
+    """How the heads become the column `reward`, e.g. nominal, worst_case, tradeoff(0.4), lower_confidence(1)."""
     output: str = ""
-    """File to write; default: FILE with .scored.jsonl."""
+    """File to write: JSON lines, or Parquet if its name ends in .parquet. Default: FILE with .scored.jsonl."""
     max_length: WholeNumber = 0
     """Longest sample in tokens; longer ones lose their oldest tokens. 0: the model's context."""
     on_bad_row: OnBadRow = "error"
     """`skip` sets bad rows aside in a file beside the data."""
 
     def check(self) -> None:
-        """As `Settings.check`, and the objective."""
+        """As `Settings.check`, and the objective and the output's form."""
         super().check()
         read_objective(self.objective)
+        suffix = Path(self.output).suffix.lower()
+        if suffix in _NOT_WRITTEN:
+            raise PoiseError(f"--output {self.output}: scores are written as .jsonl or .parquet, not as {suffix}")
 
 
 @dataclass(frozen=True)

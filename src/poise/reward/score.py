@@ -1,9 +1,13 @@
-"""`poise score`: every head's reward of given completions, their uncertainties, and one objective."""
+"""`poise score`: every head's reward of given completions, their uncertainties, and one objective.
+
+Rows are read, scored and written in parts, so that memory does not grow with the file. Of several processes each scores
+the parts whose turn it is, and the first one writes all of them in the order of the file: the result does not depend on
+how many processes there are, and a stopped command may go on with another number of them.
+"""
 
 import itertools
-import json
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 from poise.data.files import can_be_read_twice
@@ -11,14 +15,16 @@ from poise.data.preferences import iter_samples
 from poise.data.rows import Understood
 from poise.data.types import Sample
 from poise.errors import PoiseError
-from poise.functional.objectives import Objective, disagreement, nominal_head, parse_objective, routing_std, total_std
+from poise.functional.objectives import Objective, parse_objective
 from poise.models.reward_model import heads_fingerprint, members_of
 from poise.models.row_check import row_check_of_rewards
+from poise.models.score_columns import score_columns
 from poise.models.scorer import Scorer
 from poise.reward.config import ScoreConfig as Config
+from poise.reward.score_file import ScoreFile, append
+from poise.runtime import distributed as processes
 from poise.runtime.progress import console, progress
-from poise.runtime.records import read_object
-from poise.runtime.run_folder import Json, config_dict, write_json
+from poise.runtime.run_folder import Json, config_dict
 from poise.runtime.settings import finite_or_raise
 
 ROWS_PER_PART = 1024
@@ -27,39 +33,45 @@ ROWS_PER_PART = 1024
 def run(config: Config) -> Path:
     """Write one row per completion, in order; returns the file.
 
-    Rows are read, scored and written in parts, so that memory does not grow with the file. A part that is done stays in
-    FILE.partial: the same command goes on after it. A file that can be read twice is checked whole before it is scored.
+    A part that is done stays in FILE.partial: the same command goes on after it. A file that can be read twice is
+    checked whole before it is scored.
     """
     objective = parse_objective(config.objective)
-    path = _output(config)
+    output = ScoreFile(_output(config))
+    twice = can_be_read_twice(config.file)
+    if processes.launched_processes() > 1 and not twice:
+        raise PoiseError(f"several processes cannot share {config.file}, which is no file; start one")
+    processes.join()
+    first = processes.process_index() == 0
     scorer = Scorer.load(config.reward, config.max_length)
     scorer.layout.check_objective(config.objective)
     check = row_check_of_rewards([config.reward])
-    twice = can_be_read_twice(config.file)
-    total = sum(1 for _ in iter_samples(config.file, config.on_bad_row, check)) if twice else 0
-    partial = path.with_name(f"{path.name}.partial")
-    done = _resumed(partial, config) if twice else 0
+    total = 0
+    if twice:
+        understood = Understood(config.file, silent=not first)
+        total = sum(1 for _ in iter_samples(config.file, config.on_bad_row, check, understood))
     checked = twice and config.on_bad_row == "error"  # by the first reading: no row is left to refuse
     understood = Understood(config.file, silent=twice)
     samples = iter_samples(config.file, config.on_bad_row, None if checked else check, understood)
-    count = len(list(itertools.islice(samples, done)))
-    with progress("scoring", total, done) as advance, partial.open("a" if done else "w", encoding="utf-8") as file:
-        while part := list(itertools.islice(samples, ROWS_PER_PART)):
-            file.writelines(
-                json.dumps(row) + "\n" for row in _scored(scorer, part, config.objective, objective, advance)
+    settings = _settings(config) if twice else None
+    with output.open(settings, ROWS_PER_PART) if first else nullcontext((0, None)) as (done, file):
+        done = max(processes.gathered_rows([done]))
+        count = len(list(itertools.islice(samples, done)))
+        with progress("scoring", total, done) as advance:
+            for part, rows in _scored_parts(scorer, samples, objective, advance):
+                count += len(part)
+                if file is not None:
+                    append(file, [{**_texts(sample), **row} for sample, row in zip(part, rows, strict=True)])
+    truncated = sum(processes.gathered_rows([scorer.num_truncated]))
+    if first:
+        output.finish()
+        if truncated:
+            console.print(
+                f"{truncated} of {count} samples lost their oldest tokens (longer than {scorer.extract.max_length})"
             )
-            file.flush()
-            count += len(part)
-        os.fsync(file.fileno())
-    partial.replace(path)
-    _settings_of(partial).unlink(missing_ok=True)
-    if scorer.num_truncated:
-        console.print(
-            f"{scorer.num_truncated} of {count} samples lost their oldest tokens "
-            f"(longer than {scorer.extract.max_length})"
-        )
-    console.print(f"{count} completions scored by {scorer.layout.num_heads} heads: {path}", markup=False)
-    return path
+        console.print(f"{count} completions scored by {scorer.layout.num_heads} heads: {output.path}", markup=False)
+    processes.wait()
+    return output.path
 
 
 def _output(config: Config) -> Path:
@@ -68,58 +80,44 @@ def _output(config: Config) -> Path:
     path = Path(config.output) if config.output else Path(config.file).with_suffix(".scored.jsonl")
     if path.is_dir():
         raise PoiseError(f"--output {path} is a folder; name a file")
+    if path.exists() and Path(config.file).exists() and path.samefile(config.file):
+        raise PoiseError(f"--output {path} is the file to be scored; choose another")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
-def _scored(
-    scorer: Scorer, samples: list[Sample], name: str, objective: Objective, advance: Callable[[int], None]
-) -> list[Json]:
-    """Rows of the output. PoiseError for a number that is not finite."""
-    heads = scorer(samples, advance)
-    columns = {
-        name: objective(heads),
-        "nominal_head": nominal_head(heads),
-        "disagreement": disagreement(heads),
-        "routing_std": routing_std(heads),
-        "total_std": total_std(scorer.layout.calibrated(heads)),
-        "mean": heads.mean,
-        "std": heads.std,
-    } | ({} if heads.distance is None else {"distance": heads.distance.squeeze(-1)})
-    listed = finite_or_raise({name: column.tolist() for name, column in columns.items()}, "the score")
-    return [
-        {"prompt": sample.prompt, "completion": sample.completion, **{name: col[i] for name, col in listed.items()}}
-        for i, sample in enumerate(samples)
-    ]
-
-
-def _settings_of(partial: Path) -> Path:
-    return partial.with_name(f"{partial.name}.json")
-
-
-def _resumed(partial: Path, config: Config) -> int:
-    """How many rows a stopped command of the same settings, model and file left done; the rest of them is cut off."""
+def _settings(config: Config) -> Json:
+    """What the rows are made of. PoiseError if the file is gone."""
     about = Path(config.file).stat()
-    settings = {
+    return {
         **config_dict(config), "file": [config.file, about.st_size, about.st_mtime_ns],
         "heads": [heads_fingerprint(member) for member in members_of(config.reward)],
     }  # fmt: skip
-    record = _settings_of(partial)
-    try:
-        same = read_object(record) == settings
-    except PoiseError:
-        same = False
-    if not same:
-        partial.unlink(missing_ok=True)
-        write_json(record, settings)
-        return 0
-    if not partial.exists():
-        return 0
-    whole = kept = end = 0
-    with partial.open("rb+") as file:
-        for number, line in enumerate(file, 1):
-            end += len(line)
-            if number % ROWS_PER_PART == 0 and line.endswith(b"\n"):
-                whole, kept = number, end
-        file.truncate(kept)
-    return whole
+
+
+def _scored_parts(
+    scorer: Scorer, samples: Iterator[Sample], objective: Objective, advance: Callable[[int], None]
+) -> Iterator[tuple[list[Sample], list[Json]]]:
+    """Samples with the columns of each; at a time as many parts as there are processes, each scoring its own."""
+    mine, count = processes.process_index(), processes.num_processes()
+    while several := list(itertools.islice(samples, ROWS_PER_PART * count)):
+        part = several[mine * ROWS_PER_PART : (mine + 1) * ROWS_PER_PART]
+        rows = _scored(scorer, part, objective, advance if count == 1 else None) if part else []
+        rows = processes.gathered_rows(rows)
+        if count > 1:
+            advance(len(several))
+        yield several, rows
+
+
+def _scored(
+    scorer: Scorer, samples: list[Sample], objective: Objective, advance: Callable[[int], None] | None
+) -> list[Json]:
+    """Columns of each sample. PoiseError for a number that is not finite."""
+    heads = scorer(samples, advance)
+    columns = score_columns(heads, scorer.layout, objective(heads))
+    listed = finite_or_raise({name: column.tolist() for name, column in columns.items()}, "the score")
+    return [{name: column[i] for name, column in listed.items()} for i in range(len(samples))]
+
+
+def _texts(sample: Sample) -> Json:
+    return {"prompt": sample.prompt, "completion": sample.completion}

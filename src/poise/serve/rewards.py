@@ -9,18 +9,9 @@ import torch
 
 from poise.data.types import Sample
 from poise.errors import PoiseError
-from poise.functional.objectives import (
-    HeadRewards,
-    RewardScale,
-    disagreement,
-    nominal,
-    nominal_head,
-    parse_objective,
-    routing_std,
-    total_std,
-    worst_case,
-)
+from poise.functional.objectives import HeadRewards, RewardScale, parse_objective
 from poise.models.scale_file import ScaleFile
+from poise.models.score_columns import score_columns
 from poise.runtime.run_folder import Json
 from poise.serve.backend import RewardModels, finite_or_raise
 from poise.serve.batching import Batcher
@@ -140,19 +131,7 @@ class Rewards:
         if self._scale is not None:
             reward = self._scale.combine(heads, self._combine)
             heads = self._scale.centered(heads)
-        columns = {
-            "reward": reward,
-            "nominal": nominal(heads),
-            "worst_case": worst_case(heads),
-            "gap": nominal(heads) - worst_case(heads),
-            "nominal_head": nominal_head(heads),
-            "disagreement": disagreement(heads),
-            "routing_std": routing_std(heads),
-            "total_std": total_std(self.models.layout.calibrated(heads)),
-            "mean": heads.mean,
-            "std": heads.std,
-            **({} if heads.distance is None else {"distance": heads.distance.squeeze(-1)}),
-        }
+        columns = score_columns(heads, self.models.layout, reward)
         if not all(column.isfinite().all() for column in columns.values()):
             raise BrokenRewardError("a reward is not finite: the reward model is broken")
         listed = {name: column.tolist() for name, column in columns.items()}
