@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import minimize
 from scipy.special import ndtr
-from scipy.stats import binom
+from scipy.stats import binom, chi2
 
 from poise.errors import PoiseError
 from poise.functional.choice import LEVEL, PRIOR_STD, Ladder, choose, misfit
@@ -23,8 +24,8 @@ def curve(a: float, b: float) -> np.ndarray:
     return np.concatenate([[0.5], ndtr(a * d - b * d * d)])
 
 
-def by_brute_force(ladder: Ladder) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(mean win rates, expected losses, loss bounds) from a plain grid of the law's numbers and SciPy's binomial."""
+def by_brute_force(ladder: Ladder) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(win rates: mean, lower, upper bound; losses: mean, upper bound) from a plain grid and SciPy's binomial."""
     axis = np.linspace(-9, 9, 361)
     weights, rates = [], []
     for a in axis:
@@ -36,11 +37,16 @@ def by_brute_force(ladder: Ladder) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     weight, rate = np.concatenate(weights), np.concatenate(rates)
     weight /= weight.sum()
     loss = rate.max(1, keepdims=True) - rate
-    bounds = []
-    for column in loss.T:
-        order = column.argsort()
-        bounds.append(column[order][np.searchsorted(weight[order].cumsum(), LEVEL)])
-    return weight @ rate, weight @ loss, np.array(bounds)
+
+    def bound(values: np.ndarray, level: float) -> np.ndarray:
+        orders = [column.argsort() for column in values.T]
+        found = [
+            column[order][np.searchsorted(weight[order].cumsum(), level)]
+            for column, order in zip(values.T, orders, strict=True)
+        ]
+        return np.array(found)
+
+    return weight @ rate, bound(rate, 1 - LEVEL), bound(rate, LEVEL), weight @ loss, bound(loss, LEVEL)
 
 
 @pytest.mark.parametrize(
@@ -48,8 +54,10 @@ def by_brute_force(ladder: Ladder) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 )
 def test_against_brute_force(wins: list[float]) -> None:
     ladder = ladder_of(wins)
-    found, (rate, loss, bounds) = choose(ladder), by_brute_force(ladder)
+    found, (rate, low, high, loss, bounds) = choose(ladder), by_brute_force(ladder)
     assert found.win_rate == pytest.approx(rate, abs=2e-3)
+    assert found.low == pytest.approx(low, abs=1e-2)
+    assert found.high == pytest.approx(high, abs=1e-2)
     assert found.loss_bound == pytest.approx(bounds, abs=6e-3)
     within = np.flatnonzero(bounds <= 0.05)
     assert found.chosen == (within[-1] if len(within) else loss.argmin())
@@ -97,6 +105,25 @@ def test_a_law_that_does_not_fit_is_said() -> None:
     assert smooth is not None
     assert zigzag < 1e-6 < 0.9 < smooth
     assert misfit(ladder_of([30, 20], kl=KL[:2])) is None
+
+
+@pytest.mark.parametrize("wins", [[24, 30, 27, 16], [0, 13, 40, 20], [40, 38, 40, 39], [36, 8, 36]])
+def test_the_misfit_is_the_likelihood_ratio_test_against_free_win_rates(wins: list[float]) -> None:
+    """Also where a rung won nothing or everything. Twice the log ratio has rungs minus 2 degrees of freedom."""
+    ladder = ladder_of(wins, kl=KL[: len(wins)])
+    d = np.sqrt(ladder.kl_R / ladder.kl_R[-1])
+
+    def loss(ab: np.ndarray) -> float:
+        return -float(binom.logpmf(ladder.wins_R, 40, ndtr(ab[0] * d - ab[1] * d * d)).sum())
+
+    law = min(minimize(loss, start, method="Nelder-Mead").fun for start in ([0, 0], [3, 3], [3, 0]))
+    free = binom.logpmf(ladder.wins_R, 40, ladder.wins_R / 40).sum()
+    assert misfit(ladder) == pytest.approx(chi2.sf(max(2 * (free + law), 0.0), len(wins) - 2), rel=1e-3, abs=1e-6)
+
+
+def test_where_64_times_as_many_labels_would_not_decide_that_is_said() -> None:
+    undecided = choose(ladder_of([1, 0, 1, 0], 1.0), delta=1e-4)
+    assert (undecided.decided, undecided.more_labels) == (False, None)
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from poise.errors import PoiseError
-from poise.functional.best_of_n import KL_COEFS, best_of_n, fit_rl, sizes, tilted
+from poise.functional.best_of_n import KL_COEFS, best_of_n, fit_best_of_n, fit_rl, sizes, tilted
 from poise.functional.objectives import HeadRewards
 from poise.functional.overoptimization import (
     Choice,
     Curves,
+    CurveSummary,
     Resamples,
     differences_from,
     pair_accuracy,
@@ -46,6 +47,12 @@ def test_curves_are_the_metrics_of_every_reward_model() -> None:
             value, kl = tilted(proxy[s], gold, kl_coef)
             np.testing.assert_allclose(curves.tilted_gold_SPM[s, :, i], value)
             np.testing.assert_allclose(curves.tilted_kl_SPM[s, :, i], kl)
+            np.testing.assert_allclose(curves.tilted_proxy_SPM[s, :, i], tilted(proxy[s], proxy[s], kl_coef)[0])
+            weight = np.exp(proxy[s] / kl_coef)
+            share = weight / weight.sum(-1, keepdims=True)
+            np.testing.assert_allclose(curves.tilted_samples_SPM[s, :, i], 1 / (share * share).sum(-1))
+    assert curves.n.tolist() == sizes(PER_PROMPT).tolist()
+    np.testing.assert_allclose(curves.accuracy_SP, pair_accuracy(proxy, gold))
 
 
 def test_a_proxy_is_centered_combined_and_scaled_by_hand() -> None:
@@ -127,8 +134,65 @@ def test_differences_are_paired() -> None:
     same = differences_from(one, one)
     assert same["final_gold"]["vs_baseline"] == 0
     assert tuple(same["final_gold"]["vs_baseline_interval"]) == (0.0, 0.0)
-    if one.means["gain"] > 0:
-        assert same["relative_gain"]["mean"] == 0
+
+
+def test_a_gain_is_compared_with_the_baselines_draw_by_draw() -> None:
+    def summary(mean: float, draws: list[float]) -> CurveSummary:
+        measures = {"gain": {"mean": mean, "interval": (mean - 1, mean + 1)}}
+        return CurveSummary({"measures": measures}, {"gain": mean}, {"gain": np.array(draws)})
+
+    own, first = summary(3.0, [2.0, 3.0, 4.0, 5.0]), summary(2.0, [1.0, -1.0, 4.0, 0.0])
+    found = differences_from(own, first)
+    assert found["gain"] == {
+        "mean": 3.0, "interval": (2.0, 4.0), "vs_baseline": 1.0,
+        "vs_baseline_interval": pytest.approx((0.075, 4.925)),  # of 1, 4, 0 and 5
+    }  # fmt: skip
+    # Of draws in which the baseline gained nothing there is no share: 2 / 1 - 1 and 4 / 4 - 1 are left.
+    assert found["relative_gain"] == {"mean": 0.5, "interval": pytest.approx((0.025, 0.975))}
+    assert set(differences_from(own, summary(0.0, [1.0, 1.0, 1.0, 1.0]))) == {"gain"}
+    assert set(differences_from(own, summary(-2.0, [1.0, 1.0, 1.0, 1.0]))) == {"gain"}
+
+
+def test_points_have_the_quantiles_of_their_own_draws() -> None:
+    """Two prompts, of which draws take the first, the second, or both; two reward models that differ by 1."""
+    resamples = Resamples(
+        np.array([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]), np.array([[0.5, 0.5], [0.5, 0.5], [1.0, 0.0]])
+    )
+    gold = np.array([[0.0, 1.0], [4.0, 7.0]])
+    proxy = np.stack([gold, gold + 1.0])
+    judged = summarize(Curves.of(proxy, gold), resamples).json
+    assert judged["seeds"] == 2
+    start, end = judged["best_of_n"]
+    assert (start["n"], start["kl"]) == (1, 0.0)
+    assert (end["n"], end["kl"]) == (2, pytest.approx(math.log(2) - 0.5))
+    for point, first, second in ((start, 0.5, 5.5), (end, 1.0, 7.0)):
+        drawn = [first, second, (first + second) / 2]
+        assert point["gold"] == pytest.approx(drawn[2])
+        assert [point["gold_low"], point["gold_high"]] == pytest.approx(np.quantile(drawn, [0.025, 0.975]).tolist())
+        drawn = [first + 0.5, second + 0.5, drawn[2]]  # the last draw takes the first reward model alone
+        assert point["proxy"] == pytest.approx((first + second) / 2 + 0.5)
+        assert [point["proxy_low"], point["proxy_high"]] == pytest.approx(np.quantile(drawn, [0.025, 0.975]).tolist())
+    measures = judged["measures"]
+    assert measures["gain"]["mean"] == pytest.approx(1.0)
+    assert measures["gain"]["interval"] == pytest.approx(tuple(np.quantile([0.5, 1.5, 1.0], [0.025, 0.975])))
+    assert measures["final_gold"]["interval"] == pytest.approx(tuple(np.quantile([1.0, 7.0, 4.0], [0.025, 0.975])))
+    assert measures["drawdown"] == {"mean": 0.0, "interval": (0.0, 0.0)}
+    assert judged["fits"]["best_of_n"].keys() == {"alpha", "beta", "r2"}
+
+
+def test_a_law_is_fitted_to_the_gain_over_the_start() -> None:
+    """Gold that is the proxy: what best-of-n gains is known, and the fit is that of `fit_best_of_n`."""
+    proxy = np.random.default_rng(0).normal(size=(2, 8, 32))
+    judged = summarize(Curves.of(proxy, proxy.mean(0) + 5), Resamples.draw(8, 2, 20)).json
+    gains = np.array([point["gold"] for point in judged["best_of_n"]]) - judged["best_of_n"][0]["gold"]
+    root = np.sqrt([point["kl"] for point in judged["best_of_n"]])
+    assert judged["fits"]["best_of_n"] == pytest.approx(fit_best_of_n(root, gains)._asdict())
+    assert judged["initial_gold"] == pytest.approx(judged["best_of_n"][0]["gold"])
+
+
+def test_the_last_completion_of_an_odd_number_has_no_pair() -> None:
+    assert pair_accuracy(np.array([[[0.0, 1.0, 9.0]]]), np.array([[1.0, 2.0, 0.0]])).tolist() == [[1.0]]
+    assert pair_accuracy(np.array([[[1.0, 0.0, 9.0, 3.0]]]), np.array([[1.0, 2.0, 0.0, 4.0]])).tolist() == [[0.0]]
 
 
 def test_intervals_over_prompts_and_reward_models_cover_as_often_as_they_say() -> None:

@@ -258,6 +258,118 @@ def test_a_gradient_that_is_not_finite_touches_no_weight(culprit: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, now.policy.parameters(), strict=True))
 
 
+def test_a_loss_that_is_not_finite_touches_no_weight() -> None:
+    now = case()
+    before = [parameter.detach().clone() for parameter in now.policy.parameters()]
+    now.score[0] = math.nan
+    with pytest.raises(PoiseError, match="the loss is not finite"):
+        learner(now.policy).improve(now.rollout, now.score, now.reference, KL_COEF)
+    assert all(torch.equal(a, b) for a, b in zip(before, now.policy.parameters(), strict=True))
+
+
+def test_a_difference_of_rounding_is_no_kl_and_a_larger_one_is() -> None:
+    """A constant reward under a policy that is the reference: nothing moves it but a difference above the rounding."""
+    moved = []
+    for off in (4.9e-5, -4.9e-5, 5.2e-5):
+        now = case()
+        start = now.policy.logits.detach().clone()
+        one = learner(now.policy, discount=1.0, trace=1.0, whiten_advantages=False, entropy_coef=0.0)
+        now.rollout.value_PMT.zero_()
+        one.improve(now.rollout, torch.zeros_like(now.score), now.rollout.logprob_PMT - off, KL_COEF)
+        moved.append(not torch.equal(start, now.policy.logits))
+    assert moved == [False, False, True]
+
+
+# ---- reading again in low precision ----
+
+
+def test_in_float32_a_rollout_is_improved_as_it_was_sampled() -> None:
+    now = case()
+    now.policy.low_precision = False
+    now.policy.reference_logprobs = lambda rollout: rollout.logprob_PMT - 1  # type: ignore[assignment, method-assign]
+    again, reference = learner(now.policy).read(now.rollout)
+    assert again is now.rollout
+    assert torch.equal(reference, now.rollout.logprob_PMT - 1)
+
+
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.2])
+def test_in_low_precision_a_rollout_is_read_in_the_parts_that_are_improved_next(entropy_coef: float) -> None:
+    """In the parts of the first epoch, and with entropies if the update asks for them: the same bits come out."""
+    now, read, improved = case(), [], []
+    now.policy.low_precision = True
+
+    def read_again(rollout: Rollout, parts: list[Tensor], *, entropy: bool) -> Rollout:
+        read.append(("policy", [part.tolist() for part in parts], entropy))
+        return dataclasses.replace(rollout, sampled_PMT=rollout.logprob_PMT)
+
+    def reference(rollout: Rollout, parts: list[Tensor], *, entropy: bool) -> Tensor:
+        assert rollout.sampled_PMT is not None  # what was read again, not what was sampled
+        read.append(("reference", [part.tolist() for part in parts], entropy))
+        return rollout.logprob_PMT - 1
+
+    def evaluate(rollout: Rollout, *, entropy: bool = False) -> Evaluation:
+        improved.append((rollout.prompt_ids_PL[:, 0].tolist(), entropy))
+        return Table.evaluate(now.policy, rollout, entropy=entropy)
+
+    now.rollout.prompt_ids_PL[:, 0] = torch.arange(PROMPTS)
+    for name, stub in (("read_again", read_again), ("reference_logprobs", reference), ("evaluate", evaluate)):
+        setattr(now.policy, name, stub)
+    one = learner(now.policy, entropy_coef=entropy_coef)
+    again, logprob = one.read(now.rollout)
+    assert torch.equal(logprob, now.rollout.logprob_PMT - 1)
+    one.improve(again, now.score, logprob, KL_COEF)
+    first_epoch = improved[: len(improved) // EVERYTHING.num_epochs]
+    assert read == [(who, [prompts for prompts, _ in first_epoch], entropy_coef > 0) for who in ("policy", "reference")]
+    assert all(entropy == (entropy_coef > 0) for _, entropy in improved)
+    assert sorted(prompt for prompts, _ in first_epoch for prompt in prompts) == list(range(PROMPTS))
+    assert len(first_epoch) == EVERYTHING.num_minibatches * EVERYTHING.accumulation
+
+
+# ---- checkpoints ----
+
+
+def test_a_learner_that_was_saved_goes_on_bitwise(tmp_path: Path) -> None:
+    """Weights, Adam's moments and step, and the random order of prompts."""
+    whole = case()
+    one = learner(whole.policy)
+    one.improve(whole.rollout, whole.score, whole.reference, KL_COEF)
+    one.save(tmp_path / "learner.safetensors", {"step": 3, "name": "é"})
+    expected = one.improve(whole.rollout, whole.score, whole.reference, KL_COEF)
+    later = case()
+    with torch.no_grad():
+        for parameter in later.policy.parameters():
+            parameter.add_(1.0)
+    other = update.Learner(later.policy, EVERYTHING, SEED + 1)
+    assert other.load(tmp_path / "learner.safetensors") == {"step": 3, "name": "é"}
+    assert other.improve(later.rollout, later.score, later.reference, KL_COEF) == expected
+    for mine, theirs in zip(later.policy.parameters(), whole.policy.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_learner_saved_before_its_first_step_is_one_that_starts(tmp_path: Path) -> None:
+    whole, later = case(), case()
+    learner(whole.policy).save(tmp_path / "learner.safetensors", {})
+    other = update.Learner(later.policy, EVERYTHING, SEED + 1)
+    assert other.load(tmp_path / "learner.safetensors") == {}
+    found = other.improve(later.rollout, later.score, later.reference, KL_COEF)
+    assert found == learner(whole.policy).improve(whole.rollout, whole.score, whole.reference, KL_COEF)
+
+
+def test_a_file_that_is_no_checkpoint_of_this_learner_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "learner.safetensors"
+    with pytest.raises(PoiseError, match="is not a checkpoint of this run"):
+        learner(case().policy).load(path)
+    path.write_bytes(b"half a file")
+    with pytest.raises(PoiseError, match="is not a checkpoint of this run"):
+        learner(case().policy).load(path)
+    learner(case().policy).save(path, {})
+    larger = case().policy
+    larger.logits = nn.Parameter(torch.zeros(2, 3))
+    with pytest.raises(PoiseError, match="is not a checkpoint of this run") as refused:
+        learner(larger).load(path)
+    assert "\n" not in str(refused.value)
+
+
 def test_the_penalty_for_a_completion_that_never_ended_is_subtracted() -> None:
     reward = PolicyReward(object.__new__(Scorer), parse_objective("mean"))
     reward.scale = RewardScale((0.0, 0.0), 0.5, 2.0)
