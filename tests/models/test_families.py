@@ -7,13 +7,17 @@ python tests/models/test_families.py      # writes docs/families.md anew
 
 import copy
 import functools
+import gc
 import importlib.metadata
+import math
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import peft
 import pytest
 import torch
 import transformers
@@ -24,16 +28,27 @@ from conftest import make_tokenizer, rest_slow
 from poise.data.types import Sample
 from poise.errors import PoiseError
 from poise.functional import ppo
-from poise.models.families import rounding, windows
+from poise.functional.objectives import RewardScale
+from poise.integrations import trl_trainers
+from poise.integrations.trl_reward import RobustReward
+from poise.models.chat_format import encode_prompt
+from poise.models.families import rounding, windows, without_noise
 from poise.models.loading import load_policy
 from poise.models.policy import Policy, uniforms
 from poise.models.rereading import choose
+from poise.models.reward_model import HeadLayout, save_reward_model
 from poise.models.scorer import FeatureExtractor, Scorer, Tokens
 from poise.models.shared_prompt import Family, pack, packed_hidden, separate_hidden, shares_prompts, takes_packed_rows
+from poise.policy import merge
+from poise.policy.config import MergeConfig
+from poise.reward import export
+from poise.reward.config import ExportConfig
 from poise.runtime.quiet import quiet_loading
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
-COLUMNS = ("score alone", "in a batch", "beside siblings", "training features", "PPO")
+COLUMNS = (
+    "score alone", "in a batch", "beside siblings", "training features", "PPO", "GRPO", "RLOO", "export", "merge",
+)  # fmt: skip
 YES = "✓"
 WINDOW = 32
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -127,20 +142,23 @@ def scorer_of(name: str) -> Scorer:
 
 @functools.cache
 def stock_scores(name: str) -> torch.Tensor:
-    """Without a line of Poise: each text alone through the stock classifier."""
-    folder = folder_of(name, "AutoModelForSequenceClassification")
+    return stock_logits(folder_of(name, "AutoModelForSequenceClassification"))[:, 0]
+
+
+def stock_logits(folder: str) -> torch.Tensor:
+    """Without a line of Poise: each text alone through the stock classifier (texts, labels)."""
     with quiet_loading():
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    scores = []
+    found = []
     for sample in SAMPLES:
         turns = [{"role": "user", "content": sample.prompt}] if isinstance(sample.prompt, str) else sample.prompt
         turns = [*turns, {"role": "assistant", "content": sample.completion}]
         text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip()
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
         with torch.no_grad():
-            scores.append(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, 0])
-    return torch.stack(scores)
+            found.append(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0])
+    return torch.stack(found)
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
@@ -215,13 +233,130 @@ def ppo_reads_again_what_it_sampled(name: str) -> str:
     return YES if policy._reading.packed else f"{YES} each with its prompt"
 
 
+def trl_reads_again_what_it_sampled(algorithm: Literal["grpo", "rloo"], name: str) -> str:
+    return reads_again_by_trl(algorithm, folder_of(name, "AutoModelForCausalLM"))
+
+
+def reads_again_by_trl(algorithm: Literal["grpo", "rloo"], folder: str) -> str:
+    """Log-probabilities at sampling, as TRL reads them again and as a stock model has for the text alone are equal."""
+    model, tokenizer = load_policy(folder)
+    drawn, read, draw, fill = [], [], torch.multinomial, trl_trainers.make_trainer
+
+    def watched(*arguments: Any) -> Any:
+        trainer = fill(*arguments)
+        evaluate = trainer._get_per_token_logps_and_entropies
+
+        def kept(*given: Any, **options: Any) -> Any:
+            found = evaluate(*given, **options)
+            read.append((*given[1:3], found[0].detach()))
+            return found
+
+        trainer._get_per_token_logps_and_entropies = kept
+        return trainer
+
+    def recorded(probabilities: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        tokens = draw(probabilities, *arguments, **options)
+        if probabilities.shape[-1] == len(tokenizer):
+            drawn.append((tokens[:, 0].tolist(), probabilities.gather(-1, tokens).log()[:, 0].tolist()))
+        return tokens
+
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as run:
+        patch.setattr(torch, "multinomial", recorded)
+        patch.setattr(trl_trainers, "make_trainer", watched)
+        patch.setattr(gc, "collect", lambda *_: 0)  # accelerate's, and peft's model card, take half of the time
+        patch.setattr(peft.PeftModel, "create_or_update_model_card", lambda *_: None)
+        trl_trainers.train(
+            trl_settings(algorithm), LengthReward(), model, tokenizer, [LONG, "Hi"], Path(run),
+            lambda _: None,
+        )  # fmt: skip
+    # TRL shuffles the rows between sampling and training: they are told apart by their tokens.
+    at_sampling: dict[tuple[int, ...], list[torch.Tensor]] = {}
+    for row in zip(*(zip(*step, strict=True) for step in drawn), strict=True):
+        drew, logprobs = zip(*row, strict=True)
+        for i in range(1, len(drew) + 1):
+            at_sampling.setdefault(drew[:i], []).append(torch.tensor(logprobs[:i]))
+    alone = stock_language_model(folder)
+    for ids, mask, logprob in read:  # of the reference, and of the policy before its first update
+        for row in range(len(ids)):
+            tokens, own = ids[row][mask[row].bool()], mask[row, -logprob.shape[1] :].bool()
+            with torch.no_grad():
+                wanted = alone(input_ids=tokens[None]).logits[0, :-1].log_softmax(-1).gather(-1, tokens[1:, None])
+            wanted = wanted[-int(own.sum()) :, 0]
+            torch.testing.assert_close(logprob[row][own], wanted, rtol=0, atol=2e-5)
+            sampled = at_sampling[tuple(tokens[-len(wanted) :].tolist())]
+            assert min((one - wanted).abs().max() for one in sampled) < 2e-5
+    assert read
+    return YES
+
+
+class LengthReward(RobustReward):
+    """The reward of a completion is its length."""
+
+    __name__ = "length"
+
+    def __init__(self) -> None:
+        super().__init__("", "mean", "no file", 0, -math.inf, math.inf)
+        self.fitted = RewardScale((0.0,), 0.0, 1.0)
+
+    def __call__(self, prompts: Any, completions: Any, **columns: Any) -> list[float]:  # noqa: ARG002
+        return [float(len(str(completion))) for completion in completions]
+
+
+def trl_settings(algorithm: Literal["grpo", "rloo"]) -> trl_trainers.TrlSettings:
+    return trl_trainers.TrlSettings(
+        algorithm, kl_coef=0.1, num_steps=1, prompts_per_step=2, completions_per_prompt=2, max_tokens=6,
+        learning_rate=1e-3, num_epochs=1, num_minibatches=1, clip=0.2, max_grad_norm=1.0, adapted_layers=2, lora_rank=4,
+        save_every=9, seed=0,
+    )  # fmt: skip
+
+
+def stock_language_model(folder: str) -> Any:
+    with quiet_loading():
+        return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def export_gives_the_rewards_of_its_source(name: str) -> str:
+    """Three Gaussian heads as one label: without a line of Poise, the mean of their rewards."""
+    extract = scorer_of(name).extract
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, scorer_of(name).weight.shape[1], generator=generator)
+    layout = HeadLayout(3, "gaussian", (0.5, -0.5, 1.0, 0.0, 0.0, 0.0))
+    with tempfile.TemporaryDirectory() as place:
+        source = Path(place, "source")
+        save_reward_model(source, extract.classifier, extract.tokenizer, weight, layout)
+        expected = Scorer.load(str(source))(SAMPLES).mean
+        exported = export.run(ExportConfig(str(source), f"{place}/exported", scalar="mean"))
+        close(stock_logits(str(exported))[:, 0] - 1 / 3, expected.mean(-1))  # the mean of the offsets
+    return YES
+
+
+def merge_writes_what_the_adapted_model_writes(name: str) -> str:
+    base = folder_of(name, "AutoModelForCausalLM")
+    policy = Policy(*load_policy(base), adapted_layers=2, rank=4)
+    for parameter in policy.trained_parameters().values():
+        torch.nn.init.normal_(parameter, std=0.05)
+    ids = torch.tensor(encode_prompt(policy.tokenizer, LONG))[None]
+    with tempfile.TemporaryDirectory() as place, torch.no_grad():
+        policy.save(f"{place}/policy")
+        adapted = policy.model(input_ids=ids).logits
+        merged = stock_language_model(str(merge.run(MergeConfig(f"{place}/policy", f"{place}/merged"))))
+        close(merged(input_ids=ids).logits, adapted)
+        assert (stock_language_model(base)(input_ids=ids).logits - adapted).abs().max() > 1e-2 * adapted.abs().max()
+    return YES
+
+
 CHECKS: dict[str, Callable[[str], str]] = dict(
     zip(
         COLUMNS,
-        (score_alone, score_in_a_batch, score_beside_siblings, training_features, ppo_reads_again_what_it_sampled),
+        (
+            score_alone, score_in_a_batch, score_beside_siblings, training_features, ppo_reads_again_what_it_sampled,
+            functools.partial(trl_reads_again_what_it_sampled, "grpo"),
+            functools.partial(trl_reads_again_what_it_sampled, "rloo"),
+            export_gives_the_rewards_of_its_source, merge_writes_what_the_adapted_model_writes,
+        ),
         strict=True,
     )
-)
+)  # fmt: skip
 
 
 @functools.cache
@@ -271,6 +406,46 @@ def test_a_mask_without_the_window_is_found_out(name: str, monkeypatch: pytest.M
         policy.check_rereading(rollout)
 
 
+@pytest.mark.parametrize("algorithm", rest_slow(["grpo", "rloo"]))
+def test_a_models_generation_config_changes_nothing_that_is_sampled(
+    algorithm: Literal["grpo", "rloo"], tmp_path: Path
+) -> None:
+    """Else the log-probabilities that are trained on are not those of sampling. PPO reads no such settings."""
+    folder = shutil.copytree(folder_of("Llama", "AutoModelForCausalLM"), tmp_path / "model")
+    transformers.GenerationConfig(
+        do_sample=True, temperature=0.3, top_k=3, top_p=0.5, min_p=0.1, repetition_penalty=1.5, no_repeat_ngram_size=1,
+        suppress_tokens=list(range(40, 200)), begin_suppress_tokens=[2, 9], min_new_tokens=6, bad_words_ids=[[201]],
+        forced_eos_token_id=2, typical_p=0.5, epsilon_cutoff=1e-3, sequence_bias=[[[202], 5.0]], eos_token_id=2,
+        encoder_no_repeat_ngram_size=2, exponential_decay_length_penalty=(1, 2.0), num_beams=2,
+    ).save_pretrained(folder)  # fmt: skip
+    assert reads_again_by_trl(algorithm, str(folder)) == YES
+
+
+@pytest.mark.parametrize("name", rest_slow(["OPT", "GPT-2", "BLOOM", "Falcon", "Mixtral"]))
+def test_a_model_that_is_trained_drops_nothing_out(name: str) -> None:
+    rates = {
+        "BLOOM": {"hidden_dropout": 0.5, "attention_dropout": 0.5}, "Falcon": {"hidden_dropout": 0.5},
+        "Mixtral": {"attention_dropout": 0.5, "router_jitter_noise": 0.5},
+    }  # fmt: skip
+    config = transformers.AutoConfig.from_pretrained(folder_of(name, "AutoModelForCausalLM"), **rates.get(name, {}))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder_of(name, "AutoModelForCausalLM"), config=config, attn_implementation="eager"
+    )
+    ids = torch.arange(3, 40)[None]
+
+    def read() -> torch.Tensor:
+        with torch.no_grad():
+            return model(input_ids=ids).logits
+
+    wanted, before = model.eval() and read(), model.config.to_dict()
+    model.train()
+    assert (read() - wanted).abs().max() > 1e-2
+    with without_noise(model):
+        torch.testing.assert_close(read(), wanted, rtol=0, atol=1e-6)
+    assert (read() - wanted).abs().max() > 1e-2
+    assert model.config.to_dict() == before
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_expected_rounding_is_near_the_measured_one(dtype: torch.dtype) -> None:
     model = load_policy(folder_of("Llama", "AutoModelForCausalLM"))[0].to(dtype)
@@ -285,7 +460,7 @@ def page() -> str:
     """docs/families.md as it should be."""
     versions = ", ".join(
         f"{package} {importlib.metadata.version(package).partition('+')[0]}"
-        for package in ("transformers", "torch", "peft")
+        for package in ("transformers", "torch", "peft", "trl")
     )
     head = f"""# Model families
 
@@ -297,6 +472,10 @@ tiny and of random weights; its texts are shorter and longer than the sliding wi
   `AutoModelForSequenceClassification` on one text, to 1e-5 of the largest score.
 - training features: what the trainer of trunks reads, and what the feature cache keeps, equal to what is scored.
 - PPO: log-probabilities at sampling equal those at re-reading; KL is 0 and the ratio 1 before the first update.
+- GRPO, RLOO: of one step of `--algorithm grpo` and `rloo`, log-probabilities at sampling, at re-reading before the
+  update, and of a stock model for the text alone are equal.
+- export: three Gaussian heads exported as one label; the stock classifier gives the mean of their rewards.
+- merge: adapters folded in; the stock model gives the logits of base and adapters.
 - "each with its prompt": the model takes no mask from outside, so every completion is read in a row of its own with a
   copy of its prompt. Results are the same; reading takes longer.
 

@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from conftest import rest_slow
+from conftest import make_model, rest_slow
 from forked import launched, started
 from poise.cli.main import main
 from poise.data.preferences import read_preferences
@@ -96,6 +96,25 @@ def test_loss_equals_the_one_worked_out_by_hand(tiny_model: str, tmp_path: Path)
         lead = (chosen - rejected).squeeze() - p.margin
         expected -= (0.9 * torch.sigmoid(lead).log() + 0.1 * torch.sigmoid(-lead).log()) / 2
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_what_is_trained_is_what_is_scored(tmp_path: Path, preferences_file: Path) -> None:
+    """GPT-2 has dropout; the loss of the first step is that of the features that scoring reads."""
+    classifier, tokenizer = load_trunk(make_model(tmp_path / "model", "gpt2"), 0)
+    pairs = read_preferences(preferences_file)[:8]
+    extract = FeatureExtractor(classifier, tokenizer)
+    chosen, rejected = (
+        extract([Sample(p.prompt, text) for p, text in zip(pairs, texts, strict=True)]) @ classifier.score.weight.T
+        for texts in ([p.chosen for p in pairs], [p.rejected for p in pairs])
+    )
+    expected = -torch.nn.functional.logsigmoid(chosen - rejected).mean().item()
+    how = settings(device_batch_size=8, learning_rate=1e-9)
+    trunk_training.fine_tune(
+        classifier, tokenizer.pad_token_id, token_pairs(extract, pairs), preference_loss(centering=0.0), how,
+        tmp_path / "run", packed=True,
+    )  # fmt: skip
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(expected, abs=2e-4)  # the Trainer rounds to four digits
 
 
 def config(model: str, preferences: Path, output: Path, **changes: object) -> Config:

@@ -19,6 +19,7 @@ from poise.errors import PoiseError
 from poise.integrations.trl_reward import RobustReward, Scored, policy_metrics
 from poise.models.chat_format import encode_prompt, generation_prompt
 from poise.models.end_tokens import end_token_ids
+from poise.models.families import positions_without_padding, without_noise
 from poise.models.loading import HfModel, HfTokenizer, has_conv1d, linear_maps, room_or_raise
 from poise.runtime.checkpoints import SafeCheckpoints, latest_checkpoint
 from poise.runtime.distributed import num_processes
@@ -110,7 +111,8 @@ def train(
         for callback in (*callbacks, _Report(settings, reward, on_step)):
             trainer.add_callback(callback)
         checkpoint = latest_checkpoint(output / "trainer")
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with without_noise(model):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         reward.fitted = reward.fitted or reward.saved_scale()  # if there was nothing left to do
         if is_main_process():
             with write_folder_atomic(output / "policy") as scratch:
@@ -144,6 +146,7 @@ def make_trainer(
     )  # fmt: skip
     rows = [{"prompt": _as_seen(tokenizer, prompt)} for prompt in _drawn(prompts, settings)]
     ends = end_token_ids(model, tokenizer)
+    positions_without_padding(model)  # TRL samples with positions, and reads again without
     trainer = type(trainer_class.__name__, (_Ours, trainer_class), {})(
         model=model, args=config_class(**_arguments(settings, folder), **specific), reward_funcs=[reward],
         train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer, peft_config=adapters,
@@ -152,6 +155,11 @@ def make_trainer(
     # list the tokenizer's eos where there is none.
     trainer.eos_token_ids = ends
     trainer.generation_config.eos_token_id = trainer.generation_kwargs["eos_token_id"] = ends or None
+    # What TRL leaves open, `generate` takes from the model's own generation config: tokens that are suppressed or
+    # forced, a shortest length, n-grams that may not repeat. None of it is in the log-probabilities that TRL reads.
+    model.generation_config = transformers.GenerationConfig(
+        eos_token_id=ends or None, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id
+    )
     return trainer
 
 

@@ -14,11 +14,15 @@ Shapes: _B rows, _L tokens that attend, _S tokens that may be attended to.
 """
 
 import contextlib
+import inspect
+import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from poise.models.loading import HfModel, context_length, steady_context_length
 from poise.runtime.progress import console
@@ -28,6 +32,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 REFUSALS = (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError, NotImplementedError)
 _PROBE_WINDOW = 4  # tokens; a probe of a dozen tokens reaches beyond it
 _OPERATIONS_PER_LAYER = 10  # whose results are rounded: two norms, seven linear maps, attention
+_NOISE = re.compile(r"drop|jitter")
 _said: set[str] = set()
 
 
@@ -93,6 +98,53 @@ def feature_size(model: HfModel) -> int:
     head = getattr(model, "score", None) or model.get_output_embeddings()
     size: int = head.in_features if isinstance(head, nn.Linear) else model.config.hidden_size
     return size
+
+
+# ---- training a model that computes as it does when it scores or samples ----
+
+
+@contextlib.contextmanager
+def without_noise(model: HfModel) -> Iterator[None]:
+    """Within it, a model in training mode drops nothing out and adds no noise to its router.
+
+    Some families train with dropout unless told otherwise: GPT-2, OPT, BLOOM. Then the features that are trained are
+    not those that are scored, and a policy's log-probabilities are not those that it samples with. Rates are found in
+    modules of dropout, in attributes of other modules, and in the config, which some models read as they go.
+    """
+    places: list[object] = [*model.modules(), model.config.get_text_config()]
+    rates = [
+        (place, name, value)
+        for place in places
+        for name, value in vars(place).items()
+        if isinstance(value, float) and value and (isinstance(place, nn.Dropout) or _NOISE.search(name))
+    ]
+    for place, name, _ in rates:
+        setattr(place, name, 0.0)
+    try:
+        yield
+    finally:
+        for place, name, value in rates:
+            setattr(place, name, value)
+
+
+def positions_without_padding(model: HfModel) -> RemovableHandle | None:
+    """From now on, rows padded on the left that come without positions get those of their texts.
+
+    GPT-2 and GPT-Neo count columns where no positions are given. None for a model that takes no positions: it finds
+    them in the mask, or has none.
+    """
+    decoder = model.base_model
+    if "position_ids" not in inspect.signature(decoder.forward).parameters:
+        return None
+
+    def add_positions(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        mask = kwargs.get("attention_mask")
+        plain = isinstance(mask, Tensor) and mask.dim() == 2 and kwargs.get("past_key_values") is None
+        if plain and kwargs.get("position_ids") is None:
+            kwargs = kwargs | {"position_ids": (mask.long().cumsum(-1) - 1).clamp_min(0)}
+        return args, kwargs
+
+    return decoder.register_forward_pre_hook(add_positions, with_kwargs=True)
 
 
 # ---- trying a model before it is relied on ----

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from poise.data.types import Preference, Sample
 from poise.errors import PoiseError
 from poise.functional.reward_losses import CENTERING, bradley_terry
+from poise.models.families import without_noise
 from poise.models.loading import HfModel, frozen_dtype, has_conv1d, linear_maps
 from poise.models.reward_model import HeadLayout
 from poise.models.scorer import FeatureExtractor
@@ -211,7 +212,7 @@ def fine_tune(
     FOLDER/adapter in PEFT's format. Resumes from the last whole checkpoint.
     packed: whether the pairs share their prompts and the trunk takes packed rows.
     """
-    torch.manual_seed(how.seed)  # initial adapters, dropout, noise
+    torch.manual_seed(how.seed)  # initial adapters, noise
     adapters = None
     if how.kind == "lora":
         config = peft.LoraConfig(
@@ -234,7 +235,7 @@ def fine_tune(
     checkpoint = latest_checkpoint(folder / "trainer")
     if is_main_process():
         keep_rows_before(metrics, 1 + (int(checkpoint.name.split("-")[-1]) if checkpoint else 0))
-    with quiet_loading():
+    with quiet_loading(), without_noise(classifier):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if spare is not None:
         classifier, adapters = spare
