@@ -101,6 +101,7 @@ def test_each_library_is_imported_only_by_its_home() -> None:
         "vaderSentiment": {"studies.gold"},
         "peft": {
             "models.policy",
+            "models.trained_parts",
             "models.fused_ops",
             "reward.trunk_training",
             "models.loading",

@@ -107,6 +107,7 @@ def test_every_command_that_makes_something_has_an_ending() -> None:
         "completion",
         "choose",
         "reference",
+        "plan",
     }  # they print what they found, or talk
     assert set(main.COMMANDS) - silent <= set(ending.ENDINGS)
 

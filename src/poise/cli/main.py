@@ -27,6 +27,7 @@ COMMANDS = {
     "quickstart": ("poise.studies.quickstart", "all steps on a laptop in one command, ending in one page"),
     "data": ("poise.cli.data", "what a file was understood to hold, before anything is trained on it"),
     "init": ("poise.cli.init", "a commented file of a command's settings, to edit and pass to --config"),
+    "plan": ("poise.cli.plan", "how much memory a training takes on each GPU, and what to change so that it fits"),
     "train-reward": ("poise.cli.train_reward", "preferences -> a conventional reward model and multi-head ones (BRME)"),
     "evaluate-reward": (
         "poise.cli.evaluate_reward",

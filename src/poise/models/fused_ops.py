@@ -76,8 +76,9 @@ class AdaptedLinear(lora.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base, active = self.get_base_layer(), self.active_adapters
+        rounds = not x.is_meta and torch.is_autocast_enabled(x.device.type)  # which the meta device does not have
         plain = (
-            not (self.disable_adapters or self.merged or args or kwargs or torch.is_autocast_enabled(x.device.type))
+            not (self.disable_adapters or self.merged or args or kwargs or rounds)
             and len(active) == 1
             and x.dtype == base.weight.dtype == self.lora_A[active[0]].weight.dtype == torch.float32
         )

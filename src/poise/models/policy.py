@@ -16,7 +16,6 @@ Shapes: _P prompts, _M completions per prompt, _T tokens of a completion, _L row
 """
 
 import contextlib
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -33,13 +32,10 @@ from poise.models.chat_format import encode_prompt
 from poise.models.choices import Tune, ValueTrunk
 from poise.models.end_tokens import end_token_ids
 from poise.models.families import feature_size, is_low
-from poise.models.fused_ops import AdaptedLinear, ChosenLogprob, folded_in
+from poise.models.fused_ops import ChosenLogprob, folded_in
 from poise.models.loading import (
     HfModel,
     HfTokenizer,
-    decoder_layers,
-    has_conv1d,
-    linear_maps,
     load_into_adapters,
     room_or_raise,
 )
@@ -54,6 +50,7 @@ from poise.models.rereading import (
     predict,
 )
 from poise.models.rollout import Rollout
+from poise.models.trained_parts import twin, upper_parameters, with_adapters
 from poise.runtime.quiet import quiet_loading
 
 
@@ -93,11 +90,11 @@ class Policy(nn.Module):
         device, self.dtype = next(model.parameters()).device, model.dtype
         self.low_precision = is_low(model.dtype)
         self._plain_head, self._reading = has_plain_head(model), choose(model, self._first_adapted)
-        trained = _upper_parameters(model, self._first_adapted)
+        trained = upper_parameters(model, self._first_adapted)
         if tune == "full":  # before the copies are made: the reference computes as the policy does
             for parameter in trained:
                 parameter.data = parameter.data.float()
-        twins = [_twin(model, trained) for _ in range((tune == "full") + (value_trunk == "own"))]
+        twins = [twin(model, trained) for _ in range((tune == "full") + (value_trunk == "own"))]
         self.model = self._trainable(model, trained, rank)
         self._trains_head = self._base.get_output_embeddings().weight.requires_grad
         self.value_model = self._trainable(twins.pop(), None, rank) if value_trunk == "own" else None
@@ -115,24 +112,13 @@ class Policy(nn.Module):
         trained: with `full` in float32 already; None: of a copy.
         """
         if trained is None:
-            trained = _upper_parameters(model, self._first_adapted)
+            trained = upper_parameters(model, self._first_adapted)
         model.requires_grad_(False)
         if self.tune == "full":
             for parameter in trained:
                 parameter.requires_grad_(True)
             return model
-        config = peft.LoraConfig(
-            r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM",
-            target_modules=linear_maps(model, self._first_adapted),
-            fan_in_fan_out=has_conv1d(model),
-        )  # fmt: skip
-        config._register_custom_module({nn.Linear: AdaptedLinear})
-        with quiet_loading():
-            adapted: HfModel = peft.get_peft_model(model, config)
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-        return adapted
+        return with_adapters(model, self._first_adapted, rank)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """All that training changes and a checkpoint must hold: adapters or upper layers, and the values' own."""
@@ -375,17 +361,3 @@ def _draw(logprobs: Float[Tensor, "rows vocabulary"], uniform: Float[Tensor, " r
 
 def _without_adapters(model: HfModel) -> HfModel:
     return model.get_base_model() if isinstance(model, peft.PeftModel) else model
-
-
-def _upper_parameters(model: HfModel, first: int) -> list[nn.Parameter]:
-    """Of the decoder layers from `first` on; all parameters, embeddings too, if `first` is 0."""
-    if first == 0:
-        return list(model.parameters())
-    _, layers = decoder_layers(model)
-    return [parameter for layer in layers[first:] for parameter in layer.parameters()]
-
-
-def _twin(model: HfModel, trained: list[nn.Parameter]) -> HfModel:
-    """A copy of a model with its own copies of the parameters to be trained; all others are the same tensors."""
-    kept = {id(parameter) for parameter in trained}
-    return copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in kept})

@@ -1,0 +1,177 @@
+"""What `poise plan` computes against what a training takes here, on a CPU, in float32.
+
+    python benchmarks/plan_memory.py [--model MODEL] > results/plan-memory-DATE.json
+
+Each case is trained for one step in a process of its own: PPO (LoRA, all weights of the upper layers, own values) and
+the trunk of a reward model (LoRA, all weights). Measured are the bytes of all tensors, counted operation by operation
+and those of the weights that were loaded before, and the growth of the resident memory of the process. `ratio` is
+predicted over counted. Completions never end early, so that their length is the planned one.
+
+"""
+
+import argparse
+import itertools
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from poise.functional.memory import GIB, Memory, PolicyRun, RewardRun, policy_memory, reward_memory
+from poise.integrations.trl_reward import RobustReward
+from poise.models import sizing
+from poise.models.choices import DEFAULT_MODEL
+from poise.models.loading import resolve_model
+from poise.models.policy import Policy
+from poise.models.reward_model import HeadLayout, load_trunk
+from poise.models.scorer import FeatureExtractor, Scorer
+from poise.policy.config import Config
+from poise.policy.loop import Training
+from poise.reward import trunk_training as trunk
+from poise.runtime.run_folder import Run, environment
+
+PROMPTS, COMPLETIONS, TOKENS, MINIBATCHES, PARTS, LAYERS, RANK = 4, 8, 24, 2, 2, 10, 16
+PAIRS, LENGTH = 4, 128
+CASES = ("ppo-lora", "ppo-full", "ppo-own-values", "reward-lora", "reward-full")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--case", choices=CASES)
+    options = parser.parse_args()
+    if options.case:
+        print(json.dumps(measured(options.case, options.model)))
+        return
+    found = {}
+    for case in CASES:
+        command = [sys.executable, __file__, "--model", options.model, "--case", case]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        found[case] = json.loads(done.stdout.splitlines()[-1])
+        print(case, found[case]["ratio"], file=sys.stderr)
+    ratios = [one["ratio"] for one in found.values()]
+    settings = {
+        "model": options.model, "prompts": PROMPTS, "completions": COMPLETIONS, "tokens": TOKENS, "pairs": PAIRS,
+        "sample_tokens": LENGTH, "adapted_layers": LAYERS, "rank": RANK,
+    }  # fmt: skip
+    summary = {"lowest_ratio": min(ratios), "highest_ratio": max(ratios)}
+    print(json.dumps({"settings": settings, "cases": found, **summary, "environment": environment()}, indent=1))
+
+
+def measured(case: str, model: str) -> dict[str, Any]:
+    """One case, in this process."""
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    _warm()
+    with tempfile.TemporaryDirectory() as folder:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        prepare = _ppo if case.startswith("ppo") else _reward
+        tokens, modules, work = prepare(case, model, Path(folder))
+        there = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in _tensors(modules)}
+        with sizing.counted() as live:
+            work()
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    counted = sum(there.values()) + live.peak
+    plan = _plan(case, model, tokens)
+    return {
+        "predicted_mib": plan.total // 2**20, "counted_mib": counted // 2**20,
+        "resident_growth_mib": (after - before) // 2**10, "ratio": round(plan.total / counted, 3),
+        "phase": plan.peak_phase, "prompt_tokens": tokens,
+        "parts_gib": {name: round(size / GIB, 3) for name, size in plan.peak.items() if size},
+    }  # fmt: skip
+
+
+Prepared = tuple[int, list[torch.nn.Module], Callable[[], object]]  # tokens of the prompts, models, what is measured
+
+
+def _tensors(modules: list[torch.nn.Module]) -> Iterator[torch.Tensor]:
+    for module in modules:
+        yield from itertools.chain(module.parameters(), module.buffers())
+
+
+def _warm() -> None:
+    """Import and start what takes memory once."""
+    import peft  # noqa: F401
+
+    (torch.ones(8, 8, requires_grad=True) @ torch.ones(8, 8)).sum().backward()
+
+
+def _ppo(case: str, model: str, folder: Path) -> Prepared:
+    """A step of PPO."""
+    classifier, tokenizer = load_trunk(model, 0)
+    scorer = Scorer(
+        FeatureExtractor(classifier, tokenizer), classifier.score.weight.data, HeadLayout(1, "point", (0.0,))
+    )
+    prompts = [f"Write a few sentences about the number {number}, its divisors and its squares." for number in range(4)]
+    config = Config(
+        prompts="p", reward="r", output=str(folder), model=model, objective="mean", prompts_per_step=PROMPTS,
+        completions_per_prompt=COMPLETIONS, max_tokens=TOKENS, num_minibatches=MINIBATCHES, accumulation=PARTS,
+        adapted_layers=LAYERS, lora_rank=RANK, tune="full" if case == "ppo-full" else "lora",
+        value_trunk="own" if case == "ppo-own-values" else "shared", baseline_completions=1, num_epochs=1,
+    )  # fmt: skip
+    given = RobustReward.of(scorer, "mean", path="")
+    Training.save = lambda _: None  # type: ignore[method-assign]  # a checkpoint is no part of a step
+    sample = Policy.sample
+
+    def endless(self: Policy, *args: Any, **kwargs: Any) -> Any:
+        self.end_ids = []
+        return sample(self, *args, **kwargs)
+
+    Policy.sample = endless  # type: ignore[method-assign]
+    training = Training(config, Run(folder), prompts, given)
+    policy = training.policy
+    return policy._encode(prompts, TOKENS)[0].shape[1], [policy, *policy._reference, classifier], training.one_step
+
+
+def _reward(case: str, model: str, folder: Path) -> Prepared:
+    """Two steps of training a trunk."""
+    classifier, tokenizer = load_trunk(model, 0, dtype=torch.float32)
+    trunk.fresh_head(classifier, 0)
+    texts = [trunk.Family([0] * 64, [[0] * (LENGTH - 64)] * 2)]
+    pairs = [trunk.TokenPair(texts, 0.0) for _ in range(8)]
+    how = trunk.TrunkTraining(case.removeprefix("reward-"), 1.0, 0.0, PAIRS, PAIRS, RANK, False, 1000, 0)
+    args = trunk.training_arguments(how, folder)
+    if how.kind == "lora":
+        import peft
+
+        config = peft.LoraConfig(
+            task_type="SEQ_CLS", r=RANK, target_modules=trunk.linear_maps(classifier), modules_to_save=["score"]
+        )
+        peft.get_peft_model(classifier, config)
+    model_ = trunk.PairModel(classifier, packed=True)
+    trainer = trunk.PairTrainer(model_, args, pairs, tokenizer.pad_token_id, trunk.preference_loss())
+    trainer.remove_callback(transformers.PrinterCallback)
+    return 64, [model_], trainer.train
+
+
+def _plan(case: str, model: str, tokens: int) -> Memory:
+    """The same setting as planned."""
+    config = sizing.config_of(resolve_model(model))
+    shape = sizing.shape_of(config)
+    tune = "full" if case.endswith("full") else "lora"
+    if case.startswith("reward"):
+        found = sizing.reward_measured(
+            config, tune=tune, rank=RANK, pairs=PAIRS, prompt_tokens=tokens, tokens=LENGTH, dtype=torch.float32,
+            checkpointing=False,
+        )  # fmt: skip
+        return reward_memory(RewardRun(shape, tune, RANK, autocast=False), found)
+    part = PROMPTS // MINIBATCHES // PARTS
+    found = sizing.policy_measured(
+        config, tune=tune, layers=shape.upper(LAYERS), rank=RANK, part=part, reading=PROMPTS, prompts=PROMPTS,
+        completions=COMPLETIONS, prompt_tokens=tokens, max_tokens=TOKENS, dtype=torch.float32, checkpointing=False,
+    )  # fmt: skip
+    run = PolicyRun(
+        shape, shape, tune, case == "ppo-own-values", LAYERS, RANK, PROMPTS, COMPLETIONS, tokens, TOKENS,
+        frozen_bytes=4,
+    )  # fmt: skip
+    return policy_memory(run, found)
+
+
+if __name__ == "__main__":
+    main()

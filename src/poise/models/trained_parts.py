@@ -1,0 +1,44 @@
+"""Which parameters of a language model a policy trains: adapters, or upper layers; and copies that share the others."""
+
+import copy
+
+import peft
+from torch import nn
+
+from poise.models.fused_ops import AdaptedLinear
+from poise.models.loading import HfModel, decoder_layers, has_conv1d, linear_maps
+from poise.runtime.quiet import quiet_loading
+
+
+def with_adapters(model: HfModel, first: int, rank: int, *, task: str = "CAUSAL_LM") -> HfModel:
+    """A PEFT model: LoRA in float32 on all linear maps of the layers from `first` on; nothing else asks for gradients.
+
+    task: what kind of model peft is told it is; the adapters of a causal one are run by `AdaptedMap` where they can be.
+    """
+    model.requires_grad_(False)
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=2 * rank, task_type=task, target_modules=linear_maps(model, first),
+        fan_in_fan_out=has_conv1d(model),
+    )  # fmt: skip
+    if task == "CAUSAL_LM":
+        config._register_custom_module({nn.Linear: AdaptedLinear})
+    with quiet_loading():
+        adapted: HfModel = peft.get_peft_model(model, config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return adapted
+
+
+def upper_parameters(model: HfModel, first: int) -> list[nn.Parameter]:
+    """Of the decoder layers from `first` on; all parameters, embeddings too, if `first` is 0."""
+    if first == 0:
+        return list(model.parameters())
+    _, layers = decoder_layers(model)
+    return [parameter for layer in layers[first:] for parameter in layer.parameters()]
+
+
+def twin(model: HfModel, trained: list[nn.Parameter]) -> HfModel:
+    """A copy of a model with its own copies of the parameters to be trained; all others are the same tensors."""
+    kept = {id(parameter) for parameter in trained}
+    return copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in kept})

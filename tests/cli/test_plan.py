@@ -1,0 +1,64 @@
+"""`poise plan`: what fits says so, what does not names the largest part and what to change."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from poise.cli import plan
+from poise.cli.main import main
+from poise.functional.memory import GIB, Memory
+
+
+def test_a_small_model_fits_and_no_weights_are_read(
+    tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text((Path(tiny_model) / "config.json").read_text())
+    assert main(["plan", "--model", str(tmp_path), "--memory", "1"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("  fits") == 2
+    assert "train-policy: 0." in said
+
+
+def takes(config: plan.Config, _: object) -> Memory:
+    """A training of which parts, shards and the kind of training each take a known share away."""
+    update = 40 // config.accumulation + 8 // (config.gpus if config.shard else 1) + 30 * (config.tune == "full")
+    return Memory({"weights": GIB}, {"update": {"activations": update * GIB}})
+
+
+@pytest.mark.parametrize(
+    ("memory", "changes"),
+    [
+        (100, {}),
+        (60, {"train-policy": ("--accumulation 8",)}),
+        (45, {"train-policy": ("--accumulation 8", "--shard")}),
+        (20, {"train-policy": ("--accumulation 8", "--tune lora")}),
+        (3, {"train-policy": None}),
+    ],
+)
+def test_what_does_not_fit_says_the_fewest_changes(
+    memory: float, changes: dict[str, object], tiny_model: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Of what takes 1 + 20 + 8 + 30 GiB, a tenth of the memory left unused."""
+    monkeypatch.setattr(plan, "TRAININGS", {"train-policy": takes})
+    config = plan.Config(model=tiny_model, tune="full", gpus=2, accumulation=2, memory=float(memory))
+    found = plan.plan_of(config)
+    assert found.changes == changes
+    said = plan.as_text(found)
+    assert ("fits with" in said) == bool(changes.get("train-policy"))
+    assert ("a smaller model" in said) == (memory == 3)
+    if changes:
+        assert "activations is the largest part" in said
+        with pytest.raises(SystemExit) as stop:
+            plan.check_outcome(found)
+        assert stop.value.code == 1
+    capsys.readouterr()
+
+
+def test_a_model_that_is_none_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", str(tmp_path)]) == 2
+    assert "is not a model folder" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nothing known"}))
+    assert main(["plan", "--model", str(tmp_path)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
