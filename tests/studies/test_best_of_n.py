@@ -113,7 +113,7 @@ def test_a_pool_of_conversations_that_share_their_last_turn(settings: Config, tm
     prompts = [
         [{"role": "system", "content": who}, {"role": "user", "content": "Go on."}] for who in ("Be kind.", "No.")
     ]
-    assert best_of_n.pool_prompts(str(write_prompts(tmp_path / "two.jsonl", prompts))) == prompts
+    assert pool.pool_prompts(str(write_prompts(tmp_path / "two.jsonl", prompts))) == prompts
     twice = write_prompts(tmp_path / "twice.jsonl", [*prompts, prompts[0]])
     with pytest.raises(PoiseError, match=r"twice\.jsonl has a prompt twice: 'Go on\.'; leave each in once"):
         best_of_n.run(replace(settings, prompts=str(twice), output=str(tmp_path / "pool")))

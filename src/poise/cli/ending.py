@@ -19,7 +19,14 @@ from poise.runtime.run_folder import Json, Run, is_main_process
 from poise.runtime.settings import ModelPath, marks, typed_fields
 
 MOST_ROWS = 6
-_WITHOUT_PAGE = {"train-reward", "train-policy", "best-of-n", "compare", "evaluate-policy"}  # of their own making
+_WITHOUT_PAGE = {
+    "trust",
+    "train-reward",
+    "train-policy",
+    "best-of-n",
+    "compare",
+    "evaluate-policy",
+}  # of their own making
 _KEPT = {"train-reward", "train-policy", "best-of-n", "evaluate-policy", "evaluate-reward", "quickstart", "toy"}
 
 
@@ -219,6 +226,18 @@ def _evaluate_reward(config: Any, done: Run) -> Ending:
     return Ending(rows, (_command("inspect", config.rewards[0]),), tuple(warnings))
 
 
+def _trust(config: Any, done: Run) -> Ending:
+    from poise.reports.trust_run import beyond_reach, findings
+
+    results = done.results or {}
+    rows = [("answer", said.text.replace("\xa0", " ")) for said in findings(results)]
+    again = _command("trust", "--config", str(done.folder / "config.yaml"), "--page")
+    judged = results["labels"] is not None
+    warnings = [text for text in (beyond_reach(results),) if text]
+    train = _command("train-policy", "--reward", config.reward, "--prompts", config.prompts, "--model", config.model)
+    return Ending(rows, (train,) if judged else (again,), (*warnings, *card_warnings(config.reward)))
+
+
 def _evaluate_policy(_: Any, done: Run) -> Ending:
     rows = []
     for policy in (done.results or {})["policies"]:
@@ -272,5 +291,6 @@ def _command(*words: str) -> str:
 ENDINGS: dict[str, Callable[[Any, Any], Ending]] = {
     "train-reward": _train_reward, "train-policy": _train_policy, "best-of-n": _best_of_n, "compare": _compare,
     "quickstart": _quickstart, "evaluate-reward": _evaluate_reward, "evaluate-policy": _evaluate_policy,
-    "study": _study, "toy": _toy, "score": _score, "ensemble": _ensemble, "export": _export, "merge": _merge,
+    "study": _study, "trust": _trust, "toy": _toy, "score": _score, "ensemble": _ensemble, "export": _export,
+    "merge": _merge,
 }  # fmt: skip

@@ -135,6 +135,8 @@ GLOSSARY = {
     "accuracy": "Share of pairs that the reward model orders as people did; a coin has 50 %.",
     "NLL": "Negative log-likelihood of people’s choices, in nats a pair; a coin has 0.693.",
     "AUROC": "How often a wrongly ordered pair has the larger uncertainty than a rightly ordered one; a coin has 0.50.",
+    "validator": "Another reward model that is only watched: nothing is trained on, or selected by, what it says.",
+    "transfer": "The validator’s gain divided by the reward’s own, each in stds of the initial completions.",
     "best-of-n": "Of n completions the one with the highest reward.",
 }
 

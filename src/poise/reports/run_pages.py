@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from poise.errors import PoiseError
-from poise.reports import comparison_run, policy_run, quickstart_page, reward_page, reward_run, study_page
+from poise.reports import comparison_run, policy_run, quickstart_page, reward_page, reward_run, study_page, trust_run
 from poise.reports.blocks import Cell, Made, Page, Section, Table, render
 from poise.reports.config import ReportConfig as Config
 from poise.reports.quickstart_page import Verdict, number, one_line_if_damaged, percent, read_json
@@ -23,6 +23,7 @@ _SETTINGS = {
     "compare": {"arms", "labels", "pool"},
     "evaluate-reward": {"rewards", "file"},
     "evaluate-policy": {"policies", "tasks"},
+    "trust": {"validator", "judged", "per_prompt"},
     "quickstart": {"num_preferences", "num_steps", "kl_coef"},
 }
 
@@ -123,6 +124,7 @@ def _pages(folder: Path) -> list[Page]:
     known: dict[str, Callable[[Path], Page]] = {
         "train-policy": policy_run.page, "train-reward": reward_run.page, "best-of-n": comparison_run.best_of_n,
         "compare": comparison_run.comparison, "evaluate-reward": _evaluation, "evaluate-policy": _benchmarks,
+        "trust": trust_run.page,
     }  # fmt: skip
     make = known.get(kind, _other)
     return [_checked(make, folder)]

@@ -6,6 +6,7 @@ Shapes: _N pairs, _H hidden, _K heads, _L labels.
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -24,6 +25,8 @@ from poise.runtime.progress import progress
 from poise.runtime.run_folder import Json
 
 STD_COLLAPSE = 10.0  # warn if the median std falls by this factor while validation MSE is flat
+
+PRIORS = [10.0 ** (power / 2) for power in range(9)]  # precisions that stage 1 chooses from
 
 WITHIN_ONE_STD = math.erf(0.5**0.5)  # probability of |z| < 1 for a standard Gaussian, 0.6827
 
@@ -88,16 +91,28 @@ def fit_ensemble(
 def choose_prior(
     fit: FeaturePairs, held: FeaturePairs, label_smoothing: float = 0.0
 ) -> tuple[float, Float[Tensor, " hidden"]]:
-    """(precision, weights): of a grid of priors, the one with the lowest validation loss on preferences."""
-    candidates = [10.0 ** (power / 2) for power in range(9)]
-    with progress("reward model: Bradley-Terry head", len(candidates)) as advance:
-        fitted = []
-        for precision in candidates:
-            weight = fit_bradley_terry(fit, precision, label_smoothing)
-            # Margins and smoothing shape the fit; the prior is chosen by how well the fit predicts preferences.
-            loss = bradley_terry(held.chosen_NH @ weight, held.rejected_NH @ weight, centering=0.0)
-            fitted.append((loss.item(), precision, weight))
-            advance(1)
+    """`best_prior`, with a bar."""
+    with progress("reward model: Bradley-Terry head", len(PRIORS)) as advance:
+        return best_prior(fit, held, label_smoothing, advance)
+
+
+def best_prior(
+    fit: FeaturePairs,
+    held: FeaturePairs,
+    label_smoothing: float = 0.0,
+    advance: Callable[[int], object] = lambda _: None,
+) -> tuple[float, Float[Tensor, " hidden"]]:
+    """(precision, weights): of a grid of priors, the one with the lowest validation loss on preferences.
+
+    advance: told after each prior.
+    """
+    fitted = []
+    for precision in PRIORS:
+        weight = fit_bradley_terry(fit, precision, label_smoothing)
+        # Margins and smoothing shape the fit; the prior is chosen by how well the fit predicts preferences.
+        loss = bradley_terry(held.chosen_NH @ weight, held.rejected_NH @ weight, centering=0.0)
+        fitted.append((loss.item(), precision, weight))
+        advance(1)
     _, precision, weight = min(fitted, key=lambda entry: entry[0])
     return precision, weight
 

@@ -14,13 +14,9 @@ milliseconds.
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from textwrap import shorten
 
 import numpy as np
 
-from poise.data.preferences import OnBadRow, read_prompts
-from poise.data.types import Prompt
-from poise.errors import PoiseError
 from poise.functional.objectives import RewardScale, disagreement, mean, routing_std
 from poise.functional.overoptimization import Choice
 from poise.models.loading import resolve_model
@@ -34,8 +30,7 @@ from poise.studies.pool import (
     PoolHeads,
     PoolRow,
     compare_choices,
-    prompt_key,
-    prompt_label,
+    pool_prompts,
     proxies,
     sample_pool,
     score_pool,
@@ -120,20 +115,6 @@ def _without_gold(results: Json) -> Json:
         for curve in results["curves"]
     ]
     return {key: value for key, value in results.items() if key != "initial_gold"} | {"curves": curves}
-
-
-def pool_prompts(path: str, on_bad_row: OnBadRow = "error") -> list[Prompt]:
-    """Prompts to sample a pool of: at least two, each once."""
-    prompts = read_prompts(path, on_bad_row)
-    if len(prompts) < 2:
-        raise PoiseError(f"{path} has one prompt; intervals over prompts need at least two")
-    seen: set[str] = set()
-    for prompt in prompts:
-        if prompt_key(prompt) in seen:
-            label = shorten(prompt_label(prompt), 80, placeholder="…")
-            raise PoiseError(f"{path} has a prompt twice: {label!r}; leave each in once")
-        seen.add(prompt_key(prompt))
-    return prompts
 
 
 def summarize(

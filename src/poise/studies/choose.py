@@ -44,7 +44,7 @@ def run(config: Config) -> Json | None:
         raise PoiseError(f"--output {out} holds comparisons of {key['source']}; choose another folder")
     judged = out / "judgments.jsonl"
     if config.page:
-        _by_a_person(out, judged)
+        judge_by_page(out, judged)
     elif not judged.exists():
         console.print(f"{len(key['sides'])} comparisons to judge: {out / 'comparisons.jsonl'}", markup=False)
         console.print(
@@ -61,7 +61,7 @@ def run(config: Config) -> Json | None:
     return found
 
 
-def _by_a_person(out: Path, judged: Path) -> None:
+def judge_by_page(out: Path, judged: Path) -> None:
     """Serve the page until every comparison is judged; Ctrl-C leaves those that are."""
     comparisons = list(records.read_rows(out / "comparisons.jsonl"))
     server = Judging(comparisons, read_judgments(judged, len(comparisons)) if judged.exists() else {}, judged)

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from poise.data.preferences import OnBadRow, read_prompts
+from poise.data.rows import Check
 from poise.data.types import Prompt, Sample
 from poise.errors import PoiseError, first_line
 from poise.functional.objectives import HeadRewards
@@ -95,6 +98,20 @@ class PoolHeads:
         if len(heads.mean) != num_rows:
             raise PoiseError(f"{path} is about {len(heads.mean)} completions, the pool has {num_rows}; delete it")
         return PoolHeads(heads, float(about["unit"]), fingerprint)
+
+
+def pool_prompts(path: str, on_bad_row: OnBadRow = "error", check: Check | None = None) -> list[Prompt]:
+    """Prompts to sample a pool of: at least two, each once. check: as for `read_prompts`."""
+    prompts = read_prompts(path, on_bad_row, check)
+    if len(prompts) < 2:
+        raise PoiseError(f"{path} has one prompt; intervals over prompts need at least two")
+    seen: set[str] = set()
+    for prompt in prompts:
+        if prompt_key(prompt) in seen:
+            label = shorten(prompt_label(prompt), 80, placeholder="…")
+            raise PoiseError(f"{path} has a prompt twice: {label!r}; leave each in once")
+        seen.add(prompt_key(prompt))
+    return prompts
 
 
 def sample_pool(model: str, prompts: Sequence[Prompt], per_prompt: int, max_tokens: int, seed: int) -> list[Json]:

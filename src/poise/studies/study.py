@@ -72,7 +72,7 @@ from poise.studies.config import (
     world_folder,
     worlds,
 )
-from poise.studies.pool import compare_choices, prompt_key, prompt_label
+from poise.studies.pool import compare_choices, pool_prompts, prompt_key, prompt_label
 
 VERSION = 2  # of results.json
 
@@ -298,7 +298,7 @@ def _read(config: Config) -> dict[str, list[Preference]]:
     if not any(_unwritten(config)):
         return {}
     read_prompts(config.prompts, config.policy.on_bad_row)
-    (best_of_n.pool_prompts if config.pool_size else read_prompts)(config.eval_prompts, config.policy.on_bad_row)
+    (pool_prompts if config.pool_size else read_prompts)(config.eval_prompts, config.policy.on_bad_row)
     pairs = read_preferences(config.preferences, config.reward.on_bad_row)
     part(pairs, config.num_preferences, 0)
     if "raters" not in config.label_noise:

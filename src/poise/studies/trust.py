@@ -1,0 +1,205 @@
+"""`poise trust`: three questions to a reward model before any RL.
+
+    RUN/pool.jsonl          prompt, completion: of the initial policy
+    RUN/comparisons.jsonl   id, prompt, a, b: pairs of the pool, to be judged
+    RUN/key.json            by how much the reward, and the validator, prefer each comparison's a
+    RUN/judgments.jsonl     id, better (a, b or tie): from whoever judges
+    RUN/results.json        room, transfer, labels: each None until it can be said
+    RUN/report.html         the same in words
+
+Nothing here is trained to please the validator or the judge.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy import ndarray
+
+from poise.data.preferences import read_preferences
+from poise.data.rows import Check
+from poise.data.types import Preference
+from poise.errors import PoiseError
+from poise.functional import trust
+from poise.functional.objectives import mean, parse_objective
+from poise.models.head_kinds import reward_folder
+from poise.models.loading import check_room, resolve_model
+from poise.models.reward_model import files_of
+from poise.models.row_check import row_check_of
+from poise.models.scorer import Ensemble, Scorer
+from poise.reward.pairs import pair_features, prompt_groups, text_groups
+from poise.reward.room import LEAST_GROUPS, room
+from poise.runtime import records
+from poise.runtime.progress import console, progress
+from poise.runtime.records import undefined_as_none
+from poise.runtime.run_folder import Inputs, Json, Run, load_config_file, write_json, write_jsonl
+from poise.studies.choose import judge_by_page, read_judgments
+from poise.studies.pool import PoolRow, pool_prompts, sample_pool, samples_of
+from poise.studies.trust_config import TrustConfig as Config
+
+
+def run(config: Config) -> Run:
+    """Measure what can be measured; judgments are read anew by every call, the rest is kept."""
+    config.check()
+    out = Run(Path(config.output))
+    out.check_config(config)
+    found = out.results
+    if found is None:
+        prompts = pool_prompts(config.prompts, config.on_bad_row, row_check_of(config.model))
+        check_room(config.model, prompts, config.max_tokens)
+        if config.preferences:
+            _groups(config, row_check_of(config.model))
+        out = Run.open(config.output, config, lambda: _inputs(config))
+        found = _measure(config, out)
+    judged = out.folder / "judgments.jsonl"
+    if config.page:
+        judge_by_page(out.folder, judged)
+    out.finish(found | {"labels": _labels(out.folder, judged)})
+    return out
+
+
+def _inputs(config: Config) -> Inputs:
+    """What the run reads, by the setting that names it."""
+    found = {"--prompts": [Path(config.prompts)], "--model": [Path(resolve_model(config.model))]}
+    found["--reward"] = files_of(reward_folder(config.reward, config.objective, None))
+    if config.validator:
+        found["--validator"] = files_of(config.validator)
+    if config.preferences:
+        found["--preferences"] = [Path(config.preferences)]
+    return found
+
+
+def _measure(config: Config, out: Run) -> Json:
+    """Everything but the judgments."""
+    place = reward_folder(config.reward, config.objective, None)
+    scorer = Scorer.load(place, cached=True)
+    scorer.layout.check_objective(config.objective)
+    check = row_check_of(config.model)
+    path = out.folder / "pool.jsonl"
+    if not path.exists():
+        prompts = pool_prompts(config.prompts, config.on_bad_row, check)
+        write_jsonl(path, sample_pool(config.model, prompts, config.per_prompt, config.max_tokens, config.seed))
+    pool = list(records.read_rows(path, PoolRow))
+    with progress("pool: scoring", len(pool)) as advance:
+        heads = scorer(samples_of(pool), advance)
+    proxy = parse_objective(config.objective)(heads).double().numpy().reshape(-1, config.per_prompt)
+    validator = None
+    if config.validator:
+        with progress("pool: scoring by the validator", len(pool)) as advance:
+            other = Scorer.load(config.validator, cached=True)(samples_of(pool), advance)
+        validator = mean(other).double().numpy().reshape(-1, config.per_prompt)
+    _draw(out.folder, pool, proxy, validator, config)
+    return {
+        "kl": config.kl,
+        "per_prompt": config.per_prompt,
+        "num_prompts": len(proxy),
+        "reach": trust.reach(config.per_prompt),
+        "room": _room(config, scorer, pool, validator, check) if config.preferences else None,
+        "transfer": None if validator is None else trust.transfer(proxy, validator),
+        "validation_accuracy": _validation_accuracy(Path(place)),
+    }
+
+
+def _room(config: Config, scorer: Scorer, pool: Sequence[Json], validator: ndarray | None, check: Check | None) -> Json:
+    """What twice the pairs would bring to the order of held-out pairs, and to best-of-n as the validator sees it."""
+    if isinstance(scorer, Ensemble):
+        raise PoiseError("--preferences: an ensemble has no one trunk to fit heads on; take one of its members")
+    preferences, groups = _groups(config, check)
+    pairs = pair_features(scorer.extract, preferences)
+    found = room(pairs, groups, scorer.extract(samples_of(pool)).cpu(), config.seed)
+    accuracy, low, high = trust.doubling_of_accuracy(found.correct_SN, groups)
+    results: Json = {
+        "num_pairs": [round(count, 1) for count in found.num_pairs],
+        "accuracy": found.correct_SN.mean(-1).tolist(),
+        "accuracy_doubled": accuracy, "accuracy_interval": [low, high],
+        "seen": _has_seen(Path(reward_folder(config.reward, config.objective, None)), config.preferences),
+    }  # fmt: skip
+    if validator is None:
+        return results
+    n = np.array([config.per_prompt])
+    gain_SFP = np.array(
+        [
+            [trust.gains(reward.reshape(validator.shape), validator, n)[:, 0] for reward in of_folds]
+            for of_folds in found.reward_SFT
+        ]
+    )
+    more, low, high = trust.doubling_of_selection(gain_SFP)
+    return results | {
+        "selection": gain_SFP.mean((1, 2)).tolist(),
+        "selection_doubled": more, "selection_interval": undefined_as_none([low, high]),
+    }  # fmt: skip
+
+
+def _groups(config: Config, check: Check | None) -> tuple[list[Preference], ndarray]:
+    """The pairs, and which of them stay together: those of a prompt; where prompts are few, those that share a text."""
+    preferences = read_preferences(config.preferences, config.on_bad_row, check)
+    groups = prompt_groups(preferences)
+    if groups.max() + 1 < LEAST_GROUPS:
+        groups = text_groups(preferences)
+    if groups.max() + 1 < LEAST_GROUPS:
+        raise PoiseError(
+            f"{config.preferences} has too few prompts, and too few texts, to leave parts of it out: "
+            f"{groups.max() + 1} groups, and {LEAST_GROUPS} are needed"
+        )
+    return preferences, groups
+
+
+def _has_seen(checkpoint: Path, preferences: str) -> bool:
+    """Was the trunk of this checkpoint trained on these very pairs, as far as its run says?"""
+    settings = checkpoint.parent / "config.yaml"
+    if not settings.exists():
+        return False
+    of = load_config_file(settings)
+    same = Path(str(of.get("preferences", ""))).resolve() == Path(preferences).resolve()
+    return same and of.get("trunk", "frozen") != "frozen"
+
+
+def _validation_accuracy(checkpoint: Path) -> float | None:
+    """Of the reward model on the validation pairs of its training, if its run is at hand."""
+    models = (Run(checkpoint.parent).results or {}).get("models") or {}
+    found: float | None = (models.get(checkpoint.name) or {}).get("validation_accuracy")
+    return found
+
+
+# ---- whose labels ----
+
+
+def _draw(folder: Path, pool: Sequence[Json], proxy: ndarray, validator: ndarray | None, config: Config) -> None:
+    """Write pairs of different completions of one prompt, as many of each prompt as of every other, up to one."""
+    rng = np.random.default_rng(config.seed)
+    comparisons: list[Json] = []
+    key: dict[str, list[float]] = {"reward": [], "validator": []}
+    orders = [rng.permutation(config.per_prompt) for _ in proxy]
+    for turn in range(config.per_prompt // 2):
+        for number in rng.permutation(len(proxy)):
+            i, j = orders[number][2 * turn : 2 * turn + 2]
+            a, b = (pool[number * config.per_prompt + k] for k in (i, j))
+            if len(comparisons) < config.judged and a["completion"] != b["completion"]:
+                about = {"prompt": a["prompt"], "a": a["completion"], "b": b["completion"]}
+                comparisons.append({"id": len(comparisons), **about})
+                key["reward"].append(float(proxy[number, i] - proxy[number, j]))
+                if validator is not None:
+                    key["validator"].append(float(validator[number, i] - validator[number, j]))
+    write_jsonl(folder / "comparisons.jsonl", comparisons)
+    write_json(folder / "key.json", key)
+
+
+def _labels(folder: Path, judged: Path) -> Json | None:
+    """How often the reward, and the validator, order the judged pairs as the judge does; ties of the judge are left
+    out."""
+    key = records.read_object(folder / "key.json")
+    if not judged.exists():
+        console.print(
+            f"{len(key['reward'])} pairs to judge: {folder / 'comparisons.jsonl'}; write "
+            f'{{"id": 0, "better": "a"}} (or b, or tie) for each into {judged}, or use --page',
+            markup=False, soft_wrap=True,
+        )  # fmt: skip
+        return None
+    judgments = read_judgments(judged, len(key["reward"]))
+    found: Json = {"ties": sum(better == "tie" for better in judgments.values())}
+    for name, differences in key.items():
+        decided = [(differences[i], better) for i, better in judgments.items() if better != "tie" and differences]
+        if decided:
+            same = np.array([(difference > 0) == (better == "a") for difference, better in decided])
+            found[name] = trust.agreement(same)
+    return found

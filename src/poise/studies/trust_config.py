@@ -1,0 +1,57 @@
+"""The settings of `poise trust`; torch is not imported to read them."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from poise.data.preferences import OnBadRow
+from poise.functional.objective_names import read_objective
+from poise.models.choices import DEFAULT_MODEL
+from poise.runtime.settings import Count, Language, Positive, Preferences, Prompts, Reward, Seed, Settings, at_least
+
+
+@dataclass(frozen=True)
+class TrustConfig(Settings):
+    """What a reward model is worth as something to optimize, before any RL: three questions on one page.
+
+    Room: would more pairs help?  Transfer: does another reward model see what selecting by this one gains?  Labels:
+    does a judge whom you trust order the policy's own completions as the reward does? For the last one the first call
+    writes OUTPUT/comparisons.jsonl (`id`, `prompt`, `a`, `b`); judge them into OUTPUT/judgments.jsonl, a row each of
+    `id` and `better` (a, b or tie), and start the same command again.
+    """
+
+    reward: tyro.conf.Positional[Reward]
+    """Reward model: checkpoint folder, hub id or `poise train-reward` run."""
+    prompts: Prompts
+    """JSON lines with `prompt`, on which the policy is going to be trained."""
+    model: Language = DEFAULT_MODEL
+    """Local folder or hub id of the policy before training."""
+    preferences: Preferences = ""
+    """Pairs of the kind that the reward model was trained on, for the first question. If its trunk was trained, take
+    pairs that it has not seen."""
+    validator: Reward = ""
+    """Another reward model, of other pairs or other features, for the second question."""
+    objective: str = "mean"
+    """How the heads become one reward."""
+    kl: Positive = 10.0
+    """KL to which you mean to train, in nats: the page says how far what was measured reaches."""
+    per_prompt: Annotated[int, at_least(2)] = 32
+    """Completions of each prompt."""
+    max_tokens: Count = 256
+    """Longest completion, in tokens."""
+    judged: Count = 50
+    """Pairs of the policy's own completions to be judged."""
+    page: bool = False
+    """Judge on a page of this machine (its address is printed); every answer is saved at once."""
+    output: str = "runs/trust"
+    """Run folder to write."""
+    on_bad_row: OnBadRow = "error"
+    """`skip` sets bad rows aside in a file beside the data."""
+    seed: Seed = 0
+    """Of the sampling, the folds and the pairs to judge."""
+
+    def check(self) -> None:
+        """As `Settings.check`, and the objective."""
+        super().check()
+        read_objective(self.objective)

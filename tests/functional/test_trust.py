@@ -1,0 +1,82 @@
+"""What is asked of a reward model before any RL: by hand, and by laws."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import norm
+
+from poise.functional import trust
+
+
+def pool(seed: int, shape: tuple[int, int] = (40, 16)) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def test_gains_by_hand() -> None:
+    proxy, score = np.array([[0.0, 1.0, 2.0]]), np.array([[5.0, 3.0, 7.0]])
+    std = math.sqrt((0 + 4 + 4) / 3)
+    # best of 2 of 3: the second wins one pair of three, the third wins two
+    expected = [0.0, ((3 + 2 * 7) / 3 - 5) / std, (7 - 5) / std]
+    assert trust.gains(proxy, score, np.array([1, 2, 3]))[0].tolist() == pytest.approx(expected)
+    assert trust.gains(proxy, np.ones((1, 3)), np.array([3])).tolist() == [[0.0]]
+
+
+@given(st.integers(0, 50), st.floats(0.1, 5.0), st.floats(-3.0, 3.0))
+def test_transfer_does_not_read_units(seed: int, unit: float, zero: float) -> None:
+    proxy, other = pool(seed), pool(seed + 100)
+    one = trust.transfer(proxy, proxy + other)
+    two = trust.transfer(unit * proxy + zero, unit * (proxy + other) - zero)
+    for a, b in zip(one, two, strict=True):
+        assert a["transfer"] == (None if b["transfer"] is None else pytest.approx(b["transfer"]))
+        assert a["validator"] == pytest.approx(b["validator"], abs=1e-9)
+
+
+def test_transfer_of_noise_is_zero_and_of_itself_one() -> None:
+    proxy, noise = pool(0, (400, 32)), pool(1, (400, 32))
+    own, none = trust.transfer(proxy, proxy)[-1], trust.transfer(proxy, noise)[-1]
+    assert own["transfer"] == pytest.approx(1)
+    assert own["transfer_interval"] == pytest.approx([1, 1])
+    low, high = none["transfer_interval"]
+    assert low < 0 < high
+    assert abs(none["transfer"]) < 0.1
+    # half of the validator's variance is the proxy's: 1/sqrt(2) of each std is seen
+    half = trust.transfer(proxy, proxy + noise)[-1]
+    assert half["transfer"] == pytest.approx(2**-0.5, abs=0.05)
+    assert half["kl"] == pytest.approx(math.log(32) - 31 / 32)
+    # the best of 32 normal draws, by quadrature
+    x = np.linspace(-9, 9, 20001)
+    expected = np.trapezoid(x * 32 * norm.pdf(x) * norm.cdf(x) ** 31, x)
+    assert own["proxy"] == pytest.approx(expected, abs=0.07)  # three standard errors over 400 prompts
+
+
+def test_a_gain_too_small_to_divide_by_has_no_ratio() -> None:
+    first = trust.transfer(pool(0), pool(1))[0]
+    assert (first["n"], first["kl"], first["transfer"], first["transfer_interval"]) == (1, 0.0, None, None)
+
+
+def test_agreement_by_hand() -> None:
+    found = trust.agreement(np.array([True] * 8 + [False] * 2))
+    z, p, n = norm.ppf(0.975), 0.8, 10  # Wilson's formula
+    middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    assert found["share"] == 0.8
+    assert found["interval"] == pytest.approx([middle - half, middle + half])
+    assert trust.agreement(np.array([], dtype=bool)) == {"share": None, "interval": None, "pairs": 0}
+
+
+def test_doubling_is_the_last_less_the_one_before() -> None:
+    correct = np.array([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0], [1.0, 0.0, 1.0, 1.0]])
+    gain, low, high = trust.doubling_of_accuracy(correct, np.arange(4))
+    assert gain == 0.25
+    assert (low, high) == (0.0, 0.75)
+    # pairs of one prompt are drawn together: with all in two prompts only 0, .25 and .5 can come
+    gain, low, high = trust.doubling_of_accuracy(correct, np.array([0, 0, 1, 1]))
+    assert (gain, low, high) == (0.25, 0.0, 0.5)
+    gains = np.array([[[9.0, 9.0]], [[1.0, 2.0]], [[2.0, 5.0]]])
+    gain, low, high = trust.doubling_of_selection(gains)
+    assert gain == 2.0
+    assert low == pytest.approx(2 - 12.706 * 1.0, abs=1e-2)  # t of one degree of freedom; the mean's std error is 1
+    assert math.isnan(trust.doubling_of_selection(gains[:, :, :1])[1])

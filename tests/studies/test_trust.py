@@ -1,0 +1,111 @@
+"""`poise trust`: from files to a page in words, with judgments that come later."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from poise.cli.main import main
+from poise.errors import PoiseError
+from poise.functional.objectives import mean
+from poise.models.scorer import Scorer
+from poise.reports import run_pages, trust_run
+from poise.reports.quickstart_page import Verdict
+from poise.runtime.records import read_object, read_rows
+from poise.studies import trust
+from poise.studies.pool import samples_of
+from poise.studies.trust_config import TrustConfig
+
+
+@pytest.fixture(scope="module")
+def reward(tiny_model: str, train_tiny_reward: Callable[[str], Path]) -> Path:
+    return train_tiny_reward(tiny_model)
+
+
+@pytest.fixture
+def config(reward: Path, tiny_model: str, prompts_file: Path, preferences_file: Path, tmp_path: Path) -> TrustConfig:
+    return TrustConfig(
+        str(reward / "single"), str(prompts_file), tiny_model, str(preferences_file), str(reward / "posterior"),
+        per_prompt=6, max_tokens=8, judged=10, output=str(tmp_path / "trust"),
+    )  # fmt: skip
+
+
+def test_three_answers_on_a_page(config: TrustConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    out = trust.run(config)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "10 pairs to judge" in said
+    results = out.results
+    assert results is not None
+    assert results["labels"] is None
+    assert [row["n"] for row in results["transfer"]] == [1, 2, 3, 4, 5, 6]
+    assert results["transfer"][-1]["transfer"] == pytest.approx(1, abs=0.3)  # the posterior's mean is the single head
+    assert results["room"]["seen"] is False
+    assert len(results["room"]["accuracy"]) == len(results["room"]["selection"]) == 3
+    # Judged as the reward does it, but for two; and one tie.
+    pairs = list(read_rows(out.folder / "comparisons.jsonl"))
+    scorer = Scorer.load(config.reward)
+    heads = [mean(scorer(samples_of([{**row, "completion": row[side]} for row in pairs]))) for side in "ab"]
+    prefers_a = (heads[0] > heads[1]).tolist()
+    key = read_object(out.folder / "key.json")
+    assert key["reward"] == pytest.approx((heads[0] - heads[1]).tolist(), abs=1e-5)
+    judged = [{"id": i, "better": "ab"[a == (i < 2)]} for i, a in enumerate(prefers_a)]
+    judged[9]["better"] = "tie"
+    (out.folder / "judgments.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in judged))
+    again = trust.run(config)
+    assert again.results is not None
+    assert again.results["labels"]["reward"]["share"] == pytest.approx(7 / 9)
+    assert again.results["labels"]["ties"] == 1
+    assert {**again.results, "labels": None} == results
+    page = run_pages.build([again.folder]).read_text()
+    assert "The reward orders 77.8" in page
+    assert "Nothing here says what happens beyond it" in page  # KL 10 against 1.0 of the best of six
+    assert "validator sees" in page
+
+
+def test_the_pool_is_kept_and_other_settings_are_refused(config: TrustConfig) -> None:
+    alone = replace(config, preferences="", validator="")
+    out = trust.run(alone)
+    assert out.results is not None
+    assert out.results["room"] is out.results["transfer"] is None
+    assert trust_run.findings(out.results) == []
+    assert "Not asked" in run_pages.build([out.folder]).read_text()
+    with pytest.raises(PoiseError, match="holds a run of another config"):
+        trust.run(replace(alone, seed=1))
+
+
+def test_pairs_that_a_trained_trunk_has_seen_tell_nothing(config: TrustConfig, reward: Path, tmp_path: Path) -> None:
+    assert trust._has_seen(reward / "single", config.preferences) is False  # frozen
+    run = tmp_path / "tuned"
+    run.mkdir()
+    settings = (reward / "config.yaml").read_text()
+    (run / "config.yaml").write_text(settings.replace("trunk: frozen", "trunk: lora"))
+    assert trust._has_seen(run / "single", config.preferences) is True
+    assert trust._has_seen(run / "single", str(tmp_path / "other.jsonl")) is False
+    room = {"accuracy_interval": [0.1, 0.2], "accuracy_doubled": 0.15, "seen": True}
+    found = trust_run._said_of_room(room)
+    assert isinstance(found, Verdict)
+    assert found.kind == "unclear"
+    assert "Room cannot be told" in found.text
+
+
+@pytest.mark.parametrize(
+    ("interval", "kind", "words"),
+    [([0.01, 0.05], "better", "There is room"), ([-0.01, 0.05], "unclear", "No room was seen"),
+     ([-0.05, -0.01], "worse", "More pairs make it worse")],
+)  # fmt: skip
+def test_room_in_words(interval: list[float], kind: str, words: str) -> None:
+    found = trust_run._said_of_room({"accuracy_interval": interval, "accuracy_doubled": 0.0, "seen": False})
+    assert found is not None
+    assert found.kind == kind
+    assert words in found.text
+
+
+def test_the_command_ends_with_what_to_do_next(config: TrustConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--prompts", config.prompts, "--model", config.model, "--per-prompt", "4", "--max-tokens", "6"]
+    assert main(["trust", config.reward, *options, "--output", config.output]) == 0
+    said = capsys.readouterr().out
+    assert "--page" in said
+    assert "report.html" in said
+    assert main(["trust", config.reward, *options, "--objective", "typicl", "--output", config.output]) == 2
