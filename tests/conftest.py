@@ -1,5 +1,6 @@
 """Tiny models built on the spot: no download, no cache, a fraction of a second each."""
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 import transformers
 from hypothesis import settings
+from matplotlib.figure import Figure
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import before_poise  # noqa: F401
@@ -124,6 +126,33 @@ def drawn_once(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     for name in ("save_over_optimization", "save_calibration", "save_reliability"):
         monkeypatch.setattr(plots, name, remembered(name))
     return DRAWN
+
+
+@pytest.fixture(scope="module")
+def undrawn() -> Iterator[None]:
+    """Figures are made and not drawn: drawing takes most of the time of a command that writes cards and pages. In the
+    place of each picture is a digest of what its axes show, so that pictures of other data still differ."""
+    from poise.reports import plot_style, plots, run_plots, study_plots
+
+    def digest(figure: Figure) -> str:
+        shown = [
+            (ax.get_title(loc="left"), [(line.get_label(), line.get_xydata().tolist()) for line in ax.lines])  # type: ignore[attr-defined]
+            for ax in figure.axes
+        ]
+        return hashlib.sha256(repr(shown).encode()).hexdigest()
+
+    def svg(figure: Figure, identifier: str) -> str:
+        return f'<svg id="{identifier}" data-shown="{digest(figure)}"></svg>'
+
+    def save_png(figure: Figure, path: str | Path) -> None:
+        Path(path).write_text(digest(figure))
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (plot_style, plots, run_plots, study_plots):
+            for stand_in in (svg, save_png):
+                if hasattr(module, stand_in.__name__):
+                    patch.setattr(module, stand_in.__name__, stand_in)
+        yield
 
 
 @pytest.fixture(autouse=True)

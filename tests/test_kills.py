@@ -19,6 +19,7 @@ from poise.models.policy import Policy
 from poise.reward import export, heads, push
 from poise.runtime import checkpoints
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 KILLED = 9
 # What differs between two equal runs: times and machine.
 NOT_COMPARED = {"environment.json", "inputs.json", ".poise", "report.html"}  # the page says how long steps took

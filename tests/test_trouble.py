@@ -22,6 +22,7 @@ from poise.reward import head_training, score
 from poise.reward import train as train_reward
 from test_kills import contents
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 GOES_ON = "poise: interrupted; the same command goes on from the last checkpoint\n"
 Prepare = Callable[[], object]
 

@@ -26,6 +26,7 @@ from poise.studies import pool_study as study_pool
 from poise.studies import quickstart as recipes
 from poise.studies.arms import ARMS as ALL_ARMS
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 ARMS = ("single", "brme_0.4")
 
 

@@ -23,7 +23,11 @@ from poise.studies import config as settings
 from poise.studies import study
 from test_kills import KILLED, boundaries, contents
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="the system call is Linux's")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="the system call is Linux's"),
+    pytest.mark.usefixtures("undrawn"),
+]
 
 BOUNDARIES = 5  # of the study's own process, spread over all
 IN_JOBS = ("heads", "models", "cards", "step 0", "step 1", "checkpoint", "card")

@@ -13,6 +13,8 @@ from typing import Any, Literal, NamedTuple
 
 import matplotlib.style
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from numpy import ndarray
 
@@ -54,7 +56,7 @@ _COLOR = re.compile("|".join(_ON_PAGES))
 # matplotlib's settings are of the whole process, and a page may be drawn in a thread beside a run (live.py).
 _ONE_AT_A_TIME = threading.RLock()
 
-# ---- output ----
+# ---- output: the canvases print at once what `Figure.savefig` draws twice, the first time for the layout alone ----
 
 
 def on_pages(color: str) -> str:
@@ -72,7 +74,7 @@ def look(identifier: str) -> Iterator[None]:
 def svg(figure: Figure, identifier: str) -> str:
     """The <svg> element alone, undated, every id made unique on the page by `identifier`, in the page's colors."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    FigureCanvasSVG(figure).print_svg(buffer, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = buffer.getvalue()
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{identifier}-", text[text.index("<svg") :])
     return _COLOR.sub(lambda found: _ON_PAGES[found[0]], text)
@@ -80,7 +82,8 @@ def svg(figure: Figure, identifier: str) -> str:
 
 def save_png(figure: Figure, path: str | Path) -> None:
     """As a PNG file that names no software version."""
-    figure.savefig(path, format="png", dpi=160, metadata={"Software": None})
+    figure.set_dpi(160)
+    FigureCanvasAgg(figure).print_png(path, metadata={"Software": None})
 
 
 # ---- numbers ----
