@@ -5,8 +5,8 @@
 Every case runs in a process of its own, with one thread. Seconds are of processor time, of reading alone, without
 imports. Memory is the highest resident size of the process; that of a process which reads ten rows stands beside it,
 since imports are most of it. Rows are preferences of about 600 bytes; completions to score have about 150. The reward
-model that `poise score` is given has one layer of width 16: its time says nothing of real models, and its memory is that
-of reading, rendering, encoding and writing. Its file is read and written in one form.
+model that `poise score` is given has one layer of width 16: its time says nothing of real models, and its memory is
+that of reading, rendering, encoding and writing. Its file is read and written in one form.
 """
 
 import argparse

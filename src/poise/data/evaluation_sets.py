@@ -145,6 +145,8 @@ def _set(row: Json) -> list[Item]:
         for text in found:
             check_text(text, key)
         texts.append(tuple(found))
+    if len(texts[0]) == len(texts[1]) == 1 and texts[0][0].strip() == texts[1][0].strip():
+        raise ValueError("'chosen' and 'rejected' are the same text, but for white space at their ends")
     return [Item(prompt_of(row), texts[0], texts[1], _subset(row))]
 
 

@@ -45,7 +45,6 @@ from poise.runtime.progress import console, progress
 from poise.runtime.records import read_object, read_rows
 from poise.runtime.run_folder import Inputs, Json, Run, write_json, write_jsonl
 
-
 TEXTS_PER_PART = 2048
 
 
