@@ -19,8 +19,8 @@ Turns = list[dict[str, Any]]
 # Roles by the names that they have elsewhere, in lower case. Other roles are left to the chat template.
 _ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
-    "bot": "assistant", "bard": "assistant", "assistant": "assistant", "model": "assistant", "system": "system", "developer": "developer",
-    "tool": "tool", "observation": "tool", "function": "function", "ipython": "ipython",
+    "bot": "assistant", "bard": "assistant", "assistant": "assistant", "model": "assistant", "system": "system",
+    "developer": "developer", "tool": "tool", "observation": "tool", "function": "function", "ipython": "ipython",
 }  # fmt: skip
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _PROMPT_KEYS = ("prompt", "messages", "conversations")
