@@ -4,9 +4,9 @@
 
 Every case runs in a process of its own, with one thread. Seconds are of processor time, of reading alone, without
 imports. Memory is the highest resident size of the process; that of a process which reads ten rows stands beside it,
-since imports are most of it. Rows are preferences of about 600 bytes. The reward model that `poise score` is given has
-one layer of width 16: its time says nothing of real models, and its memory is that of reading, rendering, encoding and
-writing. Its file is read and written in one form.
+since imports are most of it. Rows are preferences of about 600 bytes; completions to score have about 150. The reward
+model that `poise score` is given has one layer of width 16: its time says nothing of real models, and its memory is
+that of reading, rendering, encoding and writing. Its file is read and written in one form.
 """
 
 import argparse
@@ -51,11 +51,11 @@ print(count, seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
-def rows(count: int) -> Iterator[dict[str, str]]:
+def rows(count: int, words: int = 40) -> Iterator[dict[str, str]]:
     """Preferences, no two alike."""
     generator = random.Random(0)
     for i in range(count):
-        text = " ".join(generator.choices(WORDS, k=40))
+        text = " ".join(generator.choices(WORDS, k=words))
         yield {"prompt": f"Review film {i}. {text}", "chosen": f"{text} fine {i}", "rejected": f"{text} poor {i}"}
 
 
@@ -81,7 +81,7 @@ def written(folder: Path, kind: str, count: int) -> Path:
 def samples(folder: Path, kind: str, count: int) -> Path:
     """A file of completions; one of Parquet has a single row group, as pandas writes it."""
     path = folder / f"samples.{kind}"
-    texts = ({"prompt": row["prompt"], "completion": row["chosen"]} for row in rows(count))
+    texts = ({"prompt": row["prompt"], "completion": row["chosen"]} for row in rows(count, words=8))
     if kind == "jsonl":
         with path.open("w") as file:
             file.writelines(json.dumps(row) + "\n" for row in texts)

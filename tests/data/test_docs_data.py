@@ -15,7 +15,7 @@ EXAMPLES = re.findall(r"^\| (preferences|prompts|samples|questions) \| ([^|]+) \
 
 
 def test_every_form_has_an_example() -> None:
-    assert len(EXAMPLES) == 20
+    assert len(EXAMPLES) == 21
 
 
 def test_the_rows_that_help_shows_are_in_the_table() -> None:
@@ -31,7 +31,8 @@ def test_the_example_is_read(tmp_path: Path, kind: str, form: str, text: str) ->
         assert prompt_of(row) in ("Is tea hot?", [{"role": "user", "content": "Is tea hot?"}])
     elif kind == "samples":
         sample = sample_of(row)
-        assert (sample.prompt, sample.completion) == ("Is tea hot?", "Mostly.")
+        assert sample.prompt in ("Is tea hot?", [{"role": "user", "content": "Is tea hot?"}])
+        assert sample.completion == "Mostly."
     elif kind == "questions":
         path = tmp_path / "x.jsonl"
         path.write_text(text)

@@ -6,6 +6,7 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
+from poise.data.files import no_such_file
 from poise.data.preferences import read_preferences, read_prompts, read_samples
 from poise.errors import PoiseError, first_line
 from poise.models.model_folder import check_model, check_reward_model
@@ -60,7 +61,7 @@ def _check_rows(kind: str, name: str, on_bad_row: str) -> None:
     if not exists:
         if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.suffix:
             return  # a data set's hub id
-        raise PoiseError(f"no such file: {name}")
+        raise PoiseError(no_such_file(name))
     if not is_file or on_bad_row != "error" or path.suffix == ".parquet" or path.stat().st_size > _SMALL:
         return
     said = console.quiet

@@ -16,14 +16,16 @@ from poise.data.types import Prompt
 
 Turns = list[dict[str, Any]]
 
-_SHAREGPT_ROLES = {
+# Roles by the names that they have elsewhere, in lower case. Other roles are left to the chat template.
+_ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
-    "bard": "assistant", "assistant": "assistant", "model": "assistant", "system": "system", "tool": "tool",
-    "observation": "tool",
+    "bot": "assistant", "bard": "assistant", "assistant": "assistant", "model": "assistant", "system": "system",
+    "developer": "developer", "tool": "tool", "observation": "tool", "function": "function", "ipython": "ipython",
 }  # fmt: skip
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _PROMPT_KEYS = ("prompt", "messages", "conversations")
 _NAMES_OF_PROMPTS = ("instruction", "question", "query", "input")
+_NAMES_OF_COMPLETIONS = ("response", "answer", "output", "generated_text", "responses", "text")
 _LIKE_TURNS = re.compile(r"(?:^|\n)[ \t]{0,8}(?:(?:Human|User|Assistant|Q|A|### ?\w+):|<\|\w+\|>|\[INST\])")
 
 
@@ -42,7 +44,10 @@ def turns_of(value: Any, key: str) -> Turns | None:
         return None
     if not value:
         raise ValueError(f"{key!r} is an empty conversation")
-    return [_turn(turn, key, number) for number, turn in enumerate(value, 1)]
+    turns = [_turn(turn, key, number) for number, turn in enumerate(value, 1)]
+    if not any(turn["content"].strip() or turn.get("tool_calls") for turn in turns):
+        raise ValueError(f"{key!r} is empty: no turn has text")
+    return turns
 
 
 def looks_like_turns(text: str) -> bool:
@@ -72,6 +77,28 @@ def prompt_key(row: dict[str, Any]) -> str | None:
 def other_prompt_name(row: dict[str, Any]) -> str | None:
     """A column that may hold the prompt under a name that is not read, such as `question`."""
     return next((name for name in _NAMES_OF_PROMPTS if row.get(name)), None)
+
+
+def answered(row: dict[str, Any]) -> tuple[Prompt, str] | None:
+    """(prompt, answer) of a row without `completion` that holds a whole conversation; None for other rows.
+
+    ValueError if the conversation ends in another's turn.
+    """
+    key = prompt_key(row)
+    if key not in ("messages", "conversations") or row.get("completion") is not None:
+        return None
+    turns = turns_of(row[key], key)
+    if turns is None:
+        return None
+    before, answer = split_answer(turns, key)
+    if not before:
+        raise ValueError(f"{key!r} holds an answer to nothing")
+    return before, answer
+
+
+def other_completion_name(row: dict[str, Any]) -> str | None:
+    """A column that may hold the completion under a name that is not read, such as `response`."""
+    return next((name for name in _NAMES_OF_COMPLETIONS if row.get(name)), None)
 
 
 def text_of(row: dict[str, Any], key: str) -> str:
@@ -161,7 +188,7 @@ def _turn(turn: Any, key: str, number: int) -> dict[str, Any]:
     if not isinstance(turn, dict):
         raise ValueError("a conversation is a list of {'role': …, 'content': text}")
     if "role" not in turn and "content" not in turn and "from" in turn and "value" in turn:
-        role = _SHAREGPT_ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
+        role = _ROLES.get(turn["from"].strip().lower()) if isinstance(turn["from"], str) else None
         if role is None:
             raise ValueError(f"turn {number} of {key!r} is from {turn['from']!r}; human, gpt, system, tool are known")
         turn = {"role": role, "content": turn["value"]}
@@ -170,6 +197,7 @@ def _turn(turn: Any, key: str, number: int) -> dict[str, Any]:
     role, content = turn["role"], turn["content"]
     if not isinstance(role, str) or not role.strip():
         raise ValueError(f"turn {number} of {key!r} has no role")
+    role = _ROLES.get(role.strip().lower(), role)
     if isinstance(content, list):
         content = _joined_parts(content, key, number)
     if not isinstance(content, str):

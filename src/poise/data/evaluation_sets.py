@@ -16,7 +16,7 @@ from jaxtyping import Int
 from numpy import ndarray
 
 from poise.data.conversations import check_text, prompt_of
-from poise.data.files import RawRow, as_object, parsed_json, raw_rows
+from poise.data.files import RawRow, as_object, can_be_read_twice, parsed_json, raw_rows
 from poise.data.preferences import preferences_of, read_preferences
 from poise.data.rows import Check, OnBadRow, Understood, finish, parsed_rows
 from poise.data.types import Prompt, Sample
@@ -49,7 +49,9 @@ class Questions(NamedTuple):
     def unit(self) -> Int[ndarray, " items"]:
         """Items of the same two texts (votes, repeats) have the same number: they are not independent."""
         texts = [json.dumps([item.prompt, sorted((*item.chosen, *item.rejected))]) for item in self.items]
-        return np.unique(np.array(texts), return_inverse=True)[1].astype(int)
+        # Not `np.unique`: an array of texts takes four bytes for every character of the longest one, in every row.
+        numbers = {text: number for number, text in enumerate(sorted(set(texts)))}
+        return np.array([numbers[text] for text in texts], dtype=int)
 
 
 def read_questions(
@@ -62,19 +64,24 @@ def read_questions(
 ) -> Questions:
     """Pairs, RM-Bench rows or best-of-n sets, by what the rows look like. Pairs of a `subset` may repeat.
 
-    check, understood, rows: as `read_preferences` takes them. The file is read once: it may be a FIFO.
+    check, understood, rows: as `read_preferences` takes them. A FIFO is read once, into memory.
     """
     understood = understood or Understood(str(path))
-    raw = list(raw_rows(path) if rows is None else rows)
-    forms = [_form(row) for _, row in raw]
+    twice = rows is None and can_be_read_twice(path)
+    kept = None if twice else list(raw_rows(path) if rows is None else rows)
+
+    def raw() -> Iterable[tuple[int, RawRow]]:
+        return raw_rows(path) if kept is None else kept
+
+    forms = {_form(row) for _, row in raw()}
     if "sets" in forms:
-        items = _read(raw, understood, _set, "prompt, chosen: lists, rejected: lists", on_bad_row, check)
+        items = _read(raw(), understood, _set, "prompt, chosen: lists, rejected: lists", on_bad_row, check)
         sizes = {(len(item.chosen), len(item.rejected)) for item in items}
         kind: Any = {frozenset({(1, 1)}): "pairs", frozenset({(NUM_STYLES, NUM_STYLES)}): "rm_bench"}
         return Questions(kind.get(frozenset(sizes), "best_of_n"), items)
     if "subset" in forms:
-        return Questions("pairs", _read(raw, understood, _pairs_of_subset, "pairs with subset", on_bad_row, check))
-    preferences = read_preferences(path, on_bad_row, check, understood, rows=raw)
+        return Questions("pairs", _read(raw(), understood, _pairs_of_subset, "pairs with subset", on_bad_row, check))
+    preferences = read_preferences(path, on_bad_row, check, understood, rows=raw())
     return Questions("pairs", [Item(p.prompt, (p.chosen,), (p.rejected,)) for p in preferences])
 
 
@@ -91,7 +98,7 @@ def _form(raw: RawRow) -> str:
 
 
 def _read(
-    raw: list[tuple[int, RawRow]],
+    raw: Iterable[tuple[int, RawRow]],
     understood: Understood,
     parse: Callable[[Json], list[Item]],
     form: str,
@@ -138,6 +145,8 @@ def _set(row: Json) -> list[Item]:
         for text in found:
             check_text(text, key)
         texts.append(tuple(found))
+    if len(texts[0]) == len(texts[1]) == 1 and texts[0][0].strip() == texts[1][0].strip():
+        raise ValueError("'chosen' and 'rejected' are the same text, but for white space at their ends")
     return [Item(prompt_of(row), texts[0], texts[1], _subset(row))]
 
 

@@ -32,6 +32,8 @@ def with_chosen(row: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("'winner', but no two responses to choose from: response_a and response_b were expected")
     first, second = (row[name] for name in names)
     said = str(row["winner"]).strip().lower()
+    if said == "0" and names[0].endswith("_a"):
+        raise ValueError(f"'winner' is 0, which may be a tie or {names[0]}; write a, b or tie")
     if said in _FIRST | {names[0]}:
         chosen, rejected = first, second
     elif said in _SECOND | {names[1]}:

@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from poise.data.conversations import (
+    answered,
     joined,
     looks_like_turns,
+    other_completion_name,
     other_prompt_name,
     prompt_key,
     prompt_of,
@@ -114,7 +116,7 @@ def read_prompts(
     for number, prompt in parsed_rows(understood, parse, on_bad_row, rows):
         understood.used += 1
         understood.forms["prompt"] += 1
-        _note_plain(understood, number, prompt)
+        _note_prompt(understood, number, prompt)
         prompts.append(prompt)
     finish(understood)
     return prompts
@@ -145,7 +147,7 @@ def iter_samples(
     for number, samples in parsed_rows(understood, parse, on_bad_row, rows):
         understood.used += 1
         understood.forms["prompt, completions" if len(samples) > 1 else "prompt, completion"] += 1
-        _note_plain(understood, number, samples[0].prompt)
+        _note_prompt(understood, number, samples[0].prompt)
         yield from samples
     finish(understood)
 
@@ -169,9 +171,9 @@ def _row_key(votes: list[Preference]) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-def _note_plain(understood: Understood, number: int, prompt: Prompt) -> None:
-    if isinstance(prompt, str) and looks_like_turns(prompt):
-        understood.note(_PLAIN_TEXT, f"line {number}: {short(prompt)}")
+def _note_prompt(understood: Understood, number: int, prompt: Prompt) -> None:
+    for what, example in _prompt_notes(prompt):
+        understood.note(what, f"line {number}: {example}")
 
 
 # ---- what a row may look like ----
@@ -190,6 +192,7 @@ class _Read(NamedTuple):
 
 _IMPLICIT = "have no 'prompt'; it is what chosen and rejected share"
 _REPEATED = "repeat the prompt in both texts; it is read once"
+_ANSWERED = "have a prompt that ends in a turn of the assistant; the answer comes after it"
 _PLAIN_TEXT = "hold marks of speakers in a prompt that is read as plain text of one user turn"
 
 
@@ -199,10 +202,16 @@ def preferences_of(row: dict[str, Any]) -> list[Preference] | Rated:
 
 
 def sample_of(row: dict[str, Any]) -> Sample:
-    """A prompt with one completion: text, or turns that end in the assistant's."""
+    """A prompt with one completion: text, or turns that end in the assistant's; or `messages` that do."""
+    if found := answered(row):
+        if not found[1].strip():
+            raise ValueError("the last turn is empty")
+        return Sample(*found)
     prompt = prompt_of(row)
     turns = turns_of(row.get("completion"), "completion")
     if turns is None:
+        if "completion" not in row and (other := other_completion_name(row)):
+            raise ValueError(f"no 'completion', but {other!r}; rename it to 'completion'")
         return Sample(prompt, text_of(row, "completion"))
     shared, answer = split_answer(turns, "completion")
     if not answer.strip():
@@ -228,7 +237,7 @@ def read_row(row: dict[str, Any]) -> _Read:
         order = {1: (first, second), 2: (second, first)}
         prompt = prompt_of(row)
         pairs = [(prompt, *order[vote]) for vote in _votes(row["annotators"]) if vote in order]
-        form, notes = "prompt, response_1, response_2, annotators", _plain_notes(prompt)
+        form, notes = "prompt, response_1, response_2, annotators", _prompt_notes(prompt)
         if first.strip() == second.strip():
             raise ValueError("'response_1' and 'response_2' are the same text")
     else:
@@ -258,8 +267,10 @@ def _prompt_of_any(row: dict[str, Any]) -> Prompt:
     return prompt
 
 
-def _plain_notes(prompt: Prompt) -> tuple[tuple[str, str], ...]:
-    return ((_PLAIN_TEXT, short(prompt)),) if isinstance(prompt, str) and looks_like_turns(prompt) else ()
+def _prompt_notes(prompt: Prompt) -> tuple[tuple[str, str], ...]:
+    if isinstance(prompt, str):
+        return ((_PLAIN_TEXT, short(prompt)),) if looks_like_turns(prompt) else ()
+    return ((_ANSWERED, short(prompt[-1]["content"])),) if prompt[-1]["role"] == "assistant" else ()
 
 
 def _optional_number(row: dict[str, Any], key: str) -> float | None:
@@ -326,7 +337,7 @@ def _pair(row: dict[str, Any]) -> tuple[Prompt, str, str, tuple[tuple[str, str],
             raise ValueError("no 'prompt', and 'chosen' and 'rejected' share no beginning")
         prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
         return prompt, chosen, rejected, ((_IMPLICIT, f"{short(prompt)}, then {short(chosen)}"),)
-    notes = _plain_notes(prompt)
+    notes = _prompt_notes(prompt)
     if isinstance(prompt, str) and _repeat_the_prompt(prompt, chosen, rejected):
         length = len(prompt.rstrip())
         notes += ((_REPEATED, f"{short(prompt)}, then {short(chosen[length:])}"),)

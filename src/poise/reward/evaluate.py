@@ -17,9 +17,13 @@ Only human labels are used. Nothing is trained or chosen here.
 
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from poise.data.evaluation_sets import Questions, read_questions
 from poise.data.types import Sample
 from poise.errors import PoiseError
+from poise.functional.head_rewards import HeadRewards, joined
 from poise.functional.objectives import Objective, RewardScale, mean, parse_objective
 from poise.models.reward_model import HeadLayout, checkpoint_folder, files_of
 from poise.models.row_check import row_check_of_rewards
@@ -40,6 +44,8 @@ from poise.reward.quality import (
 from poise.runtime.progress import console, progress
 from poise.runtime.records import read_object, read_rows
 from poise.runtime.run_folder import Inputs, Json, Run, write_json, write_jsonl
+
+TEXTS_PER_PART = 2048
 
 
 def run(config: Config) -> Run:
@@ -123,11 +129,22 @@ def _evaluate(
 
 
 def _score_texts(scorer: Scorer, samples: list[Sample], label: str) -> TextScores:
+    """In parts: the tokens of all texts at once would need many times the memory of the texts."""
+    heads: list[HeadRewards] = []
+    features: list[Tensor] = []
     with progress(f"scoring, {Path(label).name}", len(samples)) as advance:
-        if scorer.last_layer is None:
-            return TextScores(scorer(samples, advance), scorer.layout)
-        features = scorer.extract(samples, advance)
-    return TextScores(scorer.decode(features), scorer.layout, scorer.last_layer, features.cpu())
+        for start in range(0, len(samples), TEXTS_PER_PART):
+            part = samples[start : start + TEXTS_PER_PART]
+            if scorer.last_layer is None:
+                heads.append(scorer(part, advance))
+            else:
+                found = scorer.extract(part, advance)
+                heads.append(scorer.decode(found))
+                features.append(found.cpu())
+    together = joined(heads)
+    if scorer.last_layer is None:
+        return TextScores(together, scorer.layout)
+    return TextScores(together, scorer.layout, scorer.last_layer, torch.cat(features))
 
 
 def _learning(path: str, layout: HeadLayout) -> Json | None:
