@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from poise.errors import PoiseError
-from poise.runtime.checkpoints import OPTIMIZER, SafeCheckpoints, latest_checkpoint, write_tensors
+from poise.runtime.checkpoints import SafeCheckpoints, latest_checkpoint, write_tensors
 
 
 class Training(SafeCheckpoints):
