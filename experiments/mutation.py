@@ -4,45 +4,57 @@
 
 A fault (mutant) changes one node of the syntax tree: an operator, a comparison, a condition, a number, a truth value,
 a string, or one of a few names (min for max, sum for mean …). Annotations, docstrings, imports and the texts of errors
-are left alone. torch and pytest are imported once; every mutant is a fork of that process, which reads the changed
-source in place of the file and runs the file's tests and doctests until the first failure. Hypothesis draws the same
-examples every time and does not shrink.
+are left alone. Libraries are imported once, and for each file every module of Poise that does not import it. Every
+mutant is a fork of that process, which reads the changed source in place of the file and runs the file's tests and
+doctests until the first failure. Hypothesis draws the same examples every time and does not shrink.
 
-A mutant is killed by a failure, an error, or by running five times as long as the tests do without it. Survivors are
-listed with a reason: write it into the output, and the next run keeps it. `--sample N` takes N mutants at random
-(`--seed`) where a full run takes too long. `--again` runs only the survivors in the output, after tests were added.
+A mutant is killed by a failure, an error, or by five times the processor time that the tests take without it. Survivors
+are listed with a reason: write it into the output, and the next run keeps it. `--sample N` takes N mutants of each file
+at random (`--seed`) where a full run takes too long; the interval of the share killed is Wilson's, 95 %. `--again` runs
+only the survivors in the output, after tests were added.
 """
 
 import argparse
 import ast
 import contextlib
 import copy
+import functools
+import gc
 import importlib
 import json
+import math
 import os
+import pickle
 import random
+import resource
+import shlex
 import signal
 import sys
 import time
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "poise"
-WARM = ("torch", "transformers", "scipy.stats", "scipy.optimize", "sklearn.cluster", "hypothesis", "beartype", "peft")
+WARM = ("before_poise", "hypothesis", "jaxtyping", "numpy", "peft", "pytest", "scipy.optimize", "sklearn.cluster")
+WARM += ("sklearn.covariance", "sklearn.linear_model", "trl")
 EXTRA_TESTS = {  # besides tests/ROOM/test_NAME.py
     "reward/heads.py": ["tests/reward/test_head_training.py"],
     "functional/calibration.py": ["tests/functional/test_statistics.py"],
     "functional/reward_benchmarks.py": ["tests/functional/test_statistics.py"],
+    "functional/best_of_n.py": ["tests/functional/test_overoptimization.py"],
+    "functional/head_rewards.py": ["tests/functional/test_typicality.py", "tests/functional/test_objectives.py"],
+    "functional/objective_names.py": ["tests/functional/test_objectives.py"],
 }
 TARGETS = (
-    *("objectives", "reward_losses", "ppo", "best_of_n", "overoptimization", "statistics", "calibration"),
-    *("reward_benchmarks", "monitor", "schedules"),
+    *("objectives", "objective_names", "head_rewards", "reward_losses", "ppo", "best_of_n", "overoptimization"),
+    *("statistics", "calibration", "reward_benchmarks", "monitor", "schedules", "typicality", "choice"),
 )
-FILES = (*(f"functional/{name}.py" for name in TARGETS), "reward/heads.py", "models/scorer.py")
+FILES = (*(f"functional/{name}.py" for name in TARGETS), "reward/heads.py", "models/scorer.py", "policy/update.py")
 
 SWAPS: dict[type, type] = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult,
@@ -196,6 +208,33 @@ def _is_type(node: ast.AST) -> bool:
 
 # ---- one mutant ----
 
+NOT_SERVED = 99  # exit status of tests that never imported the changed source
+
+
+class Quickest:
+    """A plugin: tests in the order of the time that they took before, so that most faults are found at once.
+
+    It also has jaxtyping load Poise, as with `--jaxtyping-packages`, not pytest's rewriting of assertions.
+    """
+
+    seconds: ClassVar[dict[str, float]] = {}  # by test; empty before the first run
+
+    def __init__(self, kept: Path | None):
+        self.kept = kept
+
+    def pytest_configure(self) -> None:
+        sys.meta_path.sort(key=lambda finder: type(finder).__module__ != "jaxtyping._import_hook")
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        items.sort(key=lambda item: self.seconds.get(item.nodeid, 0.0))
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
+
+    def pytest_sessionfinish(self) -> None:
+        if self.kept is not None:
+            self.kept.write_text(json.dumps(self.seconds))
+
 
 def tests_of(file: str) -> list[str]:
     room, name = file.split("/")
@@ -203,62 +242,162 @@ def tests_of(file: str) -> list[str]:
     return [str(own)] * own.exists() + [str(ROOT / test) for test in EXTRA_TESTS.get(file, [])] + [str(SOURCE / file)]
 
 
-def serve(file: str, source: str) -> None:
-    """From now on importing `file` reads `source`."""
+def serve(file: str, source: str) -> list[str]:
+    """From now on importing `file` reads `source`. The list returned is empty until that happens."""
     target, read = str(SOURCE / file), SourceFileLoader.get_data
+    served: list[str] = []
     sys.dont_write_bytecode = True
 
     def get_data(self: SourceFileLoader, path: str) -> bytes:
         if path == target:
+            served.append(path)
             return source.encode()
         if path.endswith(".pyc") and Path(path).name.startswith(f"{Path(file).stem}."):
             raise OSError("the bytecode of the unchanged file")
         return read(self, path)
 
     SourceFileLoader.get_data = get_data  # type: ignore[method-assign]
+    return served
 
 
-def judge(file: str, source: str | None, limit: float, log: str = os.devnull) -> tuple[str, float]:
-    """("killed", "timeout" or "survived", seconds) of a forked process that runs the tests on the source."""
-    start = time.monotonic()
+def judge(
+    file: str, source: str | None, limit: float, log: str = os.devnull, kept: Path | None = None
+) -> tuple[str, float]:
+    """("killed", "timeout" or "survived", seconds of processor) of a fork that runs the tests on the source.
+
+    limit: seconds of processor after which it is ended; ten times as many on the clock end it, too.
+    """
+    start, before = time.monotonic(), _seconds_of_children()
     child = os.fork()
     if child == 0:
         with contextlib.suppress(OSError):
             os.setpgid(0, 0)
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        import pytest
-
-        if source is not None:
-            serve(file, source)
-        options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--hypothesis-profile=mutation"]
-        options += ["--noconftest"] * (not file.startswith("models/"))  # its fixtures import far more than the file
-        options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # hypothesis is there already
-        os._exit(int(pytest.main([*options, *tests_of(file)])))
-    while time.monotonic() - start < limit:
+        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(limit), math.ceil(limit)))
+        _say_to(log)
+        served = [file] if source is None else serve(file, source)
+        code = run_tests(file, kept=kept)
+        os._exit(code if served else NOT_SERVED)
+    status = None
+    while time.monotonic() - start < 10 * limit:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
-            code = os.waitstatus_to_exitcode(status)
-            return ("survived" if code == 0 else "killed"), time.monotonic() - start
+            break
         time.sleep(0.01)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return "timeout", time.monotonic() - start
+    else:
+        os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    seconds = _seconds_of_children() - before
+    code = None if status is None else os.waitstatus_to_exitcode(status)
+    if code == NOT_SERVED:
+        raise SystemExit(f"the tests of {file} do not read it")
+    if code == 0:
+        return "survived", seconds
+    return ("timeout" if code is None or code in (-signal.SIGXCPU, -signal.SIGKILL) else "killed"), seconds
+
+
+def _seconds_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _say_to(log: str) -> None:
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+
+
+def run_tests(file: str, *more: str, kept: Path | None = None) -> int:
+    """The exit status of pytest on the tests of a file, in this process. kept: where their seconds are written."""
+    import pytest
+
+    configured = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["addopts"]
+    plain = [option for option in shlex.split(configured) if not option.startswith("--jaxtyping")]  # see `warm_up`
+    options = ["-o", f"addopts={shlex.join(plain)}", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    options += ["--hypothesis-profile=mutation"]
+    options += ["--noconftest"] * (not file.startswith("models/"))  # its fixtures import far more than the file
+    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # hypothesis is there already
+    return int(pytest.main([*options, *more, *tests_of(file)], plugins=[Quickest(kept)]))
 
 
 def warm_up() -> None:
-    """Import what every fork needs, but nothing of Poise; the same examples of Hypothesis in every fork."""
+    """Import libraries, but nothing of Poise; check its shapes as the tests do; the same examples in every fork."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    for name in (*WARM, "jaxtyping", "pytest", "numpy"):
+    sys.path.insert(0, str(ROOT / "tests"))
+    for name in WARM:
         importlib.import_module(name)
     import hypothesis
+    import jaxtyping
     import torch
 
     torch.set_num_threads(1)
     phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
-    same = hypothesis.settings(deadline=None, database=None, derandomize=True, phases=phases)
+    same = hypothesis.settings(deadline=None, database=None, derandomize=True, phases=phases, max_examples=40)
     hypothesis.settings.register_profile("mutation", same)
+    jaxtyping.install_import_hook("poise", "beartype.beartype")
+
+
+def in_fork(work: Callable[[], Any]) -> Any:
+    """What `work` returns in a fork of this process."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        try:
+            found = pickle.dumps(work())
+        except BaseException as error:  # noqa: BLE001  the parent raises it
+            found = pickle.dumps(SystemExit(repr(error)))
+        with os.fdopen(writer, "wb") as file:
+            file.write(found)
+        sys.stdout.flush()
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as file:
+        found = pickle.loads(file.read())
+    os.waitpid(child, 0)
+    if isinstance(found, SystemExit):
+        raise found
+    return found
+
+
+def warm_up_for(file: str) -> None:
+    """Import every module of Poise that the tests of a file import, but the file and what imports it."""
+
+    def imported() -> list[str]:
+        _say_to(os.devnull)
+        run_tests(file, "--collect-only")
+        return sorted(name for name in sys.modules if name.split(".")[0] == "poise")
+
+    changed = _module(SOURCE / file)
+    needs = {_module(path): _imports(path) for path in SOURCE.rglob("*.py")}
+    affected = {changed}
+    while more := {name for name, others in needs.items() if others & affected} - affected:
+        affected |= more
+    for name in in_fork(imported):
+        if name not in affected:
+            importlib.import_module(name)
+    if changed in sys.modules:
+        raise SystemExit(f"{changed} was imported before it was changed")
+    gc.collect()
+    gc.freeze()  # a collection in a fork would read, and so copy, all that is shared with this process
+
+
+def _module(path: Path) -> str:
+    return ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+def _imports(path: Path) -> set[str]:
+    """Modules of Poise that a file imports when it is imported itself."""
+    found: set[str] = set()
+    waiting: list[ast.AST] = [ast.parse(path.read_text())]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if not isinstance(node, ast.FunctionDef | ast.Lambda):
+            waiting += ast.iter_child_nodes(node)
+    return {name for name in found if name.split(".")[0] == "poise"}
 
 
 # ---- the run ----
@@ -269,7 +408,11 @@ def report(verdicts: list[dict], reasons: dict[str, str], settings: dict) -> dic
     for file in dict.fromkeys(verdict["file"] for verdict in verdicts):
         counts = Counter(verdict["verdict"] for verdict in verdicts if verdict["file"] == file)
         killed = counts["killed"] + counts["timeout"]
-        files[file] = {"mutants": counts.total(), "killed": killed, "share": round(killed / counts.total(), 4)}
+        possible = len(mutants(file))
+        files[file] = {
+            "mutants": counts.total(), "of": possible, "killed": killed, "share": round(killed / counts.total(), 4),
+            "interval": wilson(killed, counts.total()) if counts.total() < possible else None,
+        }  # fmt: skip
     total = {key: sum(entry[key] for entry in files.values()) for key in ("mutants", "killed")}
     survivors = [
         {"label": verdict["label"], "line": verdict["line"], "reason": reasons.get(verdict["label"], "")}
@@ -278,6 +421,13 @@ def report(verdicts: list[dict], reasons: dict[str, str], settings: dict) -> dic
     ]
     share = round(total["killed"] / total["mutants"], 4)
     return {"settings": settings, "total": {**total, "share": share}, "files": files, "survivors": survivors}
+
+
+def wilson(killed: int, count: int) -> list[float]:
+    """95 % interval of the share that would be killed of all mutants of a file, from a sample."""
+    from scipy.stats import binomtest
+
+    return [round(float(end), 4) for end in binomtest(killed, count).proportion_ci(method="wilson")]
 
 
 def merged(kept: dict, new: dict) -> dict:
@@ -291,25 +441,55 @@ def merged(kept: dict, new: dict) -> dict:
     }  # fmt: skip
 
 
-def again(output: Path) -> None:
+def again(output: Path, only: list[str]) -> None:
     """Judge the survivors of an earlier run by the tests of today."""
     kept = json.loads(output.read_text())
     warm_up()
     left = []
-    for survivor in kept["survivors"]:
-        file = survivor["label"].split(": ")[0]
-        mutant = next((one for one in mutants(file) if one.label == survivor["label"]), None)
-        if mutant is None:
-            raise SystemExit(f"{file} has changed: {survivor['label']}")
-        if judge(file, mutant.source, 200.0)[0] == "survived":
-            left.append(survivor)
-            print(f"  {mutant.line}: {mutant.within}: {mutant.before}  ->  {mutant.after}", flush=True)
+    for file in dict.fromkeys(survivor["label"].split(": ")[0] for survivor in kept["survivors"]):
+        listed = [survivor for survivor in kept["survivors"] if survivor["label"].startswith(f"{file}: ")]
+        if only and Path(file).stem not in only:
+            left += listed
             continue
-        for entry in (kept["files"][file], kept["total"]):
-            entry["killed"] += 1
-            entry["share"] = round(entry["killed"] / entry["mutants"], 4)
+        by_label = {mutant.label: mutant for mutant in mutants(file)}
+        gone = [survivor["label"] for survivor in listed if survivor["label"] not in by_label]
+        if gone:
+            raise SystemExit(f"{file} has changed: {gone[0]}")
+        found = in_fork(functools.partial(judge_all, file, [by_label[survivor["label"]] for survivor in listed]))
+        for survivor, verdict in zip(listed, found, strict=True):
+            if verdict["verdict"] == "survived":
+                left.append(survivor)
+                continue
+            for entry in (kept["files"][file], kept["total"]):
+                entry["killed"] += 1
+                entry["share"] = round(entry["killed"] / entry["mutants"], 4)
+        entry = kept["files"][file]
+        if entry.get("interval"):
+            entry["interval"] = wilson(entry["killed"], entry["mutants"])
     kept["survivors"] = left
     output.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+
+
+def judge_all(file: str, found: list[Mutant]) -> list[dict]:
+    """A verdict on each mutant of a file. SystemExit if its tests fail without a fault."""
+    warm_up_for(file)
+    log = f"/tmp/mutation-{os.getpid()}.log"
+    kept = Path(f"{log}.json")
+    verdict, base = judge(file, None, 600.0, log, kept)
+    if verdict != "survived":
+        raise SystemExit(f"{file}: the tests fail without a fault; see {log}")
+    if not file.startswith("models/"):  # there a model is trained once for all tests that stand together
+        Quickest.seconds.update(json.loads(kept.read_text()))
+    Path(log).unlink()
+    kept.unlink()
+    started, verdicts = time.monotonic(), []
+    for mutant in found:
+        verdict, _ = judge(file, mutant.source, max(10.0, 5 * base))
+        verdicts.append({"file": file, "label": mutant.label, "line": mutant.line, "verdict": verdict})
+        if verdict == "survived":
+            print(f"  {mutant.line}: {mutant.within}: {mutant.before}  ->  {mutant.after}", flush=True)
+    print(f"  {base:.1f} s of processor unchanged, {time.monotonic() - started:.0f} s for all", flush=True)
+    return verdicts
 
 
 def main() -> None:
@@ -322,7 +502,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="only the survivors that the output lists")
     options = parser.parse_args()
     if options.again:
-        again(Path(options.output))
+        again(Path(options.output), options.only)
         return
     files = [file for file in FILES if not options.only or Path(file).stem in options.only]
     output = Path(options.output)
@@ -339,15 +519,7 @@ def main() -> None:
         print(f"{file}: {len(found)} mutants", flush=True)
         if options.list:
             continue
-        verdict, base = judge(file, None, 600.0, f"{output}.log")
-        if verdict != "survived":
-            raise SystemExit(f"{file}: the tests fail without a fault; see {output}.log")
-        for mutant in found:
-            verdict, _ = judge(file, mutant.source, max(20.0, 5 * base))
-            verdicts.append({"file": file, "label": mutant.label, "line": mutant.line, "verdict": verdict})
-            if verdict == "survived":
-                print(f"  {mutant.line}: {mutant.within}: {mutant.before}  ->  {mutant.after}", flush=True)
-        print(f"  {base:.1f} s unchanged, {time.monotonic() - started:.0f} s so far", flush=True)
+        verdicts += in_fork(functools.partial(judge_all, file, found))
         settings = {"sample": options.sample, "seed": options.seed, "seconds": round(time.monotonic() - started)}
         found_now = merged(kept, report(verdicts, reasons, settings))
         output.write_text(json.dumps(found_now, indent=1, ensure_ascii=False) + "\n")

@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from poise.functional.best_of_n import KL_COEFS, best_of_n, best_of_n_kl, fit_best_of_n, fit_rl, rank_weights, tilted
+from poise.functional.best_of_n import (
+    KL_COEFS,
+    best_of_n,
+    best_of_n_kl,
+    fit_best_of_n,
+    fit_rl,
+    rank_weights,
+    sizes,
+    tilted,
+)
 
 
 @given(st.integers(2, 7), st.integers(1, 3), st.integers(0, 1000))
@@ -80,6 +89,23 @@ def test_laws_are_recovered() -> None:
     assert (law.alpha, law.beta, law.r2) == pytest.approx((0.5, 0.3, 1.0))
     noisy = fit_best_of_n(d, np.random.default_rng(0).normal(size=9))
     assert noisy.r2 < 0.9
+
+
+def test_a_law_of_nothing_explains_nothing() -> None:
+    """Gold that never changes has no variance to explain; a law explains 1 minus the share that it misses."""
+    d = np.array([0.0, 1.0, 2.0])
+    flat = fit_best_of_n(d, np.zeros(3))
+    assert (flat.alpha, flat.beta) == (0.0, 0.0)
+    assert np.isnan(flat.r2)
+    # Of 1 and 0 at d = 0 and 1 the law, which starts at 0, can only meet the second.
+    missed = fit_best_of_n(np.array([0.0, 1.0, 1.0]), np.array([1.0, 0.0, 2.0]))
+    assert missed.r2 == pytest.approx(1 - 3 / 2)
+
+
+def test_curves_show_every_size_of_a_small_pool_and_nine_of_a_large_one() -> None:
+    assert sizes(1).tolist() == [1]
+    assert sizes(4).tolist() == [1, 2, 3, 4]
+    assert sizes(256).tolist() == [1, 2, 4, 8, 16, 32, 64, 128, 256]
 
 
 def test_tilted_points_are_those_of_the_recorded_study() -> None:

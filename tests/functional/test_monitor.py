@@ -11,7 +11,19 @@ from hypothesis import strategies as st
 from sklearn.feature_extraction.text import CountVectorizer
 
 from poise.errors import PoiseError
-from poise.functional.monitor import LIMITS, Monitor, MonitorConfig, Reading, highest, signs, suspicion, text_signs
+from poise.functional.monitor import (
+    LIMITS,
+    Monitor,
+    MonitorConfig,
+    Reading,
+    divergence,
+    highest,
+    scale,
+    signs,
+    suspicion,
+    text_signs,
+    transfer_ratio,
+)
 
 STEPS = [
     {"reward": 0.0, "reward_std": 1.0, "kl": 0.0, "gap": 2.0, "tokens": 20.0, "repetition": 0.0, "variety": 0.9},
@@ -68,6 +80,90 @@ def test_the_monitor_remembers_two_windows() -> None:
     steps = [{"nominal": level, "worst_case": -level, "repetition": 0.0} for level in levels]
     rise = (10 - 4) / math.sqrt(2 + 0.05**2)  # last two steps against the two before; scale from the first two
     assert feed(steps, SMALL)[-1].signs["divergence"] == pytest.approx(rise)
+
+
+DRIFTING = {  # direction (0: either way) and least scale, as the docstring and the comment of the module have them
+    "repetition": (1, 0.01), "variety": (-1, 0.02), "entropy": (-1, 0.1), "tokens": (0, 0.0), "gap": (1, 0.0),
+    "disagreement": (1, 0.0), "routing_std": (1, 0.0), "distance": (1, 0.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DRIFTING)
+def test_a_drift_counts_in_its_own_direction_and_over_its_scale(name: str) -> None:
+    direction, floor = DRIFTING[name]
+    first = {name: [2.0, 2.0, 5.0]}
+    unit = math.sqrt(3.0 + floor**2 + (0.05 * 3.0) ** 2)  # std of 2, 2 and 5 with n - 1, least scale, 5 % of the mean
+    assert scale(first[name], floor) == pytest.approx(unit)
+    for recent in ([9.0, 4.0, 6.0], [9.0, 2.0, 1.0]):  # of which the last two count
+        drift = (sum(recent[1:]) / 2 - 3.0) / unit
+        expected = direction * drift if direction else abs(drift)
+        assert signs(first, {name: recent}, window=2) == {name: pytest.approx(expected)}
+    equal = scale([2.0, 2.0], floor)
+    assert signs({name: [2.0, 2.0]}, {name: [3.0]}, 1)[name] == pytest.approx((direction or 1) / equal)
+    assert equal == pytest.approx(math.hypot(floor, 0.1))
+
+
+def test_what_was_always_zero_gives_no_sign() -> None:
+    """But for those with a least scale; and a reward without spread has no unit to be measured in."""
+    for name, (_, floor) in DRIFTING.items():
+        assert (name in signs({name: [0.0, 0.0]}, {name: [1.0]}, 1)) == (floor > 0)
+    assert signs({"reward": [1.0, 1.0], "reward_std": [0.0, 0.0]}, {"reward": [5.0], "reward_std": [0.0]}, 1) == {}
+    assert signs({"reward": [1.0, 1.0]}, {"reward": [5.0]}, 1) == {}
+    silent = {"nominal": [0.0, 0.0], "worst_case": [-1.0, -2.0]}
+    assert divergence(silent, {"nominal": [0.0, 9.0], "worst_case": [0.0, -9.0]}, "worst_case", 1) == 0.0
+    assert (
+        divergence(
+            {"nominal": [1.0, 2.0], "worst_case": [0.0, 0.0]},
+            {"nominal": [0.0, 9.0], "worst_case": [0.0, -9.0]},
+            "worst_case",
+            1,
+        )
+        == 0.0
+    )
+
+
+def test_kl_and_transfer_need_no_baseline() -> None:
+    assert signs({}, {"kl": [100.0, 8.0, 28.0]}, 2) == {"kl": pytest.approx(6.0)}
+    assert signs({}, {"kl": [-3.0, 1.0]}, 2) == {"kl": 0.0}  # an estimate may be below 0, a KL may not
+    assert signs({}, {"transfer": [9.0, 0.5, 0.7]}, 2) == {"transfer": pytest.approx(0.4)}
+
+
+def test_a_validator_that_is_heard_late_gives_its_sign_at_once() -> None:
+    """The transfer ratio is None while the reward has gained next to nothing."""
+    steps = [{"kl": 0.0, "transfer": None}] * 3 + [{"kl": 0.0, "transfer": 0.25}, {"kl": 0.0, "transfer": 0.75}]
+    config = MonitorConfig(baseline_steps=2, window=2, limits={"transfer": 0.5})
+    readings = feed(steps, config)
+    assert [reading.signs.get("transfer") for reading in readings] == [None, None, None, 0.75, 0.5]
+    assert [reading.alarm for reading in readings] == [False, False, False, True, False]  # .5 of .5 is not above it
+
+
+def test_a_transfer_ratio_is_one_of_gains_that_are_no_noise() -> None:
+    assert transfer_ratio(2.0, 1.5, 100) == 0.75
+    assert transfer_ratio(0.2, 0.1, 100) == 0.5  # twice the standard error of a mean of 100
+    assert transfer_ratio(0.19, 0.1, 100) is None
+    assert transfer_ratio(2.0, -1.0, 4) == -0.5
+    assert transfer_ratio(-2.0, -1.0, 100) is None
+    for proxy, validator in ((math.nan, 1.0), (1.0, math.nan), (math.inf, 1.0), (1.0, math.inf)):
+        assert transfer_ratio(proxy, validator, 100) is None
+
+
+def test_the_monitor_takes_its_defaults_from_the_calibration() -> None:
+    """Means over three steps, after four; an alarm above the highest sign of a healthy run."""
+    assert MonitorConfig() == MonitorConfig(threshold=1.0, baseline_steps=4, window=3, limits=LIMITS)
+    for limit, alarm in ((6.0, False), (5.99, True)):
+        readings = feed(
+            [{"kl": 0.0}] * 4 + [{"kl": 6.0}, {"kl": 18.0}, {"kl": 30.0}], MonitorConfig(limits={"kl": limit})
+        )
+        assert [reading.signs for reading in readings[:4]] == [{}] * 4
+        assert readings[-1].signs["kl"] == pytest.approx(6.0)
+        assert [reading.alarm for reading in readings] == [*([False] * 6), alarm]
+
+
+def test_a_monitor_keeps_the_baseline_and_two_windows_and_no_more() -> None:
+    monitor = Monitor(SMALL)
+    for level in range(9):
+        monitor.update({"kl": float(level)})
+    assert monitor.state() == {"steps": 9, "first": {"kl": [0.0, 1.0]}, "recent": {"kl": [5.0, 6.0, 7.0, 8.0]}}
 
 
 def test_one_point_head_gives_no_sign_of_heads() -> None:
@@ -152,10 +248,14 @@ def test_text_signs_equal_values_worked_out_by_hand() -> None:
     assert text_signs([]) == {"repetition": 0.0, "variety": 0.0}
 
 
-@pytest.mark.parametrize("wrong", [{"threshold": 0.0}, {"limits": {"kl": -1.0}}, {"baseline_steps": 1}, {"window": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"threshold": 0.0}, {"limits": {"kl": -1.0}}, {"limits": {"kl": 0.0}}, {"baseline_steps": 1}, {"window": 0}],
+)
 def test_settings_that_cannot_work_are_said(wrong: dict) -> None:
     with pytest.raises(PoiseError, match="the monitor"):
         MonitorConfig(**wrong)
+    MonitorConfig(threshold=1e-9, limits={"kl": 1e-9}, baseline_steps=2, window=1)  # the least that can
 
 
 def test_limits_and_claims_are_those_on_file() -> None:

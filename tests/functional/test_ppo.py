@@ -97,6 +97,24 @@ def test_whitened_entries_have_zero_mean_and_unit_variance() -> None:
     assert (whitened[~mask.bool()] == 0).all()
 
 
+def test_whitened_advantages_are_zero_where_there_is_nothing_to_compare() -> None:
+    """One token, equal tokens, and none at all: no NaN, and nothing that would move a policy."""
+    for values, mask in (
+        ([[3.0, 7.0]], [[1.0, 0.0]]), ([[3.0, 3.0], [3.0, 9.0]], [[1.0, 1.0], [1.0, 0.0]]), ([[3.0]], [[0.0]]),
+    ):  # fmt: skip
+        whitened = ppo.whiten(torch.tensor(values), torch.tensor(mask))
+        assert (whitened == 0).all()
+
+
+def test_means_of_few_tokens_are_not_those_of_more() -> None:
+    """A single token's loss is divided by 1, and that of no token by no less."""
+    one = torch.tensor([[5.0, 9.0]])
+    assert ppo.masked_mean(one, torch.tensor([[1.0, 0.0]])).item() == 5.0
+    assert ppo.masked_mean(one, torch.zeros(1, 2)).item() == 0.0
+    assert ppo.masked_mean(one, torch.tensor([[1.0, 0.0]]), torch.tensor(4.0)).item() == 1.25
+    assert ppo.masked_mean(one, torch.zeros(1, 2), torch.tensor(0.0)).item() == 0.0
+
+
 @given(st.integers(0, 10_000))
 def test_step_kl_and_entropy(seed: int) -> None:
     case = example(seed)
@@ -151,6 +169,14 @@ def test_kl_estimators_agree_with_the_exact_kl() -> None:
     assert k3.mean().item() == pytest.approx(exact, rel=1e-2)
     assert (k3 >= 0).all()
     assert k3.var() < k1.var()
+
+
+def test_the_kl_of_a_completion_is_that_of_the_tokens_it_wrote() -> None:
+    policy, reference = torch.tensor([[-1.0, -2.0, 5.0]]), torch.tensor([[-1.5, -1.0, 0.0]])
+    mask = torch.tensor([[1.0, 1.0, 0.0]])
+    assert ppo.sequence_kl(policy, reference, mask).tolist() == [0.5 - 1.0]
+    k3 = (math.exp(-0.5) - 1 + 0.5) + (math.exp(1.0) - 1 - 1.0)
+    assert ppo.sequence_kl_k3(policy, reference, mask).tolist() == pytest.approx([k3])
 
 
 def test_equations_learn_the_known_optimum_of_a_bandit() -> None:

@@ -14,8 +14,8 @@ from poise.errors import PoiseError
 from poise.functional.objectives import HeadRewards
 from poise.models.chat_format import completion_text, prompt_text
 from poise.models.reward_model import HeadLayout
-from poise.models.scorer import Ensemble, Scorer
-from poise.models.shared_prompt import PADDING, PackedRows, separate_hidden
+from poise.models.scorer import Ensemble, FeatureExtractor, Scorer, _batches, generated
+from poise.models.shared_prompt import PADDING, Family, PackedRows, separate_hidden
 
 SAMPLES = [
     Sample("Review a film.", "A fine film."),
@@ -286,6 +286,101 @@ def test_what_no_ensemble_can_be_made_of(members: list[str], tmp_path: Path) -> 
     (tmp_path / "ensemble.json").write_text('{"members": 3}')
     with pytest.raises(PoiseError, match="not one this version reads"):
         Scorer.load(str(tmp_path))
+
+
+class Known(FeatureExtractor):
+    """In place of a trunk: a text's feature is known, and calls are counted."""
+
+    def __init__(self, factor: float, num_truncated: int = 0) -> None:
+        self.factor, self.num_truncated, self.asked = factor, num_truncated, []
+
+    def __call__(self, samples: list[Sample], progress: object = None) -> torch.Tensor:
+        self.asked.append(progress)
+        return torch.tensor([[self.factor * len(sample.completion)] for sample in samples])
+
+
+def known_scorer(trunk: Known, weight: list[float], layout: HeadLayout) -> Scorer:
+    return Scorer(trunk, torch.tensor(weight).unsqueeze(-1), layout)
+
+
+def test_an_ensemble_of_known_heads_equals_values_worked_out_by_hand() -> None:
+    one, other = Known(1.0, 2), Known(10.0, 5)
+    members = [
+        known_scorer(one, [1.0, 2.0], HeadLayout(2, "point", (0.0, 1.0), reward_scale=0.5, std_scale=(3.0, 4.0))),
+        known_scorer(other, [1.0], HeadLayout(1, "point", (4.0,), reward_scale=2.0)),
+        known_scorer(one, [-1.0], HeadLayout(1, "point", (0.0,))),
+    ]
+    ensemble = Ensemble(members, [1.0, 0.0, -2.0], [2.0, 4.0, 1.0])
+    told = [].append
+    heads = ensemble([Sample("p", "abc"), Sample("p", "a")], told)
+    assert heads.mean.tolist() == [[1.0, 2.0, 6.5, -1.0], [0.0, 0.0, 1.5, 1.0]]
+    assert heads.std.tolist() == [[0.0] * 4] * 2
+    assert (one.asked, other.asked) == ([told], [None])  # each trunk reads once; the bar counts the first
+    assert ensemble.num_truncated == 7  # a text that two members of one trunk read is one text
+    layout = ensemble.layout
+    assert (layout.num_heads, layout.kind, layout.offset) == (4, "point", (0.0,) * 4)
+    assert layout.std_scale == (3.0, 4.0, 1.0, 1.0)
+    assert layout.reward_scale == pytest.approx((0.5 * 2 + 2.0 * 4 + 1.0 * 1) / 3)
+    with pytest.raises(PoiseError, match="score texts instead"):
+        ensemble.decode(torch.zeros(1, 1))
+
+
+def test_an_ensemble_of_gaussian_heads_scales_their_stds() -> None:
+    layout = HeadLayout(1, "gaussian", (0.0, 0.0), floor=1.0)
+    ensemble = Ensemble([known_scorer(Known(1.0), [1.0, -1000.0], layout)] * 2, [0.0, 0.0], [2.0, 4.0])
+    heads = ensemble([Sample("p", "abcd")])
+    assert heads.mean.tolist() == [[2.0, 1.0]]
+    assert heads.std.tolist() == [[0.5, 0.25]]  # each head's floor of 1
+    assert ensemble.layout.offset == (0.0,) * 4
+
+
+def test_a_policy_that_wrote_nothing_is_scored_as_a_full_stop() -> None:
+    assert generated("p", " \n") == Sample("p", ".")
+    assert generated("p", "") == Sample("p", ".")
+    assert generated("p", " fine ") == Sample("p", " fine ")
+
+
+def test_batches_hold_at_most_their_tokens_with_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("poise.models.scorer.TOKENS_PER_BATCH", 12)
+    families = [Family([0], [[0] * (length - 1)]) for length in (2, 6, 3, 6, 20, 4, 4)]
+    lengths = [[1 + len(family.completions[0]) for family in batch] for batch in _batches(families)]
+    assert lengths == [[20], [6, 6], [4, 4, 3], [2]]  # 3 of 4 are 12; one that is too long stands alone
+
+
+def test_heads_on_another_trunk_are_not_mixed_with_this_one(members: list[str], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(edited(Path(members[2]).parent, tmp_path / "x"))
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if not name.startswith("score"))
+    weights[name][0] += 1e-3
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    brme = Scorer.load(members[2])
+    with pytest.raises(PoiseError, match="does not share its trunk"):
+        brme.with_heads_of(str(folder))
+    assert not brme.shares_trunk_with(Scorer.load(str(folder)))
+    ensemble = Ensemble.fit([members[2], str(folder)], SAMPLES)
+    assert len({id(member.extract) for member in ensemble.members}) == 2
+
+
+def test_features_are_kept_on_disk_only_where_asked(
+    members: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POISE_CACHE", str(tmp_path))
+    path = members[2]
+    plain = Scorer.load(path)(SAMPLES)
+    Ensemble.fit([path, path], SAMPLES)(SAMPLES)
+    assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+    kept = Scorer.load(path, cached=True)
+    torch.testing.assert_close(kept(SAMPLES), plain)
+    assert [file for file in tmp_path.rglob("*") if file.is_file()]
+
+
+def test_progress_tells_how_many_samples_are_done(members: list[str]) -> None:
+    """Also of a text that is asked for twice, which is computed once."""
+    told: list[int] = []
+    Scorer.load(members[2])([*SAMPLES, SAMPLES[0], Sample("Review a film.", "Another.")], told.append)
+    assert sum(told) == 6
 
 
 def test_a_token_without_an_embedding_is_refused_in_a_text_and_nowhere_else(reward_run: Path, tmp_path: Path) -> None:

@@ -72,6 +72,15 @@ def test_reward_scale_stays_finite_and_positive() -> None:
     assert fit_reward_scale(1e6 * margin) == pytest.approx(1e-6 * fit_reward_scale(margin), rel=1e-3)
 
 
+def test_reward_scale_of_equal_margins_is_known() -> None:
+    """n pairs whose margin is m: sigmoid(c m) = (n + 1) / (n + 2), so c = log(n + 1) / m; the least is 1e-4 / m."""
+    for count, margin in ((20, 1.0), (20, 4.0), (1, 1.0), (998, 0.5)):
+        margins = torch.full((count,), margin, dtype=torch.float64)
+        assert fit_reward_scale(margins) == pytest.approx(math.log(count + 1) / margin, rel=1e-3)
+    assert fit_reward_scale(torch.full((20,), -2.0, dtype=torch.float64)) == pytest.approx(0.5e-4, rel=0.01)
+    assert math.isfinite(fit_reward_scale(torch.zeros(20, dtype=torch.float64)))
+
+
 @pytest.mark.slow
 def test_probit_heads_have_the_scale_at_which_they_predict_best() -> None:
     """Of noisy preferences the stage-1 scale is .58 where 1.0 is best."""

@@ -46,6 +46,35 @@ def test_bradley_terry_recovers_a_known_reward() -> None:
     torch.testing.assert_close(fit_bradley_terry(silent, precision=1e-6), weight, rtol=0, atol=0.06)
 
 
+def test_the_loss_of_stage_one_equals_values_worked_out_by_hand() -> None:
+    """Two pairs of one feature: margins of 1 and -1 under w = 2, and a prior of precision 3."""
+    features = FeaturePairs(
+        *(torch.tensor(rows, dtype=torch.float64) for rows in ([[1.0], [0.0]], [[0.5], [0.5]])),
+        torch.zeros(2, dtype=torch.float64),
+    )
+    weight = torch.tensor([2.0], dtype=torch.float64)
+    losses = [math.log1p(math.exp(-1.0)), math.log1p(math.exp(1.0))]
+    centering = 0.01 * ((2.0 + 1.0) ** 2 + (0.0 + 1.0) ** 2)
+    assert penalized_loss(features, weight, 3.0).item() == pytest.approx(sum(losses) + centering + 3.0 / 2 * 4.0)
+    smooth = [0.9 * losses[0] + 0.1 * losses[1], 0.9 * losses[1] + 0.1 * losses[0]]
+    assert penalized_loss(features, weight, 0.0, 0.1).item() == pytest.approx(sum(smooth) + centering)
+
+
+def test_heads_read_raw_features_as_they_read_scaled_ones() -> None:
+    generator = torch.Generator().manual_seed(0)
+    center, scale = torch.tensor([3.0, -1.0]).double(), torch.tensor([2.0, 0.5]).double()
+    raw = torch.randn(5, 2, generator=generator, dtype=torch.float64) * scale + center
+    for kind, labels in (("gaussian", 4), ("point", 3)):
+        heads = Heads(torch.randn(labels, 2, generator=generator).double(), torch.arange(labels).double(), kind)  # type: ignore[arg-type]
+        weight, layout = heads.on_raw_features(center, scale, 1.7)
+        assert (layout.num_heads, layout.kind, layout.reward_scale) == (2 if kind == "gaussian" else 3, kind, 1.7)
+        assert weight.dtype == torch.float32
+        logits = (raw - center) / scale @ heads.weight_LH.T - heads.offset_L
+        expected = logits if kind == "point" else logits[:, :2]
+        found = layout.decode(raw @ weight.double().T)
+        torch.testing.assert_close(found.mean, expected, rtol=0, atol=1e-5)
+
+
 def test_bradley_terry_matches_an_independent_solver() -> None:
     """Without centering it is logistic regression on differences."""
     from sklearn.linear_model import LogisticRegression
@@ -145,6 +174,53 @@ def test_heads_learn_the_stage_one_reward_and_std_shrinks_where_there_is_data() 
     assert history[-1]["mse"] < 0.01
 
 
+def contrary(steps: int) -> tuple[Heads, list]:
+    """Held-out texts are paid the opposite of the others: after a few steps every step makes their error larger."""
+    features, weight = synthetic(100)
+    targets = Targets(features.texts_NH @ weight, -features.texts_NH @ weight)
+    everything = Shards(torch.ones(100, 3, dtype=torch.bool), torch.ones(100, 3, dtype=torch.bool))
+    return train_heads(
+        features, features, targets, everything, torch.Generator().manual_seed(0), loss_name="gaussian_nll",
+        num_steps=steps, learning_rate=0.02, initial_std=0.0,
+    )  # fmt: skip
+
+
+def test_training_stops_after_ten_evaluations_in_which_no_head_improved() -> None:
+    heads, history = contrary(1000)
+    losses = [entry["loss"] for entry in history]
+    best = losses.index(min(losses))
+    assert [entry["step"] for entry in history] == [20 * (i + 1) for i in range(best + 11)]
+    at_best, _ = contrary(20 * (best + 1))
+    torch.testing.assert_close(heads.weight_LH, at_best.weight_LH)
+    torch.testing.assert_close(heads.offset_L, at_best.offset_L)
+
+
+def test_the_last_step_is_evaluated_too() -> None:
+    assert [entry["step"] for entry in contrary(45)[1]] == [20, 40, 45]
+    assert [entry["step"] for entry in contrary(40)[1]] == [20, 40]
+
+
+def test_history_holds_the_validation_error_of_the_heads_as_they_were() -> None:
+    """Before the second evaluation the kept heads are those of the first."""
+    features, weight = synthetic(60)
+    held, _ = synthetic(40, seed=1)
+    mask = torch.ones(60, 2, dtype=torch.bool), torch.rand(40, 2, generator=torch.Generator().manual_seed(1)) < 0.5
+    targets = Targets.of(single_head(weight), features, held)
+    heads, (entry,) = train_heads(
+        features, held, targets, Shards(*mask), torch.Generator().manual_seed(0), loss_name="gaussian_nll",
+        num_steps=20, initial_std=0.3,
+    )  # fmt: skip
+    said = held.texts_NH @ heads.weight_LH.T - heads.offset_L
+    mean, std = said[:, :2], 1e-3 + torch.nn.functional.softplus(said[:, 2:])
+    error, owned = (mean - targets.held_T.unsqueeze(-1)).square(), mask[1].repeat(2, 1)
+    assert entry["mse"] == pytest.approx(error[owned].mean().item())
+    assert entry["std"] == pytest.approx(std.median().item())
+    nll = std.log() + error / (2 * std.square())
+    expected = sum(nll[owned[:, k], k].mean().item() for k in range(2))
+    constant = entry["loss"] - expected  # of the Gaussian, the same for each head
+    assert constant == pytest.approx(0.0, abs=1e-9) or constant == pytest.approx(math.log(2 * math.pi), abs=1e-9)
+
+
 @pytest.mark.slow
 def test_heads_of_regions_are_stopped_by_their_own_region() -> None:
     """Two regions with opposite rewards: judged on both, a head could only get worse by learning its own."""
@@ -195,6 +271,17 @@ def test_alarm_when_std_collapses_while_error_stands_still() -> None:
     assert std_collapsed(flat)
     assert not std_collapsed(falling)
     assert not std_collapsed(flat[:2])
+
+    def pair(std: float, mse: float) -> bool:
+        return std_collapsed([{"mse": 1.0, "std": 1.0}, {"mse": 2.0, "std": 0.5}, {"mse": mse, "std": std}])
+
+    assert pair(0.099, 1.0)
+    assert not pair(0.1, 1.0)  # a tenth is not below a tenth
+    assert pair(0.01, 0.96)
+    assert pair(0.01, 1.04)  # worse by less than 5 % stands still, too
+    assert not pair(0.01, 0.94)
+    assert not pair(0.01, 1.06)
+    assert not std_collapsed([{"mse": 1.0, "std": 0.01}, {"mse": 1.0, "std": 1.0}])  # a rise is no fall
 
 
 def test_margins_push_the_rewards_apart() -> None:
