@@ -65,11 +65,14 @@ class Training:
         if given is None:
             scorer.layout.check_objective(config.objective)
         torch.manual_seed(config.seed)  # initial adapters
-        model, tokenizer = load_policy(config.model)
+        # A GPU need not hold all of the weights that will be spread.
+        model, tokenizer = load_policy(config.model, torch.device("cpu") if config.shard else None)
         self.policy = Policy(
             model, tokenizer, adapted_layers=config.adapted_layers, rank=config.lora_rank, tune=config.tune,
             value_trunk=config.value_trunk,
         )  # fmt: skip
+        if config.shard:
+            self.policy.spread()
         if tokenizer.get_vocab() != scorer.extract.tokenizer.get_vocab():
             console.print("policy and reward model have different tokenizers: completions are re-tokenized as text")
         self.learner = Learner(self.policy, config, config.seed)
@@ -257,12 +260,11 @@ class Training:
         back = {"rollback": self.safe, "max_kl": self.within}.get(self.alarms.ended)
         if back and back.exists():
             self._return_to(self._loaded(back))
-        if is_main_process():
-            if self.config.on_alarm == "rollback" and self.alarms.policy_looks_safe:
-                self.learner.save(self.safe, self._state())
-            self.learner.save(self.checkpoint, self._state())
-            if back:
-                self._drop_later_rows()
+        if self.config.on_alarm == "rollback" and self.alarms.policy_looks_safe:
+            self.learner.save(self.safe, self._state())
+        self.learner.save(self.checkpoint, self._state())
+        if back and is_main_process():
+            self._drop_later_rows()
         processes.wait()
 
     def _loaded(self, path: Path) -> Json:

@@ -6,7 +6,7 @@ that say so must be called by all processes together.
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -20,11 +20,13 @@ from poise.runtime.processes import num_processes, process_index, several
 T = TypeVar("T")
 
 
-def shard(layers: Iterable[nn.Module], root: nn.Module, kept_whole: Iterable[nn.Parameter] = ()) -> None:
+def shard(
+    layers: Iterable[nn.Module], root: nn.Module, kept_whole: Iterable[nn.Parameter] = (), *, add_up: bool = False
+) -> None:
     """Spread the weights of each layer, and of `root` that holds them, but for those to be kept whole.
 
     root: what is called; it gathers its own weights, and lets each layer gather its own. With one process nothing is
-    done. Gradients become the sum over processes divided by their number.
+    done. add_up: gradients become the sum over processes, else their mean.
     """
     if not several():
         return
@@ -32,6 +34,14 @@ def shard(layers: Iterable[nn.Module], root: nn.Module, kept_whole: Iterable[nn.
     for layer in layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     fully_shard(root, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
+    if add_up:
+        for unit in _units(root):
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)  # gloo knows no other way to leave a sum as it is
+
+
+def _units(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def _mesh() -> DeviceMesh:
@@ -45,14 +55,14 @@ def is_part(tensor: Tensor) -> bool:
 
 def whole(tensor: Tensor) -> Tensor:
     """A spread tensor, put together on the CPU of every process, by all of them together; any other as it is."""
-    return tensor.detach().full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor().detach().cpu() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_on_main(tensor: Tensor) -> Tensor:
     """As `whole`; what the other processes get is empty."""
     if not isinstance(tensor, DTensor):
         return tensor
-    found = tensor.detach().full_tensor()
+    found = tensor.full_tensor().detach()
     return found.new_empty(0) if process_index() else found.cpu()
 
 
@@ -63,16 +73,33 @@ def spread_as(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
+def clip_gradients(parameters: Sequence[nn.Parameter], most: float) -> Tensor:
+    """Scale gradients down to a norm of `most`, as torch's clip_grad_norm_; returns the norm before. Called by all."""
+    if not any(map(is_part, parameters)):
+        return nn.utils.clip_grad_norm_(parameters, most)
+    kinds = [[p for p in parameters if is_part(p) is part and p.grad is not None] for part in (False, True)]
+    norms = [whole(nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None])) for kind in kinds if kind]
+    norm = torch.stack([one.to(parameters[0].device) for one in norms]).norm()
+    for kind in kinds:
+        nn.utils.clip_grads_with_norm_(kind, most, norm)
+    return norm
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Are its weights spread, and not whole for the moment?"""
+    return bool(_units(model)) and not getattr(model, "_poise_whole", False)
+
+
 @contextlib.contextmanager
 def whole_weights(model: nn.Module) -> Iterator[None]:
     """Within it all weights are whole on every process, which may then compute for itself. Entered by all together.
 
     Within another such it does nothing.
     """
-    units: list[Any] = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    if not units or getattr(model, "_poise_whole", False):
+    if not is_spread(model):
         yield
         return
+    units = _units(model)
     model._poise_whole = True  # type: ignore[assignment]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
