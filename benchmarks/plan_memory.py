@@ -1,6 +1,7 @@
 """What `poise plan` computes against what a training takes here, on a CPU, in float32.
 
     python benchmarks/plan_memory.py [--model MODEL] > results/plan-memory-DATE.json
+    python benchmarks/plan_memory.py --again results/plan-memory-DATE.json      # new formulas, the old measurements
 
 Each case is trained for one step in a process of its own: PPO (LoRA, all weights of the upper layers, own values) and
 the trunk of a reward model (LoRA, all weights). Measured are the bytes of all tensors, counted operation by operation
@@ -45,12 +46,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--case", choices=CASES)
+    parser.add_argument("--again", type=Path)
     options = parser.parse_args()
     if options.case:
         print(json.dumps(measured(options.case, options.model)))
         return
-    found = {}
-    for case in CASES:
+    found = json.loads(options.again.read_text())["cases"] if options.again else {}
+    for case, one in found.items():
+        one.update(_compared(case, options.model, one["prompt_tokens"], one["counted_mib"] * 2**20))
+    for case in () if options.again else CASES:
         command = [sys.executable, __file__, "--model", options.model, "--case", case]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         found[case] = json.loads(done.stdout.splitlines()[-1])
@@ -78,11 +82,15 @@ def measured(case: str, model: str) -> dict[str, Any]:
             work()
         after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     counted = sum(there.values()) + live.peak
+    seen = {"counted_mib": counted // 2**20, "resident_growth_mib": (after - before) // 2**10, "prompt_tokens": tokens}
+    return seen | _compared(case, model, tokens, counted)
+
+
+def _compared(case: str, model: str, tokens: int, counted: int) -> dict[str, Any]:
+    """The plan of a case beside what was counted."""
     plan = _plan(case, model, tokens)
     return {
-        "predicted_mib": plan.total // 2**20, "counted_mib": counted // 2**20,
-        "resident_growth_mib": (after - before) // 2**10, "ratio": round(plan.total / counted, 3),
-        "phase": plan.peak_phase, "prompt_tokens": tokens,
+        "predicted_mib": plan.total // 2**20, "ratio": round(plan.total / counted, 3), "phase": plan.peak_phase,
         "parts_gib": {name: round(size / GIB, 3) for name, size in plan.peak.items() if size},
     }  # fmt: skip
 

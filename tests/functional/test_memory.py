@@ -44,6 +44,7 @@ def test_lora_on_one_gpu() -> None:
     assert memory.phases["update"] == {
         "rollout": tokens * 5 * 2, "activations": 1000, "logits": 200, "messages": 0, "whole layers": 0,
     }  # fmt: skip
+    assert memory.phases["scoring"]["reward cache"] == (2 * 10 + 6 * 16) * 16 * 2
     assert memory.total == sum(memory.held.values()) + max(sum(part.values()) for part in memory.phases.values())
     assert memory.bottleneck == max(memory.peak, key=lambda name: memory.peak[name])
 

@@ -148,8 +148,11 @@ def test_a_step_past_several_rungs_is_kept_at_the_highest(tmp_path: Path) -> Non
     class Saved(Policy):
         def __init__(self) -> None: ...
 
-        def save(self, folder: str) -> None:
-            (Path(folder) / "weights").write_text("x")
+        def weights(self) -> dict[str, torch.Tensor]:
+            return {}
+
+        def save(self, folder: str, weights: dict[str, torch.Tensor] | None = None) -> None:
+            (Path(folder) / "weights").write_text(str(weights))
 
     kept = Ladder(tmp_path, (40.0, 5.0, 10.0))
     for step, kl in enumerate([0.0, 4.9, 12.0, 6.0, 11.0, 39.0, 90.0]):

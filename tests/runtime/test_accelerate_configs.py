@@ -87,10 +87,10 @@ def test_the_launcher_understands_it(launched: str) -> None:
 @pytest.mark.slow
 def test_policies_are_not_sharded(launched: str) -> None:
     if launched == "ddp":
-        processes.refuse_sharding()
+        processes.refuse_sharding("no")
         return
-    with pytest.raises(PoiseError, match=r"data-parallel here: launch with accelerate_configs/ddp\.yaml") as caught:
-        processes.refuse_sharding()
+    with pytest.raises(PoiseError, match="was asked for in accelerate's settings: launch otherwise") as caught:
+        processes.refuse_sharding("launch otherwise")
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith({"fsdp2": "FSDP ", "zero3": "DeepSpeed "}[launched])
 
@@ -99,7 +99,7 @@ def test_policies_are_not_sharded(launched: str) -> None:
 def test_without_sharding_nothing_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
         monkeypatch.setenv(name, value)
-    processes.refuse_sharding()
+    processes.refuse_sharding("no")
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -157,7 +157,7 @@ def policy_memory(run: PolicyRun, measured: Measured) -> Memory:
         "reading": {"rollout": entering, "activations": measured.reading, "whole layers": gathered},
         "scoring": {
             "rollout": entering,
-            "reward cache": (8 + 1) * SCORED_AT_ONCE * run.reward.cached * b,
+            "reward cache": _scored_tokens(run) * run.reward.cached * b,
         },
         "update": {
             "rollout": entering,
@@ -168,6 +168,12 @@ def policy_memory(run: PolicyRun, measured: Measured) -> Memory:
         },
     }
     return Memory(held, phases)
+
+
+def _scored_tokens(run: PolicyRun) -> int:
+    """Tokens whose keys and values are kept while completions are scored: prompts, and a copy for each completion."""
+    prompts = min(run.prompts * run.prompt_tokens, SCORED_AT_ONCE)
+    return prompts + min(run.rows * (run.prompt_tokens + run.max_tokens), 8 * SCORED_AT_ONCE)
 
 
 @dataclass(frozen=True)

@@ -332,15 +332,15 @@ def pad_apart(tokenizer: HfTokenizer, model: HfModel) -> None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
-def load_policy(model: str) -> tuple[HfModel, HfTokenizer]:
-    """(causal language model, tokenizer) on the device, in eval mode, frozen weights in `frozen_dtype`."""
+def load_policy(model: str, place: torch.device | None = None) -> tuple[HfModel, HfTokenizer]:
+    """(causal language model, tokenizer) on the device or at `place`, in eval mode, weights in `frozen_dtype`."""
     folder = resolve_model(model)
     tokenizer = load_tokenizer(folder)
     policy = load_weights(transformers.AutoModelForCausalLM, folder, "language model", dtype=frozen_dtype())
     policy.name_or_path = model  # what its adapters will say they belong to
     pad_apart(tokenizer, policy)
     agree_on_ends(policy, tokenizer)
-    return policy.to(device()).eval(), tokenizer
+    return policy.to(place or device()).eval(), tokenizer
 
 
 def check_room(model: str, prompts: list[Prompt], max_tokens: int) -> None:

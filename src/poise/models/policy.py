@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from poise.data.types import Prompt
+from poise.errors import PoiseError
 from poise.functional import ppo
 from poise.models.chat_format import encode_prompt
 from poise.models.choices import Tune, ValueTrunk
@@ -36,6 +37,7 @@ from poise.models.fused_ops import ChosenLogprob, folded_in
 from poise.models.loading import (
     HfModel,
     HfTokenizer,
+    device,
     load_into_adapters,
     room_or_raise,
 )
@@ -49,9 +51,11 @@ from poise.models.rereading import (
     has_plain_head,
     predict,
 )
-from poise.models.rollout import Rollout
-from poise.models.trained_parts import twin, upper_parameters, with_adapters
+from poise.models.rollout import Rollout, draw
+from poise.models.trained_parts import spread_layers, twin, upper_parameters, with_adapters, without_adapters
+from poise.runtime.processes import several
 from poise.runtime.quiet import quiet_loading
+from poise.runtime.sharding import is_spread, whole_on_main, whole_weights
 
 
 class Evaluation(NamedTuple):
@@ -87,6 +91,7 @@ class Policy(nn.Module):
         self.end_ids = end_token_ids(model, tokenizer)
         num_layers = model.config.num_hidden_layers
         self._first_adapted = max(num_layers - adapted_layers, 0) if adapted_layers else 0
+        self._lowest_trained = self._first_adapted
         device, self.dtype = next(model.parameters()).device, model.dtype
         self.low_precision = is_low(model.dtype)
         self._plain_head, self._reading = has_plain_head(model), choose(model, self._first_adapted)
@@ -119,6 +124,39 @@ class Policy(nn.Module):
                 parameter.requires_grad_(True)
             return model
         return with_adapters(model, self._first_adapted, rank)
+
+    def spread(self) -> None:
+        """Spread the weights of the layers over the processes; embeddings and output layer stay whole on each.
+
+        Called by all processes, before anything is trained. Copies that are read from a trained layer on lose the
+        layers below it. Raises PoiseError for a model whose copies need those.
+        """
+        if not several():
+            return
+        for number, model in enumerate(self._models()):
+            lowest = self._first_adapted if number else 0
+            if number and self._lowest_trained and not lowest:
+                raise PoiseError("--shard: this model's own values and its reference need --adapted-layers 0")
+            with self.rounding():
+                spread_layers(without_adapters(model), lowest)
+        self.value_head.to(device())
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within it, every process has all weights, and computes for itself. Entered by all together."""
+        with contextlib.ExitStack() as stack:
+            for model in self._models():
+                stack.enter_context(whole_weights(model))
+            yield
+
+    @property
+    def is_spread(self) -> bool:
+        """Must all processes call it together?"""
+        return any(map(is_spread, self._models()))
+
+    def _models(self) -> list[HfModel]:
+        """The policy, and its copies."""
+        return [self.model, *(one for one in (self.value_model, *self._reference) if one is not None)]
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """All that training changes and a checkpoint must hold: adapters or upper layers, and the values' own."""
@@ -156,6 +194,7 @@ class Policy(nn.Module):
 
         # In low precision not folded in: a sum W + B A in bfloat16 loses what is below 2^-9 of W.
         with (
+            whole_weights(self.model),
             self.rounding(),
             contextlib.nullcontext() if self.low_precision else folded_in(self.model),
             entering_layer(self._base, self._first_adapted) as captured,
@@ -177,7 +216,7 @@ class Policy(nn.Module):
             alive = torch.arange(num_rows, device=device)  # rows still in the batch
             for step in range(max_tokens):
                 logprobs = torch.log_softmax(logits.float(), -1)
-                drawn = _draw(logprobs, drawn_at[alive, step])
+                drawn = draw(logprobs, drawn_at[alive, step])
                 ids[alive, step] = drawn[:, 0]
                 logprob[alive, step] = logprobs.gather(-1, drawn)[:, 0]
                 mask[alive, step] = 1.0
@@ -269,12 +308,18 @@ class Policy(nn.Module):
         finally:
             self.model = trained
 
-    def save(self, folder: str) -> None:
-        """PEFT adapters, or with `full` the whole model; the tokenizer too."""
+    def weights(self) -> dict[str, Tensor]:
+        """What `save` writes, on the main process; gathered by all together."""
+        named = self.trained_parameters() if self.tune == "lora" else {}
+        kept = {name.removeprefix("model."): tensor for name, tensor in named.items() if name.startswith("model.")}
+        return {name: whole_on_main(tensor) for name, tensor in (kept or self.model.state_dict()).items()}
+
+    def save(self, folder: str, weights: dict[str, Tensor] | None = None) -> None:
+        """PEFT adapters, or with `full` the whole model; the tokenizer too. weights: as `weights` gave them."""
         # Embeddings are never adapted: peft need not ask the hub whether the vocabulary has grown.
         about: dict[str, Any] = {"save_embedding_layers": False} if isinstance(self.model, peft.PeftModel) else {}
         with quiet_loading():
-            self.model.save_pretrained(folder, **about)
+            self.model.save_pretrained(folder, state_dict=self.weights() if weights is None else weights, **about)
             self.tokenizer.save_pretrained(folder)
 
     def load_adapters(self, folder: str) -> None:
@@ -327,13 +372,13 @@ class Policy(nn.Module):
 
     @property
     def _base(self) -> HfModel:
-        return _without_adapters(self.model)
+        return without_adapters(self.model)
 
     def _value_of(self, hidden: Tensor) -> Tensor:
         return self.value_head(hidden.float()).squeeze(-1).float()  # `rounding` may be on
 
     def _own_values(self, rollout: Rollout) -> Tensor:
-        return self._value_of(self._predict(_without_adapters(self.value_model), rollout, logits=False).hidden)
+        return self._value_of(self._predict(without_adapters(self.value_model), rollout, logits=False).hidden)
 
     def _encode(self, prompts: list[Prompt], max_tokens: int) -> tuple[Tensor, Tensor]:
         rows = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
@@ -350,14 +395,3 @@ def uniforms(
 ) -> Float[Tensor, "prompts completions tokens"]:
     """Numbers for `Policy.sample`, float64, made where the generator lives."""
     return torch.rand(num_prompts, per_prompt, max_tokens, generator=generator, dtype=torch.float64)
-
-
-def _draw(logprobs: Float[Tensor, "rows vocabulary"], uniform: Float[Tensor, " rows"]) -> Tensor:
-    """Token ids (rows, 1): where the cumulated probabilities pass `uniform` of their sum, in float64."""
-    cumulated = logprobs.double().exp().cumsum(-1)
-    drawn = torch.searchsorted(cumulated, uniform.unsqueeze(-1) * cumulated[:, -1:], right=True)
-    return drawn.clamp_max(logprobs.shape[-1] - 1)
-
-
-def _without_adapters(model: HfModel) -> HfModel:
-    return model.get_base_model() if isinstance(model, peft.PeftModel) else model

@@ -105,7 +105,7 @@ def _rows_apart(rollout: Rollout) -> _Rows:
     return _Rows({"input_ids": ids, "attention_mask": mask, "position_ids": positions_of(mask)}, predicts)
 
 
-class _Passing(nn.Module):
+class Passing(nn.Module):
     """In place of a decoder layer: what enters leaves."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ARG002
@@ -118,7 +118,7 @@ def _upper_layers(base: HfModel, first_layer: int) -> Iterator[None]:
     decoder = base.base_model
     layers = decoder.layers if first_layer else None
     if layers is not None:
-        decoder.layers = nn.ModuleList([*(_Passing() for _ in range(first_layer)), *layers[first_layer:]])
+        decoder.layers = nn.ModuleList([*(Passing() for _ in range(first_layer)), *layers[first_layer:]])
     try:
         yield
     finally:

@@ -150,10 +150,12 @@ class LastLayer:
         return (difference.cpu().double() @ self.factor_HH.double()).norm(dim=-1)
 
 
-def load_trunk(model: str, num_layers: int, *, dtype: torch.dtype | None = None) -> tuple[HfModel, HfTokenizer]:
+def load_trunk(
+    model: str, num_layers: int, *, dtype: torch.dtype | None = None, place: torch.device | None = None
+) -> tuple[HfModel, HfTokenizer]:
     """(classifier with one fresh label, tokenizer): the first `num_layers` layers (0: all) of `model`.
 
-    dtype: of the weights; default `frozen_dtype`.
+    dtype: of the weights; default `frozen_dtype`. place: where they lie; default `device`.
     """
     folder = resolve_model(model)
     config = load_config(folder)
@@ -167,16 +169,22 @@ def load_trunk(model: str, num_layers: int, *, dtype: torch.dtype | None = None)
     config.num_labels = 1
     tokenizer = load_tokenizer(folder)
     classifier = _load_classifier(
-        folder, config, dtype or frozen_dtype(), fresh={_SCORE}, num_layers=config.num_hidden_layers
+        folder, config, dtype or frozen_dtype(), fresh={_SCORE}, num_layers=config.num_hidden_layers, place=place
     )
     pad_apart(tokenizer, classifier)
     return classifier, tokenizer
 
 
 def _load_classifier(
-    folder: str, config: Any, dtype: torch.dtype, *, fresh: Collection[str] = (), num_layers: int = 0
+    folder: str,
+    config: Any,
+    dtype: torch.dtype,
+    *,
+    fresh: Collection[str] = (),
+    num_layers: int = 0,
+    place: torch.device | None = None,
 ) -> HfModel:
-    """A classifier with a linear `score` layer, on the device. fresh, num_layers: as for `load_weights`."""
+    """A classifier with a linear `score` layer, on the device or at `place`; the others as for `load_weights`."""
     auto = transformers.AutoModelForSequenceClassification
     classifier = load_weights(
         auto, folder, "reward model", dtype=dtype, config=config, fresh=fresh, num_layers=num_layers
@@ -184,7 +192,7 @@ def _load_classifier(
     score = getattr(classifier, "score", None)
     if not isinstance(score, nn.Linear):
         raise PoiseError(f"{type(classifier).__name__} is no decoder with a linear `score` layer")
-    return classifier.to(device()).eval()
+    return classifier.to(place or device()).eval()
 
 
 def with_heads(classifier: HfModel, weight: Float[Tensor, "labels hidden"]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from poise.models.shared_prompt import PADDING, attends
@@ -51,3 +52,10 @@ def packed_attention(rollout: Rollout) -> tuple[Tensor, Tensor]:
     prompt_positions = (prompt_mask.long().cumsum(-1) - 1).clamp_min(0)
     after = prompt_mask.sum(-1, keepdim=True) + torch.arange(max_tokens, device=prompt_mask.device)
     return attends(group, part), torch.cat([prompt_positions, after.repeat(1, per_prompt)], 1)
+
+
+def draw(logprobs: Float[Tensor, "rows vocabulary"], uniform: Float[Tensor, " rows"]) -> Tensor:
+    """Token ids (rows, 1): where the cumulated probabilities pass `uniform` of their sum, in float64."""
+    cumulated = logprobs.double().exp().cumsum(-1)
+    drawn = torch.searchsorted(cumulated, uniform.unsqueeze(-1) * cumulated[:, -1:], right=True)
+    return drawn.clamp_max(logprobs.shape[-1] - 1)

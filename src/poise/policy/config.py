@@ -37,7 +37,7 @@ PPO_ONLY = {
     "value_learning_rate", "accumulation", "value_clip", "discount", "trace", "whiten_advantages", "entropy_coef",
     "max_step_kl", "tune", "value_trunk", "final_parameter", "reward_norm", "shaping", "baselines", "kl_target",
     "kl_horizon", "max_kl", "keep_at_kl", "missing_eos_penalty", "settle", "validator", "eval_every", "eval_tasks",
-    "eval_data", "eval_rows",
+    "eval_data", "eval_rows", "shard",
 }  # fmt: skip
 
 
@@ -188,6 +188,10 @@ class Config(PpoConfig):
     """The monitor raises an alarm above this score."""
     trackers: tuple[str, ...] = ()
     """Trackers to log to as well, through accelerate: tensorboard, wandb, trackio, … (if installed)."""
+    shard: bool = False
+    """Spread the weights of the layers, their gradients and optimizer states over the processes of `torchrun` or
+    `accelerate launch`, by torch's fully_shard (FSDP2); the result is the same. Layers are whole while completions are
+    sampled."""
     save_every: Count = 5
     """Steps between checkpoints."""
     on_bad_row: OnBadRow = "error"
@@ -196,7 +200,7 @@ class Config(PpoConfig):
     """Seed of the prompts' order, the sampling and the minibatches."""
 
     # What a run without a setting, written by an earlier version, did: its config.yaml names every other one.
-    ADDED = MappingProxyType({"heads": "brme", "max_kl": None, "validator": "", "keep_at_kl": []})
+    ADDED = MappingProxyType({"heads": "brme", "max_kl": None, "validator": "", "keep_at_kl": [], "shard": False})
 
     def for_command(self) -> "Config":
         """As `Settings.for_command`."""
@@ -234,6 +238,8 @@ class Config(PpoConfig):
             check_parameter(name, self.final_parameter)
         if self.baselines and self.shaping == "none":
             raise PoiseError("--baselines is only read with --shaping contrastive or par")
+        if self.shard and self.tune == "full" and self.shaping != "none" and not self.baselines:
+            raise PoiseError("--shard with --tune full needs --baselines: its reference does not sample")
         if self.algorithm != "ppo":
             self._check_without_ppo()
         check_trackers(self.trackers)

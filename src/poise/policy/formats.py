@@ -134,5 +134,6 @@ class Checkpoint:
     last_score: float
     objective_parameter: Bounded | None = None  # the objective has none
     num_truncated: WholeNumber = 0
+    rung: NotNegative = 0.0
     scale_std_interval: tuple[float | None, ...] = ()  # undefined for fewer than three prompts
     validator: dict[str, Any] | None = None  # absent without one

@@ -12,39 +12,38 @@ from poise.models.policy import Policy
 from poise.policy.formats import RungRow
 from poise.runtime.folders import write_folder_atomic
 from poise.runtime.records import read_rows
-from poise.runtime.run_folder import Json, append_jsonl
+from poise.runtime.run_folder import append_jsonl, is_main_process
 
 FILE, FOLDER = "ladder.jsonl", "ladder"
 
 
 class Ladder:
-    """rungs: nats of KL, of a whole completion."""
+    """rungs: nats of KL, of a whole completion. reached: the highest so far; every process knows it."""
 
     def __init__(self, folder: Path, rungs: Sequence[float]):
-        self.folder, self.rungs = folder, sorted(set(rungs))
+        self.folder, self.rungs, self.reached = folder, sorted(set(rungs)), 0.0
 
     def keep(self, policy: Policy, step: int, kl: float) -> None:
         """Save the policy if its KL has passed a rung that no earlier one had; of several rungs, at the highest.
 
-        kl: of the completions that this very policy has sampled at `step`.
+        kl: of the completions that this very policy has sampled at `step`. All processes call it together.
         """
-        passed = [rung for rung in self.rungs if rung <= kl]
-        if not passed or passed[-1] <= max((row["rung"] for row in self._rows()), default=0.0):
+        passed = max((rung for rung in self.rungs if rung <= kl), default=0.0)
+        if passed <= self.reached:
             return
-        with write_folder_atomic(self._place(passed[-1])) as scratch:
-            policy.save(str(scratch))
-        append_jsonl(self.folder / FILE, [{"step": step, "rung": passed[-1], "kl": kl}])
+        self.reached, weights = passed, policy.weights()
+        if is_main_process():
+            with write_folder_atomic(self._place(passed)) as scratch:
+                policy.save(str(scratch), weights)
+            append_jsonl(self.folder / FILE, [{"step": step, "rung": passed, "kl": kl}])
 
     def drop_unlisted(self) -> None:
         """Delete the policies whose rows are gone, as after a return to an earlier step."""
-        listed = {self._place(row["rung"]) for row in self._rows()}
+        path = self.folder / FILE
+        listed = {self._place(row["rung"]) for row in read_rows(path, RungRow)} if path.exists() else set()
         for place in (self.folder / FOLDER).glob("kl-*"):
             if place not in listed:
                 shutil.rmtree(place)
-
-    def _rows(self) -> list[Json]:
-        path = self.folder / FILE
-        return list(read_rows(path, RungRow)) if path.exists() else []
 
     def _place(self, rung: float) -> Path:
         return self.folder / FOLDER / f"kl-{rung:g}"

@@ -66,11 +66,14 @@ class Training:
         if given is None:
             scorer.layout.check_objective(config.objective)
         torch.manual_seed(config.seed)  # initial adapters
-        model, tokenizer = load_policy(config.model)
+        # A GPU need not hold all of the weights that will be spread.
+        model, tokenizer = load_policy(config.model, torch.device("cpu") if config.shard else None)
         self.policy = Policy(
             model, tokenizer, adapted_layers=config.adapted_layers, rank=config.lora_rank, tune=config.tune,
             value_trunk=config.value_trunk,
         )  # fmt: skip
+        if config.shard:
+            self.policy.spread()
         if tokenizer.get_vocab() != scorer.extract.tokenizer.get_vocab():
             console.print("policy and reward model have different tokenizers: completions are re-tokenized as text")
         self.learner = Learner(self.policy, config, config.seed)
@@ -106,8 +109,7 @@ class Training:
             heads = gather(self.reward.heads(self.policy, batch, texts, self.step))
             validated = self.validator.metrics(self.validator.heads(batch, texts), heads) if self.validator else {}
         facts = processes.gathered(_facts(rollout, reference, self.policy.end_ids))
-        if is_main_process():
-            self.ladder.keep(self.policy, self.step, facts.mean(0)[_FACTS.index("kl")].item())
+        self.ladder.keep(self.policy, self.step, facts.mean(0)[_FACTS.index("kl")].item())
         score = self._score(heads, ended=facts[:, _FACTS.index("ended")])
         clock.lap("score")
         mine = processes.share(len(score))
@@ -261,12 +263,11 @@ class Training:
         back = {"rollback": self.safe, "max_kl": self.within}.get(self.alarms.ended)
         if back and back.exists():
             self._return_to(self._loaded(back))
-        if is_main_process():
-            if self.config.on_alarm == "rollback" and self.alarms.policy_looks_safe:
-                self.learner.save(self.safe, self._state())
-            self.learner.save(self.checkpoint, self._state())
-            if back:
-                self._drop_later_rows()
+        if self.config.on_alarm == "rollback" and self.alarms.policy_looks_safe:
+            self.learner.save(self.safe, self._state())
+        self.learner.save(self.checkpoint, self._state())
+        if back and is_main_process():
+            self._drop_later_rows()
         processes.wait()
 
     def _loaded(self, path: Path) -> Json:
@@ -276,7 +277,8 @@ class Training:
     def _state(self) -> Json:
         """What a checkpoint holds beside the learner's tensors."""
         return {
-            "step": self.step, "kl_coef": self.kl_coef, "scale": self.reward.scale.to_json(),
+            "step": self.step, "rung": self.ladder.reached, "kl_coef": self.kl_coef,
+            "scale": self.reward.scale.to_json(),
             "objective_parameter": parameter(self.reward.objective), "num_truncated": self.reward.num_truncated,
             "scale_std_interval": undefined_as_none(self.scale_interval),
             **({"validator": self.validator.state()} if self.validator else {}),
@@ -288,7 +290,7 @@ class Training:
         The objective is the one last used: at the end of a run it scores the final completions. Checkpoints of earlier
         versions do not hold its parameter; it follows from the step.
         """
-        self.step, self.kl_coef = saved["step"], saved["kl_coef"]
+        self.step, self.kl_coef, self.ladder.reached = saved["step"], saved["kl_coef"], saved.get("rung", 0.0)
         self.reward.scale = RewardScale.from_json(saved["scale"])
         low, high = (math.nan if bound is None else bound for bound in saved.get("scale_std_interval") or (None, None))
         self.scale_interval = (low, high)

@@ -7,6 +7,7 @@
 Heads are gathered from all processes before they are combined: objectives that couple a batch see the whole of it.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -63,6 +64,18 @@ class Baselines:
     def of(self, prompts: list[Prompt], step: int, policy: Policy) -> HeadRewards:
         """Heads (P, m, K) of each prompt's baselines; m is the smallest number of baselines among the prompts."""
         new = [prompt for prompt in prompts if _key(prompt) not in self._heads]
+        # Another process may have new prompts, or other numbers of them.
+        together = policy.is_spread and processes.total(torch.tensor(len(new))) > 0
+        with policy.whole() if together else contextlib.nullcontext():
+            self._sample(new, step, policy)
+        found = [self._heads[_key(prompt)] for prompt in prompts]
+        count = min(len(heads.mean) for heads in found)
+        return HeadRewards(
+            torch.stack([heads.mean[:count] for heads in found]), torch.stack([heads.std[:count] for heads in found])
+        )
+
+    def _sample(self, new: list[Prompt], step: int, policy: Policy) -> None:
+        """Sample and score the baselines of some prompts, of which there may be none in this process."""
         if new:
             with policy.as_reference():
                 numbers = torch.cat([self._uniforms(prompt) for prompt in new])
@@ -74,11 +87,6 @@ class Baselines:
                 scores = {"mean": heads.mean.tolist(), "std": heads.std.tolist()}
                 rows.append({"step": step, "key": _key(prompt), "completions": texts, **scores})
             append_jsonl(self.path, rows)
-        found = [self._heads[_key(prompt)] for prompt in prompts]
-        count = min(len(heads.mean) for heads in found)
-        return HeadRewards(
-            torch.stack([heads.mean[:count] for heads in found]), torch.stack([heads.std[:count] for heads in found])
-        )
 
     def _uniforms(self, prompt: Prompt) -> Tensor:
         digest = hashlib.blake2b(f"{self.seed} {_key(prompt)}".encode(), digest_size=7).digest()

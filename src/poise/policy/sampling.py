@@ -25,7 +25,8 @@ def sample_policy(
     numbers = uniforms(len(prompts), per_prompt, max_tokens, torch.Generator().manual_seed(seed))
     rows: list[Json] = []
     mine = range(0, len(prompts), PROMPTS_AT_ONCE)[processes.process_index() :: processes.num_processes()]
-    with progress("sampling the trained policy", len(mine)) as advance:
+    # Processes have different numbers of batches: each needs all weights.
+    with policy.whole(), progress("sampling the trained policy", len(mine)) as advance:
         for start in mine:
             batch = prompts[start : start + PROMPTS_AT_ONCE]
             rollout = policy.sample(batch, numbers[start : start + PROMPTS_AT_ONCE])

@@ -67,7 +67,10 @@ def run(config: Config, given: RobustReward | None = None) -> Run:
 
     given: a reward in memory, of `config.reward`, whose model is not loaded again; its objective may be a function.
     """
-    processes.refuse_sharding()
+    processes.refuse_sharding(
+        "PPO, RLOO and GRPO are data-parallel here: launch with accelerate_configs/ddp.yaml, or give RobustReward "
+        "(poise.integrations.trl_reward) to a TRL script of your own"
+    )
     processes.join()
     config = config.for_command()
     named = given is None or isinstance(given.given, str)
@@ -94,11 +97,12 @@ def run(config: Config, given: RobustReward | None = None) -> Run:
     final = sample_policy(
         policy, reward, eval_prompts, config.eval_completions, config.max_tokens, config.seed, results["steps"]
     )
+    weights = policy.weights()
     if is_main_process():
         refuse_deleted(out.folder)
         write_jsonl(out.folder / "final.jsonl", final)
         with write_folder_atomic(out.folder / "policy") as scratch:
-            policy.save(str(scratch))
+            policy.save(str(scratch), weights)
         out.finish(
             {
                 "reward": sum(row["reward"] for row in final) / len(final),
@@ -187,20 +191,21 @@ def evaluate_on_benchmarks(training: Training, tasks: list[Task]) -> None:
     """
     path, policy = training.out.folder / "benchmarks.jsonl", training.policy
     kept = {row["step"] for row in read_rows(path, BenchmarkRow)} if path.exists() else set()
-    if is_main_process() and training.step not in kept:
-        rows = []
-        for task in tasks:
-            with policy.rounding():
-                found = evaluate(policy.model, policy.tokenizer, task)
-            score = {
-                "metric": found.metric,
-                "mean": found.mean,
-                "stderr": undefined_as_none(found.stderr),
-                "rows": len(found.outcomes),
-            }
-            rows.append({"step": training.step, "task": task.name, **score})
-        append_jsonl(path, rows)
-    processes.wait()
+    with policy.whole():
+        if is_main_process() and training.step not in kept:
+            rows = []
+            for task in tasks:
+                with policy.rounding():
+                    found = evaluate(policy.model, policy.tokenizer, task)
+                score = {
+                    "metric": found.metric,
+                    "mean": found.mean,
+                    "stderr": undefined_as_none(found.stderr),
+                    "rows": len(found.outcomes),
+                }
+                rows.append({"step": training.step, "task": task.name, **score})
+            append_jsonl(path, rows)
+        processes.wait()  # for the one process that evaluates
 
 
 def _by_trl(

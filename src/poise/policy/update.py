@@ -8,7 +8,7 @@ Shapes: _P prompts, _M completions per prompt, _T tokens of a completion.
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,7 +21,8 @@ from poise.models.rollout import Rollout
 from poise.policy.config import PpoConfig
 from poise.runtime import distributed as processes
 from poise.runtime.checkpoints import write_tensors
-from poise.runtime.run_folder import Json
+from poise.runtime.run_folder import Json, is_main_process
+from poise.runtime.sharding import clip_gradients, is_part, spread_as, whole_on_main
 
 # Largest rounding difference (nats, float32) between a token's log-probability at sampling and in packed rows. Counted
 # as KL, whitened and scaled up by Adam, it would move a policy away from the reference under a constant reward. In
@@ -49,10 +50,13 @@ class Learner:
         named = policy.trained_parameters()
         value = [parameter for name, parameter in named.items() if name.startswith("value")]
         own = [parameter for name, parameter in named.items() if not name.startswith("value")]
-        self.optimizer = torch.optim.Adam(
-            [{"params": own, "lr": config.learning_rate}, {"params": value, "lr": config.value_learning_rate}],
-            fused=True,
-        )
+        rates = ((own, config.learning_rate), (value, config.value_learning_rate))
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in params if is_part(p) is part], "lr": rate, "of_policy": params is own}
+            for params, rate in rates
+            for part in (False, True)  # PyTorch's optimizers take weights that are spread by themselves
+        ]
+        self.optimizer = torch.optim.Adam([group for group in groups if group["params"]], fused=True)
         self._own, self._value = own, value
 
     def read(self, rollout: Rollout) -> tuple[Rollout, Tensor]:
@@ -78,7 +82,9 @@ class Learner:
         Raises PoiseError for a loss or gradient that is not finite, before any weight is touched by it.
         """
         config = self.config
-        self.optimizer.param_groups[0]["lr"] = pace * config.learning_rate
+        for group in self.optimizer.param_groups:
+            if group["of_policy"]:
+                group["lr"] = pace * config.learning_rate
         mask, shape = rollout.mask_PMT.flatten(0, 1), rollout.mask_PMT.shape
         old_logprob, old_values = rollout.logprob_PMT.flatten(0, 1), rollout.value_PMT.flatten(0, 1)
         reference = reference.flatten(0, 1)
@@ -139,9 +145,9 @@ class Learner:
         sums = processes.total(sums.detach())
         if not sums.isfinite().all():
             raise PoiseError("the loss is not finite")
-        processes.add_up_gradients(self._own + self._value)
+        processes.add_up_gradients([p for p in self._own + self._value if not is_part(p)])
         # Each group by itself: under a joint norm, a badly fitted value function would shorten the policy's step.
-        norms = [torch.nn.utils.clip_grad_norm_(group, config.max_grad_norm) for group in (self._own, self._value)]
+        norms = [clip_gradients(group, config.max_grad_norm) for group in (self._own, self._value)]
         if not all(norm.isfinite() for norm in norms):
             raise PoiseError("the gradient is not finite")
         self.optimizer.step()
@@ -151,15 +157,17 @@ class Learner:
     # ---- checkpoints ----
 
     def save(self, path: Path, extra: Json) -> None:
-        """Write weights, optimizer, random numbers and `extra` to one safetensors file.
+        """Write weights, optimizer, random numbers and `extra` to one safetensors file. Called by all processes.
 
         Raises PoiseError if the disk refuses it; a file that was there before stays.
         """
         tensors: dict[str, Tensor] = {"generator": self.generator.get_state()}
         for name, parameter in self.policy.trained_parameters().items():
-            tensors[f"weight.{name}"] = parameter.data
-            tensors |= {f"{key}.{name}": value for key, value in self.optimizer.state[parameter].items()}
-        write_tensors(path, tensors, {"run": json.dumps(extra)})
+            tensors[f"weight.{name}"] = whole_on_main(parameter.data)
+            state = self.optimizer.state[parameter]
+            tensors |= {f"{key}.{name}": whole_on_main(value) for key, value in state.items()}
+        if is_main_process():
+            write_tensors(path, tensors, {"run": json.dumps(extra)})
 
     def load(self, path: Path) -> Json:
         """Inverse of `save`; returns `extra`. Raises PoiseError if the file is of another version or policy."""
@@ -168,12 +176,18 @@ class Learner:
                 extra = json.loads(file.metadata()["run"])
                 self.generator.set_state(file.get_tensor("generator"))
                 for name, parameter in self.policy.trained_parameters().items():
-                    parameter.data.copy_(file.get_tensor(f"weight.{name}"))
+                    parameter.data.copy_(spread_as(file.get_tensor(f"weight.{name}"), parameter))
                     self.optimizer.state[parameter] = {
-                        key: file.get_tensor(f"{key}.{name}").to(parameter.device)  # the step too: Adam is fused
+                        key: _as_state(file.get_tensor(f"{key}.{name}"), parameter)
                         for key in ("step", "exp_avg", "exp_avg_sq")
                         if f"{key}.{name}" in file.keys()  # noqa: SIM118  not a dict
                     }
         except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError, OSError) as error:
             raise PoiseError(f"{path} is not a checkpoint of this run: {first_line(error)}") from None
         return extra
+
+
+def _as_state(tensor: Tensor, parameter: torch.nn.Parameter) -> Tensor:
+    """A state of the optimizer where its weight lies; the number of steps too: Adam is fused."""
+    tensor = tensor.to(parameter.device)
+    return spread_as(tensor, parameter) if tensor.shape == parameter.shape else tensor

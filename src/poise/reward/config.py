@@ -69,6 +69,9 @@ class Config(Settings):
     """Rank of the adapters."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: a third more time, much less memory."""
+    shard: bool = False
+    """Spread weights, gradients and optimizer states of the trained trunk over the processes of `torchrun` or
+    `accelerate launch`, by torch's fully_shard (FSDP2); the result is the same."""
     save_steps: Count = 25
     """Optimizer steps between the checkpoints of the trunk."""
     num_heads: Count = 5

@@ -25,7 +25,7 @@ from poise.data.types import Preference
 from poise.errors import PoiseError
 from poise.functional.objectives import mean
 from poise.models.chat_format import encode_conversation
-from poise.models.loading import HfModel, HfTokenizer, frozen_dtype, resolve_model
+from poise.models.loading import HfModel, HfTokenizer, device, frozen_dtype, resolve_model
 from poise.models.reward_model import HeadLayout, load_trunk, save_reward_model, with_heads
 from poise.models.row_check import row_check_of
 from poise.models.scorer import FeatureExtractor, Scorer
@@ -44,7 +44,7 @@ from poise.reward.trunk_training import (
     preference_loss,
     token_pairs,
 )
-from poise.runtime.distributed import launched_processes
+from poise.runtime.distributed import join, launched_processes, refuse_sharding
 from poise.runtime.folders import refuse_deleted
 from poise.runtime.progress import console
 from poise.runtime.run_folder import Inputs, Json, Run, is_main_process
@@ -59,6 +59,8 @@ def run(config: Config) -> Run:
     config = config.for_command()
     config.check()
     launched_processes()  # refuses an environment in which no process would save
+    if config.shard:
+        _meet()
     out = Run(Path(config.output))
     out.check_config(config)
     if out.results is not None:
@@ -71,6 +73,12 @@ def run(config: Config) -> Run:
     judged = judge(trained, held_features, split, config.seed)
     _save(out, split, extract, trained, judged)
     return out
+
+
+def _meet() -> None:
+    """Meet the other processes before a model is loaded. PoiseError if accelerate was asked to shard as well."""
+    refuse_sharding("--shard is Poise's own; launch with accelerate_configs/ddp.yaml or by torchrun")
+    join()
 
 
 def _inputs(config: Config) -> Inputs:
@@ -105,7 +113,7 @@ def make_trunk(config: Config, folder: Path, split: PreferenceSplit) -> FeatureE
         classifier, tokenizer = load_trunk(*trunk_source(config, folder))
     else:
         # Weights that are trained need more digits than bfloat16 has, also where it does the arithmetic.
-        classifier, tokenizer = load_trunk(config.model, config.num_layers, dtype=torch.float32)
+        classifier, tokenizer = load_trunk(config.model, config.num_layers, dtype=torch.float32, place=_place(config))
         fresh_head(classifier, config.seed)
         extract = FeatureExtractor(classifier, tokenizer, config.max_length)
         loss = preference_loss(config.label_smoothing)
@@ -113,7 +121,17 @@ def make_trunk(config: Config, folder: Path, split: PreferenceSplit) -> FeatureE
         if is_main_process():
             head = classifier.score.weight.data
             save_reward_model(folder / "trunk", classifier, tokenizer, head, HeadLayout(1, "point", (0.0,)))
-    return FeatureExtractor(classifier.to(frozen_dtype()), tokenizer, config.max_length, cached=config.feature_cache)
+    return _extractor(config, classifier, tokenizer)
+
+
+def _extractor(config: Config, classifier: HfModel, tokenizer: HfTokenizer) -> FeatureExtractor:
+    classifier = classifier.to(device=device(), dtype=frozen_dtype())
+    return FeatureExtractor(classifier, tokenizer, config.max_length, cached=config.feature_cache)
+
+
+def _place(config: Config) -> torch.device | None:
+    """Where weights that will be spread are loaded: a GPU need not hold all of them."""
+    return torch.device("cpu") if config.shard else None
 
 
 def trunk_source(config: Config, folder: Path) -> tuple[str, int]:
@@ -159,7 +177,7 @@ def fit_heads(
 def _tune_brme(config: Config, folder: Path, trained: HeadTraining, split: PreferenceSplit) -> TrainedModel:
     """Stage 2 with the trunk: from the heads on frozen features, toward the same targets. Not yet calibrated."""
     start = trained.models["brme"]
-    classifier, tokenizer = load_trunk(*trunk_source(config, folder), dtype=torch.float32)
+    classifier, tokenizer = load_trunk(*trunk_source(config, folder), dtype=torch.float32, place=_place(config))
     with_heads(classifier, start.weight)
     extract = FeatureExtractor(classifier, tokenizer, config.max_length)
     classifier = _tune(
@@ -167,7 +185,7 @@ def _tune_brme(config: Config, folder: Path, trained: HeadTraining, split: Prefe
         folder / "stage2", targets_N2=trained.targets.fit_T.view(2, -1).T, mask_NK=trained.shards.fit_NK,
     )  # fmt: skip
     weight = classifier.score.weight.data.float().cpu()
-    extract = FeatureExtractor(classifier.to(frozen_dtype()), tokenizer, config.max_length, cached=config.feature_cache)
+    extract = _extractor(config, classifier, tokenizer)
     return start._replace(weight=weight, extract=extract, reference=None)  # its features are others now
 
 

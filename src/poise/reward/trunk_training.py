@@ -9,6 +9,7 @@ Shapes: _N pairs, _L labels.
 
 import contextlib
 import copy
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from poise.data.types import Preference, Sample
 from poise.errors import PoiseError
 from poise.functional.reward_losses import CENTERING, bradley_terry
 from poise.models.families import without_noise
-from poise.models.loading import HfModel, frozen_dtype, has_conv1d, linear_maps
+from poise.models.loading import HfModel, decoder_layers, frozen_dtype, has_conv1d, linear_maps
 from poise.models.reward_model import HeadLayout
 from poise.models.scorer import FeatureExtractor
 from poise.models.shared_prompt import Family, PackedRows, pack, packed_hidden, separate_hidden
@@ -36,6 +37,7 @@ from poise.runtime.distributed import launched_processes
 from poise.runtime.progress import progress
 from poise.runtime.quiet import quiet_loading
 from poise.runtime.run_folder import Json, append_jsonl, is_main_process, keep_rows_before
+from poise.runtime.sharding import is_part, shard, spread_as, whole, whole_on_main, without_weights
 
 LEARNING_RATES = {"lora": 2e-4, "full": 1e-5}
 
@@ -53,6 +55,7 @@ class TrunkTraining:
     gradient_checkpointing: bool
     save_steps: int
     seed: int
+    shard: bool = False  # spread weights, gradients and optimizer states over the processes
 
 
 # A function of the logits (N, 2, L) of chosen and rejected texts, and of the other tensors of the batch.
@@ -142,6 +145,7 @@ class PairTrainer(SafeCheckpoints, transformers.Trainer):
 
     def __init__(self, model: PairModel, args: Any, pairs: Sequence[TokenPair], pad_id: int, loss: Loss, **kwargs: Any):
         self._loss = loss
+        self._spread = any(map(is_part, model.parameters()))
         collate = _Collate(pad_id, packed=model.packed)
         super().__init__(model=model, args=args, train_dataset=list(pairs), data_collator=collate, **kwargs)
 
@@ -153,6 +157,22 @@ class PairTrainer(SafeCheckpoints, transformers.Trainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
     # ---- checkpoints: trained weights, optimizer, schedule and random states, in safetensors and JSON ----
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Of a model whose weights are spread already, accelerate makes no second copy of a kind of its own."""
+        super().create_accelerator_and_postprocess()
+        if self._spread:
+            self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's; weights that are spread are gathered first, one after the other."""
+        if not self._spread:
+            super().save_model(output_dir, _internal_call)
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        state = {name: whole_on_main(p) for name, p in model.named_parameters() if p.requires_grad}
+        if self.args.should_save:
+            self._save(output_dir, state)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
@@ -172,7 +192,9 @@ class PairTrainer(SafeCheckpoints, transformers.Trainer):
 
 def _load_trained(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
     """Load some of a model's weights; PoiseError for a weight that the model does not have."""
-    found = model.load_state_dict(tensors, strict=False)
+    parameters = dict(model.named_parameters())
+    parts = {name: spread_as(tensor, parameters.get(name, tensor)) for name, tensor in tensors.items()}
+    found = model.load_state_dict(parts, strict=False)
     if found.unexpected_keys:
         raise PoiseError(f"{source} is of another model: it holds {found.unexpected_keys[0]}")
 
@@ -226,9 +248,11 @@ def fine_tune(
             classifier.gradient_checkpointing_enable({"use_reentrant": False})
     args = training_arguments(how, folder / "trainer")
     metrics = folder / "metrics.jsonl"
-    trainer = PairTrainer(
-        PairModel(classifier, packed=packed), args, pairs, pad_id, loss, callbacks=[_Record(metrics, len(pairs))]
-    )
+    model, empty = PairModel(classifier, packed=packed), None
+    if how.shard:
+        empty = without_weights([classifier, adapters])
+        shard(decoder_layers(classifier)[1], model)
+    trainer = PairTrainer(model, args, pairs, pad_id, loss, callbacks=[_Record(metrics, len(pairs))])
     trainer.remove_callback(transformers.PrinterCallback)
     # FSDP shards a model in place; the trained weights are gathered into this copy.
     spare = copy.deepcopy((classifier, adapters)) if trainer.sharded else None
@@ -242,6 +266,10 @@ def fine_tune(
         trained = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # whole, on the main process
         if is_main_process():
             _load_trained(PairModel(classifier, packed=packed), trained, "the gathered model")
+    if empty is not None:
+        classifier, adapters = empty
+        gathered = {name: whole(tensor) for name, tensor in model.named_parameters()}
+        PairModel(classifier, packed=packed).load_state_dict(gathered, strict=False, assign=True)
     if adapters is not None:
         if is_main_process():
             adapters.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from poise.errors import PoiseError, first_line
 from poise.runtime.folders import follow_umask
+from poise.runtime.sharding import spread_as, whole_on_main
 
 OPTIMIZER = "optimizer.safetensors"
 
@@ -37,9 +38,12 @@ class SafeCheckpoints(_Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.sharded:
             super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
-            state = self.optimizer.state_dict()
-            tensors = {f"{i}.{key}": value for i, entry in state["state"].items() for key, value in entry.items()}
+            return
+        state = self.optimizer.state_dict()
+        tensors = {
+            f"{i}.{key}": whole_on_main(value) for i, entry in state["state"].items() for key, value in entry.items()
+        }
+        if self.args.should_save:
             schedule = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
             metadata = {"groups": json.dumps(state["param_groups"]), "schedule": json.dumps(schedule)}
             save_file({n: t.contiguous() for n, t in tensors.items()}, Path(output_dir) / OPTIMIZER, metadata)
@@ -54,6 +58,10 @@ class SafeCheckpoints(_Trainer):
                 index, key = name.split(".", 1)
                 entries.setdefault(int(index), {})[key] = file.get_tensor(name)
             groups, schedule = (json.loads(file.metadata()[name]) for name in ("groups", "schedule"))
+        numbered = enumerate(parameter for group in self.optimizer.param_groups for parameter in group["params"])
+        for i, parameter in numbered:
+            for key, value in entries.get(i, {}).items():
+                entries[i][key] = spread_as(value, parameter) if value.shape == parameter.shape else value
         self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
         self.lr_scheduler.load_state_dict({**schedule, "lr_lambdas": [None] * len(groups)})
 

@@ -83,18 +83,14 @@ def leave() -> None:
         torch.distributed.destroy_process_group()
 
 
-def refuse_sharding() -> None:
-    """Raise PoiseError if `accelerate launch` was asked for FSDP or DeepSpeed, for what must have its weights whole.
+def refuse_sharding(instead: str) -> None:
+    """Raise PoiseError if `accelerate launch` was asked for FSDP or DeepSpeed, for what does not take accelerate's.
 
-    Reads the environment only: to be called first, before `join` and before a model is loaded.
+    instead: what to do. Reads the environment only: to be called first, before `join` and before a model is loaded.
     """
     for name in ("FSDP", "DeepSpeed"):
         if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true":
-            raise PoiseError(
-                f"{name} was asked for, but PPO, RLOO and GRPO are data-parallel here: launch with "
-                f"accelerate_configs/ddp.yaml, or give RobustReward (poise.integrations.trl_reward) to a TRL script of "
-                f"your own"
-            )
+            raise PoiseError(f"{name} was asked for in accelerate's settings: {instead}")
 
 
 def share(count: int) -> slice:
