@@ -139,8 +139,8 @@ def positions_without_padding(model: HfModel) -> RemovableHandle | None:
 
     def add_positions(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         mask = kwargs.get("attention_mask")
-        plain = isinstance(mask, Tensor) and mask.dim() == 2 and kwargs.get("past_key_values") is None
-        if plain and kwargs.get("position_ids") is None:
+        alone = kwargs.get("past_key_values") is None and kwargs.get("position_ids") is None
+        if alone and isinstance(mask, Tensor) and mask.dim() == 2:
             kwargs = kwargs | {"position_ids": (mask.long().cumsum(-1) - 1).clamp_min(0)}
         return args, kwargs
 
