@@ -186,7 +186,8 @@ def test_score_writes_no_null(
 SHOWN = {
     "train-reward": ["preferences"], "evaluate-reward": ["questions"], "score": ["samples"],
     "train-policy": ["prompts", "samples"],
-    "best-of-n": ["prompts"], "trust": ["prompts", "preferences"], "ensemble": ["preferences"], "study": ["preferences", "prompts"],
+    "best-of-n": ["prompts"], "trust": ["prompts", "preferences"], "ensemble": ["preferences"],
+    "study": ["preferences", "prompts"],
     "reference": ["preferences", "samples"], "serve": ["preferences"],
 }  # fmt: skip
 
