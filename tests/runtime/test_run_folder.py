@@ -65,6 +65,15 @@ def test_a_finished_run_may_grow_and_not_shrink(tmp_path: Path) -> None:
         Run.open(tmp_path, Config(), grows=("size",))
 
 
+def test_a_list_grows_at_its_end_only(tmp_path: Path) -> None:
+    Run.open(tmp_path, Config(names=("b", "c"))).finish({"steps": 3})
+    (tmp_path / "checkpoint.safetensors").touch()
+    for other in (("c", "d"), ("c", "b", "c"), ("b",), ("b", "d", "e")):
+        with pytest.raises(PoiseError, match="differs in names"):
+            Run.open(tmp_path, Config(names=other), grows=("names",))
+    assert Run.open(tmp_path, Config(names=("b", "c", "a")), grows=("names",)).results is None
+
+
 def test_a_setting_that_an_old_run_lacks_had_its_default(tmp_path: Path) -> None:
     @dataclass(frozen=True)
     class Newer(Config):

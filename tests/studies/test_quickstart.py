@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,8 +31,18 @@ def finished(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recipes, "human_ratings", fake_ratings)
         shorten(patch)
-        recipes.run(recipes.Config(output=str(folder), model=tiny_model, num_preferences=40, num_steps=2))
+        config = recipes.Config(output=str(folder), model=tiny_model, num_preferences=40, num_steps=2)
+        two = recipes.run(config).results
+        assert two is not None
+        assert [stage["name"] for stage in two["stages"]][3:] == ["PPO, conventional", "PPO, robust", "comparison"]
+        # A third arm is added to the finished two, which are not trained again.
+        before = {path: path.stat().st_mtime_ns for path in folder.glob("policy-*/policy/*")}
+        recipes.run(replace(config, arms=ALL))
+        assert {path: path.stat().st_mtime_ns for path in before} == before
     return folder
+
+
+ALL: tuple[Any, ...] = ("conventional", "robust", "brme")
 
 
 def shorten(patch: pytest.MonkeyPatch) -> None:
@@ -46,8 +57,8 @@ def shorten(patch: pytest.MonkeyPatch) -> None:
 def test_a_quickstart_leaves_every_result(finished: Path) -> None:
     results = json.loads((finished / "results.json").read_text())
     assert [stage["name"] for stage in results["stages"]] == [
-        "model and data", "reward models", "best-of-n pool", "PPO, conventional", "PPO, robust", "PPO, brme",
-        "comparison",
+        "model and data", "reward models", "best-of-n pool", "PPO, conventional", "PPO, robust", "comparison",
+        "PPO, brme",
     ]  # fmt: skip
     comparison = json.loads((finished / "comparison" / "results.json").read_text())
     assert [arm["name"] for arm in comparison["arms"]] == ["conventional", "robust", "brme"]
@@ -85,7 +96,7 @@ def test_starting_again_does_nothing_twice(finished: Path, tiny_model: str, monk
     monkeypatch.setattr(recipes, "human_ratings", None)
     shorten(monkeypatch)
     before = (finished / "comparison" / "results.json").read_text()
-    recipes.run(recipes.Config(output=str(finished), model=tiny_model, num_preferences=40, num_steps=2))
+    recipes.run(recipes.Config(output=str(finished), model=tiny_model, num_preferences=40, num_steps=2, arms=ALL))
     assert (finished / "comparison" / "results.json").read_text() == before
 
 

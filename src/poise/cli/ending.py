@@ -202,13 +202,16 @@ def _compared(done: Run) -> list[tuple[str, str]]:
     return rows
 
 
-def _quickstart(_: Any, done: Run) -> Ending:
+def _quickstart(config: Any, done: Run) -> Ending:
     rows = _compared(Run(done.folder / "comparison"))
     models = (Run(done.folder / "reward").results or {}).get("models") or {}
     seconds = (done.results or {}).get("total_seconds") or 0.0
     rows.append(("time", f"{seconds / 60:.0f} min"))
-    chat = _command("chat", str(done.folder / "policy-robust"))
-    return Ending(rows, (chat,), tuple(_warned(done.folder / "reward", models)))
+    following = [_command("chat", str(done.folder / f"policy-{config.arms[-1]}"))]
+    if "brme" not in config.arms:  # the paper's, about four minutes more
+        folder = [] if config.output == type(config).output else ["--output", config.output]
+        following.append(_command("quickstart", *folder, "--arms", *config.arms, "brme"))
+    return Ending(rows, tuple(following), tuple(_warned(done.folder / "reward", models)))
 
 
 def _evaluate_reward(config: Any, done: Run) -> Ending:

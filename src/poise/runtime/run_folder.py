@@ -75,7 +75,7 @@ class Run:
         """Open `folder` for `config` (a dataclass), creating it if need be, and be the one process that writes in it.
 
         inputs: called for the files and model folders that the run reads; not called for a finished run.
-        grows: numbers of which a run may take more than it was begun with. A finished run then goes on.
+        grows: numbers and lists of which a run may take more than it was begun with. A finished run then goes on.
         A folder in which a run of another config left neither results nor checkpoints is taken over.
         A setting that the folder's config.yaml lacks, being of an earlier version, had the default it has now.
         Raises PoiseError if the folder holds something else, a run of another config or with other inputs, or if
@@ -126,7 +126,7 @@ class Run:
 
     def _extends(self, config: Any, changed: list[str], grows: Collection[str]) -> bool:
         before, now = load_config_file(self.folder / "config.yaml"), config_dict(config)
-        return set(changed) <= set(grows) and all(now[name] > before.get(name, now[name]) for name in changed)
+        return set(changed) <= set(grows) and all(_is_more(now[name], before.get(name)) for name in changed)
 
     def _begin_anew(self) -> None:
         """Delete what a run without a checkpoint left. The caller holds the lock."""
@@ -305,6 +305,13 @@ def append_jsonl(path: Path, rows: list[Json]) -> None:
 def write_jsonl(path: Path, rows: list[Json]) -> None:
     """Atomic JSON lines. Raises PoiseError for NaN and infinities."""
     write_atomic(path, as_lines(rows, str(path)))
+
+
+def _is_more(now: Any, before: Any) -> bool:
+    """Is a number larger, or a list the same one and longer?"""
+    if isinstance(now, list):
+        return isinstance(before, list) and now[: len(before)] == before and len(now) > len(before)
+    return before is not None and bool(now > before)
 
 
 def keep_rows_before(path: Path, step: int) -> None:

@@ -34,7 +34,7 @@ def run(config: Config) -> Run:
     by_prompt = [_gold_by_prompt(rows) for rows in finals]
     if any(golds.keys() != by_prompt[0].keys() for golds in by_prompt):
         raise PoiseError("the arms were not evaluated on the same prompts")
-    out = Run.open(config.output, config)
+    out = Run.open(config.output, config, grows=("arms", "labels"))
     arms = [
         _arm(Path(arm), label, rows, config.gold) for arm, label, rows in zip(config.arms, labels, finals, strict=True)
     ]

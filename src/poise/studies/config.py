@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -142,6 +142,9 @@ class QuickstartConfig(Settings):
     """Language model: local folder or hub id."""
     num_preferences: Annotated[int, at_least(2)] = 400
     """Human preference pairs to train the reward models on."""
+    arms: Annotated[tuple[Literal["conventional", "robust", "brme"], ...], sized(2)] = ("conventional", "robust")
+    """Policies to train: one head without a bound, the bounded lower confidence bound, and the paper's trade-off of
+    BRME heads. A finished quickstart takes more of them: `--arms conventional robust brme`."""
     num_steps: Count = 28
     """PPO steps of each arm."""
     kl_coef: NotNegative = 0.01

@@ -72,6 +72,7 @@ ARMS = {
     ),
     "brme": Arm("brme", "tradeoff(0.4)", "BRME: nominal and worst case of Gaussian heads"),
 }  # fmt: skip
+GROWS = ("arms",)  # a finished quickstart of fewer arms goes on
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class _Stage:
 
 def run(config: Config) -> Run:
     """Run every stage that is not complete; returns the run, with report.html in its folder."""
-    out = Run.open(config.output, config, lambda: {"--model": [Path(resolve_model(config.model))]})
+    out = Run.open(config.output, config, lambda: {"--model": [Path(resolve_model(config.model))]}, GROWS)
     folder = out.folder
     console.print(f"Poise quickstart in {folder}; its page from the first minutes: {folder / 'report.html'}")
     with live.refreshed(folder):
@@ -118,7 +119,8 @@ def _stages(config: Config, out: Run) -> None:
         objectives=tuple(f"{arm.reward}:{arm.objective}" for arm in ARMS.values()),
     )  # fmt: skip
     _stage(out, "best-of-n pool", lambda: best_of_n.run(pool))
-    for name, arm in ARMS.items():
+    arms = {name: ARMS[name] for name in config.arms}
+    for name, arm in arms.items():
         policy = replace(
             LAPTOP_POLICY, prompts=str(folder / "prompts.jsonl"), eval_prompts=str(folder / "eval_prompts.jsonl"),
             reward=str(folder / "reward" / arm.reward), output=str(folder / f"policy-{name}"),
@@ -126,7 +128,7 @@ def _stages(config: Config, out: Run) -> None:
         )  # fmt: skip
         _stage(out, f"PPO, {name}", functools.partial(_train_policy, arm.applied(policy)))
     comparison = compare.Config(
-        arms=tuple(str(folder / f"policy-{name}") for name in ARMS), labels=tuple(arm.label for arm in ARMS.values()),
+        arms=tuple(str(folder / f"policy-{name}") for name in arms), labels=tuple(arm.label for arm in arms.values()),
         pool=str(folder / "pool"), output=str(folder / "comparison"), gold=REVIEWS,
     )  # fmt: skip
     _stage(out, "comparison", lambda: compare.run(comparison))
