@@ -67,16 +67,10 @@ def test_agreement_by_hand() -> None:
     assert trust.agreement(np.array([], dtype=bool)) == {"share": None, "interval": None, "pairs": 0}
 
 
-def test_doubling_is_the_last_less_the_one_before() -> None:
-    correct = np.array([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0], [1.0, 0.0, 1.0, 1.0]])
-    gain, low, high = trust.doubling_of_accuracy(correct, np.arange(4))
-    assert gain == 0.25
-    assert (low, high) == (0.0, 0.75)
-    # pairs of one prompt are drawn together: with all in two prompts only 0, .25 and .5 can come
-    gain, low, high = trust.doubling_of_accuracy(correct, np.array([0, 0, 1, 1]))
-    assert (gain, low, high) == (0.25, 0.0, 0.5)
-    gains = np.array([[[9.0, 9.0]], [[1.0, 2.0]], [[2.0, 5.0]]])
-    gain, low, high = trust.doubling_of_selection(gains)
-    assert gain == 2.0
-    assert low == pytest.approx(2 - 12.706 * 1.0, abs=1e-2)  # t of one degree of freedom; the mean's std error is 1
-    assert math.isnan(trust.doubling_of_selection(gains[:, :, :1])[1])
+def test_doubling_by_hand() -> None:
+    mean, low, high = trust.doubling(np.array([0.0, 0.1, 0.2, 0.1]), np.array([0.0, 0.2]))
+    variance = 0.02 / 3 * (1 / 4 + 1 / 3) + 0.02 / 2
+    assert mean == pytest.approx(0.1)
+    assert [low, high] == pytest.approx([0.1 - 3.18245 * variance**0.5, 0.1 + 3.18245 * variance**0.5], abs=1e-5)
+    alone = trust.doubling(np.array([0.0, 0.1, 0.2, 0.1]), np.array([0.5]))  # one prompt does not say how others vary
+    assert alone == trust.doubling(np.array([0.0, 0.1, 0.2, 0.1]))

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from poise.errors import PoiseError
-from poise.functional.trust import doubling_of_accuracy
+from poise.functional.trust import doubling
 from poise.reward import room as rooms
 from poise.reward.pairs import FeaturePairs
 from poise.reward.room import FOLDS, room
@@ -25,17 +25,17 @@ def test_room_is_seen_where_there_is_some_and_nowhere_else() -> None:
     texts = torch.randn(6, 120, generator=torch.Generator().manual_seed(1))
     groups = np.arange(1600)
     hungry, full = room(labeled(1600, 120), groups, texts, 0), room(labeled(1600, 2), groups, texts[:, :2], 0)
-    low = doubling_of_accuracy(hungry.correct_SN, groups)[1]
-    assert low > 0  # 640 pairs for 120 features, and 1280
-    low, high = doubling_of_accuracy(full.correct_SN, groups)[1:]
-    assert low < 0 < high < 0.02  # 640 pairs are plenty for two features
-    assert hungry.num_pairs == pytest.approx([320, 640, 1280])
+    low = doubling(hungry.accuracy_SF[-1] - hungry.accuracy_SF[-2])[1]
+    assert low > 0  # 720 pairs for 120 features, and 1440
+    low, high = doubling(full.accuracy_SF[-1] - full.accuracy_SF[-2])[1:]
+    assert low < 0 < high < 0.02  # 720 pairs are plenty for two features
+    assert hungry.num_pairs == pytest.approx([360, 720, 1440])
     assert hungry.reward_SFT.shape == (3, FOLDS, 6)
 
 
 def test_no_prompt_is_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pairs of one group are equal here: a head that had seen a part of a group would know the rest."""
-    pairs, groups = labeled(25, 8), np.repeat(np.arange(25), 4)
+    pairs, groups = labeled(40, 8), np.repeat(np.arange(40), 4)
     pairs = pairs.rows(torch.from_numpy(groups))
     seen: list[set[float]] = []
     fit = rooms.fit_bradley_terry
@@ -46,15 +46,14 @@ def test_no_prompt_is_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(rooms, "fit_bradley_terry", watched)
     found = room(pairs, groups, torch.randn(2, 8), 0)
-    assert [len(part) for part in seen] == [5, 10, 20] * FOLDS
+    assert [len(part) for part in seen] == [9, 18, 36] * FOLDS
     for fold in range(FOLDS):
         assert seen[3 * fold] < seen[3 * fold + 1] < seen[3 * fold + 2]
     whole = {value for part in seen for value in part}
-    assert len(whole) == 25
+    assert len(whole) == 40
     held = [whole - seen[3 * fold + 2] for fold in range(FOLDS)]
     assert sorted(value for part in held for value in part) == sorted(whole)  # each held out once
-    for rows in np.split(found.correct_SN, 25, axis=1):
-        assert (rows == rows[:, :1]).all()
+    assert set(np.unique(found.accuracy_SF * 4)) <= set(range(5))  # four groups a fold, each right or wrong as one
 
 
 def test_too_few_prompts_are_refused() -> None:

@@ -56,8 +56,6 @@ def _said_of_room(room: Json | None) -> Verdict | None:
             f"Room cannot be told: the trunk was trained on these very pairs, so they are no longer new to it "
             f"({bounds} for twice the pairs). Give --preferences pairs that it has not seen.",
         )
-    if low is None:
-        return Verdict("unclear", f"Room cannot be told from one prompt ({bounds}).")
     if low > 0:
         return Verdict(
             "better",
@@ -122,8 +120,8 @@ def _room(room: Json | None) -> list[Part]:
         row: list[Cell] = [number(count, 0), percent(room["accuracy"][i])]
         rows.append(row + ([f"{number(room['selection'][i])} std"] if "selection" in room else []))
     text = (
-        "A head fitted anew on the same trunk to a quarter, a half and all of the pairs outside one fifth, which "
-        "judges it; each fifth in turn, whole prompts at a time."
+        "A head fitted anew on the same trunk to a quarter, a half and all of the pairs outside one tenth, which "
+        "judges it; each tenth in turn, whole prompts at a time."
     )
     return [Table("Room", head, rows, text)]
 

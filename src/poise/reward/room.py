@@ -19,20 +19,20 @@ from poise.reward.heads import best_prior, fit_bradley_terry
 from poise.reward.pairs import FeaturePairs
 from poise.runtime.progress import progress
 
-FOLDS = 5
-LEAST_GROUPS = 4 * FOLDS
+FOLDS = 10
+LEAST_GROUPS = 2 * FOLDS
 SHARES = (0.25, 0.5, 1.0)  # of the pairs outside a fold
 
 
 class Room(NamedTuple):
     """num_pairs: that the heads of each size were fitted to, on average over folds.
 
-    correct_SN: is the held-out pair ordered rightly; .5 for a tie.
+    accuracy_SF: share of a fold's pairs that are ordered rightly by heads that were fitted to other ones.
     reward_SFT: what the heads of each fold say of other texts.
     """
 
     num_pairs: list[float]
-    correct_SN: Float[ndarray, "sizes pairs"]
+    accuracy_SF: Float[ndarray, "sizes folds"]
     reward_SFT: Float[ndarray, "sizes folds texts"]
 
 
@@ -43,7 +43,7 @@ def room(
 
     groups: pairs of one number, such as those of a prompt, are held out and left out together. Each size has a prior
     of its own, chosen on a part of the pairs of the first fold.
-    Raises PoiseError for fewer groups than a quarter of four fifths can be taken of.
+    Raises PoiseError for fewer than LEAST_GROUPS.
     """
     names = np.unique(groups)
     if len(names) < LEAST_GROUPS:
@@ -52,7 +52,7 @@ def room(
     names = rng.permutation(names)
     center, scale = pairs.texts_NH.mean(0), pairs.texts_NH.std(0).clamp_min(1e-6)
     pairs, texts = pairs.standardized(center, scale), (texts_TH.double() - center) / scale
-    correct = np.zeros((len(SHARES), len(groups)))
+    accuracy = np.zeros((len(SHARES), FOLDS))
     reward = np.zeros((len(SHARES), FOLDS, len(texts)))
     counts = np.zeros(len(SHARES))
     priors: dict[float, float] = {}
@@ -64,15 +64,15 @@ def room(
                 taken = rest[: round(share * len(rest))]  # nested: a larger part holds the smaller ones
                 fit = np.flatnonzero(np.isin(groups, taken))
                 if share not in priors:
-                    inner = np.isin(groups[fit], taken[: max(1, len(taken) // FOLDS)])
+                    inner = np.isin(groups[fit], taken[: max(1, len(taken) // 5)])
                     priors[share], _ = best_prior(_rows(pairs, fit[~inner]), _rows(pairs, fit[inner]))
                 weight = fit_bradley_terry(_rows(pairs, fit), priors[share])
                 margin = (_rows(pairs, held).difference_NH @ weight).numpy()
-                correct[i, held] = (np.sign(margin) + 1) / 2
+                accuracy[i, fold] = ((np.sign(margin) + 1) / 2).mean()  # a tie is half right
                 reward[i, fold] = (texts @ weight).numpy()
                 counts[i] += len(fit) / FOLDS
                 advance(1)
-    return Room(counts.tolist(), correct, reward)
+    return Room(counts.tolist(), accuracy, reward)
 
 
 def _rows(pairs: FeaturePairs, index: Int[ndarray, " rows"]) -> FeaturePairs:

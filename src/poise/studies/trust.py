@@ -31,7 +31,6 @@ from poise.reward.pairs import pair_features, prompt_groups, text_groups
 from poise.reward.room import LEAST_GROUPS, room
 from poise.runtime import records
 from poise.runtime.progress import console, progress
-from poise.runtime.records import undefined_as_none
 from poise.runtime.run_folder import Inputs, Json, Run, load_config_file, write_json, write_jsonl
 from poise.studies.choose import judge_by_page, read_judgments
 from poise.studies.pool import PoolRow, pool_prompts, sample_pool, samples_of
@@ -107,10 +106,10 @@ def _room(config: Config, scorer: Scorer, pool: Sequence[Json], validator: ndarr
     preferences, groups = _groups(config, check)
     pairs = pair_features(scorer.extract, preferences)
     found = room(pairs, groups, scorer.extract(samples_of(pool)).cpu(), config.seed)
-    accuracy, low, high = trust.doubling_of_accuracy(found.correct_SN, groups)
+    accuracy, low, high = trust.doubling(found.accuracy_SF[-1] - found.accuracy_SF[-2])
     results: Json = {
         "num_pairs": [round(count, 1) for count in found.num_pairs],
-        "accuracy": found.correct_SN.mean(-1).tolist(),
+        "accuracy": found.accuracy_SF.mean(-1).tolist(),
         "accuracy_doubled": accuracy, "accuracy_interval": [low, high],
         "seen": _has_seen(Path(reward_folder(config.reward, config.objective, None)), config.preferences),
     }  # fmt: skip
@@ -123,10 +122,11 @@ def _room(config: Config, scorer: Scorer, pool: Sequence[Json], validator: ndarr
             for of_folds in found.reward_SFT
         ]
     )
-    more, low, high = trust.doubling_of_selection(gain_SFP)
+    more_FP = gain_SFP[-1] - gain_SFP[-2]
+    more, low, high = trust.doubling(more_FP.mean(1), more_FP.mean(0))
     return results | {
         "selection": gain_SFP.mean((1, 2)).tolist(),
-        "selection_doubled": more, "selection_interval": undefined_as_none([low, high]),
+        "selection_doubled": more, "selection_interval": [low, high],
     }  # fmt: skip
 
 
