@@ -1,4 +1,4 @@
-"""Tests with other projects' engines, each in an environment of its own: `make test-engines`. Left out by `make test`."""
+"""Tests with other projects' engines, each in its own environment: `make test-engines`. `make test` leaves them out."""
 
 import os
 
