@@ -1,6 +1,7 @@
 # Two commands: `make quickstart` and `make test`. Both make their own .venv from requirements.lock.
-# `make test-fast` leaves out the tests marked slow. `make docs` builds the documentation into site/.
-# `make coverage` lists the lines and branches of src/poise that the fast tests never take.
+# `make test-fast` leaves out the tests marked slow. `make test-engines` runs tests/engines, each with its own packages in
+# .engines/, which are kept. `make docs` builds the documentation into site/. `make coverage` lists the lines and branches of
+# src/poise that the fast tests never take.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,12 +9,15 @@ BIN := $(VENV)/bin
 # Two processes of one thread each: more threads would only wait for one another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: quickstart check test test-fast coverage docs clean
+.PHONY: quickstart check test test-fast test-engines coverage docs clean
 
-$(VENV)/installed: requirements.lock pyproject.toml
+ENGINES := $(patsubst tests/engines/%/requirements.txt,%,$(wildcard tests/engines/*/requirements.txt))
+
+$(VENV)/installed: requirements.lock requirements-torch.lock pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Poise needs Python 3.11 or newer; set PYTHON=python3.11"'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-torch.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
@@ -37,8 +41,24 @@ coverage: $(VENV)/installed
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
 
+test-engines: $(ENGINES:%=test-engine-%)
+
+test-engine-%: .engines/%/installed
+	POISE_ENGINES=1 ENGINE_RESULT=$(CURDIR)/.engines/$*/result.json OMP_NUM_THREADS=1 \
+		.engines/$*/bin/python -m pytest tests/engines/$*
+
+# An engine's own packages come before those of .venv, which it finds through a .pth file.
+.PRECIOUS: .engines/%/installed
+.engines/%/installed: tests/engines/%/requirements.txt $(VENV)/installed
+	$(BIN)/python -m venv .engines/$*
+	SITE='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+		echo "import site; site.addsitedir('$$($(BIN)/python -c "$$SITE")')" \
+		> "$$(.engines/$*/bin/python -c "$$SITE")/zz_poise.pth"
+	.engines/$*/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
 docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info
+	rm -rf $(VENV) .engines build dist site *.egg-info

@@ -1,6 +1,7 @@
-"""Reading rows: seconds and memory by number of rows, for JSON lines, CSV and Parquet; and the memory of `poise score`.
+"""Reading rows: seconds and memory by number of rows; and the memory of `poise score` and `poise evaluate-reward`.
 
     python benchmarks/read_rows.py --output read-rows.json [--rows 10000 100000] [--score-rows 2000 20000 200000]
+        [--evaluate-rows 2000 20000]
 
 Every case runs in a process of its own, with one thread. Seconds are of processor time, of reading alone, without
 imports. Memory is the highest resident size of the process; that of a process which reads ten rows stands beside it,
@@ -48,6 +49,16 @@ if path.suffix == ".parquet":
 else:
     count = sum(1 for _ in path.open())
 print(count, seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+EVALUATE = """
+import resource, sys, time
+import torch
+from poise.reward import evaluate
+torch.set_num_threads(1)
+started = time.process_time()
+run = evaluate.run(evaluate.Config((sys.argv[1],), sys.argv[2], output=sys.argv[3], feature_cache=False))
+seconds = time.process_time() - started
+print(run.results["rewards"][0]["pairs"]["num_pairs"], seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
@@ -142,10 +153,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--rows", type=int, nargs="*", default=[10_000, 100_000])
     parser.add_argument("--score-rows", type=int, nargs="*", default=[2_000, 20_000, 200_000])
+    parser.add_argument("--evaluate-rows", type=int, nargs="*", default=[2_000, 20_000])
     parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args()
     started = time.monotonic()
-    results: dict[str, Any] = {"reading": {}, "score": []}
+    results: dict[str, Any] = {"reading": {}, "score": [], "evaluate": []}
 
     def kept() -> None:  # after every case: the largest take long, and may be stopped
         write_json(
@@ -162,13 +174,18 @@ def main() -> None:
                 results["reading"][kind] = found
                 kept()
         reward = tiny_reward(folder / "reward")
-        for count in (10, *options.score_rows):
+        for count in (10, *options.score_rows) if options.score_rows else ():
             for kind in ("jsonl", "parquet"):
                 file = samples(folder, kind, count)
                 found = measured(SCORE, reward, str(file), str(folder / f"scores.{kind}"))
                 results["score"].append({"form": kind, **found})
                 print("score", results["score"][-1], flush=True)
                 kept()
+        for count in options.evaluate_rows:
+            file = written(folder, "jsonl", count)
+            results["evaluate"].append(measured(EVALUATE, reward, str(file), str(folder / f"evaluation-{count}")))
+            print("evaluate", results["evaluate"][-1], flush=True)
+            kept()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 FIELDS = {"what", "command", "claim"}
+NOTE = "note"  # what else a reader must know; not every result has one
 NOT_RESULTS = {"README.md", "index.yaml"}
 HEAD = """# Results
 
@@ -46,7 +47,7 @@ def faults(index: dict[str, dict[str, str]]) -> list[str]:
     found += [f"index.yaml names {name}, which is not there" for name in sorted(index.keys() - there.keys())]
     for name in sorted(index.keys() & there.keys()):
         entry = index[name]
-        if entry.keys() != FIELDS or not all(entry.values()):
+        if entry.keys() - {NOTE} != FIELDS or not all(entry.values()):
             found.append(f"{name} needs {', '.join(sorted(FIELDS))} and nothing else")
             continue
         if not re.search(r"\d{4}-\d\d-\d\d$", name):
@@ -69,8 +70,9 @@ def page(index: dict[str, dict[str, str]]) -> str:
         command = entry["command"]
         if "`" not in command:
             command = f"`{command}`"
+        claim = f"{entry['claim']} *{entry[NOTE]}*" if NOTE in entry else entry["claim"]
         title, date = name[:-11], name[-10:]
-        rows.append(f"| [{title}]({there[name].name}) | {date} | {entry['what']} | {command} | {entry['claim']} |\n")
+        rows.append(f"| [{title}]({there[name].name}) | {date} | {entry['what']} | {command} | {claim} |\n")
     return HEAD + "".join(rows)
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "licences.md"
-LOCK = ROOT / "requirements.lock"
+LOCKS = (ROOT / "requirements.lock", ROOT / "requirements-torch.lock")
 
 
 def pins() -> dict[str, str]:
-    """Version by package, as requirements.lock pins them."""
-    return dict(re.findall(r"^([A-Za-z0-9_.-]+)==([^\s\\;]+)", LOCK.read_text(), re.MULTILINE))
+    """Version by package, as the locks pin them."""
+    text = "\n".join(lock.read_text() for lock in LOCKS)
+    return dict(re.findall(r"^([A-Za-z0-9_.-]+)==([^\s\\;]+)", text, re.MULTILINE))
 
 
 def licence(package: str) -> str:

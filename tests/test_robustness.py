@@ -47,3 +47,12 @@ def test_the_kill_points_are_counted() -> None:
 def test_every_package_has_a_licence() -> None:
     listed = set(re.findall(r"^\| (\S+) \| .+ \|$", licences.PAGE.read_text(), re.MULTILINE)) - {"Package"}
     assert listed == set(licences.pins())
+
+
+def test_every_package_but_torch_has_hashes() -> None:
+    blocks = re.split(r"\n(?=\w)", licences.LOCKS[0].read_text().partition("\nabsl")[2])
+    assert len(blocks) > 100
+    assert all(re.search(r"--hash=sha256:[0-9a-f]{64}$", block.strip()) for block in blocks)
+    assert set(licences.pins()) - {"torch"} == {
+        line.partition("==")[0] for line in licences.LOCKS[0].read_text().splitlines() if re.match(r"\w.*==", line)
+    }
