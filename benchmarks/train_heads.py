@@ -92,8 +92,9 @@ def train(
 ) -> tuple[Heads, list[dict[str, float]]]:
     generator = torch.Generator().manual_seed(1)
     return train_heads(
-        fit, held, targets, shards, generator, num_steps=STEPS, learning_rate=RATE, initial_std=INITIAL_STD
-    )
+        fit, held, targets, shards, generator, loss_name="sampled_mse", num_steps=STEPS, learning_rate=RATE,
+        initial_std=INITIAL_STD,
+    )  # fmt: skip
 
 
 def first_weights(generator: torch.Generator) -> Tensor:

@@ -66,7 +66,10 @@ def synthetic(world: str, seed: int) -> dict[str, dict[str, float]]:
     found = {}
     for shards in SHARDS:
         split = make_shards(shards, fit, held, HEADS, generator)
-        heads, _ = train_heads(fit, held, Targets(target, held_target), split, generator, num_steps=2000)
+        heads, _ = train_heads(
+            fit, held, Targets(target, held_target), split, generator, loss_name="sampled_mse", num_steps=2000,
+            learning_rate=3e-3, initial_std=0.1,
+        )  # fmt: skip
         said = decode(heads, test.texts_NH)
         ways = {"min_std": nominal(said), "mean": mean(said), "random": random_head(said, generator)}
         found[shards] = {name: (reward - truth).square().mean().sqrt().item() for name, reward in ways.items()}
@@ -99,7 +102,10 @@ def real(run: Path, test: str) -> Callable[[int], dict[str, dict[str, float]]]:
         for shards in (*SHARDS, "source") if len(set(sources)) > 1 else SHARDS:
             split = make_shards(shards, fit, stop, HEADS, generator, sources, stop_sources)
             std = single.weight_LH.std().item()
-            heads, _ = train_heads(fit, stop, Targets.of(single, fit, stop), split, generator, initial_std=std)
+            heads, _ = train_heads(
+                fit, stop, Targets.of(single, fit, stop), split, generator, loss_name="sampled_mse", num_steps=600,
+                learning_rate=3e-3, initial_std=std,
+            )  # fmt: skip
             chosen, rejected = (decode(heads, part) for part in (judge.chosen_NH, judge.rejected_NH))
             draw = [random_head(said, generator) for said in (chosen, rejected)]
             found[shards] = {

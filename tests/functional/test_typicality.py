@@ -94,6 +94,12 @@ def test_a_feature_that_does_not_vary_keeps_its_unit() -> None:
     assert distance(known[0] + torch.eye(7)[6], reference).isfinite()
 
 
+def test_two_texts_are_the_least_of_a_reference() -> None:
+    reference = fit_reference(torch.tensor([[0.0, 1.0], [2.0, 5.0]]))
+    assert reference.num_texts == 2
+    assert distance(torch.tensor([[0.0, 1.0], [2.0, 5.0], [1.0, 3.0]]), reference).tolist() == pytest.approx([1, 1, 0])
+
+
 def test_features_that_say_the_same_are_no_trouble() -> None:
     """Their covariance is singular, and Ledoit and Wolf's shrinkage is 0 where all texts lie equally far out."""
     signs = torch.tensor([[1.0], [-1.0]]).repeat(8, 3)

@@ -268,6 +268,7 @@ def test_an_ensemble_is_its_members_heads_on_one_scale(
 def test_an_ensemble_is_saved_and_found_again(members: list[str], tmp_path: Path) -> None:
     ensemble = Ensemble.fit(members[:2], SAMPLES)
     ensemble.save(tmp_path / "both", [str(Path(path).resolve()) for path in members[:2]])
+    ensemble.save(tmp_path / "both", [str(Path(path).resolve()) for path in members[:2]])  # in place of itself
     loaded = Scorer.load(str(tmp_path / "both"))
     torch.testing.assert_close(loaded(SAMPLES), ensemble(SAMPLES))
     assert loaded.extract is not None
@@ -317,6 +318,7 @@ def test_an_ensemble_of_known_heads_equals_values_worked_out_by_hand() -> None:
     assert heads.std.tolist() == [[0.0] * 4] * 2
     assert (one.asked, other.asked) == ([told], [None])  # each trunk reads once; the bar counts the first
     assert ensemble.num_truncated == 7  # a text that two members of one trunk read is one text
+    assert ensemble.extract is one
     layout = ensemble.layout
     assert (layout.num_heads, layout.kind, layout.offset) == (4, "point", (0.0,) * 4)
     assert layout.std_scale == (3.0, 4.0, 1.0, 1.0)

@@ -199,3 +199,11 @@ def test_the_prior_is_the_one_that_predicts_held_out_pairs_best() -> None:
     candidates = [10.0 ** (power / 2) for power in range(9)]
     assert precision == min(candidates, key=held_nll) > 100
     torch.testing.assert_close(weight, fit_bradley_terry(fit, precision))
+
+
+def test_the_prior_is_one_of_a_grid_from_1_to_10_000() -> None:
+    """The weakest where held-out pairs are those of the fit, the strongest where they say the opposite."""
+    fit = make_pairs(300)
+    opposite = fit._replace(chosen_NH=fit.rejected_NH, rejected_NH=fit.chosen_NH)
+    assert choose_prior(fit, fit)[0] == 1.0
+    assert choose_prior(fit, opposite)[0] == pytest.approx(1e4)

@@ -162,8 +162,9 @@ def trained_heads(steps: int) -> tuple[Heads, list]:
     everything = Shards(torch.ones(400, 3, dtype=torch.bool), torch.ones(200, 3, dtype=torch.bool))
     targets = Targets.of(single_head(weight), features, held)
     return train_heads(
-        features, held, targets, everything, generator, num_steps=steps, learning_rate=0.02, initial_std=0.6
-    )
+        features, held, targets, everything, generator, loss_name="sampled_mse", num_steps=steps, learning_rate=0.02,
+        initial_std=0.6,
+    )  # fmt: skip
 
 
 def test_heads_learn_the_stage_one_reward_and_std_shrinks_where_there_is_data() -> None:
@@ -208,7 +209,7 @@ def test_history_holds_the_validation_error_of_the_heads_as_they_were() -> None:
     targets = Targets.of(single_head(weight), features, held)
     heads, (entry,) = train_heads(
         features, held, targets, Shards(*mask), torch.Generator().manual_seed(0), loss_name="gaussian_nll",
-        num_steps=20, initial_std=0.3,
+        num_steps=20, learning_rate=3e-3, initial_std=0.3,
     )  # fmt: skip
     said = held.texts_NH @ heads.weight_LH.T - heads.offset_L
     mean, std = said[:, :2], 1e-3 + torch.nn.functional.softplus(said[:, 2:])
@@ -244,8 +245,9 @@ def test_heads_of_regions_are_stopped_by_their_own_region() -> None:
 
     def error_at_home(shards: Shards) -> float:
         heads, _ = train_heads(
-            fit, held, targets, shards, torch.Generator().manual_seed(1), num_steps=3000, learning_rate=0.02
-        )
+            fit, held, targets, shards, torch.Generator().manual_seed(1), loss_name="sampled_mse", num_steps=3000,
+            learning_rate=0.02, initial_std=0.1,
+        )  # fmt: skip
         said = held.texts_NH @ heads.weight_LH[:2].T - heads.offset_L[:2]
         return (said - held_reward.unsqueeze(-1)).square()[own.held_NK.repeat(2, 1)].mean().item()
 

@@ -172,10 +172,10 @@ def train_heads(
     shards: Shards,
     generator: torch.Generator,
     *,
-    loss_name: HeadLossName = "sampled_mse",
-    num_steps: int = 600,
-    learning_rate: float = 3e-3,
-    initial_std: float = 0.1,
+    loss_name: HeadLossName,
+    num_steps: int,
+    learning_rate: float,
+    initial_std: float,
 ) -> tuple[Heads, list[Json]]:
     """(K Gaussian heads, history of validation error), all K in one product and one optimizer.
 
