@@ -18,7 +18,14 @@ OLDER = Path(__file__).parent / "older"
 # What settings that came later are in such a run: without them a run folder's reward was its BRME.
 LATER = {
     "train-reward": {"shard": False},
-    "train-policy": {"heads": "brme", "max_kl": None, "validator": "", "keep_at_kl": [], "shard": False},
+    "train-policy": {
+        "heads": "brme",
+        "max_kl": None,
+        "validator": "",
+        "keep_at_kl": [],
+        "shard": False,
+        "gradient_checkpointing": False,
+    },  # fmt: skip
 }
 
 

@@ -1,5 +1,6 @@
 """What is found on the meta device is what tensors with memory take."""
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -24,23 +25,27 @@ def test_the_shape_is_that_of_the_model(any_model: str) -> None:
     assert 5 * shape.cached == sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
 
 
-@pytest.mark.parametrize("tune", ["lora", "full"])
-def test_a_part_of_an_update_is_counted_as_it_is_with_memory(tune: str, tiny_model: str) -> None:
+@pytest.mark.parametrize(("tune", "checkpointing"), [("lora", False), ("full", False), ("lora", True)])
+def test_a_part_of_an_update_is_counted_as_it_is_with_memory(tune: str, checkpointing: bool, tiny_model: str) -> None:
     """The policy's own forward and backward on real tensors; the three layers' sum is drawn from one and two."""
     size: dict[str, Any] = {"prompts": 2, "completions": 3, "prompt_tokens": 7, "max_tokens": 5}
     found = sizing.policy_measured(
         sizing.config_of(tiny_model), tune=tune, layers=2, rank=4, part=2, reading=2, dtype=torch.float32,  # type: ignore[arg-type]
-        checkpointing=False, **size,
+        checkpointing=checkpointing, **size,
     )  # fmt: skip
-    policy = Policy(*load_policy(tiny_model), adapted_layers=2, rank=4, tune=tune)  # type: ignore[arg-type]
+    policy = Policy(
+        *load_policy(tiny_model), adapted_layers=2, rank=4, tune=tune,  # type: ignore[arg-type]
+        gradient_checkpointing=checkpointing,
+    )  # fmt: skip
     for parameter in policy.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
     mask = torch.ones(2, 3, 5)
     ids = torch.ones(2, 7, dtype=torch.long)
     rollout = Rollout(ids, ids, torch.ones(2, 3, 5, dtype=torch.long), mask, mask, mask, torch.randn(2, 7 + 15, 32))
-    assert policy._reading == Reading(packed=True, first_layer=1)
-    with sizing.counted() as live, sizing._FusedAttention():
+    assert policy._reading == Reading(packed=True, first_layer=1, recompute=checkpointing)
+    # The modes of functions do not reach what a backward pass computes again: there PyTorch's own kernel runs.
+    with sizing.counted() as live, contextlib.nullcontext() if checkpointing else sizing._FusedAttention():
         policy._read(policy._base, rollout)[0].sum().backward()
     counted = found.update + found.update_logits
     assert counted == pytest.approx(live.peak, rel=0.03)  # the real one also picks the tokens that were sampled

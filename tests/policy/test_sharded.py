@@ -31,7 +31,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "lora": {"objective": "expected_tradeoff(0.4)", "shaping": "contrastive"},
     "full": {"tune": "full", "learning_rate": 1e-3},
     "all of them": {"tune": "full", "adapted_layers": 0, "learning_rate": 1e-3},
-    "own values": {"value_trunk": "own"},
+    "own values": {"value_trunk": "own", "gradient_checkpointing": True},
 }
 
 
@@ -125,3 +125,16 @@ def test_what_is_not_sharded_is_refused(config: Config) -> None:
         dataclasses.replace(config, algorithm="grpo", shard=True, kl_target=None, settle=False).check()
     with pytest.raises(PoiseError, match="--shard with --tune full needs --baselines"):
         dataclasses.replace(config, tune="full", shaping="par", shard=True).check()
+
+
+@pytest.mark.parametrize("way", rest_slow([{"value_trunk": "own"}, {"tune": "full", "adapted_layers": 0}]))
+def test_recomputed_activations_change_nothing(way: dict[str, Any], config: Config, tmp_path: Path) -> None:
+    """To the last bit: every checkpoint and every number that is logged, but for seconds."""
+    plain = train_policy.run(dataclasses.replace(config, **way))
+    again = train_policy.run(
+        dataclasses.replace(config, **way, gradient_checkpointing=True, output=str(tmp_path / "again"))
+    )
+    one, other = (load_file(run.folder / "checkpoint.safetensors") for run in (plain, again))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    rows = [[{k: v for k, v in row.items() if "seconds" not in k} for row in run.metrics()] for run in (plain, again)]
+    assert rows[0] == rows[1]

@@ -74,6 +74,7 @@ class Policy(nn.Module):
     adapted_layers: how many of the top layers are trained; 0 trains all, with `full` the embeddings too.
     value_trunk: `shared` (a linear function of the policy's last hidden states, whose fit does not move the policy) or
     `own` (trained layers of its own over the same frozen ones).
+    gradient_checkpointing: compute what a layer made again in the backward pass, which then need not be kept.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Policy(nn.Module):
         rank: int,
         tune: Tune = "lora",
         value_trunk: ValueTrunk = "shared",
+        gradient_checkpointing: bool = False,
     ):
         super().__init__()
         self.tokenizer, self.tune = tokenizer, tune
@@ -94,7 +96,8 @@ class Policy(nn.Module):
         self._lowest_trained = self._first_adapted
         device, self.dtype = next(model.parameters()).device, model.dtype
         self.low_precision = is_low(model.dtype)
-        self._plain_head, self._reading = has_plain_head(model), choose(model, self._first_adapted)
+        reading = choose(model, self._first_adapted)
+        self._plain_head, self._reading = has_plain_head(model), reading._replace(recompute=gradient_checkpointing)
         trained = upper_parameters(model, self._first_adapted)
         if tune == "full":  # before the copies are made: the reference computes as the policy does
             for parameter in trained:
@@ -360,7 +363,7 @@ class Policy(nn.Module):
 
     def _predict(self, base: HfModel, rollout: Rollout, *, logits: bool, reading: Reading | None = None) -> Predictions:
         # A rollout without kept hidden states, of another policy, can be read from its tokens.
-        own = self._reading if rollout.hidden_PLH is not None else Reading(self._reading.packed)
+        own = self._reading if rollout.hidden_PLH is not None else self._reading._replace(first_layer=0)
         with self.rounding():
             return predict(base, rollout, reading or own, logits=logits)
 

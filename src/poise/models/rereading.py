@@ -12,13 +12,15 @@ Shapes: _P prompts, _M completions per prompt, _T tokens of a completion, _L row
 """
 
 import contextlib
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from poise.errors import PoiseError
 from poise.models.families import (
@@ -31,17 +33,22 @@ from poise.models.families import (
     tolerance,
     windows,
 )
-from poise.models.loading import HfModel
+from poise.models.loading import HfModel, decoder_layers
 from poise.models.rollout import Rollout, packed_attention
 from poise.models.shared_prompt import equal_completions, positions_of
 from poise.runtime import distributed as processes
 
 
 class Reading(NamedTuple):
-    """How a model reads rollouts again. first_layer: where kept hidden states enter; 0: token ids enter below it."""
+    """How a model reads rollouts again.
+
+    first_layer: where kept hidden states enter; 0: token ids enter below it. recompute: of a layer only what enters it
+    is kept for the backward pass, which computes the rest again.
+    """
 
     packed: bool
     first_layer: int = 0
+    recompute: bool = False
 
 
 class Predictions(NamedTuple):
@@ -63,8 +70,12 @@ def predict(base: HfModel, rollout: Rollout, reading: Reading, *, logits: bool) 
     shape = (*rollout.completion_ids_PMT.shape, -1)
     per_prompt, max_tokens = shape[1:3]
     rows = _packed_rows(base, rollout, reading) if reading.packed else _rows_apart(rollout)
-    together = equal_completions(base, per_prompt, max_tokens) if reading.packed else contextlib.nullcontext()
-    with together, _upper_layers(base, reading.first_layer):
+
+    def together() -> contextlib.AbstractContextManager[None]:
+        return equal_completions(base, per_prompt, max_tokens) if reading.packed else contextlib.nullcontext()
+
+    again = _recomputed(base, together) if reading.recompute else contextlib.nullcontext()
+    with together(), _upper_layers(base, reading.first_layer), again:
         if not logits:
             hidden = base.base_model(**rows.inputs, use_cache=False).last_hidden_state[:, rows.predicts]
             return Predictions(None, hidden.reshape(shape))
@@ -124,6 +135,22 @@ def _upper_layers(base: HfModel, first_layer: int) -> Iterator[None]:
     finally:
         if layers is not None:
             decoder.layers = layers
+
+
+@contextlib.contextmanager
+def _recomputed(base: HfModel, around: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
+    """Within it, layers keep what enters them; the backward pass computes the rest again, within `around`."""
+    layers: Any = decoder_layers(base)[1] if torch.is_grad_enabled() else ()
+    for layer in layers:
+        layer.forward = functools.partial(
+            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False,  # nothing is drawn
+            context_fn=lambda: (contextlib.nullcontext(), around()),
+        )  # fmt: skip
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 @contextlib.contextmanager

@@ -4,9 +4,9 @@ A field that is None where it could be a number was undefined: the reason stands
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from poise.runtime.settings import Bounded, Count, NotNegative, Share, WholeNumber
+from poise.runtime.settings import Bounded, Count, NotNegative, Share, WholeNumber, at_least
 
 Prompt = str | list[dict[str, Any]]
 
@@ -71,9 +71,12 @@ class FinalRow:
 
 @dataclass(frozen=True)
 class BaselineRow:
-    """A row of baselines.jsonl: the scores of one prompt's baseline completions, each of every head."""
+    """A row of baselines.jsonl: the scores of one prompt's baseline completions, each of every head.
 
-    step: WholeNumber
+    step: -1 for baselines of the completions on which the scale was fitted.
+    """
+
+    step: Annotated[int, at_least(-1)]
     key: str
     mean: tuple[tuple[float, ...], ...]
     std: tuple[tuple[float, ...], ...]

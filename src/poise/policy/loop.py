@@ -70,7 +70,7 @@ class Training:
         model, tokenizer = load_policy(config.model, torch.device("cpu") if config.shard else None)
         self.policy = Policy(
             model, tokenizer, adapted_layers=config.adapted_layers, rank=config.lora_rank, tune=config.tune,
-            value_trunk=config.value_trunk,
+            value_trunk=config.value_trunk, gradient_checkpointing=config.gradient_checkpointing,
         )  # fmt: skip
         if config.shard:
             self.policy.spread()

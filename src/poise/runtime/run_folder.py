@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 
@@ -38,16 +38,16 @@ from poise.runtime.folders import (
 )
 from poise.runtime.inputs import Inputs
 from poise.runtime.records import Json, as_lines, as_text, checked, mend_last_line, read_object, read_rows
-from poise.runtime.settings import WholeNumber
+from poise.runtime.settings import at_least
 
 __all__ = ["Inputs", "Json", "Run", "write_folder_atomic"]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """What every row has that is dropped when a run goes on from an earlier step."""
+    """What every row has that is dropped when a run goes on from an earlier step; -1: before the first."""
 
-    step: WholeNumber
+    step: Annotated[int, at_least(-1)]
 
 
 _OF_JOBS = {MARK, ".lock", "error.txt", "error.txt.part", "log.txt", "cost.json"}  # see jobs.py
