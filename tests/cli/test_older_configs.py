@@ -25,7 +25,7 @@ LATER = {
         "keep_at_kl": [],
         "shard": False,
         "gradient_checkpointing": False,
-    },  # fmt: skip
+    },
 }
 
 
