@@ -1,0 +1,127 @@
+"""Rows that come from no file of the user's: in memory, from a folder that `datasets` saved, from the hub."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from poise.data.files import as_object, can_be_read_twice, is_hub_id, raw_rows
+from poise.data.in_memory import as_file, as_row
+from poise.data.ratings import number_of
+from poise.errors import PoiseError
+
+ROWS = [{"prompt": "a", "score": 1.0}, {"prompt": "b", "score": math.nan}]
+READ = [(1, {"prompt": "a", "score": 1.0}), (2, {"prompt": "b", "score": None})]  # NaN is how a table says "missing"
+
+
+# ---- in memory ----
+
+
+@pytest.mark.parametrize("data", [ROWS, datasets.Dataset.from_list(ROWS), (row for row in ROWS)])
+def test_rows_in_memory_become_the_file_that_readers_know(data: Any, tmp_path: Path) -> None:
+    path = tmp_path / "run" / "train.jsonl"
+    assert as_file(data, path) == str(path)
+    assert [(number, as_object(raw)) for number, raw in raw_rows(path)] == READ
+
+
+def test_a_file_is_taken_as_it_is(tmp_path: Path) -> None:
+    for name in ("rows.jsonl", Path("rows.jsonl")):
+        assert as_file(name, tmp_path / "train.jsonl") == "rows.jsonl"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_rows_may_come_again_and_others_may_not(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    as_file(ROWS, path)
+    as_file(ROWS, path)
+    before = path.read_bytes()
+    with pytest.raises(PoiseError, match="was begun with another train; choose another output"):
+        as_file(ROWS[:1], path)
+    assert path.read_bytes() == before
+
+
+def test_a_prompt_stands_for_its_row_where_prompts_are_asked_for(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Hi"}]
+    path = tmp_path / "prompts.jsonl"
+    as_file(["Hi", turns], path, "prompt")
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"prompt": "Hi"}, {"prompt": turns}]
+    for row, column in (("Hi", ""), (3, "prompt"), (None, "prompt")):
+        with pytest.raises(PoiseError, match=rf"row 7 of rows is of type {type(row).__name__}; a mapping of columns"):
+            as_row(row, 7, "rows", column)
+    assert as_row({1: "x"}, 1, "rows") == {"1": "x"}
+
+
+# ---- folders of `datasets`, and the hub ----
+
+
+def test_a_saved_data_set_is_read_and_of_several_splits_the_training_one(tmp_path: Path) -> None:
+    rows, other = datasets.Dataset.from_list(ROWS), datasets.Dataset.from_list([{"prompt": "c", "score": 0.0}])
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"test": other, "train": rows}).save_to_disk(tmp_path / "both")
+    datasets.DatasetDict({"dev": rows, "test": other}).save_to_disk(tmp_path / "neither")
+    assert list(raw_rows(tmp_path / "one")) == READ
+    assert list(raw_rows(tmp_path / "both")) == READ
+    with pytest.raises(PoiseError, match="has the splits dev, test and no `train`; give the folder of one split"):
+        list(raw_rows(tmp_path / "neither"))
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(PoiseError, match="is a folder that `datasets` did not save; name a file"):
+        list(raw_rows(tmp_path / "mine"))
+
+
+def test_a_name_on_the_hub_is_loaded_and_what_goes_wrong_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def load(name: str, split: str) -> list[dict[str, Any]]:
+        asked.append((name, split))
+        if name.startswith("nobody"):
+            raise ConnectionError("two\nlines")
+        return ROWS
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert list(raw_rows("somebody/pairs")) == READ
+    with pytest.raises(
+        PoiseError, match=r"^no such file, and no data set of the hub: nobody/pairs \(ConnectionError\)$"
+    ):
+        list(raw_rows("nobody/pairs"))
+    assert asked == [("somebody/pairs", "train"), ("nobody/pairs", "train")]
+
+
+def test_only_owner_and_name_without_a_suffix_mean_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "pairs").write_text("")
+    found = {name: is_hub_id(Path(name)) for name in ("a/b", "a/b.jsonl", "a/b/c", "pairs", "mine/pairs", "a b/c")}
+    assert [name for name, hub in found.items() if hub] == ["a/b"]
+
+
+def test_what_flows_by_cannot_be_read_twice(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("")
+    assert can_be_read_twice(file)
+    assert can_be_read_twice(tmp_path)
+    assert not can_be_read_twice("/dev/stdin")
+    assert not can_be_read_twice("somebody/pairs")
+
+
+# ---- numbers ----
+
+
+@pytest.mark.parametrize(("value", "number"), [(2, 2.0), ("3.5", 3.5), (" 1 ", 1.0), (-1e300, -1e300)])
+def test_a_rating_may_be_a_number_or_its_text(value: object, number: float) -> None:
+    assert number_of({"rating": value}, "rating") == number
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (True, "must be a number, not True"), ("good", "must be a number, not 'good'"),
+        (None, "must be a number, not None"),
+        ([1], r"must be a number, not \[1\]"), (10**400, "is too large a number"), ("inf", "is inf"), ("nan", "is nan"),
+    ],
+)  # fmt: skip
+def test_a_rating_that_is_no_finite_number_is_named(value: object, said: str) -> None:
+    with pytest.raises(ValueError, match=f"'rating' {said}"):
+        number_of({"rating": value}, "rating")
