@@ -16,7 +16,12 @@ from poise.runtime.run_folder import Run, config_dict, write_atomic
 
 OLDER = Path(__file__).parent / "older"
 # What settings that came later are in such a run: without them a run folder's reward was its BRME.
-LATER = {"train-reward": {}, "train-policy": {"heads": "brme", "max_kl": None, "validator": ""}}
+LATER = {
+    "train-reward": {"shard": False},
+    "train-policy": {
+        "heads": "brme", "max_kl": None, "validator": "", "gradient_checkpointing": False, "shard": False,
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("command", list(LATER))

@@ -201,7 +201,9 @@ class Config(PpoConfig):
     """Seed of the prompts' order, the sampling and the minibatches."""
 
     # What a run without a setting, written by an earlier version, did: its config.yaml names every other one.
-    ADDED = MappingProxyType({"heads": "brme", "max_kl": None, "validator": ""})
+    ADDED = MappingProxyType(
+        {"heads": "brme", "max_kl": None, "validator": "", "gradient_checkpointing": False, "shard": False}
+    )
 
     def for_command(self) -> "Config":
         """As `Settings.for_command`."""
