@@ -48,7 +48,10 @@ def test_a_part_of_an_update_is_counted_as_it_is_with_memory(tune: str, checkpoi
     with sizing.counted() as live, contextlib.nullcontext() if checkpointing else sizing._FusedAttention():
         policy._read(policy._base, rollout)[0].sum().backward()
     counted = found.update + found.update_logits
-    assert counted == pytest.approx(live.peak, rel=0.03)  # the real one also picks the tokens that were sampled
+    if checkpointing:  # a bound: the output layer's table and a layer's activations do not exist together
+        assert live.peak <= counted < 1.2 * live.peak
+    else:
+        assert counted == pytest.approx(live.peak, rel=0.03)  # the real one also picks the tokens that were sampled
 
 
 def test_checkpointing_keeps_what_enters_a_layer(tiny_model: str) -> None:

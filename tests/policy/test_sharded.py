@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import forked
 from conftest import rest_slow
+from poise.cli.boundary import exit_status
 from poise.cli.main import main
 from poise.errors import PoiseError
 from poise.models.loading import decoder_layers
@@ -118,6 +119,36 @@ def test_a_killed_run_goes_on_with_as_many_processes_and_with_one(
     assert alone.keys() == whole.keys()
     last = [json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[2]) for name in ("one", "alone")]
     assert [last[1][name] for name in LOSSES] == pytest.approx([last[0][name] for name in LOSSES], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_ends_both_with_a_line_each(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_step = loop.Training.one_step
+
+    def failing(self: loop.Training) -> dict[str, Any]:
+        if self.step == 1 and processes.process_index() == 1:
+            raise PoiseError("this process cannot go on")
+        return one_step(self)
+
+    monkeypatch.setattr(loop.Training, "one_step", failing)
+
+    def work() -> int:
+        try:
+            train_policy.run(dataclasses.replace(config, shard=True))
+        except Exception as error:  # noqa: BLE001  as the command line does
+            return int(exit_status(error) != 2)
+        return 1
+
+    forked.launched(2, work, tmp_path)
+    said = [
+        [line for line in (tmp_path / f"stderr{rank}").read_text().splitlines() if line.startswith("poise: ")]
+        for rank in (0, 1)
+    ]
+    assert said[1] == ["poise: this process cannot go on"]
+    assert len(said[0]) == 1
+    assert said[0][0].startswith("poise: another process of this run has ended")
 
 
 def test_what_is_not_sharded_is_refused(config: Config) -> None:

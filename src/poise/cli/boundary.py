@@ -19,6 +19,7 @@ from types import TracebackType
 
 from poise.errors import PoiseError, first_line
 from poise.runtime.display import say
+from poise.runtime.processes import several
 
 DONE, FAULT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -33,6 +34,8 @@ _EXTRAS = {
     "lm_eval": "eval", "prometheus_client": "serve", "pydantic": "serve", "starlette": "serve", "trl": "trl",
     "uvicorn": "serve",
 }  # fmt: skip
+# What gloo and NCCL say to the processes that wait for one that has ended.
+_OTHERS_ENDED = ("connection closed by peer", "connection reset by peer", "ncclremoteerror", "remote process exited")
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -64,6 +67,8 @@ def _of_input(error: BaseException) -> str:
         return _of_the_system(error)
     if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY):
         return f"out of memory ({first_line(error)}); take smaller batches, shorter texts or a smaller model"
+    if several() and isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OTHERS_ENDED):
+        return "another process of this run has ended, and says why in a line of its own; this one ends with it"
     if isinstance(error, RecursionError):
         return "the input is nested too deeply to be read"
     if isinstance(error, UnicodeDecodeError):

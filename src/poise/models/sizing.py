@@ -147,7 +147,8 @@ def reward_measured(
 def _at_depth(measure: Callable[[int], int], depth: int, kept: int | None = None) -> int:
     """A number at a depth, from its values at one and two layers, between which it is a line.
 
-    kept: what every further layer adds, where it is known: with gradient checkpointing only what enters it is kept.
+    kept: what every further layer adds, where it is known: with gradient checkpointing only what enters it is kept. The
+    sum is then a bound, since the tables of the output layer are gone before a layer computes again.
     """
     one = measure(1)
     return one + (depth - 1) * (measure(2) - one if kept is None else kept)
