@@ -29,20 +29,13 @@ from transformers import DynamicCache
 
 from poise.data.types import Prompt
 from poise.functional import ppo
+from poise.models.adapted_maps import decoder_layers, has_conv1d, linear_maps
 from poise.models.chat_format import encode_prompt
 from poise.models.choices import Tune, ValueTrunk
 from poise.models.end_tokens import end_token_ids
 from poise.models.families import feature_size, is_low
 from poise.models.fused_ops import AdaptedLinear, ChosenLogprob, folded_in
-from poise.models.loading import (
-    HfModel,
-    HfTokenizer,
-    decoder_layers,
-    has_conv1d,
-    linear_maps,
-    load_into_adapters,
-    room_or_raise,
-)
+from poise.models.loading import HfModel, HfTokenizer, load_into_adapters, room_or_raise
 from poise.models.rereading import (
     Predictions,
     Reading,
@@ -88,7 +81,7 @@ class Policy(nn.Module):
         super().__init__()
         self.tokenizer, self.tune = tokenizer, tune
         self.end_ids = end_token_ids(model, tokenizer)
-        num_layers = model.config.num_hidden_layers
+        num_layers = model.config.get_text_config().num_hidden_layers
         self._first_adapted = max(num_layers - adapted_layers, 0) if adapted_layers else 0
         device, self.dtype = next(model.parameters()).device, model.dtype
         self.low_precision = is_low(model.dtype)
