@@ -34,16 +34,9 @@ import torch
 import transformers
 
 from poise.data.types import Prompt
+from poise.models.adapted_maps import linear_maps
 from poise.models.chat_format import encode, generation_prompt
-from poise.models.loading import (
-    DEFAULT_MODEL,
-    HfModel,
-    HfTokenizer,
-    linear_maps,
-    load_policy,
-    load_tokenizer,
-    resolve_model,
-)
+from poise.models.loading import DEFAULT_MODEL, HfModel, HfTokenizer, load_policy, load_tokenizer, resolve_model
 from poise.models.reward_model import load_trunk
 from poise.policy.loop import Training
 from poise.runtime.run_folder import Json, Run, environment, write_jsonl

@@ -12,8 +12,9 @@ from transformers import AttentionInterface
 
 from conftest import make_tokenizer
 from poise.data.types import Sample
+from poise.models.adapted_maps import has_conv1d, linear_maps
 from poise.models.families import additive, windows
-from poise.models.loading import has_conv1d, linear_maps, load_policy
+from poise.models.loading import load_policy
 from poise.models.reward_model import load_trunk
 from poise.models.scorer import Scorer
 from poise.models.shared_prompt import (

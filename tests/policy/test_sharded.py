@@ -17,7 +17,7 @@ from conftest import rest_slow
 from poise.cli.boundary import exit_status
 from poise.cli.main import main
 from poise.errors import PoiseError
-from poise.models.loading import decoder_layers
+from poise.models.adapted_maps import decoder_layers
 from poise.models.trained_parts import without_adapters
 from poise.policy import loop
 from poise.policy import train as train_policy

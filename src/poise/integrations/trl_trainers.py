@@ -17,10 +17,12 @@ import transformers
 from poise.data.types import Prompt
 from poise.errors import PoiseError
 from poise.integrations.trl_reward import RobustReward, Scored, policy_metrics
+from poise.models.adapted_maps import has_conv1d, linear_maps
 from poise.models.chat_format import encode_prompt, generation_prompt
 from poise.models.end_tokens import end_token_ids
-from poise.models.families import positions_without_padding, without_noise
-from poise.models.loading import HfModel, HfTokenizer, has_conv1d, linear_maps, room_or_raise
+from poise.models.families import REFUSALS, alike, positions_without_padding, probe_tokens, without_noise
+from poise.models.loading import HfModel, HfTokenizer, room_or_raise
+from poise.models.rereading import padding_or_raise
 from poise.runtime.checkpoints import SafeCheckpoints, latest_checkpoint
 from poise.runtime.distributed import num_processes
 from poise.runtime.quiet import quiet_loading
@@ -139,7 +141,8 @@ def make_trainer(
     trainer_class, config_class = kinds[settings.algorithm]
     # GRPO as published (arXiv 2402.03300), where TRL's default is a later form.
     specific = {"loss_type": "grpo", "scale_rewards": "group"} if settings.algorithm == "grpo" else {}
-    first_adapted = model.config.num_hidden_layers - (settings.adapted_layers or model.config.num_hidden_layers)
+    num_layers = model.config.get_text_config().num_hidden_layers
+    first_adapted = num_layers - (settings.adapted_layers or num_layers)
     adapters = peft.LoraConfig(
         r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, task_type="CAUSAL_LM",
         target_modules=linear_maps(model, max(first_adapted, 0)), fan_in_fan_out=has_conv1d(model),
@@ -147,10 +150,12 @@ def make_trainer(
     rows = [{"prompt": _as_seen(tokenizer, prompt)} for prompt in _drawn(prompts, settings)]
     ends = end_token_ids(model, tokenizer)
     positions_without_padding(model)  # TRL samples with positions, and reads again without
+    padding_or_raise(model)
     trainer = type(trainer_class.__name__, (_Ours, trainer_class), {})(
         model=model, args=config_class(**_arguments(settings, folder), **specific), reward_funcs=[reward],
         train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer, peft_config=adapters,
     )  # fmt: skip
+    _logprobs_or_raise(model)
     # A completion ends where PPO's does. TRL samples to these, and masks what follows them; on its own it would also
     # list the tokenizer's eos where there is none.
     trainer.eos_token_ids = ends
@@ -161,6 +166,30 @@ def make_trainer(
         eos_token_id=ends or None, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id
     )
     return trainer
+
+
+@torch.no_grad()
+def _logprobs_or_raise(model: HfModel) -> None:
+    """Raise PoiseError unless TRL's fused output layer gives the log-probabilities of the model's own logits.
+
+    TRL knows the scales and caps of some families, and passes over what others do between decoder and output layer.
+    """
+    ids = torch.tensor([probe_tokens(model, range(1, 10))], device=model.device)
+    own = model(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+    own = own.gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
+    try:
+        with without_noise(model):  # and in training mode, in which some families route in another way
+            fused = model.train()(input_ids=ids, labels=ids, fused_lm_head=True).log_probs.float()
+        fine = alike(model, fused, own, only_way=True)
+    except REFUSALS:
+        fine = False
+    finally:
+        model.eval()
+    if not fine:
+        raise PoiseError(
+            f"{model.config.model_type}: TRL computes other log-probabilities than this kind of model has; "
+            f"use --algorithm ppo"
+        )
 
 
 def _arguments(settings: TrlSettings, folder: Path) -> Json:
@@ -182,6 +211,7 @@ def _arguments(settings: TrlSettings, folder: Path) -> Json:
         "save_strategy": "steps", "save_steps": settings.save_every * updates, "save_total_limit": 2,
         "bf16": gpu, "gradient_checkpointing": gpu, "use_cpu": not gpu, "dataloader_pin_memory": gpu,
         "ddp_find_unused_parameters": False, "seed": settings.seed,
+        "router_aux_loss_coef": 0.0,  # PPO has no such loss either
     }  # fmt: skip
 
 

@@ -94,11 +94,15 @@ class AdaptedLinear(lora.Linear):
 def folded_in(model: Any) -> Iterator[None]:
     """Within it the adapters that are on are part of a model's weights, in the weights' dtype.
 
-    Afterwards the weights are bitwise what they were.
+    Afterwards the weights are bitwise what they were. Of a model with adapters of experts, which are several matrices
+    in one parameter, all adapters stay beside the weights: the result is the same, and sampling takes longer.
     """
     layers: list[Any] = [
         module for module in model.modules() if isinstance(module, lora.LoraLayer) and not module.disable_adapters
     ]
+    if not all(hasattr(layer.get_base_layer(), "weight") for layer in layers):
+        yield
+        return
     kept = [layer.get_base_layer().weight.data for layer in layers]
     with model.disable_adapter() if layers else contextlib.nullcontext():
         try:

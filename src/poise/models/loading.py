@@ -18,8 +18,6 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from poise.data.types import Prompt
 from poise.errors import PoiseError, first_line
@@ -166,7 +164,10 @@ def load_weights(
                 trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
             )  # fmt: skip
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise PoiseError(f"cannot load {folder} as a {kind}: {first_line(error)}") from None
+            why = first_line(error)
+            if why.startswith("Unrecognized configuration class"):  # and a hundred names of classes
+                why = f"transformers has none of the type {load_config(folder).model_type}"
+            raise PoiseError(f"cannot load {folder} as a {kind}: {why}") from None
     left = [name for name in found["unexpected_keys"] if not _OFTEN_UNREAD.search(name)]
     left = sorted(name for name in left if not (num_layers and _layer_of(name) >= num_layers))
     if missing := sorted(set(found["missing_keys"]) - set(fresh)):
@@ -286,7 +287,8 @@ def _listed(names: Sequence[str]) -> str:
 
 def context_length(config: Any) -> int:
     """The longest text in tokens that a model has positions for; a very large number if it has no such limit."""
-    return getattr(config, "max_position_embeddings", None) or sys.maxsize
+    limit = getattr(config, "max_position_embeddings", None) or 0
+    return limit if limit > 0 else sys.maxsize  # XLNet's is -1
 
 
 def steady_context_length(config: Any) -> int:
@@ -373,28 +375,3 @@ def room_or_raise(longest: int, max_tokens: int, config: Any) -> None:
         raise PoiseError(
             f"a prompt of {longest} tokens and {max_tokens} new ones exceed {limit}; shorten the prompt or --max-tokens"
         )
-
-
-def decoder_layers(model: HfModel) -> tuple[str, nn.ModuleList]:
-    """(full name, layers) of the stack of decoder layers."""
-    count = model.config.num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return name, module
-    raise PoiseError(f"{type(model).__name__} has no stack of {count} decoder layers to adapt")
-
-
-def linear_maps(model: HfModel, first_layer: int = 0) -> list[str]:
-    """Full names of the linear maps in the decoder layers from `first_layer` on."""
-    stack, layers = decoder_layers(model)
-    return [
-        f"{stack}.{index}.{name}"
-        for index in range(first_layer, len(layers))
-        for name, module in layers[index].named_modules()
-        if isinstance(module, (nn.Linear, Conv1D))
-    ]
-
-
-def has_conv1d(model: HfModel) -> bool:
-    """Does it keep its linear maps transposed, as GPT-2 does? LoRA must be told."""
-    return any(isinstance(module, Conv1D) for module in model.modules())

@@ -91,7 +91,7 @@ class Policy(nn.Module):
         super().__init__()
         self.tokenizer, self.tune = tokenizer, tune
         self.end_ids = end_token_ids(model, tokenizer)
-        num_layers = model.config.num_hidden_layers
+        num_layers = model.config.get_text_config().num_hidden_layers
         self._first_adapted = max(num_layers - adapted_layers, 0) if adapted_layers else 0
         self._lowest_trained = self._first_adapted
         device, self.dtype = next(model.parameters()).device, model.dtype

@@ -21,8 +21,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
 
-from poise.errors import PoiseError
+from poise.errors import PoiseError, first_line
+from poise.models.adapted_maps import decoder_layers
 from poise.models.families import (
     REFUSALS,
     alike,
@@ -33,7 +35,7 @@ from poise.models.families import (
     tolerance,
     windows,
 )
-from poise.models.loading import HfModel, decoder_layers
+from poise.models.loading import HfModel
 from poise.models.rollout import Rollout, packed_attention
 from poise.models.shared_prompt import equal_completions, positions_of
 from poise.runtime import distributed as processes
@@ -227,8 +229,63 @@ def has_plain_head(base: HfModel) -> bool:
     if not isinstance(head, nn.Linear) or head.bias is not None:
         return False
     ids = torch.arange(4, device=head.weight.device)[None]
-    logits, last = base(input_ids=ids).logits, base.base_model(input_ids=ids).last_hidden_state
+    with _tried(base, "be read"):
+        logits, last = base(input_ids=ids).logits, base.base_model(input_ids=ids).last_hidden_state
     return torch.equal(logits, head(last))  # bitwise: it would be the same operation
+
+
+@contextlib.contextmanager
+def _tried(base: HfModel, what: str) -> Iterator[None]:
+    """Within it, what a model raises becomes the one line that it cannot do `what`."""
+    try:
+        yield
+    except PoiseError:
+        raise
+    except REFUSALS as error:
+        raise PoiseError(f"{base.config.model_type}: this kind of model cannot {what}: {first_line(error)}") from None
+
+
+def _sampled_or_raise(base: HfModel, rollout: Rollout) -> Tensor:
+    """The states of each text alone. Raises PoiseError unless they are those of sampling, too."""
+    with _tried(base, "be read"):
+        wanted = _states_alone(base, rollout)
+    with _tried(base, "be sampled from: several completions go on from one prompt's keys and values"):
+        sampled = _states_at_sampling(base, rollout)
+    if not alike(base, sampled, wanted, only_way=True):
+        raise PoiseError(
+            f"{base.config.model_type}: the hidden states of a text that is written token by token are not those of "
+            f"the whole text; such a policy cannot be trained, choose another model"
+        )
+    return wanted
+
+
+@torch.no_grad()
+def padding_or_raise(base: HfModel) -> None:
+    """Raise PoiseError for a model that cannot be sampled from or read again as TRL does it.
+
+    Its hidden states must not change with the padding of a batch, nor with later tokens. Otherwise log-probabilities of
+    a sampled text, read again in a batch of padded texts, are not those of sampling.
+    """
+    with narrow_windows(base), _tried(base, "be read in a batch"):
+        rollout = _probe(base)
+        _sampled_or_raise(base, rollout)
+        inputs = {name: value for name, value in _rows_apart(rollout).inputs.items() if name != "position_ids"}
+        with entering_the_head(base) as entered:
+            base(**inputs, use_cache=False)
+        sampled, start = rollout.mask_PMT.bool(), rollout.prompt_ids_PL.shape[1] - 1
+        found = entered[-1][:, start:-1].reshape(*sampled.shape, -1)
+        wanted = torch.zeros_like(found)
+        wanted[sampled] = _states_alone(base, rollout)
+        first = torch.zeros_like(rollout.mask_PMT)
+        first[..., 0] = 1  # texts of one token more than the prompt
+        alone = _states_alone(base, replace(rollout, mask_PMT=first))
+        fine = alike(base, found[sampled], wanted[sampled], only_way=True)
+        fine = fine and alike(base, alone, wanted[:, :, 0].flatten(0, 1), only_way=True)
+    if not fine:
+        raise PoiseError(
+            f"{base.config.model_type}: the hidden states of a text change with the padding of its batch or with later "
+            f"tokens; such a policy cannot be trained, choose another model"
+        )
 
 
 @torch.no_grad()
@@ -240,12 +297,12 @@ def choose(base: HfModel, first_layer: int) -> Reading:
     """
     with narrow_windows(base):
         rollout = _probe(base)
-        wanted = _states_alone(base, rollout)
+        wanted = _sampled_or_raise(base, rollout)
         if windows(base) is None or not _gives(base, rollout, Reading(packed=True), wanted):
-            if not _gives(base, rollout, Reading(packed=False), wanted):
+            if not _gives(base, rollout, Reading(packed=False), wanted, only_way=True):
                 raise PoiseError(
                     f"{base.config.model_type}: the hidden states of a text change with the padding of its batch; "
-                    f"PPO cannot train such a policy, use --algorithm rloo or grpo"
+                    f"such a policy cannot be trained, choose another model"
                 )
             say_once(base, "each completion is read with a copy of its prompt; updates of the policy take longer")
             return Reading(packed=False)
@@ -258,9 +315,9 @@ def choose(base: HfModel, first_layer: int) -> Reading:
         return Reading(packed=True)
 
 
-def _gives(base: HfModel, rollout: Rollout, reading: Reading, wanted: Tensor) -> bool:
+def _gives(base: HfModel, rollout: Rollout, reading: Reading, wanted: Tensor, *, only_way: bool = False) -> bool:
     try:
-        return alike(base, _states(base, rollout, reading), wanted)
+        return alike(base, _states(base, rollout, reading), wanted, only_way=only_way)
     except REFUSALS:
         return False
 
@@ -280,6 +337,40 @@ def _states_alone(base: HfModel, rollout: Rollout) -> Tensor:
             base(input_ids=torch.cat([prompt, completion]).unsqueeze(0), use_cache=False)
             found.append(entered[-1][0, len(prompt) - 1 : -1])
     return torch.cat(found)
+
+
+def _states_at_sampling(base: HfModel, rollout: Rollout) -> Tensor:
+    """The same, as a policy samples: keys and values of prompts, repeated; then token by token, without what ended."""
+    per_prompt, max_tokens = rollout.completion_ids_PMT.shape[1:]
+    ids, mask = rollout.completion_ids_PMT.flatten(0, 1), rollout.mask_PMT.flatten(0, 1).bool()
+    seen = rollout.prompt_mask_PL
+    cache = DynamicCache(config=base.config)
+    found: list[list[Tensor]] = [[] for _ in ids]
+    with entering_the_head(base) as entered:
+        base(
+            input_ids=rollout.prompt_ids_PL, attention_mask=seen, position_ids=positions_of(seen),
+            past_key_values=cache, use_cache=True,
+        )  # fmt: skip
+        cache.batch_repeat_interleave(per_prompt)
+        seen = seen.repeat_interleave(per_prompt, 0)
+        alive = torch.arange(len(ids), device=ids.device)
+        states = entered[-1][:, -1].repeat_interleave(per_prompt, 0)
+        for step in range(max_tokens):
+            going = mask[alive, step]
+            if not going.all():
+                cache.batch_select_indices(going.nonzero()[:, 0])
+                alive, seen, states = alive[going], seen[going], states[going]
+            for row, state in zip(alive.tolist(), states, strict=True):
+                found[row].append(state)
+            if step + 1 == max_tokens:
+                break
+            seen = torch.cat([seen, seen.new_ones(len(alive), 1)], -1)
+            base(
+                input_ids=ids[alive, step, None], attention_mask=seen, position_ids=positions_of(seen)[:, -1:],
+                past_key_values=cache, use_cache=True,
+            )  # fmt: skip
+            states = entered[-1][:, -1]
+    return torch.stack([state for row in found for state in row])
 
 
 def _probe(base: HfModel) -> Rollout:

@@ -159,17 +159,18 @@ def load_trunk(
     """
     folder = resolve_model(model)
     config = load_config(folder)
-    depth = config.num_hidden_layers
+    text = config.get_text_config()
+    depth = text.num_hidden_layers
     if num_layers > depth:
         raise PoiseError(f"{model} has {depth} layers, --num-layers asks for {num_layers}")
     if num_layers:
-        config.num_hidden_layers = num_layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:num_layers]
+        text.num_hidden_layers = num_layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:num_layers]
     config.num_labels = 1
     tokenizer = load_tokenizer(folder)
     classifier = _load_classifier(
-        folder, config, dtype or frozen_dtype(), fresh={_SCORE}, num_layers=config.num_hidden_layers, place=place
+        folder, config, dtype or frozen_dtype(), fresh={_SCORE}, num_layers=text.num_hidden_layers, place=place
     )
     pad_apart(tokenizer, classifier)
     return classifier, tokenizer
@@ -361,6 +362,6 @@ def _adapted_model(folder: Path) -> str:
 
 def _load_adapted(folder: str, config: Any) -> HfModel:
     """The model that an adapter checkpoint names, with as many layers and labels as its config.json says, merged."""
-    base, num_layers = resolve_model(_adapted_model(Path(folder))), config.num_hidden_layers
+    base, num_layers = resolve_model(_adapted_model(Path(folder))), config.get_text_config().num_hidden_layers
     classifier = _load_classifier(base, config, frozen_dtype(), fresh={_SCORE}, num_layers=num_layers)
     return load_adapters(classifier, folder, needs="score").merge_and_unload().eval()

@@ -52,7 +52,7 @@ class FeatureExtractor:
         cached: keep features on disk, for whoever asks for the same texts through the same trunk.
         """
         self.classifier, self.tokenizer = classifier, tokenizer
-        context = context_length(classifier.config)
+        context = context_length(classifier.config.get_text_config())
         self.max_length = min(max_length or context, context)
         self.num_truncated = 0
         self._cache = FeatureCache.of(classifier) if cached else None

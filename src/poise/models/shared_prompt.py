@@ -336,9 +336,13 @@ def _rows_of(cache: DynamicCache, index: Int[Tensor, " rows"]) -> DynamicCache:
     return part
 
 
-# Texts to try a trunk with, as `probe_tokens` reads these numbers. Some reach beyond a window of `narrow_windows`, and
-# the prompts differ in length.
-_TRIED = [Family([1, 2, 3, 4, 5, 6, 7], [[5, 6, 7], [8, 9, 1, 2, 3, 4]]), Family([3, 1], [[2], [4, 5, 6, 7, 8, 9, 1]])]
+# Texts to try a trunk with, as `probe_tokens` reads these numbers. Some reach beyond a window of `narrow_windows`, the
+# prompts differ in length, and completions of the last one share a row of `cached_hidden`.
+_TRIED = [
+    Family([1, 2, 3, 4, 5, 6, 7], [[5, 6, 7], [8, 9, 1, 2, 3, 4]]),
+    Family([3, 1], [[2], [4, 5, 6, 7, 8, 9, 1]]),
+    Family([5, 6, 7, 8, 9, 1, 2, 3, 4, 5, 6], [[2, 8], [9, 4, 1], [7]]),
+]
 
 
 def shares_prompts(classifier: HfModel) -> bool:

@@ -23,10 +23,11 @@ from torch.utils._pytree import tree_leaves
 
 from poise.errors import PoiseError, first_line
 from poise.functional.memory import Measured, ModelShape, Tune
+from poise.models.adapted_maps import decoder_layers, linear_maps
 from poise.models.choices import DEFAULT_MODEL
 from poise.models.families import attention_masks
 from poise.models.fused_ops import ChosenLogprob
-from poise.models.loading import HfModel, decoder_layers, linear_maps, load_config, resolve_model
+from poise.models.loading import HfModel, load_config, resolve_model
 from poise.models.rereading import Reading, predict
 from poise.models.rollout import Rollout
 from poise.models.shared_prompt import Family, PackedRows, pack, packed_hidden

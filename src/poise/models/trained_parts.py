@@ -6,8 +6,9 @@ import peft
 import torch
 from torch import nn
 
+from poise.models.adapted_maps import decoder_layers, has_conv1d, linear_maps
 from poise.models.fused_ops import AdaptedLinear
-from poise.models.loading import HfModel, decoder_layers, device, has_conv1d, linear_maps
+from poise.models.loading import HfModel, device
 from poise.models.rereading import Passing
 from poise.runtime.quiet import quiet_loading
 from poise.runtime.sharding import shard
@@ -16,7 +17,7 @@ from poise.runtime.sharding import shard
 def with_adapters(model: HfModel, first: int, rank: int, *, task: str = "CAUSAL_LM") -> HfModel:
     """A PEFT model: LoRA in float32 on all linear maps of the layers from `first` on; nothing else asks for gradients.
 
-    task: what kind of model peft is told it is; the adapters of a causal one are run by `AdaptedMap` where they can be.
+    task: what kind of model peft is told it is; the adapters of a causal one are run by `AdaptedLinear` where they can be.
     """
     model.requires_grad_(False)
     config = peft.LoraConfig(

@@ -10,9 +10,11 @@ The result is a plain folder of safetensors, for engines and tools that know no 
 import shutil
 from pathlib import Path
 
+import torch
 import transformers
 
 from poise.errors import PoiseError, first_line
+from poise.models.families import alike, probe_tokens
 from poise.models.loading import (
     HfModel,
     HfTokenizer,
@@ -62,8 +64,15 @@ def folded(base: str, adapters: Path) -> tuple[HfModel, HfTokenizer]:
         model = load_weights(transformers.AutoModelForCausalLM, base, "language model", dtype="auto")
         dtype = model.dtype
         pad_apart(tokenizer, model)
-        with quiet_loading():
-            return load_adapters(model.float(), str(adapters)).merge_and_unload(safe_merge=True).to(dtype), tokenizer
+        ids = torch.tensor([probe_tokens(model, range(1, 10))])
+        with quiet_loading(), torch.no_grad():
+            adapted = load_adapters(model.float(), str(adapters)).eval()
+            wanted = adapted(input_ids=ids, use_cache=False).logits
+            merged = adapted.merge_and_unload(safe_merge=True)
+            found = merged(input_ids=ids, use_cache=False).logits
+        if not alike(merged, found, wanted):
+            raise PoiseError("the folded model has other logits than base and adapters; use the adapters as they are")
+        return merged.to(dtype), tokenizer
     except (PoiseError, ValueError, RuntimeError) as error:
         raise PoiseError(f"cannot fold {adapters} into {base}: {first_line(error)}") from None
 

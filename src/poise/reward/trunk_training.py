@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from poise.data.types import Preference, Sample
 from poise.errors import PoiseError
 from poise.functional.reward_losses import CENTERING, bradley_terry
+from poise.models.adapted_maps import decoder_layers, has_conv1d, linear_maps
 from poise.models.families import without_noise
-from poise.models.loading import HfModel, decoder_layers, frozen_dtype, has_conv1d, linear_maps
+from poise.models.loading import HfModel, frozen_dtype
 from poise.models.reward_model import HeadLayout
 from poise.models.scorer import FeatureExtractor
 from poise.models.shared_prompt import Family, PackedRows, pack, packed_hidden, separate_hidden
