@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # Two processes of one thread each: more threads would only wait for one another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: quickstart check test test-fast test-engines coverage docs clean
+.PHONY: quickstart check pytest test test-fast test-engines coverage docs clean
 
 ENGINES := $(patsubst tests/engines/%/requirements.txt,%,$(wildcard tests/engines/*/requirements.txt))
 
@@ -29,11 +29,15 @@ check: $(VENV)/installed
 	$(BIN)/ruff check src tests benchmarks experiments docs
 	$(BIN)/mypy
 
-test: check
-	$(PYTEST)
+pytest: $(VENV)/installed
+	$(PYTEST) $(SELECT)
 
-test-fast: check
-	$(PYTEST) -m "not slow"
+# mypy without a cache takes about a minute of one core: it runs beside the tests, so that no core waits for it.
+test: $(VENV)/installed
+	$(MAKE) -j2 check pytest
+
+test-fast: $(VENV)/installed
+	$(MAKE) -j2 check pytest SELECT='-m "not slow"'
 
 coverage: $(VENV)/installed
 	$(BIN)/python -m coverage erase

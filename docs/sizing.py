@@ -51,7 +51,7 @@ def row(name: str, tune: Any, gpus: int) -> str:
                 accumulation=16,
                 device_batch_size=1,
                 memory=1e6,
-            )  # fmt: skip
+            )
         )
     cells = [cell for memory in plan.memory.values() for cell in (_sized(memory.total), memory.bottleneck)]
     return f"| {name} | {tune} | {gpus} | {' | '.join(cells)} |"

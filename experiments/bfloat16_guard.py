@@ -9,8 +9,8 @@ nats per token. Wrong: positions of completions off by one, positions that count
 of their row, no window.
 
 `runs`: the second guard, `rereading.check_rereading`, on fresh rollouts. A completion, cut to its first tokens, is one
-trial: the rms difference of log-probabilities, over what is allowed. `false_alarms` are right readings above 1. Of wrong readings: the
-ratio over the whole rollout, and half of the mean square, about their KL.
+trial: the rms difference of log-probabilities, over what is allowed. `false_alarms` are right readings above 1. Of
+wrong readings: the ratio over the whole rollout, and half of the mean square, about their KL.
 
 Models: SmolLM2 and, of random weights, 12 layers of width 256 for eight families.
 """

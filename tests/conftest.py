@@ -1,5 +1,6 @@
 """Tiny models built on the spot: no download, no cache, a fraction of a second each."""
 
+import gc
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -10,13 +11,11 @@ import pytest
 import torch
 import transformers
 from hypothesis import settings
-from matplotlib.figure import Figure
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-import before_poise  # noqa: F401
 import forked
-from poise.reward import train as train_reward
 
+gc.disable()  # until all tests are collected: imports leave little garbage, and look for it for seconds
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 settings.register_profile("poise", deadline=None)  # a loaded machine is no failure
 settings.load_profile("poise")
@@ -36,6 +35,19 @@ def rest_slow(values: Iterable[Any]) -> list[Any]:
     """Values of a parameter of which all but the first are slow: `make test-fast` runs one case of many alike."""
     first, *rest = values
     return [first, *(pytest.param(value, marks=pytest.mark.slow) for value in rest)]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The process that hands out tests to others runs none, and the others wait until it has started."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        import before_poise  # noqa: F401
+
+
+def pytest_collection_finish() -> None:
+    """What is there now stays to the end: no collection looks at it again."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
@@ -128,10 +140,11 @@ def drawn_once(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return DRAWN
 
 
-@pytest.fixture(scope="module")
-def undrawn() -> Iterator[None]:
+def _undrawn() -> Iterator[None]:
     """Figures are made and not drawn: drawing takes most of the time of a command that writes cards and pages. In the
     place of each picture is a digest of what its axes show, so that pictures of other data still differ."""
+    from matplotlib.figure import Figure
+
     from poise.reports import plot_style, plots, run_plots, study_plots
 
     def digest(figure: Figure) -> str:
@@ -153,6 +166,10 @@ def undrawn() -> Iterator[None]:
                 if hasattr(module, stand_in.__name__):
                     patch.setattr(module, stand_in.__name__, stand_in)
         yield
+
+
+undrawn = pytest.fixture(scope="module")(_undrawn)  # for all tests of a module and its fixtures
+undrawn_here = pytest.fixture(_undrawn)  # for one test
 
 
 @pytest.fixture(autouse=True)
@@ -200,6 +217,7 @@ def preferences_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def train_tiny_reward(preferences_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A `poise train-reward` run folder of a given tiny model."""
+    from poise.reward import train as train_reward
 
     def train(model: str) -> Path:
         output = str(tmp_path_factory.mktemp("run") / "reward")

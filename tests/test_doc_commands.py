@@ -100,7 +100,7 @@ def own_files(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_the_journey_with_own_data(
+def test_the_journey_with_own_data_ends_in_a_model(
     tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

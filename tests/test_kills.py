@@ -123,7 +123,7 @@ def test_a_command_killed_at_every_boundary_ends_as_an_undisturbed_one(
             "score as parquet": [f"{reward}/brme", str(samples)],
             "train-reward": [
                 "--preferences", str(preferences_file), "--model", tiny_model, "--num-layers", "1",
-                "--trunk", "frozen", "--head-steps", "5", "--posterior-heads", "3",
+                "--trunk", "frozen", "--head-steps", "5", "--posterior-heads", "2", "--num-heads", "2",
             ],
             "train-policy": [
                 "--prompts", str(prompts_file), "--model", tiny_model, "--reward", f"{reward}/brme",

@@ -13,6 +13,8 @@ import transformers.utils.hub
 
 from poise.cli import main as cli
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -39,6 +41,7 @@ def test_the_fixture_sees_a_look_up(asked: list[str], tmp_path: Path, monkeypatc
     assert asked
 
 
+@pytest.mark.slow
 def test_local_folders_need_no_network(
     tiny_model: str, train_tiny_reward: Callable[[str], Path], preferences_file: Path, prompts_file: Path,
     asked: list[str], tmp_path: Path,

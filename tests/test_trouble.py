@@ -67,7 +67,7 @@ def commands(tmp_path: Path, reward: Path, tiny_model: str, preferences_file: Pa
     options: dict[str, list[str]] = {
         "train-reward": [
             "--preferences", str(preferences_file), "--model", tiny_model, "--num-layers", "1", "--head-steps", "5",
-            "--posterior-heads", "3", "--trunk", "frozen",
+            "--posterior-heads", "2", "--num-heads", "2", "--trunk", "frozen",
         ],
         "train-policy": [
             "--prompts", str(prompts_file), "--model", tiny_model, "--reward", f"{reward}/brme",

@@ -55,7 +55,9 @@ def test_the_text_names_bad_rows_and_assumptions(file: Path, capsys: pytest.Capt
         ({"prompt": "p", "chosen": "a", "rejected": "b", "subset": "s"}, "questions"),
     ],
 )
-def test_kinds(tmp_path: Path, row: dict[str, object], kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_files_kind_is_recognized(
+    tmp_path: Path, row: dict[str, object], kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text("oops\n" + json.dumps(row) + "\n")
     assert main(["data", str(path), "--json"]) == 0
@@ -63,7 +65,7 @@ def test_kinds(tmp_path: Path, row: dict[str, object], kind: str, capsys: pytest
     assert (report["kind"], report["rows"]["used"], report["rows"]["refused"]) == (kind, 1, 1)
 
 
-def test_a_file_without_a_usable_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_without_a_usable_row_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text('{"prompt": 3}\n')
     assert main(["data", str(path)]) == 2
@@ -83,7 +85,7 @@ def test_rows_as_the_model_reads_them(file: Path, tiny_model: str, capsys: pytes
     assert "good" in report["examples"][0]["chosen"]
 
 
-def test_no_torch_without_a_model(file: Path) -> None:
+def test_a_look_without_a_model_imports_no_torch(file: Path) -> None:
     program = (
         "import sys; from poise.cli.main import main; main(['data', sys.argv[1]])\n"
         "print(sorted({'torch', 'transformers', 'datasets'} & sys.modules.keys()))"

@@ -36,7 +36,7 @@ def reward(tmp_path: Path) -> Run:
     return run
 
 
-def test_train_reward(reward: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_reward_ends_with_what_to_do_next(reward: Run, capsys: pytest.CaptureFixture[str]) -> None:
     config = RewardConfig(preferences="my pairs.jsonl", output=str(reward.folder), model="m")
     ending.say_ending("train-reward", config, reward)
     lines = capsys.readouterr().out.splitlines()

@@ -84,7 +84,7 @@ def test_model_that_is_nowhere(
     assert "neither a local folder nor reachable" in one_line(capsys)
 
 
-def test_default_model_without_hub_and_registry(
+def test_the_default_model_without_hub_and_registry_is_one_line(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, preferences_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from poise.models import loading as models

@@ -19,7 +19,7 @@ def pair(chosen: str, rejected: str, **more: str) -> dict[str, Any]:
     return {"prompt": "Q", "chosen": chosen, "rejected": rejected, **more}
 
 
-def test_pairs_of_every_form_and_their_texts_in_order(tmp_path: Path) -> None:
+def test_pairs_of_every_form_keep_their_texts_in_order(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "Hello"}]
     conversation = {side: [*turns, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
     asked = read_questions(write(tmp_path / "p.jsonl", pair("a", "b"), conversation), "error")

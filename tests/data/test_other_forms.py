@@ -22,13 +22,13 @@ from poise.errors import PoiseError
         ("tie (bothbad)", ""),
     ],
 )
-def test_a_winner_of_two_responses(winner: object, chosen: str) -> None:
+def test_a_winner_of_two_responses_makes_a_pair(winner: object, chosen: str) -> None:
     row = {"prompt": "Tea?", "response_a": "Yes.", "response_b": "No.", "winner": winner}
     rejected = {"Yes.": "No.", "No.": "Yes."}.get(chosen)
     assert preferences_of(row) == ([Preference("Tea?", chosen, rejected)] if rejected else [])
 
 
-def test_conversations_with_a_winner() -> None:
+def test_conversations_with_a_winner_make_pairs() -> None:
     first, second = (
         [{"role": "user", "content": "Tea?"}, {"role": "assistant", "content": text}] for text in ("Yes.", "No.")
     )
@@ -50,7 +50,7 @@ def write(path: Path, *rows: object) -> Path:
     return path
 
 
-def test_files_to_train_on_as_prompts(tmp_path: Path) -> None:
+def test_files_to_train_on_serve_as_prompts(tmp_path: Path) -> None:
     user, answer = {"role": "user", "content": "Tea?"}, {"role": "assistant", "content": "Yes."}
     rows = (
         {"prompt": "Tea?", "chosen": "Yes.", "rejected": "No."},
@@ -63,7 +63,7 @@ def test_files_to_train_on_as_prompts(tmp_path: Path) -> None:
     assert read_prompts(write(tmp_path / "rows.jsonl", *rows)) == ["Tea?", [user], [user], [user], [user], "Tea?"]
 
 
-def test_several_completions_of_a_row(tmp_path: Path) -> None:
+def test_several_completions_of_a_row_are_read(tmp_path: Path) -> None:
     rows = ({"prompt": "x", "completions": ["a", "b"]}, {"prompt": "y", "completion": "c"})
     found = read_samples(write(tmp_path / "rows.jsonl", *rows))
     assert [(one.prompt, one.completion) for one in found] == [("x", "a"), ("x", "b"), ("y", "c")]

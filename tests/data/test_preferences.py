@@ -64,7 +64,7 @@ def test_bad_rows_can_be_set_aside_and_are_counted(tmp_path: Path, capsys: pytes
     assert f"{len(BAD)} bad rows of {len(BAD) + 1}" in " ".join(capsys.readouterr().err.split())
 
 
-def test_missing_and_empty_files(tmp_path: Path) -> None:
+def test_missing_and_empty_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(PoiseError, match="no such file"):
         read_preferences(tmp_path / "nothing.jsonl")
     with pytest.raises(PoiseError, match="no usable row"):

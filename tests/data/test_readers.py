@@ -57,7 +57,7 @@ def test_the_content_decides_how_a_file_is_read(
         assert read_preferences(path) == EXPECTED
 
 
-def test_tables_of_any_separator_with_long_cells_and_blank_margins(tmp_path: Path) -> None:
+def test_tables_of_any_separator_are_read_with_long_cells_and_blank_margins(tmp_path: Path) -> None:
     long = "word " * 60_000
     path = tmp_path / "x.csv"
     for separator in (",", ";", "\t"):
@@ -188,7 +188,7 @@ CONVERSATION = [{"role": "system", "content": "Be kind."}, U("Hi")]
         ("[1, 2] what next?", "[1, 2] what next?"),
     ],
 )
-def test_forms_of_conversations(tmp_path: Path, prompt: Any, expected: Prompt) -> None:
+def test_forms_of_conversations_are_read_alike(tmp_path: Path, prompt: Any, expected: Prompt) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps({"prompt": prompt, "completion": "c"}))
     assert read_samples(path) == [Sample(expected, "c")]
@@ -209,7 +209,7 @@ def test_forms_of_conversations(tmp_path: Path, prompt: Any, expected: Prompt) -
         ([U("half \ud83d face")], "lone surrogate U+D83D at character 6"),
     ],
 )
-def test_faults_of_conversations(tmp_path: Path, turns: Any, reason: str) -> None:
+def test_faults_of_conversations_are_named(tmp_path: Path, turns: Any, reason: str) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps({"prompt": turns}) + "\n")
     with pytest.raises(PoiseError, match=rf"x\.jsonl:1: .*{reason.replace('+', '.')}"):
@@ -273,7 +273,7 @@ def test_parts_that_disagree_are_refused(row: dict[str, Any]) -> None:
         ([1.0, None, 2], "ab"),
     ],
 )  # fmt: skip
-def test_votes_in_any_writing(votes: Any, chosen: str) -> None:
+def test_votes_in_any_writing_are_read(votes: Any, chosen: str) -> None:
     row = {"prompt": "p", "response_1": "a", "response_2": "b", "annotators": votes}
     found = preferences_of(row)
     assert isinstance(found, list)

@@ -65,7 +65,7 @@ def test_smaller_kl_coef_means_more_proxy_and_more_kl(one: float, other: float, 
     assert (kl_small <= np.log(20) + 1e-9).all()
 
 
-def test_tilted_limits() -> None:
+def test_tilting_reaches_its_limits() -> None:
     proxy, gold = np.array([[0.0, 3.0]]), np.array([[1.0, 5.0]])
     assert tilted(proxy, gold, 1e6)[0][0] == pytest.approx(3.0, abs=1e-4)
     value, kl = tilted(proxy, gold, 1e-3)

@@ -52,7 +52,7 @@ def by_brute_force(ladder: Ladder) -> tuple[np.ndarray, np.ndarray, np.ndarray, 
 @pytest.mark.parametrize(
     "wins", [[24, 30, 27, 16], [20, 20, 20, 20], [33, 36, 38, 40], [10, 6, 3, 0], [26, 21, 30, 24]]
 )
-def test_against_brute_force(wins: list[float]) -> None:
+def test_choice_equals_brute_force(wins: list[float]) -> None:
     ladder = ladder_of(wins)
     found, (rate, low, high, loss, bounds) = choose(ladder), by_brute_force(ladder)
     assert found.win_rate == pytest.approx(rate, abs=2e-3)
@@ -63,7 +63,7 @@ def test_against_brute_force(wins: list[float]) -> None:
     assert found.chosen == (within[-1] if len(within) else loss.argmin())
 
 
-def test_by_hand() -> None:
+def test_choice_equals_values_worked_out_by_hand() -> None:
     """Half of all comparisons won at every rung: no better than the start, whose rate is known."""
     found = choose(ladder_of([20_000] * 4, 40_000))
     assert found.win_rate == pytest.approx([0.5] * 5, abs=2e-3)
@@ -74,7 +74,7 @@ def test_by_hand() -> None:
 
 @settings(max_examples=25)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=5))
-def test_laws(wins: list[int]) -> None:
+def test_choice_obeys_its_laws(wins: list[int]) -> None:
     kl = np.array([3.0, 5.0, 10.0, 20.0, 40.0])[: len(wins)]
     found = choose(ladder_of(list(map(float, wins)), 40.0, kl))
     assert [found.win_rate[0], found.low[0], found.high[0]] == pytest.approx([0.5] * 3)

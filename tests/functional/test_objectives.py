@@ -63,7 +63,7 @@ HAND_VALUES = {
 
 
 @pytest.mark.parametrize("spec", HAND_VALUES)
-def test_hand_values(spec: str) -> None:
+def test_objectives_equal_values_worked_out_by_hand(spec: str) -> None:
     assert parse_objective(spec)(HEADS).item() == pytest.approx(HAND_VALUES[spec], abs=1e-6)
 
 
@@ -100,7 +100,7 @@ def make_heads(values: np.ndarray) -> HeadRewards:
 
 
 @given(arrays)
-def test_against_numpy(values: np.ndarray) -> None:
+def test_objectives_equal_those_of_numpy(values: np.ndarray) -> None:
     heads = make_heads(values)
     for row in range(len(values)):
         for spec, expected in numpy_objectives(values[row], heads.std[row].numpy()).items():
@@ -123,7 +123,7 @@ def test_heads_may_be_permuted(values: np.ndarray, seed: int) -> None:
 
 
 @given(arrays, st.floats(-10, 10))
-def test_shift_equivariance(values: np.ndarray, shift: float) -> None:
+def test_objectives_follow_a_shift(values: np.ndarray, shift: float) -> None:
     heads = make_heads(values)
     for spec in SPECS:
         shifted = parse_objective(spec)(HeadRewards(heads.mean + shift, heads.std))
@@ -140,7 +140,7 @@ def test_random_head_takes_every_head_as_often() -> None:
 
 
 @given(arrays)
-def test_order_of_pessimism(values: np.ndarray) -> None:
+def test_pessimism_has_its_order(values: np.ndarray) -> None:
     heads, slack = make_heads(values), 1e-9
     assert (worst_case(heads) <= soft_min(heads, 0.5) + slack).all()
     assert (soft_min(heads, 0.5) <= soft_min(heads, 2.0) + slack).all()
@@ -174,7 +174,7 @@ def test_total_std_is_that_of_the_mixture() -> None:
     assert total_std(heads).item() == pytest.approx(draws.std().item(), rel=5e-3)
 
 
-def test_uncertainties_by_hand() -> None:
+def test_uncertainties_equal_values_worked_out_by_hand() -> None:
     assert disagreement(HEADS).item() == pytest.approx(math.sqrt(14 / 3))
     assert routing_std(HEADS).item() == pytest.approx(0.2)
 
@@ -251,7 +251,7 @@ def test_gradient_of_the_expected_worst_case_is_that_of_one_head() -> None:
 
 
 @given(arrays, st.integers(1, 4), st.integers(0, 1000))
-def test_shaping_against_numpy(values: np.ndarray, count: int, seed: int) -> None:
+def test_shaping_equals_that_of_numpy(values: np.ndarray, count: int, seed: int) -> None:
     generator = np.random.default_rng(seed)
     baseline = generator.normal(size=(len(values), count, values.shape[1]))
     heads = HeadRewards(torch.from_numpy(values), torch.ones(values.shape, dtype=torch.float64))

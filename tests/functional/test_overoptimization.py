@@ -80,7 +80,7 @@ def test_par_is_the_chance_of_beating_the_prompts_own_completions() -> None:
     assert (plain.argsort(-1) == less.argsort(-1)).all()
 
 
-def test_measures_by_hand() -> None:
+def test_measures_equal_values_worked_out_by_hand() -> None:
     gold = make_gold()
     proxy = stacked(Choice("brme", "mean"), [(make_heads(1), 1.0), (make_heads(2), 1.0), (make_heads(3), 1.0)], 16)
     curves = Curves.of(proxy, gold)

@@ -102,7 +102,7 @@ def test_probit_pairs_agree_with_monte_carlo() -> None:
 
 
 @pytest.mark.parametrize("name", HEAD_LOSSES)
-def test_recovery_of_known_noise(name: str) -> None:
+def test_known_noise_is_recovered(name: str) -> None:
     """Regions of noise .3 and 2: proper scores recover both stds to 5 %; the sampled MSE's collapses in both."""
     generator = torch.Generator().manual_seed(0)
     size = 20_000

@@ -223,7 +223,7 @@ def test_reward_bench_sections_have_the_benchmarks_weights() -> None:
         assert scores[section] == pytest.approx(np.average([accuracy[name] for name in members], weights=weights))
 
 
-def test_reward_bench_by_hand_with_parts_missing() -> None:
+def test_reward_bench_equals_values_worked_out_by_hand_with_parts_missing() -> None:
     accuracy = {"math-prm": 0.9, "hep-cpp": 0.5, "hep-go": 0.8, "donotanswer": 0.25}
     count = {"math-prm": 1, "hep-cpp": 100, "hep-go": 50, "donotanswer": 4}
     assert reward_bench(accuracy, count) == pytest.approx({"Safety": 0.25, "Reasoning": (0.9 + 0.6) / 2})
@@ -287,7 +287,7 @@ def test_smoothing_averages_over_its_width() -> None:
     assert np.isnan(smoothed(np.array([np.nan, np.nan, np.nan, 1.0]))[0])
 
 
-def test_movement_of_one_two_and_rising_checkpoints() -> None:
+def test_movement_equals_values_worked_out_by_hand() -> None:
     one, two, rising = (movement(np.array(values)) for values in ([1.0], [1.0, 3.0], [1.0, 2.0, 5.0]))
     assert np.isnan(one["std"])
     assert two == {"std": pytest.approx(2**0.5), "range": 2.0, "largest_drop": 0.0}
@@ -335,7 +335,7 @@ def test_units_are_all_drawn_and_their_rows_together() -> None:
 # ---- at equal x ----
 
 
-def test_mean_between_by_hand() -> None:
+def test_mean_between_equals_values_worked_out_by_hand() -> None:
     x, y = np.array([4.0, 0.0, 2.0, 2.0]), np.array([8.0, 0.0, 1.0, 3.0])  # the line: 0 to 2 over 2, then to 8 over 2
     assert mean_between(x, y, 0.0, 4.0) == pytest.approx((1.0 * 2 + 5.0 * 2) / 4)
     assert mean_between(x, y, 1.0, 3.0) == pytest.approx((1.5 * 1 + 3.5 * 1) / 2)

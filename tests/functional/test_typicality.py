@@ -35,7 +35,7 @@ def numpy_distances(reference: np.ndarray, asked: np.ndarray) -> tuple[list[floa
     return [mahalanobis((row - center) / spread, np.zeros(width), inverse) ** 2 / unit for row in asked], shrinkage
 
 
-def test_by_hand() -> None:
+def test_typicality_equals_values_worked_out_by_hand() -> None:
     """Independent features of std 1 and 2: d = (z1^2 + z2^2) / 2, whatever the shrinkage toward the identity."""
     reference = fit_reference(torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 4.0], [2.0, 4.0]]))
     asked = torch.tensor([[1.0, 2.0], [2.0, 2.0], [1.0, 8.0]])
@@ -44,7 +44,7 @@ def test_by_hand() -> None:
 
 
 @given(st.integers(0, 1000), st.integers(3, 60), st.integers(2, 8))
-def test_against_numpy_and_the_papers_formula(seed: int, rows: int, width: int) -> None:
+def test_typicality_equals_numpy_and_the_papers_formula(seed: int, rows: int, width: int) -> None:
     """Also with fewer texts than features."""
     known, asked = texts(seed, rows, width), texts(seed + 1, 5, width)
     reference = fit_reference(known)
@@ -54,7 +54,7 @@ def test_against_numpy_and_the_papers_formula(seed: int, rows: int, width: int) 
 
 
 @given(st.integers(0, 1000), st.floats(0.01, 100), st.floats(-50, 50))
-def test_laws(seed: int, scale: float, shift: float) -> None:
+def test_typicality_obeys_its_laws(seed: int, scale: float, shift: float) -> None:
     known, asked = texts(seed), texts(seed + 1)
     reference = fit_reference(known)
     found = distance(asked, reference)

@@ -284,7 +284,7 @@ def bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("bfloat16")
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", rest_slow(KINDS), ids=str)
 def test_in_bfloat16_a_fresh_rollout_is_that_of_reading_it_again(any_model: str, kind: dict[str, Any]) -> None:
     """To the bit, for a policy that has moved; and one that has not is its reference, to the bit."""
     policy = make_policy(any_model, 1, **kind)

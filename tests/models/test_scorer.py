@@ -117,7 +117,7 @@ def test_checkpoint_is_a_stock_classifier(reward_run: Path, name: str) -> None:
     torch.testing.assert_close(heads.std, scorer(SAMPLES).std, rtol=0, atol=1e-4)
 
 
-def test_layout_by_hand() -> None:
+def test_the_layout_equals_one_worked_out_by_hand() -> None:
     layout = HeadLayout(2, "gaussian", (1.0, 0.0, 0.5, 0.0), floor=0.1)
     heads = layout.decode(torch.tensor([3.0, 4.0, 0.5, -50.0]))
     assert heads.mean.tolist() == [2.0, 4.0]
@@ -208,7 +208,7 @@ def edited(reward_run: Path, folder: Path, **changes: object) -> str:
     return str(folder)
 
 
-def test_checkpoint_without_poise_block(reward_run: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_without_poise_block_is_refused(reward_run: Path, tmp_path: Path) -> None:
     with pytest.raises(PoiseError, match="no `poise` block"):
         Scorer.load(edited(reward_run, tmp_path / "x", poise=None))
 

@@ -57,7 +57,7 @@ def test_who_sees_whom_by_hand() -> None:
     ]
 
 
-def test_rows_by_hand() -> None:
+def test_rows_equal_those_worked_out_by_hand() -> None:
     rows = pack([Family([1, 2], [[3], [4, 5]]), Family([6], [[7]])], pad_id=0)
     assert rows.ids_BL.tolist() == [[1, 2, 3, 4, 5], [6, 7, 0, 0, 0]]
     assert rows.position_BL.tolist() == [[0, 1, 2, 2, 3], [0, 1, 0, 0, 0]]

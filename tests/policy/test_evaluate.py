@@ -15,6 +15,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from scipy.stats import norm
 
+from conftest import rest_slow
 from poise.cli import main as cli
 from poise.errors import PoiseError
 from poise.integrations import lm_eval as harness
@@ -50,7 +51,7 @@ def test_a_paired_difference_equals_one_worked_out_by_hand() -> None:
     assert paired_difference(*outcomes(0, 2, 0, 0)).interval[1] == 1.0
 
 
-@pytest.mark.parametrize("chances", [(0.5, 0.1, 0.1, 0.3), (0.6, 0.15, 0.05, 0.2), (0.2, 0.02, 0.01, 0.77)])
+@pytest.mark.parametrize("chances", rest_slow([(0.5, 0.1, 0.1, 0.3), (0.6, 0.15, 0.05, 0.2), (0.2, 0.02, 0.01, 0.77)]))
 def test_the_interval_covers_as_it_says(chances: tuple[float, ...]) -> None:
     tables = np.random.default_rng(0).multinomial(100, chances, size=2000)
     truth = chances[1] - chances[2]

@@ -36,6 +36,7 @@ def without_times(rows: list[Json]) -> list[Json]:
     return [{key: value for key, value in row.items() if not key.endswith("_seconds")} for row in rows]
 
 
+@pytest.mark.slow
 def test_more_steps_of_a_finished_run_are_those_of_a_longer_run(settings: Config, tmp_path: Path) -> None:
     whole = train.run(dataclasses.replace(settings, output=str(tmp_path / "whole")))
     part = dataclasses.replace(settings, output=str(tmp_path / "part"), num_steps=2)

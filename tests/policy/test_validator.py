@@ -26,7 +26,7 @@ def reward_run(tiny_model: str, train_tiny_reward: Callable[[str], Path]) -> Pat
     return train_tiny_reward(tiny_model)
 
 
-def test_transfer_by_hand() -> None:
+def test_transfer_equals_values_worked_out_by_hand() -> None:
     assert transfer_ratio(2.0, 1.0, 32) == 0.5
     assert transfer_ratio(2.0, -1.0, 32) == -0.5
     assert transfer_ratio(0.36, 1.0, 32) == pytest.approx(1 / 0.36)
@@ -37,7 +37,7 @@ def test_transfer_by_hand() -> None:
 
 
 @given(st.floats(0.5, 50), st.floats(-50, 50), st.integers(16, 1000))
-def test_laws_of_transfer(proxy: float, gain: float, count: int) -> None:
+def test_transfer_obeys_its_laws(proxy: float, gain: float, count: int) -> None:
     assert transfer_ratio(proxy, proxy, count) == 1.0  # a validator that is the reward itself
     assert transfer_ratio(proxy, gain, count) == pytest.approx(gain / proxy)
     assert transfer_ratio(2 * proxy, 2 * gain, count) == pytest.approx(gain / proxy)  # no unit
@@ -61,6 +61,7 @@ def test_units_are_those_of_the_start() -> None:
     assert "transfer" not in watching.metrics(HeadRewards(10 + 4 * start, zeros), HeadRewards(start, zeros))
 
 
+@pytest.mark.slow
 def test_a_run_is_watched_and_not_disturbed(
     reward_run: Path, prompts_file: Path, tiny_model: str, tmp_path: Path
 ) -> None:

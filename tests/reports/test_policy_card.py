@@ -14,6 +14,7 @@ import transformers
 import yaml
 from safetensors.torch import load_file
 
+from conftest import rest_slow
 from pages import UNSEEN, assert_all_is_seen
 from poise.cli import train_policy as command
 from poise.cli.train_policy import Config
@@ -88,8 +89,8 @@ def trained(config: Config) -> transformers.PreTrainedModel:
 # ---- the snippet ----
 
 
-@pytest.mark.parametrize("base", ["local", "hub"])
-@pytest.mark.parametrize("template", [True, False])
+@pytest.mark.parametrize("base", rest_slow(["local", "hub"]))
+@pytest.mark.parametrize("template", rest_slow([True, False]))
 def test_the_snippet_gives_the_trained_policy(
     finished: Config, template: bool, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -130,7 +131,9 @@ def test_the_snippet_gives_the_trained_policy(
 # ---- what a run writes ----
 
 
-def test_a_card_beside_untouched_weights(finished: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_card_is_written_beside_untouched_weights(
+    finished: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished.output, folder)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}

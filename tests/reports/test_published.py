@@ -89,7 +89,7 @@ def test_policies_are_compared_where_both_arms_were_trained() -> None:
     assert all("single raters’ labels" in row["claim"] for row in rows)
 
 
-def test_steadiness_of_a_benchmark() -> None:
+def test_steadiness_is_that_of_a_benchmark() -> None:
     policies = cells(single=(0.0, 0.0), brme=(0.0, 0.0))
     for cell, fall in zip(policies, (0.4, 0.3, 0.1, 0.02), strict=True):
         cell["checkpoints"] = {"lambada": {"steps": [0, 10], "mean": [0.4, 0.4 - fall]}}

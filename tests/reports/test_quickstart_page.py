@@ -314,16 +314,19 @@ def test_a_browser_shows_the_page_and_nothing_runs_or_is_fetched(quickstart: Pat
 
 @needs_chromium
 @pytest.mark.parametrize(
-    ("head", "body", "console", "requests"),
-    [
-        ("", '<script>console.error("bad")</script>', "bad", []),
-        ("", "<script>undefined_function()</script>", "ReferenceError", []),
-        ("", '<img src="http://127.0.0.1:9/x">', None, ["http://127.0.0.1:9/x"]),
-        ("", '<img src="http://example.invalid/y">', None, ["http://example.invalid/y"]),
-        ("<meta http-equiv=Content-Security-Policy content=\"default-src 'none'\">", SCRIPT, "violates", []),
-    ],
+    "case",
+    rest_slow(
+        [
+            ("", '<script>console.error("bad")</script>', "bad", []),
+            ("", "<script>undefined_function()</script>", "ReferenceError", []),
+            ("", '<img src="http://127.0.0.1:9/x">', None, ["http://127.0.0.1:9/x"]),
+            ("", '<img src="http://example.invalid/y">', None, ["http://example.invalid/y"]),
+            ("<meta http-equiv=Content-Security-Policy content=\"default-src 'none'\">", SCRIPT, "violates", []),
+        ]
+    ),
 )
-def test_the_browser_check_can_fail(tmp_path: Path, head: str, body: str, console: str | None, requests: list[str]):
+def test_the_browser_check_can_fail(tmp_path: Path, case: tuple[str, str, str | None, list[str]]):
+    head, body, console, requests = case
     page = tmp_path / "bad.html"
     page.write_text(f"<!doctype html><html><head><title>t</title>{head}</head><body>{body}</body></html>")
     seen = visit(page, tmp_path)

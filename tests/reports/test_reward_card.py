@@ -89,24 +89,29 @@ def snippets(card: str) -> list[str]:
 
 
 @pytest.mark.parametrize("template", rest_slow(["chatml", "qwen3", "qwen3_5_think", "gemma3", None]))
-@pytest.mark.parametrize("name", NAMES)
-def test_both_snippets_give_the_scores_of_the_model(
-    finished: tuple[Path, Config], name: str, template: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_both_snippets_give_the_scores_of_each_model(
+    finished: tuple[Path, Config], template: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, config = tmp_path / "run", finished[1]
     shutil.copytree(finished[0], folder)
-    if template is None:
-        (folder / name / "chat_template.jinja").unlink()
-    elif template != "chatml":  # think blocks, which Qwen3 writes before an answer and not before a generation
-        stock = Path(trl.__file__).parent / "chat_templates" / f"{template}.jinja"
-        shutil.copy(stock, folder / name / "chat_template.jinja")
+    for name in NAMES:
+        if template is None:
+            (folder / name / "chat_template.jinja").unlink()
+        elif template != "chatml":  # think blocks, which Qwen3 writes before an answer and not before a generation
+            stock = Path(trl.__file__).parent / "chat_templates" / f"{template}.jinja"
+            shutil.copy(stock, folder / name / "chat_template.jinja")
     command.run(replace(config, output=str(folder)))
-    monkeypatch.chdir(folder / name)
-    plain, ours = snippets((folder / name / "README.md").read_text())
+    for name in NAMES:
+        monkeypatch.chdir(folder / name)
+        assert_both_snippets_give_the_scores(folder / name, name, template)
+
+
+def assert_both_snippets_give_the_scores(folder: Path, name: str, template: str | None) -> None:
+    plain, ours = snippets((folder / "README.md").read_text())
     read: dict[str, Any] = {}
     with contextlib.redirect_stderr(io.StringIO()):
         exec(plain, read)
-    expected = Scorer.load(str(folder / name))([SAMPLE])
+    expected = Scorer.load(str(folder))([SAMPLE])
     torch.testing.assert_close(read["mean"], expected.mean[0], rtol=0, atol=1e-5)
     if name == "brme":
         torch.testing.assert_close(read["std"], expected.std[0], rtol=0, atol=1e-5)
@@ -129,7 +134,7 @@ def test_a_template_that_could_not_be_changed_is_said() -> None:
 # ---- what a run writes ----
 
 
-def test_cards_beside_untouched_weights(
+def test_cards_are_written_beside_untouched_weights(
     finished: tuple[Path, Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawn_once: dict[str, Any]
 ) -> None:
     folder = tmp_path / "run"

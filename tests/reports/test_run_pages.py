@@ -125,7 +125,7 @@ def page_of(*folders: Path) -> Page:
     return page
 
 
-def test_a_policy_run(tmp_path: Path) -> None:
+def test_a_policy_run_has_a_page(tmp_path: Path) -> None:
     (tmp_path / "rm").mkdir()
     (tmp_path / "rm" / "README.md").write_text(COIN)
     page = page_of(policy(tmp_path / "one", str(tmp_path / "rm"), ended=0.0))
@@ -140,6 +140,7 @@ def test_a_policy_run(tmp_path: Path) -> None:
     assert 'http-equiv="refresh"' not in page.html
 
 
+@pytest.mark.usefixtures("undrawn_here")
 def test_the_page_of_a_run_in_progress_loads_itself_anew(tmp_path: Path) -> None:
     page = page_of(policy(tmp_path / "one", steps=3, finished=False))
     assert "This run is not finished: 3 of 12 steps." in page.text
@@ -147,7 +148,7 @@ def test_the_page_of_a_run_in_progress_loads_itself_anew(tmp_path: Path) -> None
     assert "has been taken yet" in page_of(policy(tmp_path / "two", steps=0, finished=False)).text
 
 
-def test_a_reward_run(tmp_path: Path) -> None:
+def test_a_reward_run_has_a_page(tmp_path: Path) -> None:
     page = page_of(reward(tmp_path / "one"))
     text = page.text.replace("\xa0", " ")
     assert "single orders 55.0 % of 20 validation pairs as people did (95 % interval 45.0 % to 65.0 %)" in text
@@ -158,7 +159,7 @@ def test_a_reward_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("gold", [True, False])
-def test_best_of_n_with_gold_and_without(tmp_path: Path, gold: bool) -> None:
+def test_best_of_n_has_a_page_with_gold_and_without(tmp_path: Path, gold: bool) -> None:
     text = page_of(selection(tmp_path / "one", gold)).text
     assert ("No gold was given" in text) is not gold
     assert ("has gold +0.50" in text) is gold
@@ -166,13 +167,14 @@ def test_best_of_n_with_gold_and_without(tmp_path: Path, gold: bool) -> None:
 
 
 @pytest.mark.parametrize("gold", [0.2, None])
-def test_a_comparison_with_gold_and_without(tmp_path: Path, gold: float | None) -> None:
+def test_a_comparison_has_a_page_with_gold_and_without(tmp_path: Path, gold: float | None) -> None:
     text = page_of(comparison(tmp_path / "one", gold)).text
     assert ("No gold was given" in text) is (gold is None)
     assert ("not distinguishable from zero" in text) is (gold is not None)
     assert f"text {SCRIPT}" in text
 
 
+@pytest.mark.usefixtures("undrawn_here")
 def test_several_runs_make_one_page_with_contents(tmp_path: Path) -> None:
     folders = [policy(tmp_path / "one"), policy(tmp_path / "two"), reward(tmp_path / "rm")]
     page = page_of(*folders)
@@ -194,12 +196,14 @@ def test_what_has_no_page_is_one_line(tmp_path: Path) -> None:
         run_pages.build([tmp_path / "bad"])
 
 
+@pytest.mark.usefixtures("undrawn_here")
 def test_what_cannot_be_seen_is_shown_as_escapes(tmp_path: Path) -> None:
     poison(comparison(tmp_path / "one", 0.2))
     assert_all_is_seen(run_pages.build([tmp_path / "one"]).read_text())
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("undrawn_here")
+def test_the_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_pages.run(ReportConfig(folders=(str(reward(tmp_path / "one")),)))
     assert capsys.readouterr().out == f"{tmp_path}/one/report.html\n"
     assert json.loads((tmp_path / "one" / "results.json").read_text())["num_train"] == 80

@@ -712,7 +712,9 @@ def test_a_reader_can_operate_it_and_the_address_follows(folder: Path, tmp_path:
 
 
 @needs_chromium
-@pytest.mark.parametrize("absent", [("best_of_n", "benchmarks", "instability"), ("summary", "cells", "comparisons")])
+@pytest.mark.parametrize(
+    "absent", rest_slow([("best_of_n", "benchmarks", "instability"), ("summary", "cells", "comparisons")])
+)
 def test_a_page_without_some_parts_runs_too(folder: Path, tmp_path: Path, absent: tuple[str, ...]):
     results = {key: value for key, value in make_results().items() if key not in absent}
     write_json(folder / "results.json", {"cells": []} | results)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from conftest import rest_slow
 from poise.data.types import Sample
 from poise.models.families import rounding
 from poise.models.scorer import Scorer
@@ -16,7 +17,7 @@ SAMPLES = [Sample("Review a film.", f"a {word} film {i}") for i, word in enumera
 PLACES = ("models.loading", "models.reward_model", "reward.train", "reward.trunk_training", "reward.export")
 
 
-@pytest.mark.parametrize("trunk", ["frozen", "lora", "full"])
+@pytest.mark.parametrize("trunk", rest_slow(["frozen", "lora", "full"]))
 def test_reward_models_are_trained_scored_and_exported_in_bfloat16(
     trunk: Trunk, tiny_model: str, preferences_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

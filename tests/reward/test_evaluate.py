@@ -128,6 +128,7 @@ def test_a_kept_part_that_is_wrong_is_one_line(reward_run: Path, tmp_path: Path,
 # ---- the study ----
 
 
+@pytest.mark.slow
 def test_accuracy_and_probabilities_are_those_of_the_scorer(
     evaluation: Path, reward_run: Path, preferences_file: Path
 ) -> None:

@@ -84,7 +84,7 @@ def test_the_saved_template_ends_where_the_score_is_read(llama_run: Path, tiny_m
 # ---- one label ----
 
 
-@pytest.mark.parametrize("name", ["brme", "posterior"])
+@pytest.mark.parametrize("name", rest_slow(["brme", "posterior"]))
 @pytest.mark.parametrize(("scalar", "head"), [("mean", None), ("head", 2)])
 def test_one_label_says_what_the_heads_say(
     reward_run: Path, name: str, scalar: str, head: int | None, tmp_path: Path
@@ -105,7 +105,7 @@ def test_one_label_says_what_the_heads_say(
     assert expected.std() > 0.01
 
 
-def test_scalar_head_by_hand() -> None:
+def test_a_scalar_head_equals_one_worked_out_by_hand() -> None:
     weight = torch.tensor([[1.0, 0.0], [3.0, 2.0], [9.0, 9.0], [9.0, 9.0]])
     layout = HeadLayout(2, "gaussian", (1.0, 2.0, 7.0, 7.0), reward_scale=1.5)
     row, point = scalar_head(weight, layout, 1)
@@ -242,7 +242,7 @@ def test_an_export_is_compared_with_its_source(
     assert not (tmp_path / "rm").exists()
 
 
-def test_the_card_of_an_export(llama_run: Path, tmp_path: Path) -> None:
+def test_an_export_has_a_card_of_its_own(llama_run: Path, tmp_path: Path) -> None:
     source = tmp_path / "brme"
     shutil.copytree(llama_run / "brme", source)
     (source / "README.md").write_text("---\nbase_model: user/model\n---\n\n# Ten labels\n")
@@ -313,13 +313,13 @@ def test_a_failed_export_leaves_the_old_one(llama_run: Path, tmp_path: Path, mon
         ({}, "vLLM serves the checkpoint as it is"),
     ],
 )
-def test_bad_options(llama_run: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_bad_options_are_refused(llama_run: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(PoiseError, match=message):
         export.run(Config(str(llama_run), str(tmp_path / "rm"), **options))
     assert not list(tmp_path.iterdir())
 
 
-def test_not_a_reward_model_of_ours(tiny_model: str, llama_run: Path, tmp_path: Path) -> None:
+def test_what_is_no_reward_model_of_ours_is_refused(tiny_model: str, llama_run: Path, tmp_path: Path) -> None:
     with pytest.raises(PoiseError, match="no heads to export"):
         export.run(Config(tiny_model, str(tmp_path / "rm"), "mean"))
     headless = tmp_path / "headless"
@@ -389,7 +389,7 @@ def test_a_run_stands_for_its_brme(llama_run: Path, hub: FakeHub) -> None:
     assert hub.calls[2][1] == {"repo_id": "user/rm", "private": False, "exist_ok": True}
 
 
-def test_upload_refusals(
+def test_uploads_of_what_is_no_reward_model_are_refused(
     tiny_model: str, llama_run: Path, tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for folder in (str(tmp_path), tiny_model, "user/somewhere"):

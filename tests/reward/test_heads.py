@@ -306,7 +306,7 @@ def test_label_smoothing_bounds_the_margin_of_separable_pairs() -> None:
     assert weight.item() == pytest.approx(math.log(0.9 / 0.1), abs=1e-4)
 
 
-def test_shards_by_source() -> None:
+def test_shards_are_made_by_source() -> None:
     features, _ = synthetic(60)
     generator = torch.Generator().manual_seed(0)
     sources = ["web"] * 30 + ["books"] * 20 + ["forum"] * 10

@@ -40,7 +40,7 @@ HEADS = HeadRewards(
 )
 
 
-def test_uncertainties_of_pairs_by_hand() -> None:
+def test_uncertainties_of_pairs_equal_values_worked_out_by_hand() -> None:
     last_layer = LastLayer(torch.diag(torch.tensor([1.0, 2.0])), torch.zeros(2))
     features = torch.tensor([[3.0, 2.0], [0.0, 0.0], [1.0, 1.0], [1.0, 0.0]])
     pairs = pairs_of(TextScores(HEADS, GAUSSIAN, last_layer, features), TWO, mean, seed=0)
@@ -186,7 +186,7 @@ def test_the_surest_mistakes_come_first_and_once() -> None:
     assert [(m["chosen"], m["margin"]) for m in mistakes] == [("c3", -3.0), ("c1", -2.0), ("c2", -0.5)]
 
 
-def test_by_subset_by_hand() -> None:
+def test_numbers_by_subset_equal_values_worked_out_by_hand() -> None:
     correct, longer = np.array([1.0, 0.0, 0.5, 1.0]), np.array([1.0, 1.0, 0.0, 0.0])
     mine = by_subset(correct, longer, [item("c", "r", s) for s in ("b", "b", "b", "a")])
     assert mine == {
@@ -231,7 +231,7 @@ def test_other_data_is_told_apart_by_auroc() -> None:
     assert found["random"]["auroc_interval"][0] < 0.5 < found["random"]["auroc_interval"][1]
 
 
-def test_styles_by_hand() -> None:
+def test_styles_equal_values_worked_out_by_hand() -> None:
     items = [Item("Q", ("a", "bb", "ccc"), ("d", "ee", "fff"), "chat"), Item("Q", ("a",) * 3, ("b",) * 3, "math")]
     rewards = np.array([5.0, 1.0, 2.0, 1.0, 3.0, 4.0, 0.0, 9.0, 3.0, 1.0, 2.0, 3.0])
     results, rows = judge_styles(items, rewards, seed=0)

@@ -69,7 +69,7 @@ def test_every_reward_model_of_a_run_measures_from_its_training_texts(run: Path,
     assert strange.item() > 2 * found[0].max().item()
 
 
-def test_alone_and_in_a_batch(any_model: str, train_tiny_reward: Callable[[str], Path]) -> None:
+def test_distances_are_the_same_alone_and_in_a_batch(any_model: str, train_tiny_reward: Callable[[str], Path]) -> None:
     scorer = Scorer.load(str(train_tiny_reward(any_model) / "brme"))
     together = scorer(SAMPLES).distance
     alone = torch.cat([scorer([sample]).distance for sample in SAMPLES])

@@ -65,7 +65,7 @@ def test_a_finished_run_is_not_run_again(finished: train_reward.Run, monkeypatch
     assert train_reward.run(config).results == finished.results
 
 
-def test_too_little_data_and_bad_settings(tmp_path: Path, tiny_model: str) -> None:
+def test_too_little_data_and_bad_settings_are_refused(tmp_path: Path, tiny_model: str) -> None:
     path = tmp_path / "two.jsonl"
     path.write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n' * 2)
     with pytest.raises(PoiseError, match="too few"):

@@ -57,6 +57,7 @@ def trainer_of(model: str, preferences: list[Preference], folder: Path, *, packe
     return trainer
 
 
+@pytest.mark.slow
 def test_sharing_the_prompt_changes_neither_loss_nor_weights(
     any_model: str, preferences_file: Path, tmp_path: Path
 ) -> None:

@@ -56,7 +56,7 @@ def test_accelerate_loads_it(name: str) -> None:
     assert config.num_processes == -1  # to be said at every launch
 
 
-def test_fields_of_each_kind() -> None:
+def test_each_kind_has_its_fields() -> None:
     sharded = loaded("fsdp2").fsdp_config
     assert (sharded["fsdp_version"], sharded["fsdp_reshard_after_forward"]) == (2, True)
     zero = loaded("zero3").deepspeed_config

@@ -291,7 +291,7 @@ def test_no_number_is_made_of_nan(scorer: Scorer) -> None:
         assert set(answer.json) == {"error"}
 
 
-def test_slow_and_broken_off_bodies(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_and_broken_off_bodies_are_refused(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(application, "BODY_SECONDS", 0.1)
     body = json.dumps(asked(SAMPLES[0])).encode()
 

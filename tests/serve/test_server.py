@@ -186,7 +186,7 @@ def expected(scorer: Scorer, url: str, monkeypatch: pytest.MonkeyPatch) -> float
     return float(tradeoff(scorer([Sample(PROMPT, ANSWER)]), 0.4)[0])
 
 
-def test_verl(expected: float) -> None:
+def test_verl_gets_the_rewards(expected: float) -> None:
     extra = {"prompt": PROMPT, "num_turns": 2, "rollout_reward_scores": {}}
     given = {"data_source": "films", "solution_str": ANSWER, "ground_truth": "", "extra_info": extra}
     answers = [verl_reward.compute_score_sync(**given), asyncio.run(verl_reward.compute_score(**given))]
@@ -201,7 +201,7 @@ def test_verl(expected: float) -> None:
         verl_reward.compute_score_sync(**given, reward_router_address="http://a", reward_model_tokenizer=None)
 
 
-def test_openrlhf(expected: float, scorer: Scorer) -> None:
+def test_openrlhf_gets_the_rewards(expected: float, scorer: Scorer) -> None:
     """Once from its executor, with tokens of its own template; once a truncated answer, which has no end of turn."""
     turns = [{"role": "user", "content": PROMPT}]
     rendered = scorer.extract.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
@@ -213,7 +213,7 @@ def test_openrlhf(expected: float, scorer: Scorer) -> None:
         assert "head_0" in answer["extra_logs"]
 
 
-def test_slime(expected: float) -> None:
+def test_slime_gets_the_rewards(expected: float) -> None:
     sample = types.SimpleNamespace(prompt=PROMPT, response=f"{ANSWER}<|im_end|>", label=None)
     answer = asyncio.run(slime_reward.custom_rm(None, sample))
     assert answer["reward"] == pytest.approx(expected, abs=1e-5)
@@ -221,7 +221,7 @@ def test_slime(expected: float) -> None:
     assert [one["reward"] for one in group] == pytest.approx([expected] * 2, abs=1e-5)
 
 
-def test_trl(expected: float, url: str) -> None:
+def test_trl_gets_the_rewards(expected: float, url: str) -> None:
     logged: dict[str, float] = {}
     reward = ServedReward(url)
     found = reward(
@@ -298,7 +298,7 @@ def module(name: str, monkeypatch: pytest.MonkeyPatch, **content: Any) -> None:
     vars(sys.modules[name]).update(content)
 
 
-def test_ms_swift(expected: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ms_swift_gets_the_rewards(expected: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """ORM of 4.6: made with `args`, called with completions and every column; found by its name in `orms`."""
 
     class AsyncORM:
@@ -315,7 +315,7 @@ def test_ms_swift(expected: float, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == pytest.approx([expected] * 2, abs=1e-5)
 
 
-def test_skyrl(expected: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_skyrl_gets_the_rewards(expected: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """BaseTextEnv of skyrl-gym 0.4.0: init(prompt), step(action) with a dict of these keys, get_metrics()."""
     module("skyrl_gym.envs.base_text_env", monkeypatch, BaseTextEnv=object, BaseTextEnvStepOutput=dict)
     monkeypatch.delitem(sys.modules, "poise.integrations.skyrl_env", raising=False)

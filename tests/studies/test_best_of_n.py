@@ -35,7 +35,7 @@ def settings(reward: Path, tiny_model: str, prompts_file: Path, tmp_path_factory
     )  # fmt: skip
 
 
-def test_curves_laws_and_differences(settings: Config) -> None:
+def test_curves_obey_laws_and_have_differences(settings: Config) -> None:
     results = best_of_n.run(settings).results
     assert results is not None
     assert [curve["name"] for curve in results["curves"]] == list(CHOICES)

@@ -46,7 +46,7 @@ def asked(address: str, host: str = "", **fields: str) -> tuple[int, str]:
             return error.code, error.read().decode()
 
 
-def test_judging_one_after_the_other(server: Judging) -> None:
+def test_judgments_are_asked_one_after_the_other(server: Judging) -> None:
     status, page = asked(server.address)
     assert (status, "1 of 3" in page) == (200, True)
     assert "<script>" not in page

@@ -151,7 +151,7 @@ def settings_of(preferences_file: Path, prompts_file: Path, tiny_model: str) -> 
         settings.POLICY, num_steps=2, max_tokens=3, prompts_per_step=2, completions_per_prompt=2, adapted_layers=1,
         lora_rank=2, baseline_completions=4, eval_completions=1, save_every=1,
     )  # fmt: skip
-    reward = replace(settings.REWARD, num_layers=1, head_steps=5, posterior_heads=3)
+    reward = replace(settings.REWARD, num_layers=1, head_steps=5, posterior_heads=2, num_heads=2)
 
     def make(base: Path) -> study.Config:
         base.mkdir(parents=True)

@@ -16,7 +16,7 @@ def example(seed: int, prompts: int = 3, responses: int = 5) -> tuple[torch.Tens
     return logits.log_softmax(-1), reward
 
 
-def test_log_probabilities_of_a_table_and_of_a_network() -> None:
+def test_log_probabilities_of_a_table_and_a_network_equal_those_of_torch() -> None:
     generator = torch.Generator().manual_seed(0)
     policy = bandit.new_policy((3, 4, 4, 5), generator)
     first, second, third = (layer[0].numpy() for layer in policy)
@@ -83,7 +83,7 @@ def test_policy_gradients_are_those_of_the_definition() -> None:
 
 
 @given(st.integers(0, 10_000), st.floats(0.0, 2.0))
-def test_gradient_moments_by_listing_every_draw(seed: int, noise_std: float) -> None:
+def test_gradient_moments_equal_those_of_listing_every_draw(seed: int, noise_std: float) -> None:
     logprob, reward = example(seed, prompts=2, responses=3)
     mean, trace = bandit.policy_gradient_moments(logprob, reward, 4, noise_std)
     total = 0.0

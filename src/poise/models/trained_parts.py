@@ -17,7 +17,7 @@ from poise.runtime.sharding import shard
 def with_adapters(model: HfModel, first: int, rank: int, *, task: str = "CAUSAL_LM") -> HfModel:
     """A PEFT model: LoRA in float32 on all linear maps of the layers from `first` on; nothing else asks for gradients.
 
-    task: what kind of model peft is told it is; the adapters of a causal one are run by `AdaptedLinear` where they can be.
+    task: what kind of model peft is told it is; the adapters of a causal one are run by `AdaptedLinear` where they can.
     """
     model.requires_grad_(False)
     config = peft.LoraConfig(
