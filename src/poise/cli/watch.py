@@ -11,6 +11,7 @@ import tyro
 
 from poise.errors import PoiseError, first_line
 from poise.reports import live, run_pages
+from poise.runtime.progress import console
 from poise.runtime.settings import Settings, between, sized
 
 _HOST = "127.0.0.1"
@@ -30,11 +31,11 @@ class Config(Settings):
 def run(config: Config) -> None:
     """Serve until interrupted."""
     with server(config) as serving:
-        print(f"http://{_HOST}:{serving.server_port}/ (Ctrl-C ends)", flush=True)
+        console.print(f"http://{_HOST}:{serving.server_port}/ (Ctrl-C ends)", soft_wrap=True)
         try:
             serving.serve_forever()
         except KeyboardInterrupt:
-            print("stopped watching; the runs go on")
+            console.print("stopped watching; the runs go on")
 
 
 def server(config: Config) -> http.server.ThreadingHTTPServer:

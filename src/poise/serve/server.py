@@ -4,6 +4,7 @@ A stop answers every request that was accepted, refuses new ones, and exits with
 """
 
 import contextlib
+import os
 import signal
 import socket
 from collections.abc import Iterator
@@ -25,6 +26,9 @@ def run(config: Config) -> None:
     """Serve until told to stop."""
     config.check()
     token = config.token()
+    for option in ("scale", "log"):
+        if path := getattr(config, option):
+            _may_write(Path(path), option)
     with _listening(config) as place:
         rewards = rewards_of(config, local(config))
         limits = Limits(config.max_body * 2**20, config.max_completions, config.max_characters)
@@ -48,6 +52,15 @@ def rewards_of(config: Config, models: RewardModels) -> Rewards:
     if config.scale:
         file = ScaleFile(Path(config.scale), config.objective, models.fingerprint, models.layout.num_heads)
     return Rewards(models, config.objective, file, config.scale_count, config.max_queue)
+
+
+def _may_write(path: Path, option: str) -> None:
+    """Raise PoiseError now, rather than once requests come, if a file cannot be made. A scale that is there is read."""
+    if path.exists() and option == "scale":
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PoiseError(f"--{option} {path} cannot be written")
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from poise.errors import PoiseError
 from poise.functional.choice import LEVEL, Decision, Ladder, choose
 from poise.policy.ladder import kept_policy
 from poise.runtime import records
+from poise.runtime.folders import MARK, is_leftover, own
 from poise.runtime.progress import console
 from poise.runtime.run_folder import Json, load_config_file, write_json, write_jsonl
 from poise.studies.config import ChooseConfig as Config
@@ -73,11 +74,12 @@ def judge_by_page(out: Path, judged: Path) -> None:
 
 
 def _prepare(config: Config, out: Path) -> None:
-    if out.is_dir() and any(out.iterdir()):
+    mine = {MARK, "ladder.jsonl", "comparisons.jsonl"}  # a killed process may have left them
+    if out.is_dir() and any(path.name not in mine and not is_leftover(path.name) for path in out.iterdir()):
         raise PoiseError(f"--output {out} holds other files; choose another folder or delete it")
     rows = from_run(config) if Path(config.source).is_dir() else read_ladder(config.source)
     comparisons, key = draw(rows, config.per_rung, config.seed)
-    out.mkdir(parents=True, exist_ok=True)
+    own(out)
     write_jsonl(out / "ladder.jsonl", rows)
     write_jsonl(out / "comparisons.jsonl", comparisons)
     write_json(out / "key.json", {"source": config.source, **key})

@@ -12,20 +12,22 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+import pytest
 
 from poise.reward import score
 
 ROOT = Path(__file__).parents[3]
-ROWS = 3000
+ROWS = 1200
 
 
+@pytest.mark.timeout(1200)  # on a busy machine Ray takes minutes to start
 def test_the_example_gives_the_scores_of_the_command(
     tiny_model: str, train_tiny_reward: Callable[[str], Path], tmp_path: Path
 ) -> None:
     turns = json.dumps([{"role": "user", "content": "Review a phone."}])
     rows = [{"prompt": turns if i % 3 else "Review.", "completion": f"a good film {i}"} for i in range(ROWS)]
     source = tmp_path / "rows.parquet"
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), source, row_group_size=500)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), source, row_group_size=300)
     reward = str(train_tiny_reward(tiny_model))
     expected = pyarrow.parquet.read_table(
         score.run(score.Config(reward, str(source), output=str(tmp_path / "scores.parquet")))
@@ -33,7 +35,7 @@ def test_the_example_gives_the_scores_of_the_command(
     started = time.monotonic()
     done = subprocess.run(
         [sys.executable, ROOT / "examples" / "ray_data_score.py", reward, source, tmp_path / "by_ray"],
-        capture_output=True, text=True, check=False, timeout=240,
+        capture_output=True, text=True, check=False, timeout=900,
         env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
              "RAY_USAGE_STATS_ENABLED": "0"},
     )  # fmt: skip
