@@ -5,12 +5,11 @@
 `probes`: the first guard, `families.alike`, with which `rereading.choose` and `shared_prompt` try a way of reading.
 Per model: the relative difference of hidden states between texts alone and texts padded (`padded`) or packed
 (`packed`), over probes of random tokens; `allowed`; and of wrong readings the difference with the KL that it costs, in
-nats per token. Wrong: positions of completions off by one, positions that count columns, texts that see the padding
-of their row, no window.
+nats per token. Wrong: positions of completions off by one, positions that count columns, no window.
 
 `runs`: the second guard, `rereading.check_rereading`, on fresh rollouts. A completion, cut to its first tokens, is one
 trial: the rms difference of log-probabilities, over what is allowed. `false_alarms` are right readings above 1. Of
-wrong readings: the ratio over the whole rollout, and half of the mean square, about their KL.
+wrong readings: the ratio over the whole rollout, and half of the mean square, which is about their KL.
 
 Models: SmolLM2 and, of random weights, 12 layers of width 256 for eight families.
 """
@@ -97,12 +96,7 @@ def columns(rollout: Rollout) -> tuple[Tensor, Tensor]:
     return sees, torch.arange(positions.shape[1]).expand_as(positions)
 
 
-def padding(rollout: Rollout) -> tuple[Tensor, Tensor]:
-    sees, positions = right(rollout)
-    return sees | torch.ones_like(sees[0]).tril(), positions
-
-
-WRONG = {"off by one": off_by_one, "columns": columns, "padding": padding}
+WRONG = {"off by one": off_by_one, "columns": columns}
 
 
 def misread(model: Any) -> Iterator[str]:
