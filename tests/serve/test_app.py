@@ -4,6 +4,7 @@ import asyncio
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,48 @@ def test_typical_is_served_with_the_scorers_distances(scorer: Scorer) -> None:
         layout = without.layout.with_reference(None) if other is without else other.layout
         with pytest.raises(PoiseError, match="reference"):
             layout.check_objective("typical(0.5)")
+
+
+def test_a_validator_is_told_of_and_changes_nothing(scorer: Scorer) -> None:
+    """It reads what the reward reads; a sample that it refuses has a reward all the same."""
+    other = Scorer(scorer.extract, scorer.weight.flip(0) * 2, scorer.layout)
+    watched = of_scorer(other, "other")
+
+    async def scenario(app: Any, _: Rewards) -> list[Any]:
+        return [(await post(app, "/score", asked(sample))).json["scores"][0] for sample in SAMPLES]
+
+    alone, seen = serve(scorer, scenario), serve(scorer, scenario, validator=watched)
+    assert [row["validator"] for row in seen] == pytest.approx(other(SAMPLES).mean.mean(-1).tolist(), abs=1e-5)
+    assert [{k: v for k, v in row.items() if k != "validator"} for row in seen] == alone
+
+    def refused(_: Sample) -> Any:
+        raise PoiseError("no")
+
+    watched.encode = refused  # type: ignore[method-assign]
+    assert serve(scorer, scenario, validator=watched) == alone
+
+
+def test_transfer_is_the_validators_gain_over_the_rewards() -> None:
+    metrics = Metrics()
+    row = {
+        "reward": 0.0, "nominal": 0.0, "worst_case": 0.0, "gap": 0.0, "disagreement": 0.1, "routing_std": 0.1,
+        "total_std": 0.1, "nominal_head": 0, "mean": [0.0], "std": [0.1], "truncated": False,
+    }  # fmt: skip
+
+    def transfer(reward: float, validator: float) -> float:
+        """After 256 completions whose stds are 1 and 2."""
+        rows = [
+            {**row, "reward": reward + (-1) ** i, "validator": validator + 2 * (-1) ** i} for i in range(256)
+        ]  # fmt: skip
+        metrics.scored("/score", "x", [Sample("a", f"a text {i}") for i in range(256)], rows)
+        return float(
+            next(x for x in metrics.page().decode().splitlines() if x.startswith("poise_transfer ")).split()[1]
+        )
+
+    assert math.isnan(transfer(0.5, 3.0))  # the start
+    assert transfer(2.5, 5.0) == pytest.approx(1 / 2)
+    assert transfer(4.5, 3.0) == 0.0
+    assert math.isnan(transfer(0.55, 9.0))  # a gain of .05 is noise
 
 
 def test_callers_at_once_are_one_batch_and_get_their_own_answers(scorer: Scorer) -> None:

@@ -104,6 +104,13 @@ def local(config: ServeConfig) -> RewardModels:
     return of_scorer(scorer, fingerprint)
 
 
+def validator(config: ServeConfig) -> RewardModels | None:
+    """The reward model that is only watched, if there is one."""
+    if not config.validator:
+        return None
+    return of_scorer(Scorer.load(config.validator, config.max_length), heads_fingerprint(config.validator))
+
+
 def of_scorer(scorer: Scorer, fingerprint: str) -> RewardModels:
     """A loaded scorer, or all members of an ensemble."""
     scorers, means, stds = [scorer], [0.0], [1.0]

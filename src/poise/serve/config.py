@@ -24,6 +24,9 @@ class ServeConfig(Settings):
     """The rewards: checkpoint folders, hub ids, `poise train-reward` runs or an ensemble. Several act as one."""
     objective: str = "tradeoff(0.4)"
     """How the heads become one reward, e.g. nominal, worst_case, tradeoff(0.4), lower_confidence(1)."""
+    validator: Reward = ""
+    """Another reward model, of other pairs or other features, that is only watched: /metrics shows its reward, and how
+    much of what the reward gained it sees (`poise_transfer`). It changes no reward."""
     reference: Preferences = ""
     """Preferences, needed for several reward models: each one's reward is scaled to mean 0 and std 1 over their texts,
     as in `poise ensemble`."""

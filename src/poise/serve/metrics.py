@@ -3,6 +3,7 @@
 The monitor reads the mean of every READING completions as one step. Its baseline begins when the server does.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +12,23 @@ from statistics import fmean, pstdev
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, generate_latest
 
 from poise.data.types import Sample
-from poise.functional.monitor import Monitor, text_signs
+from poise.functional.monitor import Monitor, text_signs, transfer_ratio
 from poise.runtime.progress import console
 from poise.runtime.run_folder import Json, append_jsonl
 
 READING = 256
-_SIGNALS = ("reward", "nominal", "worst_case", "gap", "disagreement", "routing_std", "total_std", "distance")
+_SIGNALS = (
+    "reward",
+    "nominal",
+    "worst_case",
+    "gap",
+    "disagreement",
+    "routing_std",
+    "total_std",
+    "distance",
+    "validator",
+)
+_READ = ("reward", "nominal", "worst_case", "gap", "disagreement", "routing_std", "distance")  # by the monitor
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
@@ -39,6 +51,11 @@ class Metrics:
         self._nominal_head = Counter("poise_nominal_head", "Completions by nominal head", ["head"], registry=registry)
         self._suspicion = Gauge("poise_monitor_score", "Signs of over-optimization", registry=registry)
         self._alarm = Gauge("poise_alarm", "1 if that score is above the monitor's threshold", registry=registry)
+        self._transfer = Gauge(
+            "poise_transfer", "Validator's gain over the reward's, in stds of the first completions", registry=registry
+        )
+        self._transfer.set(math.nan)  # not defined yet
+        self._start: tuple[float, float, float, float] | None = None  # mean and std of the reward, of the validator
         self._monitor = Monitor()
         self._gathered: list[tuple[Json, str]] = []
 
@@ -46,7 +63,7 @@ class Metrics:
         """Count the rows of one answered request, and add them to the log."""
         for sample, row in zip(samples, rows, strict=True):
             for name, summary in self._signals.items():
-                if name in row:  # only a reward model with reference texts has distances
+                if name in row:  # not every reward model has distances, nor a server a validator
                     summary.observe(row[name])
             for k, (mean, std) in enumerate(zip(row["mean"], row["std"], strict=True)):
                 self._head_mean.labels(k).observe(mean)
@@ -80,8 +97,21 @@ class Metrics:
     def _read(self) -> None:
         rows, texts = [row for row, _ in self._gathered], [text for _, text in self._gathered]
         self._gathered.clear()
-        names = [name for name in _SIGNALS if name != "total_std" and all(name in row for row in rows)]
+        names = [name for name in _READ if all(name in row for row in rows)]
         stats = {name: fmean(row[name] for row in rows) for name in names} | text_signs(texts)
         reading = self._monitor.update(stats | {"reward_std": pstdev(row["reward"] for row in rows)})
         self._suspicion.set(reading.score)
         self._alarm.set(reading.alarm)
+        if all("validator" in row for row in rows):
+            self._watch_transfer([row["reward"] for row in rows], [row["validator"] for row in rows])
+
+    def _watch_transfer(self, reward: Sequence[float], validator: Sequence[float]) -> None:
+        """Gains are those since the first reading; there is no ratio while the reward has gained next to nothing."""
+        if self._start is None:
+            self._start = (fmean(reward), pstdev(reward), fmean(validator), pstdev(validator))
+            return
+        zero, unit, other_zero, other_unit = self._start
+        if unit > 0 and other_unit > 0:
+            gain, other = (fmean(reward) - zero) / unit, (fmean(validator) - other_zero) / other_unit
+            ratio = transfer_ratio(gain, other, len(reward))
+            self._transfer.set(math.nan if ratio is None else ratio)

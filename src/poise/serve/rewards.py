@@ -1,7 +1,9 @@
 """From samples to rewards for concurrent callers: batching, heads, objective, and the scale that all answers share."""
 
 import asyncio
+import contextlib
 import json
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,6 +14,7 @@ from poise.errors import PoiseError
 from poise.functional.objectives import HeadRewards, RewardScale, parse_objective
 from poise.models.scale_file import ScaleFile
 from poise.models.score_columns import score_columns
+from poise.models.scorer import Tokens
 from poise.runtime.run_folder import Json
 from poise.serve.backend import RewardModels, finite_or_raise
 from poise.serve.batching import Batcher
@@ -32,12 +35,14 @@ class NoScaleYetError(PoiseError):
 
 
 class Scored(NamedTuple):
-    """One sample's heads (K,), whether it lost its oldest tokens, and its distance (1,) to the reference texts."""
+    """One sample's heads (K,), whether it lost its oldest tokens, its distance (1,) to the reference texts, and the
+    validator's reward."""
 
     mean: torch.Tensor
     std: torch.Tensor
     truncated: bool
     distance: torch.Tensor | None = None
+    validator: float | None = None
 
 
 class Rewards:
@@ -55,11 +60,14 @@ class Rewards:
         scale_file: ScaleFile | None = None,
         scale_count: int = 64,
         max_waiting: int = 8192,
+        validator: RewardModels | None = None,
     ):
+        """validator: another reward model, whose mean over heads is told of every sample and changes nothing."""
         self.models, self.objective = models, objective
         self.batcher: Batcher[Sample, Scored] = Batcher(self._score, max_waiting)
         self.batch_sizes: list[int] = []
         self._combine = parse_objective(objective)
+        self._validator = validator
         self._file, self._count = scale_file, scale_count
         self._scale = scale_file.read() if scale_file else None
         self._first: dict[str, Scored] = {}
@@ -98,13 +106,29 @@ class Rewards:
             return results
         heads = self.models(encoded)
         distances = [None] * len(kept) if heads.distance is None else list(heads.distance)
-        for i, mean, std, far, truncated in zip(kept, heads.mean, heads.std, distances, cut, strict=True):
+        seen = self._validated([samples[i] for i in kept])
+        for i, mean, std, far, truncated, said in zip(kept, heads.mean, heads.std, distances, cut, seen, strict=True):
             try:
                 finite_or_raise(HeadRewards(mean, std, far))
-                results[i] = Scored(mean, std, truncated, far)
+                results[i] = Scored(mean, std, truncated, far, said)
             except PoiseError as error:
                 results[i] = BrokenRewardError(str(error))
         return results
+
+    def _validated(self, samples: Sequence[Sample]) -> list[float | None]:
+        """What the validator says; None of a sample that it cannot read, for it must not stop a training."""
+        found: list[float | None] = [None] * len(samples)
+        if self._validator is None:
+            return found
+        encoded: dict[int, list[Tokens]] = {}
+        for i, sample in enumerate(samples):
+            with contextlib.suppress(PoiseError):
+                encoded[i] = self._validator.encode(sample)
+        if encoded:
+            rewards = self._validator(list(encoded.values())).mean.mean(-1).tolist()
+            for i, reward in zip(encoded, rewards, strict=True):
+                found[i] = reward if math.isfinite(reward) else None
+        return found
 
     async def _fit(self, samples: Sequence[Sample], scored: Sequence[Scored]) -> None:
         assert self._file is not None
@@ -136,7 +160,9 @@ class Rewards:
             raise BrokenRewardError("a reward is not finite: the reward model is broken")
         listed = {name: column.tolist() for name, column in columns.items()}
         return [
-            {name: column[i] for name, column in listed.items()} | {"truncated": one.truncated}
+            {name: column[i] for name, column in listed.items()}
+            | {"truncated": one.truncated}
+            | ({} if one.validator is None else {"validator": one.validator})
             for i, one in enumerate(scored)
         ]
 

@@ -16,7 +16,7 @@ from poise.errors import PoiseError
 from poise.models.scale_file import ScaleFile
 from poise.runtime.progress import console
 from poise.serve.app import Limits, make_app
-from poise.serve.backend import RewardModels, local
+from poise.serve.backend import RewardModels, local, validator
 from poise.serve.config import ServeConfig as Config
 from poise.serve.metrics import Metrics
 from poise.serve.rewards import Rewards
@@ -51,7 +51,7 @@ def rewards_of(config: Config, models: RewardModels) -> Rewards:
     file = None
     if config.scale:
         file = ScaleFile(Path(config.scale), config.objective, models.fingerprint, models.layout.num_heads)
-    return Rewards(models, config.objective, file, config.scale_count, config.max_queue)
+    return Rewards(models, config.objective, file, config.scale_count, config.max_queue, validator(config))
 
 
 def _may_write(path: Path, option: str) -> None:
