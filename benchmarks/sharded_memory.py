@@ -2,14 +2,16 @@
 
     python benchmarks/sharded_memory.py [--model MODEL] > results/sharded-memory-DATE.json
 
-Each case runs in two processes of `torchrun`. After the models are loaded, the peak that the kernel keeps for a process
-is reset; then one step of PPO, or four of reward training, runs. `held` are the weights, gradients and optimizer states
-that a process has after it, its share of those that are spread.
+Each case runs in two processes of `torchrun`. Weights are copied out of the mapped file, and freed memory goes back to
+the system at once, so that resident memory is what lives. After the models are loaded, the peak that the kernel keeps
+for a process is reset; then one step of PPO, or four of reward training, runs. `held` are the weights, gradients and
+optimizer states that a process has after it, its share of those that are spread.
 """
 
 import argparse
 import ctypes
 import gc
+import itertools
 import json
 import os
 import subprocess
@@ -24,8 +26,10 @@ import transformers
 
 from poise.integrations.trl_reward import RobustReward
 from poise.models.choices import DEFAULT_MODEL
+from poise.models.loading import load_policy
 from poise.models.reward_model import HeadLayout, load_trunk
 from poise.models.scorer import FeatureExtractor, Scorer
+from poise.policy import loop
 from poise.policy.config import Config
 from poise.policy.loop import Training
 from poise.reward import trunk_training as trunk
@@ -33,6 +37,7 @@ from poise.runtime import distributed as processes
 from poise.runtime.run_folder import Run, environment
 from poise.runtime.sharding import shard as spread
 
+AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "HF_HUB_OFFLINE": "1"}
 CASES = ("ppo-lora", "ppo-full", "reward-full")
 Prepared = tuple[Callable[[], object], Callable[[], Iterable[torch.Tensor]]]
 
@@ -50,7 +55,7 @@ def main() -> None:
         for name, more in (("whole", []), ("sharded", ["--shard"])):
             command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
             command += [__file__, "--model", options.model, "--case", case, *more]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | AT_ONCE)
             rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
             assert sorted(row["rank"] for row in rows) == [0, 1]
             found.setdefault(case, {})[name] = {key: max(row[key] for row in rows) for key in ("held_mib", "peak_mib")}
@@ -80,6 +85,11 @@ def child(options: argparse.Namespace) -> None:
     processes.leave()
 
 
+def _out_of_the_file(module: torch.nn.Module) -> None:
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        tensor.data = tensor.data.clone()
+
+
 def ppo(case: str, model: str, shard: bool, folder: Path) -> Prepared:
     """A step of PPO, with the first two layers of the model as reward model."""
     classifier, tokenizer = load_trunk(model, 2)
@@ -88,9 +98,18 @@ def ppo(case: str, model: str, shard: bool, folder: Path) -> Prepared:
     prompts = [f"Write about the number {number}." for number in range(4)]
     config = Config(
         prompts="p", reward="r", output=str(folder), model=model, objective="mean", prompts_per_step=4,
-        completions_per_prompt=4, max_tokens=16, adapted_layers=0, baseline_completions=1, num_epochs=1, shard=shard,
+        completions_per_prompt=2, max_tokens=8, adapted_layers=0, baseline_completions=1, num_epochs=1, shard=shard,
         tune="full" if case == "ppo-full" else "lora", learning_rate=1e-6,
     )  # fmt: skip
+
+    def load(*args: Any) -> Any:
+        loaded = load_policy(*args)
+        _out_of_the_file(loaded[0])
+        return loaded
+
+    loop.load_policy = load
+    loop.keep_freed_memory = lambda: None
+    _out_of_the_file(classifier)
     Training.save = lambda _: None  # type: ignore[method-assign]  # a checkpoint is no part of a step
     training = Training(config, Run(folder), prompts, RobustReward.of(scorer, "mean", path=""))
 
@@ -104,6 +123,7 @@ def ppo(case: str, model: str, shard: bool, folder: Path) -> Prepared:
 def reward(case: str, model: str, shard: bool, folder: Path) -> Prepared:  # noqa: ARG001
     """Four steps of reward training."""
     classifier, tokenizer = load_trunk(model, 0, dtype=torch.float32)
+    _out_of_the_file(classifier)
     pairs = [trunk.TokenPair([trunk.Family([0] * 16, [[0] * 16] * 2)], 0.0) for _ in range(16)]
     how = trunk.TrunkTraining("full", 1.0, 1e-6, 4, 2, 16, False, 1000, 0, shard)
     pair_model = trunk.PairModel(classifier, packed=True)
@@ -126,5 +146,4 @@ def of(parameters: Iterable[torch.nn.Parameter], optimizer: Any) -> Iterable[tor
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     main()

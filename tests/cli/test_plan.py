@@ -1,5 +1,6 @@
 """`poise plan`: what fits says so, what does not names the largest part and what to change."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -62,3 +63,15 @@ def test_a_model_that_is_none_is_one_line(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "nothing known"}))
     assert main(["plan", "--model", str(tmp_path)]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tune", "gpus"), [("lora", 1), ("full", 8)])
+def test_the_table_of_the_documentation_is_what_is_computed(tune: str, gpus: int) -> None:
+    place = Path(__file__).parents[2] / "docs" / "sizing.py"
+    spec = importlib.util.spec_from_file_location("sizing_of_docs", place)
+    assert spec
+    assert spec.loader
+    docs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(docs)
+    assert docs.row("1.5B (Qwen2.5)", tune, gpus) in docs.PAGE.read_text()
