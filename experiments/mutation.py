@@ -488,8 +488,8 @@ def judge_all(file: str, found: list[Mutant]) -> list[dict]:
     for mutant in found:
         verdict, _ = judge(file, mutant.source, max(10.0, 5 * base))
         verdicts.append({"file": file, "label": mutant.label, "line": mutant.line, "verdict": verdict})
-        if verdict == "survived":
-            print(f"  {mutant.line}: {mutant.within}: {mutant.before}  ->  {mutant.after}", flush=True)
+        where = f"  {mutant.line}: {mutant.within}: {mutant.before}  ->  {mutant.after}"
+        print(where if verdict == "survived" else f"  {verdict}", flush=True)
     print(f"  {base:.1f} s of processor unchanged, {time.monotonic() - started:.0f} s for all", flush=True)
     return verdicts
 

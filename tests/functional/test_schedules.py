@@ -31,6 +31,10 @@ def test_the_kl_coefficient_moves_toward_its_target(kl: float, expected: float) 
     assert adaptive_kl_coef(0.1, kl, target=6.0, horizon=640.0, num_samples=64) == pytest.approx(expected)
 
 
+def test_a_target_may_be_less_than_one_nat_and_the_horizon_one_step() -> None:
+    assert adaptive_kl_coef(0.1, 0.55, target=0.5, horizon=64.0, num_samples=64) == pytest.approx(0.1 * 1.1)
+
+
 def test_adaptive_kl_coef_brings_the_kl_to_its_target() -> None:
     kl_coef = 1.0
     for _ in range(400):  # a policy whose KL is .3 / beta
