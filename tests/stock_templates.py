@@ -1,6 +1,12 @@
-"""The chat templates of well-known model families, as TRL ships them, and tokenizers that have their markers."""
+"""The chat templates that TRL and transformers ship, and tokenizers that have their markers.
 
+TRL has them as files. transformers has three in its Python. Its other templates there, in `decision` and `models/jev`,
+are of decisions: they read a state, and no messages.
+"""
+
+import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import transformers
@@ -8,8 +14,31 @@ import trl
 
 from conftest import make_tokenizer
 
+
+def in_python() -> Iterator[tuple[str, str]]:
+    """(name, template) of the chat templates that are strings in the modules of transformers; nothing is imported."""
+    for path in sorted((Path(transformers.__file__).parent / "models").glob("*/*.py")):
+        text = path.read_text(encoding="utf-8")
+        if path.name.startswith("modular_") or "{%" not in text or "message" not in text:
+            continue
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and "{%" in node.value:
+                if "messages" in node.value:
+                    yield f"transformers_{path.parent.name}", node.value
+
+
 TEMPLATES = {path.stem: path.read_text() for path in (Path(trl.__file__).parent / "chat_templates").glob("*.jinja")}
-DROP_PLAIN_TEXT = {"idefics3", "idefics3_training", "llava_next", "llava_next_training", "smolvlm", "smolvlm_training"}
+IN_PYTHON = dict(in_python())
+TEMPLATES |= IN_PYTHON
+DROP_PLAIN_TEXT = {
+    "transformers_smolvlm",
+    "idefics3",
+    "idefics3_training",
+    "llava_next",
+    "llava_next_training",
+    "smolvlm",
+    "smolvlm_training",
+}
 PROMPTS = (
     "Pick a letter.",
     [

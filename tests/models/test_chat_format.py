@@ -16,7 +16,7 @@ from poise.models.chat_format import (
     generation_prompt,
     prompt_text,
 )
-from stock_templates import DROP_PLAIN_TEXT, PLAIN_TEXTS, PROMPTS, TEMPLATES, family_tokenizer
+from stock_templates import DROP_PLAIN_TEXT, IN_PYTHON, PLAIN_TEXTS, PROMPTS, TEMPLATES, family_tokenizer
 
 ANSWERS = (
     *("a", "b", "d", "e", "n", "of", "end", "turn", "user", "assistant", "id"),
@@ -62,7 +62,8 @@ def test_a_reward_model_reads_the_whole_conversation(name: str) -> None:
 
 
 def test_every_template_was_found() -> None:
-    assert len(TEMPLATES) > 50
+    assert len(TEMPLATES) > 70
+    assert IN_PYTHON.keys() == {"transformers_llama4", "transformers_qwen2_audio", "transformers_smolvlm"}
     assert TEMPLATES.keys() > DROP_PLAIN_TEXT
 
 
