@@ -17,7 +17,7 @@ from poise.models.loading import load_policy
 from poise.models.policy import Policy, uniforms
 from poise.models.rereading import check_rereading
 from poise.models.reward_model import load_trunk
-from poise.models.rollout import Rollout, packed_attention
+from poise.models.rollout import Rollout, draw, packed_attention
 from poise.runtime import distributed as processes
 
 PROMPTS = ["Review a film.", [{"role": "user", "content": "And now review a phone, please."}]]
