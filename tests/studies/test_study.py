@@ -418,7 +418,7 @@ def test_a_study_folder_written_with_the_old_names_goes_on(tmp_path: Path, promp
         study._open(
             replace(
                 wanted,
-                **of_policy(learning_rate=1e-4),
+                policy=replace(study_config.POLICY, num_steps=2, max_tokens=4, learning_rate=1e-4),
                 **of_reward(trunk="lora", head_steps=study_config.REWARD.head_steps),
             )
         )
