@@ -14,10 +14,10 @@ from conftest import make_model, rest_slow
 from forked import in_processes
 from poise.errors import PoiseError
 from poise.models.loading import load_policy
-from poise.models.policy import Policy, _draw, uniforms
+from poise.models.policy import Policy, uniforms
 from poise.models.rereading import check_rereading
 from poise.models.reward_model import load_trunk
-from poise.models.rollout import Rollout, packed_attention
+from poise.models.rollout import Rollout, draw, packed_attention
 from poise.runtime import distributed as processes
 
 PROMPTS = ["Review a film.", [{"role": "user", "content": "And now review a phone, please."}]]
@@ -156,7 +156,7 @@ def test_a_completion_does_not_depend_on_what_is_sampled_beside_it(tiny_model: s
 def test_tokens_are_drawn_where_the_probabilities_pass_the_number() -> None:
     logprobs = torch.tensor([[0.5, 0.0, 0.25, 0.25]]).log().expand(5, -1)
     numbers = torch.tensor([0.0, 0.4999, 0.5001, 0.7501, 0.9999], dtype=torch.float64)
-    assert _draw(logprobs, numbers)[:, 0].tolist() == [0, 0, 2, 3, 3]  # never token 1, which is impossible
+    assert draw(logprobs, numbers)[:, 0].tolist() == [0, 0, 2, 3, 3]  # never token 1, which is impossible
 
 
 def test_lower_layers_are_kept_where_they_can_be(any_model: str) -> None:
