@@ -54,7 +54,7 @@ def faults(index: dict[str, dict[str, str]]) -> list[str]:
             found.append(f"{name} does not end in a date")
         scripts = re.findall(r"[\w/.-]+\.py\b", entry["command"])
         found += [f"{name}: there is no {script}" for script in scripts if not (ROOT / script).is_file()]
-        if not scripts and "poise " not in entry["command"]:
+        if not scripts and not re.search(r"\b(poise|make) ", entry["command"]):
             found.append(f"{name}: the command names no script and no poise command")
         made_by = recorded(there[name])
         if made_by and made_by not in {Path(script).name for script in scripts} | {"poise"}:

@@ -22,9 +22,9 @@ def in_python() -> Iterator[tuple[str, str]]:
         if path.name.startswith("modular_") or "{%" not in text or "message" not in text:
             continue
         for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str) and "{%" in node.value:
-                if "messages" in node.value:
-                    yield f"transformers_{path.parent.name}", node.value
+            text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+            if "{%" in text and "messages" in text:
+                yield f"transformers_{path.parent.name}", text
 
 
 TEMPLATES = {path.stem: path.read_text() for path in (Path(trl.__file__).parent / "chat_templates").glob("*.jinja")}
