@@ -19,7 +19,7 @@ from poise.errors import PoiseError, first_line
 
 __all__ = [
     "Numbered", "RawRow", "Unreadable", "as_object", "can_be_read_twice", "is_hub_id", "no_such_file", "parsed_json",
-    "raw_rows",
+    "raw_rows", "steady_pyarrow",
 ]  # fmt: skip
 
 _COMPRESSION = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -158,7 +158,16 @@ def _decompressed(file: Any, name: str) -> Any:
     return pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), name)
 
 
+def steady_pyarrow() -> Any:
+    """pyarrow with the system's allocator. Its own keeps what was freed: memory grew with the rows of a file."""
+    import pyarrow
+
+    pyarrow.set_memory_pool(pyarrow.system_memory_pool())
+    return pyarrow
+
+
 def _parquet(file: Any) -> Iterator[dict[str, Any]]:
+    steady_pyarrow()
     import pyarrow.parquet
 
     # Without buffers of whole columns: a row group may be the whole file.
@@ -170,8 +179,7 @@ def _parquet(file: Any) -> Iterator[dict[str, Any]]:
 
 def _arrow(file: Any, is_file: bool) -> Iterator[dict[str, Any]]:
     """Rows of an Arrow IPC file (Feather 2) or stream, which `datasets` keeps."""
-    import pyarrow
-
+    pyarrow = steady_pyarrow()
     table = pyarrow.ipc.open_file(file) if is_file else pyarrow.ipc.open_stream(file)
     _named_once(table.schema.names)
     batches = (table.get_batch(i) for i in range(table.num_record_batches)) if is_file else table

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
+from poise.data.files import steady_pyarrow
 from poise.errors import PoiseError
 from poise.models.score_columns import PER_HEAD
 from poise.runtime.folders import write_file_atomic
@@ -95,6 +96,7 @@ def _whole_parts(file: IO[bytes], part: int) -> int:
 
 def _write_parquet(path: Path, rows: Path) -> None:
     """Rows of a JSON-lines file as Parquet: a column per head (`mean_0`, …), a conversation as its JSON text."""
+    steady_pyarrow()
     import pyarrow
     import pyarrow.parquet
 
