@@ -22,9 +22,9 @@ def in_python() -> Iterator[tuple[str, str]]:
         if path.name.startswith("modular_") or "{%" not in text or "message" not in text:
             continue
         for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str) and "{%" in node.value:
-                if "messages" in node.value:
-                    yield f"transformers_{path.parent.name}", node.value
+            found = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+            if "{%" in found and "messages" in found:
+                yield f"transformers_{path.parent.name}", found
 
 
 TEMPLATES = {path.stem: path.read_text() for path in (Path(trl.__file__).parent / "chat_templates").glob("*.jinja")}
