@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -498,9 +499,38 @@ def test_parts_of_a_minibatch_add_up(config: Config, tmp_path: Path) -> None:
     assert losses_of(parts) == [pytest.approx(row, abs=2e-5) for row in losses_of(whole)]
 
 
+class OnCuda(torch.Tensor):
+    """A tensor on the CPU that counts as one that was moved to a GPU."""
+
+
+def cuda_only(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Groups that, like NCCL's, take tensors of a GPU alone; returns who sent one, as it grows."""
+    senders: list[str] = []
+
+    def refuse_others(send: Callable[..., Any]) -> Callable[..., Any]:
+        def checked(first: Any, *others: Any) -> Any:
+            for part in [*(first if isinstance(first, list) else [first]), *others]:
+                if not isinstance(part, OnCuda):
+                    raise RuntimeError("No backend type associated with device type cpu")
+            frames = [frame for frame in traceback.extract_stack() if "/poise/" in frame.filename]
+            senders.extend({frame.name for frame in frames})
+            return send(first, *others)
+
+        return checked
+
+    monkeypatch.setattr(processes, "group_devices", lambda: ["cuda"])
+    monkeypatch.setattr(processes, "_moved", lambda part, _: part.as_subclass(OnCuda))
+    for name in ("all_reduce", "all_gather"):
+        monkeypatch.setattr(torch.distributed, name, refuse_others(getattr(torch.distributed, name)))
+    return senders
+
+
 @pytest.mark.slow
 def test_two_processes_compute_what_one_does(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """gloo on the CPU: the same rewards and losses, with an objective that couples the batch."""
+    """gloo on the CPU: the same rewards and losses, with an objective that couples the batch.
+
+    Each tensor that is sent was moved before; PyTorch moves objects, such as rows, itself.
+    """
     config = dataclasses.replace(
         config, prompts_per_step=4, num_minibatches=2, objective="expected_tradeoff(0.4)", shaping="contrastive",
         num_steps=3,
@@ -514,7 +544,25 @@ def test_two_processes_compute_what_one_does(config: Config, tmp_path: Path, mon
 
     monkeypatch.setattr(training.Training, "one_step", counted)
     command = ["train-policy", "--config", str(one.folder / "config.yaml"), "--output", str(tmp_path / "two")]
-    forked.launched(2, lambda: main(command), tmp_path)
+
+    def work() -> int:
+        senders = cuda_only(monkeypatch)
+        status = main(command)
+        (tmp_path / f"senders{os.environ['RANK']}").write_text("\n".join(senders))
+        return status
+
+    forked.launched(2, work, tmp_path)
+    for rank in (0, 1):  # whitening, gradients, losses, the stop flag, heads of samples and of baselines, facts
+        sent = set((tmp_path / f"senders{rank}").read_text().split())
+        assert {
+            "whiten",
+            "add_up_gradients",
+            "gather",
+            "gathered",
+            "check_rereading",
+            "one_step",
+            "_fit_scale",
+        } <= sent, sent
     two = Run(tmp_path / "two")
     assert [(two.folder / f"world{rank}").read_text() for rank in (0, 1)] == ["2", "2"]
     samples = [list(read_rows(run.folder / "samples.jsonl")) for run in (one, two)]

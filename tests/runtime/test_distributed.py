@@ -108,6 +108,8 @@ def test_a_tensor_goes_to_the_device_that_the_group_knows(monkeypatch: pytest.Mo
         with pytest.raises(RuntimeError, match="device type cpu"):  # this machine may have no GPU to move it to
             send(torch.ones(1))
     assert asked == ["cuda", "cuda"]
+    # Objects are sent from a tensor that PyTorch makes where the group takes it.
+    assert torch.distributed.distributed_c10d._get_object_coll_device() == "cuda"
 
 
 def test_a_group_that_knows_both_takes_a_tensor_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
