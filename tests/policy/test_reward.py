@@ -38,6 +38,8 @@ class Lengths(Scorer):
 class Drawing(Policy):
     """Writes as many letters as the first of its numbers says, and notes which numbers it was given."""
 
+    is_spread = False
+
     def __init__(self) -> None:
         torch.nn.Module.__init__(self)
         self.given: list[torch.Tensor] = []

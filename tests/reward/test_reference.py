@@ -93,7 +93,7 @@ def test_an_earlier_checkpoint_gets_a_reference(
         assert scorer(again).distance.mean().item() == pytest.approx(1, abs=1e-4)
     scored = list(read_rows(score.run(ScoreConfig(str(copy), texts_file, "typical(0.5)", str(tmp_path / "out")))))
     for row in scored:
-        assert row["typical(0.5)"] == pytest.approx(row["mean"][0] - 0.5 * row["distance"], abs=1e-5)
+        assert row["reward"] == pytest.approx(row["mean"][0] - 0.5 * row["distance"], abs=1e-5)
 
 
 def test_without_a_reference_one_line_says_what_to_do(copy: Path, texts_file: str, run: Path) -> None:
