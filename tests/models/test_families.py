@@ -560,7 +560,7 @@ def test_merging_is_compared_with_base_and_adapters(tmp_path: Path) -> None:
     )
     for name, parameter in adapted.named_parameters():
         if "lora" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
+            torch.nn.init.normal_(parameter, std=0.5)
     adapted.save_pretrained(tmp_path / "policy")
     with pytest.raises(PoiseError, match="the folded model has other logits than base and adapters"):
         merge.run(MergeConfig(str(tmp_path / "policy"), str(tmp_path / "merged")))
