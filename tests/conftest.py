@@ -235,6 +235,12 @@ def train_tiny_reward(preferences_file: Path, tmp_path_factory: pytest.TempPathF
     return train
 
 
+@pytest.fixture(scope="module")
+def reward_folder(tiny_model: str, train_tiny_reward: Callable[[str], Path]) -> Path:
+    """A run folder that the tests of a module share."""
+    return train_tiny_reward(tiny_model)
+
+
 @pytest.fixture(scope="session")
 def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "prompts.jsonl"

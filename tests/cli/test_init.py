@@ -12,7 +12,7 @@ from poise.runtime.run_folder import config_dict
 from poise.studies.config import SET_BY_STUDY
 
 
-@pytest.mark.parametrize("command", list(init.HOMES))
+@pytest.mark.parametrize("command", list(init.COMMANDS))
 def test_its_file_is_the_defaults(command: str, tmp_path: Path) -> None:
     path = init.run(init.Config(command, str(tmp_path / "x.yaml")))  # type: ignore[arg-type]
     settings, renamed = settings_of(command)
@@ -34,7 +34,7 @@ def test_every_setting_follows_its_help() -> None:
     study = init.text_of("study").splitlines()
     assert "  # Longest completion, in tokens." in study
     assert "  max_tokens: 20" in study
-    for command in init.HOMES:
+    for command in init.COMMANDS:
         blocks = init.text_of(command).split("\n\n")
         assert all(block.lstrip().startswith("#") for block in blocks), command
 

@@ -4,7 +4,6 @@ import dataclasses
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,11 +35,6 @@ SAMPLES = [Sample("Review a film.", f"a {word} film {i}") for i, word in enumera
 # direction, the features h err by 26 * 2^-8 |h|; a reward w h then errs by at most |w| times that (Cauchy-Schwarz).
 # Independent errors would add up to a fifth of it, which leaves room for norms and residual sums that amplify errors.
 RELATIVE_ERROR = 26 * 2.0**-8
-
-
-@pytest.fixture(scope="module")
-def reward_folder(tiny_model: str, train_tiny_reward: Callable[[str], Path]) -> Path:
-    return train_tiny_reward(tiny_model)
 
 
 def trunk_config(model: str, preferences: Path, output: Path, trunk: Trunk) -> train_reward.Config:

@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,11 +134,6 @@ def test_fluctuation_equals_values_worked_out_by_hand() -> None:
 
 
 # ---- training with benchmarks ----
-
-
-@pytest.fixture(scope="module")
-def reward_folder(tiny_model: str, train_tiny_reward: Callable[[str], Path]) -> Path:
-    return train_tiny_reward(tiny_model)
 
 
 @pytest.fixture(scope="module")

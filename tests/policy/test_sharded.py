@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +33,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "all of them": {"tune": "full", "adapted_layers": 0, "learning_rate": 1e-3},
     "own values": {"value_trunk": "own", "gradient_checkpointing": True},
 }
-
-
-@pytest.fixture(scope="module")
-def reward_folder(tiny_model: str, train_tiny_reward: Callable[[str], Path]) -> Path:
-    return train_tiny_reward(tiny_model)
 
 
 @pytest.fixture

@@ -42,11 +42,6 @@ from poise.studies.config import LAPTOP_POLICY
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 
-@pytest.fixture(scope="module")
-def reward_folder(tiny_model: str, train_tiny_reward: Callable[[str], Path]) -> Path:
-    return train_tiny_reward(tiny_model)
-
-
 @pytest.fixture
 def config(reward_folder: Path, prompts_file: Path, tiny_model: str, tmp_path: Path) -> Config:
     return dataclasses.replace(

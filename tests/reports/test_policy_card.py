@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,11 +34,6 @@ RESULTS: Json = {
     "reward": 0.5149, "kl": 7.128, "steps": 40, "num_heads": 3, "alarms": [],
     "scale": {"head_baseline": [0.5, -1.25, 2.0], "mean": 0.125, "std": 0.75, "ceiling": 2.0, "count": 64},
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def reward_folder(tiny_model: str, train_tiny_reward: Callable[[str], Path]) -> Path:
-    return train_tiny_reward(tiny_model)
 
 
 @pytest.fixture(scope="module", params=["lora", "full"])

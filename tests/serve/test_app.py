@@ -28,6 +28,10 @@ from poise.serve.metrics import Metrics
 from poise.serve.rewards import Rewards
 
 OBJECTIVE = "tradeoff(0.4)"
+ROW = {
+    "reward": 0.0, "nominal": 0.0, "worst_case": 0.0, "gap": 0.0, "disagreement": 0.1, "routing_std": 0.1,
+    "total_std": 0.1, "nominal_head": 0, "mean": [0.0], "std": [0.1], "truncated": False,
+}  # fmt: skip
 SAMPLES = [
     Sample(f"Review the {thing}.", f"A {word} {thing}.") for thing in ("film", "pan") for word in ("good", "bad")
 ]
@@ -152,15 +156,11 @@ def test_a_validator_is_told_of_and_changes_nothing(scorer: Scorer) -> None:
 
 def test_transfer_is_the_validators_gain_over_the_rewards() -> None:
     metrics = Metrics()
-    row = {
-        "reward": 0.0, "nominal": 0.0, "worst_case": 0.0, "gap": 0.0, "disagreement": 0.1, "routing_std": 0.1,
-        "total_std": 0.1, "nominal_head": 0, "mean": [0.0], "std": [0.1], "truncated": False,
-    }  # fmt: skip
 
     def transfer(reward: float, validator: float) -> float:
         """After 256 completions whose stds are 1 and 2."""
         rows = [
-            {**row, "reward": reward + (-1) ** i, "validator": validator + 2 * (-1) ** i} for i in range(256)
+            {**ROW, "reward": reward + (-1) ** i, "validator": validator + 2 * (-1) ** i} for i in range(256)
         ]  # fmt: skip
         metrics.scored("/score", "x", [Sample("a", f"a text {i}") for i in range(256)], rows)
         return float(
@@ -452,12 +452,8 @@ def test_a_log_that_cannot_be_written_stops_no_training(
 
 def test_the_monitor_rings() -> None:
     metrics = Metrics()
-    row = {
-        "reward": 0.0, "nominal": 0.0, "worst_case": 0.0, "gap": 0.0, "disagreement": 0.1, "routing_std": 0.1,
-        "total_std": 0.1, "nominal_head": 0, "mean": [0.0], "std": [0.1], "truncated": False,
-    }  # fmt: skip
     for step in range(12):
-        rows = [{**row, "reward": (i % 7) + (0.0 if step < 6 else 40.0)} for i in range(256)]
+        rows = [{**ROW, "reward": (i % 7) + (0.0 if step < 6 else 40.0)} for i in range(256)]
         text = "a fine film it is " if step < 6 else "so so so so so so so so "
         metrics.scored("/score", "x", [Sample("a", f"{text}{i}") for i in range(256)], rows)
         assert (b"poise_alarm 1.0" in metrics.page()) == (step >= 6), step

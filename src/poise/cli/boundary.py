@@ -48,13 +48,18 @@ def exit_status(error: BaseException) -> int:
         say("poise: interrupted; the same command goes on from the last checkpoint")
         return INTERRUPTED
     if isinstance(error, BrokenPipeError):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # else Python fails again at its exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        leave_stdout()
     if line := _of_input(error):
         say(f"poise: {line}")
         return BAD_INPUT
     say(f"poise: {type(error).__name__}: {first_line(error)}; this is a fault of poise, {_traceback_file(error)}")
     return FAULT
+
+
+def leave_stdout() -> None:
+    """Print to nowhere from now on: what read stdout has ended, and Python would fail again at its exit."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _of_input(error: BaseException) -> str:

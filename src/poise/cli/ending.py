@@ -3,15 +3,13 @@
 Every command that makes something has a function here that reads its results; one function prints what they say.
 """
 
-import contextlib
-import os
 import shlex
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from poise.cli.boundary import leave_stdout
 from poise.errors import PoiseError
 from poise.models.card_warnings import card_warnings
 from poise.runtime.display import on_one_line
@@ -19,14 +17,8 @@ from poise.runtime.run_folder import Json, Run, is_main_process
 from poise.runtime.settings import ModelPath, marks, typed_fields
 
 MOST_ROWS = 6
-_WITHOUT_PAGE = {
-    "trust",
-    "train-reward",
-    "train-policy",
-    "best-of-n",
-    "compare",
-    "evaluate-policy",
-}  # of their own making
+# Without a page of their own making.
+_WITHOUT_PAGE = {"train-reward", "train-policy", "best-of-n", "compare", "evaluate-policy", "trust"}
 _KEPT = {"train-reward", "train-policy", "best-of-n", "evaluate-policy", "evaluate-reward", "quickstart", "toy"}
 
 
@@ -87,8 +79,7 @@ def _say(text: str) -> None:
     try:
         print(text, flush=True)
     except (OSError, ValueError):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # else Python fails again at its exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        leave_stdout()
 
 
 def _page(folder: Path) -> Path | None:

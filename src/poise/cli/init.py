@@ -1,27 +1,26 @@
 """`poise init`: a commented file of a command's settings, to edit and pass to `--config`."""
 
 import ast
-import importlib
 import inspect
 import itertools
+import sys
 import textwrap
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import tyro
 import yaml
 
+from poise.cli.main import settings_of
 from poise.errors import PoiseError
 from poise.runtime.progress import console
 from poise.runtime.run_folder import config_dict, write_atomic
 from poise.runtime.settings import Settings
 
-HOMES = {
-    "train-reward": "poise.reward.config:Config", "train-policy": "poise.policy.config:Config",
-    "study": "poise.studies.config:Config", "serve": "poise.serve.config:ServeConfig",
-}  # fmt: skip
+_Command = Literal["train-reward", "train-policy", "study", "serve"]
+COMMANDS = get_args(_Command)
 _WIDTH = 100
 
 
@@ -29,7 +28,7 @@ _WIDTH = 100
 class Config(Settings):
     """Write a commented file of a command's settings, all at their defaults, to edit and pass to --config."""
 
-    command: tyro.conf.Positional[Literal["train-reward", "train-policy", "study", "serve"]]
+    command: tyro.conf.Positional[_Command]
     """The command whose settings to write."""
     output: str = ""
     """File to write; default: COMMAND.yaml here. A file that exists is not replaced."""
@@ -47,9 +46,8 @@ def run(config: Config) -> Path:
 
 def text_of(command: str) -> str:
     """The YAML of a command's default settings, each after its help text."""
-    place, _, name = HOMES[command].partition(":")
-    home = importlib.import_module(place)
-    config, hidden = getattr(home, name), set(getattr(home, "SET_BY_STUDY", ()))
+    config, _ = settings_of(command)
+    hidden = set(getattr(sys.modules[config.__module__], "SET_BY_STUDY", ()))
     title = _comment(f"{inspect.getdoc(config)}\n\npoise {command} --config THIS_FILE")
     return "\n\n".join(["\n".join(title), *_settings(config(), hidden)]) + "\n"
 

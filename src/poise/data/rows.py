@@ -65,7 +65,7 @@ class Understood:
     refused: int = 0
     forms: Counter[str] = field(default_factory=Counter)
     notes: dict[str, tuple[int, str]] = field(default_factory=dict)
-    bad: "BadRows" = field(default_factory=lambda: BadRows())
+    bad: BadRows = field(default_factory=BadRows)
     silent: bool = False
 
     @property

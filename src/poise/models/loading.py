@@ -285,6 +285,14 @@ def _listed(names: Sequence[str]) -> str:
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
+def keep_layers(config: Any, count: int) -> None:
+    """Change the config of a model to that of its first `count` layers."""
+    text = config.get_text_config()
+    text.num_hidden_layers = count
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:count]
+
+
 def context_length(config: Any) -> int:
     """The longest text in tokens that a model has positions for; a very large number if it has no such limit."""
     limit = getattr(config, "max_position_embeddings", None) or 0

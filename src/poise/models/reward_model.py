@@ -33,6 +33,7 @@ from poise.models.loading import (
     HfTokenizer,
     device,
     frozen_dtype,
+    keep_layers,
     load_adapters,
     load_config,
     load_tokenizer,
@@ -164,9 +165,7 @@ def load_trunk(
     if num_layers > depth:
         raise PoiseError(f"{model} has {depth} layers, --num-layers asks for {num_layers}")
     if num_layers:
-        text.num_hidden_layers = num_layers
-        if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[:num_layers]
+        keep_layers(config, num_layers)
     config.num_labels = 1
     tokenizer = load_tokenizer(folder)
     classifier = _load_classifier(

@@ -27,11 +27,11 @@ from poise.models.adapted_maps import decoder_layers, linear_maps
 from poise.models.choices import DEFAULT_MODEL
 from poise.models.families import attention_masks
 from poise.models.fused_ops import ChosenLogprob
-from poise.models.loading import HfModel, load_config, resolve_model
+from poise.models.loading import HfModel, keep_layers, load_config, resolve_model
 from poise.models.rereading import Reading, predict
 from poise.models.rollout import Rollout
 from poise.models.shared_prompt import Family, PackedRows, pack, packed_hidden
-from poise.models.trained_parts import with_adapters
+from poise.models.trained_parts import with_adapters, without_adapters
 
 META = torch.device("meta")
 
@@ -84,22 +84,21 @@ def policy_measured(
     depth = config.get_text_config().num_hidden_layers
     split = layers < depth
 
-    def update(trained: int, *, logits: bool) -> int:
-        model = _trainable(config, tune, trained, split=split, rank=rank, dtype=dtype)
-        base = model.get_base_model() if tune == "lora" else model
-        rollout = _rollout(base, part, completions, prompt_tokens, max_tokens, split=split, dtype=dtype)
+    def read_by(trained: int, count: int, *, logits: bool) -> Callable[[], Tensor]:
+        """What reads a rollout of so many prompts, by a model of so many trained layers."""
+        base = without_adapters(_trainable(config, tune, trained, split=split, rank=rank, dtype=dtype))
+        rollout = _rollout(base, count, completions, prompt_tokens, max_tokens, split=split, dtype=dtype)
         how = Reading(packed=True, first_layer=int(split))
-        head_trained = tune == "full" and not split
-        return _peak(lambda: _loss(base, rollout, how, head_trained=head_trained, logits=logits).backward())
+        return lambda: _loss(base, rollout, how, head_trained=tune == "full" and not split, logits=logits)
+
+    def update(trained: int, *, logits: bool) -> int:
+        loss = read_by(trained, part, logits=logits)
+        return _peak(lambda: loss().backward())
 
     def read(trained: int) -> int:
-        model = _trainable(config, tune, trained, split=split, rank=rank, dtype=dtype)
-        base = model.get_base_model() if tune == "lora" else model
-        rollout = _rollout(base, reading, completions, prompt_tokens, max_tokens, split=split, dtype=dtype)
-        how = Reading(packed=True, first_layer=int(split))
-        head_trained = tune == "full" and not split
+        loss = read_by(trained, reading, logits=True)
         with torch.no_grad():
-            return _peak(lambda: _loss(base, rollout, how, head_trained=head_trained, logits=True))
+            return _peak(loss)
 
     def prefill(trained: int) -> int:
         base = _built(config, transformers.AutoModelForCausalLM, trained, dtype)
@@ -158,10 +157,7 @@ def _at_depth(measure: Callable[[int], int], depth: int, kept: int | None = None
 def _built(config: Any, auto: Any, num_layers: int, dtype: torch.dtype = torch.float32) -> HfModel:
     """A model of so many layers on the meta device."""
     config = copy.deepcopy(config)
-    text = config.get_text_config()
-    text.num_hidden_layers = num_layers
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:num_layers]
+    keep_layers(config, num_layers)
     try:
         with META:
             return auto.from_config(config, dtype=dtype, trust_remote_code=False).eval()

@@ -33,23 +33,24 @@ class Ladder:
             return
         self.reached, weights = passed, policy.weights()
         if is_main_process():
-            with write_folder_atomic(self._place(passed)) as scratch:
+            with write_folder_atomic(_place(self.folder, passed)) as scratch:
                 policy.save(str(scratch), weights)
             append_jsonl(self.folder / FILE, [{"step": step, "rung": passed, "kl": kl}])
 
     def drop_unlisted(self) -> None:
         """Delete the policies whose rows are gone, as after a return to an earlier step."""
         path = self.folder / FILE
-        listed = {self._place(row["rung"]) for row in read_rows(path, RungRow)} if path.exists() else set()
+        listed = {_place(self.folder, row["rung"]) for row in read_rows(path, RungRow)} if path.exists() else set()
         for place in (self.folder / FOLDER).glob("kl-*"):
             if place not in listed:
                 shutil.rmtree(place)
 
-    def _place(self, rung: float) -> Path:
-        return self.folder / FOLDER / f"kl-{rung:g}"
-
 
 def kept_policy(run: Path, rung: float) -> Path | None:
     """The policy that a run kept at a rung, if it did."""
-    place = Ladder(run, ())._place(rung)
+    place = _place(run, rung)
     return place if place.is_dir() else None
+
+
+def _place(run: Path, rung: float) -> Path:
+    return run / FOLDER / f"kl-{rung:g}"

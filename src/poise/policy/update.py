@@ -22,7 +22,7 @@ from poise.policy.config import PpoConfig
 from poise.runtime import distributed as processes
 from poise.runtime.checkpoints import write_tensors
 from poise.runtime.run_folder import Json, is_main_process
-from poise.runtime.sharding import clip_gradients, is_part, spread_as, whole_on_main
+from poise.runtime.sharding import clip_gradients, is_part, spread_as, spread_state, whole_on_main
 
 # Largest rounding difference (nats, float32) between a token's log-probability at sampling and in packed rows. Counted
 # as KL, whitened and scaled up by Adam, it would move a policy away from the reference under a constant reward. In
@@ -178,16 +178,12 @@ class Learner:
                 for name, parameter in self.policy.trained_parameters().items():
                     parameter.data.copy_(spread_as(file.get_tensor(f"weight.{name}"), parameter))
                     self.optimizer.state[parameter] = {
-                        key: _as_state(file.get_tensor(f"{key}.{name}"), parameter)
+                        key: spread_state(
+                            file.get_tensor(f"{key}.{name}").to(parameter.device), parameter
+                        )  # Adam is fused
                         for key in ("step", "exp_avg", "exp_avg_sq")
                         if f"{key}.{name}" in file.keys()  # noqa: SIM118  not a dict
                     }
         except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError, OSError) as error:
             raise PoiseError(f"{path} is not a checkpoint of this run: {first_line(error)}") from None
         return extra
-
-
-def _as_state(tensor: Tensor, parameter: torch.nn.Parameter) -> Tensor:
-    """A state of the optimizer where its weight lies; the number of steps too: Adam is fused."""
-    tensor = tensor.to(parameter.device)
-    return spread_as(tensor, parameter) if tensor.shape == parameter.shape else tensor

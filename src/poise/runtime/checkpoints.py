@@ -13,7 +13,7 @@ from torch import Tensor
 
 from poise.errors import PoiseError, first_line
 from poise.runtime.folders import follow_umask
-from poise.runtime.sharding import spread_as, whole_on_main
+from poise.runtime.sharding import spread_state, whole_on_main
 
 OPTIMIZER = "optimizer.safetensors"
 
@@ -61,7 +61,7 @@ class SafeCheckpoints(_Trainer):
         numbered = enumerate(parameter for group in self.optimizer.param_groups for parameter in group["params"])
         for i, parameter in numbered:
             for key, value in entries.get(i, {}).items():
-                entries[i][key] = spread_as(value, parameter) if value.shape == parameter.shape else value
+                entries[i][key] = spread_state(value, parameter)
         self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
         self.lr_scheduler.load_state_dict({**schedule, "lr_lambdas": [None] * len(groups)})
 

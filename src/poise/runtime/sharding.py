@@ -73,6 +73,11 @@ def spread_as(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
+def spread_state(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
+    """A state of the optimizer, spread as its weight is; the number of steps stays whole."""
+    return spread_as(tensor, parameter) if tensor.shape == parameter.shape else tensor
+
+
 def clip_gradients(parameters: Sequence[nn.Parameter], most: float) -> Tensor:
     """Scale gradients down to a norm of `most`, as torch's clip_grad_norm_; returns the norm before. Called by all."""
     if not any(map(is_part, parameters)):

@@ -21,18 +21,17 @@ from poise.functional.objectives import RewardScale, disagreement, mean, routing
 from poise.functional.overoptimization import Choice
 from poise.models.loading import resolve_model
 from poise.models.reward_model import files_of
-from poise.runtime.records import read_rows
 from poise.runtime.run_folder import Inputs, Json, Run, write_jsonl
 from poise.studies.config import REVIEWS
 from poise.studies.config import BestOfNConfig as Config
 from poise.studies.gold import label_with_gold
 from poise.studies.pool import (
+    FILE,
     PoolHeads,
-    PoolRow,
     compare_choices,
+    kept_pool,
     pool_prompts,
     proxies,
-    sample_pool,
     score_pool,
 )
 
@@ -73,13 +72,12 @@ def inputs_of(config: Config) -> Inputs:
 
 def make_pool(folder: Path, config: Config) -> list[Json]:
     """Rows of the pool in `folder`; sampled if the file is missing, and relabeled if the gold is another."""
-    path = folder / "pool.jsonl"
-    if not path.exists():
-        prompts = pool_prompts(config.prompts, config.on_bad_row)
-        write_jsonl(path, sample_pool(config.model, prompts, config.per_prompt, config.max_tokens, config.seed))
-    rows = list(read_rows(path, PoolRow))
+    rows = kept_pool(
+        folder, config.model, lambda: pool_prompts(config.prompts, config.on_bad_row), config.per_prompt,
+        config.max_tokens, config.seed,
+    )  # fmt: skip
     if config.gold and label_with_gold(rows, config.gold):
-        write_jsonl(path, rows)
+        write_jsonl(folder / FILE, rows)
     return rows
 
 

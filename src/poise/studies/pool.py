@@ -37,9 +37,10 @@ from poise.models.reward_model import heads_fingerprint
 from poise.models.scorer import Ensemble, Scorer, generated
 from poise.runtime.folders import write_file_atomic
 from poise.runtime.progress import progress
-from poise.runtime.records import checked
-from poise.runtime.run_folder import Json
+from poise.runtime.records import checked, read_rows
+from poise.runtime.run_folder import Json, write_jsonl
 
+FILE = "pool.jsonl"
 ROWS_PER_BATCH = 256
 
 
@@ -129,6 +130,16 @@ def sample_pool(model: str, prompts: Sequence[Prompt], per_prompt: int, max_toke
                 rows += [{"prompt": prompt, "completion": text} for text in texts]
             advance(len(batch) * per_prompt)
     return rows
+
+
+def kept_pool(
+    folder: Path, model: str, prompts: Callable[[], Sequence[Prompt]], per_prompt: int, max_tokens: int, seed: int
+) -> list[Json]:
+    """Rows of FOLDER/pool.jsonl; sampled if the file is missing. prompts: read only then."""
+    path = folder / FILE
+    if not path.exists():
+        write_jsonl(path, sample_pool(model, prompts(), per_prompt, max_tokens, seed))
+    return list(read_rows(path, PoolRow))
 
 
 def prompt_key(prompt: Prompt) -> str:

@@ -18,7 +18,7 @@ from numpy import ndarray
 
 from poise.data.preferences import read_preferences
 from poise.data.rows import Check
-from poise.data.types import Preference
+from poise.data.types import Preference, Prompt
 from poise.errors import PoiseError
 from poise.functional import trust
 from poise.functional.objectives import mean, parse_objective
@@ -33,8 +33,10 @@ from poise.runtime import records
 from poise.runtime.progress import console, progress
 from poise.runtime.run_folder import Inputs, Json, Run, load_config_file, write_json, write_jsonl
 from poise.studies.choose import judge_by_page, read_judgments
-from poise.studies.pool import PoolRow, pool_prompts, sample_pool, samples_of
+from poise.studies.pool import kept_pool, pool_prompts, samples_of
 from poise.studies.trust_config import TrustConfig as Config
+
+Grouped = tuple[list[Preference], ndarray]  # pairs, and the number of each one's group
 
 
 def run(config: Config) -> Run:
@@ -44,12 +46,12 @@ def run(config: Config) -> Run:
     out.check_config(config)
     found = out.results
     if found is None:
-        prompts = pool_prompts(config.prompts, config.on_bad_row, row_check_of(config.model))
+        check = row_check_of(config.model)
+        prompts = pool_prompts(config.prompts, config.on_bad_row, check)
         check_room(config.model, prompts, config.max_tokens)
-        if config.preferences:
-            _groups(config, row_check_of(config.model))
+        grouped = _groups(config, check) if config.preferences else None
         out = Run.open(config.output, config, lambda: _inputs(config))
-        found = _measure(config, out)
+        found = _measure(config, out, prompts, grouped)
     judged = out.folder / "judgments.jsonl"
     if config.page:
         judge_by_page(out.folder, judged)
@@ -68,17 +70,14 @@ def _inputs(config: Config) -> Inputs:
     return found
 
 
-def _measure(config: Config, out: Run) -> Json:
+def _measure(config: Config, out: Run, prompts: Sequence[Prompt], grouped: Grouped | None) -> Json:
     """Everything but the judgments."""
     place = reward_folder(config.reward, config.objective, None)
     scorer = Scorer.load(place, cached=True)
     scorer.layout.check_objective(config.objective)
-    check = row_check_of(config.model)
-    path = out.folder / "pool.jsonl"
-    if not path.exists():
-        prompts = pool_prompts(config.prompts, config.on_bad_row, check)
-        write_jsonl(path, sample_pool(config.model, prompts, config.per_prompt, config.max_tokens, config.seed))
-    pool = list(records.read_rows(path, PoolRow))
+    pool = kept_pool(
+        out.folder, config.model, lambda: prompts, config.per_prompt, config.max_tokens, config.seed
+    )  # fmt: skip
     with progress("pool: scoring", len(pool)) as advance:
         heads = scorer(samples_of(pool), advance)
     proxy = parse_objective(config.objective)(heads).double().numpy().reshape(-1, config.per_prompt)
@@ -93,17 +92,17 @@ def _measure(config: Config, out: Run) -> Json:
         "per_prompt": config.per_prompt,
         "num_prompts": len(proxy),
         "reach": trust.reach(config.per_prompt),
-        "room": _room(config, scorer, pool, validator, check) if config.preferences else None,
+        "room": _room(config, scorer, pool, validator, grouped) if grouped else None,
         "transfer": None if validator is None else trust.transfer(proxy, validator),
         "validation_accuracy": _validation_accuracy(Path(place)),
     }
 
 
-def _room(config: Config, scorer: Scorer, pool: Sequence[Json], validator: ndarray | None, check: Check | None) -> Json:
+def _room(config: Config, scorer: Scorer, pool: Sequence[Json], validator: ndarray | None, grouped: Grouped) -> Json:
     """What twice the pairs would bring to the order of held-out pairs, and to best-of-n as the validator sees it."""
     if isinstance(scorer, Ensemble):
         raise PoiseError("--preferences: an ensemble has no one trunk to fit heads on; take one of its members")
-    preferences, groups = _groups(config, check)
+    preferences, groups = grouped
     pairs = pair_features(scorer.extract, preferences)
     found = room(pairs, groups, scorer.extract(samples_of(pool)).cpu(), config.seed)
     accuracy, low, high = trust.doubling(found.accuracy_SF[-1] - found.accuracy_SF[-2])
@@ -130,7 +129,7 @@ def _room(config: Config, scorer: Scorer, pool: Sequence[Json], validator: ndarr
     }  # fmt: skip
 
 
-def _groups(config: Config, check: Check | None) -> tuple[list[Preference], ndarray]:
+def _groups(config: Config, check: Check | None) -> Grouped:
     """The pairs, and which of them stay together: those of a prompt; where prompts are few, those that share a text."""
     preferences = read_preferences(config.preferences, config.on_bad_row, check)
     groups = prompt_groups(preferences)
