@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 from scipy.special import ndtr
@@ -74,6 +74,9 @@ def test_choice_equals_values_worked_out_by_hand() -> None:
 
 @settings(max_examples=25)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=5))
+@example([40, 40, 40])
+@example([0, 0, 0])
+@example([0, 0, 0, 0, 0])
 def test_choice_obeys_its_laws(wins: list[int]) -> None:
     kl = np.array([3.0, 5.0, 10.0, 20.0, 40.0])[: len(wins)]
     found = choose(ladder_of(list(map(float, wins)), 40.0, kl))
