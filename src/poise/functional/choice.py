@@ -37,8 +37,8 @@ class Decision(NamedTuple):
     """Which rung to take. Arrays have the start first, as rung 0 with KL 0 and win rate one half.
 
     chosen: its number. decided: its win rate is within delta of the best one's, with probability LEVEL.
-    win_rate, low, high: posterior mean and one-sided bounds of each rung. Where nearly all comparisons are won or lost the
-    posterior is so skewed that a bound may lie beyond its mean, by 2e-4 at 40 labels a rung: it is then the mean.
+    win_rate, low, high: posterior mean and one-sided bounds of each rung. Where nearly all comparisons are won or lost
+    the posterior is so skewed that a bound may lie beyond its mean, by 2e-4 at 40 labels a rung: it is then the mean.
     loss_bound: upper bound of how much a rung's win rate is below that of the best rung.
     more_labels: labels more, spread as these are, that would decide if the rates are what they seem; None if decided
     already, or if _MOST times as many would not do.
