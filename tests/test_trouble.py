@@ -60,8 +60,11 @@ class Command:
 
 
 @pytest.fixture
-def commands(tmp_path: Path, reward: Path, tiny_model: str, preferences_file: Path, prompts_file: Path) -> Any:
-    """name, folder -> Command."""
+def commands(
+    tmp_path: Path, reward: Path, tiny_model: str, preferences_file: Path, prompts_file: Path, monkeypatch: Any
+) -> Any:
+    """name, folder -> Command. `score` works in parts of two rows, since other parts may round otherwise."""
+    monkeypatch.setattr(score, "ROWS_PER_PART", 2)
     samples = tmp_path / "samples.jsonl"
     samples.write_text("".join(f'{{"prompt": "Review.", "completion": "good {i}"}}\n' for i in range(40)))
     options: dict[str, list[str]] = {
@@ -134,11 +137,8 @@ def test_a_training_that_is_asked_to_stop_goes_on(commands: Commands, signals: t
     assert stopped.left() == undisturbed(commands, "train-policy")
 
 
-def test_sigterm_ends_other_commands_at_once_and_they_go_on(
-    commands: Commands, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sigterm_ends_other_commands_at_once_and_they_go_on(commands: Commands) -> None:
     whole = undisturbed(commands, "score")
-    monkeypatch.setattr(score, "ROWS_PER_PART", 2)
     stopped = commands("score", "stopped")
     calls: list[int] = []
     scored = score._scored
@@ -302,11 +302,8 @@ def full_disk() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["train-reward", "export", "score"])
-def test_a_full_disk_leaves_no_part_of_a_file(
-    commands: Commands, command: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_no_part_of_a_file(commands: Commands, command: str) -> None:
     whole = undisturbed(commands, command)
-    monkeypatch.setattr(score, "ROWS_PER_PART", 2)
     full = commands(command, "full")
     assert full.run(full_disk) == 2
     assert full.said.splitlines()[-1].startswith("poise: ")
