@@ -1,7 +1,7 @@
 # Two commands: `make quickstart` and `make test`. Both make their own .venv from requirements.lock.
-# `make test-fast` leaves out the tests marked slow. `make test-engines` runs tests/engines, each with its own packages in
-# .engines/, which are kept. `make docs` builds the documentation into site/. `make coverage` lists the lines and branches of
-# src/poise that the fast tests never take.
+# `make test-fast` runs the tests that are not marked slow, without the lint of `make check`. `make test-engines` runs
+# tests/engines, each with its own packages in .engines/, which are kept. `make docs` builds the documentation into site/.
+# `make coverage` lists the lines and branches of src/poise that the fast tests never take.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -37,7 +37,7 @@ test: $(VENV)/installed
 	$(MAKE) -j2 check pytest
 
 test-fast: $(VENV)/installed
-	$(MAKE) -j2 check pytest SELECT='-m "not slow"'
+	$(PYTEST) -m "not slow"
 
 coverage: $(VENV)/installed
 	$(BIN)/python -m coverage erase

@@ -621,6 +621,7 @@ tiny and of random weights; its texts are shorter and longer than the sliding wi
     return f"{head}{table}\nWhere there is a number, the command ends in one line:\n\n{said}"
 
 
+@pytest.mark.slow  # every family through every command
 def test_the_page_says_what_was_found() -> None:
     """If not: python tests/models/test_families.py."""
     assert PAGE.read_text(encoding="utf-8") == page()

@@ -61,7 +61,8 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("way", rest_slow(WAYS))
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
 def test_two_processes_with_half_of_the_layers_train_as_one(way: str, config: Config, told: Path) -> None:
     one = train_policy.run(dataclasses.replace(config, **WAYS[way]))
     command = ["train-policy", "--config", str(one.folder / "config.yaml"), "--output", str(told / "two"), "--shard"]

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import rest_slow
 from forked import launched
 from poise.cli.main import main
 from poise.reward import train as train_reward
@@ -47,7 +46,8 @@ def said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("trunk", rest_slow(["lora", "full"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("trunk", ["lora", "full"])
 def test_two_processes_with_half_of_the_weights_train_as_one(
     trunk: str, tiny_model: str, preferences_file: Path, said: Path
 ) -> None:
