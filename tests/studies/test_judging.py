@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from poise.runtime.records import read_rows
-from poise.studies.choose import read_judgments
 from poise.studies.judging import Judging
+from poise.studies.judgments import read_judgments
 
 HOSTILE = "<script>alert(1)</script>\x1b[31m\u202e'\"&"
 COMPARISONS = [

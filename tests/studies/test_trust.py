@@ -35,7 +35,7 @@ def config(reward: Path, tiny_model: str, prompts_file: Path, preferences_file: 
 def test_three_answers_on_a_page(config: TrustConfig, capsys: pytest.CaptureFixture[str]) -> None:
     out = trust.run(config)
     said = " ".join(capsys.readouterr().err.split())
-    assert "10 pairs to judge" in said
+    assert "10 comparisons to judge" in said
     results = out.results
     assert results is not None
     assert results["labels"] is None
@@ -58,6 +58,9 @@ def test_three_answers_on_a_page(config: TrustConfig, capsys: pytest.CaptureFixt
     assert again.results["labels"]["reward"]["share"] == pytest.approx(7 / 9)
     assert again.results["labels"]["ties"] == 1
     assert {**again.results, "labels": None} == results
+    (out.folder / "judgments.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in judged))
+    by_page = trust.run(replace(config, page=True))  # all are judged: the page has nothing to ask
+    assert by_page.results == again.results
     page = run_pages.build([again.folder]).read_text()
     assert "The reward orders 77.8" in page
     assert "Nothing here says what happens beyond it" in page  # KL 10 against 1.0 of the best of six

@@ -27,7 +27,7 @@ from poise.runtime.folders import MARK, is_leftover, own
 from poise.runtime.progress import console
 from poise.runtime.run_folder import Json, load_config_file, write_json, write_jsonl
 from poise.studies.config import ChooseConfig as Config
-from poise.studies.judging import Judging
+from poise.studies.judgments import judgments_of
 from poise.studies.pool import prompt_key, sample_pool
 
 WITHIN = 1.25  # a step is of a rung if its KL is no further from it than this factor
@@ -43,34 +43,16 @@ def run(config: Config) -> Json | None:
     key = records.read_object(out / "key.json")
     if key["source"] != config.source:
         raise PoiseError(f"--output {out} holds comparisons of {key['source']}; choose another folder")
-    judged = out / "judgments.jsonl"
-    if config.page:
-        judge_by_page(out, judged)
-    elif not judged.exists():
-        console.print(f"{len(key['sides'])} comparisons to judge: {out / 'comparisons.jsonl'}", markup=False)
-        console.print(
-            f'write {{"id": 0, "better": "a"}} (or b, or tie) for each into {judged} and start again; or use --page',
-            markup=False,
-        )
+    judged = judgments_of(out, config)
+    if judged is None:
         return None
-    ladder = count(key, read_judgments(judged, len(key["sides"])))
+    ladder = count(key, judged)
     found = as_json(ladder, choose(ladder, config.delta))
     write_json(out / "choice.json", found)
     _say(found, config.delta)
     if kept := kept_policy(Path(config.source), found["chosen_kl"]):
         console.print(f"policy: {kept}", markup=False, soft_wrap=True)
     return found
-
-
-def judge_by_page(out: Path, judged: Path) -> None:
-    """Serve the page until every comparison is judged; Ctrl-C leaves those that are."""
-    comparisons = list(records.read_rows(out / "comparisons.jsonl"))
-    server = Judging(comparisons, read_judgments(judged, len(comparisons)) if judged.exists() else {}, judged)
-    console.print(f"judge at {server.address}", markup=False, soft_wrap=True)
-    try:
-        server.serve()
-    finally:
-        server.server_close()
 
 
 def _prepare(config: Config, out: Path) -> None:
@@ -162,24 +144,6 @@ def draw(rows: Sequence[Json], per_rung: int, seed: int) -> tuple[list[Json], Js
 
 
 # ---- what was judged ----
-
-
-def read_judgments(path: Path, num: int) -> dict[int, str]:
-    """By number of the comparison: a, b or tie. Raises PoiseError for another answer, and for one given twice."""
-    found: dict[int, str] = {}
-
-    def parse(row: dict[str, Any]) -> None:
-        number, better = row.get("id"), row.get("better")
-        if type(number) is not int or not 0 <= number < num:
-            raise ValueError(f"'id' must be the number of a comparison, 0 to {num - 1}")
-        if better not in ("a", "b", "tie"):
-            raise ValueError("'better' must be a, b or tie")
-        if number in found:
-            raise ValueError(f"comparison {number} is judged twice")
-        found[number] = better
-
-    read_rows(path, parse, "error")
-    return found
 
 
 def count(key: Json, judgments: dict[int, str]) -> Ladder:

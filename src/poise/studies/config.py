@@ -40,6 +40,7 @@ from poise.runtime.settings import (
     sized,
 )
 from poise.studies.arms import ARMS
+from poise.studies.judge_settings import JudgeSettings
 
 REVIEWS = "reviews"  # as a --gold: the rules of gold.py
 
@@ -368,7 +369,7 @@ def policy_job(config: Config, name: str, policy_seed: int, noise: str, seed: in
 
 
 @dataclass(frozen=True)
-class ChooseConfig(Settings):
+class ChooseConfig(JudgeSettings):
     """How far to train, from few labels: blind side-by-side comparisons with the start, at a ladder of KL.
 
     The first call writes OUTPUT/comparisons.jsonl (`id`, `prompt`, `a`, `b`). Judge them into OUTPUT/judgments.jsonl, a
@@ -386,8 +387,6 @@ class ChooseConfig(Settings):
     its own."""
     per_rung: Count = 40
     """Comparisons of each rung."""
-    page: bool = False
-    """Judge on a page of this machine (its address is printed); every answer is saved at once."""
     delta: Annotated[float, between(0, 0.5, open_low=True, open_high=True)] = 0.05
     """How much win rate against the start may be lost to go further: the largest KL within that of the best is
     taken."""

@@ -30,9 +30,10 @@ from poise.models.scorer import Ensemble, Scorer
 from poise.reward.pairs import pair_features, prompt_groups, text_groups
 from poise.reward.room import LEAST_GROUPS, room
 from poise.runtime import records
-from poise.runtime.progress import console, progress
+from poise.runtime.progress import progress
 from poise.runtime.run_folder import Inputs, Json, Run, load_config_file, write_json, write_jsonl
-from poise.studies.choose import judge_by_page, read_judgments
+from poise.studies.judge_settings import without_judge
+from poise.studies.judgments import judgments_of
 from poise.studies.pool import kept_pool, pool_prompts, samples_of
 from poise.studies.trust_config import TrustConfig as Config
 
@@ -43,19 +44,18 @@ def run(config: Config) -> Run:
     """Measure what can be measured; judgments are read anew by every call, the rest is kept."""
     config.check()
     out = Run(Path(config.output))
-    out.check_config(config)
+    kept = without_judge(config)
+    out.check_config(kept)
     found = out.results
     if found is None:
         check = row_check_of(config.model)
         prompts = pool_prompts(config.prompts, config.on_bad_row, check)
         check_room(config.model, prompts, config.max_tokens)
         grouped = _groups(config, check) if config.preferences else None
-        out = Run.open(config.output, config, lambda: _inputs(config))
+        out = Run.open(config.output, kept, lambda: _inputs(config))
         found = _measure(config, out, prompts, grouped)
-    judged = out.folder / "judgments.jsonl"
-    if config.page:
-        judge_by_page(out.folder, judged)
-    out.finish(found | {"labels": _labels(out.folder, judged)})
+    judged = judgments_of(out.folder, config)
+    out.finish(found | {"labels": None if judged is None else _labels(out.folder, judged)})
     return out
 
 
@@ -183,18 +183,10 @@ def _draw(folder: Path, pool: Sequence[Json], proxy: ndarray, validator: ndarray
     write_json(folder / "key.json", key)
 
 
-def _labels(folder: Path, judged: Path) -> Json | None:
+def _labels(folder: Path, judgments: dict[int, str]) -> Json:
     """How often the reward, and the validator, order the judged pairs as the judge does; ties of the judge are left
     out."""
     key = records.read_object(folder / "key.json")
-    if not judged.exists():
-        console.print(
-            f"{len(key['reward'])} pairs to judge: {folder / 'comparisons.jsonl'}; write "
-            f'{{"id": 0, "better": "a"}} (or b, or tie) for each into {judged}, or use --page',
-            markup=False, soft_wrap=True,
-        )  # fmt: skip
-        return None
-    judgments = read_judgments(judged, len(key["reward"]))
     found: Json = {"ties": sum(better == "tie" for better in judgments.values())}
     for name, differences in key.items():
         decided = [(differences[i], better) for i, better in judgments.items() if better != "tie" and differences]

@@ -8,17 +8,18 @@ import tyro
 from poise.data.preferences import OnBadRow
 from poise.functional.objective_names import read_objective
 from poise.models.choices import DEFAULT_MODEL
-from poise.runtime.settings import Count, Language, Positive, Preferences, Prompts, Reward, Seed, Settings, at_least
+from poise.runtime.settings import Count, Language, Positive, Preferences, Prompts, Reward, Seed, at_least
+from poise.studies.judge_settings import JudgeSettings
 
 
 @dataclass(frozen=True)
-class TrustConfig(Settings):
+class TrustConfig(JudgeSettings):
     """What a reward model is worth as something to optimize, before any RL: three questions on one page.
 
     Room: would more pairs help?  Transfer: does another reward model see what selecting by this one gains?  Labels:
     does a judge whom you trust order the policy's own completions as the reward does? For the last one the first call
     writes OUTPUT/comparisons.jsonl (`id`, `prompt`, `a`, `b`); judge them into OUTPUT/judgments.jsonl, a row each of
-    `id` and `better` (a, b or tie), and start the same command again.
+    `id` and `better` (a, b or tie), and start the same command again; or name a judge by --page or --judge.
     """
 
     reward: tyro.conf.Positional[Reward]
@@ -42,8 +43,6 @@ class TrustConfig(Settings):
     """Longest completion, in tokens."""
     judged: Count = 50
     """Pairs of the policy's own completions to be judged."""
-    page: bool = False
-    """Judge on a page of this machine (its address is printed); every answer is saved at once."""
     output: str = "runs/trust"
     """Run folder to write."""
     on_bad_row: OnBadRow = "error"
