@@ -11,8 +11,8 @@ from tokenizers import AddedToken
 from conftest import CHAT_TEMPLATE, make_model, make_tokenizer
 from poise.models.end_tokens import agree_on_ends, end_of_turn, end_token_ids
 from poise.models.loading import load_policy
-from poise.models.policy import Policy, uniforms
-from poise.models.rollout import Rollout
+from poise.models.policy import Policy
+from poise.models.rollout import Rollout, uniforms
 
 TURN_END = CHAT_TEMPLATE.replace("<|im_end|>", "<turn_end>")
 

@@ -35,10 +35,10 @@ from poise.models.adapted_maps import linear_maps
 from poise.models.chat_format import encode_prompt
 from poise.models.families import rounding, windows, without_noise
 from poise.models.loading import context_length, load_policy
-from poise.models.policy import Policy, uniforms
+from poise.models.policy import Policy
 from poise.models.rereading import choose
 from poise.models.reward_model import HeadLayout, save_reward_model
-from poise.models.rollout import Rollout, packed_attention
+from poise.models.rollout import Rollout, packed_attention, uniforms
 from poise.models.scorer import FeatureExtractor, Scorer, Tokens
 from poise.models.shared_prompt import Family, pack, packed_hidden, separate_hidden, shares_prompts, takes_packed_rows
 from poise.policy import merge

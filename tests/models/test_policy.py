@@ -1,5 +1,7 @@
 """The policy's short cuts (kept activations, packed rows, merged adapters) change nothing but speed."""
 
+import dataclasses
+import itertools
 import math
 import shutil
 from pathlib import Path
@@ -13,11 +15,12 @@ from safetensors.torch import load_file
 from conftest import make_model, rest_slow
 from forked import in_processes
 from poise.errors import PoiseError
+from poise.models import rollout as rollouts
 from poise.models.loading import load_policy
-from poise.models.policy import Policy, uniforms
+from poise.models.policy import Policy
 from poise.models.rereading import check_rereading
 from poise.models.reward_model import load_trunk
-from poise.models.rollout import Rollout, draw, packed_attention
+from poise.models.rollout import Rollout, draw, packed_attention, uniforms
 from poise.runtime import distributed as processes
 
 PROMPTS = ["Review a film.", [{"role": "user", "content": "And now review a phone, please."}]]
@@ -75,6 +78,42 @@ def test_logprobs_kept_recomputed_and_naive_agree(any_model: str, adapted_layers
     reference = policy.reference_logprobs(rollout) * rollout.mask_PMT
     torch.testing.assert_close(reference, naive_logprobs(fresh, rollout), rtol=0, atol=2e-5)
     assert (reference - naive).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("tokens", [1, 70, 140, 10**6])
+@pytest.mark.parametrize("kind", [{}, {"tune": "full", "value_trunk": "own"}], ids=str)
+def test_passes_over_a_rollout_change_nothing(
+    tiny_model: str, kind: dict[str, Any], tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Passes of one completion, of some of a prompt's, of whole prompts: with and without kept hidden states."""
+    policy = make_policy(tiny_model, 1, **kind)
+    whole = sample(policy)
+    recomputed, values, _ = policy.evaluate(whole)
+    reference = policy.reference_logprobs(whole)
+    monkeypatch.setattr(rollouts, "TOKENS_PER_PASS", tokens)
+    parts = rollouts.passes(whole, packed=True, together=False)
+    longest = max(part.prompts.numel() * len(range(3)[part.completions]) for part in parts)
+    assert longest == {1: 1, 70: 2, 140: 3, 10**6: 6}[tokens]
+    for rollout in (whole, dataclasses.replace(whole, hidden_PLH=None)):
+        read = [policy.evaluate(rollout.part(part)) for part in parts]
+        for part, (logprob, value, _) in zip(parts, read, strict=True):
+            torch.testing.assert_close(logprob, recomputed[part], rtol=0, atol=2e-5)
+            torch.testing.assert_close(value, values[part], rtol=2e-6, atol=2e-5)
+        torch.testing.assert_close(policy.reference_logprobs(rollout), reference, rtol=0, atol=2e-5)
+    again = sample(policy)
+    assert torch.equal(again.completion_ids_PMT, whole.completion_ids_PMT)
+    torch.testing.assert_close(again.value_PMT, whole.value_PMT, rtol=2e-6, atol=2e-5)
+
+
+def test_parts_hold_every_completion_once() -> None:
+    for prompts, per_prompt, number in itertools.product(range(1, 6), range(1, 6), range(1, 30)):
+        seen = torch.zeros(10, per_prompt)
+        parts = rollouts.parts_of(torch.arange(prompts) + 3, per_prompt, number)
+        for part in parts:
+            seen[part] += 1
+        assert seen[3 : 3 + prompts].eq(1).all()
+        assert seen.sum() == prompts * per_prompt
+        assert len(parts) >= min(number, prompts) / 2  # torch's chunks are of equal size
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

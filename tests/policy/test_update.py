@@ -18,7 +18,7 @@ from forked import in_processes
 from poise.errors import PoiseError
 from poise.functional.objectives import HeadRewards, RewardScale, parse_objective
 from poise.models.policy import Evaluation, Policy
-from poise.models.rollout import Rollout
+from poise.models.rollout import Part, Rollout
 from poise.models.scorer import Scorer
 from poise.policy import update
 from poise.policy.config import PpoConfig
@@ -53,7 +53,7 @@ class Table(Policy):
 
 
 def preceding(rollout: Rollout) -> Tensor:
-    first = rollout.prompt_ids_PL[:, -1:].unsqueeze(1).expand(-1, COMPLETIONS, -1)
+    first = rollout.prompt_ids_PL[:, -1:].unsqueeze(1).expand(-1, rollout.mask_PMT.shape[1], -1)
     return torch.cat([first, rollout.completion_ids_PMT[..., :-1]], -1)
 
 
@@ -192,6 +192,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no entropy": {"entropy_coef": 0.0},
     "gradients that need no clipping": {"max_grad_norm": 1e3},
     "one part, one minibatch": {"accumulation": 1, "num_minibatches": 1},
+    "parts of some completions": {"accumulation": 5},
     "discount and trace 1": {"discount": 1.0, "trace": 1.0},
     "left early": {"max_step_kl": 0.02},
 }
@@ -298,13 +299,13 @@ def test_in_low_precision_a_rollout_is_read_in_the_parts_that_are_improved_next(
     now, read, improved = case(), [], []
     now.policy.low_precision = True
 
-    def read_again(rollout: Rollout, parts: list[Tensor], *, entropy: bool) -> Rollout:
-        read.append(("policy", [part.tolist() for part in parts], entropy))
+    def read_again(rollout: Rollout, parts: list[Part], *, entropy: bool) -> Rollout:
+        read.append(("policy", [part.prompts.tolist() for part in parts], entropy))
         return dataclasses.replace(rollout, sampled_PMT=rollout.logprob_PMT)
 
-    def reference(rollout: Rollout, parts: list[Tensor], *, entropy: bool) -> Tensor:
+    def reference(rollout: Rollout, parts: list[Part], *, entropy: bool) -> Tensor:
         assert rollout.sampled_PMT is not None  # what was read again, not what was sampled
-        read.append(("reference", [part.tolist() for part in parts], entropy))
+        read.append(("reference", [part.prompts.tolist() for part in parts], entropy))
         return rollout.logprob_PMT - 1
 
     def evaluate(rollout: Rollout, *, entropy: bool = False) -> Evaluation:
@@ -391,7 +392,7 @@ def test_two_processes_make_the_step_of_one(tmp_path: Path) -> None:
     def work(rank: int) -> tuple[int, dict[str, float], list[Tensor]]:
         now = case()
         share = slice(rank * PROMPTS // 2, (rank + 1) * PROMPTS // 2)
-        rollout = now.rollout.rows(torch.arange(PROMPTS)[share])
+        rollout = now.rollout.part(Part(torch.arange(PROMPTS)[share]))
         rows = slice(share.start * COMPLETIONS, share.stop * COMPLETIONS)
         losses = learner(now.policy).improve(rollout, now.score[rows], now.reference[share], KL_COEF, PACE)
         return processes.num_processes(), losses, [parameter.detach() for parameter in now.policy.parameters()]

@@ -51,7 +51,7 @@ from poise.models.rereading import (
     has_plain_head,
     predict,
 )
-from poise.models.rollout import Rollout, draw
+from poise.models.rollout import Part, Rollout, draw, passes
 from poise.models.trained_parts import spread_layers, twin, upper_parameters, with_adapters, without_adapters
 from poise.runtime.processes import several
 from poise.runtime.quiet import quiet_loading
@@ -249,22 +249,24 @@ class Policy(nn.Module):
         if self.low_precision:
             return self.read_again(rollout) if read_again else rollout
         if self.value_model is not None:
-            rollout.value_PMT = self._own_values(rollout) * rollout.mask_PMT
+            for part in self._passes(rollout):
+                rollout.value_PMT[part] = self._own_values(rollout.part(part))
+            rollout.value_PMT *= rollout.mask_PMT
         return rollout
 
     @torch.no_grad()
-    def read_again(self, rollout: Rollout, parts: Sequence[Tensor] = (), *, entropy: bool = False) -> Rollout:
+    def read_again(self, rollout: Rollout, parts: Sequence[Part] = (), *, entropy: bool = False) -> Rollout:
         """The rollout with the log-probabilities and values that `evaluate` gives now; in float32 as it is.
 
-        parts: indices of the prompts that are read together, by default all; entropy: as for `evaluate`. Rows are read
-        to the same bit only beside as many rows, and in the same way.
+        parts: what is read together, by default `_passes`; entropy: as for `evaluate`. Rows are read to the same bit
+        only beside as many rows, and in the same way.
         """
         if not self.low_precision:
             return rollout
         mask, kept = rollout.mask_PMT, rollout.sampled_PMT
         logprob, value = torch.zeros_like(mask), torch.zeros_like(mask)
-        for index in parts or [torch.arange(len(mask), device=mask.device)]:
-            logprob[index], value[index], _ = self.evaluate(rollout.rows(index), entropy=entropy)
+        for part in parts or self._passes(rollout):
+            logprob[part], value[part], _ = self.evaluate(rollout.part(part), entropy=entropy)
         return replace(
             rollout, logprob_PMT=logprob * mask, value_PMT=value * mask,
             sampled_PMT=rollout.logprob_PMT if kept is None else kept,
@@ -274,11 +276,11 @@ class Policy(nn.Module):
     def check_rereading(self, rollout: Rollout) -> None:
         """Raise PoiseError unless this policy reads its own fresh rollout as it sampled it, up to rounding."""
         if not self.low_precision:
-            check_rereading(rollout, self._read(self._base, rollout)[0], self._base)
+            check_rereading(rollout, self._logprobs(rollout, self._passes(rollout)), self._base)
             return
         rollout = rollout if rollout.sampled_PMT is not None else self.read_again(rollout)
-        each = torch.arange(len(rollout.mask_PMT), device=rollout.mask_PMT.device).unsqueeze(-1)
-        apart = [self._read(self._base, rollout.rows(one), reading=Reading(packed=False))[0] for one in each]
+        each = torch.arange(len(rollout.mask_PMT), device=rollout.mask_PMT.device).split(1)
+        apart = [self._read(self._base, rollout.part(Part(one)), reading=Reading(packed=False))[0] for one in each]
         check_rereading(rollout, rollout.logprob_PMT, self._base, torch.cat(apart))
 
     def evaluate(self, rollout: Rollout, *, entropy: bool = False) -> Evaluation:
@@ -288,15 +290,10 @@ class Policy(nn.Module):
         return Evaluation(logprob, value, spread)
 
     @torch.no_grad()
-    def reference_logprobs(self, rollout: Rollout, parts: Sequence[Tensor] = (), *, entropy: bool = False) -> Tensor:
+    def reference_logprobs(self, rollout: Rollout, parts: Sequence[Part] = (), *, entropy: bool = False) -> Tensor:
         """Log-probabilities (P, M, T) under the initial policy; parts, entropy: as for `read_again`."""
         with self.as_reference():
-            if not (self.low_precision and (parts or entropy)):
-                return self._read(self._base, rollout)[0]
-            found = torch.zeros_like(rollout.mask_PMT)
-            for index in parts or [torch.arange(len(found), device=found.device)]:
-                found[index] = self._read(self._base, rollout.rows(index), entropy=entropy)[0]
-            return found
+            return self._logprobs(rollout, parts or self._passes(rollout), entropy=entropy)
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[None]:
@@ -340,6 +337,16 @@ class Policy(nn.Module):
         return [texts[i : i + per_prompt] for i in range(0, len(texts), per_prompt)]
 
     # ---- inside ----
+
+    def _passes(self, rollout: Rollout) -> list[Part]:
+        return passes(rollout, packed=self._reading.packed, together=self.is_spread)
+
+    def _logprobs(self, rollout: Rollout, parts: Sequence[Part], *, entropy: bool = False) -> Tensor:
+        """(P, M, T), as `_read` gives them part by part."""
+        found = torch.zeros_like(rollout.mask_PMT)
+        for part in parts:
+            found[part] = self._read(self._base, rollout.part(part), entropy=entropy)[0]
+        return found
 
     def _read(
         self, base: HfModel, rollout: Rollout, *, entropy: bool = False, reading: Reading | None = None
@@ -391,10 +398,3 @@ class Policy(nn.Module):
         ids = [[self.tokenizer.pad_token_id] * (longest - len(row)) + row for row in rows]
         mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
-def uniforms(
-    num_prompts: int, per_prompt: int, max_tokens: int, generator: torch.Generator
-) -> Float[Tensor, "prompts completions tokens"]:
-    """Numbers for `Policy.sample`, float64, made where the generator lives."""
-    return torch.rand(num_prompts, per_prompt, max_tokens, generator=generator, dtype=torch.float64)

@@ -5,13 +5,37 @@ Shapes: _P prompts, _M completions per prompt, _T tokens of a completion, _L row
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from poise.models.shared_prompt import PADDING, attends
+from poise.runtime.distributed import gathered
+
+# Without gradients a rollout is read so many tokens at a time: enough to keep a GPU busy, however large the rollout.
+TOKENS_PER_PASS = 16_384
+
+
+class Part(NamedTuple):
+    """Some prompts of a rollout, by their indices, and which completions of each."""
+
+    prompts: Tensor
+    completions: slice = slice(None)
+
+
+def parts_of(prompts: Tensor, per_prompt: int, number: int) -> list[Part]:
+    """Up to `number` parts of about equal size, or a few more: of whole prompts; if the prompts are fewer, of some of
+    a prompt's completions.
+
+    >>> [part.completions for part in parts_of(torch.tensor([5, 7]), 6, 4)]
+    [slice(0, 3, None), slice(3, 6, None), slice(0, 3, None), slice(3, 6, None)]
+    """
+    if number <= len(prompts):
+        return [Part(some) for some in prompts.chunk(number)]
+    size = -(-per_prompt // -(-number // len(prompts)))
+    return [Part(one, slice(at, at + size)) for one in prompts.split(1) for at in range(0, per_prompt, size)]
 
 
 @dataclass
@@ -27,18 +51,42 @@ class Rollout:
     hidden_PLH: Tensor | None  # input of the first adapted layer; None if the model cannot be split
     sampled_PMT: Tensor | None = None  # log-probabilities as sampling recorded them, where logprob_PMT was read again
 
-    def rows(self, index: Tensor) -> "Rollout":
-        """The prompts at `index`, with their completions."""
+    def part(self, part: Part) -> "Rollout":
+        """Some of the prompts, with some or all of their completions."""
         chosen: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            chosen[field.name] = value if value is None else value[index]
+            if value is None:
+                chosen[field.name] = None
+            elif field.name in ("prompt_ids_PL", "prompt_mask_PL"):
+                chosen[field.name] = value[part.prompts]
+            elif field.name == "hidden_PLH":
+                before, of_completions = value[part.prompts].split(
+                    [self.prompt_ids_PL.shape[1], self.mask_PMT[0].numel()], 1
+                )
+                some = of_completions.unflatten(1, self.mask_PMT.shape[1:])[:, part.completions]
+                chosen[field.name] = torch.cat([before, some.flatten(1, 2)], 1)
+            else:
+                chosen[field.name] = value[part.prompts, part.completions]
         return Rollout(**chosen)
 
     def ended(self, end_ids: Sequence[int]) -> Tensor:
         """Which completions (P, M) wrote one of the end tokens; the others were cut at the longest length."""
         ends = torch.tensor(end_ids, dtype=torch.long, device=self.mask_PMT.device)
         return (torch.isin(self.completion_ids_PMT, ends) & self.mask_PMT.bool()).any(-1)
+
+
+def passes(rollout: Rollout, *, packed: bool, together: bool) -> list[Part]:
+    """Parts of up to TOKENS_PER_PASS tokens each, for reading without gradients.
+
+    packed: a prompt is read once for its completions. together: equally many parts on all processes, which hold shares
+    of a model.
+    """
+    num_prompts, per_prompt, max_tokens = rollout.mask_PMT.shape
+    prompt_tokens = rollout.prompt_ids_PL.shape[1] * (1 if packed else per_prompt)
+    number = torch.tensor([-(-num_prompts * (prompt_tokens + per_prompt * max_tokens) // TOKENS_PER_PASS)])
+    number = gathered(number).amax() if together else number
+    return parts_of(torch.arange(num_prompts, device=rollout.mask_PMT.device), per_prompt, int(number))
 
 
 def packed_attention(rollout: Rollout) -> tuple[Tensor, Tensor]:
@@ -59,3 +107,10 @@ def draw(logprobs: Float[Tensor, "rows vocabulary"], uniform: Float[Tensor, " ro
     cumulated = logprobs.double().exp().cumsum(-1)
     drawn = torch.searchsorted(cumulated, uniform.unsqueeze(-1) * cumulated[:, -1:], right=True)
     return drawn.clamp_max(logprobs.shape[-1] - 1)
+
+
+def uniforms(
+    num_prompts: int, per_prompt: int, max_tokens: int, generator: torch.Generator
+) -> Float[Tensor, "prompts completions tokens"]:
+    """Numbers for `Policy.sample`, float64, made where the generator lives."""
+    return torch.rand(num_prompts, per_prompt, max_tokens, generator=generator, dtype=torch.float64)

@@ -73,8 +73,8 @@ class PpoConfig(Settings):
     num_minibatches: Count = 2
     """Minibatches per pass; they and the processes must divide the prompts per step."""
     accumulation: Count = 4
-    """Parts in which a minibatch is computed, to save memory; the result is the same. A part is one prompt with all of
-    its completions, or more."""
+    """Parts in which a minibatch is computed, to save memory; the result is the same. More parts than prompts divide a
+    prompt's completions, too; each part then reads the prompt again."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: an update takes about a third more time and much less memory; the
     result is the same."""

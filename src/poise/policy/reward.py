@@ -23,7 +23,8 @@ from poise.data.types import Prompt, Sample
 from poise.errors import PoiseError
 from poise.functional.objectives import SHAPINGS, HeadRewards, Objective, RewardScale, Shaping
 from poise.functional.statistics import t_interval
-from poise.models.policy import Policy, uniforms
+from poise.models.policy import Policy
+from poise.models.rollout import uniforms
 from poise.models.scorer import Scorer, generated
 from poise.policy.formats import BaselineRow
 from poise.runtime import distributed as processes

@@ -6,7 +6,8 @@ from torch import Tensor
 from poise.data.types import Prompt
 from poise.functional import ppo
 from poise.functional.objectives import HeadRewards
-from poise.models.policy import Policy, uniforms
+from poise.models.policy import Policy
+from poise.models.rollout import uniforms
 from poise.policy.reward import PolicyReward
 from poise.runtime import distributed as processes
 from poise.runtime.progress import progress

@@ -17,7 +17,7 @@ from torch import Tensor
 from poise.errors import PoiseError, first_line
 from poise.functional import ppo
 from poise.models.policy import Policy
-from poise.models.rollout import Rollout
+from poise.models.rollout import Part, Rollout, parts_of
 from poise.policy.config import PpoConfig
 from poise.runtime import distributed as processes
 from poise.runtime.checkpoints import write_tensors
@@ -69,7 +69,7 @@ class Learner:
             return rollout, self.policy.reference_logprobs(rollout)
         config = self.config
         ahead = self._minibatches(len(rollout.mask_PMT), self.generator.clone_state())[: config.num_minibatches]
-        parts = [part for one in ahead for part in one.to(rollout.mask_PMT.device).chunk(config.accumulation)]
+        parts = [part for one in ahead for part in self._parts(rollout, one.to(rollout.mask_PMT.device))]
         entropy = config.entropy_coef > 0
         again = self.policy.read_again(rollout, parts, entropy=entropy)
         return again, self.policy.reference_logprobs(again, parts, entropy=entropy)
@@ -120,14 +120,17 @@ class Learner:
             chosen += list((order + number * torch.arange(len(order)).unsqueeze(-1)).T)
         return chosen
 
+    def _parts(self, rollout: Rollout, minibatch: Tensor) -> list[Part]:
+        return parts_of(minibatch, rollout.mask_PMT.shape[1], self.config.accumulation)
+
     def _update(self, rollout: Rollout, advantages: Tensor, returns: Tensor, minibatch: Tensor) -> Losses:
         """One optimizer step."""
         config = self.config
         count = processes.total(rollout.mask_PMT[minibatch].sum())
         self.optimizer.zero_grad()
         sums = torch.zeros(4, device=count.device)
-        for index in minibatch.chunk(config.accumulation):
-            part = rollout.rows(index)
+        for index in self._parts(rollout, minibatch):
+            part = rollout.part(index)
             new = self.policy.evaluate(part, entropy=config.entropy_coef > 0)
             mask, old = part.mask_PMT.flatten(0, 1), part.logprob_PMT.flatten(0, 1)
             logprob = new.logprob.flatten(0, 1)

@@ -32,8 +32,9 @@ from poise.functional.overoptimization import (
     summarize,
 )
 from poise.models.loading import load_policy
-from poise.models.policy import Policy, uniforms
+from poise.models.policy import Policy
 from poise.models.reward_model import heads_fingerprint
+from poise.models.rollout import uniforms
 from poise.models.scorer import Ensemble, Scorer, generated
 from poise.runtime.folders import write_file_atomic
 from poise.runtime.progress import progress
