@@ -571,6 +571,10 @@ def test_a_context_without_a_limit_is_none() -> None:
     assert context_length(transformers.XLNetConfig()) == sys.maxsize
 
 
+def test_the_context_of_mpt_has_a_name_of_its_own() -> None:
+    assert context_length(transformers.MptConfig(max_seq_len=64)) == 64
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_expected_rounding_is_near_the_measured_one(dtype: torch.dtype) -> None:
     model = load_policy(folder_of("Llama", "AutoModelForCausalLM"))[0].to(dtype)

@@ -362,5 +362,10 @@ def _adapted_model(folder: Path) -> str:
 def _load_adapted(folder: str, config: Any) -> HfModel:
     """The model that an adapter checkpoint names, with as many layers and labels as its config.json says, merged."""
     base, num_layers = resolve_model(_adapted_model(Path(folder))), config.get_text_config().num_hidden_layers
+    if (kind := load_config(base).model_type) != config.model_type:
+        raise PoiseError(
+            f"the adapters in {folder} are of a model of type {config.model_type}, and {base}, which "
+            f"{_ADAPTER} names, is of type {kind}"
+        )
     classifier = _load_classifier(base, config, frozen_dtype(), fresh={_SCORE}, num_layers=num_layers)
     return load_adapters(classifier, folder, needs="score").merge_and_unload().eval()
