@@ -202,6 +202,15 @@ def test_a_config_whose_padding_is_no_token_is_loaded(language_model: Path, clas
     assert load_reward_model(str(tmp_path / "rm"))[0].config.pad_token_id == 0
 
 
+def test_padding_is_not_the_end_that_the_template_writes(language_model: Path, tmp_path: Path) -> None:
+    """A fresh head would read its score before the end of turn."""
+    shutil.copytree(language_model, tmp_path / "x")
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token, tokenizer.pad_token = "<|im_start|>", "<|im_end|>"
+    tokenizer.save_pretrained(tmp_path / "x")
+    assert load_trunk(str(tmp_path / "x"), 2)[1].pad_token == "<|endoftext|>"
+
+
 def test_the_one_token_without_a_row_of_its_own_may_be_the_padding() -> None:
     """Nothing else in the vocabulary could pad, so the embeddings get a row for it, which no text reads."""
     tokenizer = make_tokenizer()

@@ -23,7 +23,7 @@ from poise.data.types import Prompt
 from poise.errors import PoiseError, first_line
 from poise.models.chat_format import encode_prompt
 from poise.models.choices import DEFAULT_MODEL
-from poise.models.end_tokens import agree_on_ends
+from poise.models.end_tokens import agree_on_ends, end_of_turn
 from poise.models.model_folder import check_precision, stored_tensor, why_no_model
 from poise.runtime.downloads import cache_folder, cached, package_file
 from poise.runtime.progress import console
@@ -329,14 +329,15 @@ def steady_context_length(config: Any) -> int:
 
 
 def pad_apart(tokenizer: HfTokenizer, model: HfModel) -> None:
-    """Give tokenizer and model one padding token that is not the end-of-sequence token.
+    """Give tokenizer and model one padding token that is neither the end-of-sequence token nor the end of a turn.
 
-    Padding that equals EOS moves the position a classifier reads its score from, and hides the end of a completion.
+    Padding that equals an end moves the position a classifier reads its score from, and hides the end of a completion.
     One that the model does not embed, such as a [PAD] added to the tokenizer alone, cannot be read.
     """
     pad, rows = tokenizer.pad_token_id, model.get_input_embeddings().num_embeddings
-    if pad is None or pad == tokenizer.eos_token_id or pad >= rows:
-        taken = {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    ends = {tokenizer.eos_token_id, end_of_turn(tokenizer)}
+    if pad is None or pad in ends or pad >= rows:
+        taken = {*ends, tokenizer.bos_token_id}
         spare = [token for token in (tokenizer.unk_token, "<|endoftext|>", "<pad>") if token in tokenizer.get_vocab()]
         numbers = {token: tokenizer.convert_tokens_to_ids(token) for token in spare}
         spare = [token for token in spare if numbers[token] not in taken and numbers[token] < rows]
