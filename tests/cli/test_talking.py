@@ -2,11 +2,13 @@
 
 import io
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import transformers
 
 from poise.cli import chat, inspect
 from poise.data.types import Sample
@@ -70,6 +72,18 @@ def test_chat_answers_each_line_of_a_pipe_in_one_conversation(
     assert talker.answer("hello") == said  # the same conversation from its beginning, greedily
     with pytest.raises(PoiseError, match="longer than the model's context"):
         talker.answer("x" * 300)
+
+
+def test_chat_samples_as_training_did_whatever_the_generation_config_says(tiny_model: str, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "x")
+    transformers.GenerationConfig(
+        repetition_penalty=1.8, no_repeat_ngram_size=1, min_new_tokens=9, suppress_tokens=list(range(40, 200)),
+        stop_strings=["."], eos_token_id=2,
+    ).save_pretrained(tmp_path / "x")  # fmt: skip
+    plain, other = (
+        chat.Talker(chat.Config(str(m), max_tokens=12, temperature=0.0)) for m in (tiny_model, tmp_path / "x")
+    )
+    assert plain.answer("hello") == other.answer("hello")
 
 
 def test_chat_speaks_with_the_adapters_of_a_run(tiny_model: str, tmp_path: Path) -> None:

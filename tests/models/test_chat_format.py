@@ -1,10 +1,11 @@
 """What a reward model reads is what the chat template writes for the whole conversation, for every stock template."""
 
+import datetime
 from typing import Any
 
 import pytest
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from conftest import CHAT_TEMPLATE, make_tokenizer, rest_slow
 from poise.errors import PoiseError
@@ -153,6 +154,51 @@ def test_without_a_template_nothing_is_added() -> None:
     tokenizer.chat_template = None
     assert prompt_text(tokenizer, "Hi ") == "Hi " == generation_prompt(tokenizer, "Hi ")
     assert completion_text(tokenizer, "Hi ", " yes ") == " yes "
+
+
+def test_a_tokenizer_that_adds_an_end_token_adds_none_before_the_answer() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    ends = [("<|im_start|>", tokenizer.bos_token_id), ("<|im_end|>", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>", special_tokens=ends
+    )
+    assert tokenizer("Hi").input_ids[::3] == [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    hi = tokenizer("Hi", add_special_tokens=False).input_ids
+    assert encode_prompt(tokenizer, "Hi") == [tokenizer.bos_token_id, *hi]
+    assert encode_conversation(tokenizer, "Hi", "Hi") == ([tokenizer.bos_token_id, *hi], hi)
+    assert encode(tokenizer, "") == tokenizer("").input_ids[:1]
+
+
+# ---- templates that write the date ----
+
+
+def test_midnight_divides_no_conversation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Llama 3.2 and gpt-oss write the date. It is that of the process's beginning, and one line says so."""
+    tokenizer = make_tokenizer()
+    date = """{% set day = strftime_now( '%d %b %Y' ) if strftime_now is defined else "no day" %}"""
+    tokenizer.chat_template = date + "<|im_start|>system\n{{ day }}<|im_end|>\n" + CHAT_TEMPLATE
+    before = prompt_text(tokenizer, "Hi")
+    assert before == tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
+
+    class Tomorrow(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> Any:
+            return datetime.datetime.now(tz) + datetime.timedelta(days=1)
+
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Tomorrow)
+    assert encode_conversation(tokenizer, "Hi", "Yes.")[0] == encode(tokenizer, before)
+    assert generation_prompt(tokenizer, "Hi") == before
+    assert "".join(capsys.readouterr().err.split()).count("thechattemplatewritesthedate") == 1
+
+
+def test_templates_that_write_no_date_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{# of no day #}" + CHAT_TEMPLATE
+    prompt_text(tokenizer, "Hi")
+    assert not capsys.readouterr().err
 
 
 # ---- markers of the template in the texts of the turns ----

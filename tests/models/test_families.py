@@ -52,7 +52,7 @@ COLUMNS = (
     "score alone", "in a batch", "beside siblings", "training features", "PPO", "GRPO", "RLOO", "export", "merge",
 )  # fmt: skip
 YES = "✓"
-ROUTED = ("Mixtral", "Qwen 2, experts", "DeepSeek V3")  # mixtures of experts
+ROUTED = ("Mixtral", "PhiMoE", "Qwen 2, experts", "gpt-oss", "DeepSeek V3")  # mixtures of experts
 WINDOW = 32
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 
@@ -105,7 +105,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Falcon": ("falcon", {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "alibi": False}),
     "OLMo 2": ("olmo2", GROUPED),
     "Mixtral": ("mixtral", GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW}),
+    "PhiMoE": ("phimoe", GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "Qwen 2, experts": ("qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 32}),
+    "gpt-oss": (
+        "gpt_oss",
+        GROUPED | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW,
+                   "layer_types": MIXED},
+    ),
     "DeepSeek V3": (
         "deepseek_v3",
         SIZE | {"num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
@@ -125,6 +131,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "jamba",
         GROUPED | {"num_experts": 2, "num_experts_per_tok": 1, "attn_layer_period": 2, "attn_layer_offset": 1,
                    "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_d_state": 8, "use_mamba_kernels": False},
+    ),
+    "Qwen 3 Next": (
+        "qwen3_next",
+        EXPERTS | {"head_dim": 8, "shared_expert_intermediate_size": 32, "linear_num_value_heads": 4,
+                   "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+                   "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     ),
     "RWKV": (
         "rwkv",
@@ -455,7 +467,7 @@ def test_a_models_generation_config_changes_nothing_that_is_sampled(
     assert reads_again_by_trl(algorithm, str(folder)) == YES
 
 
-@pytest.mark.parametrize("name", rest_slow(["OPT", "GPT-2", "BLOOM", "Falcon", "Mixtral"]))
+@pytest.mark.parametrize("name", rest_slow(["OPT", "GPT-2", "BLOOM", "Falcon", "Mixtral", "PhiMoE"]))
 def test_a_model_that_is_trained_drops_nothing_out(name: str) -> None:
     rates = {
         "BLOOM": {"hidden_dropout": 0.5, "attention_dropout": 0.5}, "Falcon": {"hidden_dropout": 0.5},
@@ -511,14 +523,10 @@ def test_in_bfloat16_a_wrong_reading_is_not_taken_for_rounding(
     ("bert", "written token by token"),
     ("lfm2", "cannot be sampled from"),
     ("modernbert-decoder", "TRL computes other log-probabilities"),
-    ("phimoe", "TRL computes other log-probabilities"),
 ])  # fmt: skip
 def test_what_cannot_be_trained_is_one_line(kind: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Encoders; states that cannot be repeated; a layer between decoder and output; another routing in training."""
-    shapes = {
-        "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_ff_dim": 64},
-        "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    }
+    """Encoders; states that cannot be repeated; a layer between decoder and output."""
+    shapes = {"lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_ff_dim": 64}}
     monkeypatch.setitem(FAMILIES, kind, (kind, (SIZE if kind == "bert" else GROUPED) | shapes.get(kind, {})))
     with pytest.raises(PoiseError, match=why) as caught:
         trl_reads_again_what_it_sampled("grpo", kind)
@@ -528,8 +536,7 @@ def test_what_cannot_be_trained_is_one_line(kind: str, why: str, monkeypatch: py
             ppo_reads_again_what_it_sampled(kind)
 
 
-def test_routers_that_return_more_than_a_map_are_not_adapted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FAMILIES, "PhiMoE", ("phimoe", GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2}))
+def test_routers_that_return_more_than_a_map_are_not_adapted() -> None:
     model, _ = load_policy(folder_of("PhiMoE", "AutoModelForCausalLM"))
     assert any(isinstance(m, torch.nn.Linear) and n.endswith("router") for n, m in model.named_modules())
     names = linear_maps(model)
@@ -569,6 +576,10 @@ def test_merging_is_compared_with_base_and_adapters(tmp_path: Path) -> None:
 
 def test_a_context_without_a_limit_is_none() -> None:
     assert context_length(transformers.XLNetConfig()) == sys.maxsize
+
+
+def test_the_context_of_mpt_has_a_name_of_its_own() -> None:
+    assert context_length(transformers.MptConfig(max_seq_len=64)) == 64
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

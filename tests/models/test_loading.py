@@ -1,5 +1,6 @@
 """Loading: every weight comes from the checkpoint, or one line says which does not."""
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -15,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from conftest import make_model, make_tokenizer
 from poise.data.types import Sample
 from poise.errors import PoiseError
-from poise.models.loading import load_policy, steady_context_length
+from poise.models.loading import load_policy, pad_apart, steady_context_length
+from poise.models.model_folder import check_model
 from poise.models.policy import Policy
 from poise.models.reward_model import load_reward_model, load_trunk
 from poise.models.scorer import Scorer
@@ -144,6 +146,96 @@ def test_what_is_left_out_on_purpose_is_not_named(
     load_trunk(str(language_model), 2)
     load_reward_model(damaged(classifier, tmp_path / "x", lambda t: {**t, "score.bias": torch.zeros(1)}))
     assert "not read" not in capsys.readouterr().err
+
+
+def test_a_bias_of_the_head_that_is_not_read_is_named(
+    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load_reward_model(damaged(classifier, tmp_path / "x", lambda t: {**t, "score.bias": torch.ones(1)}))
+    assert "score.bias" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantized_weights_that_nothing_says_how_to_read_are_one_line(
+    language_model: Path, classifier: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """transformers would take the numbers as they are, without their scales."""
+
+    def quantized(tensors: Tensors) -> Tensors:
+        return {n: (20 * v).to(dtype) if "up_proj" in n else v for n, v in tensors.items()}
+
+    lm = damaged(language_model, tmp_path / "lm", quantized)
+    rm = damaged(classifier, tmp_path / "rm", quantized)
+    for load in (
+        lambda: load_policy(lm),
+        lambda: load_trunk(lm, 2),
+        lambda: load_reward_model(rm),
+        lambda: check_model(lm),
+    ):
+        with pytest.raises(PoiseError, match=r"up_proj\.weight is quantized \((I8|F8_E4M3)\), and config\.json has no"):
+            load()
+
+
+# ---- padding ----
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | changes))
+
+
+def test_padding_that_the_model_does_not_embed_is_replaced(language_model: Path, tmp_path: Path) -> None:
+    """[PAD] was added to the tokenizer, and the embeddings stayed as they were."""
+    shutil.copytree(language_model, tmp_path / "x")
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path / "x")
+    model, found = load_policy(str(tmp_path / "x"))
+    assert found.pad_token_id == model.config.pad_token_id == tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert model.get_input_embeddings().num_embeddings == len(tokenizer) - 1
+
+
+def test_a_config_whose_padding_is_no_token_is_loaded(language_model: Path, classifier: Path, tmp_path: Path) -> None:
+    for name, source in (("lm", language_model), ("rm", classifier)):
+        shutil.copytree(source, tmp_path / name)
+        edit_json(tmp_path / name / "config.json", pad_token_id=999)
+    assert load_policy(str(tmp_path / "lm"))[0].config.pad_token_id == 0
+    assert load_reward_model(str(tmp_path / "rm"))[0].config.pad_token_id == 0
+
+
+def test_padding_is_not_the_end_that_the_template_writes(language_model: Path, tmp_path: Path) -> None:
+    """A fresh head would read its score before the end of turn."""
+    shutil.copytree(language_model, tmp_path / "x")
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token, tokenizer.pad_token = "<|im_start|>", "<|im_end|>"
+    tokenizer.save_pretrained(tmp_path / "x")
+    assert load_trunk(str(tmp_path / "x"), 2)[1].pad_token == "<|endoftext|>"
+
+
+def test_the_one_token_without_a_row_of_its_own_may_be_the_padding() -> None:
+    """Nothing else in the vocabulary could pad, so the embeddings get a row for it, which no text reads."""
+    tokenizer = make_tokenizer()
+    rows = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.bos_token = "<|endoftext|>"
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.LlamaConfig(
+            hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=rows
+        )
+    )
+    pad_apart(tokenizer, model)
+    assert tokenizer.pad_token == "[PAD]"
+    assert model.config.pad_token_id == rows == model.get_input_embeddings().num_embeddings - 1
+
+
+@pytest.mark.parametrize(
+    ("text", "why"), [("{broken", "is not JSON"), ('{"eos_token_id": [2, "<|im_end|>"]}', "must be a token's number")]
+)
+def test_a_damaged_generation_config_is_one_line(language_model: Path, tmp_path: Path, text: str, why: str) -> None:
+    """transformers would pass over it, and over the end tokens that it names."""
+    shutil.copytree(language_model, tmp_path / "x")
+    (tmp_path / "x" / "generation_config.json").write_text(text)
+    with pytest.raises(PoiseError, match=why):
+        check_model(str(tmp_path / "x"))
 
 
 def test_every_family_loads_without_a_word(any_model: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -375,3 +467,28 @@ def test_pickled_adapters_are_refused(
         (folder / ADAPTERS).unlink()
         with pytest.raises(PoiseError, match="such as pickle, are not read"):
             load(folder)
+
+
+def test_adapters_of_another_kind_of_model_are_one_line(reward_adapter: Path, tiny_model: str, tmp_path: Path) -> None:
+    """Layers of the same names and shapes are not layers of the same model."""
+    shutil.copytree(reward_adapter, tmp_path / "x")
+    edit_json(tmp_path / "x" / "adapter_config.json", base_model_name_or_path=tiny_model)
+    with pytest.raises(PoiseError, match=r"are of a model of type qwen3, and .* is of type llama"):
+        load_reward_model(str(tmp_path / "x"))
+
+
+def test_adapters_without_a_config_say_what_to_do(reward_adapter: Path, tmp_path: Path) -> None:
+    shutil.copytree(reward_adapter, tmp_path / "x")
+    (tmp_path / "x" / "config.json").unlink()
+    for check in (check_model, load_reward_model):
+        with pytest.raises(PoiseError, match=r"holds adapters without the config\.json of their model: fold them"):
+            check(str(tmp_path / "x"))
+
+
+def test_adapters_with_a_larger_vocabulary_say_of_which_shape(language_model: Path, tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(language_model)
+    model.resize_token_embeddings(300)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "x", save_embedding_layers=False)
+    with pytest.raises(PoiseError, match=r"size mismatch for .*lm_head.*300"):
+        folded(str(language_model), tmp_path / "x")

@@ -157,18 +157,25 @@ def test_any_scalar_classifier_is_a_conventional_reward_model(tiny_model: str, t
     assert (heads.std == 0).all()
 
 
+@pytest.mark.parametrize("pad", ["<|endoftext|>", "<|im_end|>"])
 @pytest.mark.parametrize("template", ["llama3", "qwen3", "qwen3_5_think", "gemma3", "deepseek_r1_distill"])
-def test_a_public_classifier_gets_the_scores_of_its_own_card(any_model: str, tmp_path: Path, template: str) -> None:
+def test_a_public_classifier_gets_the_scores_of_its_own_card(
+    any_model: str, tmp_path: Path, template: str, pad: str
+) -> None:
     """As cards compute them: apply_chat_template of the whole conversation, then the stock classifier.
 
-    Exact where the template ends at the end of turn; the white space after it is not read.
+    Exact where the template ends at the end of turn; the white space after it is not read. Where that end is the
+    padding, too, the stock classifier reads its score one token before, and was trained so.
     """
     import trl
 
     folder = tmp_path / "public"
     tokenizer = transformers.AutoTokenizer.from_pretrained(any_model)
     tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / f"{template}.jinja").read_text()
-    tokenizer.pad_token = "<|endoftext|>"  # were it the end of turn, the stock classifier would read one token before
+    if template in ("llama3", "gemma3"):  # as with their own tokenizers, the end of turn is one token
+        end = {"llama3": "<|eot_id|>", "gemma3": "<end_of_turn>"}[template]
+        tokenizer.chat_template = tokenizer.chat_template.replace(end, "<|im_end|>")
+    tokenizer.pad_token = pad
     model = transformers.AutoModelForSequenceClassification.from_pretrained(any_model, num_labels=1)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
@@ -181,7 +188,8 @@ def test_a_public_classifier_gets_the_scores_of_its_own_card(any_model: str, tmp
         conversation = [*turns, {"role": "assistant", "content": sample.completion}]
         text = tokenizer.apply_chat_template(conversation, tokenize=False).rstrip()
         with torch.no_grad():
-            expected.append(stock(**tokenizer(text, return_tensors="pt", add_special_tokens=False)).logits[0])
+            ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+            expected.append(stock(ids).logits[0])
     torch.testing.assert_close(Scorer.load(str(folder))(samples).mean, torch.stack(expected), rtol=1e-5, atol=1e-5)
 
 
@@ -406,6 +414,8 @@ def test_a_model_without_a_padding_token_gets_one(tiny_model: str, tmp_path: Pat
     """No pad token at all, and none to spare in the vocabulary: one is added, and scores do not change by it."""
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.pad_token = tokenizer.unk_token  # padding that is the end of turn would be read before it
+    model.config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(tmp_path / "with")
     tokenizer.save_pretrained(tmp_path / "with")
     tokenizer.pad_token = tokenizer.unk_token = None

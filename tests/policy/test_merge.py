@@ -56,6 +56,16 @@ def test_the_merged_model_writes_as_the_adapted_one(any_model: str, tmp_path: Pa
     assert after.pad_token_id == merged.config.pad_token_id != after.eos_token_id
 
 
+def test_the_tokenizer_is_that_of_the_adapters(tiny_model: str, tmp_path: Path) -> None:
+    """They may have been trained with a chat template that the base model does not have."""
+    policy = make_policy(tiny_model, tmp_path / "run")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(policy)
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn['content'] }}<|im_end|>{% endfor %}"
+    tokenizer.save_pretrained(policy)
+    folder = merge.run(Config(str(policy), str(tmp_path / "merged")))
+    assert transformers.AutoTokenizer.from_pretrained(folder).chat_template == tokenizer.chat_template
+
+
 def test_a_weight_is_rounded_once(tiny_model: str, tmp_path: Path) -> None:
     """bfloat16 stays bfloat16, and W + (alpha / r) B A is summed before it is rounded; alpha is 2 r."""
     base = tmp_path / "half"

@@ -53,8 +53,11 @@ class Talker:
         import torch
         import transformers
 
+        from poise.models.end_tokens import plain_generation
+
         self.config = config
         self.model, self.tokenizer = _load(config.policy)
+        self.model.generation_config = plain_generation(self.model, self.tokenizer)
         if self.tokenizer.chat_template is None and config.system:
             raise PoiseError("--system needs a model with a chat template")
         transformers.set_seed(config.seed)
@@ -73,13 +76,12 @@ class Talker:
         Raises PoiseError once the conversation does not fit the model's context.
         """
         from poise.models.chat_format import encode_prompt
-        from poise.models.end_tokens import end_token_ids
         from poise.models.loading import context_length
 
         templated = self.tokenizer.chat_template is not None
         self.turns.append({"role": "user", "content": text})
         ids = encode_prompt(self.tokenizer, self.turns if templated else text)
-        room = context_length(self.model.config) - len(ids)
+        room = context_length(self.model.config.get_text_config()) - len(ids)
         if room < 1:
             raise PoiseError(f"the conversation is longer than the model's context by {1 - room} tokens; begin anew")
         sampled = self.config.temperature > 0
@@ -89,9 +91,8 @@ class Talker:
         with self._torch.no_grad():
             given = self._torch.tensor([ids], device=self.model.device)
             written = self.model.generate(
-                given, attention_mask=self._torch.ones_like(given), max_new_tokens=min(self.config.max_tokens, room),
-                eos_token_id=end_token_ids(self.model, self.tokenizer) or None,
-                pad_token_id=self.tokenizer.pad_token_id, **how,
+                given, attention_mask=self._torch.ones_like(given),
+                max_new_tokens=min(self.config.max_tokens, room), **how,
             )  # fmt: skip
         said = str(self.tokenizer.decode(written[0, len(ids) :], skip_special_tokens=True))
         self.turns.append({"role": "assistant", "content": said})

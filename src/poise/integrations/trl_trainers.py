@@ -19,7 +19,7 @@ from poise.errors import PoiseError
 from poise.integrations.trl_reward import RobustReward, Scored, policy_metrics
 from poise.models.adapted_maps import has_conv1d, linear_maps
 from poise.models.chat_format import encode_prompt, generation_prompt
-from poise.models.end_tokens import end_token_ids
+from poise.models.end_tokens import end_token_ids, plain_generation
 from poise.models.families import REFUSALS, alike, positions_without_padding, probe_tokens, without_noise
 from poise.models.loading import HfModel, HfTokenizer, room_or_raise
 from poise.models.rereading import padding_or_raise
@@ -160,11 +160,7 @@ def make_trainer(
     # list the tokenizer's eos where there is none.
     trainer.eos_token_ids = ends
     trainer.generation_config.eos_token_id = trainer.generation_kwargs["eos_token_id"] = ends or None
-    # What TRL leaves open, `generate` takes from the model's own generation config: tokens that are suppressed or
-    # forced, a shortest length, n-grams that may not repeat. None of it is in the log-probabilities that TRL reads.
-    model.generation_config = transformers.GenerationConfig(
-        eos_token_id=ends or None, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id
-    )
+    model.generation_config = plain_generation(model, tokenizer)
     return trainer
 
 

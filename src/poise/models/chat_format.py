@@ -10,12 +10,15 @@ found by comparing renderings: a search for the answer's text would also find it
 import contextlib
 import functools
 import json
+import re
 from collections.abc import Sequence
+from datetime import datetime, timedelta
 from typing import Any
 
 from poise.data.types import Prompt
 from poise.errors import PoiseError, first_line
 from poise.models.markers import Markers
+from poise.runtime.progress import console
 
 # Hugging Face objects resolve their attributes at run time; a type checker could only guess at them.
 HfTokenizer = Any
@@ -23,6 +26,10 @@ HfTokenizer = Any
 # Two answers that begin differently; and answers with a think block, which some templates move, add to or remove.
 _PLAIN = ("a", "b")
 _THINKING = ("<think>\nc\n</think>\n\nd", "e\n</think>\n\nf")
+
+# The date that templates write is that of the process's beginning.
+_BEGAN, _YEARS = datetime.now(), timedelta(days=1000)
+_DATE = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
 # Longer prompts, in characters, are not kept in memory.
 _LONGEST_KEPT = 2**15
@@ -74,9 +81,16 @@ def completion_text(tokenizer: HfTokenizer, prompt: Prompt, completion: str) -> 
 def encode(tokenizer: HfTokenizer, text: str, *, begin: bool = True) -> list[int]:
     """Token ids of a prompt, or of what follows one (begin=False).
 
-    A chat template writes its special tokens itself; without one the tokenizer adds its own, at the beginning only.
+    A chat template writes its special tokens itself; without one the tokenizer adds its own, at the beginning only: an
+    end token that it would add, too, would end the text before its answer.
     """
-    return tokenizer(text, add_special_tokens=begin and tokenizer.chat_template is None).input_ids
+    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+    if not begin or tokenizer.chat_template is not None:
+        return ids
+    some = ids or tokenizer("a", add_special_tokens=False).input_ids
+    whole: list[int] = tokenizer(text if ids else "a").input_ids
+    first = next((at for at in range(len(whole)) if whole[at : at + len(some)] == some), 0)
+    return [*whole[:first], *ids]
 
 
 def encode_prompt(tokenizer: HfTokenizer, prompt: Prompt) -> list[int]:
@@ -164,9 +178,20 @@ def _template_key(tokenizer: HfTokenizer) -> str:
     return str(tokenizer.chat_template)
 
 
-def _render(tokenizer: HfTokenizer, turns: list[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
+@functools.lru_cache(maxsize=16)
+def _dated(template: str, day: datetime) -> str:
+    """A template that writes one date whenever it is rendered: midnight must not divide a run or a conversation."""
+    return _DATE.sub(lambda found: json.dumps(day.strftime(found[2])), template)
+
+
+def _render(
+    tokenizer: HfTokenizer, turns: list[dict[str, Any]], *, add_generation_prompt: bool = False, day: datetime = _BEGAN
+) -> str:
     try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+        return tokenizer.apply_chat_template(
+            turns, chat_template=_dated(tokenizer.get_chat_template(), day), tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )  # fmt: skip
     except Exception as error:  # noqa: BLE001  a template is a program of its own, which may raise anything
         roles = ", ".join(str(turn.get("role")) for turn in turns)
         raise PoiseError(
@@ -214,11 +239,25 @@ def _outside_tokens(tokenizer: HfTokenizer, text: str, cut: int) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _check_plain_text(tokenizer: HfTokenizer, template: str) -> None:  # noqa: ARG001  template: a key
-    """Raise PoiseError for a template that wants lists of parts, as those of image models do, and drops plain text."""
+def _check_plain_text(tokenizer: HfTokenizer, template: str) -> None:
+    """Raise PoiseError for a template that wants lists of parts, as those of image models do, and drops plain text.
+
+    Says so if the template writes the date.
+    """
     try:
         first, second = (_render(tokenizer, _turns(text), add_generation_prompt=True) for text in _PLAIN)
+        later = _render(tokenizer, _turns(_PLAIN[0]), add_generation_prompt=True, day=_BEGAN + _YEARS)
     except PoiseError:  # it refuses this conversation; the prompt's own rendering will tell
         return
+    if first != later:
+        _say_dated(template)
     if first == second:
         raise PoiseError("the chat template writes nothing of a turn that is plain text; use another tokenizer")
+
+
+@functools.lru_cache(maxsize=64)  # once, however many tokenizers have the template
+def _say_dated(template: str) -> None:  # noqa: ARG001  template: a key
+    console.print(
+        "the chat template writes the date: other days give other scores and samples, so set a date in the template "
+        "to compare or continue runs", soft_wrap=True,
+    )  # fmt: skip

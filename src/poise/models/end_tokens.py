@@ -5,6 +5,8 @@ Gemma, for instance, ends its turns with <end_of_turn>, and its tokenizer's eos 
 
 from typing import Any
 
+import transformers
+
 from poise.errors import PoiseError
 from poise.models.chat_format import completion_text
 
@@ -25,6 +27,18 @@ def end_token_ids(model: HfModel, tokenizer: HfTokenizer) -> list[int]:
     several = listed if isinstance(listed, list | tuple) else [listed]
     found = {*several, tokenizer.eos_token_id, end_of_turn(tokenizer)}
     return sorted(token for token in found if token is not None)
+
+
+def plain_generation(model: HfModel, tokenizer: HfTokenizer) -> Any:
+    """A generation config by which `generate` samples from the model's own distribution, to its end tokens.
+
+    What a call leaves open, `generate` takes from the model's generation config: tokens that are suppressed or forced,
+    penalties, a shortest length, n-grams that may not repeat. None of it is in the log-probabilities that are trained.
+    """
+    return transformers.GenerationConfig(
+        eos_token_id=end_token_ids(model, tokenizer) or None, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )  # fmt: skip
 
 
 def end_of_turn(tokenizer: HfTokenizer) -> int | None:

@@ -15,7 +15,6 @@ Shapes: _B rows, _L tokens that attend, _S tokens that may be attended to.
 
 import contextlib
 import inspect
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -32,7 +31,6 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 REFUSALS = (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError, NotImplementedError)
 _PROBE_WINDOW = 4  # tokens; a probe of a dozen tokens reaches beyond it
 _OPERATIONS_PER_LAYER = 10  # whose results are rounded: two norms, seven linear maps, attention
-_NOISE = re.compile(r"drop|jitter")
 _said: set[str] = set()
 
 
@@ -109,15 +107,19 @@ def without_noise(model: HfModel) -> Iterator[None]:
 
     Some families train with dropout unless told otherwise: GPT-2, OPT, BLOOM. Then the features that are trained are
     not those that are scored, and a policy's log-probabilities are not those that it samples with. Rates are found in
-    modules of dropout, in attributes of other modules, and in the config, which some models read as they go.
+    modules of dropout, in attributes of other modules, and in the config, which some models read as they go. Routers
+    of experts compute as they do in evaluation: that of PhiMoE draws its experts while it is trained, and its jitter
+    is not only a rate of noise.
     """
     places: list[object] = [*model.modules(), model.config.get_text_config()]
     rates = [
         (place, name, value)
         for place in places
         for name, value in vars(place).items()
-        if isinstance(value, float) and value and (isinstance(place, nn.Dropout) or _NOISE.search(name))
+        if isinstance(value, float) and value and (isinstance(place, nn.Dropout) or "drop" in name)
     ]
+    routers = [module for module in model.modules() if any("jitter" in name for name in vars(module))]
+    hooks = [hook for router in routers for hook in _evaluated(router)]
     for place, name, _ in rates:
         setattr(place, name, 0.0)
     try:
@@ -125,6 +127,22 @@ def without_noise(model: HfModel) -> Iterator[None]:
     finally:
         for place, name, value in rates:
             setattr(place, name, value)
+        for hook in hooks:
+            hook.remove()
+
+
+def _evaluated(module: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
+    """From now on, a module computes in evaluation mode, whatever mode it is in before and after."""
+    before: list[bool] = []
+
+    def enter(_: nn.Module, __: object) -> None:
+        before.append(module.training)
+        module.training = False
+
+    def leave(*_: object) -> None:
+        module.training = before.pop()
+
+    return module.register_forward_pre_hook(enter), module.register_forward_hook(leave)
 
 
 def positions_without_padding(model: HfModel) -> RemovableHandle | None:

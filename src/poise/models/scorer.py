@@ -55,6 +55,7 @@ class FeatureExtractor:
         context = context_length(classifier.config.get_text_config())
         self.max_length = min(max_length or context, context)
         self.num_truncated = 0
+        self._pad_id = classifier.config.get_text_config().pad_token_id
         self._cache = FeatureCache.of(classifier) if cached else None
 
     def __call__(self, samples: Sequence[Sample], progress: Progress | None = None) -> Float[Tensor, "samples hidden"]:
@@ -74,6 +75,9 @@ class FeatureExtractor:
     def encode(self, sample: Sample) -> Tokens:
         """Token ids through the chat template, cut to `max_length` from the left.
 
+        Padding tokens at the end are left out: a classifier reads its score before them. In those that others trained
+        with padding that is the end of a turn, that is the last token of the answer.
+
         Raises PoiseError for an empty completion, a conversation that the template refuses, or a token that the trunk
         has no embedding of.
         """
@@ -82,6 +86,8 @@ class FeatureExtractor:
         prompt, completion = encode_conversation(self.tokenizer, sample.prompt, sample.completion)
         rows = self.classifier.get_input_embeddings().num_embeddings
         embedded_or_raise([*prompt, *completion], rows, self.tokenizer)
+        while len(completion) > 1 and completion[-1] == self._pad_id:
+            completion.pop()
         excess = max(len(prompt) + len(completion) - self.max_length, 0)
         self.num_truncated += excess > 0
         return Tokens(tuple(prompt[excess:]), tuple(completion[max(excess - len(prompt), 0) :]))

@@ -59,7 +59,9 @@ def folded(base: str, adapters: Path) -> tuple[HfModel, HfTokenizer]:
 
     Summed in float32 and rounded once, to the dtype that the base model is saved in.
     """
-    tokenizer = load_tokenizer(base)
+    # Beside adapters lies the tokenizer of their training, whose chat template may be another.
+    own = any((adapters / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
+    tokenizer = load_tokenizer(str(adapters) if own else base)
     try:
         model = load_weights(transformers.AutoModelForCausalLM, base, "language model", dtype="auto")
         dtype = model.dtype
