@@ -87,7 +87,7 @@ def test_layers_below_the_adapters_are_run_once(tiny_model: str) -> None:
     classifier, _ = adapted(tiny_model, layers=1)
     rows: list[int] = []
     for layer in classifier.base_model.layers:
-        layer.mlp.register_forward_hook(lambda _, args, out: rows.append(len(args[0])))
+        layer.mlp.register_forward_hook(lambda _, args, __: rows.append(len(args[0])))
     hidden = packed_hidden(classifier, pack([Family([5, 6], [[7], [8, 9]]), Family([4], [[3]])], 0, one_per_row=True))
     assert hidden.shape == (3, HEADS * 32)
     assert rows == [2, 2, 2 * HEADS]
@@ -214,7 +214,7 @@ def test_wrong_adapters_are_one_line(damage: Any, message: str, tiny_model: str,
 def test_a_family_that_cannot_read_copies_is_refused(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from poise.models import head_adapters
 
-    monkeypatch.setattr(head_adapters, "_spread", lambda num_heads, first, module, args, kwargs: (args, kwargs))
+    monkeypatch.setattr(head_adapters, "_spread", lambda *given: given[3:])
     classifier, _ = load_trunk(tiny_model, 0)
     with pytest.raises(PoiseError, match="a llama cannot carry an adapter for each head"):
         add_head_adapters(classifier, HEADS, 4)

@@ -16,6 +16,7 @@ Shapes: _K heads, _R rank, _I inputs, _O outputs, _S labels of a head.
 
 import contextlib
 import functools
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,18 +50,18 @@ class HeadLinear(nn.Module):
     As in PEFT, A_k is drawn from U(-1/sqrt(in), 1/sqrt(in)) and B_k is zero at first.
     """
 
-    def __init__(self, base: nn.Module, num_heads: int, rank: int):
+    def __init__(self, base: Any, num_heads: int, rank: int):
         super().__init__()
         outputs, inputs = base.weight.shape[::-1] if isinstance(base, Conv1D) else base.weight.shape
-        where = {"device": base.weight.device, "dtype": torch.float32}
+        device = base.weight.device
         self.base = base
-        self.down_KRI = nn.Parameter(torch.empty(num_heads, rank, inputs, **where))
-        self.up_KOR = nn.Parameter(torch.zeros(num_heads, outputs, rank, **where))
+        self.down_KRI = nn.Parameter(torch.empty(num_heads, rank, inputs, device=device, dtype=torch.float32))
+        self.up_KOR = nn.Parameter(torch.zeros(num_heads, outputs, rank, device=device, dtype=torch.float32))
         nn.init.uniform_(self.down_KRI, -(inputs**-0.5), inputs**-0.5)
 
     def forward(self, x: Float[Tensor, "*rows inputs"]) -> Float[Tensor, "*rows outputs"]:
         """The first axis holds the rows of all heads, head after head."""
-        out = self.base(x)
+        out: Tensor = self.base(x)
         low = torch.bmm(x.reshape(len(self.down_KRI), -1, x.shape[-1]), self.down_KRI.mT)
         delta = torch.bmm(low, self.up_KOR.mT)
         return out + SCALE * delta.view(out.shape)
@@ -68,18 +69,22 @@ class HeadLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The frozen weight; some families read its dtype."""
-        return self.base.weight
+        weight: Tensor = self.base.weight
+        return weight
 
     @property
     def bias(self) -> Tensor | None:
         """The frozen bias."""
-        return self.base.bias
+        bias: Tensor | None = self.base.bias
+        return bias
 
     def fold(self, head: int) -> nn.Module:
         """The map with one head's delta added to its weight."""
+        base: Any = self.base
         delta = SCALE * self.up_KOR[head] @ self.down_KRI[head]
-        self.base.weight.data += (delta.mT if isinstance(self.base, Conv1D) else delta).to(self.base.weight.dtype)
-        return self.base
+        base.weight.data += (delta.mT if isinstance(base, Conv1D) else delta).to(base.weight.dtype)
+        folded: nn.Module = base
+        return folded
 
 
 class _Adapters(NamedTuple):
@@ -210,6 +215,9 @@ def save_head_adapters(folder: Path, classifier: HfModel) -> None:
         place = folder / f"head_{head}"
         place.mkdir(parents=True)
         config.save_pretrained(str(place))
+        path = place / "adapter_config.json"  # PEFT writes the names as a set, in any order
+        saved = json.loads(path.read_text(encoding="utf-8")) | {"target_modules": sorted(adapters.names)}
+        path.write_text(json.dumps(saved, indent=2, sort_keys=True), encoding="utf-8")
         tensors = {
             name: tensor[head].detach().float().cpu().contiguous() for name, tensor in _tensors(classifier).items()
         }

@@ -340,12 +340,11 @@ def read_layout(path: str) -> HeadLayout:
     return HeadLayout(**vars(block))
 
 
-def load_reward_model(
-    path: str, dtype: torch.dtype | None = None
-) -> tuple[HfModel, HfTokenizer, HeadLayout]:
+def load_reward_model(path: str, dtype: torch.dtype | None = None) -> tuple[HfModel, HfTokenizer, HeadLayout]:
     """(classifier, tokenizer, layout) of a checkpoint, or of an adapter checkpoint, its adapters merged.
 
-    Adapters of single heads are put on it. dtype: of the weights; default `frozen_dtype`. Raises PoiseError as `read_layout` does, and for weights or a tokenizer that do not fit.
+    Adapters of single heads are put on it. dtype: of the weights; default `frozen_dtype`.
+    Raises PoiseError as `read_layout` does, and for weights or a tokenizer that do not fit.
     """
     layout = read_layout(path)
     folder = resolve_model(checkpoint_folder(path))

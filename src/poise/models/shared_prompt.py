@@ -332,8 +332,9 @@ def positions_of(mask: Tensor) -> Int[Tensor, "rows tokens"]:
 def _rows_of(cache: DynamicCache, index: Int[Tensor, " rows"], prompts: int) -> DynamicCache:
     """A cache of some rows of another, which stays as it is."""
     part = copy.copy(cache)
-    part.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in part.layers:
+    layers: list[Any] = [copy.copy(layer) for layer in cache.layers]
+    part.layers = layers
+    for layer in layers:
         copies = len(keys) // prompts if (keys := getattr(layer, "keys", None)) is not None else 1
         layer.batch_select_indices(torch.cat([index + prompts * number for number in range(copies)]))
     return part
