@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import peft
 import torch
 from jaxtyping import Float
 from safetensors.torch import save_file
@@ -206,6 +205,8 @@ class _Settings:
 
 def save_head_adapters(folder: Path, classifier: HfModel) -> None:
     """Write FOLDER/head_k for each head, in PEFT's format."""
+    import peft  # takes a second
+
     adapters: _Adapters = classifier.head_adapters
     config = peft.LoraConfig(
         r=adapters.rank, lora_alpha=round(SCALE * adapters.rank), target_modules=sorted(adapters.names),
