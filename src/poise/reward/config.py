@@ -58,8 +58,9 @@ class Config(Settings):
     features heads may stay at chance (docs/defaults.md)."""
     stage2_trunk: Stage2Trunk = "frozen"
     """The same for stage 2, which starts from the heads on the frozen trunk. The BRME then gets its own trunk.
-    `lora_per_head` gives each head LoRA adapters of its own, so that heads can disagree about what the trunk sees; they
-    are trained together on the preferences, each head on its shard, and need `--head-loss probit_pairs`."""
+    `lora_per_head` gives each head LoRA adapters of its own, so that heads can disagree about what the trunk sees. They
+    start as copies of the single head, are trained together on the preferences, each on its shard, and need
+    `--head-loss probit_pairs`."""
     head_layers: WholeNumber = 0
     """Upper layers of the trunk that `lora_per_head` puts adapters on; 0: all. The layers below are run once for all
     heads, those above once for each head."""

@@ -33,7 +33,7 @@ from poise.models.row_check import row_check_of
 from poise.models.scorer import FeatureExtractor, Scorer
 from poise.models.shared_prompt import takes_packed_rows
 from poise.reward.config import Config, Stage2Trunk
-from poise.reward.head_training import HeadTraining, TrainedModel, calibrated, train_on_features
+from poise.reward.head_training import HeadTraining, TrainedModel, calibrated, copies_of, train_on_features
 from poise.reward.heads import std_collapsed
 from poise.reward.pairs import FeaturePairs, PreferenceSplit, pair_features
 from poise.reward.quality import TextScores, judge_pairs, pairs_of
@@ -177,8 +177,12 @@ def fit_heads(
 
 
 def _tune_brme(config: Config, folder: Path, trained: HeadTraining, split: PreferenceSplit) -> TrainedModel:
-    """Stage 2 with the trunk: from the heads on frozen features, toward the same targets. Not yet calibrated."""
-    start = trained.models["brme"]
+    """Stage 2 with the trunk: from the heads on frozen features, toward the same targets. Not yet calibrated.
+
+    With an adapter for each head, from the single head, and on the preferences.
+    """
+    per_head = config.stage2_trunk == "lora_per_head"
+    start = copies_of(trained.models["single"], config.num_heads) if per_head else trained.models["brme"]
     classifier, tokenizer = load_trunk(*trunk_source(config, folder), dtype=torch.float32, place=_place(config))
     with_heads(classifier, start.weight)
     extract = FeatureExtractor(classifier, tokenizer, config.max_length)
@@ -187,7 +191,7 @@ def _tune_brme(config: Config, folder: Path, trained: HeadTraining, split: Prefe
         folder / "stage2", targets_N2=trained.targets.fit_T.view(2, -1).T, mask_NK=trained.shards.fit_NK,
     )  # fmt: skip
     weight, layout = classifier.score.weight.data.float().cpu(), start.layout
-    if config.stage2_trunk == "lora_per_head":
+    if per_head:
         weight, layout = apart(weight, layout.num_heads), replace(layout, adapters=True)
     extract = _extractor(config, classifier, tokenizer)
     return start._replace(weight=weight, layout=layout, extract=extract, reference=None)  # its features are others now
