@@ -17,8 +17,8 @@ from poise.data.types import Sample
 from poise.errors import PoiseError
 from poise.functional.objectives import worst_case
 from poise.integrations.trl_reward import RobustReward
-from poise.models.head_adapters import FOLDER
-from poise.models.reward_model import HeadLayout, read_layout
+from poise.models.head_adapters import FOLDER, HeadLinear, add_head_adapters
+from poise.models.reward_model import HeadLayout, load_trunk, read_layout
 from poise.models.scorer import Scorer
 from poise.policy import train as train_policy
 from poise.reward import export, reference, trunk_training
@@ -155,7 +155,11 @@ def test_a_reference_of_features_is_refused(run: Run) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"head_loss": "sampled_mse"}, "choose --head-loss probit_pairs"), ({"shard": True}, "does not go with --shard")],
+    [
+        ({"head_loss": "sampled_mse"}, "choose --head-loss probit_pairs"),
+        ({"shard": True}, "does not go with --shard"),
+        ({"stage2_trunk": "lora", "adapter_diversity": 0.1}, "--adapter-diversity needs"),
+    ],
 )
 def test_settings_that_make_no_sense_are_one_line(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(PoiseError, match=message):
@@ -243,3 +247,24 @@ def test_a_saved_copy_is_the_same_reward_model(run: Run, tmp_path: Path) -> None
     torch.testing.assert_close(one.mean, other.mean, rtol=1e-6, atol=1e-6)
     names = checkpoint_files(tmp_path / "copy")
     assert {f"{FOLDER}/head_{k}/adapter_model.safetensors" for k in range(2)} <= set(names)
+
+
+def test_the_diversity_term_is_part_of_the_loss(tiny_model: str) -> None:
+    """By hand for two maps; heads that are all alike are driven apart."""
+    classifier, _ = load_trunk(tiny_model, 0)
+    add_head_adapters(classifier, 2, 4, 1)
+    maps = [module for module in classifier.modules() if isinstance(module, HeadLinear)]
+    for module in maps:
+        module.down_KRI.data[1] = module.down_KRI.data[0] + 1e-3 * torch.randn_like(module.down_KRI.data[0])
+    loss = trunk_training.diverse(lambda logits, _: logits.sum(), classifier, 0.5)
+    norms = [torch.linalg.matrix_norm(one.down_KRI.flatten(0, 1), kind) for kind in ("nuc", "fro") for one in maps]
+    expected = sum(a / b for a, b in zip(norms[: len(maps)], norms[len(maps) :], strict=True)) / len(maps)
+    value = loss(torch.full((1, 2, 4), 0.25), {})
+    assert value.item() == pytest.approx(2 - 0.5 * torch.as_tensor(expected).item(), abs=1e-5)
+    before = (maps[0].down_KRI[0] - maps[0].down_KRI[1]).norm().item()
+    for _ in range(20):
+        classifier.zero_grad()
+        loss(torch.zeros(1, 2, 4), {}).backward()
+        for module in maps:
+            module.down_KRI.data -= 0.01 * module.down_KRI.grad.sign()
+    assert (maps[0].down_KRI[0] - maps[0].down_KRI[1]).norm().item() > 3 * before

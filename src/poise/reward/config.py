@@ -64,6 +64,9 @@ class Config(Settings):
     head_layers: WholeNumber = 0
     """Upper layers of the trunk that `lora_per_head` puts adapters on; 0: all. The layers below are run once for all
     heads, those above once for each head."""
+    adapter_diversity: Annotated[float, at_least(0)] = 0.0
+    """Weight of a term that keeps the adapters of `lora_per_head` apart: the nuclear norm of all heads' LoRA matrices
+    together (arXiv 2401.00243). Adapters start nearly as far apart as they can be."""
     epochs: Positive = 1.0
     """Passes over the preferences, if the trunk is trained."""
     learning_rate: Annotated[float, between(0, 10)] = 0.0
@@ -107,6 +110,10 @@ class Config(Settings):
         """As `Settings.check`, and what adapters of single heads need."""
         super().check()
         if self.stage2_trunk != "lora_per_head":
+            if self.adapter_diversity:
+                raise PoiseError(
+                    "--adapter-diversity needs --stage2-trunk lora_per_head, whose adapters it keeps apart"
+                )
             return
         if self.head_loss != "probit_pairs":
             raise PoiseError(

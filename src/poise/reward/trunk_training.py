@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from poise.data.types import Preference, Sample
 from poise.errors import PoiseError
-from poise.functional.reward_losses import CENTERING, bradley_terry
+from poise.functional.reward_losses import CENTERING, adapter_diversity, bradley_terry
 from poise.models.adapted_maps import decoder_layers, has_conv1d, linear_maps
 from poise.models.families import without_noise
-from poise.models.head_adapters import add_head_adapters, logits_of
+from poise.models.head_adapters import HeadLinear, add_head_adapters, logits_of
 from poise.models.loading import HfModel, frozen_dtype
 from poise.models.reward_model import HeadLayout
 from poise.models.scorer import FeatureExtractor
@@ -60,6 +60,7 @@ class TrunkTraining:
     shard: bool = False  # spread weights, gradients and optimizer states over the processes
     num_heads: int = 0  # "lora_per_head": heads
     head_layers: int = 0  # "lora_per_head": upper layers that carry adapters; 0: all
+    adapter_diversity: float = 0.0  # "lora_per_head": weight of the term that keeps adapters apart
 
 
 # A function of the logits (N, 2, L) of chosen and rejected texts, and of the other tensors of the batch.
@@ -85,6 +86,17 @@ def gaussian_loss(layout: HeadLayout, name: HeadLossName) -> Loss:
         return head_loss(name)(heads.mean, heads.std, noise, batch["target"].T.flatten(), batch["mask"].repeat(2, 1))
 
     return loss
+
+
+def diverse(loss: Loss, classifier: HfModel, weight: float) -> Loss:
+    """A loss less weight times the mean of `adapter_diversity` over the maps with an adapter for each head."""
+    maps = [module for module in classifier.modules() if isinstance(module, HeadLinear)]
+
+    def with_term(logits_N2L: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        diversity = torch.stack([adapter_diversity(one.down_KRI) for one in maps]).mean()
+        return loss(logits_N2L, batch) - weight * diversity
+
+    return with_term
 
 
 class TokenPair(NamedTuple):
@@ -242,6 +254,7 @@ def fine_tune(
     adapters = None
     if how.kind == "lora_per_head":
         add_head_adapters(classifier, how.num_heads, how.lora_rank, how.head_layers)
+        loss = diverse(loss, classifier, how.adapter_diversity) if how.adapter_diversity else loss
     elif how.kind == "lora":
         config = peft.LoraConfig(
             task_type="SEQ_CLS", r=how.lora_rank, lora_alpha=2 * how.lora_rank, modules_to_save=["score"],
