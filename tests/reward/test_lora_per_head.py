@@ -21,13 +21,14 @@ from poise.models.head_adapters import FOLDER, HeadLinear, add_head_adapters
 from poise.models.reward_model import HeadLayout, load_trunk, read_layout
 from poise.models.scorer import Scorer
 from poise.policy import train as train_policy
+from poise.reports.reward_card import write_card
 from poise.reward import export, reference, trunk_training
 from poise.reward import train as train_reward
 from poise.reward.config import ReferenceConfig
 from poise.reward.head_training import TrainedModel, copies_of
 from poise.reward.push import checkpoint_files
 from poise.reward.train import Config
-from poise.runtime.run_folder import Run
+from poise.runtime.run_folder import Run, load_config_file
 from poise.serve.backend import of_scorer
 from poise.studies.config import LAPTOP_POLICY
 
@@ -268,3 +269,18 @@ def test_the_diversity_term_is_part_of_the_loss(tiny_model: str) -> None:
         for module in maps:
             module.down_KRI.data -= 0.01 * module.down_KRI.grad.sign()
     assert (maps[0].down_KRI[0] - maps[0].down_KRI[1]).norm().item() > 3 * before
+
+
+def test_the_card_reads_each_head_with_its_adapter(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its code is run as it stands, in the checkpoint's folder."""
+    write_card(run, load_config_file(run.folder / "config.yaml"), "brme")
+    folder = run.folder / "brme"
+    text = (folder / "README.md").read_text()
+    assert "Without its adapter a label means nothing" in text
+    code = next(part.partition("```")[0] for part in text.split("```python\n")[1:] if "peft" in part)
+    monkeypatch.chdir(folder)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    expected = Scorer.load(str(folder))([Sample("Review a film.", "A warm, funny film.")])
+    torch.testing.assert_close(found["mean"], expected.mean[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found["std"], expected.std[0], rtol=1e-4, atol=1e-4)

@@ -173,6 +173,8 @@ def fit_heads(
         held_features["brme"] = pair_features(brme.extract, split.held_out)
         scale = trained.models["single"].layout.reward_scale
         trained.models["brme"] = calibrated(brme, held_features["brme"], trained.targets, scale, config.head_loss)
+        if brme.layout.adapters:  # the history is of heads that were not used
+            trained = trained._replace(history=[])
     return trained, held_features
 
 
