@@ -12,7 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import WORDS, make_model
+from forked import launched
 from poise.api.reward_model import RewardModel
+from poise.cli import plan
+from poise.cli.main import main
 from poise.data.types import Sample
 from poise.errors import PoiseError
 from poise.functional.objectives import worst_case
@@ -284,3 +287,30 @@ def test_the_card_reads_each_head_with_its_adapter(run: Run, monkeypatch: pytest
     expected = Scorer.load(str(folder))([Sample("Review a film.", "A warm, funny film.")])
     torch.testing.assert_close(found["mean"], expected.mean[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found["std"], expected.std[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_train_heads_as_one_with_the_same_batch(tiny_model: str, tmp_path: Path) -> None:
+    """Data parallel, gloo on the CPU. Every head sees every pair; else its mean would be over its pairs in a part."""
+    preferences = contradictory(tmp_path, 48)
+    one = train_reward.run(config(tiny_model, preferences, tmp_path / "one", shards="same", device_batch_size=8))
+    again = ["--config", str(one.folder / "config.yaml"), "--output", str(tmp_path / "two"), "--device-batch-size", "4"]
+    launched(2, lambda: main(["train-reward", *again]), tmp_path)
+    folders = [folder / "brme" / FOLDER / "head_1" for folder in (one.folder, tmp_path / "two")]
+    alone, together = (load_file(folder / "adapter_model.safetensors") for folder in folders)
+    name = next(name for name in alone if name.endswith("lora_B.weight"))
+    assert alone[name].norm() > 0
+    assert (alone[name] - together[name]).norm() < 0.02 * alone[name].norm()
+
+
+def test_heads_are_planned_for_in_bfloat16(tiny_model: str) -> None:
+    """More heads and more layers take more; nothing is loaded."""
+    base = plan.Config(model=tiny_model, max_length=64, prompt_tokens=8, device_batch_size=2)
+    found = [
+        plan.plan_of(replace(base, adapter_heads=heads, head_layers=layers)).memory["train-reward"].total
+        for heads, layers in ((0, 0), (2, 0), (4, 0), (4, 1))
+    ]
+    assert found[0] < found[1] < found[2]
+    assert found[3] < found[2]
+    with pytest.raises(PoiseError, match="does not go with --shard"):
+        plan.run(replace(base, adapter_heads=2, shard=True))

@@ -61,8 +61,8 @@ class HeadLinear(nn.Module):
     def forward(self, x: Float[Tensor, "*rows inputs"]) -> Float[Tensor, "*rows outputs"]:
         """The first axis holds the rows of all heads, head after head."""
         out: Tensor = self.base(x)
-        low = torch.bmm(x.reshape(len(self.down_KRI), -1, x.shape[-1]), self.down_KRI.mT)
-        delta = torch.bmm(low, self.up_KOR.mT)
+        low = torch.bmm(x.reshape(len(self.down_KRI), -1, x.shape[-1]), self.down_KRI.mT.to(x.dtype))
+        delta = torch.bmm(low, self.up_KOR.mT.to(low.dtype))
         return out + SCALE * delta.view(out.shape)
 
     @property
