@@ -102,6 +102,7 @@ def test_each_library_is_imported_only_by_its_home() -> None:
         "peft": {
             "models.policy",
             "models.trained_parts",
+            "models.head_adapters",
             "models.fused_ops",
             "reward.trunk_training",
             "models.loading",

@@ -100,3 +100,5 @@ def test_a_reward_model(shard: bool, over: int) -> None:
     lora = reward_memory(RewardRun(SHAPE, "lora", 2, autocast=False), MEASURED)
     assert lora.held == {"weights": (440 + 96) * 4, "gradients": 96 * 4, "optimizer": 96 * 8}
     assert sum(lora.phases["update"].values()) == 1000
+    heads = reward_memory(RewardRun(SHAPE, "full", 2, autocast=False, adapter_heads=3, head_layers=1), MEASURED)
+    assert heads.held == {"weights": (440 + 3 * 24) * 4, "gradients": 3 * 24 * 4, "optimizer": 3 * 24 * 8}

@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from poise.functional.reward_losses import (
     HEAD_LOSSES,
+    adapter_diversity,
     beta_nll,
     bradley_terry,
     crps,
@@ -197,3 +200,28 @@ def test_a_head_without_samples_costs_nothing() -> None:
     mask = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     value = sampled_mse(torch.ones(2, 2), torch.zeros(2, 2), torch.zeros(2, 2), torch.zeros(2), mask)
     assert value.item() == 1.0
+
+
+def test_the_diversity_of_adapters_by_hand() -> None:
+    """Singular values 3 and 4 of orthogonal rows: (3 + 4) / 5."""
+    apart = torch.tensor([[[3.0, 0.0, 0.0]], [[0.0, 4.0, 0.0]]])
+    assert adapter_diversity(apart).item() == pytest.approx(7 / 5)
+    alike = apart[:1].repeat(2, 1, 1)
+    assert adapter_diversity(alike).item() == pytest.approx(1.0)
+
+
+@given(st.integers(0, 10_000), st.floats(0.01, 100))
+def test_laws_of_the_diversity_of_adapters(seed: int, scale: float) -> None:
+    """As NumPy has it; between one and the root of the rank; scale-free; heads alike count as one; it can be raised."""
+    generator = torch.Generator().manual_seed(seed)
+    down = torch.randn(3, 2, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    value = adapter_diversity(down)
+    flat = down.detach().numpy().reshape(6, 5)
+    assert value.item() == pytest.approx(np.linalg.norm(flat, "nuc") / np.linalg.norm(flat))
+    assert 1 <= value.item() <= 5**0.5 + 1e-12
+    assert adapter_diversity(down * scale).item() == pytest.approx(value.item())
+    alone = adapter_diversity(down[:1]).item()
+    assert adapter_diversity(down[:1].repeat(3, 1, 1)).item() == pytest.approx(alone)
+    value.backward()
+    assert down.grad is not None
+    assert adapter_diversity(down + 1e-3 * down.grad / down.grad.norm()).item() > value.item() - 1e-12

@@ -7,10 +7,14 @@ import pytest
 import torch
 
 from poise.models import sizing
+from poise.models.head_adapters import add_head_adapters, logits_of
 from poise.models.loading import load_policy
 from poise.models.policy import Policy
 from poise.models.rereading import Reading
+from poise.models.reward_model import load_trunk, with_heads
 from poise.models.rollout import Rollout
+from poise.models.shared_prompt import Family, pack, packed_hidden
+from poise.runtime.quiet import quiet_loading
 
 
 def test_the_shape_is_that_of_the_model(any_model: str) -> None:
@@ -69,3 +73,29 @@ def test_checkpointing_keeps_what_enters_a_layer(tiny_model: str) -> None:
     config.num_hidden_layers = 1
     assert kept == sizing.reward_measured(config, checkpointing=False, **of).update + 2 * tokens * 32 * 4
     assert kept < plain
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_heads_with_adapters_are_counted_as_they_are(tiny_model: str, checkpointing: bool) -> None:
+    """Against a real update, whose layers below the adapters keep nothing."""
+    classifier, _ = load_trunk(tiny_model, 0)
+    with_heads(classifier, torch.ones(6, 32))
+    add_head_adapters(classifier, 3, 4, 2)
+    for parameter in classifier.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    if checkpointing:
+        with quiet_loading():
+            classifier.gradient_checkpointing_enable({"use_reentrant": False})
+        classifier.train()
+    rows = pack([Family([5] * 8, [[7] * 24, [8] * 24]) for _ in range(4)], 0)
+    with sizing.counted() as live, contextlib.nullcontext() if checkpointing else sizing._FusedAttention():
+        logits_of(classifier, packed_hidden(classifier, rows)).float().sum().backward()
+    counted = sizing.reward_measured(
+        sizing.config_of(tiny_model), tune="lora", rank=4, pairs=4, prompt_tokens=8, tokens=32, dtype=torch.float32,
+        checkpointing=checkpointing, adapter_heads=3, head_layers=2,
+    ).update  # fmt: skip
+    if checkpointing:
+        assert 0.8 * live.peak < counted < 1.4 * live.peak
+    else:
+        assert counted == pytest.approx(live.peak, rel=0.05)

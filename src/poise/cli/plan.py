@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, NamedTuple
 
+from poise.errors import PoiseError
 from poise.functional.memory import GIB, Measured, Memory, PolicyRun, RewardRun, policy_memory, reward_memory
 from poise.models.choices import DEFAULT_MODEL, Tune, ValueTrunk
 from poise.policy.config import Config as Policy
@@ -56,6 +57,16 @@ class Config(Settings):
     """train-reward: longest sample, in tokens."""
     device_batch_size: Count = Reward.device_batch_size
     """train-reward: preferences per forward pass and GPU."""
+    adapter_heads: WholeNumber = 0
+    """train-reward: heads with adapters of their own, as `--stage2-trunk lora_per_head` trains them; 0: none."""
+    head_layers: WholeNumber = Reward.head_layers
+    """train-reward: upper layers that these adapters lie on; 0: all."""
+
+    def check(self) -> None:
+        """As `Settings.check`, and what train-reward refuses."""
+        super().check()
+        if self.adapter_heads and self.shard:
+            raise PoiseError("--adapter-heads does not go with --shard: leave one of them out")
 
 
 class Plan(NamedTuple):
@@ -126,15 +137,24 @@ def of_policy(config: Config, shapes: Any) -> Memory:
 
 
 def of_reward(config: Config, shapes: Any) -> Memory:
-    """Of train-reward, whose trunk is --reward."""
+    """Of train-reward, whose trunk is --reward: of the stage that takes more, where heads get adapters of their own."""
+    stages = (0, config.adapter_heads) if config.adapter_heads else (0,)
+    return max((_of_stage(config, shapes, heads) for heads in stages), key=lambda memory: memory.total)
+
+
+def _of_stage(config: Config, shapes: Any, heads: int) -> Memory:
     import torch
 
     measured: Measured = shapes.sizing.reward_measured(
         shapes.reward_config, tune=config.tune, rank=config.lora_rank, pairs=config.device_batch_size,
         prompt_tokens=config.prompt_tokens, tokens=config.max_length, dtype=torch.bfloat16,
-        checkpointing=config.gradient_checkpointing,
+        checkpointing=config.gradient_checkpointing, adapter_heads=heads, head_layers=config.head_layers,
     )  # fmt: skip
-    return reward_memory(RewardRun(shapes.reward, config.tune, config.lora_rank, config.gpus, config.shard), measured)
+    run = RewardRun(
+        shapes.reward, config.tune, config.lora_rank, config.gpus, config.shard, adapter_heads=heads,
+        head_layers=config.head_layers,
+    )  # fmt: skip
+    return reward_memory(run, measured)
 
 
 TRAININGS = {"train-reward": of_reward, "train-policy": of_policy}
@@ -167,13 +187,17 @@ def _known_changes(config: Config, training: str) -> list[tuple[str, dict[str, A
             found.append((f"--accumulation {parts}", {"accumulation": parts}))
     elif config.device_batch_size > 1:
         found.append(("--device-batch-size 1", {"device_batch_size": 1}))
-    if config.gpus > 1 and not config.shard:
+    if config.gpus > 1 and not config.shard and not config.adapter_heads:
         found.append(("--shard", {"shard": True}))
     if not config.gradient_checkpointing:
         found.append(("--gradient-checkpointing", {"gradient_checkpointing": True}))
     if config.tune == "full":
         option = "--trunk lora" if training == "train-reward" else "--tune lora"
         found.append((option, {"tune": "lora"}))
+    if config.adapter_heads:
+        if training == "train-reward" and config.head_layers != 1:
+            found.append(("--head-layers 1", {"head_layers": 1}))
+        return found
     gpus = max(2, 2 * config.gpus)
     while gpus <= 64:
         found.append((f"{gpus} GPUs with --shard", {"gpus": gpus, "shard": True}))

@@ -178,7 +178,11 @@ def _scored_tokens(run: PolicyRun) -> int:
 
 @dataclass(frozen=True)
 class RewardRun:
-    """What the memory of training a reward model with its trunk depends on. autocast: bfloat16 does the arithmetic."""
+    """What the memory of training a reward model with its trunk depends on.
+
+    autocast: bfloat16 does the arithmetic. adapter_heads: heads with adapters of their own on the upper `head_layers`
+    layers (0: all), in a frozen trunk; 0: none, and `tune` says what is trained.
+    """
 
     shape: ModelShape
     tune: Tune
@@ -186,13 +190,17 @@ class RewardRun:
     gpus: int = 1
     shard: bool = False
     autocast: bool = True
+    adapter_heads: int = 0
+    head_layers: int = 0
 
 
 def reward_memory(run: RewardRun, measured: Measured) -> Memory:
     """Of `poise train-reward` with a trained trunk. All weights are float32; sharded, all are spread over the GPUs."""
     shape, over = run.shape, run.gpus if run.shard else 1
-    trained = adapters(shape, shape.num_layers, run.lora_rank) if run.tune == "lora" else shape.weights
-    weights = shape.weights + (trained if run.tune == "lora" else 0)
+    added = run.tune == "lora" or run.adapter_heads > 0
+    layers = shape.upper(run.head_layers if run.adapter_heads else 0)
+    trained = max(run.adapter_heads, 1) * adapters(shape, layers, run.lora_rank) if added else shape.weights
+    weights = shape.weights + (trained if added else 0)
     held = {
         "weights": weights * FULL // over,
         "gradients": trained * FULL // over,

@@ -105,6 +105,21 @@ def probit_pairs(
     return _over_heads(-torch.special.log_ndtr(ratio), mask)
 
 
+def adapter_diversity(down: Float[Tensor, "heads rank inputs"]) -> Scalar:
+    """|A|_* / |A|_F of the heads' LoRA matrices A_k (rank, inputs), one below the other: A is (heads rank, inputs).
+
+    The diversity term of UP-RLHF (arXiv 2401.00243, equation 12), to be maximized: the nuclear norm, the sum of the
+    singular values, stands for the rank of A, and the Frobenius norm takes the scale out. It is 1 for a matrix of rank
+    one, and at most sqrt(min(heads rank, inputs)), where all rows are orthogonal and of one length; heads with one and
+    the same A have the value of one of them.
+
+    >>> round(adapter_diversity(torch.eye(4).unflatten(0, (2, 2))).item(), 4)
+    2.0
+    """
+    values = torch.linalg.svdvals(down.flatten(0, 1))
+    return values.sum() / values.square().sum().sqrt()
+
+
 def _nll(mean: Tensor, std: Tensor, target: Tensor) -> Tensor:
     z = (target.unsqueeze(-1) - mean) / std
     return 0.5 * z.square() + std.log() + 0.5 * math.log(2 * math.pi)

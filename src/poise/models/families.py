@@ -92,10 +92,13 @@ def has_longrope(model: HfModel) -> bool:
 
 
 def feature_size(model: HfModel) -> int:
-    """Width of what enters the output layer: `hidden_size`, but `word_embed_proj_dim` in OPT-350m."""
+    """Width of what enters the output layer: `hidden_size`, but `word_embed_proj_dim` in OPT-350m.
+
+    With adapters for each head (models/head_adapters.py), of all heads together.
+    """
     head = getattr(model, "score", None) or model.get_output_embeddings()
     size: int = head.in_features if isinstance(head, nn.Linear) else model.config.hidden_size
-    return size
+    return size * getattr(model, "heads_apart", 1)
 
 
 # ---- training a model that computes as it does when it scores or samples ----

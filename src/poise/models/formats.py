@@ -27,6 +27,7 @@ class HeadBlock:
     std_scale: tuple[Std, ...] = ()
     reference_texts: Annotated[int, between(0, 2**40)] = 0
     reference_shrinkage: Annotated[float, between(0, 1)] = 0.0
+    adapters: bool = False
 
     @property
     def num_labels(self) -> int:

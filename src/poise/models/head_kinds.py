@@ -22,6 +22,7 @@ from poise.errors import PoiseError, first_line
 from poise.functional.objective_names import read_objective
 from poise.models.choices import HEAD_KINDS, HeadKind
 from poise.models.formats import read_head_block
+from poise.models.head_adapters import FOLDER as ADAPTERS
 from poise.models.reward_model import HeadLayout, LastLayer, load_last_layer, read_layout
 from poise.runtime.records import read_object
 from poise.runtime.run_folder import write_atomic
@@ -81,7 +82,12 @@ def read_head_set(folder: Path) -> HeadSet:
 
 
 def same_trunk(one: Path, other: Path) -> bool:
-    """Do two local checkpoints hold the same weights, but for their `score` layer? Read tensor by tensor."""
+    """Do two local checkpoints hold the same weights, but for their `score` layer? Read tensor by tensor.
+
+    Heads with adapters of their own share their features with no other heads.
+    """
+    if (one / ADAPTERS).exists() or (other / ADAPTERS).exists():
+        return False
     mine, theirs = _tensors(one), _tensors(other)
     if mine.keys() != theirs.keys():
         return False

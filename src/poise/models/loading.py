@@ -10,7 +10,7 @@ import shutil
 import sys
 import warnings
 import zipfile
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -264,9 +264,22 @@ def _check_adapters(adapted: HfModel, there: dict[str, torch.Tensor], folder: st
     import peft
 
     expected = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    _check_tensors(expected, there, folder, also=adapted.state_dict().keys())
+
+
+def read_adapter(folder: str, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter folder, which are those expected, all of them, shape by shape; else PoiseError."""
+    there = _adapter_tensors(folder)
+    _check_tensors(expected, there, folder)
+    return there
+
+
+def _check_tensors(
+    expected: Mapping[str, torch.Tensor], there: dict[str, torch.Tensor], folder: str, also: Collection[str] = ()
+) -> None:
     if missing := sorted(expected.keys() - there.keys()):
         raise PoiseError(f"cannot load the adapter {folder}: it lacks {_listed(missing)}")
-    if left := sorted(there.keys() - expected.keys() - adapted.state_dict().keys()):
+    if left := sorted(there.keys() - expected.keys() - set(also)):
         raise PoiseError(f"cannot load the adapter {folder}: it is of other layers; it holds {_listed(left)}")
     for name in sorted(expected):
         if there[name].shape != expected[name].shape:

@@ -28,6 +28,8 @@ from poise.errors import PoiseError, first_line
 from poise.functional.objectives import HeadRewards
 from poise.functional.typicality import Reference
 from poise.models.formats import ENSEMBLE_FILE, read_ensemble, read_head_block
+from poise.models.head_adapters import FOLDER as ADAPTERS
+from poise.models.head_adapters import bare, load_head_adapters, save_head_adapters, together
 from poise.models.loading import (
     HfModel,
     HfTokenizer,
@@ -66,6 +68,7 @@ class HeadLayout:
     std_scale: per head, what its std must be multiplied with to be an error bar on validation; () for ones.
     reference_texts: number of texts that distances are measured from (poise/reference.safetensors); 0: there are none.
     reference_shrinkage: of their covariance, in [0, 1].
+    adapters: each head reads the trunk through a LoRA adapter of its own (models/head_adapters.py).
     """
 
     num_heads: int
@@ -76,6 +79,7 @@ class HeadLayout:
     std_scale: tuple[float, ...] = ()
     reference_texts: int = 0
     reference_shrinkage: float = 0.0
+    adapters: bool = False
 
     @property
     def num_labels(self) -> int:
@@ -212,17 +216,23 @@ def save_reward_model(
     last_layer: LastLayer | None = None,
     reference: Reference | None = None,
 ) -> None:
-    """Write a checkpoint, whole or not at all: the trunk of `classifier` with `weight` as its `score` layer."""
+    """Write a checkpoint, whole or not at all: the trunk of `classifier` with `weight` as its `score` layer.
+
+    Of a classifier with adapters for each head `weight` is on the features of all (`head_adapters.apart`).
+    """
     layout = layout.with_reference(reference)
     previous = classifier.score
-    with_heads(classifier, weight)
+    with_heads(classifier, together(weight, layout.num_heads) if layout.adapters else weight)
     classifier.config.problem_type = "regression"
     classifier.config.id2label = dict(enumerate(layout.label_names))
     classifier.config.label2id = {name: number for number, name in enumerate(layout.label_names)}
     classifier.config.poise = asdict(layout)
     try:
         with write_folder_atomic(folder) as scratch, quiet_loading():
-            classifier.save_pretrained(scratch)
+            with bare(classifier):
+                classifier.save_pretrained(scratch)
+            if layout.adapters:
+                save_head_adapters(scratch / ADAPTERS, classifier)
             with scoring_template(tokenizer):
                 tokenizer.save_pretrained(scratch)
             if last_layer is not None:
@@ -290,13 +300,15 @@ def files_of(path: str) -> list[Path]:
 
 
 def heads_fingerprint(path: str) -> str:
-    """A hash of what a checkpoint's heads are: its config.json and `score` weights, or its ensemble.json."""
+    """A hash of what a checkpoint's heads are: config.json, `score` weights and adapters of heads, or ensemble.json."""
     place = checkpoint_folder(path)
     folder = Path(place) if (Path(place) / "ensemble.json").exists() else Path(resolve_model(place))
     state = hashlib.blake2b(digest_size=16)
     for name in ("config.json", "ensemble.json"):
         if (folder / name).exists():
             state.update((folder / name).read_bytes())
+    for file in sorted(folder.glob(f"{ADAPTERS}/*/*.safetensors")):
+        state.update(file.read_bytes())
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             for name in sorted(tensors.keys()):
@@ -328,9 +340,10 @@ def read_layout(path: str) -> HeadLayout:
     return HeadLayout(**vars(block))
 
 
-def load_reward_model(path: str) -> tuple[HfModel, HfTokenizer, HeadLayout]:
+def load_reward_model(path: str, dtype: torch.dtype | None = None) -> tuple[HfModel, HfTokenizer, HeadLayout]:
     """(classifier, tokenizer, layout) of a checkpoint, or of an adapter checkpoint, its adapters merged.
 
+    Adapters of single heads are put on it. dtype: of the weights; default `frozen_dtype`.
     Raises PoiseError as `read_layout` does, and for weights or a tokenizer that do not fit.
     """
     layout = read_layout(path)
@@ -341,7 +354,9 @@ def load_reward_model(path: str) -> tuple[HfModel, HfTokenizer, HeadLayout]:
     if (Path(folder) / _ADAPTER).exists():
         classifier = _load_adapted(folder, config)
     else:
-        classifier = _load_classifier(folder, config, frozen_dtype())
+        classifier = _load_classifier(folder, config, dtype or frozen_dtype())
+    if layout.adapters:
+        load_head_adapters(classifier, Path(folder) / ADAPTERS, layout.num_heads)
     if not classifier.score.weight.isfinite().all():
         raise PoiseError(f"{path}: {_SCORE} holds numbers that are not finite; train the reward model again")
     if pad is None or not 0 <= pad < len(tokenizer):

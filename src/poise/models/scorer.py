@@ -22,6 +22,7 @@ from poise.models.chat_format import encode_conversation
 from poise.models.families import feature_size, steady_context
 from poise.models.feature_cache import FeatureCache, row_keys
 from poise.models.formats import ENSEMBLE_FILE, read_ensemble, refuse_nested
+from poise.models.head_adapters import apart, num_adapted_heads
 from poise.models.loading import HfModel, HfTokenizer, context_length, embedded_or_raise
 from poise.models.reward_model import HeadLayout, LastLayer, load_last_layer, load_reference, load_reward_model
 from poise.models.shared_prompt import Family, cached_hidden, num_tokens, pack, separate_hidden, shares_prompts
@@ -111,6 +112,7 @@ class FeatureExtractor:
         """Part by part, texts and their last hidden states."""
         pad_id = self.tokenizer.pad_token_id
         longest = steady_context(self.classifier)
+        copies = max(num_adapted_heads(self.classifier), 1)
         several = [
             family
             for family in families
@@ -120,7 +122,7 @@ class FeatureExtractor:
         ]
         if several and not self._shares_prompts:
             several = []
-        for keys, hidden in cached_hidden(self.classifier, several, pad_id, TOKENS_PER_BATCH):
+        for keys, hidden in cached_hidden(self.classifier, several, pad_id, TOKENS_PER_BATCH // copies):
             yield [Tokens(tuple(several[i].prompt), tuple(several[i].completions[j])) for i, j in keys], hidden
         read = {tuple(family.prompt) for family in several}
         alone = [
@@ -129,7 +131,7 @@ class FeatureExtractor:
             if tuple(prompt) not in read
             for text in completions
         ]
-        for batch in _batches(alone):
+        for batch in _batches(alone, copies):
             rows = pack(batch, pad_id, one_per_row=True).to(self.classifier.device)
             texts = [Tokens(tuple(family.prompt), tuple(family.completions[0])) for family in batch]
             yield texts, separate_hidden(self.classifier, rows)
@@ -164,6 +166,7 @@ class Scorer:
         classifier, tokenizer, layout = load_reward_model(path)
         extract = FeatureExtractor(classifier, tokenizer, max_length, cached=cached)
         weight = classifier.score.weight.data.float()
+        weight = apart(weight, layout.num_heads) if layout.adapters else weight
         reference = load_reference(path, layout, weight.shape[1])
         return Scorer(extract, weight, layout.with_reference(reference), load_last_layer(path), reference)
 
@@ -288,11 +291,11 @@ def generated(prompt: Prompt, completion: str) -> Sample:
     return Sample(prompt, completion if completion.strip() else ".")
 
 
-def _batches(families: list[Family]) -> list[list[Family]]:
+def _batches(families: list[Family], copies: int = 1) -> list[list[Family]]:
     """Texts of similar length in batches of at most TOKENS_PER_BATCH tokens with padding, longest first."""
     batches: list[list[Family]] = []
     for family in sorted(families, key=lambda family: -num_tokens(family)):
-        if batches and (len(batches[-1]) + 1) * num_tokens(batches[-1][0]) <= TOKENS_PER_BATCH:
+        if batches and (len(batches[-1]) + 1) * num_tokens(batches[-1][0]) * copies <= TOKENS_PER_BATCH:
             batches[-1].append(family)
         else:
             batches.append([family])

@@ -246,7 +246,8 @@ def _at_ends(
         input_ids=rows.ids_BL, attention_mask=mask, position_ids=rows.position_BL, past_key_values=cache,
         use_cache=cache is not None,
     ).last_hidden_state  # fmt: skip
-    return hidden[rows.last_C2[:, 0], rows.last_C2[:, 1]]
+    each = hidden.unflatten(0, (-1, len(rows.ids_BL)))  # head after head, if heads read them apart; else once
+    return each[:, rows.last_C2[:, 0], rows.last_C2[:, 1]].transpose(0, 1).flatten(1)
 
 
 def cached_hidden(
@@ -279,7 +280,7 @@ def cached_hidden(
             part, rows = rows[:count], rows[count:]
             filled = _fill([row.texts for row in part], pad_id).to(seen.device)
             owner_B = torch.tensor([row.owner for row in part], device=seen.device)
-            hidden = _go_on(classifier, filled, _rows_of(cache, owner_B), seen[owner_B])
+            hidden = _go_on(classifier, filled, _rows_of(cache, owner_B, len(batch)), seen[owner_B])
             yield [key for row in part for key in row.keys], hidden
 
 
@@ -328,11 +329,14 @@ def positions_of(mask: Tensor) -> Int[Tensor, "rows tokens"]:
     return (mask.long().cumsum(-1) - 1).clamp_min(0)
 
 
-def _rows_of(cache: DynamicCache, index: Int[Tensor, " rows"]) -> DynamicCache:
+def _rows_of(cache: DynamicCache, index: Int[Tensor, " rows"], prompts: int) -> DynamicCache:
     """A cache of some rows of another, which stays as it is."""
     part = copy.copy(cache)
-    part.layers = [copy.copy(layer) for layer in cache.layers]
-    part.batch_select_indices(index)
+    layers: list[Any] = [copy.copy(layer) for layer in cache.layers]
+    part.layers = layers
+    for layer in layers:
+        copies = len(keys) // prompts if (keys := getattr(layer, "keys", None)) is not None else 1
+        layer.batch_select_indices(torch.cat([index + prompts * number for number in range(copies)]))
     return part
 
 

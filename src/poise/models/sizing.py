@@ -27,8 +27,10 @@ from poise.models.adapted_maps import decoder_layers, linear_maps
 from poise.models.choices import DEFAULT_MODEL
 from poise.models.families import attention_masks
 from poise.models.fused_ops import ChosenLogprob
+from poise.models.head_adapters import add_head_adapters, logits_of
 from poise.models.loading import HfModel, keep_layers, load_config, resolve_model
 from poise.models.rereading import Reading, predict
+from poise.models.reward_model import with_heads
 from poise.models.rollout import Rollout
 from poise.models.shared_prompt import Family, PackedRows, pack, packed_hidden
 from poise.models.trained_parts import with_adapters, without_adapters
@@ -123,9 +125,12 @@ def policy_measured(
 
 def reward_measured(
     config: Any, *, tune: Tune, rank: int, pairs: int, prompt_tokens: int, tokens: int, dtype: torch.dtype,
-    checkpointing: bool,
+    checkpointing: bool, adapter_heads: int = 0, head_layers: int = 0,
 ) -> Measured:  # fmt: skip
-    """What the layers of a reward model take in an update on some pairs, whose texts have all `tokens` tokens."""
+    """What the layers of a reward model take in an update on some pairs, whose texts have all `tokens` tokens.
+
+    adapter_heads, head_layers: as of `poise.functional.memory.RewardRun`; layers below keep nothing.
+    """
     config = copy.deepcopy(config)
     config.num_labels = 1
     prompt_tokens = min(prompt_tokens, tokens - 1)
@@ -135,13 +140,17 @@ def reward_measured(
 
     def update(depth: int) -> int:
         classifier = _built(config, transformers.AutoModelForSequenceClassification, depth, dtype)
-        if tune == "lora":
+        if adapter_heads:
+            with_heads(classifier, classifier.score.weight.detach().expand(2 * adapter_heads, -1))
+            add_head_adapters(classifier, adapter_heads, rank)
+        elif tune == "lora":
             classifier = with_adapters(classifier, 0, rank, task="SEQ_CLS").get_base_model()
-        return _peak(lambda: classifier.score(packed_hidden(classifier, packed)).float().sum().backward())
+        return _peak(lambda: logits_of(classifier, packed_hidden(classifier, packed)).float().sum().backward())
 
     text = config.get_text_config()
-    kept = packed.ids_BL.numel() * text.hidden_size * dtype.itemsize if checkpointing else None
-    return Measured(_at_depth(update, text.num_hidden_layers, kept))
+    depth = min(head_layers or text.num_hidden_layers, text.num_hidden_layers)
+    kept = packed.ids_BL.numel() * max(adapter_heads, 1) * text.hidden_size * dtype.itemsize if checkpointing else None
+    return Measured(_at_depth(update, depth if adapter_heads else text.num_hidden_layers, kept))
 
 
 def _at_depth(measure: Callable[[int], int], depth: int, kept: int | None = None) -> int:

@@ -48,6 +48,11 @@ COLLAPSED = (
     "still. Do not read the std as an error bar, nor trust the head that it selects."
 )
 
+_ADAPTERS = (
+    "Each head reads the trunk through LoRA adapters of its own, in `adapters/head_0`, `adapters/head_1` and so on. "
+    "Without its adapter a label means nothing."
+)
+
 COIN = (
     "> **No better than a coin, as far as the validation pairs can say**: the interval of its accuracy includes 50 %. "
     "Do not optimize against it."
@@ -90,6 +95,7 @@ def card(name: str, block: Json, tokenizer: HfTokenizer, settings: Json, results
         COIN if (model.get("validation_accuracy_interval") or [1.0])[0] <= 0.5 else "",
         COLLAPSED if gaussian and results.get("std_collapsed") else "",
         f"{what} A stock `AutoModelForSequenceClassification` on {_trunk(settings, results)}.",
+        _ADAPTERS if block.get("adapters") else "",
         "## What it is not",
         _limits(gaussian, block, settings, results),
         "## Reading it",
@@ -145,6 +151,21 @@ def _limits(gaussian: bool, block: Json, settings: Json, results: Json) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
+_LOGITS = """\
+logits = model(torch.tensor([ids])).logits[0].detach() - torch.tensor(model.config.poise["offset"])"""
+
+
+def _logits_by_adapters(num_heads: int) -> str:
+    """Each head's labels, k and K + k, read with its own adapter."""
+    return f"""\
+model = peft.PeftModel.from_pretrained(model, "adapters/head_0", "head_0").eval()
+logits = -torch.tensor(model.config.poise["offset"])
+for k in range({num_heads}):
+    model.load_adapter(f"adapters/head_{{k}}", f"head_{{k}}")
+    model.set_adapter(f"head_{{k}}")
+    logits[k::{num_heads}] += model(torch.tensor([ids])).logits[0, k::{num_heads}].detach()"""
+
+
 def _with_transformers(block: Json, tokenizer: HfTokenizer) -> str:
     num_heads, gaussian = block["num_heads"], block["kind"] == "gaussian"
     prompt, answer = '"Review a film."', '"A warm, funny film."'
@@ -163,18 +184,19 @@ ids = tokenizer(text, add_special_tokens=False).input_ids"""
         layout = f"[{num_heads} means | {num_heads} raw stds]"
         softplus = f"torch.nn.functional.softplus(logits[{num_heads}:])"
         last = f'mean, std = logits[:{num_heads}], model.config.poise["floor"] + {softplus}'
+    imports = "import peft\nimport torch" if block.get("adapters") else "import torch"
     return f"""\
 The labels are {layout}, minus the `offset` in the `poise` block of config.json. In this folder, or with its hub id in
 place of `"."`:
 
 ```python
-import torch
+{imports}
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(".")
 model = AutoModelForSequenceClassification.from_pretrained(".", dtype=torch.float32).eval()
 {encoded}
-logits = model(torch.tensor([ids])).logits[0].detach() - torch.tensor(model.config.poise["offset"])
+{_logits_by_adapters(num_heads) if block.get("adapters") else _LOGITS}
 {last}
 ```{
         ""

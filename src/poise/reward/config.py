@@ -26,6 +26,7 @@ from poise.runtime.settings import (
 )
 
 Trunk = Literal["frozen", "lora", "full"]
+Stage2Trunk = Literal["frozen", "lora", "full", "lora_per_head"]
 HeadLossName = Literal["sampled_mse", "gaussian_nll", "beta_nll", "crps", "probit_pairs"]
 _NOT_WRITTEN = {".csv", ".tsv", ".xlsx", ".arrow", ".feather", ".gz", ".bz2", ".xz", ".zst", ".zip"}
 ShardKind = Literal["disjoint", "cluster", "source", "bootstrap", "same"]
@@ -55,8 +56,17 @@ class Config(Settings):
     """Trunk weights that stage 1 trains together with the head: LoRA adapters (merged afterwards), all (`full`), or
     none (`frozen`). Frozen is the fast way where the model is a reward model already; on a language model's own
     features heads may stay at chance (docs/defaults.md)."""
-    stage2_trunk: Trunk = "frozen"
-    """The same for stage 2, which starts from the heads on the frozen trunk. The BRME then gets its own trunk."""
+    stage2_trunk: Stage2Trunk = "frozen"
+    """The same for stage 2, which starts from the heads on the frozen trunk. The BRME then gets its own trunk.
+    `lora_per_head` gives each head LoRA adapters of its own, so that heads can disagree about what the trunk sees. They
+    start as copies of the single head, are trained together on the preferences, each on its shard, and need
+    `--head-loss probit_pairs`."""
+    head_layers: WholeNumber = 0
+    """Upper layers of the trunk that `lora_per_head` puts adapters on; 0: all. The layers below are run once for all
+    heads, those above once for each head."""
+    adapter_diversity: Annotated[float, at_least(0)] = 0.0
+    """Weight of a term that keeps the adapters of `lora_per_head` apart: the nuclear norm of all heads' LoRA matrices
+    together (arXiv 2401.00243). Adapters start nearly as far apart as they can be."""
     epochs: Positive = 1.0
     """Passes over the preferences, if the trunk is trained."""
     learning_rate: Annotated[float, between(0, 10)] = 0.0
@@ -95,6 +105,23 @@ class Config(Settings):
     """`skip` sets bad rows aside in a file beside the data."""
     seed: Seed = 0
     """Seed of the validation split, the training of the trunk, the shards and the heads."""
+
+    def check(self) -> None:
+        """As `Settings.check`, and what adapters of single heads need."""
+        super().check()
+        if self.stage2_trunk != "lora_per_head":
+            if self.adapter_diversity:
+                raise PoiseError(
+                    "--adapter-diversity needs --stage2-trunk lora_per_head, whose adapters it keeps apart"
+                )
+            return
+        if self.head_loss != "probit_pairs":
+            raise PoiseError(
+                f"--stage2-trunk lora_per_head with --head-loss {self.head_loss} would make every head the single one; "
+                f"choose --head-loss probit_pairs"
+            )
+        if self.shard:
+            raise PoiseError("--stage2-trunk lora_per_head does not go with --shard: leave one of them out")
 
     def for_command(self) -> "Config":
         """As `Settings.for_command`."""

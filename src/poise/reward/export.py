@@ -7,6 +7,9 @@ Heads are linear, so the mean of their rewards is a head itself, exactly. With h
 The offset stays behind in the `poise` block, where Scorer subtracts it: the `score` layer has no bias, and one constant
 for all texts changes no preference, no ranking and no normalized reward. The trunk's weights are copied as they are;
 the new row is float32, because the mean of bfloat16 rows is not a bfloat16 row.
+
+Heads with adapters of their own read different features, so their mean is no head. One of them is: its adapter goes
+into the trunk's weights.
 """
 
 import json
@@ -24,14 +27,23 @@ from poise import __version__
 from poise.data.types import Sample
 from poise.errors import PoiseError, first_line
 from poise.functional.objectives import HeadRewards
+from poise.models.head_adapters import FOLDER, fold_head
 from poise.models.loading import frozen_dtype, load_config, load_tokenizer, resolve_model
 from poise.models.model_card import front_matter_without_results
-from poise.models.reward_model import REFERENCE, HeadLayout, checkpoint_folder, read_layout
+from poise.models.reward_model import (
+    REFERENCE,
+    HeadLayout,
+    checkpoint_folder,
+    load_reward_model,
+    read_layout,
+    with_heads,
+)
 from poise.models.scorer import Scorer
 from poise.models.scoring_template import UNCHANGED, ends_where_read, scoring_template
 from poise.reward.config import ExportConfig as Config
 from poise.runtime.folders import inside, own_file, write_folder_atomic
 from poise.runtime.progress import console
+from poise.runtime.quiet import quiet_loading
 from poise.runtime.records import read_object
 from poise.runtime.run_folder import Json, write_json
 
@@ -56,9 +68,11 @@ def run(config: Config) -> Path:
     if getattr(settings, "poise", None) is None:
         raise PoiseError(f"{config.reward} has no `poise` block in its config.json: there are no heads to export")
     layout = read_layout(str(source))
+    if layout.adapters:
+        _check_one_head(config)
     tokenizer = load_tokenizer(str(source))
     with write_folder_atomic(target) as scratch:
-        write = _write_adapter if config.adapter else _write_weights
+        write = _write_folded if layout.adapters else _write_adapter if config.adapter else _write_weights
         exported = write(source, scratch, layout, config)
         if exported.reference_texts and (source / REFERENCE).exists():  # not of a scalar, which no objective reads
             (scratch / REFERENCE).parent.mkdir()
@@ -117,6 +131,16 @@ def _check(config: Config) -> None:
         raise PoiseError("vLLM serves the checkpoint as it is; choose --scalar mean, --scalar head or --engine sglang")
 
 
+def _check_one_head(config: Config) -> None:
+    """What can be made of heads with adapters of their own: any one of them."""
+    if config.scalar == "head" and not config.adapter:
+        return
+    raise PoiseError(
+        f"{config.reward} has heads with adapters of their own, which make no one classifier; choose --scalar head "
+        f"--head NUMBER, or use the adapters as they are: PEFT and vLLM read {FOLDER}/head_NUMBER in the checkpoint"
+    )
+
+
 def _check_target(target: Path, source: Path) -> None:
     if not target.exists():
         return
@@ -161,6 +185,20 @@ def _write_weights(source: Path, target: Path, layout: HeadLayout, config: Confi
             listing["metadata"]["total_size"] += _num_bytes(tensors) - before
         write_json(target / index.name, listing)
     return layout
+
+
+def _write_folded(source: Path, target: Path, layout: HeadLayout, config: Config) -> HeadLayout:
+    """One head's adapter folded into the trunk, with its row of the `score` layer."""
+    assert config.head is not None  # checked
+    classifier, _, _ = load_reward_model(str(source), torch.float32)
+    weight, scalar = scalar_head(classifier.score.weight.data, layout, config.head)
+    fold_head(classifier, config.head)
+    with_heads(classifier, weight)
+    if config.engine == "sglang":
+        classifier.score.bias = torch.nn.Parameter(torch.zeros(1))
+    with quiet_loading():
+        classifier.save_pretrained(target)
+    return scalar
 
 
 @dataclass(frozen=True)

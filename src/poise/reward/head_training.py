@@ -6,6 +6,7 @@ Shapes: _H hidden.
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from poise.functional.typicality import Reference, fit_reference
@@ -91,6 +92,22 @@ def train_on_features(
         models[name] = TrainedModel(weight, layout, last_layers.get(name), extract, reference)
     models["brme"] = calibrated(models["brme"], raw.rows(split.validation), targets, std.item(), config.head_loss)
     return HeadTraining(models, precision, shards, targets, history)
+
+
+def copies_of(single: TrainedModel, num_heads: int) -> TrainedModel:
+    """K Gaussian heads that are all the single head, for `probit_pairs`: where adapters of single heads start.
+
+    Their std is floor + softplus(0) everywhere. Phi(x) is about sigmoid(1.702 x), so means times
+    reward_scale sqrt(1 + 2 std^2) / 1.702 give the preferences the probabilities that the single head gives them.
+    Heads fitted to the pairs themselves would be a worse start: linear ones fit a few hundred pairs without an error,
+    and leave the adapters nothing to learn.
+    """
+    flat = HeadLayout(num_heads, "gaussian", (0.0,) * (2 * num_heads))
+    std = flat.decode(torch.zeros(2 * num_heads)).std[0].item()
+    scale = single.layout.reward_scale * (1 + 2 * std**2) ** 0.5 / 1.702
+    weight = torch.cat([single.weight * scale] * num_heads + [torch.zeros_like(single.weight)] * num_heads)
+    offset = (single.layout.offset[0] * scale,) * num_heads + (0.0,) * num_heads
+    return single._replace(weight=weight, layout=replace(flat, offset=offset))
 
 
 def calibrated(

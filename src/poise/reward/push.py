@@ -20,7 +20,8 @@ from poise.runtime.records import read_object
 FILES = (
     "config.json", "model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json",
     "poise/last_layer.safetensors", "poise/reference.safetensors", "poise/heads.safetensors", "poise/heads.json",
-    "adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
+    "adapter_config.json", "adapter_model.safetensors", "adapters/head_*/adapter_config.json",
+    "adapters/head_*/adapter_model.safetensors", "tokenizer.json",
     "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "chat_template.jinja", "README.md", "calibration.png",
 )  # fmt: skip

@@ -25,6 +25,8 @@ def run(config: Config) -> Path:
     config.check()
     folder = _local(config.reward)
     classifier, tokenizer, layout = load_reward_model(str(folder))
+    if layout.adapters:
+        raise PoiseError(f"{config.reward} has heads with adapters of their own, which share no features to measure")
     extract = FeatureExtractor(classifier, tokenizer, config.max_length, cached=config.feature_cache)
     check = row_check(tokenizer)
     if config.preferences:

@@ -14,6 +14,7 @@ feature cache.
 """
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +26,14 @@ from poise.data.types import Preference
 from poise.errors import PoiseError
 from poise.functional.objectives import mean
 from poise.models.chat_format import encode_conversation
+from poise.models.head_adapters import apart
 from poise.models.loading import HfModel, HfTokenizer, device, frozen_dtype, resolve_model
 from poise.models.reward_model import HeadLayout, load_trunk, save_reward_model, with_heads
 from poise.models.row_check import row_check_of
 from poise.models.scorer import FeatureExtractor, Scorer
 from poise.models.shared_prompt import takes_packed_rows
-from poise.reward.config import Config, Trunk
-from poise.reward.head_training import HeadTraining, TrainedModel, calibrated, train_on_features
+from poise.reward.config import Config, Stage2Trunk
+from poise.reward.head_training import HeadTraining, TrainedModel, calibrated, copies_of, train_on_features
 from poise.reward.heads import std_collapsed
 from poise.reward.pairs import FeaturePairs, PreferenceSplit, pair_features
 from poise.reward.quality import TextScores, judge_pairs, pairs_of
@@ -141,7 +143,7 @@ def trunk_source(config: Config, folder: Path) -> tuple[str, int]:
 
 def _tune(
     config: Config,
-    kind: Trunk,
+    kind: Stage2Trunk,
     extract: FeatureExtractor,
     preferences: list[Preference],
     loss: Loss,
@@ -171,12 +173,18 @@ def fit_heads(
         held_features["brme"] = pair_features(brme.extract, split.held_out)
         scale = trained.models["single"].layout.reward_scale
         trained.models["brme"] = calibrated(brme, held_features["brme"], trained.targets, scale, config.head_loss)
+        if brme.layout.adapters:  # the history is of heads that were not used
+            trained = trained._replace(history=[])
     return trained, held_features
 
 
 def _tune_brme(config: Config, folder: Path, trained: HeadTraining, split: PreferenceSplit) -> TrainedModel:
-    """Stage 2 with the trunk: from the heads on frozen features, toward the same targets. Not yet calibrated."""
-    start = trained.models["brme"]
+    """Stage 2 with the trunk: from the heads on frozen features, toward the same targets. Not yet calibrated.
+
+    With an adapter for each head, from the single head, and on the preferences.
+    """
+    per_head = config.stage2_trunk == "lora_per_head"
+    start = copies_of(trained.models["single"], config.num_heads) if per_head else trained.models["brme"]
     classifier, tokenizer = load_trunk(*trunk_source(config, folder), dtype=torch.float32, place=_place(config))
     with_heads(classifier, start.weight)
     extract = FeatureExtractor(classifier, tokenizer, config.max_length)
@@ -184,9 +192,11 @@ def _tune_brme(config: Config, folder: Path, trained: HeadTraining, split: Prefe
         config, config.stage2_trunk, extract, split.fit_on, gaussian_loss(start.layout, config.head_loss),
         folder / "stage2", targets_N2=trained.targets.fit_T.view(2, -1).T, mask_NK=trained.shards.fit_NK,
     )  # fmt: skip
-    weight = classifier.score.weight.data.float().cpu()
+    weight, layout = classifier.score.weight.data.float().cpu(), start.layout
+    if per_head:
+        weight, layout = apart(weight, layout.num_heads), replace(layout, adapters=True)
     extract = _extractor(config, classifier, tokenizer)
-    return start._replace(weight=weight, extract=extract, reference=None)  # its features are others now
+    return start._replace(weight=weight, layout=layout, extract=extract, reference=None)  # its features are others now
 
 
 # ---- evaluation on held-out preferences ----

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from poise.data.types import Preference, Sample
 from poise.errors import PoiseError
-from poise.functional.reward_losses import CENTERING, bradley_terry
+from poise.functional.reward_losses import CENTERING, adapter_diversity, bradley_terry
 from poise.models.adapted_maps import decoder_layers, has_conv1d, linear_maps
 from poise.models.families import without_noise
+from poise.models.head_adapters import HeadLinear, add_head_adapters, logits_of
 from poise.models.loading import HfModel, frozen_dtype
 from poise.models.reward_model import HeadLayout
 from poise.models.scorer import FeatureExtractor
@@ -40,14 +41,14 @@ from poise.runtime.quiet import quiet_loading
 from poise.runtime.run_folder import Json, append_jsonl, is_main_process, keep_rows_before
 from poise.runtime.sharding import is_part, shard, spread_as, whole, whole_on_main, without_weights
 
-LEARNING_RATES = {"lora": 2e-4, "full": 1e-5}
+LEARNING_RATES = {"lora": 2e-4, "lora_per_head": 2e-4, "full": 1e-5}
 
 
 @dataclass(frozen=True)
 class TrunkTraining:
     """How the trunk is trained."""
 
-    kind: str  # "lora" or "full"
+    kind: str  # "lora", "full" or "lora_per_head"
     epochs: float
     learning_rate: float  # 0: LEARNING_RATES
     batch_size: int  # pairs per optimizer step, over all processes
@@ -57,6 +58,9 @@ class TrunkTraining:
     save_steps: int
     seed: int
     shard: bool = False  # spread weights, gradients and optimizer states over the processes
+    num_heads: int = 0  # "lora_per_head": heads
+    head_layers: int = 0  # "lora_per_head": upper layers that carry adapters; 0: all
+    adapter_diversity: float = 0.0  # "lora_per_head": weight of the term that keeps adapters apart
 
 
 # A function of the logits (N, 2, L) of chosen and rejected texts, and of the other tensors of the batch.
@@ -82,6 +86,17 @@ def gaussian_loss(layout: HeadLayout, name: HeadLossName) -> Loss:
         return head_loss(name)(heads.mean, heads.std, noise, batch["target"].T.flatten(), batch["mask"].repeat(2, 1))
 
     return loss
+
+
+def diverse(loss: Loss, classifier: HfModel, weight: float) -> Loss:
+    """A loss less weight times the mean of `adapter_diversity` over the maps with an adapter for each head."""
+    maps = [module for module in classifier.modules() if isinstance(module, HeadLinear)]
+
+    def with_term(logits_N2L: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        diversity = torch.stack([adapter_diversity(one.down_KRI) for one in maps]).mean()
+        return loss(logits_N2L, batch) - weight * diversity
+
+    return with_term
 
 
 class TokenPair(NamedTuple):
@@ -134,7 +149,7 @@ class PairModel(nn.Module):
     ) -> Float[Tensor, "completions labels"]:
         rows = PackedRows(ids_BL, position_BL, group_BL, part_BL, last_C2)
         hidden = (packed_hidden if self.packed else separate_hidden)(self.classifier, rows)
-        return self.classifier.score(hidden)
+        return logits_of(self.classifier, hidden)
 
 
 class PairTrainer(SafeCheckpoints, transformers.Trainer):
@@ -229,7 +244,7 @@ def fine_tune(
     *,
     packed: bool,
 ) -> HfModel:
-    """Train a classifier, `score` layer included; returns it, adapters merged, in eval mode.
+    """Train a classifier, `score` layer included; returns it in eval mode, adapters merged, but for those of heads.
 
     Writes FOLDER/trainer (checkpoints, while it trains), one line per step to FOLDER/metrics.jsonl and, for LoRA,
     FOLDER/adapter in PEFT's format. Resumes from the last whole checkpoint.
@@ -237,7 +252,10 @@ def fine_tune(
     """
     torch.manual_seed(how.seed)  # initial adapters, noise
     adapters = None
-    if how.kind == "lora":
+    if how.kind == "lora_per_head":
+        add_head_adapters(classifier, how.num_heads, how.lora_rank, how.head_layers)
+        loss = diverse(loss, classifier, how.adapter_diversity) if how.adapter_diversity else loss
+    elif how.kind == "lora":
         config = peft.LoraConfig(
             task_type="SEQ_CLS", r=how.lora_rank, lora_alpha=2 * how.lora_rank, modules_to_save=["score"],
             target_modules=linear_maps(classifier), fan_in_fan_out=has_conv1d(classifier),

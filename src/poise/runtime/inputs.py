@@ -52,7 +52,7 @@ def _files(number: int, path: Path) -> list[tuple[str, Path]]:
     """(label, file) of an input: of a folder its model files, by their names; of a file itself, by its position."""
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES and file.is_file())
-        files += sorted((path / "poise").glob("*.safetensors"))
+        files += sorted([*path.glob("poise/*.safetensors"), *path.glob("adapters/*/*.safetensors")])
         return [(f"{number}/{file.relative_to(path).as_posix()}", file) for file in files]
     return [(str(number), path)] if path.is_file() else []
 
