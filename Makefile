@@ -48,17 +48,22 @@ coverage: $(VENV)/installed
 test-engines: $(ENGINES:%=test-engine-%)
 
 test-engine-%: .engines/%/installed
-	POISE_ENGINES=1 ENGINE_RESULT=$(CURDIR)/.engines/$*/result.json OMP_NUM_THREADS=1 \
-		.engines/$*/bin/python -m pytest tests/engines/$*
+	POISE_ENGINES=1 ENGINE_RESULT=$(CURDIR)/.engines/$*/result.json OMP_NUM_THREADS=1 RAY_USAGE_STATS_ENABLED=0 \
+		.engines/$*/bin/python -m pytest -W default tests/engines/$*
 
-# An engine's own packages come before those of .venv, which it finds through a .pth file.
+# An engine's own packages come before those of .venv, which it finds through a .pth file. The engines themselves pin
+# what conflicts with it, or packages that need a GPU: without-dependencies.txt names them.
 .PRECIOUS: .engines/%/installed
-.engines/%/installed: tests/engines/%/requirements.txt $(VENV)/installed
+.SECONDEXPANSION:
+.engines/%/installed: tests/engines/%/requirements.txt $$(wildcard tests/engines/$$*/without-dependencies.txt) \
+		$(VENV)/installed
 	$(BIN)/python -m venv .engines/$*
 	SITE='import sysconfig; print(sysconfig.get_path("purelib"))'; \
 		echo "import site; site.addsitedir('$$($(BIN)/python -c "$$SITE")')" \
 		> "$$(.engines/$*/bin/python -c "$$SITE")/zz_poise.pth"
 	.engines/$*/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	if [ -e tests/engines/$*/without-dependencies.txt ]; then .engines/$*/bin/python -m pip install --quiet \
+		--disable-pip-version-check --no-deps -r tests/engines/$*/without-dependencies.txt; fi
 	touch $@
 
 docs: $(VENV)/installed

@@ -1,6 +1,6 @@
-"""A Poise reward for OpenRLHF 0.11.2, in its `.py` form: `--remote_rm_url …/poise/integrations/openrlhf_reward.py`.
+"""A Poise reward for OpenRLHF 0.11.2, in its `.py` form: `--reward.remote_url …/poise/integrations/openrlhf_reward.py`.
 
-The URL form, `--remote_rm_url http://127.0.0.1:8400/get_reward`, needs no file and gives up after five tries, 1 s
+The URL form, `--reward.remote_url http://127.0.0.1:8400/get_reward`, needs no file and gives up after five tries, 1 s
 apart; this one waits for a server that is restarted. OpenRLHF clips rewards to ±10 by default.
 """
 

@@ -4,11 +4,12 @@
     reward.custom_reward_function.name=compute_score      # or compute_score_sync
 
 verl does not give the prompt to a reward function, so the data needs it in a column: `extra_info.prompt`, as text or
-as turns. The answer has the same keys for every sample, which verl demands. Do not switch on `reward_model.enable`: its
-own reward-model path reads the last raw std at the wrong token.
+as turns. A reward manager needs no such column: see poise.integrations.verl_manager. The answer has the same keys for
+every sample, which verl demands. Do not switch on `reward.reward_model.enable`: verl's own reward-model path reads the
+last raw std at the wrong token.
 """
 
-from typing import Any
+from typing import Any, NoReturn
 
 from poise.errors import PoiseError
 from poise.serve.client import own_client as _client
@@ -20,25 +21,45 @@ async def compute_score(
 ) -> dict[str, float]:
     """`score`, and every head and uncertainty. Raises PoiseError if there is no reward; verl must not train on 0."""
     rows = await _client().ascore(_prompt(extra_info, options), [solution_str])
-    return _answer(rows[0])
+    return answer_of(rows[0])
 
 
 def compute_score_sync(
     data_source: str, solution_str: str, ground_truth: Any, extra_info: dict[str, Any] | None = None, **options: Any
 ) -> dict[str, float]:
     """As `compute_score`, for code that does not await."""
-    return _answer(_client().score(_prompt(extra_info, options), [solution_str])[0])
+    return answer_of(_client().score(_prompt(extra_info, options), [solution_str])[0])
 
 
-def _answer(row: dict[str, Any]) -> dict[str, float]:
+def answer_of(row: dict[str, Any]) -> dict[str, float]:
+    """One row of the server as verl takes it: `score`, and the other numbers by name."""
     numbers = scalars(row)
     return {"score": numbers.pop("reward"), **numbers}
 
 
+def refuse_own_model() -> NoReturn:
+    """Raise PoiseError: beside verl's own reward model Poise would not be asked, or not for what is trained on."""
+    raise PoiseError("switch off reward.reward_model.enable: verl's own reward model would read another number")
+
+
+def check_turns(number: Any) -> None:
+    """Raise PoiseError for an answer in several turns. number: of all turns, as verl counts them; None if not told."""
+    if number is not None and int(number) > 2:
+        raise PoiseError(
+            "verl gives the turns of an agent and its tools as one text, which no reward model has seen in training: "
+            "use a single-turn agent loop"
+        )
+
+
 def _prompt(extra_info: dict[str, Any] | None, options: dict[str, Any]) -> Any:
     if options.get("reward_router_address"):
-        raise PoiseError("switch off reward_model.enable: verl's own reward model would read another number")
-    prompt = (extra_info or {}).get("prompt")
+        refuse_own_model()
+    given = extra_info or {}
+    check_turns(given.get("num_turns"))
+    prompt = given.get("prompt")
     if prompt is None:
-        raise PoiseError("verl gives no prompt to a reward function: put it into extra_info.prompt of the data")
+        raise PoiseError(
+            "verl gives no prompt to a reward function: put it into extra_info.prompt of the data, or use the reward "
+            "manager, poise.integrations.verl_manager"
+        )
     return prompt if isinstance(prompt, str) else list(prompt)  # an array, where it comes from Parquet

@@ -94,7 +94,7 @@ class Client:
         request = urllib.request.Request(self.url + path, body, headers)
         try:
             with _OPENER.open(request, timeout=self.timeout) as response:
-                answer = json.loads(response.read())
+                answer = json.loads(response.read(), parse_constant=_refuse)
         except urllib.error.HTTPError as error:
             with error:
                 said = _line(error)
@@ -103,6 +103,8 @@ class Client:
             raise PoiseError(f"{self.url}{path}: {said}") from None
         except (OSError, http.client.HTTPException) as error:  # also URLError and timeouts
             raise _AgainError(str(getattr(error, "reason", error)) or type(error).__name__) from None
+        except _NoNumberError as error:
+            raise PoiseError(f"{self.url}{path} gave no reward, but {error}") from None
         except ValueError as error:
             raise PoiseError(f"{self.url}{path} did not answer in JSON: {error}") from None
         if not isinstance(answer, dict) or answer.get("request") != hashlib.sha256(body).hexdigest():
@@ -116,6 +118,14 @@ class _AgainError(Exception):
     def __init__(self, line: str, after: str = ""):
         super().__init__(line)
         self.after = float(after) if after.isdigit() else 0.0
+
+
+class _NoNumberError(Exception):
+    """NaN or an infinity where numbers are."""
+
+
+def _refuse(constant: str) -> None:
+    raise _NoNumberError(constant)
 
 
 # Rewards are not sent through a proxy that the environment names for the internet.

@@ -42,7 +42,7 @@ class ScoreRequest(BaseModel):
 
 
 class OpenRLHFRequest(BaseModel):
-    """OpenRLHF's `--remote_rm_url`: query is prompt and answer together, both rendered by its chat template."""
+    """OpenRLHF's `--reward.remote_url`: query is prompt and answer together, both rendered by its chat template."""
 
     query: list[str]
     prompts: list[str]
