@@ -121,12 +121,13 @@ def of_policy(config: Config, shapes: Any) -> Memory:
     import torch
 
     prompts = -(-config.prompts_per_step // config.gpus)
-    part = -(-prompts // (config.num_minibatches * config.accumulation))
+    minibatch = -(-prompts // config.num_minibatches)
+    part, of_prompt = -(-minibatch // config.accumulation), -(-config.accumulation // minibatch)
     layers = shapes.policy.upper(config.adapted_layers)
     measured = shapes.sizing.policy_measured(
         shapes.policy_config, tune=config.tune, layers=layers, rank=config.lora_rank, part=part, reading=part,
-        prompts=prompts, completions=config.completions_per_prompt, prompt_tokens=config.prompt_tokens,
-        max_tokens=config.max_tokens, dtype=torch.bfloat16, checkpointing=config.gradient_checkpointing,
+        prompts=prompts, completions=-(-config.completions_per_prompt // of_prompt),
+        prompt_tokens=config.prompt_tokens, max_tokens=config.max_tokens, dtype=torch.bfloat16, checkpointing=config.gradient_checkpointing,
     )  # fmt: skip
     run = PolicyRun(
         shapes.policy, shapes.reward, config.tune, config.value_trunk == "own", config.adapted_layers,
@@ -171,7 +172,7 @@ def _changes(config: Config, shapes: _Shapes, training: str, room: float) -> tup
     for one in _known_changes(config, training):
         made.append(one)
         if fits(made):
-            for other in made[:-1]:  # an earlier one may do nothing for what is in the way
+            for other in made[-2::-1]:  # an earlier one may do nothing for what is in the way
                 fewer = [change for change in made if change is not other]
                 made = fewer if fits(fewer) else made
             return tuple(text for text, _ in made)
@@ -191,6 +192,9 @@ def _known_changes(config: Config, training: str) -> list[tuple[str, dict[str, A
         found.append(("--shard", {"shard": True}))
     if not config.gradient_checkpointing:
         found.append(("--gradient-checkpointing", {"gradient_checkpointing": True}))
+    if training == "train-policy" and config.accumulation < parts * config.completions_per_prompt:
+        parts *= config.completions_per_prompt  # one completion at a time, each with its prompt
+        found.append((f"--accumulation {parts}", {"accumulation": parts}))
     if config.tune == "full":
         option = "--trunk lora" if training == "train-reward" else "--tune lora"
         found.append((option, {"tune": "lora"}))
