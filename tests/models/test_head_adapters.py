@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from conftest import make_model, rest_slow
 from poise.data.types import Sample
 from poise.errors import PoiseError
+from poise.models import head_adapters
 from poise.models.head_adapters import (
     FOLDER,
     HeadLinear,
@@ -212,10 +213,17 @@ def test_wrong_adapters_are_one_line(damage: Any, message: str, tiny_model: str,
     assert "\n" not in str(error.value)
 
 
-def test_a_family_that_cannot_read_copies_is_refused(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from poise.models import head_adapters
-
-    monkeypatch.setattr(head_adapters, "_spread", lambda *given: given[3:])
+@pytest.mark.parametrize("fault", ["no copies", "rows on the second axis"])
+def test_a_family_that_cannot_read_copies_is_refused(
+    fault: str, tiny_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if fault == "no copies":
+        monkeypatch.setattr(head_adapters, "_spread", lambda *given: given[3:])
+    else:
+        forward = HeadLinear.forward
+        monkeypatch.setattr(
+            HeadLinear, "forward", lambda self, x: forward(self, x.transpose(0, 1).contiguous()).transpose(0, 1)
+        )
     classifier, _ = load_trunk(tiny_model, 0)
     with pytest.raises(PoiseError, match="a llama cannot carry an adapter for each head"):
         add_head_adapters(classifier, HEADS, 4)
