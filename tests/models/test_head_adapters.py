@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from conftest import make_model, rest_slow
 from poise.data.types import Sample
 from poise.errors import PoiseError
+from poise.models import head_adapters
 from poise.models.head_adapters import (
     FOLDER,
     HeadLinear,
@@ -26,8 +27,9 @@ from poise.models.head_adapters import (
 )
 from poise.models.head_kinds import same_trunk
 from poise.models.reward_model import HeadLayout, heads_fingerprint, load_reward_model, load_trunk, save_reward_model
-from poise.models.scorer import Scorer
+from poise.models.scorer import Ensemble, Scorer
 from poise.models.shared_prompt import Family, pack, packed_hidden
+from poise.runtime.quiet import quiet_loading
 
 HEADS = 3
 TEXTS = [Sample("Review a film.", text) for text in ("good", "a bad film, really", "it")] + [
@@ -211,10 +213,45 @@ def test_wrong_adapters_are_one_line(damage: Any, message: str, tiny_model: str,
     assert "\n" not in str(error.value)
 
 
-def test_a_family_that_cannot_read_copies_is_refused(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from poise.models import head_adapters
-
-    monkeypatch.setattr(head_adapters, "_spread", lambda *given: given[3:])
+@pytest.mark.parametrize("fault", ["no copies", "rows on the second axis"])
+def test_a_family_that_cannot_read_copies_is_refused(
+    fault: str, tiny_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if fault == "no copies":
+        monkeypatch.setattr(head_adapters, "_spread", lambda *given: given[3:])
+    else:
+        forward = HeadLinear.forward
+        monkeypatch.setattr(
+            HeadLinear, "forward", lambda self, x: forward(self, x.transpose(0, 1).contiguous()).transpose(0, 1)
+        )
     classifier, _ = load_trunk(tiny_model, 0)
     with pytest.raises(PoiseError, match="a llama cannot carry an adapter for each head"):
         add_head_adapters(classifier, HEADS, 4)
+
+
+def test_recomputing_activations_changes_no_gradient(tiny_model: str) -> None:
+    classifier, _ = adapted(tiny_model)
+    classifier.score.weight = torch.nn.Parameter(torch.randn(HEADS, 32))
+    rows = pack([Family([5, 6], [[7], [8, 9]]), Family([4], [[3], [2, 1]])], 0)
+
+    def gradients() -> list[torch.Tensor]:
+        classifier.zero_grad()
+        logits_of(classifier, packed_hidden(classifier, rows)).square().sum().backward()
+        return [one.grad.clone() for one in classifier.parameters() if one.requires_grad]
+
+    plain = gradients()
+    with quiet_loading():
+        classifier.gradient_checkpointing_enable({"use_reentrant": False})
+    classifier.train()
+    for one, other in zip(plain, gradients(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_an_ensemble_takes_them_as_members(tiny_model: str, tmp_path: Path) -> None:
+    paths = [saved(tmp_path / "one", tiny_model), saved(tmp_path / "two", tiny_model)]
+    together_ = Ensemble.fit(paths, TEXTS)
+    alone = Scorer.load(paths[0])(TEXTS).mean
+    found = together_(TEXTS).mean
+    assert found.shape == (len(TEXTS), 2 * HEADS)
+    scaled = (alone - together_.means[0]) / together_.stds[0]
+    torch.testing.assert_close(found[:, :HEADS], scaled, rtol=1e-5, atol=1e-5)

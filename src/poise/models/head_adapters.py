@@ -120,8 +120,7 @@ def _add(classifier: HfModel, num_heads: int, rank: int, names: list[str]) -> No
     classifier.score.requires_grad_(True)
     classifier.head_adapters = _Adapters(num_heads, rank, names, handles)
     classifier.heads_apart = num_heads  # read by `feature_size`
-    after = _probe(classifier)
-    if before is not None and (after is None or not alike(classifier, after, before.repeat(1, num_heads))):
+    if before is not None and not _kept_apart(classifier, before):
         raise PoiseError(
             f"a {classifier.config.model_type} cannot carry an adapter for each head: its layers do not read several "
             f"copies of a text as they read one; train several reward models and combine them with `poise ensemble`"
@@ -296,6 +295,23 @@ def _probe(classifier: HfModel) -> Float[Tensor, "texts features"] | None:
         return separate_hidden(classifier, pack(texts, 0, one_per_row=True).to(device))
     except REFUSALS:
         return None
+
+
+@torch.no_grad()
+def _kept_apart(classifier: HfModel, before: Float[Tensor, "texts hidden"]) -> bool:
+    """Does an adapter of the last head leave all other heads' features as they were without any? Tried, then undone.
+
+    before: features of the short texts without adapters. New adapters change nothing; the last head's are set for a
+    moment. Layers that cannot read copies of a row fail, and layers that do not keep rows on the first axis.
+    """
+    maps = [classifier.get_submodule(name) for name in _names(classifier)]
+    for one in maps:
+        one.up_KOR[-1] = 0.01
+    after = _probe(classifier)
+    for one in maps:
+        one.up_KOR[-1] = 0.0
+    others = num_adapted_heads(classifier) - 1
+    return after is not None and alike(classifier, after[:, : others * before.shape[1]], before.repeat(1, others))
 
 
 def _names(classifier: HfModel) -> list[str]:
