@@ -34,10 +34,11 @@ from poise.integrations.trl_reward import RobustReward
 from poise.models.adapted_maps import linear_maps
 from poise.models.chat_format import encode_prompt
 from poise.models.families import rounding, windows, without_noise
+from poise.models.head_adapters import HeadLinear, add_head_adapters, apart
 from poise.models.loading import context_length, load_policy
 from poise.models.policy import Policy
 from poise.models.rereading import choose
-from poise.models.reward_model import HeadLayout, save_reward_model
+from poise.models.reward_model import HeadLayout, load_trunk, save_reward_model
 from poise.models.rollout import Rollout, packed_attention, uniforms
 from poise.models.scorer import FeatureExtractor, Scorer, Tokens
 from poise.models.shared_prompt import Family, pack, packed_hidden, separate_hidden, shares_prompts, takes_packed_rows
@@ -544,7 +545,7 @@ def test_routers_that_return_more_than_a_map_are_not_adapted() -> None:
     assert not any("router" in name for name in names)
 
 
-@pytest.mark.parametrize("name", ["DeepSeek V3", "Qwen 2, experts", "Mixtral"])
+@pytest.mark.parametrize("name", rest_slow(["DeepSeek V3", "Qwen 2, experts", "Mixtral"]))
 def test_adapters_of_a_mixture_are_in_the_upper_layers(name: str) -> None:
     """PEFT takes some names for those of all experts, lower layers too, which count as frozen here."""
     policy = Policy(*load_policy(folder_of(name, "AutoModelForCausalLM")), adapted_layers=1, rank=4)
@@ -642,3 +643,35 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as cache, pytest.MonkeyPatch.context() as patch:
         patch.setenv("POISE_CACHE", cache)
         PAGE.write_text(page(), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "name", ["Phi-3, longrope", "OPT, projected embeddings", "Mixtral", "MPT", "Jamba", "Gemma 3, text"]
+)
+def test_heads_with_adapters_of_their_own_say_what_peft_says(name: str, tmp_path: Path) -> None:
+    classifier, tokenizer = load_trunk(folder_of(name, "AutoModelForCausalLM"), 0)
+    add_head_adapters(classifier, 2, 2, 1)
+    for module in classifier.modules():
+        if isinstance(module, HeadLinear):
+            torch.nn.init.normal_(module.up_KOR, std=0.3)
+    weight = torch.randn(2, classifier.score.in_features)
+    layout = HeadLayout(2, "point", (0.0, 0.0), adapters=True)
+    save_reward_model(tmp_path / "rm", classifier, tokenizer, apart(weight, 2), layout)
+    samples = [Sample("Review a film.", "good"), Sample("Review a film.", "bad film"), Sample("x", "y z")]
+    scorer = Scorer.load(str(tmp_path / "rm"))
+    found = scorer(samples).mean
+    for head in range(2):
+        stock = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm")
+        adapted = peft.PeftModel.from_pretrained(stock, str(tmp_path / "rm" / "adapters" / f"head_{head}")).eval()
+        for i, sample in enumerate(samples):
+            prompt, completion = scorer.extract.encode(sample)
+            with torch.no_grad():
+                told = adapted(torch.tensor([[*prompt, *completion]])).logits[0, head]
+            torch.testing.assert_close(found[i, head], told, rtol=1e-5, atol=1e-5)
+
+
+def test_bloom_takes_no_adapters_for_each_head() -> None:
+    """Its positions are one table for rows times attention heads, which is not copied row by row."""
+    classifier, _ = load_trunk(folder_of("BLOOM", "AutoModelForCausalLM"), 0)
+    with pytest.raises(PoiseError, match="a bloom cannot carry an adapter for each head"):
+        add_head_adapters(classifier, 2, 2)

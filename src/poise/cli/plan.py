@@ -127,7 +127,8 @@ def of_policy(config: Config, shapes: Any) -> Memory:
     measured = shapes.sizing.policy_measured(
         shapes.policy_config, tune=config.tune, layers=layers, rank=config.lora_rank, part=part, reading=part,
         prompts=prompts, completions=-(-config.completions_per_prompt // of_prompt),
-        prompt_tokens=config.prompt_tokens, max_tokens=config.max_tokens, dtype=torch.bfloat16, checkpointing=config.gradient_checkpointing,
+        prompt_tokens=config.prompt_tokens, max_tokens=config.max_tokens, dtype=torch.bfloat16,
+        checkpointing=config.gradient_checkpointing,
     )  # fmt: skip
     run = PolicyRun(
         shapes.policy, shapes.reward, config.tune, config.value_trunk == "own", config.adapted_layers,

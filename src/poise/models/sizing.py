@@ -80,8 +80,8 @@ def policy_measured(
 ) -> Measured:
     """What the layers of a policy take in PPO.
 
-    part, reading, prompts: prompts that are updated on, read again, and sampled from at once on one GPU; completions: of
-    a prompt in a part; layers: how many are trained.
+    part, reading, prompts: prompts that are updated on, read again, and sampled from at once on one GPU.
+    completions: of a prompt in a part.   layers: how many are trained.
     """
     depth = config.get_text_config().num_hidden_layers
     split = layers < depth
