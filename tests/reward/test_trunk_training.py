@@ -6,13 +6,16 @@ import random
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
 import pytest
 import torch
 import transformers
+from accelerate.data_loader import BatchSamplerShard
 from safetensors.torch import load_file
+from torch.utils.data import BatchSampler
 
 from conftest import make_model, rest_slow
 from forked import launched, started
@@ -44,14 +47,14 @@ def settings(**changes: object) -> TrunkTraining:
     return TrunkTraining(**{**values, **changes})  # type: ignore[arg-type]
 
 
-def trainer_of(model: str, preferences: list[Preference], folder: Path, *, packed: bool) -> PairTrainer:
+def trainer_of(model: str, preferences: list[Preference], folder: Path, *, packed: bool, **how: object) -> PairTrainer:
     torch.manual_seed(0)
     classifier, tokenizer = load_trunk(model, 0)
     for module in classifier.modules():  # GPT-2's dropout falls differently on rows of another shape
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     pairs = token_pairs(FeatureExtractor(classifier, tokenizer), preferences, share=packed)
-    model, args = PairModel(classifier, packed=packed), training_arguments(settings(), folder)
+    model, args = PairModel(classifier, packed=packed), training_arguments(settings(**how), folder)
     trainer = PairTrainer(model, args, pairs, tokenizer.pad_token_id, preference_loss())
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
@@ -233,6 +236,46 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
 def test_a_batch_that_does_not_divide_is_one_line(tiny_model: str, preferences_file: Path, tmp_path: Path) -> None:
     with pytest.raises(PoiseError, match="no multiple of --device-batch-size 3"):
         train_reward.run(config(tiny_model, preferences_file, tmp_path / "x", device_batch_size=3))
+
+
+def test_the_last_step_of_an_epoch_is_the_mean_of_its_pairs(
+    tiny_model: str, preferences_file: Path, tmp_path: Path
+) -> None:
+    """Of 11 pairs in steps of 8, the second has 3, however few of them go through the model at once."""
+    pairs, losses = read_preferences(preferences_file)[:11], []
+    for size in (8, 2, 1):
+        trainer = trainer_of(tiny_model, pairs, tmp_path / str(size), packed=True, device_batch_size=size)
+        trainer.train()
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    assert len(losses[0]) == 2
+    assert losses[1] == pytest.approx(losses[0], abs=1.1e-4)  # the Trainer rounds to four digits
+    assert losses[2] == pytest.approx(losses[0], abs=1.1e-4)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize(("pairs", "each", "per_step"), [(19, 2, 2), (16, 2, 2), (1, 4, 1), (7, 1, 3), (5, 4, 1)])
+def test_pairs_that_fill_up_the_last_batches_do_not_count(pairs: int, each: int, per_step: int, processes: int) -> None:
+    """As accelerate hands batches to processes: in each step every one of its pairs counts once, and for its share."""
+    batches = BatchSampler(range(pairs), each, drop_last=False)
+    shards = [list(BatchSamplerShard(batches, processes, rank)) for rank in range(processes)]
+    seen: list[int] = []
+    for step in range(-(-len(shards[0]) // per_step)):
+        weights: dict[int, float] = {}
+        for rank, shard in enumerate(shards):
+            own = shard[step * per_step :][:per_step]
+            for number, batch in enumerate(own):
+                trainer: Any = SimpleNamespace(
+                    train_dataset=range(pairs), state=SimpleNamespace(global_step=step), _batches=len(own),
+                    args=SimpleNamespace(per_device_train_batch_size=each, gradient_accumulation_steps=per_step),
+                    accelerator=SimpleNamespace(num_processes=processes, process_index=rank), _batches_read=number,
+                )  # fmt: skip
+                counted, share = PairTrainer._counted(trainer, len(batch))
+                for pair in batch[:counted]:  # a mean over counted, then over the batches of all processes
+                    assert pair not in weights
+                    weights[pair] = share / counted / len(own) / processes
+        assert list(weights.values()) == pytest.approx([1 / len(weights)] * len(weights))
+        seen += sorted(weights)
+    assert sorted(seen) == list(range(pairs))
 
 
 def test_checkpoints_hold_no_pickle(tiny_model: str, preferences_file: Path, tmp_path: Path) -> None:

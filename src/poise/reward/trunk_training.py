@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import peft
 import torch
@@ -161,6 +161,7 @@ class PairTrainer(SafeCheckpoints, transformers.Trainer):
 
     def __init__(self, model: PairModel, args: Any, pairs: Sequence[TokenPair], pad_id: int, loss: Loss, **kwargs: Any):
         self._loss = loss
+        self._batches_read = self._batches = 0  # of the present step, on this process
         self._spread = any(map(is_part, model.parameters()))
         collate = _Collate(pad_id, packed=model.packed)
         super().__init__(model=model, args=args, train_dataset=list(pairs), data_collator=collate, **kwargs)
@@ -168,9 +169,39 @@ class PairTrainer(SafeCheckpoints, transformers.Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        logits = model(**{name: inputs[name] for name in PackedRows._fields}).float()
-        loss = self._loss(logits.unflatten(0, (-1, 2)), inputs)
+        logits = model(**{name: inputs[name] for name in PackedRows._fields}).float().unflatten(0, (-1, 2))
+        counted, share = self._counted(len(logits))
+        self._batches_read += 1
+        if not counted:  # none of the step's own pairs is left for this process
+            return (0.0 * logits.sum(), {}) if return_outputs else 0.0 * logits.sum()
+        loss = self._loss(logits[:counted], inputs | {name: inputs[name][:counted] for name in _Collate.BESIDE})
+        loss = loss if share == 1.0 else share * loss
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    # ---- the last step of an epoch, which may have fewer pairs than the others ----
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[Any, Any]:
+        found = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._batches_read, self._batches = 0, len(found[0])
+        return found
+
+    def _counted(self, size: int) -> tuple[int, float]:
+        """(pairs of a forward pass that count, what their mean loss counts for): all pairs of a step count once.
+
+        accelerate gives process p of P the batches p, p + P, … of an epoch, and fills up the last ones with pairs that
+        were there before. The Trainer takes the mean over the B batches of a step and over P: each counts for its share
+        of the step's pairs, times B P.
+        """
+        if not self._batches:  # outside of training
+            return size, 1.0
+        pairs, each = len(cast(Any, self.train_dataset)), self.args.per_device_train_batch_size
+        processes, per_step = self.accelerator.num_processes, self.args.gradient_accumulation_steps
+        steps = math.ceil(math.ceil(math.ceil(pairs / each) / processes) / per_step)
+        first = self.state.global_step % steps * per_step * processes
+        batch = first + self._batches_read * processes + self.accelerator.process_index
+        counted = min(max(pairs - batch * each, 0), size)
+        together = self._batches * processes
+        return counted, counted * together / min(pairs - first * each, together * each)
 
     # ---- checkpoints: trained weights, optimizer, schedule and random states, in safetensors and JSON ----
 
@@ -218,12 +249,14 @@ def _load_trained(model: nn.Module, tensors: dict[str, Tensor], source: str) -> 
 class _Collate:
     """Pairs as one batch of packed rows."""
 
+    BESIDE = ("margin", "target", "mask")
+
     def __init__(self, pad_id: int, *, packed: bool):
         self.pad_id, self.packed = pad_id, packed
 
     def __call__(self, pairs: list[TokenPair]) -> dict[str, Tensor]:
         rows = pack([family for pair in pairs for family in pair.families], self.pad_id, one_per_row=not self.packed)
-        beside = {name: torch.tensor([getattr(pair, name) for pair in pairs]) for name in ("margin", "target", "mask")}
+        beside = {name: torch.tensor([getattr(pair, name) for pair in pairs]) for name in self.BESIDE}
         return {**rows._asdict(), **beside}
 
 
