@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from ray import serve
 
 from poise.errors import PoiseError
-from poise.serve.app import Limits, make_app, respond
+from poise.serve.app import Limits, denied, make_app, respond
 from poise.serve.backend import local
 from poise.serve.config import ServeConfig, is_loopback
 from poise.serve.metrics import Metrics
@@ -34,15 +34,15 @@ class Replica:
     async def __call__(self, request: Any) -> Any:
         """The answer to a request. Without a token, only callers on the same machine get one."""
         if not self._token and not (request.client and is_loopback(request.client.host)):
-            _refuse("a caller on another machine: set POISE_TOKEN where the replicas run")
+            return denied("callers on other machines need a token: set POISE_TOKEN where the replicas run")
         return await respond(self._app, request)
 
 
 def app(given: dict[str, Any]) -> Any:
     """The application for `serve run` and config files.
 
-    given: rewards (folders or hub ids, with commas between), and objective, scale, scale_count, reference, max_length as
-    for `poise serve`; num_replicas (a number, or auto) and num_gpus of each.
+    given: rewards (folders or hub ids, with commas between), and objective, scale, scale_count, reference, max_length
+    as for `poise serve`; num_replicas (a number, or auto) and num_gpus of each.
     Raises PoiseError for another name or a value that is none.
     """
     rest = dict(given)

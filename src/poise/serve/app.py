@@ -94,6 +94,11 @@ def make_app(rewards: Rewards, metrics: Metrics, limits: Limits = Limits(), toke
     return Starlette(routes=routes)
 
 
+def denied(line: str) -> Response:
+    """What somebody gets who may not ask."""
+    return _refusal(_RefusedError(401, line))
+
+
 async def respond(app: Starlette, request: Request) -> Response:
     """The app's answer to a request that another server, such as Ray Serve's, has taken."""
     head: MutableMapping[str, Any] = {}

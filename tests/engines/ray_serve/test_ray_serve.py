@@ -1,8 +1,10 @@
 """Ray Serve on a local Ray: two replicas with the rewards of `poise serve`."""
 
+import asyncio
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -10,7 +12,7 @@ from ray import serve
 
 from engines_kit import CONVERSATIONS, ROOT, Reference, remember
 from poise.errors import PoiseError
-from poise.integrations.ray_serve import app
+from poise.integrations.ray_serve import Replica, app
 from poise.serve.client import Client
 
 
@@ -47,6 +49,15 @@ def test_replicas_have_the_servers_rewards(url: str, reference: Reference) -> No
 def test_errors_are_the_servers(url: str) -> None:
     with pytest.raises(PoiseError, match="422 a query must begin with its prompt"):
         Client(url).post("/get_reward", {"query": ["a"], "prompts": ["b"]})
+
+
+def test_callers_on_other_machines_need_a_token(brme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("POISE_TOKEN", raising=False)
+    replica = Replica({"rewards": (brme,)})
+    for client in (SimpleNamespace(host="10.0.0.2"), None):
+        answer = asyncio.run(replica(SimpleNamespace(client=client)))
+        assert answer.status_code == 401
+        assert b"set POISE_TOKEN" in answer.body
 
 
 @pytest.mark.parametrize(
