@@ -156,11 +156,25 @@ def answering(number: str, **content: Any) -> Callable[[bytes], tuple[int, bytes
 BROKEN = (500, b'{"error": "a reward is not finite: the reward model is broken"}')  # what the server says of NaN
 
 
+def place(request: dict[str, Any]) -> int:
+    """Which conversation a request is about."""
+    text = request["response"] if "response" in request else request.get("completions", request.get("query"))[0]
+    answer = text.removesuffix("<|im_end|>")
+    return next(i for i, (_, expected) in enumerate(CONVERSATIONS) if answer.endswith(expected))
+
+
 def remember(name: str, calls: list[Call], **result: Any) -> None:
-    """The dated result of an engine's test, and a few of its calls, where `make test-engines` wants them."""
+    """The dated result of an engine's test; and its first call for each conversation, for tests/serve/recorded."""
     if path := os.environ.get("ENGINE_RESULT"):
-        date = {"date": time.strftime("%Y-%m-%d"), "python": ".".join(map(str, sys.version_info[:3]))}
-        content = {"engine": name, "version": metadata.version(name), **date, **result}
-        Path(path).write_text(json.dumps(content, indent=1) + "\n")
-        kept = [call._asdict() for call in calls[: len(CONVERSATIONS)]]
-        Path(path).with_name("calls.json").write_text(json.dumps({**content, "calls": kept}, indent=1) + "\n")
+        content = {
+            "engine": name, "version": metadata.version(name), "date": time.strftime("%Y-%m-%d"),
+            "python": ".".join(map(str, sys.version_info[:3])), "conversations": len(CONVERSATIONS),
+        }  # fmt: skip
+        Path(path).write_text(json.dumps({**content, **result}, indent=1) + "\n")
+        first: dict[int, Call] = {}
+        for call in calls:
+            first.setdefault(place(call.request), call)
+        kept = [{"path": first[i].path, "request": first[i].request, "answer": sorted(first[i].answer)} for i in first]
+        kept.sort(key=lambda call: place(call["request"]))
+        recorded = Path(path).with_name("recorded.json")
+        recorded.write_text(json.dumps({**content, "calls": kept}, indent=1, ensure_ascii=False) + "\n")

@@ -116,6 +116,8 @@ def test_each_library_is_imported_only_by_its_home() -> None:
         "swift": {"integrations.ms_swift_reward"},
         "skyrl_gym": {"integrations.skyrl_env"},
         "verl": {"integrations.verl_manager"},
+        "molt": {"integrations.molt_env"},
+        "ray": {"integrations.ray_serve"},
     }
     for path in ROOT.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

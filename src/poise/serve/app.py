@@ -6,8 +6,8 @@ import binascii
 import hashlib
 import hmac
 import time
-from collections.abc import Awaitable, Callable
-from typing import NamedTuple
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, NamedTuple
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
@@ -92,6 +92,28 @@ def make_app(rewards: Rewards, metrics: Metrics, limits: Limits = Limits(), toke
     routes = [Route(path, guarded(score), methods=["POST"]) for path in FORMS]
     routes += [Route(path, guarded(page), methods=["GET"]) for path, page in pages.items()]
     return Starlette(routes=routes)
+
+
+def denied(line: str) -> Response:
+    """What somebody gets who may not ask."""
+    return _refusal(_RefusedError(401, line))
+
+
+async def respond(app: Starlette, request: Request) -> Response:
+    """The app's answer to a request that another server, such as Ray Serve's, has taken."""
+    head: MutableMapping[str, Any] = {}
+    parts: list[bytes] = []
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            head.update(message)
+        else:
+            parts.append(message.get("body", b""))
+
+    await app(request.scope, request.receive, send)
+    response = Response(b"".join(parts), head["status"])
+    response.raw_headers = list(head["headers"])
+    return response
 
 
 async def _body(request: Request, max_bytes: int) -> bytes:
