@@ -33,15 +33,17 @@ from poise.integrations import trl_trainers
 from poise.integrations.trl_reward import RobustReward
 from poise.models.adapted_maps import linear_maps
 from poise.models.chat_format import encode_prompt
+from poise.models.context import context_length
 from poise.models.families import rounding, windows, without_noise
 from poise.models.head_adapters import HeadLinear, add_head_adapters, apart
-from poise.models.loading import context_length, load_policy
+from poise.models.loading import load_policy
 from poise.models.policy import Policy
+from poise.models.prompt_trials import shares_prompts, takes_packed_rows
 from poise.models.rereading import choose
 from poise.models.reward_model import HeadLayout, load_trunk, save_reward_model
 from poise.models.rollout import Rollout, packed_attention, uniforms
 from poise.models.scorer import FeatureExtractor, Scorer, Tokens
-from poise.models.shared_prompt import Family, pack, packed_hidden, separate_hidden, shares_prompts, takes_packed_rows
+from poise.models.shared_prompt import Family, pack, packed_hidden, separate_hidden
 from poise.policy import merge
 from poise.policy.config import MergeConfig
 from poise.reward import export
@@ -535,6 +537,15 @@ def test_what_cannot_be_trained_is_one_line(kind: str, why: str, monkeypatch: py
     if kind in ("bert", "lfm2"):
         with pytest.raises(PoiseError, match=why):
             ppo_reads_again_what_it_sampled(kind)
+
+
+def test_sparse_attention_that_chooses_padding_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Doge attends to a number of tokens of its choice: 16 here, of texts of 30 and more."""
+    monkeypatch.setitem(FAMILIES, "Doge", ("doge", GROUPED | {"keep_window_size": 16, "head_dim": 8}))
+    score_alone("Doge")
+    for check in (score_in_a_batch, score_beside_siblings, training_features):
+        with pytest.raises(PoiseError, match="change with the padding of its batch; such a reward model"):
+            check("Doge")
 
 
 def test_routers_that_return_more_than_a_map_are_not_adapted() -> None:

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from conftest import make_model, make_tokenizer
 from poise.data.types import Sample
 from poise.errors import PoiseError
-from poise.models.loading import load_policy, pad_apart, steady_context_length
+from poise.models.context import steady_context_length
+from poise.models.loading import load_policy, pad_apart
 from poise.models.model_folder import check_model
 from poise.models.policy import Policy
 from poise.models.reward_model import load_reward_model, load_trunk

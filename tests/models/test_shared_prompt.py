@@ -15,6 +15,7 @@ from poise.data.types import Sample
 from poise.models.adapted_maps import has_conv1d, linear_maps
 from poise.models.families import additive, windows
 from poise.models.loading import load_policy
+from poise.models.prompt_trials import shares_prompts, takes_packed_rows
 from poise.models.reward_model import load_trunk
 from poise.models.scorer import Scorer
 from poise.models.shared_prompt import (
@@ -28,8 +29,6 @@ from poise.models.shared_prompt import (
     pack,
     packed_hidden,
     separate_hidden,
-    shares_prompts,
-    takes_packed_rows,
 )
 from poise.runtime.quiet import quiet_loading
 

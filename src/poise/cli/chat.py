@@ -76,7 +76,7 @@ class Talker:
         Raises PoiseError once the conversation does not fit the model's context.
         """
         from poise.models.chat_format import encode_prompt
-        from poise.models.loading import context_length
+        from poise.models.context import context_length
 
         templated = self.tokenizer.chat_template is not None
         self.turns.append({"role": "user", "content": text})

@@ -19,9 +19,10 @@ from poise.errors import PoiseError
 from poise.integrations.trl_reward import RobustReward, Scored, policy_metrics
 from poise.models.adapted_maps import has_conv1d, linear_maps
 from poise.models.chat_format import encode_prompt, generation_prompt
+from poise.models.context import room_or_raise
 from poise.models.end_tokens import end_token_ids, plain_generation
 from poise.models.families import REFUSALS, alike, positions_without_padding, probe_tokens, without_noise
-from poise.models.loading import HfModel, HfTokenizer, room_or_raise
+from poise.models.loading import HfModel, HfTokenizer
 from poise.models.rereading import padding_or_raise
 from poise.runtime.checkpoints import SafeCheckpoints, latest_checkpoint
 from poise.runtime.distributed import num_processes

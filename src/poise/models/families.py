@@ -23,13 +23,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from poise.models.loading import HfModel, context_length, steady_context_length
+from poise.models.context import context_length, steady_context_length
+from poise.models.loading import HfModel
 from poise.runtime.progress import console
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 # What a model may raise if it cannot read what it is given.
 REFUSALS = (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError, NotImplementedError)
 _PROBE_WINDOW = 4  # tokens; a probe of a dozen tokens reaches beyond it
+_SPARSE = ("index_topk", "keep_window_size")
 _OPERATIONS_PER_LAYER = 10  # whose results are rounded: two norms, seven linear maps, attention
 _said: set[str] = set()
 
@@ -173,18 +175,23 @@ def positions_without_padding(model: HfModel) -> RemovableHandle | None:
 
 @contextlib.contextmanager
 def narrow_windows(model: HfModel) -> Iterator[None]:
-    """Within it, the model's sliding window is 4 tokens, so that probes of a dozen tokens reach beyond it."""
+    """Within it, the model's sliding window is 4 tokens, so that probes of a dozen tokens reach beyond it.
+
+    So is the number of tokens that sparse attention chooses (DeepSeek V3.2, Doge), which its layers keep themselves.
+    """
     config = model.base_model.config.get_text_config()
-    kept = {name: getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")}
-    for name, size in kept.items():
+    places = [(config, name) for name in ("sliding_window", "attention_chunk_size")]
+    places += [(place, name) for place in (config, *model.modules()) for name in _SPARSE if hasattr(place, name)]
+    kept = [(place, name, getattr(place, name, None)) for place, name in places]
+    for place, name, size in kept:
         if isinstance(size, int) and size > _PROBE_WINDOW:
-            setattr(config, name, _PROBE_WINDOW)
+            setattr(place, name, _PROBE_WINDOW)
     try:
         yield
     finally:
-        for name, size in kept.items():
+        for place, name, size in kept:
             if size is not None:
-                setattr(config, name, size)
+                setattr(place, name, size)
 
 
 def rounding(model: HfModel) -> float:

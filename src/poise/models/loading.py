@@ -23,6 +23,7 @@ from poise.data.types import Prompt
 from poise.errors import PoiseError, first_line
 from poise.models.chat_format import encode_prompt
 from poise.models.choices import DEFAULT_MODEL
+from poise.models.context import room_or_raise
 from poise.models.end_tokens import agree_on_ends, end_of_turn
 from poise.models.model_folder import check_precision, stored_tensor, why_no_model
 from poise.runtime.downloads import cache_folder, cached, package_file
@@ -318,29 +319,6 @@ def keep_layers(config: Any, count: int) -> None:
         text.layer_types = text.layer_types[:count]
 
 
-def context_length(config: Any) -> int:
-    """The longest text in tokens that a model has positions for; a very large number if it has no such limit."""
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or 0  # MPT's
-    return limit if limit > 0 else sys.maxsize  # XLNet's is -1
-
-
-def steady_context_length(config: Any) -> int:
-    """The longest text in tokens whose hidden states do not depend on how long the other texts of its batch are.
-
-    This is the whole context, except with rotary positions of the type `longrope` (Phi-3 128k): where the longest text
-    of a batch exceeds `original_max_position_embeddings`, they are computed in another way for the whole batch. Those
-    of the type `dynamic` change beyond `max_position_embeddings` alone.
-    """
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # one, or one for each kind of layer
-    switches = [
-        kind.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-        for kind in kinds
-        if "longrope" in (kind.get("rope_type"), kind.get("type"))
-    ]
-    return min([context_length(config), *(switch for switch in switches if switch)])
-
-
 def pad_apart(tokenizer: HfTokenizer, model: HfModel) -> None:
     """Give tokenizer and model one padding token that is neither the end-of-sequence token nor the end of a turn.
 
@@ -398,16 +376,4 @@ def embedded_or_raise(ids: Sequence[int], num_embeddings: int, tokenizer: HfToke
         raise PoiseError(
             f"a text holds the token {tokenizer.convert_ids_to_tokens(max(ids))!r} with id {max(ids)}, and the model "
             f"embeds {num_embeddings} ids; tokenizer and model are of different models"
-        )
-
-
-def room_or_raise(longest: int, max_tokens: int, config: Any) -> None:
-    """The one line that `check_room` raises, for a longest prompt whose length in tokens is known."""
-    steady = steady_context_length(config)
-    if longest + max_tokens > steady:
-        limit = f"the model's context of {steady}"
-        if steady < context_length(config):
-            limit = f"the {steady} tokens beyond which longrope changes the positions of a whole batch"
-        raise PoiseError(
-            f"a prompt of {longest} tokens and {max_tokens} new ones exceed {limit}; shorten the prompt or --max-tokens"
         )

@@ -31,16 +31,11 @@ from poise.errors import PoiseError
 from poise.functional import ppo
 from poise.models.chat_format import encode_prompt
 from poise.models.choices import Tune, ValueTrunk
+from poise.models.context import room_or_raise
 from poise.models.end_tokens import end_token_ids
 from poise.models.families import feature_size, is_low
 from poise.models.fused_ops import ChosenLogprob, folded_in
-from poise.models.loading import (
-    HfModel,
-    HfTokenizer,
-    device,
-    load_into_adapters,
-    room_or_raise,
-)
+from poise.models.loading import HfModel, HfTokenizer, device, load_into_adapters
 from poise.models.rereading import (
     Predictions,
     Reading,

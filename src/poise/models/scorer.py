@@ -19,13 +19,15 @@ from poise.errors import PoiseError
 from poise.functional.objectives import HeadRewards
 from poise.functional.typicality import Reference, distance
 from poise.models.chat_format import encode_conversation
+from poise.models.context import context_length
 from poise.models.families import feature_size, steady_context
 from poise.models.feature_cache import FeatureCache, row_keys
 from poise.models.formats import ENSEMBLE_FILE, read_ensemble, refuse_nested
 from poise.models.head_adapters import apart, num_adapted_heads
-from poise.models.loading import HfModel, HfTokenizer, context_length, embedded_or_raise
+from poise.models.loading import HfModel, HfTokenizer, embedded_or_raise
+from poise.models.prompt_trials import padded_or_raise, shares_prompts
 from poise.models.reward_model import HeadLayout, LastLayer, load_last_layer, load_reference, load_reward_model
-from poise.models.shared_prompt import Family, cached_hidden, num_tokens, pack, separate_hidden, shares_prompts
+from poise.models.shared_prompt import Family, cached_hidden, num_tokens, pack, separate_hidden
 from poise.runtime.run_folder import Json, write_json
 from poise.runtime.settings import finite_or_raise
 
@@ -56,6 +58,7 @@ class FeatureExtractor:
         context = context_length(classifier.config.get_text_config())
         self.max_length = min(max_length or context, context)
         self.num_truncated = 0
+        self._tried = False  # whether padding changes what a text means
         self._pad_id = classifier.config.get_text_config().pad_token_id
         self._cache = FeatureCache.of(classifier) if cached else None
 
@@ -132,6 +135,9 @@ class FeatureExtractor:
             for text in completions
         ]
         for batch in _batches(alone, copies):
+            if len({num_tokens(family) for family in batch}) > 1 and not self._tried:
+                padded_or_raise(self.classifier)
+                self._tried = True
             rows = pack(batch, pad_id, one_per_row=True).to(self.classifier.device)
             texts = [Tokens(tuple(family.prompt), tuple(family.completions[0])) for family in batch]
             yield texts, separate_hidden(self.classifier, rows)

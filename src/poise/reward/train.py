@@ -28,10 +28,10 @@ from poise.functional.objectives import mean
 from poise.models.chat_format import encode_conversation
 from poise.models.head_adapters import apart
 from poise.models.loading import HfModel, HfTokenizer, device, frozen_dtype, resolve_model
+from poise.models.prompt_trials import padded_or_raise, takes_packed_rows
 from poise.models.reward_model import HeadLayout, load_trunk, save_reward_model, with_heads
 from poise.models.row_check import row_check_of
 from poise.models.scorer import FeatureExtractor, Scorer
-from poise.models.shared_prompt import takes_packed_rows
 from poise.reward.config import Config, Stage2Trunk
 from poise.reward.head_training import HeadTraining, TrainedModel, calibrated, copies_of, train_on_features
 from poise.reward.heads import std_collapsed
@@ -152,6 +152,8 @@ def _tune(
 ) -> HfModel:
     """The classifier of `extract`, trained; `targets_N2` and `mask_NK` as `token_pairs` takes them."""
     classifier, packed = extract.classifier, takes_packed_rows(extract.classifier)
+    if not packed:
+        padded_or_raise(classifier)
     pairs = token_pairs(extract, preferences, share=packed, **targets_and_mask)
     names = TrunkTraining.__dataclass_fields__.keys() - {"kind"}
     how = TrunkTraining(kind=kind, **{name: getattr(config, name) for name in names})
