@@ -160,7 +160,7 @@ def test_what_is_no_number_is_refused_in_every_form(number: float) -> None:
     def answer(body: bytes) -> str:
         return json.dumps({"rewards": [0.5], "head_0": number, "request": hashlib.sha256(body).hexdigest()})
 
-    with scripted((200, answer)) as (url, _), pytest.raises(PoiseError, match="gave no reward, but (NaN|Infinity)"):
+    with scripted((200, answer)) as (url, _), pytest.raises(PoiseError, match=r"gave no reward, but (NaN|Infinity)"):
         Client(url).post("/get_reward", {})
 
 
