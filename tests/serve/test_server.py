@@ -153,6 +153,17 @@ def test_the_client_makes_up_no_number(answer: tuple[int, Any], line: str) -> No
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_what_is_no_number_is_refused_in_every_form(number: float) -> None:
+    import hashlib
+
+    def answer(body: bytes) -> str:
+        return json.dumps({"rewards": [0.5], "head_0": number, "request": hashlib.sha256(body).hexdigest()})
+
+    with scripted((200, answer)) as (url, _), pytest.raises(PoiseError, match=r"gave no reward, but (NaN|Infinity)"):
+        Client(url).post("/get_reward", {})
+
+
 def test_the_clients_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: None)
     with socket.socket() as nobody:
@@ -197,6 +208,8 @@ def test_verl_gets_the_rewards(expected: float) -> None:
         assert all(type(value) is float for value in answer.values())
     with pytest.raises(PoiseError, match=r"extra_info\.prompt"):
         verl_reward.compute_score_sync("films", ANSWER, "", {})
+    with pytest.raises(PoiseError, match="single-turn agent loop"):
+        verl_reward.compute_score_sync("films", ANSWER, "", {**extra, "num_turns": 4})
     with pytest.raises(PoiseError, match="switch off"):
         verl_reward.compute_score_sync(**given, reward_router_address="http://a", reward_model_tokenizer=None)
 
