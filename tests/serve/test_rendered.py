@@ -67,6 +67,17 @@ def test_an_answer_loses_its_end_and_a_cut_prompt_is_whole() -> None:
         sample_of_query(tokenizer, prompt, "Yes.")
 
 
+def test_without_a_template_white_space_of_an_answer_is_kept() -> None:
+    """It is read by the reward model then, so that every form must send the same."""
+    tokenizer = chatml()
+    tokenizer.chat_template, tokenizer.eos_token = None, "<|im_end|>"
+    for answer in ("Yes.", "Yes. \n", " Yes.", "Yes.\n\n"):
+        for tail in ("", "<|im_end|>", "<|im_end|>\n<|im_end|>\n"):
+            assert sample_of_answer(tokenizer, "Is tea hot?", answer + tail) == Sample("Is tea hot?", answer)
+            assert sample_of_query(tokenizer, "Is tea hot?", f"Is tea hot?{answer}{tail}").completion == answer
+    assert sample_of_answer(tokenizer, "Is tea hot?", " \n<|im_end|>").completion == "."  # no answer
+
+
 def test_another_familys_prompt_is_refused() -> None:
     """Read as plain text, it would get a reward that means nothing."""
     tokenizer = chatml()

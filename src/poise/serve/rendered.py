@@ -109,12 +109,15 @@ def turns_of(tokenizer: HfTokenizer, prompt: str) -> list[dict[str, str]] | None
 
 
 def without_end(tokenizer: HfTokenizer, answer: str) -> str:
-    """An answer without the tokens that end a turn or pad a row, and the white space between them."""
+    """An answer without the tokens that end a turn or pad a row, and the white space between them.
+
+    White space before them is the answer's own: without a chat template it is read.
+    """
     seams = _seams(tokenizer, str(tokenizer.chat_template))
     ends = {tokenizer.eos_token, tokenizer.pad_token, seams.end.strip() if seams else ""} - {None, ""}
     while True:
-        answer = answer.rstrip()
-        shorter = next((answer[: -len(end)] for end in ends if answer.endswith(end)), None)
+        written = answer.rstrip()
+        shorter = next((written[: -len(end)] for end in ends if written.endswith(end)), None)
         if shorter is None:
             return answer
         answer = shorter
