@@ -54,7 +54,7 @@ EXTRA_TESTS = {  # besides tests/ROOM/test_NAME.py
 NARROWED = {"models/scorer.py": ["-k", "not qwen3 and not gpt2"]}
 TARGETS = (
     *("objectives", "objective_names", "head_rewards", "reward_losses", "ppo", "best_of_n", "overoptimization"),
-    *("statistics", "calibration", "reward_benchmarks", "monitor", "schedules", "typicality", "choice"),
+    *("statistics", "calibration", "reward_benchmarks", "monitor", "schedules", "typicality", "choice", "trust"),
 )
 FILES = (*(f"functional/{name}.py" for name in TARGETS), "reward/heads.py", "models/scorer.py", "policy/update.py")
 
