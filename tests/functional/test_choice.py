@@ -153,6 +153,10 @@ def test_the_bound_holds_as_often_as_it_says() -> None:
     assert np.mean(kept) > LEVEL - 0.08  # two standard errors
 
 
+def test_a_ladder_may_lie_below_one_nat() -> None:
+    assert choose(ladder_of([30, 30], kl=np.array([0.01, 0.5]))).win_rate.shape == (3,)
+
+
 @pytest.mark.parametrize(
     ("ladder", "said"),
     [
@@ -161,6 +165,8 @@ def test_the_bound_holds_as_often_as_it_says() -> None:
         (ladder_of([1, 2], kl=np.array([0.0, 5.0])), "above 0"),
         (ladder_of([41], kl=KL[:1]), "that many wins"),
         (ladder_of([0], 0, kl=KL[:1]), "needs labels"),
+        (ladder_of([1, 41], kl=KL[:2]), "that many wins"),
+        (ladder_of([-1, 1], kl=KL[:2]), "that many wins"),
     ],
 )
 def test_what_is_no_ladder_is_refused(ladder: Ladder, said: str) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from poise.errors import PoiseError
+from poise.functional.objective_names import check_parameter
 from poise.functional.objectives import (
     OBJECTIVES,
     HeadRewards,
@@ -304,6 +305,31 @@ def test_every_objective_has_the_parameter_that_its_name_says() -> None:
         allowed = PARAMETERS[name]
         assert (default is None) == (allowed is None), name
         assert allowed is None or default is None or default in allowed.allowed, name
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "most", "words"),
+    [
+        ("tradeoff", 0, 1, "nominal weight must be in [0, 1]"),
+        ("expected_tradeoff", 0, 1, "nominal weight must be in [0, 1]"),
+        ("quantile", 0, 1, "level must be in [0, 1]"),
+        ("uncertainty_weighted", 0, 1e6, "coefficient must be at least 0"),
+        ("lower_confidence", 0, 1e6, "coefficient must be at least 0"),
+        ("typical", 0, 1e6, "coefficient must be at least 0"),
+        ("soft_min", 1e-9, 1e9, "temperature must be at least 1e-09"),
+        ("constant", -1e6, 1e6, "value must be at least -1e+06"),
+    ],
+)
+def test_the_range_of_each_parameter(name: str, least: float, most: float, words: str) -> None:
+    for value in (least, most):
+        check_parameter(name, value)
+    for value in (np.nextafter(least, -np.inf), np.nextafter(most, np.inf)):
+        with pytest.raises(PoiseError, match=f"^{name}'s "):
+            check_parameter(name, float(value))
+    with pytest.raises(PoiseError) as refused:
+        check_parameter(name, least - 1)
+    hint = "; worst_case is its limit at 0" if name == "soft_min" else ""
+    assert str(refused.value) == f"{name}'s {words}, got {least - 1:g}{hint}"
 
 
 @pytest.mark.parametrize(

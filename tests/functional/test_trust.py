@@ -32,6 +32,9 @@ def test_transfer_does_not_read_units(seed: int, unit: float, zero: float) -> No
     for a, b in zip(one, two, strict=True):
         assert a["transfer"] == (None if b["transfer"] is None else pytest.approx(b["transfer"]))
         assert a["validator"] == pytest.approx(b["validator"], abs=1e-9)
+        interval = b["transfer_interval"]
+        assert a["transfer_interval"] == (None if interval is None else pytest.approx(interval))
+    assert any(row["transfer_interval"] for row in one)
 
 
 def test_transfer_of_noise_is_zero_and_of_itself_one() -> None:
@@ -57,8 +60,18 @@ def test_a_gain_too_small_to_divide_by_has_no_ratio() -> None:
     assert (first["n"], first["kl"], first["transfer"], first["transfer_interval"]) == (1, 0.0, None, None)
 
 
+def test_an_interval_may_be_of_small_gains() -> None:
+    """Selection by a reward of next to no room gains little; its ratio is that of the same gains anyway."""
+    proxy, other = pool(0, (400, 2)), pool(1, (400, 2))
+    row = trust.transfer(proxy, proxy + other)[-1]
+    assert row["proxy"] < 1
+    low, high = row["transfer_interval"]
+    assert low < row["transfer"] < high
+
+
 def test_agreement_by_hand() -> None:
     found = trust.agreement(np.array([True] * 8 + [False] * 2))
+    assert found.keys() == {"share", "interval", "pairs"}
     z, p, n = norm.ppf(0.975), 0.8, 10  # Wilson's formula
     middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))

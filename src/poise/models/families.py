@@ -31,6 +31,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 # What a model may raise if it cannot read what it is given.
 REFUSALS = (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError, NotImplementedError)
 _PROBE_WINDOW = 4  # tokens; a probe of a dozen tokens reaches beyond it
+_CACHES = ("past_key_values", "cache")  # what a model calls it: transformers 5.24 renamed it
 _SPARSE = ("index_topk", "keep_window_size")
 _OPERATIONS_PER_LAYER = 10  # whose results are rounded: two norms, seven linear maps, attention
 _said: set[str] = set()
@@ -150,6 +151,12 @@ def _evaluated(module: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
     return module.register_forward_pre_hook(enter), module.register_forward_hook(leave)
 
 
+def going_on(model: HfModel, cache: Any) -> dict[str, Any]:
+    """The arguments by which a model reads what is in a cache before its tokens, and adds them to it."""
+    old, new = _CACHES
+    return {new if new in inspect.signature(type(model).forward).parameters else old: cache, "use_cache": True}
+
+
 def positions_without_padding(model: HfModel) -> RemovableHandle | None:
     """From now on, rows padded on the left that come without positions get those of their texts.
 
@@ -162,7 +169,7 @@ def positions_without_padding(model: HfModel) -> RemovableHandle | None:
 
     def add_positions(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         mask = kwargs.get("attention_mask")
-        given = kwargs.get("position_ids") is not None or kwargs.get("past_key_values") is not None
+        given = any(kwargs.get(name) is not None for name in ("position_ids", *_CACHES))
         if isinstance(mask, Tensor) and mask.dim() == 2 and not given:
             kwargs = kwargs | {"position_ids": (mask.long().cumsum(-1) - 1).clamp_min(0)}
         return args, kwargs

@@ -33,7 +33,7 @@ from poise.models.chat_format import encode_prompt
 from poise.models.choices import Tune, ValueTrunk
 from poise.models.context import room_or_raise
 from poise.models.end_tokens import end_token_ids
-from poise.models.families import feature_size, is_low
+from poise.models.families import feature_size, going_on, is_low
 from poise.models.fused_ops import ChosenLogprob, folded_in
 from poise.models.loading import HfModel, HfTokenizer, device, load_into_adapters
 from poise.models.rereading import (
@@ -202,7 +202,7 @@ class Policy(nn.Module):
             positions = (prompt_mask.cumsum(-1) - 1).clamp_min(0)
             out = self._base(
                 input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=positions,
-                past_key_values=cache, use_cache=True, logits_to_keep=1,
+                logits_to_keep=1, **going_on(self._base, cache),
             )  # fmt: skip
             prompt_hidden = captured.pop() if captured else None
             hidden = None
@@ -228,7 +228,7 @@ class Policy(nn.Module):
                 seen = torch.cat([row_mask[alive], row_mask.new_ones(len(alive), step + 1)], -1)
                 out = self._base(
                     input_ids=ids[alive, step, None], attention_mask=seen,
-                    position_ids=position[alive, None] + step, past_key_values=cache, use_cache=True,
+                    position_ids=position[alive, None] + step, **going_on(self._base, cache),
                 )  # fmt: skip
                 logits, predicting = out.logits[:, -1], last_hidden.pop()[:, -1]
                 if hidden is not None:

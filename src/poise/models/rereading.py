@@ -29,6 +29,7 @@ from poise.models.families import (
     REFUSALS,
     alike,
     attention_masks,
+    going_on,
     narrow_windows,
     probe_tokens,
     say_once,
@@ -349,7 +350,7 @@ def _states_at_sampling(base: HfModel, rollout: Rollout) -> Tensor:
     with entering_the_head(base) as entered:
         base(
             input_ids=rollout.prompt_ids_PL, attention_mask=seen, position_ids=positions_of(seen),
-            past_key_values=cache, use_cache=True,
+            **going_on(base, cache),
         )  # fmt: skip
         cache.batch_repeat_interleave(per_prompt)
         seen = seen.repeat_interleave(per_prompt, 0)
@@ -367,7 +368,7 @@ def _states_at_sampling(base: HfModel, rollout: Rollout) -> Tensor:
             seen = torch.cat([seen, seen.new_ones(len(alive), 1)], -1)
             base(
                 input_ids=ids[alive, step, None], attention_mask=seen, position_ids=positions_of(seen)[:, -1:],
-                past_key_values=cache, use_cache=True,
+                **going_on(base, cache),
             )  # fmt: skip
             states = entered[-1][:, -1]
     return torch.stack([state for row in found for state in row])

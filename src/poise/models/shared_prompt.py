@@ -29,11 +29,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, DynamicCache
 
-from poise.models.families import (
-    attention_masks,
-    has_longrope,
-    steady_context,
-)
+from poise.models.families import attention_masks, going_on, has_longrope, steady_context
 from poise.models.loading import HfModel
 
 PADDING = -1  # group of tokens that belong to no prompt
@@ -237,8 +233,8 @@ def _at_ends(
     classifier: HfModel, rows: PackedRows, mask: Tensor | dict[str, Tensor], cache: DynamicCache | None = None
 ) -> Float[Tensor, "completions hidden"]:
     hidden = classifier.base_model(
-        input_ids=rows.ids_BL, attention_mask=mask, position_ids=rows.position_BL, past_key_values=cache,
-        use_cache=cache is not None,
+        input_ids=rows.ids_BL, attention_mask=mask, position_ids=rows.position_BL,
+        **({"use_cache": False} if cache is None else going_on(classifier.base_model, cache)),
     ).last_hidden_state  # fmt: skip
     each = hidden.unflatten(0, (-1, len(rows.ids_BL)))  # head after head, if heads read them apart; else once
     return each[:, rows.last_C2[:, 0], rows.last_C2[:, 1]].transpose(0, 1).flatten(1)
@@ -301,7 +297,7 @@ def _read_prompts(
     # Without the config: with it, sliding layers would drop keys that the masks of `_go_on` count on.
     cache = DynamicCache()
     classifier.base_model(
-        input_ids=ids, attention_mask=seen, position_ids=positions_of(seen), past_key_values=cache, use_cache=True,
+        input_ids=ids, attention_mask=seen, position_ids=positions_of(seen), **going_on(classifier.base_model, cache),
     )  # fmt: skip
     return cache, seen.bool()
 
