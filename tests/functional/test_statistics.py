@@ -246,6 +246,10 @@ def test_style_matrix_equals_one_worked_out_by_hand() -> None:
     assert scores["hard"] == pytest.approx(0.5)  # [0,1], [0,2] and [1,2]: the rejected text is the fancier
     assert scores["easy"] == pytest.approx(2.25 / 3)
     assert scores["normal"] == pytest.approx(1.25 / 3)
+    uneven = style_scores(np.array([[0.0, 0.25, 0.5], [0.125, 1.0, 0.75], [0.25, 1.0, 0.5]]))
+    assert uneven == pytest.approx({"easy": 1.375 / 3, "normal": 0.5, "hard": 0.5, "mean": 4.375 / 9})
+    unlike = style_scores(np.array([[0.0, 0.25, 1.0], [0.125, 1.0, 0.0], [0.25, 1.0, 0.5]]))
+    assert unlike["hard"] == pytest.approx(1.25 / 3)  # all three cells above the diagonal
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 100))
