@@ -27,7 +27,7 @@ GOES_ON = "poise: interrupted; the same command goes on from the last checkpoint
 Prepare = Callable[[], object]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # `_calm` names it, and pytest-xdist may leave this module and come back
 def reward(tiny_model: str, train_tiny_reward: Callable[[str], Path]) -> Path:
     return train_tiny_reward(tiny_model)
 

@@ -31,11 +31,16 @@ ANSWERS = (
 )
 
 
+def drops_plain_text(tokenizer: Any) -> bool:
+    turns = ([{"role": "user", "content": text}] for text in ("one", "other"))
+    return len({tokenizer.apply_chat_template(one, tokenize=False) for one in turns}) == 1
+
+
 @pytest.mark.parametrize("name", rest_slow(sorted(TEMPLATES)))
 def test_a_reward_model_reads_the_whole_conversation(name: str) -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = TEMPLATES[name]
-    if name in DROP_PLAIN_TEXT:
+    if name in DROP_PLAIN_TEXT and drops_plain_text(tokenizer):  # transformers 5.24 mended some
         with pytest.raises(PoiseError, match="writes nothing of a turn that is plain text"):
             prompt_text(tokenizer, PROMPTS[0])
         with pytest.raises(PoiseError, match="writes nothing of a turn that is plain text"):
