@@ -19,9 +19,9 @@ import torch
 
 from poise.models.chat_format import encode, generation_prompt
 from poise.models.loading import DEFAULT_MODEL, load_policy
-from poise.models.policy import Policy, uniforms
+from poise.models.policy import Policy
 from poise.models.reward_model import HeadLayout, load_trunk
-from poise.models.rollout import Rollout
+from poise.models.rollout import Part, Rollout, uniforms
 from poise.models.scorer import FeatureExtractor, Scorer, generated
 from poise.runtime.run_folder import environment
 from poise.studies import quickstart as recipes
@@ -116,7 +116,7 @@ def main() -> None:
         return plain_logprobs(index).sum()
 
     every_row = torch.arange(len(rows)).chunk(MINIBATCHES)
-    shared_update = [lambda part=part: shared_loss(rollout.rows(part)) for part in parts]
+    shared_update = [lambda part=part: shared_loss(rollout.part(Part(part))) for part in parts]
     plain_update = [lambda index=index: plain_loss(index) for index in every_row]
     with torch.no_grad():
         plain_old = median_seconds(lambda: plain_logprobs(torch.arange(len(rows))), options.repeats)

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from poise.models.shared_prompt import _attend_apart, additive, attends
+from poise.models.families import additive
+from poise.models.shared_prompt import _attend_apart, attends
 from poise.runtime.run_folder import Json, environment
 
 ROWS, COMPLETIONS, HEADS, KEY_HEADS, CHANNELS, REPEATS = 2, 8, 9, 3, 64, 15

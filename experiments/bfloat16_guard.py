@@ -30,9 +30,9 @@ from poise.models import families, rereading
 from poise.models.choices import DEFAULT_MODEL
 from poise.models.families import narrow_windows, rounding, tolerance, windows
 from poise.models.loading import load_tokenizer, load_weights, pad_apart, resolve_model
-from poise.models.policy import Policy, uniforms
+from poise.models.policy import Policy
 from poise.models.rereading import Reading
-from poise.models.rollout import Rollout
+from poise.models.rollout import Part, Rollout, uniforms
 from poise.runtime.run_folder import Json, environment
 
 WINDOW, TRIALS, TOKENS = 32, 6, 12
@@ -147,7 +147,7 @@ def runs(model: Any, tokenizer: Any, kind: Json) -> Json:
     base, sampled = policy._base, rollout.sampled_PMT
     assert sampled is not None
     each = torch.arange(len(PROMPTS)).unsqueeze(-1)
-    alone = torch.cat([policy._read(base, rollout.rows(one), reading=Reading(packed=False))[0] for one in each])
+    alone = torch.cat([policy._read(base, rollout.part(Part(one)), reading=Reading(packed=False))[0] for one in each])
     mask = rollout.mask_PMT.bool()
 
     def over(logprob: Tensor, chosen: Tensor) -> float:

@@ -34,7 +34,8 @@ from poise.functional.reward_losses import bradley_terry
 from poise.models.loading import DEFAULT_MODEL
 from poise.models.reward_model import load_trunk
 from poise.models.scorer import FeatureExtractor
-from poise.reward.heads import Pairs, choose_prior, draw_posterior, posterior_factor
+from poise.reward.heads import choose_prior, draw_posterior, posterior_factor
+from poise.reward.pairs import FeaturePairs
 from poise.reward.train import pair_features
 from poise.runtime.run_folder import Json, environment
 from poise.studies import quickstart as recipes
@@ -53,7 +54,7 @@ class Reward(nn.Module):
         return texts[..., :-1] @ self.weight - texts[..., -1]
 
 
-def peer(pairs: Pairs, weight: Tensor, precision: float) -> Any:
+def peer(pairs: FeaturePairs, weight: Tensor, precision: float) -> Any:
     """The fitted posterior of laplace-torch."""
     chosen = torch.cat([pairs.chosen_NH, pairs.margin_N.unsqueeze(-1)], -1)
     rejected = torch.cat([pairs.rejected_NH, torch.zeros_like(pairs.margin_N).unsqueeze(-1)], -1)
@@ -65,7 +66,7 @@ def peer(pairs: Pairs, weight: Tensor, precision: float) -> Any:
     return posterior
 
 
-def by_autograd(pairs: Pairs, weight: Tensor, precision: float, smoothing: float, centering: float) -> Tensor:
+def by_autograd(pairs: FeaturePairs, weight: Tensor, precision: float, smoothing: float, centering: float) -> Tensor:
     """Inverse Hessian of N * bradley_terry + precision/2 |w|^2 at the weights."""
 
     def loss(w: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ def spread(ratio: Tensor) -> list[float]:
     return [round(value, 4) for value in (ratio.min().item(), ratio.median().item(), ratio.max().item())]
 
 
-def compare(fit: Pairs, held: Pairs, smoothing: float) -> Json:
+def compare(fit: FeaturePairs, held: FeaturePairs, smoothing: float) -> Json:
     precision, weight = choose_prior(fit, held, smoothing)
     factor = posterior_factor(fit, weight, precision)
     ours = factor @ factor.T
@@ -113,18 +114,18 @@ def compare(fit: Pairs, held: Pairs, smoothing: float) -> Json:
     return found
 
 
-def synthetic(seed: int) -> tuple[Pairs, Pairs]:
+def synthetic(seed: int) -> tuple[FeaturePairs, FeaturePairs]:
     """Six features, a known linear reward, margins between 0 and 1."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.linspace(-1, 1, 6, dtype=torch.float64)
     first, second = torch.randn(2, PAIRS, 6, generator=generator, dtype=torch.float64)
     keep = (torch.rand(PAIRS, generator=generator) < torch.sigmoid((first - second) @ weight)).unsqueeze(-1)
     margin = torch.rand(PAIRS, generator=generator, dtype=torch.float64)
-    pairs = Pairs(torch.where(keep, first, second), torch.where(keep, second, first), margin)
+    pairs = FeaturePairs(torch.where(keep, first, second), torch.where(keep, second, first), margin)
     return pairs.rows(torch.arange(HELD, PAIRS)), pairs.rows(torch.arange(HELD))
 
 
-def human(extract: FeatureExtractor, seed: int) -> tuple[Pairs, Pairs]:
+def human(extract: FeatureExtractor, seed: int) -> tuple[FeaturePairs, FeaturePairs]:
     """What the quickstart's reward model is trained on, and a fifth of it held out."""
     rated = [text for text in human_ratings() if text.domain in recipes.RATED_DOMAINS and not is_held_out(text.text)]
     raw = pair_features(extract, preference_pairs(rated, recipes.RATED_DOMAINS.__getitem__, PAIRS, seed))

@@ -19,10 +19,11 @@ from poise.data.evaluation_sets import Item, Questions
 from poise.data.preferences import read_preferences
 from poise.data.types import Preference
 from poise.functional.objectives import mean
+from poise.models.families import additive
 from poise.models.loading import DEFAULT_MODEL
 from poise.models.reward_model import LastLayer, load_trunk
 from poise.models.scorer import FeatureExtractor
-from poise.models.shared_prompt import additive, attends, num_tokens, pack
+from poise.models.shared_prompt import attends, num_tokens, pack
 from poise.reward.heads import Heads, choose_prior, draw_posterior, posterior_factor
 from poise.reward.pairs import FeaturePairs, PreferenceSplit
 from poise.reward.quality import TextScores, judge_pairs, pairs_of

@@ -1,0 +1,36 @@
+"""Benchmarks, experiments and examples are run by hand, years apart: what they import must be there when they are."""
+
+import ast
+import importlib
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted(
+    path for folder in ("benchmarks", "experiments", "examples", "docs") for path in ROOT.glob(f"{folder}/*.py")
+)
+SCRIPTS += sorted((ROOT / "tests" / "gpu").glob("*.py")) + sorted((ROOT / "tests" / "engines").glob("*/*.py"))
+# Modules that import an engine, which is not installed here; tests/engines runs them.
+ENGINES = ("molt_env", "ms_swift_reward", "ray_serve", "skyrl_env", "verl_manager")
+OF_ENGINES = {f"poise.integrations.{name}" for name in ENGINES}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_script_imports_names_that_exist(script: Path) -> None:
+    missing = []
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.ImportFrom) or node.level or not (node.module or "").startswith("poise"):
+            continue
+        assert node.module
+        if node.module in OF_ENGINES:
+            continue
+        module = importlib.import_module(node.module)
+        for name in node.names:
+            whole = f"{node.module}.{name.name}"
+            if not hasattr(module, name.name) and (
+                not hasattr(module, "__path__") or importlib.util.find_spec(whole) is None
+            ):
+                missing.append(whole)
+    assert missing == []
