@@ -23,7 +23,7 @@ from poise.reward import train as train_reward
 from poise.runtime.run_folder import Json, environment, load_config_file, write_jsonl
 from poise.studies import compare
 from poise.studies import quickstart as recipes
-from poise.studies.config import LAPTOP_POLICY, LAPTOP_REWARD
+from poise.studies.config import LAPTOP_POLICY, LAPTOP_REWARD, REVIEWS
 
 ARMS: dict[str, tuple[str, str, float | None, bool]] = {  # name -> reward model, objective, ceiling, settle
     "conventional": ("single", "nominal", None, False),
@@ -92,7 +92,8 @@ def report(root: Path) -> Json:
         if len(names) < 2:
             continue
         with tempfile.TemporaryDirectory() as scratch:
-            out = compare.run(compare.Config(arms=tuple(str(folder / name) for name in names), output=scratch))
+            arms_of = tuple(str(folder / name) for name in names)
+            out = compare.run(compare.Config(arms=arms_of, output=scratch, gold=REVIEWS))
             compared = out.results or {}
         arms = {}
         for arm in compared["arms"]:
