@@ -122,6 +122,7 @@ def main() -> None:
     fired: dict[str, dict[str, Fired]] = {name: {} for name in RIVALS}
     for folder in options.folders:
         runs.append(read(folder))
+        runs[-1].name = f"{folder.parent.name}, {folder.name}"  # an arm with and without a ceiling has one objective
         steps = steps_of(folder)
         for name, rival in RIVALS.items():
             fired[name][runs[-1].name] = rival(steps)
