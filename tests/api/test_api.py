@@ -207,6 +207,7 @@ def test_a_trainer_gives_the_command_s_model(
     assert trained.results["single"] == rm.results["single"]
 
 
+@pytest.mark.slow
 def test_a_kept_run_is_the_command_s(preferences_file: Path, tiny_model: str, tmp_path: Path) -> None:
     rows = rows_of(preferences_file)
     args = dataclasses.replace(SMALL, output=str(tmp_path / "rm"))

@@ -42,6 +42,7 @@ def get(port: int, path: str = "/", host: str = "127.0.0.1", method: str = "GET"
     return answer.status, answer.read().decode()
 
 
+@pytest.mark.slow
 def test_the_page_follows_the_run_and_nothing_is_written(run: Path, port: int) -> None:
     before = sorted(path.name for path in run.iterdir())
     status, text = get(port)

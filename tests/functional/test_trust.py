@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
@@ -24,6 +24,7 @@ def test_gains_by_hand() -> None:
     assert trust.gains(proxy, np.ones((1, 3)), np.array([3])).tolist() == [[0.0]]
 
 
+@settings(max_examples=25)
 @given(st.integers(0, 50), st.floats(0.1, 5.0), st.floats(-3.0, 3.0))
 def test_transfer_does_not_read_units(seed: int, unit: float, zero: float) -> None:
     proxy, other = pool(seed), pool(seed + 100)

@@ -360,6 +360,7 @@ def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
         harness.read_tasks(("lambada",), "", 5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("task_manager")
 def test_tasks_of_the_hub_answer_as_local_ones(
     loaded: tuple[HfModel, HfTokenizer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -449,6 +449,7 @@ def test_metrics_have_the_names_of_the_monitor() -> None:
     assert policy_metrics({"train_runtime": 1.0}) == {}
 
 
+@pytest.mark.slow
 def test_the_alarm_stops_a_run_and_its_state_is_kept(
     tiny_model: str, reward_run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -202,6 +202,7 @@ def test_benchmarks_do_not_disturb_the_training(
     assert steps[0] == steps[1]
 
 
+@pytest.mark.slow
 def test_benchmarks_are_asked_before_between_and_after(trained: Path) -> None:
     rows = list(read_rows(trained / "benchmarks.jsonl"))
     assert [(row["step"], row["task"]) for row in rows] == [

@@ -153,6 +153,7 @@ def test_what_is_not_sharded_is_refused(config: Config) -> None:
         dataclasses.replace(config, tune="full", shaping="par", shard=True).check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", rest_slow([{"value_trunk": "own"}, {"tune": "full", "adapted_layers": 0}]))
 def test_recomputed_activations_change_nothing(way: dict[str, Any], config: Config, tmp_path: Path) -> None:
     """To the last bit: every checkpoint and every number that is logged, but for seconds."""

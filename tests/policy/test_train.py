@@ -121,6 +121,7 @@ def test_the_kl_budget_ends_a_run_below_it(config: Config, capsys: pytest.Captur
         train_policy.run(dataclasses.replace(stormy, num_steps=20))
 
 
+@pytest.mark.slow
 def test_the_ladder_keeps_the_first_policy_at_each_rung(config: Config) -> None:
     """Each is the policy whose completions have the KL of its row: the one that a run of as many steps ends with."""
     settings = dataclasses.replace(config, num_steps=8, learning_rate=0.02, kl_coef=0.0, save_every=8)

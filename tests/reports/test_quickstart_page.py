@@ -312,6 +312,7 @@ def test_a_browser_shows_the_page_and_nothing_runs_or_is_fetched(quickstart: Pat
         assert plots.arm_styles(make_comparison(), make_pool())["brme:mean"].color in drawn
 
 
+@pytest.mark.slow
 @needs_chromium
 @pytest.mark.parametrize(
     "case",
@@ -336,6 +337,7 @@ def test_the_browser_check_can_fail(tmp_path: Path, case: tuple[str, str, str | 
         assert any(console in line for line in seen.console)
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_the_browser_check_sees_a_changed_title(tmp_path: Path):
     page = tmp_path / "bad.html"

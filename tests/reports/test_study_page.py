@@ -711,6 +711,7 @@ def test_a_reader_can_operate_it_and_the_address_follows(folder: Path, tmp_path:
     assert noted["alarms"] == str(7 * 3)  # three alarms in each of seven charts
 
 
+@pytest.mark.slow
 @needs_chromium
 @pytest.mark.parametrize(
     "absent", rest_slow([("best_of_n", "benchmarks", "instability"), ("summary", "cells", "comparisons")])
@@ -724,6 +725,7 @@ def test_a_page_without_some_parts_runs_too(folder: Path, tmp_path: Path, absent
     assert '<svg viewBox="0 0 ' in seen.dom
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_the_browser_check_can_fail(folder: Path, tmp_path: Path):
     page = study_page.build(folder)

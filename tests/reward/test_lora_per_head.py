@@ -82,6 +82,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     )
 
 
+@pytest.mark.slow
 def test_heads_of_contradictory_shards_disagree_where_the_shards_do(run: Run) -> None:
     scorer = Scorer.load(str(run.folder / "brme"))
     assert scorer.layout.adapters
@@ -170,6 +171,7 @@ def test_settings_that_make_no_sense_are_one_line(changes: dict[str, Any], messa
         config("model", tmp_path / "none", tmp_path / "run", **changes).check()
 
 
+@pytest.mark.slow
 def test_a_stopped_training_ends_in_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: str
 ) -> None:
@@ -303,6 +305,7 @@ def test_two_processes_train_heads_as_one_with_the_same_batch(tiny_model: str, t
     assert (alone[name] - together[name]).norm() < 0.02 * alone[name].norm()
 
 
+@pytest.mark.slow
 def test_heads_are_planned_for_in_bfloat16(tiny_model: str) -> None:
     """More heads and more layers take more; nothing is loaded."""
     base = plan.Config(model=tiny_model, max_length=64, prompt_tokens=8, device_batch_size=2)

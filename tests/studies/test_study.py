@@ -253,6 +253,7 @@ def test_a_reward_model_in_memory_is_the_one_a_run_saves(
         assert torch.equal(model.weight, Scorer.load(str(tmp_path / "run" / name)).weight), name
 
 
+@pytest.mark.slow
 def test_a_cell_counts_the_processor_time_of_all_tries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "python"  # in place of Python: it takes .2 s, and fails for want of `ready`
     program.write_text(

@@ -21,6 +21,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return results
 
 
+@pytest.mark.slow
 def test_the_figure_shows_finished_tables(tmp_path: Path) -> None:
     config = toy.Config(output=str(tmp_path / "run"), num_seeds=2, num_steps=2)
     picture = toy_figure.run(config).folder / "toy.png"
@@ -30,6 +31,7 @@ def test_the_figure_shows_finished_tables(tmp_path: Path) -> None:
     assert picture.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["table", "network"])
 def test_policies_reach_the_known_optimum(results: dict[str, Any], policy: str) -> None:
     exactness, constant = results["exactness"][policy], results["constant"][policy]
