@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import forked
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as `make test` does; accelerate warns where it is not set
 gc.disable()  # until all tests are collected: imports leave little garbage, and look for it for seconds
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 settings.register_profile("poise", deadline=None)  # a loaded machine is no failure
