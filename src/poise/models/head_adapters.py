@@ -89,7 +89,6 @@ class HeadLinear(nn.Module):
 class _Adapters(NamedTuple):
     """What a classifier with adapters knows of them."""
 
-    num_heads: int
     rank: int
     names: list[str]
     handles: list[RemovableHandle]
@@ -118,8 +117,8 @@ def _add(classifier: HfModel, num_heads: int, rank: int, names: list[str]) -> No
         for index, layer in enumerate(layers[first:])
     ]
     classifier.score.requires_grad_(True)
-    classifier.head_adapters = _Adapters(num_heads, rank, names, handles)
-    classifier.heads_apart = num_heads  # read by `feature_size`
+    classifier.head_adapters = _Adapters(rank, names, handles)
+    classifier.heads_apart = num_heads  # read by `feature_size`, too
     if before is not None and not _kept_apart(classifier, before):
         raise PoiseError(
             f"a {classifier.config.model_type} cannot carry an adapter for each head: its layers do not read several "
@@ -211,7 +210,7 @@ def save_head_adapters(folder: Path, classifier: HfModel) -> None:
         r=adapters.rank, lora_alpha=round(SCALE * adapters.rank), target_modules=sorted(adapters.names),
         fan_in_fan_out=has_conv1d(classifier), inference_mode=True,
     )  # fmt: skip
-    for head in range(adapters.num_heads):
+    for head in range(num_adapted_heads(classifier)):
         place = folder / f"head_{head}"
         place.mkdir(parents=True)
         config.save_pretrained(str(place))

@@ -199,10 +199,11 @@ class Policy(nn.Module):
             entering_the_head(self._base) as last_hidden,
         ):
             cache = DynamicCache(config=self.model.config)
+            cached = going_on(self._base, cache)
             positions = (prompt_mask.cumsum(-1) - 1).clamp_min(0)
             out = self._base(
                 input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=positions,
-                logits_to_keep=1, **going_on(self._base, cache),
+                logits_to_keep=1, **cached,
             )  # fmt: skip
             prompt_hidden = captured.pop() if captured else None
             hidden = None
@@ -228,7 +229,7 @@ class Policy(nn.Module):
                 seen = torch.cat([row_mask[alive], row_mask.new_ones(len(alive), step + 1)], -1)
                 out = self._base(
                     input_ids=ids[alive, step, None], attention_mask=seen,
-                    position_ids=position[alive, None] + step, **going_on(self._base, cache),
+                    position_ids=position[alive, None] + step, **cached,
                 )  # fmt: skip
                 logits, predicting = out.logits[:, -1], last_hidden.pop()[:, -1]
                 if hidden is not None:

@@ -346,11 +346,12 @@ def _states_at_sampling(base: HfModel, rollout: Rollout) -> Tensor:
     ids, mask = rollout.completion_ids_PMT.flatten(0, 1), rollout.mask_PMT.flatten(0, 1).bool()
     seen = rollout.prompt_mask_PL
     cache = DynamicCache(config=base.config)
+    cached = going_on(base, cache)
     found: list[list[Tensor]] = [[] for _ in ids]
     with entering_the_head(base) as entered:
         base(
             input_ids=rollout.prompt_ids_PL, attention_mask=seen, position_ids=positions_of(seen),
-            **going_on(base, cache),
+            **cached,
         )  # fmt: skip
         cache.batch_repeat_interleave(per_prompt)
         seen = seen.repeat_interleave(per_prompt, 0)
@@ -368,7 +369,7 @@ def _states_at_sampling(base: HfModel, rollout: Rollout) -> Tensor:
             seen = torch.cat([seen, seen.new_ones(len(alive), 1)], -1)
             base(
                 input_ids=ids[alive, step, None], attention_mask=seen, position_ids=positions_of(seen)[:, -1:],
-                **going_on(base, cache),
+                **cached,
             )  # fmt: skip
             states = entered[-1][:, -1]
     return torch.stack([state for row in found for state in row])

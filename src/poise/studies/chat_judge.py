@@ -31,11 +31,18 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class Judged(NamedTuple):
-    """A comparison's number, the better answer (None where a reply names none), and the replies in both orders."""
+    """A comparison's number, and the replies in both orders."""
 
     number: int
-    better: str | None
     replies: tuple[str, str]
+
+    @property
+    def better(self) -> str | None:
+        """The better answer, a tie where the orders differ; None where a reply names none."""
+        one, two = map(verdict, self.replies)
+        if one is None or two is None:
+            return None
+        return one if one == _SWAPPED[two] else "tie"
 
     @property
     def consistent(self) -> bool:
@@ -73,11 +80,8 @@ class ChatJudge:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _judged(self, row: Json) -> Judged:
-        replies = self._ask(row["prompt"], row["a"], row["b"]), self._ask(row["prompt"], row["b"], row["a"])
-        one, two = map(verdict, replies)
-        if one is None or two is None:
-            return Judged(row["id"], None, replies)
-        return Judged(row["id"], one if one == _SWAPPED[two] else "tie", replies)
+        prompt, a, b = row["prompt"], row["a"], row["b"]
+        return Judged(row["id"], (self._ask(prompt, a, b), self._ask(prompt, b, a)))
 
     def _ask(self, prompt: Any, a: str, b: str) -> str:
         material = json.dumps({"prompt": prompt, "a": a, "b": b}, ensure_ascii=False)
