@@ -1,0 +1,375 @@
+"""Gold against KL, a curve for every PPO run: does any reward gain more gold than one head at equal KL?
+
+    python experiments/frontier.py gold                         # G2, once: about an hour on one core
+    python experiments/frontier.py train --seeds 200 201 202    # hours; resumable, a folder for each run
+    python experiments/frontier.py report > results/frontier-DATE.json
+
+The design was fixed before the first run: experiments/frontier_design.md. G2, the gold that labels the proxies' pairs,
+is kept as LoRA adapters in results/gold-g2, so that every machine has the same one. Training reads G2 through these
+labels alone; gold of the policies' completions is read once a run has ended.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.stats import ttest_1samp
+from typicality import altered
+
+from poise.data.human_ratings import Rated, human_ratings, is_held_out
+from poise.data.preferences import write_preferences
+from poise.data.types import Preference, Sample
+from poise.functional.objectives import mean
+from poise.functional.statistics import holm, mean_between, spearman, t_interval
+from poise.models.scorer import Scorer
+from poise.policy import train as train_policy
+from poise.reward import ensemble, export
+from poise.reward import train as train_reward
+from poise.reward.config import EnsembleConfig, ExportConfig
+from poise.runtime.run_folder import Json, environment, write_json, write_jsonl
+from poise.studies import quickstart as recipes
+from poise.studies.config import LAPTOP_POLICY, LAPTOP_REWARD
+from poise.studies.gold import gold_rewards
+from poise.studies.pool import kept_pool, samples_of
+
+G2 = Path(__file__).parents[1] / "results" / "gold-g2"
+LOW, HIGH, FIRST = 5.0, 30.0, "single"
+RATED_PAIRS, SPOILED_PAIRS, OWN_PAIRS, FLIPPED = 1600, 800, 400, 0.25
+SPOILS = ("shuffled", "repeated", "cut")
+
+
+class Arm(NamedTuple):
+    """reward: folder of the reward model below a seed's. settled: at most +2, settling there."""
+
+    reward: str
+    objective: str
+    settled: bool = False
+    kl_coef: float = 0.01
+
+
+ARMS = {
+    "single": Arm("low/single", "nominal"),
+    "brme": Arm("low/brme", "tradeoff(0.4)"),
+    "typical": Arm("low/single", "typical(1)"),
+    "two_depths": Arm("two-depths", "worst_case"),
+    "single_settled": Arm("low/single", "nominal", settled=True),
+    "bound_settled": Arm("low/posterior", "lower_confidence(1)", settled=True),
+}
+VALIDATORS = {"deeper": "held-back/single", "other_pairs": "other/single"}
+
+
+# ---- texts and G2 ----
+
+
+def share(text: str, of: str) -> float:
+    """A number in [0, 1) of a text: the fixed split of the texts."""
+    return int.from_bytes(hashlib.sha256(f"{of} {text}".encode()).digest()[:4], "big") / 2**32
+
+
+def rated_texts() -> dict[str, list[Rated]]:
+    """Rated reviews in three parts: `gold` trains G2 (60 %), `proxies` the reward models, `test` judges G2."""
+    parts: dict[str, list[Rated]] = {"gold": [], "proxies": [], "test": []}
+    for text in human_ratings():
+        if text.domain in recipes.RATED_DOMAINS:
+            part = "test" if is_held_out(text.text) else "gold" if share(text.text, "G2") < 0.6 else "proxies"
+            parts[part].append(text)
+    return parts
+
+
+def two_texts(texts: list[Rated], number: int, rng: random.Random) -> list[tuple[Rated, Rated]]:
+    """Pairs of texts of one domain with other mean ratings, the better rated first."""
+    pairs: list[tuple[Rated, Rated]] = []
+    while len(pairs) < number:
+        one, two = rng.sample(texts, 2)
+        if one.domain == two.domain and one.text != two.text and one.mean != two.mean:
+            pairs.append((one, two) if one.mean > two.mean else (two, one))
+    return pairs
+
+
+def gold_pairs(texts: list[Rated], rated: int, spoiled: int, seed: int) -> list[Preference]:
+    """What G2 learns: of two texts the one that people rated higher; of a text and its spoiled form, the text."""
+    rng = random.Random(seed)
+    ask = recipes.RATED_DOMAINS
+    pairs = [Preference(ask[a.domain], a.text, b.text, a.domain) for a, b in two_texts(texts, rated, rng)]
+    long = [text for text in texts if len(text.text.split()) >= 6]
+    for number, one in enumerate(rng.sample(long, spoiled)):
+        bad = altered(one.text, SPOILS[number % len(SPOILS)], rng)
+        if bad != one.text:
+            pairs.append(Preference(ask[one.domain], one.text, bad, SPOILS[number % len(SPOILS)]))
+    rng.shuffle(pairs)
+    return pairs
+
+
+def make_gold(root: Path) -> None:
+    """Train G2 on all layers of the model, keep its adapters in results/gold-g2, and judge it on held-out texts."""
+    parts = rated_texts()
+    pairs = root / "gold" / "preferences.jsonl"
+    if not pairs.exists():
+        pairs.parent.mkdir(parents=True, exist_ok=True)
+        write_preferences(pairs, gold_pairs(parts["gold"], RATED_PAIRS, SPOILED_PAIRS, 0))
+    train_reward.run(
+        train_reward.Config(
+            preferences=str(pairs),
+            output=str(root / "gold" / "reward"),
+            trunk="lora",
+            lora_rank=4,
+            learning_rate=5e-4,
+            validation_share=0.1,
+            num_heads=2,
+            head_steps=1,
+            posterior_heads=2,
+            save_steps=10,
+        )
+    )
+    export.run(ExportConfig(str(root / "gold" / "reward" / "single"), str(G2), adapter=True))
+    test = gold_pairs(parts["test"], 400, 300, 1)
+    scorer = Scorer.load(str(G2))
+    of_text = [
+        mean(scorer([Sample(pair.prompt, getattr(pair, which)) for pair in test])).double().numpy()
+        for which in ("chosen", "rejected")
+    ]
+    lexicon = [gold_rewards([getattr(pair, which) for pair in test]) for which in ("chosen", "rejected")]
+    kinds = [pair.source if pair.source in SPOILS else "rated" for pair in test]
+    found = {
+        kind: {
+            "pairs": kinds.count(kind),
+            **{
+                name: float(np.mean([a > b for a, b, own in zip(*golds, kinds, strict=True) if own == kind]))
+                for name, golds in (("G2", of_text), ("G1, the lexicon", lexicon))
+            },
+        }
+        for kind in ("rated", *SPOILS)
+    }
+    write_json(root / "gold" / "judged.json", found)
+    print(json.dumps(found, indent=1))
+
+
+# ---- the runs of a seed ----
+
+
+def prepare(folder: Path, seed: int) -> None:
+    """A seed's pairs, labeled by G2 and a quarter of them flipped, and its reward models."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, films, products in (
+        ("prompts", recipes.TRAIN_FILMS, recipes.TRAIN_PRODUCTS),
+        ("eval_prompts", recipes.EVAL_FILMS, recipes.EVAL_PRODUCTS),
+    ):
+        subjects = [f"a film about {film}" for film in films] + [f"a {product}" for product in products]
+        if not (folder / f"{name}.jsonl").exists():
+            write_jsonl(folder / f"{name}.jsonl", [{"prompt": recipes.review_prompt(what)} for what in subjects])
+    if not (folder / "held-back.jsonl").exists():
+        pairs = labeled(unlabeled(folder, seed), seed)
+        for number, name in enumerate(("low", "other", "held-back")):
+            write_preferences(folder / f"{name}.jsonl", pairs[number::3])
+    for name, layers in (("low", 8), ("other", 8), ("held-back", 16)):
+        reward = replace(LAPTOP_REWARD, preferences=str(folder / f"{name}.jsonl"), num_layers=layers, seed=seed)
+        train_reward.run(replace(reward, output=str(folder / name)))
+    high = replace(LAPTOP_REWARD, preferences=str(folder / "low.jsonl"), num_layers=16, seed=seed)
+    train_reward.run(replace(high, output=str(folder / "high")))
+    if not (folder / "two-depths").exists():
+        members = (str(folder / "low" / "single"), str(folder / "high" / "single"))
+        ensemble.run(EnsembleConfig(members, str(folder / "low.jsonl"), str(folder / "two-depths")))
+
+
+def unlabeled(folder: Path, seed: int) -> list[tuple[Sample, Sample]]:
+    """Three times OWN_PAIRS pairs, for a reward model and two validators: half of texts that people wrote and G2 has
+    not seen, half of the initial policy's samples."""
+    rng = random.Random(seed)
+    texts = rated_texts()["proxies"]
+    ask = recipes.RATED_DOMAINS
+    half = 3 * OWN_PAIRS // 2
+    pairs = [
+        (Sample(ask[one.domain], one.text), Sample(ask[two.domain], two.text))
+        for one, two in two_texts(texts, half, rng)
+    ]
+    prompts = [json.loads(line)["prompt"] for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    per_prompt = 2 * half // len(prompts)
+    pool = folder / "pool"
+    pool.mkdir(exist_ok=True)
+    rows = kept_pool(pool, LAPTOP_POLICY.model, lambda: prompts, per_prompt, LAPTOP_POLICY.max_tokens, seed)
+    samples = samples_of(rows)
+    pairs += [(one, two) for one, two in zip(samples[::2], samples[1::2], strict=True)]
+    rng.shuffle(pairs)
+    return pairs
+
+
+def labeled(pairs: list[tuple[Sample, Sample]], seed: int) -> list[Preference]:
+    """Preferences by G2, of which FLIPPED are turned round."""
+    scorer, rng = Scorer.load(str(G2)), random.Random(seed + 1)
+    one, two = (mean(scorer([pair[side] for pair in pairs])) for side in (0, 1))
+    found = []
+    for (a, b), first in zip(pairs, (one > two).tolist(), strict=True):
+        chosen, rejected = (a, b) if first != (rng.random() < FLIPPED) else (b, a)
+        if chosen.completion != rejected.completion:
+            found.append(Preference(a.prompt, chosen.completion, rejected.completion))
+    return found
+
+
+def train(folder: Path, seed: int, name: str) -> None:
+    arm = ARMS[name]
+    train_policy.run(
+        replace(
+            LAPTOP_POLICY,
+            prompts=str(folder / "prompts.jsonl"),
+            eval_prompts=str(folder / "eval_prompts.jsonl"),
+            reward=str(folder / arm.reward),
+            output=str(folder / name),
+            objective=arm.objective,
+            reward_ceiling=2.0 if arm.settled else None,
+            settle=arm.settled,
+            kl_coef=arm.kl_coef,
+            num_steps=60,
+            max_kl=40.0,
+            keep_at_kl=(),
+            eval_completions=1,
+            save_every=1,
+            seed=seed,
+        )
+    )
+
+
+def read_curve(run: Path, scorers: Callable[[str], Scorer]) -> None:
+    """Write RUN/curve.json: KL, reward, both golds and both validators of every step. Gold is read here first."""
+    if (run / "curve.json").exists():
+        return
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    texts, steps = samples_of(rows), np.array([row["step"] for row in rows])
+    scores = {"g1": gold_rewards([row["completion"] for row in rows])}
+    for name, path in {"g2": str(G2), **{k: str(run.parent / v) for k, v in VALIDATORS.items()}}.items():
+        scores[name] = mean(scorers(path)(texts)).double().numpy()
+    curve = {
+        "step": [step["step"] for step in metrics], "kl": [step["kl"] for step in metrics],
+        "reward": [step["reward"] for step in metrics],
+        "alarms": [step["step"] for step in metrics if step.get("alarm")],
+        **{name: [float(own[steps == step["step"]].mean()) for step in metrics] for name, own in scores.items()},
+        "std_at_start": {name: float(own[steps == metrics[0]["step"]].std(ddof=1)) for name, own in scores.items()},
+    }  # fmt: skip
+    write_json(run / "curve.json", curve)
+
+
+# ---- the report ----
+
+
+def endpoint(curve: Json, gold: str, high: float) -> float:
+    """Mean gold over KL 5 to `high`, in stds of the initial policy's completions at the start of this run."""
+    values = (np.array(curve[gold]) - curve[gold][0]) / curve["std_at_start"][gold]
+    return mean_between(np.array(curve["kl"]), values, LOW, high)
+
+
+def compared(values: list[float]) -> Json:
+    gaps = np.array(values)
+    found: Json = {"seeds": len(gaps), "difference": float(gaps.mean())}
+    if len(gaps) > 1:
+        found |= {"interval": t_interval(gaps).tolist(), "p": float(ttest_1samp(gaps, 0).pvalue)}
+    return found
+
+
+def stops(curve: Json) -> dict[str, float]:
+    """Gold (G2, in stds of the start) at each stop that reads no gold, and at the best step in hindsight.
+
+    Gold is taken as the mean over three steps, at the best step too.
+    """
+    gold = (np.array(curve["g2"]) - curve["g2"][0]) / curve["std_at_start"]["g2"]
+    smooth = np.convolve(np.pad(gold, 1, mode="edge"), np.ones(3) / 3, "valid")
+    kl = np.array(curve["kl"])
+
+    def first(reached: np.ndarray) -> int:
+        return int(np.argmax(reached)) if reached.any() else len(kl) - 1
+
+    at = {
+        "KL 10": first(kl >= 10), "KL 20": first(kl >= 20), "end": len(kl) - 1,
+        "largest gain of the deeper validator": int(np.argmax(curve["deeper"])),
+        "largest gain of the other pairs' validator": int(np.argmax(curve["other_pairs"])),
+        "first alarm": first(np.isin(curve["step"], curve["alarms"][:1])),
+    }  # fmt: skip
+    return {"best step": float(smooth.max()), **{name: float(smooth[step]) for name, step in at.items()}}
+
+
+def report(root: Path) -> Json:
+    curves: dict[int, dict[str, Json]] = {}
+    for path in sorted(root.glob("seed-*/*/curve.json")):
+        seed = int(path.parts[-3].removeprefix("seed-"))
+        curves.setdefault(seed, {})[path.parts[-2]] = json.loads(path.read_text())
+    arms: dict[str, Json] = {}
+    for arm in ARMS:
+        own = {seed: runs[arm] for seed, runs in curves.items() if arm in runs}
+        if not own:
+            continue
+        arms[arm] = {"seeds": sorted(own), "largest KL": [round(max(run["kl"]), 1) for run in own.values()]}
+        for gold in ("g1", "g2"):
+            paired = [(run, curves[seed][FIRST]) for seed, run in own.items() if FIRST in curves[seed]]
+            gaps = []
+            for run, first in paired:
+                high = min(HIGH, max(run["kl"]), max(first["kl"]))
+                if high > 2 * LOW:
+                    gaps.append(endpoint(run, gold, high) - endpoint(first, gold, high))
+            if arm != FIRST and gaps:
+                arms[arm][f"{gold}, minus {FIRST}"] = compared(gaps)
+        found = [stops(run) for run in own.values()]
+        arms[arm]["gold at stops"] = {
+            name: float(np.mean([one[name] for one in found])) for name in found[0]
+        } | {"lost against the best step": {
+            name: compared([one[name] - one["best step"] for one in found]) for name in found[0] if name != "best step"
+        }}  # fmt: skip
+    tested = [arm for arm in arms if "p" in arms[arm].get(f"g2, minus {FIRST}", {})]
+    for arm, p in zip(tested, holm([arms[arm][f"g2, minus {FIRST}"]["p"] for arm in tested]), strict=True):
+        arms[arm][f"g2, minus {FIRST}"]["p after Holm"] = float(p)
+    steps = [run for runs in curves.values() for run in runs.values()]
+    agreement = [spearman(np.array(run["g1"]), np.array(run["g2"])) for run in steps]
+    return {
+        "what": "mean gold over KL 5 to 30 minus that of one head, paired by seed, in stds of the initial completions",
+        "arms": arms, "rank correlation of G1 and G2 over a run's steps": float(np.mean(agreement)),
+        "gold": json.loads((root / "gold" / "judged.json").read_text()) if (root / "gold").exists() else None,
+        "curves": {str(seed): {arm: rounded(run) for arm, run in runs.items()} for seed, runs in curves.items()},
+        "environment": environment(),
+    }  # fmt: skip
+
+
+def rounded(run: Json) -> Json:
+    return {
+        name: [round(value, 3) if isinstance(value, float) else value for value in values]
+        if isinstance(values, list) else values
+        for name, values in run.items()
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("gold", "train", "report"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(200, 212)))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=Path("runs/frontier"))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.what == "gold":
+        make_gold(options.output)
+        return
+    if options.what == "report":
+        print(json.dumps(report(options.output), indent=1))
+        return
+    kept: dict[str, Scorer] = {}
+
+    def scorers(path: str) -> Scorer:
+        if path != str(G2):
+            return Scorer.load(path)
+        return kept.setdefault(path, Scorer.load(path))
+
+    for seed in options.seeds:
+        folder = options.output / f"seed-{seed}"
+        prepare(folder, seed)
+        for arm in options.arms:
+            train(folder, seed, arm)
+            read_curve(folder / arm, scorers)
+
+
+if __name__ == "__main__":
+    main()
