@@ -2,7 +2,7 @@
 
     python experiments/frontier.py gold                         # G2, once: about an hour on one core
     python experiments/frontier.py train --seeds 200 201 202    # hours; resumable, a folder for each run
-    python experiments/frontier.py report > results/frontier-DATE.json
+    python experiments/frontier.py report --into results/frontier-DATE.json
 
 The design was fixed before the first run: experiments/frontier_design.md. G2, the gold that labels the proxies' pairs,
 is kept as LoRA adapters in results/gold-g2, so that every machine has the same one. Training reads G2 through these
@@ -147,7 +147,7 @@ def make_gold(root: Path) -> None:
         }
         for kind in ("rated", *SPOILS)
     }
-    write_json(root / "gold" / "judged.json", found)
+    write_json(G2 / "judged.json", found)
     print(json.dumps(found, indent=1))
 
 
@@ -295,6 +295,9 @@ def stops(curve: Json) -> dict[str, float]:
 
 def report(root: Path) -> Json:
     curves: dict[int, dict[str, Json]] = {}
+    for earlier in sorted(G2.parent.glob("frontier-*.json")):  # of other machines, on the same gold
+        for seed, runs in json.loads(earlier.read_text())["curves"].items():
+            curves.setdefault(int(seed), {}).update(runs)
     for path in sorted(root.glob("seed-*/*/curve.json")):
         seed = int(path.parts[-3].removeprefix("seed-"))
         curves.setdefault(seed, {})[path.parts[-2]] = json.loads(path.read_text())
@@ -327,7 +330,7 @@ def report(root: Path) -> Json:
     return {
         "what": "mean gold over KL 5 to 30 minus that of one head, paired by seed, in stds of the initial completions",
         "arms": arms, "rank correlation of G1 and G2 over a run's steps": float(np.mean(agreement)),
-        "gold": json.loads((root / "gold" / "judged.json").read_text()) if (root / "gold").exists() else None,
+        "gold": json.loads((G2 / "judged.json").read_text()),
         "curves": {str(seed): {arm: rounded(run) for arm, run in runs.items()} for seed, runs in curves.items()},
         "environment": environment(),
     }  # fmt: skip
@@ -348,13 +351,14 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("runs/frontier"))
+    parser.add_argument("--into", type=Path, default=Path("results/frontier.json"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.what == "gold":
         make_gold(options.output)
         return
     if options.what == "report":
-        print(json.dumps(report(options.output), indent=1))
+        write_json(options.into, report(options.output))
         return
     kept: dict[str, Scorer] = {}
 

@@ -25,6 +25,8 @@ LATER = {
         "keep_at_kl": [],
         "shard": False,
         "gradient_checkpointing": False,
+        "gradient_regularization": 0.0,
+        "regret_bonus": 0.0,
     },
 }
 

@@ -16,7 +16,6 @@ from poise.functional.objectives import (
     OBJECTIVES,
     HeadRewards,
     RewardScale,
-    contrastive,
     disagreement,
     expected_tradeoff,
     expected_worst_case,
@@ -26,7 +25,7 @@ from poise.functional.objectives import (
     nominal,
     parameter,
     parse_objective,
-    preference_as_reward,
+    reliable,
     routing_std,
     soft_min,
     total_std,
@@ -34,6 +33,7 @@ from poise.functional.objectives import (
     uncertainty_weighted,
     worst_case,
 )
+from poise.functional.shaping import contrastive, preference_as_reward
 
 HEADS = HeadRewards(torch.tensor([[1.0, 2.0, 6.0]]), torch.tensor([[0.5, 0.2, 0.9]]), torch.tensor([[2.0]]))
 
@@ -50,6 +50,8 @@ HAND_VALUES = {
     "lower_confidence(2)": 3.0 - 2 * math.sqrt(14 / 3),
     "typical": 3.0 - 2.0,
     "typical(0.25)": 3.0 - 0.25 * 2.0,
+    "reliable": 3.0 / (1 + 14 / 3),
+    "reliable(0.3)": 3.0 / (1 + 0.3 * 14 / 3),
     "soft_min": -math.log((math.exp(-1) + math.exp(-2) + math.exp(-6)) / 3),
     "soft_min(2)": -2 * math.log((math.exp(-0.5) + math.exp(-1) + math.exp(-3)) / 3),
     "median": 2.0,
@@ -285,6 +287,7 @@ def test_a_ceiling_and_a_floor_bound_the_scaled_reward() -> None:
         ("soft_min(2)", 1.0),
         ("quantile(0.5)", 0.25),
         ("mean", None),
+        ("reliable(0.5)", 0.5),  # it has no pessimistic side
     ],
 )
 def test_more_pessimistic_never_raises_a_reward(spec: str, more: float | None) -> None:
@@ -316,6 +319,7 @@ def test_every_objective_has_the_parameter_that_its_name_says() -> None:
         ("uncertainty_weighted", 0, 1e6, "coefficient must be at least 0"),
         ("lower_confidence", 0, 1e6, "coefficient must be at least 0"),
         ("typical", 0, 1e6, "coefficient must be at least 0"),
+        ("reliable", 0, 1e6, "coefficient must be at least 0"),
         ("soft_min", 1e-9, 1e9, "temperature must be at least 1e-09"),
         ("constant", -1e6, 1e6, "value must be at least -1e+06"),
     ],
@@ -333,12 +337,31 @@ def test_the_range_of_each_parameter(name: str, least: float, most: float, words
 
 
 @pytest.mark.parametrize(
-    "name", ["tradeoff", "quantile", "soft_min", "uncertainty_weighted", "lower_confidence", "typical"]
+    "name", ["tradeoff", "quantile", "soft_min", "uncertainty_weighted", "lower_confidence", "typical", "reliable"]
 )
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
 def test_a_parameter_out_of_range_is_refused_by_the_function_itself(name: str, value: float) -> None:
     with pytest.raises(PoiseError, match=f"{name}'s .* must be"):
         OBJECTIVES[name](HeadRewards(torch.zeros(3), torch.zeros(3)), value)
+
+
+def test_reliable_is_the_expected_reward_after_a_noisy_measurement() -> None:
+    """Rewards of N(0, 1/c), measured with noise of the heads' variance: regressed on what was measured."""
+    generator = torch.Generator().manual_seed(0)
+    coefficient, spread = 0.5, 1.5
+    rewards = torch.randn(400_000, generator=generator, dtype=torch.float64) / math.sqrt(coefficient)
+    measured = rewards + spread * torch.randn(400_000, generator=generator, dtype=torch.float64)
+    near = (measured - 2.0).abs() < 0.05
+    heads = HeadRewards(torch.tensor([2.0 - spread, 2.0 + spread]), torch.zeros(2))
+    assert rewards[near].mean().item() == pytest.approx(reliable(heads, coefficient).item(), abs=0.03)
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=6), st.floats(0, 10), st.floats(0, 10))
+def test_reliable_lies_between_nothing_and_the_mean(means: list[float], one: float, other: float) -> None:
+    heads = HeadRewards(torch.tensor(means, dtype=torch.float64), torch.zeros(len(means)))
+    less, more = reliable(heads, min(one, other)).abs().item(), reliable(heads, max(one, other)).abs().item()
+    assert more <= less <= mean(heads).abs().item()
+    assert reliable(heads, 0.0).item() == mean(heads).item()
 
 
 # ---- the scale, against NumPy ----

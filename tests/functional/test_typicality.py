@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from scipy.spatial.distance import mahalanobis
 
 from poise.errors import PoiseError
-from poise.functional.objectives import HeadRewards, RewardScale, contrastive, joined, typical
+from poise.functional.objectives import HeadRewards, RewardScale, joined, typical
+from poise.functional.shaping import contrastive
 from poise.functional.typicality import distance, fit_reference
 
 

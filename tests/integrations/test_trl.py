@@ -76,6 +76,19 @@ def test_rewards_equal_those_worked_out_by_hand(reward_run: str) -> None:
     assert np.std(first, ddof=1) == pytest.approx(1, abs=1e-5)
 
 
+def test_the_regret_bonus_goes_to_one_completion_of_each_prompt(reward_run: str) -> None:
+    plain, paying = RobustReward.load(reward_run), RobustReward.load(reward_run, regret_bonus=0.25)
+    prompts, texts = [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2, TEXTS[:4]
+    before, after = np.array(plain(prompts, texts)), np.array(paying(prompts, texts))
+    best = [int(before[:2].argmax()), 2 + int(before[2:].argmax())]  # all texts differ: every share is a half
+    np.testing.assert_allclose(after - before, [0.25 * (row in best) for row in range(4)], atol=1e-6)
+    assert paying.last is not None
+    assert plain.last is not None
+    assert torch.equal(paying.last.reward, plain.last.reward)  # what is logged is without it
+    with pytest.raises(PoiseError, match=r"^a regret bonus must be at least 0 and finite, got nan$"):
+        RobustReward.load(reward_run, regret_bonus=float("nan"))
+
+
 def test_conversations_count_as_the_text_they_hold(reward_run: str) -> None:
     asked = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     told = [[{"role": "assistant", "content": text}] for text in TEXTS]

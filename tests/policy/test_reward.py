@@ -147,6 +147,15 @@ def test_rewards_are_on_the_scale_of_the_initial_policy() -> None:
     assert reward.combine(heads).tolist() == [(4.0 - 1.0 - 0.5) / 2.0]
 
 
+def test_the_regret_bonus_is_paid_prompt_by_prompt() -> None:
+    reward = PolicyReward(Lengths(), parse_objective("mean"), regret_bonus=0.5)
+    score = torch.tensor([0.0, 1.0, 1.0, 3.0, 3.0, 2.9])
+    texts = [["a", "b", "b"], ["c", "c", "d"]]
+    # One: 1 - 2/3 * .5 is more than 0 - 1/3 * .5. Two: 3 - 2/3 * .5 is less than 2.9 - 1/3 * .5.
+    assert reward.with_bonus(score, ["one", "two"], texts).tolist() == pytest.approx([0.0, 1.5, 1.5, 3.0, 3.0, 3.4])
+    assert PolicyReward(Lengths(), parse_objective("mean")).with_bonus(score, ["one", "two"], texts) is score
+
+
 def test_the_interval_of_a_std_is_the_jackknife_over_prompts() -> None:
     values = torch.tensor([[0.0, 1.0], [2.0, 5.0], [1.0, 1.5], [4.0, 0.0]])
     logs = [math.log(np.std(np.delete(values.numpy(), i, 0), ddof=1)) for i in range(4)]

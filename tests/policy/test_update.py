@@ -170,7 +170,16 @@ def improve_by_hand(now: Case, config: PpoConfig) -> dict[str, float]:
     rows = []
     for number, prompts in enumerate(minibatches_by_hand(config), start=1):
         loss, fit, entropy, clipped, moved = losses_by_hand(now, config, prompts, advantage, returns)
-        gradients = torch.autograd.grad(loss + fit - config.entropy_coef * entropy, parameters)
+        gradients = list(torch.autograd.grad(loss + fit - config.entropy_coef * entropy, parameters))
+        if config.gradient_regularization:
+            # H g, by a step along g that is long enough to cross the edges of the clip range as Poise's step does.
+            kept, size = now.policy.logits.data.clone(), gradients[0].norm()
+            now.policy.logits.data += update.RADIUS * gradients[0] / size
+            far, _, spread, _, _ = losses_by_hand(now, config, prompts, advantage, returns)
+            (after,) = torch.autograd.grad(far - config.entropy_coef * spread, parameters[:1])
+            now.policy.logits.data = kept
+            bent = (after - gradients[0]) / update.RADIUS * size
+            gradients[0] = gradients[0] + config.gradient_regularization * bent
         norms = [gradient.square().sum().sqrt().item() for gradient in gradients]
         for i, (parameter, gradient, norm) in enumerate(zip(parameters, gradients, norms, strict=True)):
             gradient = gradient * min(1.0, config.max_grad_norm / (norm + 1e-6))
@@ -195,6 +204,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "parts of some completions": {"accumulation": 5},
     "discount and trace 1": {"discount": 1.0, "trace": 1.0},
     "left early": {"max_step_kl": 0.02},
+    "flat places": {"gradient_regularization": 3.0, "entropy_coef": 0.1},
 }
 
 
@@ -225,6 +235,43 @@ def test_the_step_exercises_every_option() -> None:
             (a - b).abs().max() for a, b in zip(whole.policy.parameters(), without.policy.parameters(), strict=True)
         ]
         assert max(moved) > 1e-4, name
+
+
+def test_the_regularized_gradient_is_that_of_the_squared_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient that the optimizer takes, against PyTorch's second derivatives; the values' is left as it was."""
+    monkeypatch.setattr(update, "RADIUS", 1e-4)
+    weight = 2.0
+    changes = {"num_minibatches": 1, "num_epochs": 1, "max_grad_norm": 1e6, "clip": 100.0}
+    taken: dict[float, list[Tensor]] = {}
+    for regularization in (0.0, weight):
+        now = case()
+        one = learner(now.policy, gradient_regularization=regularization, **changes)
+        before = [parameter.detach().clone() for parameter in now.policy.parameters()]
+        monkeypatch.setattr(one.optimizer, "step", lambda: None)
+        one.improve(now.rollout, now.score, now.reference, KL_COEF, PACE)
+        taken[regularization] = [parameter.grad for parameter in now.policy.parameters() if parameter.grad is not None]
+        for parameter, was in zip(now.policy.parameters(), before, strict=True):
+            assert torch.equal(parameter, was)  # moved and put back
+    now, config = case(), dataclasses.replace(EVERYTHING, **changes)
+    advantage, returns = advantages_by_hand(now, config)
+    loss, _, entropy, _, _ = losses_by_hand(now, config, list(range(PROMPTS)), advantage, returns)
+    whole = loss - config.entropy_coef * entropy
+    (gradient,) = torch.autograd.grad(whole, now.policy.logits, create_graph=True)
+    (exact,) = torch.autograd.grad(whole.detach() * 0 + 0.5 * weight * gradient.square().sum(), now.policy.logits)
+    torch.testing.assert_close(taken[0.0][0], gradient.detach(), rtol=0, atol=1e-9)
+    found = taken[weight][0] - taken[0.0][0]
+    assert (found - exact).norm() < 1e-3 * exact.norm()
+    assert exact.norm() > 0.05 * gradient.norm()
+    assert torch.equal(taken[weight][1], taken[0.0][1])
+
+
+def test_a_gradient_of_zero_needs_no_regularization() -> None:
+    now = case()
+    one = learner(now.policy, gradient_regularization=1.0, entropy_coef=0.0, whiten_advantages=False, value_clip=1e9)
+    flat = dataclasses.replace(now.rollout, value_PMT=torch.zeros_like(now.rollout.value_PMT))
+    logits = now.policy.logits.detach().clone()
+    one.improve(flat, torch.zeros_like(now.score), flat.logprob_PMT, KL_COEF, PACE)
+    assert torch.equal(now.policy.logits, logits)
 
 
 def test_large_errors_of_the_values_do_not_shorten_the_step_of_the_policy() -> None:

@@ -138,12 +138,14 @@ class RewardModel:
         ceiling: float | int = math.inf,
         floor: float | int = -math.inf,
         scale: str = "",
+        regret_bonus: float | int = 0.0,
     ) -> RobustReward:
         """One number per completion, for TRL's `reward_funcs` and for `PolicyTrainer`.
 
         objective: a name such as `tradeoff(0.4)`, or a function from HeadRewards (N, K) to rewards (N,). Heads are
         centered on the completions of the first call, and the rewards divided by their std there.
         ceiling, floor: bounds, in these stds. scale: JSON file that keeps these constants for a run that goes on.
+        regret_bonus: as of `RobustReward.load`.
         Of a model with several kinds of heads that none was chosen of, an objective reads the kind it was made for, and
         a line says which.
         """
@@ -155,8 +157,9 @@ class RewardModel:
                 f"reward: {objective} of the {model.kind} heads (.heads(…) takes others: {others})", markup=False
             )
         return RobustReward.of(
-            model.scorer, objective, path=model.path, scale=scale, floor=float(floor), ceiling=float(ceiling)
-        )
+            model.scorer, objective, path=model.path, scale=scale, floor=float(floor), ceiling=float(ceiling),
+            regret_bonus=float(regret_bonus),
+        )  # fmt: skip
 
     # ---- keeping it ----
 

@@ -155,6 +155,8 @@ def _with_reward(config: PolicyConfig, given: RobustReward, place: str) -> Polic
         bounds["reward_ceiling"] = given.ceiling
     if math.isfinite(given.floor):
         bounds["reward_floor"] = given.floor
+    if given.regret_bonus:
+        bounds["regret_bonus"] = given.regret_bonus
     return replace(config, reward=place, objective=given.objective, **bounds)
 
 

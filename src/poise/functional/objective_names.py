@@ -35,6 +35,7 @@ PARAMETERS: dict[str, Parameter | None] = {
     "uncertainty_weighted": _COEFFICIENT,
     "lower_confidence": _COEFFICIENT,
     "typical": _COEFFICIENT,
+    "reliable": _COEFFICIENT,
     "soft_min": Parameter("temperature", between(1e-9, 1e9), "; worst_case is its limit at 0"),
     "expected_worst_case": None,
     "expected_tradeoff": _WEIGHT,

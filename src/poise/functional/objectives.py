@@ -21,7 +21,6 @@ from poise.errors import PoiseError
 from poise.functional.head_rewards import HeadRewards as HeadRewards
 from poise.functional.head_rewards import joined as joined
 from poise.functional.objective_names import PARAMETERS, check_parameter, read_objective
-from poise.functional.objective_names import Shaping as Shaping
 from poise.runtime.settings import above, at_least, read_fields
 
 
@@ -123,6 +122,20 @@ def typical(heads: HeadRewards, coefficient: float = 1.0) -> Float[Tensor, "*bat
     return mean(heads) - coefficient * heads.distance.squeeze(-1).to(heads.mean.dtype)
 
 
+def reliable(heads: HeadRewards, coefficient: float = 1.0) -> Float[Tensor, "*batch"]:
+    """mean / (1 + c * Var_k mean_k): an uncertain reward counts for less, whether it is high or low.
+
+    coefficient: c >= 0, in 1/reward². If the heads are posterior draws, their mean is a measurement with that variance;
+    this is the expected reward after it, where rewards had mean 0 and variance 1/c before. Heads are centered, so 0 is
+    the initial policy's mean. arXiv 2606.19818 weighs the advantages of a group in this way.
+
+    >>> reliable(HeadRewards(torch.tensor([1.0, 3.0]), torch.zeros(2)), 1.0).item()
+    1.0
+    """
+    check_parameter("reliable", coefficient)
+    return mean(heads) / (1.0 + coefficient * disagreement(heads).square())
+
+
 def soft_min(heads: HeadRewards, temperature: float = 1.0) -> Float[Tensor, "*batch"]:
     """-t log mean_k exp(-mean_k / t): `mean` as t -> infinity, `worst_case` as t -> 0 (arXiv 2606.09073).
 
@@ -207,40 +220,6 @@ def total_std(heads: HeadRewards) -> Float[Tensor, "*batch"]:
 
 
 Objective = Callable[[HeadRewards], Tensor]
-
-
-# ---- against other completions of the same prompt ----
-
-
-def contrastive(heads: HeadRewards, baseline: HeadRewards) -> HeadRewards:
-    """Each head less its mean over baseline completions of the same prompt (arXiv 2403.07708).
-
-    heads: (..., K); baseline: (..., baselines, K), of the initial policy, say. Takes away what a head thinks of the
-    prompt. Stds stay.
-
-    >>> one = HeadRewards(torch.tensor([3.0]), torch.zeros(1))
-    >>> contrastive(one, HeadRewards(torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1))).mean.item()
-    1.5
-    """
-    return heads._replace(mean=heads.mean - baseline.mean.mean(-2))
-
-
-def preference_as_reward(heads: HeadRewards, baseline: HeadRewards) -> HeadRewards:
-    """mean over baselines m of sigmoid(r - r_m), per head: the probability of being preferred (arXiv 2502.18770).
-
-    Shapes as in `contrastive`. Bounded by 0 and 1: what already beats the baselines has little left to gain. Heads in
-    Bradley-Terry units. Stds stay.
-
-    >>> one = HeadRewards(torch.tensor([2.0]), torch.zeros(1))
-    >>> preference_as_reward(one, HeadRewards(torch.tensor([[2.0]]), torch.zeros(1, 1))).mean.item()
-    0.5
-    """
-    return heads._replace(mean=torch.sigmoid(heads.mean.unsqueeze(-2) - baseline.mean).mean(-2))
-
-
-SHAPINGS: dict[str, Callable[[HeadRewards, HeadRewards], HeadRewards]] = {
-    "contrastive": contrastive, "par": preference_as_reward,
-}  # fmt: skip
 
 
 # ---- from heads to the number PPO maximizes ----
@@ -337,7 +316,7 @@ OBJECTIVES: dict[str, Callable[..., Tensor]] = {
     function.__name__: function
     for function in (
         nominal, worst_case, tradeoff, mean, median, random_head, quantile, uncertainty_weighted, lower_confidence,
-        typical, soft_min, expected_worst_case, expected_tradeoff, constant,
+        typical, reliable, soft_min, expected_worst_case, expected_tradeoff, constant,
     )
 }  # fmt: skip
 
@@ -368,11 +347,11 @@ def with_parameter(objective: Objective, value: float) -> Objective:
 def more_pessimistic(objective: Objective) -> Objective:
     """The same objective with more weight on the worst case: c doubled; lambda, level and temperature halved.
 
-    Without a parameter it stays as it is.
+    Without a parameter it stays as it is, and so does `reliable`, which lowers good rewards and raises bad ones.
     """
     function = objective.func if isinstance(objective, partial) else objective
     value = parameter(objective)
-    if value is None or function is constant:
+    if value is None or function in (constant, reliable):
         return objective
     value *= 2.0 if function in (uncertainty_weighted, lower_confidence, typical) else 0.5
     allowed = PARAMETERS[function.__name__]

@@ -28,15 +28,14 @@ from poise.functional.best_of_n import (
     tilted_weights,
 )
 from poise.functional.objectives import (
-    SHAPINGS,
     HeadRewards,
     Objective,
     RewardScale,
-    Shaping,
     expected_tradeoff,
     expected_worst_case,
     parse_objective,
 )
+from poise.functional.shaping import SHAPINGS, Shaping
 from poise.functional.statistics import resampled_counts, shared_by_ties, student_shares
 from poise.runtime.records import Json, undefined_as_none
 

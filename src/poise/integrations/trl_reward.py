@@ -37,6 +37,7 @@ from poise.functional.objectives import (
     routing_std,
     worst_case,
 )
+from poise.functional.shaping import with_regret_bonus
 from poise.models.reward_model import heads_fingerprint, read_layout
 from poise.models.scale_file import ScaleFile
 from poise.models.scorer import ENSEMBLE_FILE, Scorer, generated
@@ -86,7 +87,7 @@ class RobustReward:
         self.path, self.scale, self.max_length, self.given = path, scale, max_length, objective
         self.objective = objective if isinstance(objective, str) else name_of(objective)
         self.combine = parse_objective(objective) if isinstance(objective, str) else objective
-        self.floor, self.ceiling = floor, ceiling
+        self.floor, self.ceiling, self.regret_bonus = floor, ceiling, 0.0
         self.fitted: RewardScale | None = None
         self.last: Scored | None = None
         self._scorer: Scorer | None = None
@@ -100,12 +101,13 @@ class RobustReward:
         scale: str = "",
         floor: float = -math.inf,
         ceiling: float = math.inf,
+        regret_bonus: float = 0.0,
     ) -> "RobustReward":
-        """From a model in memory; objective, scale, floor and ceiling as of `load`.
+        """From a model in memory; objective, scale, floor, ceiling and regret_bonus as of `load`.
 
         path: where the model came from, if it can be loaded there again.
         """
-        reward = RobustReward(path, objective, scale, scorer.extract.max_length, floor, ceiling)
+        reward = RobustReward(path, objective, scale, scorer.extract.max_length, floor, ceiling)._paying(regret_bonus)
         if isinstance(objective, str):
             scorer.layout.check_objective(objective)
         reward._scorer = scorer
@@ -120,6 +122,7 @@ class RobustReward:
         max_length: int = 0,
         floor: float = -math.inf,
         ceiling: float = math.inf,
+        regret_bonus: float = 0.0,
     ) -> "RobustReward":
         """From a checkpoint folder, a hub id, a `poise train-reward` run or an ensemble.
 
@@ -127,12 +130,20 @@ class RobustReward:
         scale: JSON file with the reward's constants; written on the first call, read where it exists.
         max_length: longest sample in tokens; 0 takes the reward model's context.
         floor, ceiling: bounds of the reward, in stds of the initial policy's.
+        regret_bonus: what one completion of each prompt gets on top (`poise.functional.shaping.regret_bonus`), in these
+        stds. All completions of a prompt must come in one call, as TRL gives them.
         Raises PoiseError for an unknown objective, one that means nothing for the model's heads, or a model of several
         labels without a `poise` block. The weights are read on the first call, when the process knows its device.
         """
         if isinstance(objective, str) and not (Path(path) / ENSEMBLE_FILE).exists():
             read_layout(path).check_objective(objective)
-        return RobustReward(path, objective, scale, max_length, floor, ceiling)
+        return RobustReward(path, objective, scale, max_length, floor, ceiling)._paying(regret_bonus)
+
+    def _paying(self, regret_bonus: float) -> "RobustReward":
+        if not 0.0 <= regret_bonus < math.inf:
+            raise PoiseError(f"a regret bonus must be at least 0 and finite, got {regret_bonus:g}")
+        self.regret_bonus = regret_bonus
+        return self
 
     @property
     def scorer(self) -> Scorer:
@@ -167,7 +178,8 @@ class RobustReward:
         mine = slice(start, start + len(own))
         if log_extra := columns.get("log_extra"):
             log_extra("nominal_head", nominal_head(heads)[mine].tolist())
-        return reward[mine].tolist()
+        keys, texts = zip(*((json.dumps(sample.prompt), sample.completion) for sample in samples), strict=True)
+        return with_regret_bonus(reward, keys, texts, self.regret_bonus)[mine].tolist()
 
     def _fit(self, heads: HeadRewards, step: int) -> RewardScale:
         if step > 0:

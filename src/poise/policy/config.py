@@ -35,6 +35,7 @@ from poise.runtime.trackers import check_trackers
 
 PPO_ONLY = {
     "value_learning_rate", "accumulation", "value_clip", "discount", "trace", "whiten_advantages", "entropy_coef",
+    "gradient_regularization",
     "max_step_kl", "tune", "value_trunk", "final_parameter", "reward_norm", "shaping", "baselines", "kl_target",
     "kl_horizon", "max_kl", "keep_at_kl", "missing_eos_penalty", "settle", "validator", "eval_every", "eval_tasks",
     "eval_data", "eval_rows", "shard", "gradient_checkpointing",
@@ -94,6 +95,9 @@ class PpoConfig(Settings):
     """Leave the remaining minibatches of a step once KL(old policy || new) exceeds this, in nats per token."""
     max_grad_norm: Positive = 1.0
     """The gradients of the policy and of the values are each scaled down to this norm."""
+    gradient_regularization: NotNegative = 0.0
+    """γ: add γ/2 times the squared norm of the policy's gradient to its loss, so that training prefers places where the
+    reward is flat (arXiv 2602.18037). Above 0 an update takes twice as long."""
     tune: Tune = "lora"
     """`lora` adapters, or all weights of the layers (`full`)."""
     adapted_layers: WholeNumber = 10
@@ -126,8 +130,8 @@ class Config(PpoConfig):
     """`ppo` is our own; `rloo` and `grpo` (no values) are TRL's, with this reward: pip install 'poise-rlhf[trl]'."""
     objective: str = "lower_confidence(1)"
     """How the heads become one reward; `tradeoff(0.4)` is the paper's. All of them: nominal, worst_case, tradeoff(λ),
-    mean, median, random_head, quantile(q), uncertainty_weighted(c), lower_confidence(c), typical(c), soft_min(t),
-    expected_worst_case, expected_tradeoff(λ), constant(v)."""
+    mean, median, random_head, quantile(q), uncertainty_weighted(c), lower_confidence(c), typical(c), reliable(c),
+    soft_min(t), expected_worst_case, expected_tradeoff(λ), constant(v)."""
     final_parameter: Bounded | None = None
     """Move the objective's parameter linearly from its own value to this one by the last step."""
     reward_norm: Literal["initial", "running", "batch"] = "initial"
@@ -147,6 +151,10 @@ class Config(PpoConfig):
     """File of `prompt`, `completion` rows for --shaping; default: completions of the initial policy."""
     baselines_per_prompt: Count = 4
     """Completions of the initial policy per prompt for --shaping, if --baselines names no file."""
+    regret_bonus: NotNegative = 0.0
+    """δ: added to the reward of one completion of each prompt, that whose reward is highest after δ times its share of
+    the prompt's completions is taken off. The policy then has a small worst-case regret where rewards may be wrong by δ
+    stds (arXiv 2605.00155; docs/concepts/objectives.md)."""
     missing_eos_penalty: NotNegative = 0.0
     """Subtracted from the reward of a completion that was cut off at --max-tokens."""
     kl_coef: NotNegative = 0.05
@@ -207,7 +215,7 @@ class Config(PpoConfig):
     ADDED = MappingProxyType(
         {
             "heads": "brme", "max_kl": None, "validator": "", "keep_at_kl": [], "shard": False,
-            "gradient_checkpointing": False,
+            "gradient_checkpointing": False, "gradient_regularization": 0.0, "regret_bonus": 0.0,
         }
     )  # fmt: skip
 

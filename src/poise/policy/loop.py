@@ -77,7 +77,7 @@ class Training:
         if tokenizer.get_vocab() != scorer.extract.tokenizer.get_vocab():
             console.print("policy and reward model have different tokenizers: completions are re-tokenized as text")
         self.learner = Learner(self.policy, config, config.seed)
-        self.reward = PolicyReward(scorer, self._first_objective, config.shaping)
+        self.reward = PolicyReward(scorer, self._first_objective, config.shaping, regret_bonus=config.regret_bonus)
         if config.shaping != "none":
             self.reward.baselines = Baselines(
                 scorer, config.baselines_per_prompt, config.max_tokens, config.seed, out.folder
@@ -114,7 +114,8 @@ class Training:
         clock.lap("score")
         mine = processes.share(len(score))
         with self._naming_the_step():
-            losses = self.learner.improve(rollout, score[mine], reference, self.kl_coef, self._pace(score))
+            paid = self.reward.with_bonus(score[mine], batch, texts)
+            losses = self.learner.improve(rollout, paid, reference, self.kl_coef, self._pace(score))
         clock.lap("update")
 
         part = heads.each(lambda whole: whole[mine])
@@ -165,8 +166,7 @@ class Training:
 
     def _objective(self, step: int | None = None) -> Objective:
         """The objective with the parameter of a step; by default of this one."""
-        step = self.step if step is None else step
-        objective = self._first_objective
+        step, objective = self.step if step is None else step, self._first_objective
         if self.config.final_parameter is not None:
             start = parameter(objective) or 0.0
             objective = with_parameter(

@@ -21,7 +21,8 @@ from torch import Tensor
 from poise.data.preferences import read_samples
 from poise.data.types import Prompt, Sample
 from poise.errors import PoiseError
-from poise.functional.objectives import SHAPINGS, HeadRewards, Objective, RewardScale, Shaping
+from poise.functional.objectives import HeadRewards, Objective, RewardScale
+from poise.functional.shaping import SHAPINGS, Shaping, with_regret_bonus
 from poise.functional.statistics import t_interval
 from poise.models.policy import Policy
 from poise.models.rollout import uniforms
@@ -105,6 +106,7 @@ class PolicyReward:
     baselines: Baselines | None = None
     scale: RewardScale = field(default_factory=lambda: RewardScale((), 0.0, 1.0))
     truncated_before: int = 0
+    regret_bonus: float = 0.0
 
     @property
     def num_truncated(self) -> int:
@@ -133,6 +135,11 @@ class PolicyReward:
     def combine(self, heads: HeadRewards) -> Tensor:
         """Rewards of whole batches of heads (…, K)."""
         return self.scale.combine(heads, self.objective)
+
+    def with_bonus(self, score: Tensor, prompts: list[Prompt], texts: list[list[str]]) -> Tensor:
+        """Rewards (P * M,) of this process's completions as the policy is paid them, with --regret-bonus."""
+        keys = [_key(prompt) for prompt, row in zip(prompts, texts, strict=True) for _ in row]
+        return with_regret_bonus(score, keys, [text for row in texts for text in row], self.regret_bonus)
 
 
 def std_interval(combined_PM: Tensor) -> tuple[float, float]:

@@ -1,0 +1,105 @@
+"""Completions of one prompt against one another, before and after an objective makes one reward of the heads.
+
+`contrastive` and `par` compare heads with completions of the initial policy. The regret bonus compares rewards within
+the group that is trained on.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from poise.functional.head_rewards import HeadRewards
+from poise.functional.objective_names import Shaping as Shaping
+
+
+def contrastive(heads: HeadRewards, baseline: HeadRewards) -> HeadRewards:
+    """Each head less its mean over baseline completions of the same prompt (arXiv 2403.07708).
+
+    heads: (..., K); baseline: (..., baselines, K), of the initial policy, say. Takes away what a head thinks of the
+    prompt. Stds stay.
+
+    >>> one = HeadRewards(torch.tensor([3.0]), torch.zeros(1))
+    >>> contrastive(one, HeadRewards(torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1))).mean.item()
+    1.5
+    """
+    return heads._replace(mean=heads.mean - baseline.mean.mean(-2))
+
+
+def preference_as_reward(heads: HeadRewards, baseline: HeadRewards) -> HeadRewards:
+    """mean over baselines m of sigmoid(r - r_m), per head: the probability of being preferred (arXiv 2502.18770).
+
+    Shapes as in `contrastive`. Bounded by 0 and 1: what already beats the baselines has little left to gain. Heads in
+    Bradley-Terry units. Stds stay.
+
+    >>> one = HeadRewards(torch.tensor([2.0]), torch.zeros(1))
+    >>> preference_as_reward(one, HeadRewards(torch.tensor([[2.0]]), torch.zeros(1, 1))).mean.item()
+    0.5
+    """
+    return heads._replace(mean=torch.sigmoid(heads.mean.unsqueeze(-2) - baseline.mean).mean(-2))
+
+
+SHAPINGS: dict[str, Callable[[HeadRewards, HeadRewards], HeadRewards]] = {
+    "contrastive": contrastive, "par": preference_as_reward,
+}  # fmt: skip
+
+
+# ---- worst-case regret ----
+
+
+def worst_case_regret(
+    reward: Float[Tensor, " choices"], policy: Float[Tensor, " choices"], radius: float
+) -> Float[Tensor, ""]:
+    """The most that a policy over few choices can fall short of the best policy if its reward is wrong (2605.00155).
+
+        max over r' with sum_j |r'_j - r_j| <= radius of  (max_j r'_j - policy . r')
+            =  max_j [r_j + radius * (1 - policy_j)]  -  policy . r
+
+    policy: probabilities. The maximum is linear in r' for each j, so it lies where one reward takes all of the error.
+
+    >>> worst_case_regret(torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5]), 1.0).item()
+    1.0
+    """
+    return (reward + radius * (1.0 - policy)).amax() - policy @ reward
+
+
+def regret_bonus(
+    reward: Float[Tensor, "prompts completions"], share: Float[Tensor, "prompts completions"], radius: float
+) -> Float[Tensor, "prompts completions"]:
+    """What to add to each reward so that a policy gradient lowers `worst_case_regret`, prompt by prompt.
+
+    Its derivative to policy_j is -(reward_j + radius * [j is the choice that attains the maximum]). So the completion
+    with the highest reward_j - radius * share_j gets `radius`, and others nothing. share: of the prompt's completions
+    that are the same text, an estimate of policy_j; all of the same text get the bonus.
+
+    >>> regret_bonus(torch.tensor([[1.0, 0.4]]), torch.tensor([[0.9, 0.1]]), 1.0)
+    tensor([[0., 1.]])
+    """
+    water = reward - radius * share
+    return radius * (water == water.amax(-1, keepdim=True)).to(reward.dtype)
+
+
+def with_regret_bonus(
+    reward: Float[Tensor, " samples"], prompts: Sequence[str], texts: Sequence[str], radius: float
+) -> Float[Tensor, " samples"]:
+    """Rewards with `regret_bonus`, of all completions of a prompt together; radius 0: as they are.
+
+    prompts, texts: of each reward. A policy's probability of a completion is estimated by the share of the prompt's
+    completions that are the same text.
+
+    >>> with_regret_bonus(torch.tensor([1.0, 1.0, 0.8, 0.0]), ["p"] * 4, ["a", "a", "b", "c"], 1.0)
+    tensor([1.0000, 1.0000, 1.8000, 0.0000])
+    """
+    if radius == 0.0:
+        return reward
+    groups: dict[str, list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        groups.setdefault(prompt, []).append(number)
+    paid = reward.clone()
+    for rows in groups.values():
+        count = Counter(texts[row] for row in rows)
+        share = torch.tensor([[count[texts[row]] / len(rows) for row in rows]]).to(reward)
+        paid[rows] += regret_bonus(reward[None, rows], share, radius)[0]
+    return paid
