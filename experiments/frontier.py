@@ -168,11 +168,16 @@ def prepare(folder: Path, seed: int) -> None:
         pairs = labeled(unlabeled(folder, seed), seed)
         for number, name in enumerate(("low", "other", "held-back")):
             write_preferences(folder / f"{name}.jsonl", pairs[number::3])
-    for name, layers in (("low", 8), ("other", 8), ("held-back", 16)):
-        reward = replace(LAPTOP_REWARD, preferences=str(folder / f"{name}.jsonl"), num_layers=layers, seed=seed)
-        train_reward.run(replace(reward, output=str(folder / name)))
-    high = replace(LAPTOP_REWARD, preferences=str(folder / "low.jsonl"), num_layers=16, seed=seed)
-    train_reward.run(replace(high, output=str(folder / "high")))
+    train_reward.run(
+        replace(LAPTOP_REWARD, preferences=str(folder / "low.jsonl"), seed=seed, output=str(folder / "low"))
+    )
+    for output, pairs, layers in (("high", "low", 16), ("other", "other", 8), ("held-back", "held-back", 16)):
+        train_reward.run(
+            replace(
+                LAPTOP_REWARD, preferences=str(folder / f"{pairs}.jsonl"), num_layers=layers, seed=seed,
+                output=str(folder / output), num_heads=2, head_steps=1, posterior_heads=2,  # only `single` is read
+            )
+        )  # fmt: skip
     if not (folder / "two-depths").exists():
         members = (str(folder / "low" / "single"), str(folder / "high" / "single"))
         ensemble.run(EnsembleConfig(members, str(folder / "low.jsonl"), str(folder / "two-depths")))
