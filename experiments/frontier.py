@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from poise.data.preferences import write_preferences
 from poise.data.types import Preference, Sample
 from poise.functional.objectives import mean
 from poise.functional.statistics import holm, mean_between, spearman, t_interval
+from poise.models.choices import DEFAULT_MODEL
 from poise.models.scorer import Scorer
 from poise.policy import train as train_policy
 from poise.reward import ensemble, export
@@ -129,6 +131,14 @@ def make_gold(root: Path) -> None:
         )
     )
     export.run(ExportConfig(str(root / "gold" / "reward" / "single"), str(G2), adapter=True))
+    for file, changes in (
+        ("adapter_config.json", {"base_model_name_or_path": DEFAULT_MODEL}),  # not a folder of this machine
+        ("config.json", {"poise": {"reference_texts": 0, "reference_shrinkage": 0.0}}),
+    ):
+        kept = json.loads((G2 / file).read_text())
+        kept.update({key: kept[key] | value if isinstance(value, dict) else value for key, value in changes.items()})
+        write_json(G2 / file, kept)
+    shutil.rmtree(G2 / "poise")  # distances to reference texts, which gold does not read
     test = gold_pairs(parts["test"], 400, 300, 1)
     scorer = Scorer.load(str(G2))
     of_text = [

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from conftest import make_model, make_tokenizer
 from poise.data.types import Sample
 from poise.errors import PoiseError
+from poise.models import reward_model
 from poise.models.context import steady_context_length
 from poise.models.loading import load_policy, pad_apart
 from poise.models.model_folder import check_model
@@ -493,3 +494,9 @@ def test_adapters_with_a_larger_vocabulary_say_of_which_shape(language_model: Pa
     peft.get_peft_model(model, config).save_pretrained(tmp_path / "x", save_embedding_layers=False)
     with pytest.raises(PoiseError, match=r"size mismatch for .*lm_head.*300"):
         folded(str(language_model), tmp_path / "x")
+
+
+def test_a_trunk_keeps_the_name_that_it_was_asked_for_by(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters name it as their base: a hub id, and not the folder of this machine's cache."""
+    monkeypatch.setattr(reward_model, "resolve_model", {"lab/tiny": tiny_model}.__getitem__)
+    assert load_trunk("lab/tiny", 1)[0].name_or_path == "lab/tiny"

@@ -175,6 +175,7 @@ def load_trunk(
     classifier = _load_classifier(
         folder, config, dtype or frozen_dtype(), fresh={_SCORE}, num_layers=text.num_hidden_layers, place=place
     )
+    classifier.name_or_path = model  # what its adapters will say they belong to: no folder of a cache
     pad_apart(tokenizer, classifier)
     return classifier, tokenizer
 
