@@ -16,11 +16,12 @@ from conftest import make_model, rest_slow
 from forked import in_processes
 from poise.errors import PoiseError
 from poise.models import rollout as rollouts
+from poise.models.drawing import draw
 from poise.models.loading import load_policy
 from poise.models.policy import Policy
 from poise.models.rereading import check_rereading
 from poise.models.reward_model import load_trunk
-from poise.models.rollout import Rollout, draw, packed_attention, uniforms
+from poise.models.rollout import Rollout, packed_attention, uniforms
 from poise.runtime import distributed as processes
 
 PROMPTS = ["Review a film.", [{"role": "user", "content": "And now review a phone, please."}]]
