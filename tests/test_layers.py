@@ -40,10 +40,15 @@ def modules() -> frozenset[str]:
 
 
 @functools.cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
 def imports(module: str) -> frozenset[str]:
     """Every poise module named in an import anywhere in the file, also inside functions."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())):
+    for node in ast.walk(tree(ROOT / f"{module.replace('.', '/')}.py")):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -120,12 +125,22 @@ def test_each_library_is_imported_only_by_its_home() -> None:
         "ray": {"integrations.ray_serve"},
     }
     for path in ROOT.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree(path)):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             for name in names:
                 module = name_of(path)
                 assert module in homes.get(name.split(".")[0], {module}), f"{module} imports {name}"
+
+
+def test_modules_and_classes_are_short_enough_to_be_read_at_once() -> None:
+    """Up to 400 lines for a module and 300 for a class."""
+    for path in ROOT.rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 400, path.name
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ClassDef):
+                assert node.end_lineno is not None
+                assert node.end_lineno - node.lineno < 300, f"{path.name}: {node.name}"
 
 
 def test_pickle_and_remote_code_are_nowhere() -> None:

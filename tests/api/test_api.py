@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -311,3 +313,47 @@ def test_a_policy_may_be_trained_on_a_function_of_heads(
     row = trained.completions[0]
     wanted = (row["mean"][0] - scale["head_baseline"][0] - scale["mean"]) / scale["std"]
     assert row["reward"] == pytest.approx(min(wanted, scale.get("ceiling", wanted)), abs=1e-4)
+
+
+def test_an_ensemble_is_one_model_that_is_not_saved(run_folder: Path, tmp_path: Path) -> None:
+    members = [os.path.relpath(run_folder / kind, tmp_path / "both") for kind in ("single", "posterior")]
+    (tmp_path / "both").mkdir()
+    both = {"members": members, "means": [0.0, 0.0], "stds": [1.0, 1.0]}
+    (tmp_path / "both" / "ensemble.json").write_text(json.dumps(both))
+    model = RewardModel.from_pretrained(tmp_path / "both")
+    assert model.kinds == ("",)
+    assert equal(model.scorer(TEXTS), Scorer.load(str(tmp_path / "both"))(TEXTS))
+    with pytest.raises(PoiseError, match="an ensemble has no checkpoint of its own; its folder names its members"):
+        model.save_pretrained(tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_card_is_saved_beside_the_heads_that_it_speaks_of(run_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(run_folder / "brme", tmp_path / "rm")
+    (tmp_path / "rm" / "README.md").write_text("# A card\n")
+    RewardModel.from_pretrained(tmp_path / "rm").save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "README.md").read_text() == "# A card\n"
+
+
+def test_several_processes_need_one_run_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(PoiseError, match=r"^several processes need one run folder: give args an output$"):
+        PolicyTrainer("m", "rm", ["Hi"], POLICY).train()
+
+
+def test_bounds_of_a_reward_are_those_of_the_run(rm: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[PolicyConfig] = []
+
+    def run(config: PolicyConfig, _: Any) -> None:
+        seen.append(config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_policy, "run", run)
+    both = rm.heads("single").reward("mean", floor=-1, ceiling=2.5)
+    for reward in (both, rm.heads("single").reward("mean")):
+        with pytest.raises(KeyboardInterrupt):
+            PolicyTrainer("m", reward, ["Hi"], dataclasses.replace(POLICY, reward_floor=-7.0)).train()
+    assert [(one.reward_floor, one.reward_ceiling, one.objective) for one in seen] == [
+        (-1.0, 2.5, "mean"), (-7.0, POLICY.reward_ceiling, "mean"),
+    ]  # fmt: skip

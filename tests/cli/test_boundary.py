@@ -62,6 +62,16 @@ def test_trouble_of_input_and_machine_is_one_line(
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(("together", "status"), [(True, 2), (False, 1)])
+def test_the_end_of_another_process_is_no_fault_of_this_one(
+    together: bool, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("poise.cli.boundary.several", lambda: together)
+    monkeypatch.setattr(quickstart, "run", failing_with(RuntimeError("[gloo] Connection closed by peer [127.0.0.1]")))
+    assert main(["quickstart"]) == status
+    assert ("poise: another process of this run has ended" in capsys.readouterr().err) == together
+
+
 def test_a_fault_of_ours_says_where_its_traceback_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -127,6 +137,17 @@ def test_a_closed_stderr_loses_the_line_and_not_the_work(monkeypatch: pytest.Mon
     monkeypatch.setattr(sys, "stderr", None)
     progress.console.print("lost")
     assert exit_status(PoiseError("lost")) == 2
+
+
+def test_without_a_stdout_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["--version"]) == 0
+
+
+def test_a_stdout_that_is_no_file_is_written_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert main(["--version"]) == 0
+    assert sys.stdout.getvalue().startswith("poise 0.")  # type: ignore[attr-defined]
 
 
 def test_a_reader_that_has_ended_is_no_traceback() -> None:

@@ -92,3 +92,49 @@ def test_a_look_without_a_model_imports_no_torch(file: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program, str(file)], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_of_many_bad_rows_the_first_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text("oops\n" * 8 + '{"prompt": "p", "completion": "c"}\n')
+    assert main(["data", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("refused   line ") == 5
+    assert "refused   … and 3 more" in out
+
+
+def test_a_conversation_is_shown_turn_by_turn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi\n"}]
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({"prompt": turns}) + "\n")
+    assert main(["data", str(path)]) == 0
+    assert "  prompt    system: 'Be brief.'\n  prompt    user: 'Hi\\n'" in capsys.readouterr().out
+
+
+def test_a_file_without_any_object_is_read_as_preferences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text("oops\n[1]\n")
+    assert main(["data", str(path)]) == 2
+    shown = capsys.readouterr()
+    assert f"{path}: preferences" in shown.out
+    assert "2 read: 0 used, 0 ties, 0 repeated, 2 refused" in shown.out
+
+
+@pytest.mark.parametrize("kind", ["preferences", "questions", "samples", "prompts"])
+def test_a_missing_file_of_a_named_kind_is_one_line(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["data", str(tmp_path / "none.jsonl"), "--kind", kind]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("poise: no such file")
+    assert shown.out == ""
+
+
+def test_prompts_as_the_model_reads_them(tmp_path: Path, tiny_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"prompt": "Hi"}\n')
+    assert main(["data", str(path), "--model", tiny_model, "--max-length", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "tokens    1 of 1 texts are longer than 4" in out
+    # <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n
+    assert "prompt    «21 tokens, the oldest 17 left out» 'ant\\n'" in out

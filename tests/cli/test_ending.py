@@ -1,6 +1,7 @@
 """How commands end: what was measured, warnings, folder, page and next command."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -9,8 +10,11 @@ from poise.cli import ending, main
 from poise.models.card_warnings import card_warnings
 from poise.policy.config import Config as PolicyConfig
 from poise.reward.config import Config as RewardConfig
+from poise.reward.config import EvaluateConfig
 from poise.runtime.run_folder import Run, append_jsonl, config_dict, write_json, write_jsonl
-from poise.studies.config import BestOfNConfig, CompareConfig
+from poise.studies.config import BestOfNConfig, CompareConfig, QuickstartConfig
+from poise.studies.config import Config as StudyConfig
+from poise.toy.config import Config as ToyConfig
 
 COIN = "> **No better than a coin**: the interval includes 50 %. Do not optimize against it.\n"
 
@@ -119,3 +123,137 @@ def test_warnings_of_an_ensemble_are_those_of_its_members(reward: Run, tmp_path:
     assert len(card_warnings(tmp_path / "both")) == 1
     assert card_warnings(reward.folder) == []  # a run stands for its BRME
     assert card_warnings("org/model") == []
+
+
+def said_of(command: str, config: Any, done: Any, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The lines of an ending, with single spaces."""
+    capsys.readouterr()
+    ending.say_ending(command, config, done)
+    return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_best_of_n_ends_with_what_each_objective_gained(
+    reward: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("single:nominal", "brme:tradeoff(0.4)")
+    config = BestOfNConfig(prompts="p.jsonl", reward=(str(reward.folder),), objectives=names, model="m")
+    curves = [
+        {"name": "brme:tradeoff(0.4)", "best_of_n": [{"n": 1, "proxy": 0.0}, {"n": 16, "proxy": 1.5}]},
+        {"name": "with gold", "best_of_n": [{"n": 1, "proxy": 0, "gold": -0.5}, {"n": 4, "proxy": 2, "gold": 0.25}]},
+    ]
+    run = finished(tmp_path / "pool", config, {"curves": curves})
+    lines = said_of("best-of-n", config, run, capsys)
+    assert "brme:tradeoff(0.4) best of 16: reward +0.00 to +1.50" in lines
+    assert "with gold best of 4: reward +0.00 to +2.00, gold -0.50 to +0.25" in lines
+    assert f"selected {run.folder}/selected.jsonl" in lines
+    assert any(line.startswith("warning: No better than a coin") for line in lines)
+    chosen = f"--reward {reward.folder}/brme --objective 'tradeoff(0.4)'"
+    assert lines[-1] == f"next: poise train-policy {chosen} --prompts p.jsonl --model m"
+
+
+def test_a_comparison_with_gold_ends_with_differences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arms = [{"name": name, "final": {"gold": gold, "proxy": 1.0, "kl": 2.0}} for name, gold in (("a", 0.5), ("b", 1))]
+    difference = {"arm": "b", "against": "a", "gold": 0.5, "interval": [-0.1, 1.1]}
+    config = CompareConfig(arms=("a", "b"), output=str(tmp_path / "c"))
+    lines = said_of(
+        "compare", config, finished(tmp_path / "c", config, {"arms": arms, "differences": [difference]}), capsys
+    )
+    assert "b gold +1.00, reward +1.00, KL 2.0" in lines
+    assert "b − a gold +0.50 (-0.10 to +1.10)" in lines
+    assert not any("none was given" in line for line in lines)
+    assert lines[-1] == "next: poise chat b"
+
+
+@pytest.mark.parametrize(
+    ("changes", "following"),
+    [
+        ({}, "poise quickstart --arms conventional robust brme"),
+        ({"output": "runs/mine"}, "poise quickstart --output runs/mine --arms conventional robust brme"),
+        ({"arms": ("conventional", "brme")}, None),
+    ],
+)
+def test_the_quickstart_offers_the_arm_of_the_paper(
+    changes: dict[str, Any], following: str | None, reward: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = QuickstartConfig(**changes)
+    run = finished(tmp_path / "quick", config, {"total_seconds": 130.0})
+    reward.folder.rename(run.folder / "reward")
+    arms = [{"name": name, "final": {"gold": 0.5, "proxy": 1.0, "kl": 2.0}} for name in config.arms]
+    finished(run.folder / "comparison", config, {"arms": arms, "differences": []})
+    (run.folder / "report.html").write_text("")
+    lines = said_of("quickstart", config, run, capsys)
+    assert "time 2 min" in lines
+    assert f"page: {run.folder}/report.html" in lines
+    assert [line for line in lines if line.startswith("warning: single: No better than a coin")]
+    talk = f"next: poise chat {run.folder}/policy-{config.arms[-1]}"
+    assert [line for line in lines if line.startswith("next:")] == [
+        talk,
+        *([f"next: {following}"] if following else []),
+    ]
+
+
+def test_evaluate_reward_ends_with_differences_of_accuracy(
+    reward: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = {"accuracy": 0.75, "num_pairs": 40, "length_accuracy": 0.5}
+    more = {"accuracy": {"mean": 0.1, "interval": [-0.05, 0.25]}, "nll": {"mean": 3, "interval": [1, 2]}, "rows": 40}
+    config = EvaluateConfig(rewards=(str(reward.folder / "single"), "org/b"), file="x", output=str(tmp_path / "judged"))
+    results = {
+        "rewards": [{"reward": name, "pairs": pairs} for name in config.rewards],
+        "differences": [{"reward": "org/b", "versus": config.rewards[0], **more}],
+    }
+    lines = said_of("evaluate-reward", config, finished(tmp_path / "judged", config, results), capsys)
+    assert "single 75.0% of 40 pairs, the longer text 50.0%" in lines
+    assert "b − single accuracy +0.100 (-0.050 to +0.250)" in lines
+    assert not any("nll" in line for line in lines)
+    assert f"warning: {config.rewards[0]}: No better than a coin: the interval includes 50 %. Do not optimize" in str(
+        lines
+    )
+    assert lines[-1] == f"next: poise inspect {config.rewards[0]}"
+
+
+def test_the_toy_ends_with_what_pessimism_gained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gain = {"against_single": {"mean": 0.25, "low": 0.125, "high": 0.375}}
+    names = ("reference", "gold", "single", "worst_case")
+    results = {"objectives": [{"name": name, "ppo": gain if name == "worst_case" else {}} for name in names]}
+    run = finished(tmp_path / "toy", ToyConfig(), results)
+    (run.folder / "toy.png").write_text("")
+    lines = said_of("toy", ToyConfig(), run, capsys)
+    assert lines == [
+        "", "worst_case gold +0.250 against the single head (+0.125 to +0.375)", f"folder: {run.folder}",
+        f"page: {run.folder}/toy.png", "next: poise quickstart",
+    ]  # fmt: skip
+
+
+def test_of_many_rows_the_first_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arms = {f"arm {i}": {"final_gold": {"mean": i / 10}} for i in range(ending.MOST_ROWS)}
+    run = finished(tmp_path / "study", StudyConfig(), {"summary": {"0.0": arms, "0.2": dict(list(arms.items())[:2])}})
+    lines = said_of("study", StudyConfig(), run, capsys)
+    assert lines[1:4] == [f"noise 0.0, arm {i} final gold +0.{i}0" for i in range(3)]
+    assert lines[1 + ending.MOST_ROWS] == "… and 2 more on the page"
+    few = finished(tmp_path / "few", StudyConfig(), {"summary": {"0.0": arms}})
+    assert not any("more on the page" in line for line in said_of("study", StudyConfig(), few, capsys))
+
+
+def test_a_model_that_was_not_judged_says_so(reward: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    results = {"models": {"single": {"validation_accuracy": None}}, "num_train": 80, "num_validation": 0}
+    write_json(reward.folder / "results.json", results)
+    config = RewardConfig(preferences="my pairs.jsonl", output=str(reward.folder), model="m")
+    lines = said_of("train-reward", config, reward, capsys)
+    assert "single not judged" in lines
+    assert not any(line.startswith("longer answer") for line in lines)
+    assert f"next: poise inspect {reward.folder}/single" in lines
+
+
+def test_other_processes_say_nothing(
+    reward: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = PolicyConfig(prompts="p", reward=str(reward.folder / "single"))
+    monkeypatch.setenv("RANK", "1")
+    ending.warn_of_models(config)
+    ending.say_finished(
+        "train-reward", RewardConfig(preferences="my pairs.jsonl", output=str(reward.folder), model="m")
+    )
+    ending.say_ending("train-reward", config, reward)
+    assert capsys.readouterr().out == ""
+    assert not (reward.folder / "report.html").exists()

@@ -1,14 +1,22 @@
 """Runs and policies where a language model may be named; other folders are refused before anything is imported."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from poise.cli import inputs
 from poise.cli.chat import Config as ChatConfig
 from poise.cli.inputs import check_inputs
 from poise.errors import PoiseError
+from poise.policy.config import Config as PolicyConfig
 from poise.policy.config import EvaluateConfig
+from poise.reward.config import Config as RewardConfig
+from poise.reward.config import EvaluateConfig as RewardEvaluation
+from poise.reward.config import ScoreConfig
+from poise.runtime.settings import Settings
 from poise.studies.config import CompareConfig
+from poise.studies.config import Config as StudyConfig
 
 
 def test_a_policy_run_may_stand_for_a_language_model(tmp_path: Path, tiny_model: str) -> None:
@@ -25,3 +33,35 @@ def test_gold_is_reviews_or_a_reward_model(tmp_path: Path) -> None:
     check_inputs(CompareConfig(arms=()))
     with pytest.raises(PoiseError, match="is not a model folder"):
         check_inputs(CompareConfig(arms=(), gold=str(tmp_path)))
+
+
+def test_a_data_set_of_the_hub_is_left_to_the_command(tmp_path: Path) -> None:
+    check_inputs(RewardConfig(preferences="org/pairs", model=""))
+    for name in ("org/pairs.jsonl", str(tmp_path / "pairs")):
+        with pytest.raises(PoiseError, match="no such file"):
+            check_inputs(RewardConfig(preferences=name, model=""))
+
+
+def test_small_files_are_read_and_others_left_to_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text("oops\n")
+    wrong: list[Settings] = [
+        RewardConfig(preferences=str(path), model=""), ScoreConfig("", str(path)),
+        RewardEvaluation(rewards=("",), file=str(path)), PolicyConfig(prompts=str(path), reward="", model=""),
+    ]  # fmt: skip
+    for config in wrong:
+        with pytest.raises(PoiseError, match=r"bad.jsonl:1: not JSON"):
+            check_inputs(config)
+    check_inputs(RewardConfig(preferences=str(path), model="", on_bad_row="skip"))
+    check_inputs(RewardConfig(preferences=str(tmp_path), model=""))  # a folder, as `datasets` saves it
+    monkeypatch.setattr(inputs, "_SMALL", 4)
+    check_inputs(RewardConfig(preferences=str(path), model=""))
+    assert capsys.readouterr().err == ""
+
+
+def test_settings_within_settings_are_checked_too(tmp_path: Path) -> None:
+    nested = StudyConfig(policy=replace(StudyConfig().policy, prompts=str(tmp_path / "none.jsonl")))
+    with pytest.raises(PoiseError, match=r"no such file: .*none\.jsonl"):
+        check_inputs(nested)

@@ -165,6 +165,8 @@ def test_config_file_repeats_a_run(tmp_path: Path) -> None:
         parse_config(train_reward.Config, "poise train-reward", ["--config", str(path)])
     with pytest.raises(PoiseError, match="cannot read config"):
         parse_config(train_reward.Config, "poise train-reward", ["--config", str(tmp_path / "no.yaml")])
+    with pytest.raises(PoiseError, match=r"--config needs a file, e.g. --config RUN/config.yaml"):
+        parse_config(train_reward.Config, "poise train-reward", ["--output", "there", "--config"])
 
 
 def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,6 +56,48 @@ def test_what_does_not_fit_says_the_fewest_changes(
             plan.check_outcome(found)
         assert stop.value.code == 1
     capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("training", "settings", "fits", "change"),
+    [
+        ("train-reward", {"device_batch_size": 4}, {"device_batch_size": 1}, "--device-batch-size 1"),
+        ("train-reward", {"device_batch_size": 1}, {"device_batch_size": 1, "tune": "lora"}, ""),
+        ("train-reward", {"tune": "full"}, {"tune": "lora"}, "--trunk lora"),
+        ("train-policy", {"tune": "full"}, {"tune": "lora"}, "--tune lora"),
+        ("train-reward", {}, {"gradient_checkpointing": True}, "--gradient-checkpointing"),
+        ("train-reward", {"gpus": 1}, {"gpus": 2, "shard": True}, "2 GPUs with --shard"),
+        ("train-reward", {"gpus": 3}, {"gpus": 3, "shard": True}, "--shard"),
+        ("train-reward", {"gpus": 3, "shard": True}, {"gpus": 48}, "48 GPUs with --shard"),
+        ("train-reward", {"gpus": 3}, {"gpus": 96}, None),
+        ("train-reward", {"adapter_heads": 4}, {"head_layers": 1}, "--head-layers 1"),
+        ("train-reward", {"adapter_heads": 4, "head_layers": 1}, {"gpus": 2}, None),  # which it cannot be spread over
+        ("train-policy", {"adapter_heads": 4, "head_layers": 0}, {"head_layers": 1}, None),  # not a setting of it
+        ("train-policy", {"accumulation": 2}, {"accumulation": 8}, "--accumulation 8"),
+        ("train-policy", {"accumulation": 8}, {"accumulation": 32}, "--accumulation 32"),  # of 4 completions each
+        ("train-policy", {"accumulation": 32}, {"accumulation": 64}, None),
+    ],
+)
+def test_every_change_is_known_by_its_option(
+    training: str, settings: dict[str, Any], fits: dict[str, Any], change: str | None, tiny_model: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Of a training that fits with certain settings, and no others. "": it fits as it is."""
+
+    def needs(config: plan.Config, _: object) -> Memory:
+        fine = all(getattr(config, name) == value for name, value in fits.items())
+        return Memory({"weights": GIB}, {"update": {"activations": 0 if fine else 1000 * GIB}})
+
+    monkeypatch.setattr(plan, "TRAININGS", {training: needs})
+    whole = {"prompts_per_step": 16, "num_minibatches": 2, "completions_per_prompt": 4, "head_layers": 3, **settings}
+    found = plan.plan_of(plan.Config(model=tiny_model, **whole))
+    assert found.fits == (change == "")
+    assert found.changes == ({} if change == "" else {training: (change,) if change else None})
+
+
+def test_adapters_of_heads_cannot_be_spread(tiny_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", tiny_model, "--adapter-heads", "4", "--shard"]) == 2
+    assert capsys.readouterr().err == "poise: --adapter-heads does not go with --shard: leave one of them out\n"
 
 
 def test_a_model_that_is_none_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import transformers
@@ -100,3 +101,88 @@ def test_chat_speaks_with_the_adapters_of_a_run(tiny_model: str, tmp_path: Path)
     (tmp_path / "new" / "config.yaml").touch()
     with pytest.raises(PoiseError, match="the run is not finished"):
         chat.Talker(chat.Config(str(tmp_path / "new")))
+
+
+def typed(lines: list[str], patch: pytest.MonkeyPatch) -> list[str]:
+    """Stands for a terminal in which the lines are typed, and then Ctrl-D. The prompts that were shown."""
+    shown, waiting = [], iter(lines)
+
+    def read(prompt: str) -> str:
+        shown.append(prompt)
+        try:
+            return next(waiting)
+        except StopIteration:
+            raise EOFError from None
+
+    patch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    patch.setattr("builtins.input", read)
+    return shown
+
+
+def test_chat_in_a_terminal_begins_anew_when_asked(
+    tiny_model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = typed(["hello", "/new", "hello"], monkeypatch)
+    chat.run(chat.Config(tiny_model, max_tokens=3, temperature=0.0))
+    hint, first, second, *rest = capsys.readouterr().out.splitlines()
+    assert hint == "Ctrl-D ends, /new begins anew."
+    assert second == first  # as in a new conversation, and nothing was answered to /new
+    assert (rest, shown) == ([""], ["> "] * 4)
+
+
+def test_a_system_turn_needs_a_chat_template(tiny_model: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "plain")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = None
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(folder)
+    assert chat.Talker(chat.Config(str(folder), max_tokens=2, temperature=0.0)).tokenizer.chat_template is None
+    with pytest.raises(PoiseError, match=r"^--system needs a model with a chat template$"):
+        chat.Talker(chat.Config(str(folder), system="Be brief."))
+
+
+def test_inspect_in_a_terminal_asks_for_prompts_and_completions(
+    reward: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = typed(["Review a film.", "good", "", "", "Review a phone.", "bad"], monkeypatch)
+    inspect.run(inspect.Config(str(reward)))
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if line.startswith("completion ")] == [
+        "completion 'good'", "completion 'bad'",
+    ]  # fmt: skip
+    prompt, completion = "prompt> ", "completion> "
+    assert shown == [prompt, completion, completion, prompt, prompt, completion, completion]
+
+
+def test_inspect_shows_of_each_kind_of_heads_the_uncertainties_it_has(reward: Path) -> None:
+    sample, seen = Sample("Review a film.", "good"), {}
+    for kind in ("single", "posterior", "brme"):
+        scorer = Scorer.load(str(reward / kind))
+        found = inspect.describe(scorer, sample)
+        text = inspect.as_text(found)
+        seen[kind] = {name for name in ("disagreement", "routing_std", "total_std", "last_layer_std") if name in found}
+        assert all(f"  {name:<15} +" in text for name in seen[kind])
+        assert ("±" in text) == (kind == "brme")
+        if kind == "single":
+            assert found["average"] == found["worst_case"] == found["mean"][0]
+        if kind == "posterior":
+            assert scorer.last_layer is not None
+            assert found["last_layer_std"] == scorer.last_layer.std(scorer.extract([sample])).item() > 0
+    assert seen == {
+        "single": set(), "posterior": {"disagreement", "last_layer_std"},
+        "brme": {"disagreement", "routing_std", "total_std"},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("heads", "shown"), [(9, 9), (10, 8), (64, 8)])
+def test_of_many_heads_the_first_are_shown(heads: int, shown: int) -> None:
+    found = {"completion": "x", "tokens": 3, "lost": 0, "mean": [0.5] * heads, "std": [0.1] * heads}
+    text = inspect.as_text(found)
+    assert text.count("  head ") == shown
+    assert (f"  … {heads - 8} more heads" in text) == (shown < heads)
+
+
+def test_a_row_that_is_no_object_is_named_by_its_line(reward: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe('{"prompt": "Review.", "completion": "good"}\n[1]\n', monkeypatch)
+    with pytest.raises(PoiseError, match=r"^line 2 of the input: no object$"):
+        inspect.run(inspect.Config(str(reward)))

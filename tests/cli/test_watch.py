@@ -1,6 +1,7 @@
 """`poise watch`: what it serves, to whom, and that it follows a run that goes on."""
 
 import http.client
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import yaml
 
 from poise.cli import watch
 from poise.errors import PoiseError
-from poise.reports import live
+from poise.reports import live, run_pages
 from poise.runtime.run_folder import append_jsonl, write_json
 
 
@@ -28,7 +29,7 @@ def run(tmp_path: Path) -> Path:
 @pytest.fixture
 def port(run: Path) -> Iterator[int]:
     with watch.server(watch.Config(folders=(str(run),), port=0)) as serving:
-        thread = threading.Thread(target=serving.serve_forever)
+        thread = threading.Thread(target=serving.serve_forever, args=(0.01,))
         thread.start()
         yield serving.server_port
         serving.shutdown()
@@ -85,3 +86,31 @@ def test_a_page_that_cannot_be_made_does_not_stop_a_run(tmp_path: Path) -> None:
     with live.refreshed(tmp_path, seconds=0.01):
         threading.Event().wait(0.1)
     assert not (tmp_path / "report.html").exists()
+
+
+def test_a_page_is_made_again_only_when_something_was_written(
+    run: Path, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def html(folders: list[Path]) -> str:
+        made.append(folders)
+        return f"page {len(made)}"
+
+    monkeypatch.setattr(run_pages, "html", html)
+    assert [get(port)[1] for _ in range(3)] == ["page 1"] * 3
+    os.utime(run / "metrics.jsonl", (2e9, 2e9))
+    assert get(port, "/report.html?now")[1] == "page 2"
+    assert made == [[run]] * 2
+
+
+def test_a_page_that_cannot_be_made_now_is_asked_for_again(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def html(_: list[Path]) -> str:
+        raise PoiseError("results.json is half written")
+
+    monkeypatch.setattr(run_pages, "html", html)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("GET", "/")
+    answer = connection.getresponse()
+    assert (answer.status, answer.headers["Refresh"]) == (503, "5")
+    assert answer.read() == b"results.json is half written; load again"

@@ -1,6 +1,8 @@
 """Contracts with real TRL trainers: rewards as scored by hand, logs that average right, runs that survive a kill."""
 
+import dataclasses
 import json
+import math
 import os
 import pickle
 from collections.abc import Callable
@@ -22,12 +24,15 @@ from forked import launched
 from poise.data.types import Sample
 from poise.errors import PoiseError
 from poise.functional.monitor import Monitor, MonitorConfig
+from poise.functional.objectives import HeadRewards, RewardScale
 from poise.integrations import trl_reward as adapter
+from poise.integrations.trl_http import ServedReward
 from poise.integrations.trl_reward import MonitorCallback, RobustReward, as_sample, policy_metrics
 from poise.integrations.trl_trainers import TrlSettings, make_trainer, steps_kept, train
 from poise.models.chat_format import encode_prompt
 from poise.models.loading import load_policy
 from poise.models.scorer import Scorer
+from poise.policy.config import Config as PolicyConfig
 from poise.runtime.checkpoints import latest_checkpoint
 
 PROMPTS = [f"Review the {thing}." for thing in ("film", "phone", "pan", "kettle")]
@@ -481,3 +486,84 @@ def test_the_alarm_stops_a_run_and_its_state_is_kept(
     assert MonitorCallback.from_state(saved).state() == stopping.state()
     run(how, tiny_model, reward_run, tmp_path, callbacks=[logging])  # goes on where the other stopped
     assert logging.monitor.state()["steps"] == 4
+
+
+def alarmed(action: Any, rewards: list[float]) -> tuple[MonitorCallback, list[bool]]:
+    """A callback after these steps, whose KL is 0 at first, and very large after the sixth; did it ask to stop?"""
+    callback, stops = MonitorCallback(Monitor(MonitorConfig(threshold=1.0)), action), []
+    for step, reward in enumerate(rewards):
+        control = SimpleNamespace(should_training_stop=False)
+        logs = {"reward": reward, "kl": 1e6 if step > 5 else 0.0, "completions/mean_length": 10.0}
+        callback.on_log(None, SimpleNamespace(global_step=step, is_world_process_zero=True), control, logs)
+        stops.append(control.should_training_stop)
+    return callback, stops
+
+
+@pytest.mark.parametrize("action", ["log", "stop"])
+def test_an_alarm_is_said_once_and_stops_if_it_should(action: str, capsys: pytest.CaptureFixture[str]) -> None:
+    callback, stops = alarmed(action, [0.0] * 8)
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("signs of over-optimization") == 1
+    assert "step 6: signs of over-optimization, score" in said
+    assert callback.reading.alarm
+    assert stops == [False] * 6 + [action == "stop"] * 2
+    callback.on_log(None, SimpleNamespace(global_step=9), None, {"eval_loss": 1.0})  # no step of training
+
+
+def test_a_callback_goes_on_with_the_monitor_of_its_checkpoint() -> None:
+    whole, _ = alarmed("log", [0.0] * 8)
+    kept = {"MonitorCallback": json.loads(json.dumps(whole.state()))}
+    later, fresh = (MonitorCallback(Monitor(MonitorConfig(threshold=1.0))) for _ in range(2))
+    later.on_train_begin(None, SimpleNamespace(stateful_callbacks=kept, global_step=8), None)
+    fresh.on_train_begin(None, SimpleNamespace(stateful_callbacks=kept, global_step=0), None)
+    assert later.monitor.state() == whole.monitor.state()
+    assert fresh.monitor.state() == Monitor(MonitorConfig(threshold=1.0)).state()
+
+
+def test_a_reward_that_is_not_finite_names_its_text() -> None:
+    scorer: Any = Scorer.__new__(Scorer)
+    heads = HeadRewards(torch.tensor([[1.0], [math.nan]]), torch.zeros(2, 1))
+    reward = RobustReward("rm", "mean", "", 0, -math.inf, math.inf)
+    reward._scorer = scorer
+    scorer.extract = SimpleNamespace(num_truncated=0)
+    reward.fitted = RewardScale((0.0,), 0.0, 1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Scorer, "__call__", lambda *_: heads)
+        with pytest.raises(PoiseError, match=r"the reward of .*'an odd text'.* is not finite"):
+            reward(["p", "p"], ["fine", "an odd text"])
+
+
+def test_without_trl_its_algorithms_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    grpo = PolicyConfig(algorithm="grpo")
+    known = {field.name: getattr(grpo, field.name) for field in dataclasses.fields(TrlSettings)}
+    with pytest.raises(PoiseError, match=r"^--algorithm grpo needs TRL: pip install 'poise-rlhf\[trl\]'$"):
+        TrlSettings(**known)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "turns", "text"),
+    [
+        ("p", "c", "p", "c"),
+        ("p", [{"role": "assistant", "content": "c"}], "p", "c"),
+        (
+            "p", [{"role": "assistant", "content": "call"}, {"role": "tool", "content": "4"},
+                  {"role": "assistant", "content": "c"}],
+            [{"role": "user", "content": "p"}, {"role": "assistant", "content": "call"},
+             {"role": "tool", "content": "4"}], "c",
+        ),
+    ],
+)  # fmt: skip
+def test_a_served_reward_is_asked_for_the_last_turn(prompt: Any, completion: Any, turns: Any, text: str) -> None:
+    reward, asked, logged = ServedReward("http://127.0.0.1:9"), [], {}
+    reward.client.score = lambda *given: asked.append(given) or [{"reward": 0.5, "mean": [0.75], "std": [0.25]}]  # type: ignore[method-assign]
+    assert reward([prompt], [completion]) == [0.5]
+    assert asked == [(turns, [text])]
+    assert reward([prompt], [completion], log_metric=logged.__setitem__) == [0.5]
+    assert logged == {"poise/reward": 0.5, "poise/head_0": 0.75, "poise/head_std_0": 0.25}
+
+
+@pytest.mark.parametrize("last", [{"role": "tool", "content": "4"}, {"role": "assistant", "content": [{"type": "x"}]}])
+def test_a_served_reward_takes_text_of_the_assistant_alone(last: dict[str, Any]) -> None:
+    with pytest.raises(PoiseError, match=f"must end in text by the assistant, not in a turn of {last['role']}"):
+        ServedReward("http://127.0.0.1:9")(["p"], [[{"role": "assistant", "content": "call"}, last]])

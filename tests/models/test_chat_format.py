@@ -154,6 +154,24 @@ def test_a_prompt_that_depends_on_its_completion_is_one_line() -> None:
         completion_text(tokenizer, "Hi", "zebra")
 
 
+@pytest.mark.parametrize(
+    ("wants_parts", "said"),
+    [
+        ("user", "writes nothing of a turn that is plain text"),
+        ("assistant", "writes nothing of an answer that is plain"),
+    ],
+)
+def test_a_template_that_drops_plain_text_is_one_line(wants_parts: str, said: str) -> None:
+    """As some of image models do, which want lists of parts."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{% if m['role'] != '" + wants_parts + "' %}{{ m['content'] }}"
+        "{% elif m['content'] is not string %}{{ m['content'][0]['text'] }}{% endif %}<|im_end|>{% endfor %}"
+    )
+    with pytest.raises(PoiseError, match=f"^the chat template {said}.*; use another tokenizer$"):
+        prompt_text(tokenizer, "Hi")
+
+
 def test_without_a_template_nothing_is_added() -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = None

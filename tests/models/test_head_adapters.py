@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,12 @@ def test_a_checkpoint_knows_its_adapters(tiny_model: str, tmp_path: Path) -> Non
     assert heads_fingerprint(str(one)) != heads_fingerprint(str(other))
     assert not same_trunk(one, other)
     assert not Scorer.load(str(one)).shares_trunk_with(Scorer.load(str(other)))
+    for folder in (one, other):
+        shutil.rmtree(folder / FOLDER)
+    weights = load_file(other / "model.safetensors")
+    assert same_trunk(one, one)
+    save_file({name: t for name, t in weights.items() if "norm" not in name}, other / "model.safetensors")
+    assert not same_trunk(one, other)  # a weight less
 
 
 def _without_a_tensor(folder: Path) -> None:

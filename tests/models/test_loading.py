@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from conftest import make_model, make_tokenizer
 from poise.data.types import Sample
 from poise.errors import PoiseError
-from poise.models import reward_model
-from poise.models.context import steady_context_length
-from poise.models.loading import load_policy, pad_apart
+from poise.models import loading, reward_model
+from poise.models.context import room_or_raise, steady_context_length
+from poise.models.loading import load_policy, load_tokenizer, pad_apart, resolve_model
 from poise.models.model_folder import check_model
 from poise.models.policy import Policy
 from poise.models.reward_model import load_reward_model, load_trunk
@@ -229,6 +229,76 @@ def test_the_one_token_without_a_row_of_its_own_may_be_the_padding() -> None:
     assert model.config.pad_token_id == rows == model.get_input_embeddings().num_embeddings - 1
 
 
+def test_a_tokenizer_of_another_model_cannot_be_padded() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = tokenizer.unk_token = "<|endoftext|>"  # nothing is left to pad with
+    settings = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    small, large = (
+        transformers.AutoModelForCausalLM.from_config(
+            transformers.LlamaConfig(**settings, vocab_size=len(tokenizer) + n)
+        )
+        for n in (-1, 1)
+    )
+    with pytest.raises(
+        PoiseError, match=r"its 259 tokens are more than the 258 of the model; tokenizer and model are of"
+    ):
+        pad_apart(tokenizer, small)
+    pad_apart(tokenizer, large)
+    assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<|pad|>", 259)
+    assert large.config.pad_token_id == 259
+    assert large.get_input_embeddings().num_embeddings == 260  # there was a row for it
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("requires you to execute custom code; set the option", r"has code of its own, which Poise never runs$"),
+        ("vocab is broken\nat line 3", r"no usable tokenizer in x: vocab is broken$"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_read_is_one_line(message: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise ValueError(message)
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", refused)
+    with pytest.raises(PoiseError, match=said):
+        load_tokenizer("x")
+
+
+@pytest.mark.slow  # transformers imports every configuration for its message
+def test_a_model_of_another_kind_is_named_by_its_type(tmp_path: Path) -> None:
+    transformers.ViTConfig().save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(PoiseError, match=r"cannot load .* as a language model: transformers has none of the type vit$"):
+        load_policy(str(tmp_path))
+
+
+def test_a_model_comes_from_its_folder_the_hub_or_the_package(
+    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default one from what was converted before, rather than from the network."""
+    found: dict[bool, str | None] = {True: None, False: None}
+    asked: list[bool] = []
+
+    def snapshot(_: str, *, local_only: bool) -> str | None:
+        asked.append(local_only)
+        return found[local_only]
+
+    monkeypatch.setattr(loading, "_hub_snapshot", snapshot)
+    monkeypatch.setenv("POISE_CACHE", str(tmp_path))
+    assert resolve_model(tiny_model) == tiny_model
+    assert asked == []
+    with pytest.raises(PoiseError, match="model 'org/m' is neither a local folder nor reachable on the model hub"):
+        resolve_model("org/m")
+    found[False] = "from the network"
+    assert resolve_model("org/m") == resolve_model(loading.DEFAULT_MODEL) == "from the network"
+    converted = tmp_path / loading._CONVERTED
+    converted.mkdir(parents=True)
+    assert resolve_model(loading.DEFAULT_MODEL) == str(converted)
+    found[True] = "from the cache"
+    assert resolve_model("org/m") == resolve_model(loading.DEFAULT_MODEL) == "from the cache"
+
+
 @pytest.mark.parametrize(
     ("text", "why"), [("{broken", "is not JSON"), ('{"eos_token_id": [2, "<|im_end|>"]}', "must be a token's number")]
 )
@@ -317,6 +387,12 @@ def test_the_steady_context_of_every_kind_of_positions_is_known() -> None:
         ),
     ):
         assert steady_context_length(SimpleNamespace(**found)) == expected
+    beyond = "the 64 tokens beyond which longrope changes the positions of a whole batch; shorten the prompt"
+    for parameters, limit in ((rope, beyond), ({}, "the model's context of 256; shorten the prompt or --max-tokens")):
+        config = SimpleNamespace(max_position_embeddings=256, rope_parameters=parameters)
+        room_or_raise(50, 14, config)
+        with pytest.raises(PoiseError, match=f"a prompt of 250 tokens and 14 new ones exceed {limit}"):
+            room_or_raise(250, 14, config)
 
 
 # ---- adapters ----

@@ -16,11 +16,12 @@ from conftest import make_model, rest_slow
 from forked import in_processes
 from poise.errors import PoiseError
 from poise.models import rollout as rollouts
+from poise.models.drawing import draw
 from poise.models.loading import load_policy
 from poise.models.policy import Policy
-from poise.models.rereading import check_rereading
+from poise.models.rereading import check_rereading, has_plain_head
 from poise.models.reward_model import load_trunk
-from poise.models.rollout import Rollout, draw, packed_attention, uniforms
+from poise.models.rollout import Rollout, packed_attention, uniforms
 from poise.runtime import distributed as processes
 
 PROMPTS = ["Review a film.", [{"role": "user", "content": "And now review a phone, please."}]]
@@ -158,6 +159,13 @@ def test_entropy_is_that_of_the_distribution(tiny_model: str) -> None:
     ids = rollout.prompt_ids_PL[1][rollout.prompt_mask_PL[1].bool()]
     probability = policy.model(input_ids=ids[None]).logits[0, -1].softmax(-1)
     assert entropy[1, 0, 0].item() == pytest.approx(-(probability * probability.log()).sum().item(), abs=1e-4)
+
+
+def test_a_head_with_a_bias_is_no_plain_one(tiny_model: str) -> None:
+    model, _ = load_policy(tiny_model)
+    assert has_plain_head(model)
+    model.get_output_embeddings().bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size))
+    assert not has_plain_head(model)
 
 
 def test_capped_logits_are_seen(tmp_path: Path, tiny_model: str) -> None:
@@ -376,6 +384,59 @@ def test_in_bfloat16_the_rounding_that_is_allowed_is_measured() -> None:
     for sampling, reading in ((0.046, 0.2), (0.0, 0.02), (1.0, 0.4), (0.046, math.nan)):
         with pytest.raises(PoiseError, match=r"differ by .* nats"):
             read_with_errors(sampling, reading)
+
+
+@pytest.mark.parametrize("kind", rest_slow([{"tune": "full", "value_trunk": "own"}, {}]), ids=str)
+def test_a_policy_spread_over_two_processes_says_what_a_whole_one_says(
+    tiny_model: str, kind: dict[str, Any], tmp_path: Path
+) -> None:
+    def facts(policy: Policy) -> dict[str, Any]:
+        rollout = sample(policy)
+        with torch.no_grad():
+            read = policy.evaluate(rollout)
+        return {
+            "ids": rollout.completion_ids_PMT, "logprob": rollout.logprob_PMT, "value": rollout.value_PMT,
+            "read": read.logprob * rollout.mask_PMT, "reference": policy.reference_logprobs(rollout),
+        }  # fmt: skip
+
+    def work(_rank: int) -> dict[str, Any]:
+        policy = make_policy(tiny_model, 1, **kind)
+        before = policy.is_spread
+        policy.spread()
+        layers = [p for p in policy.model.parameters() if hasattr(p, "to_local")]
+        share = sum(p.to_local().numel() for p in layers) / sum(p.numel() for p in layers)
+        spread = policy.is_spread
+        found = facts(policy)
+        with policy.whole():
+            assert not policy.is_spread
+            for _ in range(1 + _rank):  # each may compute for itself
+                alone = sample(policy).completion_ids_PMT
+        names = set(policy.trained_parameters())
+        return found | {"spread": (before, spread, policy.is_spread), "share": share, "alone": alone, "names": names}
+
+    whole = make_policy(tiny_model, 1, **kind)
+    whole.spread()  # of one process nothing is spread
+    expected = facts(whole)
+    for found in in_processes(2, work, tmp_path):
+        assert found["spread"] == (False, True, True)
+        assert found["share"] == pytest.approx(0.5, abs=0.01)
+        assert found["names"] == set(whole.trained_parameters())
+        assert torch.equal(found["ids"], expected["ids"])
+        assert torch.equal(found["alone"], expected["ids"])
+        for name in ("logprob", "value", "read", "reference"):
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=2e-5)
+
+
+def test_copies_that_cannot_enter_a_layer_are_not_spread(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "gpt2", "gpt2")
+
+    def work(_rank: int) -> str:
+        with pytest.raises(PoiseError) as caught:
+            make_policy(model, 1, value_trunk="own").spread()
+        return str(caught.value)
+
+    said = "--shard: this model's own values and its reference need --adapted-layers 0"
+    assert in_processes(2, work, tmp_path) == [said] * 2
 
 
 @pytest.mark.parametrize("low", [False, True])

@@ -122,6 +122,8 @@ def test_the_layout_equals_one_worked_out_by_hand() -> None:
     heads = layout.decode(torch.tensor([3.0, 4.0, 0.5, -50.0]))
     assert heads.mean.tolist() == [2.0, 4.0]
     assert heads.std.tolist() == pytest.approx([0.1 + 0.693147, 0.1])
+    with pytest.raises(PoiseError, match="has 2 labels but its poise block says 2 gaussian heads, which need 4"):
+        layout.decode(torch.zeros(3, 2))
 
 
 @pytest.mark.parametrize("objective", ["nominal", "tradeoff(0.4)", "tradeoff", "expected_tradeoff(0.4)"])

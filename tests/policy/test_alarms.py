@@ -52,6 +52,15 @@ def test_an_alarm_ends_the_run_where_it_should(action: OnAlarm, said: str, capsy
     assert said in (shown.out + shown.err).replace("\n", " ")
 
 
+def test_other_processes_do_the_same_and_say_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    alarms, kl_coefs = watched("pessimism", [LOUD])
+    assert (kl_coefs, alarms.pessimism) == ([1.0], 1)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_policy_looks_safe_below_half_the_threshold_and_before_any_alarm() -> None:
     alarms = Alarms("log", 2.0)
     for score, safe in ((0.99, True), (1.0, False), (3.0, False), (0.0, True)):

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -329,7 +330,7 @@ def test_a_whole_model_run_is_that_model(training: train_policy.Config, config: 
 
 
 def test_the_same_is_not_asked_twice(
-    config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model: str
+    config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("POISE_CACHE", str(tmp_path / "cache"))
     first = evaluate_policy.run(config).results
@@ -349,6 +350,16 @@ def test_the_same_is_not_asked_twice(
         assert again == first
         assert evaluate_policy.run(config).results == first  # a finished run, which does not even look
     assert asked == []
+    kept = sorted((tmp_path / "cache" / "benchmarks").glob("*.json"))
+    assert len(kept) == 2 * 3
+    for number, path in enumerate(kept):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"num_truncated": number}))
+    capsys.readouterr()
+    evaluate_policy.run(dataclasses.replace(config, output=str(tmp_path / "truncated")))
+    told = re.findall(
+        r": (\d+) requests are longer than the model's context", " ".join(capsys.readouterr().err.split())
+    )
+    assert sum(map(int, told)) == sum(range(2 * 3))
     fewer = dataclasses.replace(config, output=str(tmp_path / "fewer"), tasks=("piqa",), policies=(), rows=19)
     evaluate_policy.run(fewer)
     assert asked == ["piqa"]

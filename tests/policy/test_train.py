@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ from poise.models.scorer import Scorer, generated
 from poise.policy import ladder
 from poise.policy import loop as training
 from poise.policy import train as train_policy
+from poise.policy.alarms import Alarms
 from poise.policy.ladder import Ladder, kept_policy
 from poise.policy.reward import std_interval
 from poise.policy.train import Config
@@ -121,6 +123,36 @@ def test_the_kl_budget_ends_a_run_below_it(config: Config, capsys: pytest.Captur
         train_policy.run(dataclasses.replace(stormy, num_steps=20))
 
 
+def test_a_run_above_its_kl_budget_ends_where_it_was_below(
+    config: Config, reward_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After one update the policy is above: it is the initial one again, in weights, rows, units and what is said."""
+    settings = dataclasses.replace(
+        config, learning_rate=0.05, max_kl=1e-4, save_every=1, validator=str(reward_folder / "single")
+    )
+    run = Run.open(settings.output, settings)
+    first = training.Training(settings, run, prompts_of(settings))
+    start = {name: parameter.clone() for name, parameter in first.policy.trained_parameters().items()}
+    assert first.validator is not None
+    units = first.validator.state()
+    out = train_policy.run(settings)
+    assert out.results is not None
+    assert (out.results["steps"], out.results["ended_by"]) == (0, "max_kl")
+    assert out.metrics() == []
+    assert out.results["kl"] == pytest.approx(0, abs=1e-4)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "step 1: KL" in said
+    assert "is above --max-kl 0.0001; going back to a checkpoint below" in said
+    again = training.Training(settings, run, prompts_of(settings))
+    assert again.alarms.ended == "max_kl"
+    assert again.validator is not None
+    assert again.validator.state() == units
+    assert all(torch.equal(start[name], value) for name, value in again.policy.trained_parameters().items())
+    with pytest.raises(PoiseError, match=r"was ended by --max-kl 0.0001; more --num-steps do not make it go on"):
+        train_policy.run(dataclasses.replace(settings, num_steps=20))
+    assert set(json.loads((run.folder / "inputs.json").read_text())) >= {"--validator", "--reward", "--prompts"}
+
+
 @pytest.mark.slow
 def test_the_ladder_keeps_the_first_policy_at_each_rung(config: Config) -> None:
     """Each is the policy whose completions have the KL of its row: the one that a run of as many steps ends with."""
@@ -144,7 +176,7 @@ def test_the_ladder_keeps_the_first_policy_at_each_rung(config: Config) -> None:
     assert kept_policy(out.folder, 1e6) is None
 
 
-def test_a_step_past_several_rungs_is_kept_at_the_highest(tmp_path: Path) -> None:
+def test_a_step_past_several_rungs_is_kept_at_the_highest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Saved(Policy):
         def __init__(self) -> None: ...
 
@@ -162,6 +194,11 @@ def test_a_step_past_several_rungs_is_kept_at_the_highest(tmp_path: Path) -> Non
     keep_rows_before(tmp_path / "ladder.jsonl", 3)
     kept.drop_unlisted()
     assert [place.name for place in (tmp_path / "ladder").iterdir()] == ["kl-10"]
+    monkeypatch.setenv("RANK", "1")  # another process of the run, which writes nothing and knows the rung
+    other = Ladder(tmp_path / "other", (5.0,))
+    other.keep(Saved(), 0, 6.0)
+    assert other.reached == 5.0
+    assert not (tmp_path / "other").exists()
 
 
 def same_weights(one: Path, other: Path) -> bool:
@@ -625,6 +662,28 @@ def test_rewards_against_baselines_equal_those_worked_out_by_hand(config: Config
     assert 0 < clipped < 8
 
 
+def test_baselines_of_a_run_that_goes_on_are_those_it_sampled(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(config, shaping="contrastive", baselines_per_prompt=2, objective="mean")
+    run, sampled = Run.open(config.output, config), []
+    first = training.Training(config, run, prompts_of(config))
+    rows = list(read_rows(run.folder / "baselines.jsonl"))
+    assert [len(row["completions"]) for row in rows] == [2] * 4
+    first.step = 1  # rows of the step that a checkpoint follows are kept
+    first.save()
+    again = training.Training(config, run, prompts_of(config))
+    sample = Policy.sample
+
+    def noted(self: Policy, prompts: list[Any], *arguments: Any, **options: Any) -> Any:
+        sampled.append(prompts)
+        return sample(self, prompts, *arguments, **options)
+
+    monkeypatch.setattr(Policy, "sample", noted)
+    again.one_step()
+    assert len(sampled) == 1  # the step's completions, and no baseline
+    assert list(read_rows(run.folder / "baselines.jsonl")) == rows
+    assert parameter(again.reward.objective) is None
+
+
 @pytest.mark.slow
 def test_baselines_are_sampled_once_for_each_prompt(config: Config) -> None:
     out = train_policy.run(dataclasses.replace(config, shaping="par", num_steps=6))
@@ -688,7 +747,7 @@ def test_the_interval_of_the_unit_covers_the_truth() -> None:
 
 
 def test_the_interval_of_the_unit_is_logged_and_kept(config: Config) -> None:
-    out = train_policy.run(dataclasses.replace(config, completions_per_prompt=2))
+    out = train_policy.run(dataclasses.replace(config, completions_per_prompt=2, num_steps=2))
     assert out.results is not None
     low, high = out.results["scale_std_interval"]
     assert low < out.results["scale"]["std"] < high
@@ -757,7 +816,7 @@ def test_kl_coefficient_adapts_to_its_target(config: Config) -> None:
 
 
 def test_a_step_ends_when_it_has_moved_far_enough(config: Config) -> None:
-    rows = train_policy.run(dataclasses.replace(config, max_step_kl=1e-9, learning_rate=1e-2)).metrics()
+    rows = train_policy.run(dataclasses.replace(config, max_step_kl=1e-9, learning_rate=1e-2, num_steps=2)).metrics()
     assert all(row["updates"] < 4 for row in rows)
 
 
@@ -806,6 +865,28 @@ def alarmed_at(*steps: int) -> Callable[..., Reading]:
         return Reading(2.0 if fires else 0.1, fires, {})
 
     return update
+
+
+def test_after_an_alarm_a_run_goes_back_to_its_last_safe_step(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(config, save_every=1, on_alarm="rollback", learning_rate=1e-2)
+    monkeypatch.setattr(Monitor, "update", alarmed_at(1))
+    out = train_policy.run(config)
+    assert out.results is not None
+    assert (out.results["steps"], out.results["ended_by"]) == (1, "rollback")
+    assert [row["step"] for row in out.metrics()] == [0]
+    saved, safe = (load_file(out.folder / f"{name}.safetensors") for name in ("checkpoint", "safe"))
+    assert all(torch.equal(saved[name], safe[name]) for name in safe)
+
+
+def test_every_alarm_makes_the_objective_more_pessimistic() -> None:
+    run: Any = SimpleNamespace(
+        config=SimpleNamespace(final_parameter=None), alarms=Alarms("pessimism", 1.0), step=0,
+        _first_objective=parse_objective("tradeoff(0.4)"),
+    )  # fmt: skip
+    found = []
+    for run.alarms.pessimism in range(3):
+        found.append(parameter(training.Training._objective(run)))
+    assert found == pytest.approx([0.4, 0.2, 0.1])
 
 
 @pytest.mark.slow
@@ -891,6 +972,21 @@ def test_a_full_disk_leaves_the_last_checkpoint(config: Config, tmp_path: Path) 
     with safe_open(folder / "checkpoint.safetensors", "pt") as file:
         assert json.loads(file.metadata()["run"])["step"] == 1
     assert not list(folder.glob(".*partial"))
+
+
+def test_a_request_to_stop_ends_the_step_and_saves_it(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    one_step = training.Training.one_step
+
+    def interrupted(self: training.Training) -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return one_step(self)
+
+    monkeypatch.setattr(training.Training, "one_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_policy.run(dataclasses.replace(config, save_every=4))
+    with safe_open(Path(config.output) / "checkpoint.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["run"])["step"] == 1
+    assert [row["step"] for row in Run(Path(config.output)).metrics()] == [0]
 
 
 @pytest.mark.slow

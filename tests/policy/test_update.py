@@ -394,6 +394,12 @@ def test_a_learner_that_was_saved_goes_on_bitwise(tmp_path: Path) -> None:
         assert torch.equal(mine, theirs)
 
 
+def test_of_several_processes_one_writes_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    learner(case().policy).save(tmp_path / "learner.safetensors", {})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_learner_saved_before_its_first_step_is_one_that_starts(tmp_path: Path) -> None:
     whole, later = case(), case()
     learner(whole.policy).save(tmp_path / "learner.safetensors", {})
@@ -428,6 +434,28 @@ def test_the_penalty_for_a_completion_that_never_ended_is_subtracted() -> None:
     heads = HeadRewards(torch.tensor([[1.0, 2.0], [4.0, 5.0]]), torch.zeros(2, 2))
     score = Training._score(run, heads, ended=torch.tensor([1.0, 0.0]))
     assert score.tolist() == pytest.approx([0.5, 2.0 - 3.0])
+
+
+@pytest.mark.parametrize(
+    ("norm", "scale", "scores"),
+    [
+        ("initial", (0.5, 2.0), [-0.25, 0.25, 0.75]),
+        ("batch", (1.0, 1.0), [-1.0, 0.0, 1.0]),  # rewards 0, 1, 2
+        ("running", (0.8, 1.3038404), [-0.6135720, 0.1533930, 0.9203580]),  # after -1 and 2: of five, 0.8 and 1.7^½
+    ],
+)
+def test_the_scale_moves_as_the_settings_say(norm: str, scale: tuple[float, float], scores: list[float]) -> None:
+    """By hand. At the start there were the rewards -1 and 2, for the first case with another scale."""
+    reward = PolicyReward(object.__new__(Scorer), parse_objective("mean"))
+    reward.scale = RewardScale((0.0,), 0.5, 2.0 if norm == "initial" else 4.5**0.5, count=2)
+    run: Any = SimpleNamespace(
+        config=SimpleNamespace(reward_norm=norm, missing_eos_penalty=0.0), reward=reward,
+        _objective=lambda: reward.objective,
+    )  # fmt: skip
+    heads = HeadRewards(torch.tensor([[0.0], [1.0], [2.0]]), torch.zeros(3, 1))
+    found = Training._score(run, heads, ended=torch.ones(3))
+    assert (reward.scale.mean, reward.scale.std) == pytest.approx(scale)
+    assert found.tolist() == pytest.approx(scores)
 
 
 # ---- several processes ----

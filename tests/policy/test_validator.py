@@ -61,6 +61,18 @@ def test_units_are_those_of_the_start() -> None:
     assert "transfer" not in watching.metrics(HeadRewards(10 + 4 * start, zeros), HeadRewards(start, zeros))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_reward_that_is_not_finite_is_refused_with_the_validator_s_name(value: float) -> None:
+    watching = Validator.__new__(Validator)
+    watching.path, watching.objective = "their/rm", mean
+    numbers = torch.tensor([[1.0], [2.0], [3.0]])
+    watching.scorer = lambda samples: HeadRewards(numbers[: len(samples)], torch.zeros(len(samples), 1))  # type: ignore[assignment]
+    assert torch.equal(watching.heads(["a", "b"], [["x", "y"], ["z"]]).mean, numbers)
+    numbers[1] = value
+    with pytest.raises(PoiseError, match=r"^the validator their/rm gives a completion a reward that is not finite$"):
+        watching.heads(["a", "b"], [["x", "y"], ["z"]])
+
+
 @pytest.mark.slow
 def test_a_run_is_watched_and_not_disturbed(
     reward_run: Path, prompts_file: Path, tiny_model: str, tmp_path: Path

@@ -156,6 +156,15 @@ def test_shards_stay_shards(llama_run: Path, tmp_path: Path) -> None:
     assert index["weight_map"]["score.bias"] == index["weight_map"]["score.weight"]
     sizes = [t.numel() * t.element_size() for path in folder.glob("*.safetensors") for t in load_file(path).values()]
     assert index["metadata"]["total_size"] == sum(sizes)
+    place = source / "model.safetensors.index.json"  # other writers leave the size out; a shard may be missing
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"metadata": {}}))
+    bare = export.run(Config(str(source), str(tmp_path / "bare"), "mean"))
+    assert json.loads((bare / place.name).read_text())["metadata"] == {}
+    home = json.loads(place.read_text())["weight_map"]["score.weight"]
+    next(path for path in source.glob("*.safetensors") if path.name != home).unlink()
+    with pytest.raises(PoiseError, match=r"index.json names model-.*\.safetensors, which is not there"):
+        export.run(Config(str(source), str(tmp_path / "less"), "mean"))
+    assert not (tmp_path / "less").exists()
 
 
 # ---- SGLang ----
@@ -182,8 +191,7 @@ def test_sglang_gets_a_zero_bias_that_transformers_ignores(reward_run: Path, sca
 # ---- folders and refusals ----
 
 
-@pytest.mark.parametrize("scalar", rest_slow(["", "mean"]))
-def test_adapters_carry_the_heads(tiny_model: str, preferences_file: Path, tmp_path: Path, scalar: str) -> None:
+def test_adapters_carry_the_heads(tiny_model: str, preferences_file: Path, tmp_path: Path) -> None:
     """The adapter form scores as the merged checkpoint does, and plain PEFT opens it."""
     import peft
 
@@ -195,12 +203,13 @@ def test_adapters_carry_the_heads(tiny_model: str, preferences_file: Path, tmp_p
             posterior_heads=4, head_steps=40,
         )
     )  # fmt: skip
-    folder = export.run(Config(str(run.folder / "brme"), str(tmp_path / "small"), scalar, adapter=True))
-    assert not list(folder.glob("model*.safetensors"))
     merged = Scorer.load(str(run.folder / "brme"))(SAMPLES)
-    loaded = Scorer.load(str(folder))(SAMPLES)
-    expected = mean(merged).unsqueeze(-1) if scalar else merged.mean
-    torch.testing.assert_close(loaded.mean, expected, rtol=0, atol=1e-4)
+    for scalar in ("mean", ""):
+        folder = export.run(Config(str(run.folder / "brme"), str(tmp_path / f"small{scalar}"), scalar, adapter=True))
+        assert not list(folder.glob("model*.safetensors"))
+        loaded = Scorer.load(str(folder))(SAMPLES)
+        expected = mean(merged).unsqueeze(-1) if scalar else merged.mean
+        torch.testing.assert_close(loaded.mean, expected, rtol=0, atol=1e-4)
     base = transformers.AutoModelForSequenceClassification.from_pretrained(
         tiny_model, config=transformers.AutoConfig.from_pretrained(folder)
     )
@@ -212,6 +221,11 @@ def test_adapters_carry_the_heads(tiny_model: str, preferences_file: Path, tmp_p
     torch.testing.assert_close(raw[0, : loaded.mean.shape[1]], loaded.mean[0], rtol=0, atol=1e-4)
     with pytest.raises(PoiseError, match="train it with `--trunk lora`"):
         export.run(Config(str(folder), str(tmp_path / "x"), adapter=True))
+    weights = run.folder / "adapter" / "adapter_model.safetensors"
+    save_file({name: t for name, t in load_file(weights).items() if "score" not in name}, weights, {"format": "pt"})
+    with pytest.raises(PoiseError, match=r"no score\.weight in its safetensors files or its adapters"):
+        export.run(Config(str(run.folder / "brme"), str(tmp_path / "x"), adapter=True))
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.slow
@@ -311,6 +325,7 @@ def test_a_failed_export_leaves_the_old_one(llama_run: Path, tmp_path: Path, mon
         ({"scalar": "head", "head": 5}, "has heads 0 to 4"),
         ({"scalar": "head", "head": -1}, "has heads 0 to 4"),
         ({}, "vLLM serves the checkpoint as it is"),
+        ({"adapter": True, "engine": "sglang"}, "do not go together: export the merged weights"),
     ],
 )
 def test_bad_options_are_refused(llama_run: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -436,6 +451,9 @@ def test_an_upload_carries_no_paths_of_this_machine(
     folder = tmp_path / "rm"
     shutil.copytree(llama_run / "brme", folder)
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": tiny_model, "r": 4}))
+    tokens = json.loads((folder / "tokenizer_config.json").read_text())
+    texts = {"chat_template": "/set/x/then/y", "note": "/a/b/c\n/d/e/f", "place": "/home/me/rm"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokens | texts))
     (folder / "README.md").write_text(f"poise score {folder.resolve()} x.jsonl\nand/or <br/> `/v1/classify`\n")
     sent: dict[str, bytes] = {}
 
@@ -445,6 +463,7 @@ def test_an_upload_carries_no_paths_of_this_machine(
     monkeypatch.setattr(hub, "upload_folder", upload)
     push.run(push.Config(str(folder), "user/rm"))
     assert json.loads(sent["adapter_config.json"]) == {"base_model_name_or_path": Path(tiny_model).name, "r": 4}
+    assert json.loads(sent["tokenizer_config.json"]) == tokens | texts | {"place": "rm"}  # no path is a template
     assert sent["README.md"].decode() == "poise score rm x.jsonl\nand/or <br/> `/v1/classify`\n"
     assert not [name for name, content in sent.items() if str(tmp_path).encode() in content]
     assert sent["model.safetensors"] == (folder / "model.safetensors").read_bytes()

@@ -35,6 +35,13 @@ def test_mean_over_models_equals_the_one_worked_out_by_hand() -> None:
     assert over_rewards([model(0.6)]) == {}
 
 
+def test_means_of_sets_are_taken_with_what_chance_gives() -> None:
+    models = [{"kind": "point", "num_heads": 1, "sets": {"accuracy": a, "over_chance": a - 0.25}} for a in (0.5, 1.0)]
+    over = over_rewards(models)
+    assert {name: one["values"] for name, one in over.items()} == {"accuracy": [0.5, 1], "over chance": [0.25, 0.75]}
+    assert over["accuracy"]["interval"] == pytest.approx([0.75 - 12.7062047 * 0.25, 0.75 + 12.7062047 * 0.25])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_interval_over_few_models_covers_the_truth_as_often_as_it_says(count: int) -> None:

@@ -96,6 +96,15 @@ def test_an_earlier_checkpoint_gets_a_reference(
         assert row["reward"] == pytest.approx(row["mean"][0] - 0.5 * row["distance"], abs=1e-5)
 
 
+def test_reference_texts_that_were_cut_are_counted(
+    copy: Path, preferences_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reference.run(ReferenceConfig(str(copy), preferences=str(preferences_file), max_length=8))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "80 texts lost their oldest tokens (longer than 8)" in said
+    assert "80 reference texts, shrinkage" in said
+
+
 def test_without_a_reference_one_line_says_what_to_do(copy: Path, texts_file: str, run: Path) -> None:
     without_reference(copy)
     with pytest.raises(PoiseError, match="`poise reference CHECKPOINT --preferences FILE` adds them"):

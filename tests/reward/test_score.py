@@ -1,11 +1,14 @@
 """`poise score`: what its columns hold."""
 
 import dataclasses
+import errno
 import gc
 import json
+import os
 import shutil
+import threading
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +182,77 @@ def test_the_file_to_be_scored_is_not_written_over(reward: str, tmp_path: Path) 
     assert file.read_bytes() == before
     with pytest.raises(PoiseError, match=r"\.jsonl or \.parquet, not as \.csv"):
         dataclasses.replace(config, output="scores.csv").check()
+
+
+@pytest.fixture
+def pipe(tmp_path: Path) -> Iterator[Path]:
+    """A FIFO, through which three samples come once; the second one is long."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+
+    def write() -> None:
+        texts = ["good", "x" * 400, "bad"]
+        path.write_text("".join(json.dumps({"prompt": "Review.", "completion": text}) + "\n" for text in texts))
+
+    writing = threading.Thread(target=write, daemon=True)
+    writing.start()
+    yield path
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # whoever has not been read need not wait
+    writing.join(10)
+    os.close(file)
+
+
+def test_what_comes_once_is_scored_and_cuts_are_said(
+    reward: str, pipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = rows_in(score.run(score.Config(reward, str(pipe), output=str(tmp_path / "out.jsonl"))))
+    assert [row["completion"][:4] for row in found] == ["good", "xxxx", "bad"]
+    said = " ".join(capsys.readouterr().err.split())
+    assert "1 of 3 samples lost their oldest tokens (longer than 256)" in said
+    assert "3 completions scored by 5 heads" in said
+    assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_of_what_comes_once_a_stopped_command_leaves_nothing(
+    reward: str, pipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows cannot be gone on after: the input is gone."""
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(score, "_scored", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        score.run(score.Config(reward, str(pipe), output=str(tmp_path / "out.jsonl")))
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_places_that_cannot_be_written_to_are_refused_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(PoiseError, match=r"--output is needed: .*pipe is no file to name the scores after"):
+        score.run(score.Config("no-model", str(tmp_path / "pipe")))
+    (tmp_path / "a.jsonl").mkdir()
+    with pytest.raises(PoiseError, match=r"--output .*a\.jsonl is a folder; name a file"):
+        score.run(score.Config("no-model", "x", output=str(tmp_path / "a.jsonl")))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(PoiseError, match=r"several processes cannot share .*pipe, which is no file; start one"):
+        score.run(score.Config("no-model", str(tmp_path / "pipe"), output=str(tmp_path / "out.jsonl")))
+
+
+def test_a_file_system_without_locks_is_written_to_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(_file: int, _how: int) -> None:
+        raise OSError(errno.ENOLCK, "no locks here")
+
+    monkeypatch.setattr(score_file.fcntl, "flock", flock)
+    file = ScoreFile(tmp_path / "out.jsonl")
+    with file.open({}, 1) as (done, partial):
+        assert done == 0
+        score_file.append(partial, [{"a": 1}])
+    file.finish()
+    assert (tmp_path / "out.jsonl").read_text() == '{"a": 1}\n'
 
 
 @pytest.mark.parametrize("form", rest_slow(["jsonl", "parquet"]))

@@ -1,6 +1,7 @@
 """`poise train-reward`: the three models of a run, what they are worth, and what is refused."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,6 +64,15 @@ def test_a_finished_run_is_not_run_again(finished: train_reward.Run, monkeypatch
     monkeypatch.delattr(train_reward, "load_trunk")
     config = Config(**yaml.safe_load((finished.folder / "config.yaml").read_text()))
     assert train_reward.run(config).results == finished.results
+
+
+@pytest.mark.parametrize("tuned", [{"trunk": "lora"}, {"trunk": "frozen", "stage2_trunk": "lora"}], ids=str)
+def test_models_with_a_trunk_of_their_own_are_not_trained_in_memory(
+    tuned: dict[str, Any], finished: train_reward.Run, preferences_file: Path, tiny_model: str
+) -> None:
+    extract = Scorer.load(str(finished.folder / "single")).extract
+    with pytest.raises(PoiseError, match=r"^reward models with a trunk of their own are trained as runs$"):
+        train_reward.heads_in_memory(Config(str(preferences_file), "x", tiny_model, **tuned), extract)
 
 
 def test_too_little_data_and_bad_settings_are_refused(tmp_path: Path, tiny_model: str) -> None:

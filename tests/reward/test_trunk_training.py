@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from accelerate.data_loader import BatchSamplerShard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils.data import BatchSampler
 
 from conftest import make_model, rest_slow
@@ -102,7 +102,8 @@ def test_loss_equals_the_one_worked_out_by_hand(tiny_model: str, tmp_path: Path)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
-def test_what_is_trained_is_what_is_scored(tmp_path: Path, preferences_file: Path) -> None:
+@pytest.mark.parametrize("again", [False, True])
+def test_what_is_trained_is_what_is_scored(tmp_path: Path, preferences_file: Path, again: bool) -> None:
     """GPT-2 has dropout; the loss of the first step is that of the features that scoring reads."""
     classifier, tokenizer = load_trunk(make_model(tmp_path / "model", "gpt2"), 0)
     pairs = read_preferences(preferences_file)[:8]
@@ -112,7 +113,7 @@ def test_what_is_trained_is_what_is_scored(tmp_path: Path, preferences_file: Pat
         for texts in ([p.chosen for p in pairs], [p.rejected for p in pairs])
     )
     expected = -torch.nn.functional.logsigmoid(chosen - rejected).mean().item()
-    how = settings(device_batch_size=8, learning_rate=1e-9)
+    how = settings(device_batch_size=8, learning_rate=1e-9, gradient_checkpointing=again)
     trunk_training.fine_tune(
         classifier, tokenizer.pad_token_id, token_pairs(extract, pairs), preference_loss(centering=0.0), how,
         tmp_path / "run", packed=True,
@@ -250,6 +251,63 @@ def test_the_last_step_of_an_epoch_is_the_mean_of_its_pairs(
     assert len(losses[0]) == 2
     assert losses[1] == pytest.approx(losses[0], abs=1.1e-4)  # the Trainer rounds to four digits
     assert losses[2] == pytest.approx(losses[0], abs=1.1e-4)
+
+
+def test_pairs_of_other_steps_cost_nothing(tiny_model: str, preferences_file: Path, tmp_path: Path) -> None:
+    """What fills up a process's last batch is read, and neither its loss nor its gradient counts."""
+    trainer = trainer_of(tiny_model, read_preferences(preferences_file)[:4], tmp_path, packed=True)
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    trainer._batches, trainer._batches_read = 2, 0
+    assert trainer.compute_loss(trainer.model, batch).item() > 0
+    for asked in (False, True):
+        trainer._batches_read = 1  # the second of two batches of four, of four pairs
+        found = trainer.compute_loss(trainer.model, batch, return_outputs=asked)
+        loss = found[0] if asked else found
+        trainer.model.zero_grad()
+        loss.backward()
+        assert loss.item() == 0
+        assert all(p.grad is None or not p.grad.any() for p in trainer.model.parameters())
+
+
+def test_a_checkpoint_of_another_model_is_refused(tiny_model: str, preferences_file: Path, tmp_path: Path) -> None:
+    one, other = (trainer_of(tiny_model, read_preferences(preferences_file)[:4], tmp_path, packed=True) for _ in "12")
+    with torch.no_grad():
+        for parameter in one.model.parameters():
+            parameter.add_(1.0)
+    one.save_model(str(tmp_path / "kept"))
+    other._load_from_checkpoint(str(tmp_path / "kept"))
+    for mine, theirs in zip(one.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    save_file({"classifier.more.weight": torch.ones(2)}, tmp_path / "kept" / "model.safetensors")
+    with pytest.raises(PoiseError, match=r"kept is of another model: it holds classifier\.more\.weight"):
+        other._load_from_checkpoint(str(tmp_path / "kept"))
+
+
+def test_a_prompt_that_is_cut_differently_for_both_texts_is_not_shared(tiny_model: str) -> None:
+    classifier, tokenizer = load_trunk(tiny_model, 1)
+    extract = FeatureExtractor(classifier, tokenizer, 30)
+    short, long = Preference("Review a film.", "good", "fine"), Preference("Review a film.", "good", "it was fine")
+    found = token_pairs(extract, [short, long])
+    assert [len(pair.families) for pair in found] == [1, 2]
+    for pair, p in zip(found, (short, long), strict=True):
+        rows = [[*family.prompt, *text] for family in pair.families for text in family.completions]
+        encoded = [extract.encode(Sample(p.prompt, text)) for text in (p.chosen, p.rejected)]
+        assert rows == [[*one.prompt, *one.completion] for one in encoded]
+    assert max(map(len, rows)) == 30
+
+
+def test_a_loss_that_is_not_finite_ends_the_training(tiny_model: str, preferences_file: Path, tmp_path: Path) -> None:
+    classifier, tokenizer = load_trunk(tiny_model, 1)
+    pairs = token_pairs(FeatureExtractor(classifier, tokenizer), read_preferences(preferences_file)[:16])
+
+    def loss(logits: torch.Tensor, _: object) -> torch.Tensor:
+        return logits.sum() * float("nan" if (tmp_path / "run" / "metrics.jsonl").exists() else 1)
+
+    with pytest.raises(PoiseError, match=r"^step 2: the loss or its gradient is not finite; lower --learning-rate$"):
+        trunk_training.fine_tune(
+            classifier, tokenizer.pad_token_id, pairs, loss, settings(), tmp_path / "run", packed=True
+        )
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])

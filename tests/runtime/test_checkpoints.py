@@ -92,3 +92,38 @@ def test_a_failed_write_keeps_the_tensors_of_before(tmp_path: Path, monkeypatch:
         write_tensors(path, {"x": torch.zeros(2)}, {})
     assert torch.equal(load_file(path)["x"], torch.ones(3, 2))
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+class Spread:
+    """In place of a Trainer whose weights FSDP or DeepSpeed spread: keeps its own checkpoints."""
+
+    def __init__(self) -> None:
+        self.did: list[tuple[str, str | None]] = []
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        self.did.append(("save", output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        self.did.append(("load", checkpoint))
+
+
+@pytest.mark.parametrize("way", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_spread_states_are_left_to_the_trainer(way: str, tmp_path: Path) -> None:
+    class Mixed(SafeCheckpoints, Spread):
+        is_fsdp_enabled, is_deepspeed_enabled = way == "is_fsdp_enabled", way == "is_deepspeed_enabled"
+
+    one = Mixed()
+    one._save_optimizer_and_scheduler(str(tmp_path))
+    one._load_optimizer_and_scheduler(str(tmp_path))
+    assert one.did == [("save", str(tmp_path)), ("load", str(tmp_path))]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_random_state_of_a_gpu_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, found = torch.arange(16, dtype=torch.uint8), []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: state)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", found.append)
+    Training()._save_rng_state(str(tmp_path))
+    Training()._load_rng_state(str(tmp_path))
+    assert torch.equal(found[0], state)

@@ -36,9 +36,10 @@ def test_every_collective_is_called_in_one_module() -> None:
 
 
 def exchange(rank: int) -> dict[str, Any]:
-    parameter = torch.nn.Parameter(torch.zeros(2, 2))
+    parameter, other = torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.zeros(3))
     parameter.grad = torch.full((2, 2), float(rank + 1)) if rank else None
-    processes.add_up_gradients([parameter])
+    other.grad = torch.tensor([1.0, 2.0, 3.0]) * (rank + 1)
+    processes.add_up_gradients([parameter, other])
     assert parameter.grad is not None
     return {
         "number": processes.num_processes(),
@@ -46,6 +47,7 @@ def exchange(rank: int) -> dict[str, Any]:
         "gathered": processes.gathered(torch.tensor([[float(rank)]])).tolist(),
         "rows": processes.gathered_rows([{"rank": rank}] * (rank + 1)),
         "gradient": parameter.grad.tolist(),
+        "other": other.grad.tolist(),
     }
 
 
@@ -53,7 +55,7 @@ def test_two_processes_share_sums_and_rows(tmp_path: Path) -> None:
     for found in in_processes(2, exchange, tmp_path):
         assert found == {
             "number": 2, "total": 3.0, "gathered": [[0.0], [1.0]], "rows": [{"rank": 0}, {"rank": 1}, {"rank": 1}],
-            "gradient": [[2.0, 2.0], [2.0, 2.0]],
+            "gradient": [[2.0, 2.0], [2.0, 2.0]], "other": [3.0, 6.0, 9.0],
         }  # fmt: skip
 
 
@@ -168,3 +170,20 @@ def test_one_process_needs_no_group(environment: dict[str, str], monkeypatch: py
     processes.join()
     assert processes.num_processes() == 1
     assert os.environ.get("RANK", "0") == "0"
+
+
+@pytest.mark.usefixtures("no_launcher")
+def test_processes_that_did_not_form_a_group_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As accelerate leaves it where it takes the run for one of a single process."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr("accelerate.PartialState", lambda **_: None)
+    with pytest.raises(PoiseError, match=r"WORLD_SIZE is 2, but the processes did not form a group of 2: start"):
+        processes.join()
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DeepSpeed"])
+def test_sharding_that_was_asked_of_accelerate_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "True")
+    with pytest.raises(PoiseError, match=f"^{name} was asked for in accelerate's settings: launch otherwise$"):
+        processes.refuse_sharding("launch otherwise")

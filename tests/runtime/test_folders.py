@@ -1,7 +1,9 @@
 """Folders and files that are not ours to touch."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -127,6 +129,41 @@ def test_other_processes_of_a_run_take_no_lock(tmp_path: Path, monkeypatch: pyte
     assert tmp_path.resolve() not in folders._held
 
 
+def test_a_folder_that_was_deleted_and_made_again_is_locked_anew(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    own(folder)
+    folders.lock(folder)
+    folders.refuse_deleted(folder)
+    shutil.rmtree(folder)
+    with pytest.raises(PoiseError, match="run was deleted while the run wrote in it; start again"):
+        folders.refuse_deleted(folder)
+    own(folder)
+    folders.lock(folder)
+    folders.refuse_deleted(folder)
+    assert os.fstat(folders._held[folder.resolve()]).st_ino == (folder / folders.MARK).stat().st_ino
+    folders.unlock(folder)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_on_a_file_system_without_locks_nothing_is_checked(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(_file: int, _how: int) -> None:
+        raise OSError(number, "no locks here")
+
+    monkeypatch.setattr(folders.fcntl, "flock", flock)
+    assert Run.open(tmp_path, Config()).results is None
+    assert tmp_path.resolve() not in folders._held
+
+
+def test_a_folder_deleted_while_it_is_opened_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    monkeypatch.setattr(folders.fcntl, "flock", lambda _file, _how: shutil.rmtree(folder))
+    with pytest.raises(PoiseError, match="run was deleted while it was opened; start again"):
+        Run.open(folder, Config())
+    assert folder.resolve() not in folders._held
+
+
 # ---- other inputs ----
 
 
@@ -156,6 +193,17 @@ def test_a_run_does_not_go_on_with_other_inputs(tmp_path: Path, capsys: pytest.C
     with pytest.raises(PoiseError, match=r"other inputs: --prompts changed"):
         Run.open(tmp_path / "run", Config(), inputs)
     assert not capsys.readouterr().err
+
+
+def test_a_damaged_record_of_an_input_is_no_record_of_it(tmp_path: Path) -> None:
+    """It is as if the input had changed: nothing says that it is the same."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("one")
+    Run.open(tmp_path / "run", Config(), lambda: {"--prompts": [prompts]})
+    (tmp_path / "run" / "checkpoint.safetensors").touch()
+    (tmp_path / "run" / "inputs.json").write_text('{"--prompts": 3}')
+    with pytest.raises(PoiseError, match=r"begun with other inputs: --prompts changed since"):
+        Run.open(tmp_path / "run", Config(), lambda: {"--prompts": [prompts]})
 
 
 def test_an_older_run_goes_on_and_says_so_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -215,6 +263,16 @@ def test_leftovers_of_killed_processes_are_cleared_and_no_others(
     assert {"model", ".model.backup"} <= left
     assert [name for name in left if name.endswith(str(os.getppid()))]
     assert not [name for name in left if name.endswith(str(gone))]
+
+
+def test_a_file_that_a_killed_process_was_writing_is_cleared(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    left = path.with_name(f"{folders._leftover_prefix(path.name)}{dead()}")
+    left.write_text("half")
+    with folders.write_file_atomic(path) as partial:
+        assert not left.exists()
+        partial.write_text("whole")
+    assert [(found.name, found.read_text()) for found in tmp_path.iterdir()] == [("results.json", "whole")]
 
 
 def test_a_folder_that_was_moved_aside_by_a_killed_process_comes_back(tmp_path: Path) -> None:

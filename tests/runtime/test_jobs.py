@@ -27,6 +27,14 @@ def stub(tmp_path: Path) -> str:
     return str(program)
 
 
+def failing(tmp_path: Path, what: str) -> str:
+    """In place of Python: a program that does `what` in the shell."""
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\n{what}\n")
+    program.chmod(0o755)
+    return str(program)
+
+
 def seen(tmp_path: Path, count: int, at_a_time: int) -> list[str]:
     todo = [jobs.Job("toy", Config(str(tmp_path / "runs" / str(i)))) for i in range(count)]
     assert jobs.run_jobs(todo, at_a_time, "jobs") == {}
@@ -70,3 +78,55 @@ def test_no_gpu_has_more_jobs_at_a_time_than_it_must(
     todo = [jobs.Job("toy", Config(str(tmp_path / str(i)))) for i in range(2 * at_a_time)]
     assert jobs.run_jobs(todo, at_a_time, "jobs") == {}
     assert max(most.values()) == (at_a_time + 1) // 2
+
+
+@pytest.mark.parametrize(
+    ("program", "why", "kept"),
+    [
+        ("echo noise >&2; echo 'poise: the disk is full' >&2; exit 2", "the disk is full", "noise\npoise: the disk"),
+        ("exit 3", "exit status 3", "exit status 3"),
+        ("true", "exit status 0", "exit status 0"),  # it ended well and left no results
+    ],
+)
+def test_a_job_that_failed_says_why_and_may_be_tried_again(
+    program: str, why: str, kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = jobs.Job("toy", Config(str(tmp_path / "run")))
+    monkeypatch.setattr(jobs.sys, "executable", failing(tmp_path, program))
+    assert jobs.run_jobs([job], 1, "jobs") == {job.folder: why}
+    assert (job.folder / "error.txt").read_text().startswith(kept)
+    monkeypatch.setattr(jobs.sys, "executable", stub(tmp_path))
+    assert jobs.run_jobs([job], 1, "jobs") == {}
+    assert not (job.folder / "error.txt").exists()
+    monkeypatch.setattr(jobs.sys, "executable", failing(tmp_path, "exit 3"))
+    assert jobs.run_jobs([job], 1, "jobs") == {}  # it has ended, and is not run again
+
+
+def test_a_job_killed_after_its_results_is_run_again_with_its_config_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its model cards may be missing. What is recorded of the machine stays that of the run which made the results."""
+    job = jobs.Job("toy", Config(str(tmp_path / "run")))
+    monkeypatch.setattr(jobs.sys, "executable", stub(tmp_path))
+    assert jobs.run_job(job) == ""
+    (job.folder / "environment.json").write_text("{}")
+    (job.folder / "error.txt.part").write_text("half")
+    (job.folder / "results.json").write_text("{}")
+    assert jobs.run_job(job) == ""
+    assert "gpu" in json.loads((job.folder / "results.json").read_text())
+    assert (job.folder / "environment.json").read_text() == "{}"
+    assert not (job.folder / "error.txt.part").exists()
+
+
+def test_a_job_that_another_process_finished_meanwhile_is_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = jobs.Job("toy", Config(str(tmp_path / "run")))
+    monkeypatch.setattr(jobs.sys, "executable", failing(tmp_path, "exit 3"))
+
+    def flock(_lock: object, _how: int) -> None:  # waits until the other process ends
+        (job.folder / "results.json").write_text("{}")
+
+    monkeypatch.setattr(jobs.fcntl, "flock", flock)
+    assert jobs.run_job(job) == ""
+    assert not (job.folder / "cost.json").exists()

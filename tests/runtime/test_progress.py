@@ -1,9 +1,13 @@
-"""Progress where no bar is seen."""
+"""Progress where no bar is seen, and stopping at the end of a step."""
+
+import os
+import signal
+import threading
 
 import pytest
 
 from poise.runtime import progress as module
-from poise.runtime.progress import progress
+from poise.runtime.progress import finish_the_step, progress
 
 
 def test_a_pipe_gets_lines_while_a_stage_goes_on(
@@ -18,3 +22,30 @@ def test_a_pipe_gets_lines_while_a_stage_goes_on(
     with progress("GRPO on mean", 3) as advance:
         advance(1, "reward +0.50")
         assert "reward" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_request_is_noted_and_the_second_obeyed(
+    first: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), finish_the_step() as asked_to_stop:  # noqa: PT012
+        assert not asked_to_stop()
+        os.kill(os.getpid(), first)
+        assert asked_to_stop()
+        assert "stopping after this step; once more to stop at once" in capsys.readouterr().err
+        os.kill(os.getpid(), signal.SIGINT)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_outside_the_main_thread_signals_are_left_as_they_are() -> None:
+    before, found = signal.getsignal(signal.SIGINT), []
+
+    def work() -> None:
+        with finish_the_step() as asked_to_stop:
+            found.append((asked_to_stop(), signal.getsignal(signal.SIGINT) is before))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [(False, True)]

@@ -11,7 +11,7 @@ import pytest
 from poise.errors import PoiseError
 from poise.runtime import records
 from poise.runtime.run_folder import append_jsonl, keep_rows_before, write_json, write_jsonl
-from poise.runtime.settings import WholeNumber
+from poise.runtime.settings import WholeNumber, read_fields
 
 
 @dataclass(frozen=True)
@@ -119,3 +119,26 @@ def test_rows_without_a_step_cannot_be_dropped_by_it(tmp_path: Path) -> None:
     path.write_text('{"step": 0}\n{"reward": 1}\n')
     with pytest.raises(PoiseError, match=r"metrics.jsonl:2 lacks 'step'"):
         keep_rows_before(path, 1)
+
+
+def test_a_file_that_is_far_too_large_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    with path.open("wb") as file:
+        file.truncate(2**30)  # takes no space
+    with pytest.raises(PoiseError, match=r"^cannot read .*results.json: it is larger than such a file can be$"):
+        records.read_object(path)
+
+
+@pytest.mark.parametrize("saved", [None, [1], "text"])
+def test_a_part_of_a_file_that_is_no_object_is_one_line(saved: object) -> None:
+    with pytest.raises(PoiseError, match=r"^the state must be an object, got "):
+        records.checked(saved, Row, "the state")
+    with pytest.raises(PoiseError, match=r"^the state must be an object, got "):
+        read_fields(saved, Row, "the state")
+
+
+def test_rows_are_appended_to_an_empty_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.touch()
+    append_jsonl(path, [GOOD])
+    assert list(records.read_rows(path, Row)) == [GOOD]

@@ -1,6 +1,8 @@
 """Run folders: whole or absent, never mixed."""
 
 import json
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 
 from poise.errors import PoiseError
 from poise.runtime import run_folder as runs
-from poise.runtime.downloads import cached, package_file
+from poise.runtime.downloads import cache_folder, cached, package_file
 from poise.runtime.run_folder import Run
 
 
@@ -155,3 +157,43 @@ def test_unreachable_registry_is_one_line(monkeypatch: pytest.MonkeyPatch) -> No
     ):
         pass
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_the_registry_is_there_until_the_block_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def pip(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        asked.append(command)
+        folder, pins = Path(command[-1]), Path(command[-3])
+        assert pins.read_text() == f"thing==1 --hash=sha256:{'0' * 64}\n"
+        (folder / "thing-1.tar.gz").write_text("content")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", pip)
+    with package_file("thing==1", "0" * 64, source=True) as file:
+        assert file.read_text() == "content"
+    assert not file.exists()
+    assert "--require-hashes" in asked[0]
+    assert asked[0][asked[0].index("--no-binary") + 1] == ":all:"
+
+
+@pytest.mark.parametrize("found", ["~/.cache/poise-rlhf", RuntimeError("no home")], ids=str)
+def test_a_user_without_a_home_is_told_of_the_variable(
+    found: str | RuntimeError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def user_cache_dir(_name: str) -> str:
+        if isinstance(found, RuntimeError):
+            raise found
+        return found
+
+    monkeypatch.delenv("POISE_CACHE")
+    monkeypatch.setattr("platformdirs.user_cache_dir", user_cache_dir)
+    with pytest.raises(PoiseError, match=r"no home folder to keep a cache in; set POISE_CACHE to a folder"):
+        cache_folder()
+
+
+def test_the_device_of_a_run_without_torch_is_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = sys.modules["torch"].get_num_threads()
+    assert runs.environment()["device"].endswith(f"{threads} threads") or sys.modules["torch"].cuda.is_available()
+    monkeypatch.delitem(sys.modules, "torch")
+    assert runs.environment()["device"] == "cpu"

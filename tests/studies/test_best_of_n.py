@@ -1,6 +1,7 @@
 """`poise best-of-n` on tiny models: several reward models, a gold of one's own, what is kept, what is refused."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
 from poise.errors import PoiseError
+from poise.models.scorer import Scorer
 from poise.runtime.records import read_rows
-from poise.runtime.run_folder import config_dict, write_jsonl
+from poise.runtime.run_folder import config_dict, write_json, write_jsonl
 from poise.studies import best_of_n, pool
 from poise.studies.best_of_n import Config
 
@@ -59,6 +62,32 @@ def test_gold_of_ones_own_is_the_mean_of_its_heads(settings: Config, reward: Pat
         "0-posterior"
     ].heads
     np.testing.assert_allclose([row["gold"] for row in rows], heads.mean.mean(-1).numpy(), atol=1e-5)
+
+
+def test_an_ensemble_scores_a_pool_by_all_of_its_members(settings: Config, reward: Path, tmp_path: Path) -> None:
+    best_of_n.run(settings)
+    rows = list(read_rows(Path(settings.output) / "pool.jsonl"))
+    members = [os.path.relpath(reward / kind, tmp_path / "both") for kind in ("single", "posterior")]
+    write_json(tmp_path / "both" / "ensemble.json", {"members": members, "means": [0.0, 1.0], "stds": [1.0, 2.0]})
+    found = pool.score_pool(tmp_path, rows, {"both": str(tmp_path / "both")})["both"].heads
+    expected = Scorer.load(str(tmp_path / "both"))(pool.samples_of(rows))
+    assert found.mean.shape == (len(rows), 1 + 6)
+    torch.testing.assert_close(found.mean, expected.mean)
+
+
+@pytest.mark.parametrize(
+    ("objective", "said"),
+    [
+        ("tradeoff(0.4)", "REWARD:OBJECTIVE was expected, e.g. brme:tradeoff"),
+        (":mean", "'' is not a folder of a reward run"),
+        ("../brme:mean", "'../brme' is not a folder of a reward run"),
+        ("..:mean", r"'\.\.' is not a folder of a reward run"),
+        ("brme:nothing", "nothing"),
+    ],
+)
+def test_objectives_name_a_folder_of_the_run(settings: Config, objective: str, said: str) -> None:
+    with pytest.raises(PoiseError, match=said):
+        replace(settings, objectives=("brme:mean", objective)).check()
 
 
 def test_nothing_is_sampled_or_scored_twice(settings: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """A chat model as the judge: both orders, replies in words, and servers that fail. The server here is a stub."""
 
+import http.client
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -132,6 +133,47 @@ def test_judgments_are_kept_and_only_the_others_asked(
     (row,) = [row for row in read_rows(tmp_path / "judgments.jsonl") if row["id"] == 0]
     assert row["judge"] == "judge-1"
     assert row["replies"] == ["a", "b"]
+
+
+def test_where_all_is_judged_nobody_is_asked(stub: Stub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_jsonl(tmp_path / "comparisons.jsonl", ROWS)
+    write_jsonl(tmp_path / "judgments.jsonl", [{"id": 0, "better": "a"}, {"id": 1, "better": "tie"}])
+    assert judgments_of(tmp_path, JudgeSettings(judge=stub.url)) == {0: "a", 1: "tie"}
+    assert stub.asked == []
+    assert "in both orders" not in capsys.readouterr().err
+
+
+def test_a_judge_of_whom_no_reply_can_be_read_is_said(stub: Stub, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "comparisons.jsonl", ROWS)
+    stub.reply = lambda _: "who knows"
+    with pytest.raises(PoiseError, match="no reply of the judge was a, b or tie"):
+        judgments_of(tmp_path, JudgeSettings(judge=stub.url))
+    assert not (tmp_path / "judgments.jsonl").exists()
+
+
+def test_a_connection_that_breaks_is_made_again(stub: Stub) -> None:
+    judge, asked = ChatJudge(stub.url, "m"), []
+    ask = judge._opener.open
+
+    def breaking(*given: Any, **options: Any) -> Any:
+        asked.append(given)
+        if len(asked) in (1, 2):
+            raise http.client.RemoteDisconnected("gone")
+        return ask(*given, **options)
+
+    judge._opener.open = breaking  # type: ignore[method-assign]
+    assert [one.better for one in judge.judge(ROWS[:1])] == ["a"]
+    assert len(asked) == 4
+
+    def gone(*_: Any, **__: Any) -> Any:
+        asked.append(())
+        raise ConnectionResetError("gone for good")
+
+    asked.clear()
+    judge._opener.open = gone  # type: ignore[method-assign]
+    with pytest.raises(PoiseError, match="gone for good"):
+        list(judge.judge(ROWS[:1]))
+    assert len(asked) == chat_judge._TRIES
 
 
 def test_a_busy_server_is_asked_again_and_a_refusal_is_one_line(stub: Stub) -> None:

@@ -1,6 +1,7 @@
 """`poise choose`: comparisons that hide the policy, judgments that are counted right, and the rung that comes of it."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from poise.cli.main import main
 from poise.errors import PoiseError
 from poise.runtime.records import read_rows
-from poise.runtime.run_folder import write_jsonl
+from poise.runtime.run_folder import write_json, write_jsonl
 from poise.studies import choose
 from poise.studies.config import ChooseConfig
 
@@ -79,6 +80,74 @@ def test_judgments_decide(ladder: str, tmp_path: Path, capsys: pytest.CaptureFix
     assert found["misfit"] < 0.05
     said = capsys.readouterr()
     assert "do not rise and fall as the law says" in said.out + said.err
+
+
+@pytest.mark.parametrize(
+    ("kl", "wins", "labels", "said"),
+    [
+        ([5, 20], [300, 10], [400, 400], "take KL 5: with 90% probability it is within 0.05 of the best win rate"),
+        ([5], [0], [400], "keep the start: no rung is better: with 90% probability"),
+        ([5, 10], [3, 3], [6, 6], r", undecided: about [1-9]\d+ labels more would decide"),
+    ],
+)
+def test_the_decision_is_said_in_words(
+    kl: list[float], wins: list[int], labels: list[int], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, count = tmp_path / "out", sum(labels)
+    rung = [number for number, of_rung in enumerate(labels) for _ in range(of_rung)]
+    key = {"source": "x", "kl": [float(one) for one in kl], "sides": [{"policy": "a", "rung": one} for one in rung]}
+    write_json(out / "key.json", key)
+    write_jsonl(out / "comparisons.jsonl", [{"id": i, "prompt": "p", "a": "1", "b": "2"} for i in range(count)])
+    won = [i < wins[number] for number, of_rung in enumerate(labels) for i in range(of_rung)]
+    write_jsonl(out / "judgments.jsonl", [{"id": i, "better": "a" if one else "b"} for i, one in enumerate(won)])
+    choose.run(ChooseConfig("x", str(out)))
+    assert re.search(said, " ".join(capsys.readouterr().err.split()))
+
+
+def test_rates_that_labels_cannot_tell_apart_are_said(
+    ladder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = ChooseConfig(ladder, str(tmp_path / "out"), per_rung=12)
+    choose.run(config)
+    judge(tmp_path / "out", {5.0: 6, 10.0: 6, 20.0: 6})
+    decide = choose.choose
+    monkeypatch.setattr(choose, "choose", lambda *given: decide(*given)._replace(decided=False, more_labels=None))
+    choose.run(config)
+    assert ", undecided: the rates are too close for labels to tell them apart" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+def test_the_policy_that_a_run_kept_at_the_chosen_rung_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    (run / "ladder" / "kl-5").mkdir(parents=True)
+    write_json(out / "key.json", {"source": str(run), "kl": [5.0], "sides": [{"policy": "a", "rung": 0}] * 40})
+    write_jsonl(out / "comparisons.jsonl", [{"id": i, "prompt": "p", "a": "1", "b": "2"} for i in range(40)])
+    write_jsonl(out / "judgments.jsonl", [{"id": i, "better": "a"} for i in range(40)])
+    choose.run(ChooseConfig(str(run), str(out)))
+    assert f"policy: {run / 'ladder' / 'kl-5'}" in capsys.readouterr().err
+    (run / "ladder" / "kl-5").rmdir()
+    choose.run(ChooseConfig(str(run), str(out)))
+    assert "policy: " not in capsys.readouterr().err
+
+
+def test_a_run_that_never_came_near_a_rung_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("model: m\n")
+    write_jsonl(tmp_path / "run" / "samples.jsonl", [{"step": 0, "prompt": "p", "completion": "c", "kl": 1.0}])
+    with pytest.raises(PoiseError, match=r"run has no step whose KL is near 5, 20 nats$"):
+        choose.run(ChooseConfig(str(tmp_path / "run"), str(tmp_path / "out"), rungs=(5.0, 20.0)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_without_a_judgment_is_said(ladder: str, tmp_path: Path) -> None:
+    config = ChooseConfig(ladder, str(tmp_path / "out"), per_rung=4)
+    choose.run(config)
+    (tmp_path / "out" / "judgments.jsonl").touch()
+    with pytest.raises(PoiseError, match=r"judgments\.jsonl has no usable row$"):
+        choose.run(config)
 
 
 def test_ties_are_half_wins_and_rungs_without_labels_are_left_out() -> None:

@@ -189,6 +189,29 @@ def test_without_gold_nothing_is_said_of_it(tmp_path: Path) -> None:
     assert found["completions"][0]["arms"]["a"]["gold"] is None
 
 
+def test_without_gold_a_pool_says_how_various_the_start_was(tmp_path: Path) -> None:
+    arms = tuple(make_arm(tmp_path / name, [(0.0, 1.0)], {"gold": 0.0, "proxy": proxy}) for name, proxy in ARMS)
+    (tmp_path / "pool").mkdir()
+    texts = ("a b c", "a b d", "e f g", "h i j")  # of a prompt as many count as the arms have: two
+    write_rows(tmp_path / "pool" / "pool.jsonl", [{"prompt": p, "completion": t} for p in PROMPTS for t in texts])
+    settings = compare.Config(arms=arms, output=str(tmp_path / "out"), pool=str(tmp_path / "pool"))
+    found = compare.run(settings).results or {}
+    assert found["initial"] == {"distinct_bigrams": 3 / 8}  # ab, bc, bd among eight
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"arms": ("a",)}, "a comparison needs at least two arms"),
+        ({"arms": ("a", "b"), "labels": ("x",)}, "1 labels for 2 arms"),
+    ],
+)
+def test_arms_and_labels_are_counted(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(PoiseError, match=f"^{said}$"):
+        compare.Config(**settings).check()
+    compare.Config(arms=("a", "b"), labels=("x", "y")).check()
+
+
 def test_runs_of_ppo_and_grpo_are_compared(tmp_path: Path) -> None:
     """TRL's trainers log no seconds, at β 0 no KL, and earlier versions no routing std."""
     arms = [make_arm(tmp_path / name, [(0.0, 1.0)], {"gold": 0.0, "proxy": proxy}) for name, proxy in ARMS]

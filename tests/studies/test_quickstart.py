@@ -1,5 +1,6 @@
 """The quickstart, whole, on a tiny model: every study, the resume, and the page."""
 
+import contextlib
 import json
 import shutil
 from dataclasses import replace
@@ -10,6 +11,7 @@ import pytest
 
 from poise.data.human_ratings import Rated
 from poise.errors import PoiseError
+from poise.runtime.run_folder import Run
 from poise.studies import compare
 from poise.studies import quickstart as recipes
 from poise.studies.quickstart import EVAL_FILMS, EVAL_PRODUCTS, TRAIN_FILMS, TRAIN_PRODUCTS
@@ -98,6 +100,68 @@ def test_starting_again_does_nothing_twice(finished: Path, tiny_model: str, monk
     before = (finished / "comparison" / "results.json").read_text()
     recipes.run(recipes.Config(output=str(finished), model=tiny_model, num_preferences=40, num_steps=2, arms=ALL))
     assert (finished / "comparison" / "results.json").read_text() == before
+
+
+def test_stages_are_run_once_each_with_the_settings_of_their_arm(
+    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stages are made up. The run is stopped in its fourth stage and goes on there; cards are written once."""
+    did: list[str] = []
+    policies: dict[str, Any] = {}
+
+    def done(config: Any) -> Run:
+        run = Run(Path(config.output))
+        if run.results is None:
+            did.append(run.folder.name)
+            if did.count("policy-robust") == 1 and run.folder.name == "policy-robust":
+                raise KeyboardInterrupt
+            run.finish({})
+        return run
+
+    def policy(config: Any) -> Run:
+        policies[Path(config.output).name] = config
+        return done(config)
+
+    folder = tmp_path / "run"
+    shorten(monkeypatch)
+    monkeypatch.setattr(recipes, "human_ratings", fake_ratings)
+    monkeypatch.setattr(recipes.train_reward, "run", done)
+    monkeypatch.setattr(recipes.train_policy, "run", policy)
+    monkeypatch.setattr(recipes.best_of_n, "run", done)
+    monkeypatch.setattr(recipes.compare, "run", done)
+    monkeypatch.setattr(recipes.reward_card, "write_cards", lambda run, _: did.append(f"cards of {run.folder.name}"))
+    monkeypatch.setattr(recipes.policy_card, "write_card", lambda run, _: did.append(f"card of {run.folder.name}"))
+    monkeypatch.setattr(recipes.report, "build", lambda folder: did.append(f"page of {folder.name}"))
+    monkeypatch.setattr(recipes.live, "refreshed", lambda _: contextlib.nullcontext())
+    config = recipes.Config(output=str(folder), model=tiny_model, num_preferences=40, num_steps=2, seed=3)
+    with pytest.raises(KeyboardInterrupt):
+        recipes.run(config)
+    before = ["reward", "cards of reward", "pool", "policy-conventional", "card of policy-conventional"]
+    assert did == [*before, "policy-robust"]
+    written = {path.name: path.stat().st_mtime_ns for path in folder.glob("*prompts.jsonl")}
+    assert len(written) == 2
+    out = recipes.run(config)
+    assert did[len(before) + 1 :] == ["policy-robust", "card of policy-robust", "comparison", "page of run"]
+    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*prompts.jsonl")} == written
+    plain, robust = policies["policy-conventional"], policies["policy-robust"]
+    assert (plain.reward, plain.objective, plain.reward_ceiling) == (str(folder / "reward/single"), "nominal", None)
+    assert (robust.reward, robust.objective) == (str(folder / "reward/posterior"), "lower_confidence(1)")
+    assert (robust.reward_ceiling, robust.settle, robust.num_steps, robust.seed) == (2.0, True, 2, 3)
+    assert out.results is not None
+    stages = ["model and data", "reward models", "best-of-n pool", "PPO, conventional", "PPO, robust", "comparison"]
+    assert [stage["name"] for stage in out.results["stages"]] == stages  # two tries of one are one stage
+    assert len(out.metrics()) == 5 + len(stages)
+
+
+def test_files_of_the_study_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shorten(monkeypatch)
+    monkeypatch.setattr(recipes, "human_ratings", fake_ratings)
+    recipes.study_files(tmp_path, 20)
+    kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert kept.keys() == {"raters.jsonl", "preferences.jsonl", "prompts.jsonl", "eval_prompts.jsonl"}
+    monkeypatch.setattr(recipes, "human_ratings", None)  # not read again
+    recipes.study_files(tmp_path, 30)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == kept
 
 
 def test_a_quickstart_does_not_go_on_with_another_model(

@@ -6,6 +6,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,11 @@ from poise.cli.main import parse_config
 from poise.data.preferences import read_preferences
 from poise.data.types import Preference
 from poise.errors import PoiseError
+from poise.models.reward_model import HeadLayout
 from poise.policy import train as train_policy
 from poise.reward import train as train_reward
 from poise.runtime import jobs
-from poise.runtime.run_folder import Run, config_dict
+from poise.runtime.run_folder import Run, config_dict, write_jsonl
 from poise.studies import config as study_config
 from poise.studies import gold, study
 from poise.studies import pool_study as study_pool
@@ -131,6 +133,118 @@ def test_a_study_of_which_every_cell_fails_says_so(
     assert "1 run is missing" in (tmp_path / "study" / "report.html").read_text()
     with pytest.raises(PoiseError, match=r"every policy of .* failed .* noise-0/reward-0/reward: out of memory"):
         study.check_outcome(Run(tmp_path / "study"))
+
+
+def arm_of(name: str, gold: float) -> dict[str, Any]:
+    """An arm of a comparison: gold as given, all else made up."""
+    return {
+        "name": name, "steps": [{"gold": gold}] * 4,
+        "final": {"gold": gold, "interval": [gold, gold], "kl": 2.0, "proxy": 1.5, "distinct_bigrams": 0.5},
+        "peak_gold": gold, "drawdown": 0.0, "initial_gold": 0.0, "initial_gold_std": 1.0,
+    }  # fmt: skip
+
+
+def test_finished_policies_of_a_world_are_compared_and_others_left_out(
+    tmp_path: Path, preferences_file: Path, prompts_file: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Jobs and their gold are made up. In the second world one of two policies fails: nothing is compared there."""
+
+    def run_job(job: jobs.Job, _at_a_time: int = 1, _gpu: str | None = None) -> str:
+        if "reward-1/policy-0/single" in str(job.folder):
+            return "out of memory"
+        Run.open(job.folder, job.config).finish({})
+        if job.folder.name == "brme_0.4":
+            rows = [{"step": step, "task": "piqa", "mean": 0.5, "stderr": None} for step in (0, 1)]
+            write_jsonl(job.folder / "benchmarks.jsonl", rows)
+        return ""
+
+    def compared(settings: Any) -> Any:
+        assert Path(settings.output).is_dir()
+        golds = {"single": 0.25, "brme_0.4": 0.75}
+        return SimpleNamespace(
+            results={"arms": [arm_of(Path(one).name, golds[Path(one).name]) for one in settings.arms]}
+        )
+
+    monkeypatch.setattr(jobs, "run_job", run_job)
+    monkeypatch.setattr(study.compare, "run", compared)
+    monkeypatch.setattr(study.study_page, "build", lambda _: None)
+    wanted = config(tmp_path, preferences_file, prompts_file, tiny_model, reward_seeds=2)
+    out = study.run(wanted)
+    results = out.results
+    assert results["missing"] == {"noise-0/reward-1/policy-0/single": "out of memory"}
+    assert [(cell["arm"], cell["reward_seed"], cell["final_gold"]) for cell in results["cells"]] == [
+        ("single", 0, 0.25), ("brme_0.4", 0, 0.75)
+    ]  # fmt: skip
+    assert results["comparisons"] == ["noise-0/reward-0/policy-0/comparison"]
+    assert ["checkpoints" in cell for cell in results["cells"]] == [False, True]
+    assert results["cells"][1]["checkpoints"]["piqa"]["steps"] == [0, 1]
+    said = " ".join(capsys.readouterr().err.split())
+    assert "failed: noise-0/reward-1/policy-0/single: out of memory" in said
+    assert "noise 0, single: final gold +0.25" in said
+    assert "noise 0, brme_0.4: final gold +0.75" in said
+    study.check_outcome(out)  # some policies were compared
+    assert (out.folder / "study.png").exists()
+
+
+def test_a_pool_is_scored_by_every_seed_and_how_far_they_are_apart_is_said(
+    tmp_path: Path, preferences_file: Path, prompts_file: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads are drawn by the seed of their preferences; that of the training changes a hundredth of them."""
+    trained: list[Path] = []
+
+    def heads_in_memory(settings: Any, extract: Any) -> dict[str, Any]:
+        trained.append(settings.preferences)
+        by_data = torch.Generator().manual_seed(int(Path(settings.preferences).parent.name.removeprefix("reward-")))
+        by_seed = torch.Generator().manual_seed(100 + settings.seed)
+
+        def model(count: int, kind: Any) -> Any:
+            layout = HeadLayout(count, kind, (0.0,) * count * (2 if kind == "gaussian" else 1))
+            shape = (layout.num_labels, extract.classifier.config.hidden_size)
+            weight = torch.randn(shape, generator=by_data) + 0.01 * torch.randn(shape, generator=by_seed)
+            return SimpleNamespace(layout=layout, weight=weight)
+
+        kinds = {"single": (1, "point"), "ensemble": (5, "point"), "brme": (5, "gaussian"), "posterior": (9, "point")}
+        return {name: model(*kind) for name, kind in kinds.items()}
+
+    monkeypatch.setattr(study_pool.train_reward, "heads_in_memory", heads_in_memory)
+    monkeypatch.setattr(gold, "gold_of", lambda rows, _: np.sin(np.arange(len(rows))))
+    monkeypatch.setattr(study.study_page, "build", lambda _: None)
+    wanted = config(
+        tmp_path,
+        preferences_file,
+        prompts_file,
+        tiny_model,
+        pool_size=4,
+        pool_seeds=2,
+        policy_seeds=0,
+        num_preferences=20,
+    )
+    out = study.run(wanted)
+    assert len(trained) == 2 * 2
+    assert (out.results["cells"], out.results["missing"]) == ([], {})
+    study.check_outcome(out)
+    found = out.results["instability"]
+    assert found.keys() == {"0, other preferences", "0, same preferences, other seeds"}
+    other, same = found.values()
+    for name in same:
+        assert same[name]["seeds"] == 2
+        assert other[name]["rank_correlation"]["mean"] < 0.9 < same[name]["rank_correlation"]["mean"]
+        assert ("vs_baseline" in same[name]["gold_std"]) == (name != "single")
+    page = json.loads((out.folder / "page-pool.json").read_text())
+    kinds = {name: (one["kind"], one["std"] is None) for name, one in page["rewards"]["0"][0].items()}
+    assert kinds == {
+        "single": ("heads", True), "ensemble": ("heads", True), "brme": ("heads", False),
+        "posterior": ("moments", False),
+    }  # fmt: skip
+    best = study.run(replace(wanted, pool_seeds=1)).results  # nothing is trained again, and one is apart from none
+    assert len(trained) == 2 * 2
+    assert best["instability"] == {}
+    assert best["best_of_n"]["0"]["single"]["seeds"] == 1
+    rows = out.folder / "pool" / "pool.jsonl"
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(PoiseError, match=r"pool is not of 4 completions a prompt; delete it to sample again"):
+        study.run(wanted)
 
 
 def test_a_study_takes_no_folder_of_somebody_else(

@@ -1,10 +1,13 @@
 """`poise trust`: from files to a page in words, with judgments that come later."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from poise.cli.main import main
@@ -14,6 +17,7 @@ from poise.models.scorer import Scorer
 from poise.reports import run_pages, trust_run
 from poise.reports.quickstart_page import Verdict
 from poise.runtime.records import read_object, read_rows
+from poise.runtime.run_folder import write_json
 from poise.studies import trust
 from poise.studies.pool import samples_of
 from poise.studies.trust_config import TrustConfig
@@ -91,6 +95,47 @@ def test_pairs_that_a_trained_trunk_has_seen_tell_nothing(config: TrustConfig, r
     assert isinstance(found, Verdict)
     assert found.kind == "unclear"
     assert "Room cannot be told" in found.text
+
+
+def test_pairs_that_cannot_be_parted_are_refused_before_anything_is_made(
+    config: TrustConfig, tmp_path: Path, reward: Path
+) -> None:
+    few = tmp_path / "few.jsonl"
+    rows = [{"prompt": "p", "chosen": f"answer {i}", "rejected": f"answer {i + 1}"} for i in range(20)]
+    few.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    with pytest.raises(PoiseError, match=r"few\.jsonl has too few prompts, and too few texts.*: 1 groups, and \d+ are"):
+        trust.run(replace(config, preferences=str(few)))
+    assert not Path(config.output).exists()
+    members = [os.path.relpath(reward / kind, tmp_path / "both") for kind in ("single", "posterior")]
+    write_json(tmp_path / "both" / "ensemble.json", {"members": members, "means": [0.0, 0.0], "stds": [1.0, 1.0]})
+    with pytest.raises(PoiseError, match="an ensemble has no one trunk to fit heads on; take one of its members"):
+        trust.run(replace(config, reward=str(tmp_path / "both"), validator=""))
+
+
+def test_without_a_validator_room_is_that_of_the_pairs_alone(
+    config: TrustConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What heads on a half, three quarters and all of the pairs reach is made up, of four parts that are left out."""
+    accuracy = np.array([[0.5] * 4, [0.6] * 4, [0.7, 0.6, 0.7, 0.6]])
+    found = SimpleNamespace(num_pairs=[10.0, 15.0, 20.0], accuracy_SF=accuracy)
+    monkeypatch.setattr(trust, "room", lambda *_: found)
+    results = trust.run(replace(config, validator="")).results
+    assert results is not None
+    assert results["transfer"] is None
+    assert results["room"]["accuracy"] == pytest.approx([0.5, 0.6, 0.65])
+    assert results["room"]["accuracy_doubled"] == pytest.approx(0.05)
+    assert not {"selection", "selection_doubled"} & results["room"].keys()
+
+
+def test_a_checkpoint_without_a_run_is_not_known_to_have_seen_the_pairs(config: TrustConfig, tmp_path: Path) -> None:
+    assert trust._has_seen(tmp_path / "rm", config.preferences) is False
+
+
+def test_ties_alone_say_nothing_of_a_reward(tmp_path: Path) -> None:
+    write_json(tmp_path / "key.json", {"reward": [1.0, -1.0], "validator": []})
+    assert trust._labels(tmp_path, {0: "tie", 1: "tie"}) == {"ties": 2}
+    found = trust._labels(tmp_path, {0: "b", 1: "tie"})
+    assert (found["ties"], found["reward"]["share"], "validator" in found) == (1, 0.0, False)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import inspect
 import io
+import itertools
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from poise.cli import ending
 from poise.cli.boundary import DONE, exit_status
 from poise.data.examples import EXAMPLES
 from poise.errors import PoiseError
-from poise.runtime.settings import Rows, Settings, hints, marks, problem, shown
+from poise.runtime.settings import Rows, hints, marks, problem, shown
 
 COMMANDS = {
     "quickstart": ("poise.studies.quickstart", "all steps on a laptop in one command, ending in one page"),
@@ -123,12 +124,11 @@ def _run(arguments: list[str]) -> None:
         raise PoiseError(f"no command {command!r}; choose from {', '.join(COMMANDS)}")
     settings, renamed = settings_of(command)
     config = parse_config(settings, f"poise {command}", rest, renamed)
-    if isinstance(config, Settings):
-        from poise.cli.inputs import check_inputs
+    from poise.cli.inputs import check_inputs
 
-        config = config.for_command()
-        config.check()
-        check_inputs(config)
+    config = config.for_command()
+    config.check()
+    check_inputs(config)
     ending.say_finished(command, config)
     ending.warn_of_models(config)
     module = importlib.import_module(COMMANDS[command][0])  # only now: torch takes seconds to import
@@ -208,12 +208,11 @@ def _complaint(box: str) -> str:
     plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
     lines = [line.strip("│╭╮╰╯ ") for line in plain.splitlines()]
     _title, *inside = [line for line in lines if line] or [""]
-    found: list[str] = []
-    for line in inside:
-        if line.strip("─-"):
-            found.append(line)
-        elif found:
-            break
+
+    def is_rule(line: str) -> bool:
+        return not line.strip("─-")
+
+    found = itertools.takewhile(lambda line: not is_rule(line), itertools.dropwhile(is_rule, inside))
     return " ".join(found) or "bad options"
 
 

@@ -24,7 +24,6 @@ import peft
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from poise.data.types import Prompt
 from poise.errors import PoiseError
@@ -32,8 +31,9 @@ from poise.functional import ppo
 from poise.models.chat_format import encode_prompt
 from poise.models.choices import Tune, ValueTrunk
 from poise.models.context import room_or_raise
+from poise.models.drawing import draw_completions
 from poise.models.end_tokens import end_token_ids
-from poise.models.families import feature_size, going_on, is_low
+from poise.models.families import feature_size, is_low
 from poise.models.fused_ops import ChosenLogprob, folded_in
 from poise.models.loading import HfModel, HfTokenizer, device, load_into_adapters
 from poise.models.rereading import (
@@ -41,12 +41,10 @@ from poise.models.rereading import (
     Reading,
     check_rereading,
     choose,
-    entering_layer,
-    entering_the_head,
     has_plain_head,
     predict,
 )
-from poise.models.rollout import Part, Rollout, draw, passes
+from poise.models.rollout import Part, Rollout, passes
 from poise.models.trained_parts import spread_layers, twin, upper_parameters, with_adapters, without_adapters
 from poise.runtime.processes import several
 from poise.runtime.quiet import quiet_loading
@@ -176,72 +174,17 @@ class Policy(nn.Module):
 
         Raises PoiseError if a prompt leaves no room for the completion in the model's context.
         """
-        per_prompt, max_tokens = uniform.shape[1:]
-        prompt_ids, prompt_mask = self._encode(prompts, max_tokens)
-        num_prompts = len(prompt_ids)
-        num_rows = num_prompts * per_prompt
-        device = prompt_ids.device
-        ends = torch.tensor(self.end_ids, dtype=torch.long, device=device)
-        ids = torch.full((num_rows, max_tokens), self.tokenizer.pad_token_id, device=device)
-        logprob = torch.zeros(num_rows, max_tokens, device=device)
-        mask = torch.zeros(num_rows, max_tokens, device=device)
-        value = torch.zeros(num_rows, max_tokens, device=device)
-        drawn_at = uniform.flatten(0, 1).to(device)
-        position = prompt_mask.sum(-1).repeat_interleave(per_prompt)
-        row_mask = prompt_mask.repeat_interleave(per_prompt, 0)
-
+        prompt_ids, prompt_mask = self._encode(prompts, uniform.shape[-1])
         # In low precision not folded in: a sum W + B A in bfloat16 loses what is below 2^-9 of W.
         with (
             whole_weights(self.model),
             self.rounding(),
             contextlib.nullcontext() if self.low_precision else folded_in(self.model),
-            entering_layer(self._base, self._first_adapted) as captured,
-            entering_the_head(self._base) as last_hidden,
         ):
-            cache = DynamicCache(config=self.model.config)
-            cached = going_on(self._base, cache)
-            positions = (prompt_mask.cumsum(-1) - 1).clamp_min(0)
-            out = self._base(
-                input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=positions,
-                logits_to_keep=1, **cached,
+            rollout = draw_completions(
+                self._base, prompt_ids, prompt_mask, uniform, end_ids=self.end_ids, pad_id=self.tokenizer.pad_token_id,
+                first_layer=self._first_adapted, value_of=self._value_of,
             )  # fmt: skip
-            prompt_hidden = captured.pop() if captured else None
-            hidden = None
-            if prompt_hidden is not None:
-                hidden = prompt_hidden.new_zeros(num_rows, max_tokens, prompt_hidden.shape[-1])
-            cache.batch_repeat_interleave(per_prompt)
-            logits = out.logits[:, -1].repeat_interleave(per_prompt, 0)
-            predicting = last_hidden.pop()[:, -1].repeat_interleave(per_prompt, 0)
-            alive = torch.arange(num_rows, device=device)  # rows still in the batch
-            for step in range(max_tokens):
-                logprobs = torch.log_softmax(logits.float(), -1)
-                drawn = draw(logprobs, drawn_at[alive, step])
-                ids[alive, step] = drawn[:, 0]
-                logprob[alive, step] = logprobs.gather(-1, drawn)[:, 0]
-                mask[alive, step] = 1.0
-                value[alive, step] = self._value_of(predicting)
-                going = ~torch.isin(drawn[:, 0], ends)
-                if step + 1 == max_tokens or not going.any():
-                    break
-                if not going.all():  # finished rows leave the batch
-                    cache.batch_select_indices(going.nonzero()[:, 0])
-                    alive = alive[going]
-                seen = torch.cat([row_mask[alive], row_mask.new_ones(len(alive), step + 1)], -1)
-                out = self._base(
-                    input_ids=ids[alive, step, None], attention_mask=seen,
-                    position_ids=position[alive, None] + step, **cached,
-                )  # fmt: skip
-                logits, predicting = out.logits[:, -1], last_hidden.pop()[:, -1]
-                if hidden is not None:
-                    hidden[alive, step] = captured.pop()[:, 0]
-
-        packed = None
-        if hidden is not None and prompt_hidden is not None:
-            packed = torch.cat([prompt_hidden, hidden.view(num_prompts, -1, hidden.shape[-1])], 1)
-        shape = (num_prompts, per_prompt, max_tokens)
-        rollout = Rollout(
-            prompt_ids, prompt_mask, ids.view(shape), mask.view(shape), logprob.view(shape), value.view(shape), packed
-        )
         if self.low_precision:
             return self.read_again(rollout) if read_again else rollout
         if self.value_model is not None:

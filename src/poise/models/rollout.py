@@ -102,13 +102,6 @@ def packed_attention(rollout: Rollout) -> tuple[Tensor, Tensor]:
     return attends(group, part), torch.cat([prompt_positions, after.repeat(1, per_prompt)], 1)
 
 
-def draw(logprobs: Float[Tensor, "rows vocabulary"], uniform: Float[Tensor, " rows"]) -> Tensor:
-    """Token ids (rows, 1): where the cumulated probabilities pass `uniform` of their sum, in float64."""
-    cumulated = logprobs.double().exp().cumsum(-1)
-    drawn = torch.searchsorted(cumulated, uniform.unsqueeze(-1) * cumulated[:, -1:], right=True)
-    return drawn.clamp_max(logprobs.shape[-1] - 1)
-
-
 def uniforms(
     num_prompts: int, per_prompt: int, max_tokens: int, generator: torch.Generator
 ) -> Float[Tensor, "prompts completions tokens"]:

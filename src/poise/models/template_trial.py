@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from poise.errors import PoiseError, first_line
 
-SECONDS = 5
+SECONDS = 5.0
 _QUESTION, _ANSWERS = "Is tea hot?", ("Mostly so.", "Hardly ever.")
 
 
@@ -45,7 +45,7 @@ def try_template(template: str, where: str, tokens: dict[str, str]) -> None:
                 written.append(compiled.render(messages=turns, add_generation_prompt=False, **tokens))
         except TimeoutError:
             raise PoiseError(
-                f"the chat template of {where} did not end within {SECONDS} s; use another tokenizer"
+                f"the chat template of {where} did not end within {SECONDS:g} s; use another tokenizer"
             ) from None
         except Exception:  # noqa: BLE001  a template may raise anything; the rows' own renderings will tell
             return

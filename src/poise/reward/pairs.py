@@ -171,10 +171,9 @@ def _hold_out(groups: Int[ndarray, " rows"], size: int) -> ndarray:
         if num_held + rows_of[group] <= size:
             held[group] = True
             num_held += rows_of[group]
-    others = np.flatnonzero(~held)
-    if len(others):
-        smallest = others[np.argmin(rows_of[others])]
-        held[smallest] = rows_of[smallest] < 2 * (size - num_held)
+    others = np.flatnonzero(~held)  # there is one: `size` is less than all rows
+    smallest = others[np.argmin(rows_of[others])]
+    held[smallest] = rows_of[smallest] < 2 * (size - num_held)
     return held[groups]
 
 

@@ -371,8 +371,10 @@ class _Record(transformers.TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if state.is_world_process_zero and logs and "loss" in logs:
             kept: Json = {key: logs[key] for key in ("loss", "grad_norm", "learning_rate") if key in logs}
-            if not math.isfinite(kept["loss"]):
-                raise PoiseError(f"step {state.global_step}: the loss is not finite; lower --learning-rate")
+            if not all(map(math.isfinite, kept.values())):  # of the loss the Trainer leaves NaN out
+                raise PoiseError(
+                    f"step {state.global_step}: the loss or its gradient is not finite; lower --learning-rate"
+                )
             append_jsonl(self._metrics, [{"step": state.global_step, **kept}])
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

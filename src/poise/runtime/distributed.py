@@ -112,16 +112,14 @@ def add_up_gradients(parameters: list[torch.nn.Parameter]) -> None:
     """Sum gradients over processes, in place, in one message. A parameter without one counts as zeros."""
     if not several():
         return
+    gradients: list[Tensor] = []
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    flat = torch.cat([parameter.grad.flatten() for parameter in parameters if parameter.grad is not None])
-    flat = total(flat)
-    start = 0
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad.copy_(flat[start : start + parameter.numel()].view_as(parameter))
-            start += parameter.numel()
+        gradients.append(parameter.grad)
+    flat = total(torch.cat([gradient.flatten() for gradient in gradients]))
+    for gradient, summed in zip(gradients, flat.split([one.numel() for one in gradients]), strict=True):
+        gradient.copy_(summed.view_as(gradient))
 
 
 def gathered(part: Tensor) -> Tensor:

@@ -47,8 +47,6 @@ class Range:
 
     def __str__(self) -> str:
         """In words: `at least 1`, `above 0`, `in [0, 0.5)`."""
-        if self.low == self.high:
-            return f"{self.low:g}"
         if self.high == math.inf:
             return f"{'above' if self.open_low else 'at least'} {self.low:g}"
         if self.low == -math.inf:
@@ -253,12 +251,8 @@ def _as(value: Any, kind: Any) -> Any:
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return _as(value, parts[0])
-    if origin in (Union, UnionType):
-        return None if value is None else _as(value, next(one for one in parts if not problem(value, one)))
     if origin is tuple:
         return tuple(_as(item, parts[0]) for item in value)
-    if origin is list:
-        return [_as(item, parts[0]) for item in value]
     return float(value) if kind is float else value
 
 

@@ -108,7 +108,9 @@ class ChatJudge:
     def _request(self, path: str, value: Json | None = None) -> Json:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
         body = None if value is None else json.dumps(value).encode()
-        for left in reversed(range(_TRIES)):
+        left = _TRIES
+        while True:  # the last try returns or raises
+            left -= 1
             wait = min(2.0 ** (_TRIES - 1 - left) / 2, _LONGEST_WAIT)
             request = urllib.request.Request(self.url + path, body, headers)
             try:
@@ -131,7 +133,6 @@ class ChatJudge:
                     raise PoiseError(f"--judge {self.url}{path} did not answer with a JSON object")
                 return answer
             time.sleep(wait)
-        raise AssertionError("the last try returns or raises")
 
 
 def verdict(reply: str) -> str | None:

@@ -35,7 +35,7 @@ def judgments_of(folder: Path, judge: JudgeSettings) -> dict[int, str] | None:
         )
         return None
     if not judged:
-        raise PoiseError(f"{path} holds no judgment" if path.exists() else "no reply of the judge was a, b or tie")
+        raise PoiseError("no reply of the judge was a, b or tie")
     return judged
 
 
