@@ -22,9 +22,10 @@ from typing import Any
 import torch
 import transformers
 
+from poise.models.encoding import Tokens
 from poise.models.loading import DEFAULT_MODEL, HfModel
 from poise.models.reward_model import load_trunk
-from poise.models.scorer import FeatureExtractor, Tokens
+from poise.models.scorer import FeatureExtractor
 from poise.runtime.run_folder import environment
 
 COMPLETIONS = 64

@@ -164,10 +164,14 @@ def place(request: dict[str, Any]) -> int:
 
 
 def remember(name: str, calls: list[Call], **result: Any) -> None:
-    """The dated result of an engine's test; and its first call for each conversation, for tests/serve/recorded."""
+    """The dated result of an engine's test; and its first call for each conversation, for tests/serve/recorded.
+
+    result: also `version`, for an engine that is not installed.
+    """
     if path := os.environ.get("ENGINE_RESULT"):
+        version = result.pop("version", "") or metadata.version(name)
         content = {
-            "engine": name, "version": metadata.version(name), "date": time.strftime("%Y-%m-%d"),
+            "engine": name, "version": version, "date": time.strftime("%Y-%m-%d"),
             "python": ".".join(map(str, sys.version_info[:3])), "conversations": len(CONVERSATIONS),
         }  # fmt: skip
         Path(path).write_text(json.dumps({**content, **result}, indent=1) + "\n")

@@ -34,6 +34,7 @@ from poise.integrations.trl_reward import RobustReward
 from poise.models.adapted_maps import linear_maps
 from poise.models.chat_format import encode_prompt
 from poise.models.context import context_length
+from poise.models.encoding import Tokens
 from poise.models.families import rounding, windows, without_noise
 from poise.models.head_adapters import HeadLinear, add_head_adapters, apart
 from poise.models.loading import load_policy
@@ -42,7 +43,7 @@ from poise.models.prompt_trials import shares_prompts, takes_packed_rows
 from poise.models.rereading import choose
 from poise.models.reward_model import HeadLayout, load_trunk, save_reward_model
 from poise.models.rollout import Rollout, packed_attention, uniforms
-from poise.models.scorer import FeatureExtractor, Scorer, Tokens
+from poise.models.scorer import FeatureExtractor, Scorer
 from poise.models.shared_prompt import Family, pack, packed_hidden, separate_hidden
 from poise.policy import merge
 from poise.policy.config import MergeConfig

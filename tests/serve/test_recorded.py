@@ -36,4 +36,4 @@ def test_requests_of_real_engines_get_the_scorers_rewards(path: Path, scorer: Sc
 
 
 def test_every_recorded_engine_is_there() -> None:
-    assert {path.stem for path in RECORDED} >= {"ms-swift", "openrlhf", "skyrl-gym", "verl"}
+    assert {path.stem for path in RECORDED} >= {"miles", "ms-swift", "openrlhf", "skyrl-gym", "slime", "verl"}

@@ -341,11 +341,13 @@ def read_layout(path: str) -> HeadLayout:
     return HeadLayout(**vars(block))
 
 
-def load_reward_model(path: str, dtype: torch.dtype | None = None) -> tuple[HfModel, HfTokenizer, HeadLayout]:
+def load_reward_model(
+    path: str, dtype: torch.dtype | None = None, place: torch.device | None = None
+) -> tuple[HfModel, HfTokenizer, HeadLayout]:
     """(classifier, tokenizer, layout) of a checkpoint, or of an adapter checkpoint, its adapters merged.
 
-    Adapters of single heads are put on it. dtype: of the weights; default `frozen_dtype`.
-    Raises PoiseError as `read_layout` does, and for weights or a tokenizer that do not fit.
+    Adapters of single heads are put on it. dtype: of the weights; default `frozen_dtype`. place: where they lie;
+    default `device`. Raises PoiseError as `read_layout` does, and for weights or a tokenizer that do not fit.
     """
     layout = read_layout(path)
     folder = resolve_model(checkpoint_folder(path))
@@ -353,9 +355,9 @@ def load_reward_model(path: str, dtype: torch.dtype | None = None) -> tuple[HfMo
     pad = None if getattr(config, "poise", None) else config.get_text_config().pad_token_id
     tokenizer = load_tokenizer(folder)
     if (Path(folder) / _ADAPTER).exists():
-        classifier = _load_adapted(folder, config)
+        classifier = _load_adapted(folder, config, place)
     else:
-        classifier = _load_classifier(folder, config, dtype or frozen_dtype())
+        classifier = _load_classifier(folder, config, dtype or frozen_dtype(), place=place)
     if layout.adapters:
         load_head_adapters(classifier, Path(folder) / ADAPTERS, layout.num_heads)
     if not classifier.score.weight.isfinite().all():
@@ -379,7 +381,7 @@ def _adapted_model(folder: Path) -> str:
     return str(read_object(folder / _ADAPTER, _Adapter, strict=False)["base_model_name_or_path"])
 
 
-def _load_adapted(folder: str, config: Any) -> HfModel:
+def _load_adapted(folder: str, config: Any, place: torch.device | None) -> HfModel:
     """The model that an adapter checkpoint names, with as many layers and labels as its config.json says, merged."""
     base, num_layers = resolve_model(_adapted_model(Path(folder))), config.get_text_config().num_hidden_layers
     if (kind := load_config(base).model_type) != config.model_type:
@@ -387,5 +389,5 @@ def _load_adapted(folder: str, config: Any) -> HfModel:
             f"the adapters in {folder} are of a model of type {config.model_type}, and {base}, which "
             f"{_ADAPTER} names, is of type {kind}"
         )
-    classifier = _load_classifier(base, config, frozen_dtype(), fresh={_SCORE}, num_layers=num_layers)
+    classifier = _load_classifier(base, config, frozen_dtype(), fresh={_SCORE}, num_layers=num_layers, place=place)
     return load_adapters(classifier, folder, needs="score").merge_and_unload().eval()

@@ -8,7 +8,6 @@ float32).
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -18,13 +17,13 @@ from poise.data.types import Prompt, Sample
 from poise.errors import PoiseError
 from poise.functional.objectives import HeadRewards
 from poise.functional.typicality import Reference, distance
-from poise.models.chat_format import encode_conversation
 from poise.models.context import context_length
+from poise.models.encoding import Encoder, Tokens
 from poise.models.families import feature_size, steady_context
 from poise.models.feature_cache import FeatureCache, row_keys
 from poise.models.formats import ENSEMBLE_FILE, read_ensemble, refuse_nested
 from poise.models.head_adapters import apart, num_adapted_heads
-from poise.models.loading import HfModel, HfTokenizer, embedded_or_raise
+from poise.models.loading import HfModel, HfTokenizer
 from poise.models.prompt_trials import padded_or_raise, shares_prompts
 from poise.models.reward_model import HeadLayout, LastLayer, load_last_layer, load_reference, load_reward_model
 from poise.models.shared_prompt import Family, cached_hidden, num_tokens, pack, separate_hidden
@@ -36,17 +35,7 @@ TOKENS_PER_BATCH = 4096
 Progress = Callable[[int], None]
 
 
-class Tokens(NamedTuple):
-    """A sample as its trunk reads it."""
-
-    prompt: tuple[int, ...]
-    completion: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.prompt) + len(self.completion)
-
-
-class FeatureExtractor:
+class FeatureExtractor(Encoder):
     """The trunk alone: the last hidden state at a sample's last token, where the `score` layer reads."""
 
     def __init__(self, classifier: HfModel, tokenizer: HfTokenizer, max_length: int = 0, *, cached: bool = False):
@@ -54,12 +43,12 @@ class FeatureExtractor:
 
         cached: keep features on disk, for whoever asks for the same texts through the same trunk.
         """
-        self.classifier, self.tokenizer = classifier, tokenizer
-        context = context_length(classifier.config.get_text_config())
-        self.max_length = min(max_length or context, context)
-        self.num_truncated = 0
+        config = classifier.config.get_text_config()
+        context = context_length(config)
+        longest = min(max_length or context, context)
+        super().__init__(tokenizer, longest, classifier.get_input_embeddings().num_embeddings, config.pad_token_id)
+        self.classifier = classifier
         self._tried = False  # whether padding changes what a text means
-        self._pad_id = classifier.config.get_text_config().pad_token_id
         self._cache = FeatureCache.of(classifier) if cached else None
 
     def __call__(self, samples: Sequence[Sample], progress: Progress | None = None) -> Float[Tensor, "samples hidden"]:
@@ -75,26 +64,6 @@ class FeatureExtractor:
         keys = row_keys([[*prompt, *completion] for prompt, completion in tokens])
         with self._cache as cache:
             return cache.fetch(tokens, keys, lambda part: self.forward(part, progress), progress)
-
-    def encode(self, sample: Sample) -> Tokens:
-        """Token ids through the chat template, cut to `max_length` from the left.
-
-        Padding tokens at the end are left out: a classifier reads its score before them. In those that others trained
-        with padding that is the end of a turn, that is the last token of the answer.
-
-        Raises PoiseError for an empty completion, a conversation that the template refuses, or a token that the trunk
-        has no embedding of.
-        """
-        if not sample.completion.strip():
-            raise PoiseError("an empty completion cannot be scored")
-        prompt, completion = encode_conversation(self.tokenizer, sample.prompt, sample.completion)
-        rows = self.classifier.get_input_embeddings().num_embeddings
-        embedded_or_raise([*prompt, *completion], rows, self.tokenizer)
-        while len(completion) > 1 and completion[-1] == self._pad_id:
-            completion.pop()
-        excess = max(len(prompt) + len(completion) - self.max_length, 0)
-        self.num_truncated += excess > 0
-        return Tokens(tuple(prompt[excess:]), tuple(completion[max(excess - len(prompt), 0) :]))
 
     @torch.no_grad()
     def forward(self, tokens: Sequence[Tokens], progress: Progress | None = None) -> Float[Tensor, "samples hidden"]:
@@ -162,14 +131,15 @@ class Scorer:
         self.reference = reference
 
     @staticmethod
-    def load(path: str, max_length: int = 0, *, cached: bool = False) -> "Scorer":
+    def load(path: str, max_length: int = 0, *, cached: bool = False, place: torch.device | None = None) -> "Scorer":
         """From a checkpoint folder, a hub id, a `poise train-reward` run, or an ensemble of such.
 
         cached: keep features on disk, for whoever scores the same texts through the same trunk.
+        place: where the weights lie; default `device`.
         """
         if (Path(path) / ENSEMBLE_FILE).exists():
-            return Ensemble.load(path, max_length, cached=cached)
-        classifier, tokenizer, layout = load_reward_model(path)
+            return Ensemble.load(path, max_length, cached=cached, place=place)
+        classifier, tokenizer, layout = load_reward_model(path, place=place)
         extract = FeatureExtractor(classifier, tokenizer, max_length, cached=cached)
         weight = classifier.score.weight.data.float()
         weight = apart(weight, layout.num_heads) if layout.adapters else weight
@@ -232,10 +202,10 @@ class Ensemble(Scorer):
         super().__init__(members[0].extract, members[0].weight, layout)
 
     @staticmethod
-    def load(path: str, max_length: int = 0, *, cached: bool = False) -> "Ensemble":
+    def load(path: str, max_length: int = 0, *, cached: bool = False, place: torch.device | None = None) -> "Ensemble":
         """From a folder with an ensemble.json. Members with equal trunks share one."""
         saved = read_ensemble(path)
-        return Ensemble(_load_members(saved.members, max_length, cached=cached), saved.means, saved.stds)
+        return Ensemble(_load_members(saved.members, max_length, cached=cached, place=place), saved.means, saved.stds)
 
     @staticmethod
     def fit(
@@ -280,11 +250,13 @@ class Ensemble(Scorer):
         return [member.decode(features[id(member.extract)]) for member in self.members]
 
 
-def _load_members(paths: Sequence[str], max_length: int, *, cached: bool = False) -> list[Scorer]:
+def _load_members(
+    paths: Sequence[str], max_length: int, *, cached: bool = False, place: torch.device | None = None
+) -> list[Scorer]:
     members: list[Scorer] = []
     for path in paths:
         refuse_nested(path)
-        member = Scorer.load(path, max_length, cached=cached)
+        member = Scorer.load(path, max_length, cached=cached, place=place)
         twin = next((other for other in members if other.shares_trunk_with(member)), None)
         if twin is not None:
             member = Scorer(twin.extract, member.weight, member.layout, member.last_layer, member.reference)

@@ -16,6 +16,7 @@ from starlette.routing import Route
 
 from poise import __version__
 from poise.errors import first_line
+from poise.serve.backend import BackendAwayError
 from poise.serve.batching import QueueFullError
 from poise.serve.forms import FORMS, BadRequestError, openapi, read
 from poise.serve.metrics import Metrics
@@ -158,7 +159,7 @@ def _refusal(error: Exception) -> Response:
         return JSONResponse({"error": str(error)}, 422)
     if isinstance(error, QueueFullError):
         return JSONResponse({"error": "too many completions wait; come again"}, 429, headers=retry)
-    if isinstance(error, NoScaleYetError):
+    if isinstance(error, (NoScaleYetError, BackendAwayError)):
         return JSONResponse({"error": str(error)}, 503, headers=retry)
     if isinstance(error, ClientDisconnect):
         return Response(status_code=499)  # nobody is there to read it

@@ -1,7 +1,7 @@
 """Reward models as the server asks them: encoded samples in, logits out, and distances where there is a reference.
 
-The local backend runs the trunk in this process. One that asks another server for logits needs the same ids and the
-same layout, and nothing else here changes.
+The local backend runs the trunk in this process; that of `poise.serve.vllm` asks vLLM servers for logits of the same
+ids.
 """
 
 import hashlib
@@ -18,9 +18,14 @@ from poise.errors import PoiseError
 from poise.functional.objectives import HeadRewards
 from poise.functional.typicality import Reference, distance
 from poise.models.chat_format import HfTokenizer
+from poise.models.encoding import Encoder, Tokens
 from poise.models.reward_model import HeadLayout, heads_fingerprint
-from poise.models.scorer import Ensemble, FeatureExtractor, Scorer, Tokens
+from poise.models.scorer import Ensemble, FeatureExtractor, Scorer
 from poise.serve.config import ServeConfig
+
+
+class BackendAwayError(PoiseError):
+    """Nobody reads for this server now."""
 
 
 class Read(NamedTuple):
@@ -52,7 +57,7 @@ class RewardModels:
 
     def __init__(
         self,
-        encoders: Sequence[FeatureExtractor],
+        encoders: Sequence[Encoder],
         backends: Sequence[Backend],
         members: Sequence[Member],
         layout: HeadLayout,

@@ -4,7 +4,7 @@ import ipaddress
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -22,6 +22,10 @@ class ServeConfig(Settings):
 
     rewards: tyro.conf.Positional[tuple[Reward, ...]] = ()
     """The rewards: checkpoint folders, hub ids, `poise train-reward` runs or an ensemble. Several act as one."""
+    backend: Literal["local", "vllm"] = "local"
+    """Who reads the texts: this process, or vLLM servers of the same checkpoint, at `--url`."""
+    url: tuple[str, ...] = ()
+    """Addresses of the vLLM servers, all of one reward model, e.g. http://127.0.0.1:8000."""
     objective: str = "tradeoff(0.4)"
     """How the heads become one reward, e.g. nominal, worst_case, tradeoff(0.4), lower_confidence(1)."""
     validator: Reward = ""
@@ -70,6 +74,12 @@ class ServeConfig(Settings):
                 "several reward models need --reference, the preferences over which their scales are made equal; or "
                 "serve one folder that `poise ensemble` wrote"
             )
+        if (self.backend == "vllm") != bool(self.url):
+            raise PoiseError("--backend vllm and --url go together")
+        if self.backend == "vllm" and len(self.rewards) > 1:
+            raise PoiseError("--backend vllm reads one reward model; several need --backend local")
+        if odd := next((url for url in self.url if not url.startswith(("http://", "https://"))), ""):
+            raise PoiseError(f"--url {odd} does not begin with http:// or https://")
         if not self.token() and not is_loopback(self.host):
             raise PoiseError(
                 f"--host {self.host} is reachable from other machines: set a token in {TOKEN_VARIABLE} or --token-file"

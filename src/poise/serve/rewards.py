@@ -12,9 +12,9 @@ import torch
 from poise.data.types import Sample
 from poise.errors import PoiseError
 from poise.functional.objectives import HeadRewards, RewardScale, parse_objective
+from poise.models.encoding import Tokens
 from poise.models.scale_file import ScaleFile
 from poise.models.score_columns import score_columns
-from poise.models.scorer import Tokens
 from poise.runtime.run_folder import Json
 from poise.serve.backend import RewardModels, finite_or_raise
 from poise.serve.batching import Batcher

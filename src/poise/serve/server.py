@@ -15,6 +15,7 @@ import uvicorn
 from poise.errors import PoiseError
 from poise.models.scale_file import ScaleFile
 from poise.runtime.progress import console
+from poise.serve import vllm
 from poise.serve.app import Limits, make_app
 from poise.serve.backend import RewardModels, local, validator
 from poise.serve.config import ServeConfig as Config
@@ -30,7 +31,7 @@ def run(config: Config) -> None:
         if path := getattr(config, option):
             _may_write(Path(path), option)
     with _listening(config) as place:
-        rewards = rewards_of(config, local(config))
+        rewards = rewards_of(config, vllm.remote(config) if config.backend == "vllm" else local(config))
         limits = Limits(config.max_body * 2**20, config.max_completions, config.max_characters)
         app = make_app(rewards, Metrics(config.log), limits, token)
         settings = uvicorn.Config(app, lifespan="off", log_level="warning", access_log=False, server_header=False)

@@ -1,0 +1,51 @@
+"""A sample as token ids, as a reward model reads it: chat template, truncation, and no weights."""
+
+from typing import NamedTuple
+
+from poise.data.types import Sample
+from poise.errors import PoiseError
+from poise.models.chat_format import encode_conversation
+from poise.models.loading import HfTokenizer, embedded_or_raise
+
+
+class Tokens(NamedTuple):
+    """A sample as its trunk reads it."""
+
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.completion)
+
+
+class Encoder:
+    """From samples to token ids. `num_truncated` counts the samples that lost their oldest tokens."""
+
+    def __init__(self, tokenizer: HfTokenizer, max_length: int, num_embeddings: int, pad_id: int | None):
+        """max_length: longest sample in tokens. pad_id: the token that the classifier takes for padding."""
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.num_truncated = 0
+        self._num_embeddings, self._pad_id = num_embeddings, pad_id
+
+    def without_weights(self) -> "Encoder":
+        """An encoder of the same ids that holds no model."""
+        return Encoder(self.tokenizer, self.max_length, self._num_embeddings, self._pad_id)
+
+    def encode(self, sample: Sample) -> Tokens:
+        """Token ids through the chat template, cut to `max_length` from the left.
+
+        Padding tokens at the end are left out: a classifier reads its score before them. In those that others trained
+        with padding that is the end of a turn, that is the last token of the answer.
+
+        Raises PoiseError for an empty completion, a conversation that the template refuses, or a token that the trunk
+        has no embedding of.
+        """
+        if not sample.completion.strip():
+            raise PoiseError("an empty completion cannot be scored")
+        prompt, completion = encode_conversation(self.tokenizer, sample.prompt, sample.completion)
+        embedded_or_raise([*prompt, *completion], self._num_embeddings, self.tokenizer)
+        while len(completion) > 1 and completion[-1] == self._pad_id:
+            completion.pop()
+        excess = max(len(prompt) + len(completion) - self.max_length, 0)
+        self.num_truncated += excess > 0
+        return Tokens(tuple(prompt[excess:]), tuple(completion[max(excess - len(prompt), 0) :]))
