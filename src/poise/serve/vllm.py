@@ -37,7 +37,7 @@ PATIENCE = 10.0  # seconds in which an answer is looked for, at all servers in t
 TIMEOUT = 120.0  # seconds for one answer
 _PAUSE = 0.25
 _NOISE = 1e-4  # of float32
-_SHARE = 0.1  # of the spread between texts, that rounding may change: bfloat16 stays well below
+_SHARE = 0.25  # of the spread between texts, that rounding may change: .08 in bfloat16 (LOG.md, 2026-11-28)
 _AGAIN = {408, 429}
 PROBE = [
     Sample("Review a film.", "A warm, funny film that I would see again."),
