@@ -328,13 +328,18 @@ SCALARS = st.one_of(
 VALUES = st.recursive(
     SCALARS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-        st.sampled_from(["role", "content", "from", "value", "text", "type", "a"]), inner, max_size=3
+        st.sampled_from(["role", "content", "from", "value", "text", "type", "a", "response", "rank", "rating"]),
+        inner,
+        max_size=3,
     ),
     max_leaves=6,
 )  # fmt: skip
 KEYS = [
     "prompt", "chosen", "rejected", "completion", "response", "rating", "responses", "ratings", "annotators",
     "response_1", "response_2", "margin", "score_chosen", "score_rejected", "source", "subset", "messages", "domain",
+    "winner", "response_a", "response_b", "response_0", "better_response_id", "preference_strength", "labels", "system",
+    "human_ref_A", "human_ref_B", "score_A", "score_B", "completions", "answers", "scores", "ranks", "rating", "score",
+    "chosen-rating", "rejected-rating", "instruction", "overall_preference", "response1", "response2", "helpfulness",
 ]  # fmt: skip
 GOOD = st.sampled_from(
     [
@@ -343,6 +348,11 @@ GOOD = st.sampled_from(
         {"prompt": "p", "responses": ["a", "b"], "ratings": [1, 2]},
         {"prompt": "p", "response_1": "a", "response_2": "b", "annotators": [1, 2]},
         {"prompt": "p", "chosen": ["a"], "rejected": ["b"]},
+        {"instruction": "p", "completions": [{"response": "a", "overall_score": 1}, {"response": "b", "rank": 2}]},
+        {"prompt": "p", "response_0": "a", "response_1": "b", "better_response_id": 0},
+        {"history": "p", "human_ref_A": "a", "human_ref_B": "b", "labels": 1},
+        {"system": "s", "question": "p", "chosen": "a", "rejected": "b", "ratings": [1, 2], "responses": ["a", "b"]},
+        {"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}], "score": 1},
         pair(TALK, TALK),
     ]
 )
