@@ -144,7 +144,7 @@ def test_a_fifo_is_read_once(tmp_path: Path) -> None:
     os.mkfifo(path)
     writer = threading.Thread(target=path.write_text, args=(LINES,))
     writer.start()
-    assert len(read_questions(str(path), "error").items) == 3
+    assert len(read_questions(str(path), "error")) == 3
     writer.join()
 
 

@@ -48,8 +48,8 @@ from poise.data.verdicts import check_votes, compared, optional_number, scored_e
 from poise.runtime.run_folder import write_jsonl
 
 __all__ = [
-    "Check", "OnBadRow", "Preference", "Sample", "as_object", "iter_samples", "preferences_of", "prompt_of", "raw_rows",
-    "read_preferences", "read_prompts", "read_rows", "read_samples", "write_preferences",
+    "Check", "OnBadRow", "Preference", "Sample", "as_object", "iter_preferences", "iter_samples", "preferences_of",
+    "prompt_of", "raw_rows", "read_preferences", "read_prompts", "read_rows", "read_samples", "write_preferences",
 ]  # fmt: skip
 
 # A text repeats its prompt if it begins with it, and the prompt is long enough that this is no accident.
@@ -69,9 +69,20 @@ def read_preferences(
     check: is asked about every prompt with its answers; a ValueError of it refuses the row.
     understood: filled with what the rows were.   rows: of the file, if they have been read already.
     """
+    return list(iter_preferences(path, on_bad_row, check, understood, rows=rows))
+
+
+def iter_preferences(
+    path: str | Path,
+    on_bad_row: OnBadRow = "error",
+    check: Check | None = None,
+    understood: Understood | None = None,
+    *,
+    rows: Iterable[tuple[int, RawRow]] | None = None,
+) -> Iterator[Preference]:
+    """As `read_preferences`, one at a time as the file is read; only rows of one rated answer wait for its end."""
     understood = understood or Understood(str(path))
-    decided: list[list[Preference]] = []
-    rated: list[tuple[int, Rated]] = []
+    rated: list[Rated] = []
     # Votes repeat a pair on purpose; the same row twice is an accident that would leak from training to validation.
     seen: set[bytes] = set()
 
@@ -86,7 +97,7 @@ def read_preferences(
         for what, example in read.notes:
             understood.note(what, f"line {number}: {example}")
         if isinstance(read.found, Rated):
-            rated.append((number, read.found))
+            rated.append(read.found)
         elif not read.found:
             understood.ties += 1
         elif (key := _row_key(read.found)) in seen:
@@ -94,10 +105,10 @@ def read_preferences(
         else:
             seen.add(key)
             understood.used += 1
-            decided.append(read.found)
-    decided += by_prompt([row for _, row in rated], understood)
+            yield from read.found
+    for pairs in by_prompt(rated, understood):
+        yield from pairs
     finish(understood)
-    return [vote for row in decided for vote in row]
 
 
 def read_prompts(

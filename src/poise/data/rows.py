@@ -1,5 +1,6 @@
 """Rows on their way from a file to what they mean: every one is used, left out with its reason, or refused by line."""
 
+import itertools
 import json
 import os
 import tempfile
@@ -20,6 +21,8 @@ OnBadRow = Literal["error", "skip"]
 # Raises ValueError for a prompt with answers that a model cannot be given, such as turns that its template refuses.
 Check = Callable[[Prompt, Sequence[str]], None]
 
+# Texts that are scored at a time: the tokens of all texts of a file would need many times the memory of the texts.
+TEXTS_PER_PART = 1024
 _BAD_ROWS_IN_MEMORY = 1 << 20  # characters
 
 
@@ -136,6 +139,17 @@ def read_rows(path: str | Path, parse: Callable[[dict[str, Any]], Row], on_bad_r
         rows.append(row)
     finish(understood)
     return rows
+
+
+def in_parts(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    """Lists of `size` rows, the last one of what is left, each read only when it is asked for.
+
+    >>> list(in_parts("abcde", 2))
+    [['a', 'b'], ['c', 'd'], ['e']]
+    """
+    rows = iter(rows)
+    while part := list(itertools.islice(rows, size)):
+        yield part
 
 
 def finish(understood: Understood) -> None:

@@ -15,7 +15,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -273,14 +273,14 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file whole or not at all, even if killed half-way."""
+def write_atomic(path: Path, text: str | Iterable[str]) -> None:
+    """Write a file whole or not at all, even if killed half-way. text: also in parts."""
     path.parent.mkdir(parents=True, exist_ok=True)
     clear_leftovers(path)
     partial = partial_name(path)
     try:
         with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
+            file.writelines([text] if isinstance(text, str) else text)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -302,9 +302,9 @@ def append_jsonl(path: Path, rows: list[Json]) -> None:
         file.write(text)
 
 
-def write_jsonl(path: Path, rows: list[Json]) -> None:
-    """Atomic JSON lines. Raises PoiseError for NaN and infinities."""
-    write_atomic(path, as_lines(rows, str(path)))
+def write_jsonl(path: Path, rows: Iterable[Json]) -> None:
+    """Atomic JSON lines, written as the rows come. Raises PoiseError for NaN and infinities."""
+    write_atomic(path, (as_lines([row], str(path)) for row in rows))
 
 
 def _is_more(now: Any, before: Any) -> bool:
