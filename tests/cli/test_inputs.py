@@ -1,11 +1,13 @@
 """Runs and policies where a language model may be named; other folders are refused before anything is imported."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from poise.cli.chat import Config as ChatConfig
 from poise.cli.inputs import check_inputs
+from poise.cli.main import main
 from poise.errors import PoiseError
 from poise.policy.config import EvaluateConfig
 from poise.studies.config import CompareConfig
@@ -25,3 +27,12 @@ def test_gold_is_reviews_or_a_reward_model(tmp_path: Path) -> None:
     check_inputs(CompareConfig(arms=()))
     with pytest.raises(PoiseError, match="is not a model folder"):
         check_inputs(CompareConfig(arms=(), gold=str(tmp_path)))
+
+
+def test_an_output_that_cannot_be_is_one_line_before_anything_is_imported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for output, reason in (("a\0b.yaml", "cannot be the name of a file"), (str(tmp_path / "fifo"), "is no place")):
+        assert main(["init", "serve", "--output", output]) == 2
+        assert reason in capsys.readouterr().err

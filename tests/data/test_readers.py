@@ -319,6 +319,20 @@ def test_rows_that_a_check_refuses_are_named_and_can_be_skipped(tmp_path: Path) 
         read_questions(str(path), "error", check)
 
 
+def test_a_file_of_the_user_is_no_place_for_bad_rows(tmp_path: Path) -> None:
+    path, aside = tmp_path / "x.jsonl", tmp_path / "x.bad.jsonl"
+    path.write_text(LINES + "{}\n")
+    for own in ("my own notes\n", LINES, '{"line": 3}\n'):
+        aside.write_text(own)
+        with pytest.raises(PoiseError, match=r"x\.bad\.jsonl, and that holds something else"):
+            read_preferences(path, "skip")
+        assert aside.read_text() == own
+    aside.unlink()
+    for _ in range(2):  # an own file is written again
+        assert read_preferences(path, "skip") == EXPECTED
+        assert json.loads(aside.read_text())["line"] == 4
+
+
 # ---- anything at all ----
 
 SCALARS = st.one_of(

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import os
 import shutil
 import tracemalloc
 from collections.abc import Callable
@@ -235,3 +236,15 @@ def test_parts_of_another_reward_model_are_not_kept(reward: str, tmp_path: Path)
         with left.open(settings, 2) as (done, partial):
             assert done == kept
             partial.write(b"{}\n" * (5 - done))
+
+
+def test_a_partial_file_of_somebody_else_and_devices_are_left_alone(reward: str, tmp_path: Path) -> None:
+    file, notes = texts_in(tmp_path, 2), tmp_path / "scores.jsonl.partial"
+    notes.write_text("my own notes\n")
+    with pytest.raises(PoiseError, match=r"scores\.jsonl\.partial was not begun by `poise score`"):
+        score.run(score.Config(reward, str(file), output=str(tmp_path / "scores.jsonl")))
+    assert notes.read_text() == "my own notes\n"
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(PoiseError, match="is no place for a file"):
+        score.run(score.Config(reward, str(file), output=str(tmp_path / "fifo")))
+    assert {path.name for path in tmp_path.iterdir()} == {"texts.jsonl", notes.name, "fifo"}

@@ -155,3 +155,14 @@ def test_unreachable_registry_is_one_line(monkeypatch: pytest.MonkeyPatch) -> No
     ):
         pass
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"[" * 5000, "is nested too deeply"), (b"\xff\xfe\x00", "cannot read config"), (b"a: b\0c", "is not valid YAML")],
+)
+def test_a_config_file_of_any_bytes_is_one_line(content: bytes, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(PoiseError, match=reason) as caught:
+        runs.load_config_file(tmp_path / "config.yaml")
+    assert "\n" not in str(caught.value)

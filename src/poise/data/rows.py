@@ -24,6 +24,7 @@ Check = Callable[[Prompt, Sequence[str]], None]
 # Texts that are scored at a time: the tokens of all texts of a file would need many times the memory of the texts.
 TEXTS_PER_PART = 1024
 _BAD_ROWS_IN_MEMORY = 1 << 20  # characters
+_SHORT = 100  # characters at the beginning of a file of bad rows
 
 
 class BadRows:
@@ -94,6 +95,7 @@ class Understood:
         path = Path(self.path)
         beside = path if path.is_file() and not self.path.startswith(("/dev/", "/proc/")) else Path(path.name)
         aside = beside.with_suffix(".bad.jsonl")
+        _refuse_other_rows(aside)
         with write_file_atomic(aside) as partial, partial.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in self.bad)
             file.flush()
@@ -102,6 +104,20 @@ class Understood:
 
     def _print(self, text: str) -> None:
         console.print(f"{self.path}: {text}", markup=False)
+
+
+def _refuse_other_rows(path: Path) -> None:
+    """Raise PoiseError if a file of bad rows would take the place of a file that is none."""
+    if not path.exists():
+        return
+    try:
+        with path.open(encoding="utf-8") as file:
+            first = file.read(_SHORT)
+            ours = not first or (first.startswith('{"line": ') and '"reason": ' in first)
+    except (OSError, ValueError):
+        ours = False
+    if not ours:
+        raise PoiseError(f"bad rows are set aside in {path}, and that holds something else; move it")
 
 
 def parsed_rows(

@@ -32,6 +32,7 @@ from poise.runtime.folders import (
     own,
     partial_name,
     refuse_deleted,
+    refuse_device,
     refuse_foreign,
     unlock,
     write_folder_atomic,
@@ -187,11 +188,15 @@ def load_config_file(path: str | Path, kind: type | None = None) -> Json:
     kind: a dataclass that names the settings which must be there, with their types and ranges.
     """
     try:
-        loaded = yaml.safe_load(Path(path).read_text())
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise PoiseError(f"cannot read config {path}: {error.strerror}") from None
     except yaml.YAMLError as error:
         raise PoiseError(f"config {path} is not valid YAML: {first_line(error)}") from None
+    except RecursionError:
+        raise PoiseError(f"config {path} is nested too deeply") from None
+    except ValueError as error:  # also bytes that are not UTF-8
+        raise PoiseError(f"cannot read config {path}: {first_line(error)}") from None
     if not isinstance(loaded, dict):
         raise PoiseError(f"config {path} holds no settings")
     return checked(loaded, kind, str(path)) if kind else loaded
@@ -275,6 +280,7 @@ def is_main_process() -> bool:
 
 def write_atomic(path: Path, text: str | Iterable[str]) -> None:
     """Write a file whole or not at all, even if killed half-way. text: also in parts."""
+    refuse_device(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     clear_leftovers(path)
     partial = partial_name(path)
