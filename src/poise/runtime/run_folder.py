@@ -302,7 +302,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def append_jsonl(path: Path, rows: list[Json]) -> None:
     """Append rows to a JSON-lines file. Raises PoiseError, and nothing is appended, for NaN and infinities."""
-    text = as_lines(rows, str(path))
+    text = "".join(as_lines(rows, str(path)))
     mend_last_line(path)
     with path.open("a", encoding="utf-8") as file:
         file.write(text)
@@ -310,7 +310,7 @@ def append_jsonl(path: Path, rows: list[Json]) -> None:
 
 def write_jsonl(path: Path, rows: Iterable[Json]) -> None:
     """Atomic JSON lines, written as the rows come. Raises PoiseError for NaN and infinities."""
-    write_atomic(path, (as_lines([row], str(path)) for row in rows))
+    write_atomic(path, as_lines(rows, str(path)))
 
 
 def _is_more(now: Any, before: Any) -> bool:
