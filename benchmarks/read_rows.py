@@ -1,7 +1,7 @@
 """Reading rows: seconds and memory by number of rows; and the memory of `poise score` and `poise evaluate-reward`.
 
     python benchmarks/read_rows.py --output read-rows.json [--rows 10000 100000] [--score-rows 2000 20000 200000]
-        [--evaluate-rows 2000 20000]
+        [--forms jsonl parquet] [--evaluate-rows 2000 20000]
 
 Every case runs in a process of its own, with one thread. Seconds are of processor time, of reading alone, without
 imports. Memory is the highest resident size of the process; that of a process which reads ten rows stands beside it,
@@ -153,6 +153,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--rows", type=int, nargs="*", default=[10_000, 100_000])
     parser.add_argument("--score-rows", type=int, nargs="*", default=[2_000, 20_000, 200_000])
+    parser.add_argument("--forms", nargs="+", choices=("jsonl", "parquet"), default=["jsonl", "parquet"])
     parser.add_argument("--evaluate-rows", type=int, nargs="*", default=[2_000, 20_000])
     parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args()
@@ -175,7 +176,7 @@ def main() -> None:
                 kept()
         reward = tiny_reward(folder / "reward")
         for count in (10, *options.score_rows) if options.score_rows else ():
-            for kind in ("jsonl", "parquet"):
+            for kind in options.forms:
                 file = samples(folder, kind, count)
                 found = measured(SCORE, reward, str(file), str(folder / f"scores.{kind}"))
                 results["score"].append({"form": kind, **found})

@@ -5,7 +5,7 @@
     python experiments/frontier.py report --into results/frontier-DATE.json
 
 The design was fixed before the first run: experiments/frontier_design.md. G2, the gold that labels the proxies' pairs,
-is kept as LoRA adapters in results/gold-g2, so that every machine has the same one. Training reads G2 through these
+is kept as LoRA adapters in results/gold-g2-2026-11-28, so that every machine has the same one. Training reads G2 through these
 labels alone; gold of the policies' completions is read once a run has ended.
 """
 
@@ -41,7 +41,7 @@ from poise.studies.config import LAPTOP_POLICY, LAPTOP_REWARD
 from poise.studies.gold import gold_rewards
 from poise.studies.pool import kept_pool, samples_of
 
-G2 = Path(__file__).parents[1] / "results" / "gold-g2"
+G2 = Path(__file__).parents[1] / "results" / "gold-g2-2026-11-28"
 LOW, HIGH, FIRST = 5.0, 30.0, "single"
 LOOKED_AT = 200  # the seed that was seen before the order of the arms was changed
 RATED_PAIRS, SPOILED_PAIRS, OWN_PAIRS, FLIPPED = 1600, 800, 400, 0.25
@@ -159,6 +159,7 @@ def make_gold(root: Path) -> None:
         for kind in ("rated", *SPOILS)
     }
     write_json(G2 / "judged.json", found)
+    write_json(G2 / "environment.json", environment())
     print(json.dumps(found, indent=1))
 
 

@@ -75,8 +75,9 @@ def judge(train: FeaturePairs, split: PreferenceSplit, test: FeaturePairs, items
     raw_weight, layout = heads.on_raw_features(center, scale, 1.0)
     alternating: Tensor = torch.stack([test.chosen_NH, test.rejected_NH], 1).flatten(0, 1)
     last_layer = LastLayer(factor / scale.unsqueeze(-1), center)
-    scores = TextScores(layout.decode(alternating @ raw_weight.double().T), layout, last_layer, alternating)
-    judged = judge_pairs(pairs_of(scores, Questions("pairs", items), mean, seed), items, seed)
+    scores = TextScores.of(layout.decode(alternating @ raw_weight.double().T), layout, last_layer, alternating)
+    asked = Questions.of("pairs", items)
+    judged = judge_pairs(pairs_of(scores, asked, mean, seed), asked, seed)
     return {
         "pairs": len(part), "prior_precision": precision, "accuracy": judged["accuracy"],
         "interval": judged["accuracy_interval"], "nll": judged["probability"]["nll"],

@@ -64,7 +64,7 @@ def commands(
     tmp_path: Path, reward: Path, tiny_model: str, preferences_file: Path, prompts_file: Path, monkeypatch: Any
 ) -> Any:
     """name, folder -> Command. `score` works in parts of two rows, since other parts may round otherwise."""
-    monkeypatch.setattr(score, "ROWS_PER_PART", 2)
+    monkeypatch.setattr(score, "TEXTS_PER_PART", 2)
     samples = tmp_path / "samples.jsonl"
     samples.write_text("".join(f'{{"prompt": "Review.", "completion": "good {i}"}}\n' for i in range(40)))
     options: dict[str, list[str]] = {

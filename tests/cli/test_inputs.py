@@ -1,5 +1,6 @@
 """Runs and policies where a language model may be named; other folders are refused before anything is imported."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from poise.cli import inputs
 from poise.cli.chat import Config as ChatConfig
 from poise.cli.inputs import check_inputs
+from poise.cli.main import main
 from poise.errors import PoiseError
 from poise.policy.config import Config as PolicyConfig
 from poise.policy.config import EvaluateConfig
@@ -65,3 +67,12 @@ def test_settings_within_settings_are_checked_too(tmp_path: Path) -> None:
     nested = StudyConfig(policy=replace(StudyConfig().policy, prompts=str(tmp_path / "none.jsonl")))
     with pytest.raises(PoiseError, match=r"no such file: .*none\.jsonl"):
         check_inputs(nested)
+
+
+def test_an_output_that_cannot_be_is_one_line_before_anything_is_imported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for output, reason in (("a\0b.yaml", "cannot be the name of a file"), (str(tmp_path / "fifo"), "is no place")):
+        assert main(["init", "serve", "--output", output]) == 2
+        assert reason in capsys.readouterr().err

@@ -118,3 +118,32 @@ def test_the_table_of_the_documentation_is_what_is_computed(tune: str, gpus: int
     docs = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(docs)
     assert docs.row("1.5B (Qwen2.5)", tune, gpus) in docs.PAGE.read_text()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ({"hidden_size": 0}, "sizes below 1"),
+        ({"vocab_size": -5}, "sizes below 1"),
+        ({"num_attention_heads": 0}, "by zero"),
+        ({"model_type": "bert"}, "it reads no reward from a last token"),
+    ],
+)
+def test_sizes_that_cannot_be_are_one_line(
+    sizes: dict[str, object], reason: str, tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((Path(tiny_model) / "config.json").read_text()) | sizes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["plan", "--model", str(tmp_path)]) == 2
+    assert reason in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_counts_that_no_gpu_holds_are_refused_before_they_are_listed(
+    tiny_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for options, reason in (
+        (["--adapter-heads", "1000000000"], "--adapter-heads must be in [0, 1024]"),
+        (["--max-length", "2000000000"], "tokens at once are more than any GPU holds"),
+    ):
+        assert main(["plan", "--model", tiny_model, *options]) == 2
+        assert reason in capsys.readouterr().err

@@ -209,3 +209,19 @@ def test_every_command_that_names_a_file_of_rows_is_among_them() -> None:
         return list(dict.fromkeys(mark.kind for mark in found if isinstance(mark, Rows)))
 
     assert {command: of for command in COMMANDS if (of := kinds(command))} == SHOWN
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["quickstart", "--arms", "robust", "robust"], "--arms names robust twice"),
+        (["compare", "--arms", "runs/a", "runs/a"], "--arms names runs/a twice"),
+        (["best-of-n", "--prompts", "p", "--reward", "r", "--objectives", "a:mean", "a:mean"], "names a:mean twice"),
+        (["trust", "runs/rm", "--prompts", "p", "--validator", "runs/../runs/rm"], "agrees with itself"),
+    ],
+)
+def test_the_same_thing_twice_is_refused_before_anything_is_trained(
+    arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert reason in " ".join(capsys.readouterr().err.split())

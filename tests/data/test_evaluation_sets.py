@@ -24,10 +24,10 @@ def test_pairs_of_every_form_keep_their_texts_in_order(tmp_path: Path) -> None:
     conversation = {side: [*turns, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
     asked = read_questions(write(tmp_path / "p.jsonl", pair("a", "b"), conversation), "error")
     assert asked.kind == "pairs"
-    assert [(s.prompt, s.completion) for s in asked.samples] == [
+    assert [(s.prompt, s.completion) for s in asked.samples()] == [
         ("Q", "a"), ("Q", "b"), (turns, "chosen"), (turns, "rejected"),
     ]  # fmt: skip
-    assert asked.items[1].subset == ""
+    assert asked.subset[1] == ""
 
 
 def test_votes_on_one_pair_are_one_unit_whichever_text_they_chose(tmp_path: Path) -> None:
@@ -60,9 +60,9 @@ def test_lists_are_told_by_their_lengths(tmp_path: Path, shapes: list[tuple[int,
     asked = read_questions(write(tmp_path / "p.jsonl", *rows), "error")
     assert asked.kind == kind
     assert [(len(item.chosen), len(item.rejected)) for item in asked.items] == shapes
-    assert asked.items[0].subset == "d"
+    assert asked.subset[0] == "d"
     first = shapes[0][0]
-    assert [s.completion for s in asked.samples][: first + 1] == [*(f"c{i}" for i in range(first)), "r0"]
+    assert [s.completion for s in asked.samples()][: first + 1] == [*(f"c{i}" for i in range(first)), "r0"]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_bad_list_is_one_line_or_set_aside(tmp_path: Path, row: dict[str, Any]
     path = write(tmp_path / "p.jsonl", {"prompt": "Q", "chosen": ["a"], "rejected": ["b", "c"]}, row)
     with pytest.raises(PoiseError, match=rf"p\.jsonl:2: {reason}"):
         read_questions(path, "error")
-    assert len(read_questions(path, "skip").items) == 1
+    assert len(read_questions(path, "skip")) == 1
     assert reason in (tmp_path / "p.bad.jsonl").read_text()
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from poise.data.preferences import preferences_of, read_prompts, read_samples
+from poise.data.preferences import preferences_of, read_preferences, read_prompts, read_samples
+from poise.data.rows import Understood
 from poise.data.types import Preference
 from poise.errors import PoiseError
 
@@ -69,3 +70,167 @@ def test_several_completions_of_a_row_are_read(tmp_path: Path) -> None:
     assert [(one.prompt, one.completion) for one in found] == [("x", "a"), ("x", "b"), ("y", "c")]
     with pytest.raises(PoiseError, match=":1: the list of completions is empty"):
         read_samples(write(tmp_path / "empty.jsonl", {"prompt": "x", "completions": []}))
+
+
+def talk(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": "Tea?"}, {"role": "assistant", "content": text}]
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+# Rows of published data sets, with the columns they have there; each says that "Yes." is better than "No.".
+PUBLISHED: dict[str, dict] = {
+    "openbmb/UltraFeedback": {
+        "source": "x", "instruction": "Tea?", "correct_answers": ["None"], "completions": [
+            {"model": "m", "response": "No.", "overall_score": 2, "fine-grained_score": 9.0, "annotations": {}},
+            {"model": "n", "response": "Yes.", "overall_score": 8.5, "fine-grained_score": 1.0, "annotations": {}},
+        ],
+    },
+    "argilla/ultrafeedback-binarized": {
+        "instruction": "Tea?", "chosen_response": "Yes.", "rejected_response": "No.", "chosen_avg_rating": 5.0,
+        "rejected_avg_rating": 1.5,
+    },
+    "argilla/ultrafeedback-binarized-preferences-cleaned": {
+        "prompt": "Tea?", "chosen": talk("Yes."), "chosen-rating": 5.0, "rejected": talk("No."), "rejected-rating": 1.0,
+    },
+    "argilla/distilabel-intel-orca": {
+        "system": "", "input": "Tea?", "chosen": "Yes.", "rejected": "No.", "generations": ["Yes.", "No."],
+        "rating": [9.0, 1.0], "order": ["x", "y"], "status": "unchanged", "chosen_score": 9.0,
+    },
+    "distilabel": {"instruction": "Tea?", "generations": ["Yes.", "No."], "ratings": [5, 1]},
+    "nvidia/HelpSteer2 preference": {
+        "prompt": "Tea?", "response_1": "No.", "response_2": "Yes.", "preference_strength": 2, "split": "train",
+    },
+    "nvidia/HelpSteer3": {
+        "domain": "general", "context": talk("Hm?")[:1], "response1": "Yes.", "response2": "No.",
+        "overall_preference": -1, "individual_preference": [{"score": -1}],
+    },
+    "PKU-Alignment/PKU-SafeRLHF": {
+        "prompt": "Tea?", "response_0": "No.", "response_1": "Yes.", "better_response_id": 1, "safer_response_id": 0,
+    },
+    "lmsys/chatbot_arena_conversations": {
+        "model_a": "x", "model_b": "y", "winner": "model_b", "conversation_a": talk("No."),
+        "conversation_b": talk("Yes."), "turn": 1,
+    },
+    "berkeley-nest/Nectar": {
+        "prompt": "\n\nHuman: Tea?\n\nAssistant: ", "num_responses": 2,
+        "answers": [{"answer": "Yes.", "model": "x", "rank": 1.0}, {"answer": "No.", "model": "y", "rank": 2.0}],
+    },
+    "stanfordnlp/SHP": {
+        "history": "Tea?", "human_ref_A": "No.", "human_ref_B": "Yes.", "labels": 0, "score_A": 2, "score_B": 9,
+        "score_ratio": 4.5, "domain": "askculinary_train",
+    },
+    "scores as text": {"prompt": "Tea?", "responses": '["No.", "Yes."]', "scores": "[-1, 0.5]"},
+    "scores and ranks": {"prompt": "Tea?", "completions": ["No.", "Yes."], "scores": [1, 2], "ranks": [2, 1]},
+    "capitals": {"prompt": "Tea?", "response_A": "Yes.", "response_B": "No.", "winner": "A"},
+    "a pair beside its list": {
+        "prompt": "Tea?", "chosen": "Yes.", "rejected": "No.", "responses": ["No.", "Yes."], "ratings": [1, 5],
+    },
+    "a winner beside its votes": {
+        "prompt": "Tea?", "response_1": "Yes.", "response_2": "No.", "annotators": [1], "winner": 1,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_rows_of_published_data_sets_are_read(name: str) -> None:
+    found = preferences_of(PUBLISHED[name])
+    assert isinstance(found, list)
+    [pair] = found
+    asked = pair.prompt if isinstance(pair.prompt, str) else pair.prompt[-1]["content"]
+    assert (asked, pair.chosen, pair.rejected, pair.margin) == ("Tea?", "Yes.", "No.", 0)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"chosen": "Yes.", "rejected": "No.", "chosen-rating": 1, "rejected-rating": 2}, "chosen-rating 1 against 2"),
+        ({"chosen": "Yes.", "rejected": "No.", "rating_chosen": 1, "rating_rejected": 2}, "rating_chosen 1 against 2"),
+        ({"chosen": "Yes.", "rejected": "No.", "responses": ["Yes.", "No."], "scores": [1, 2]}, "is rated lower"),
+        ({"chosen": talk("Yes."), "rejected": talk("No."), "responses": ["Yes.", "No."], "ranks": [2, 1]},
+         "is rated lower"),
+        ({"chosen": "Yes.", "rejected": "No.", "response_a": "Yes.", "response_b": "No.", "winner": "b"},
+         "'chosen' and 'winner' do not"),
+        ({"response_1": "Yes.", "response_2": "No.", "winner": 1, "preference_strength": 1},
+         "'winner' and 'preference_strength' do not"),
+        ({"response_1": "Yes.", "response_2": "No.", "annotators": [2, 2, 1], "winner": 1},
+         "'annotators' and 'winner'"),
+        ({"human_ref_A": "Yes.", "human_ref_B": "No.", "labels": 1, "score_A": 1, "score_B": 2},
+         "'labels' and 'score_A'"),
+        ({"responses": ["a", "b", "c"], "scores": [1, 2, 2], "ranks": [2, 3, 1]}, "'scores' and 'ranks' do not order"),
+        ({"responses": ["a", "b"], "completions": ["a", "b"], "scores": [1, 2]}, "are both lists of answers"),
+        ({"completions": [{"response": "a"}, {"response": "b"}]}, "give each its 'rating'"),
+        ({"completions": [{"response": "a", "rating": 1}, {"response": "b"}]}, "'rating' must be a number, not None"),
+        ({"completions": [{"response": "a", "rating": 1}, "b"]}, "answer 2 of the list must have one text"),
+        ({"responses": ["a", "b"], "scores": [1]}, "2 responses but 1 scores"),
+        ({"responses": ["a", "b"], "ratings": [1, 2], "margin": 1}, "'margin' goes with one pair"),
+        ({"response": "a", "helpfulness": 4, "correctness": 3}, "no 'rating', but 'helpfulness', 'correctness'"),
+        ({"completion": "a", "label": True}, "'label' says good or bad of one answer"),
+        ({"response_0": "a", "response_1": "b", "better_response_id": 2}, "'better_response_id' is 2; 0 or 1"),
+        ({"response_0": "a", "response_1": "b", "response_2": "c", "winner": 1}, "'winner' may be of 'response_1'"),
+        ({"chosen": "a", "rejected": "b", "system": "x", "system_prompt": "y"}, "are different system turns"),
+        ({"prompt": [SYSTEM, *talk("a")[:1]], "chosen": "a", "rejected": "b", "system": "y"}, "different system turns"),
+        ({"prompt": None, "system": "x", "question": "p", "input": "q", "chosen": "a", "rejected": "b"},
+         "may all be the prompt"),
+    ],
+)  # fmt: skip
+def test_parts_that_contradict_each_other_are_refused(row: dict, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        preferences_of({"prompt": "Tea?", **row})
+
+
+def test_all_pairs_of_rated_answers_are_taken_and_equal_ratings_are_named(tmp_path: Path) -> None:
+    rated = [{"response": text, "overall_score": score} for text, score in (("a", 4), ("b", 3), ("c", 3), ("d", 1))]
+    path = write(tmp_path / "rows.jsonl", {"instruction": "Tea?", "completions": rated})
+    understood = Understood(str(path), silent=True)
+    pairs = read_preferences(path, understood=understood)
+    assert {(pair.chosen, pair.rejected) for pair in pairs} == {
+        ("a", "b"), ("a", "c"), ("a", "d"), ("b", "d"), ("c", "d")
+    }  # fmt: skip
+    [(what, (count, example))] = understood.notes.items()
+    assert (what, count, example) == (
+        "rate several answers the same; such pairs are left out", 1, "line 1: '[4.0, 3.0, 3.0, 1.0]'"
+    )  # fmt: skip
+    same = write(
+        tmp_path / "same.jsonl",
+        {"prompt": "x", "responses": ["a", "b"], "scores": [2, 2]},
+        {"prompt": "x", "chosen": "a", "rejected": "b"},
+    )
+    understood = Understood(str(same), silent=True)
+    assert len(read_preferences(same, understood=understood)) == understood.ties == 1
+
+
+def test_one_answer_a_row_is_compared_with_the_others_of_its_prompt(tmp_path: Path) -> None:
+    rows = ({"messages": talk("No."), "score": 1}, {"messages": talk("Yes."), "score": 5})
+    assert read_preferences(write(tmp_path / "rows.jsonl", *rows)) == [Preference(talk("")[:1], "Yes.", "No.")]
+
+
+def test_a_column_of_system_turns_comes_first_and_must_agree(tmp_path: Path) -> None:
+    user, answer = talk("Yes.")
+    expected = [SYSTEM, user]
+    beside = {"system": "Be brief."}
+    for row in (
+        {"question": "Tea?", "chosen": "Yes.", "rejected": "No."},
+        {"prompt": [user], "chosen": "Yes.", "rejected": "No."},
+        {"prompt": expected, "chosen": "Yes.", "rejected": "No."},
+        {"chosen": talk("Yes."), "rejected": talk("No.")},
+        {"prompt": "Tea?", "chosen": [SYSTEM, *talk("Yes.")], "rejected": [SYSTEM, *talk("No.")]},
+        {"prompt": "Tea?", "response_1": "Yes.", "response_2": "No.", "annotators": [1]},
+        {"prompt": "Tea?", "responses": ["Yes.", "No."], "ratings": [2, 1]},
+    ):
+        path = write(tmp_path / "rows.jsonl", {**row, **beside})
+        understood = Understood(str(path), silent=True)
+        assert read_preferences(path, understood=understood) == [Preference(expected, "Yes.", "No.")]
+        assert any("system turn in a column of its own" in what for what in understood.notes)
+    for row in ({"prompt": "Tea?", "completion": "Yes."}, {"messages": [user, answer]}):
+        [sample] = read_samples(write(tmp_path / "rows.jsonl", {**row, **beside}))
+        assert (sample.prompt, sample.completion) == (expected, "Yes.")
+    assert read_prompts(write(tmp_path / "rows.jsonl", {"prompt": "Tea?", "system": " "})) == ["Tea?"]
+    assert read_prompts(write(tmp_path / "rows.jsonl", {"prompt": "Tea?", **beside})) == [expected]
+
+
+def test_published_answers_are_scored_and_their_prompts_are_prompts(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", PUBLISHED["openbmb/UltraFeedback"])
+    assert [(one.prompt, one.completion) for one in read_samples(path)] == [("Tea?", "No."), ("Tea?", "Yes.")]
+    for row in PUBLISHED.values():
+        [prompt] = read_prompts(write(tmp_path / "one.jsonl", row))
+        assert (prompt if isinstance(prompt, str) else prompt[-1]["content"]) == "Tea?"

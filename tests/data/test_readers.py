@@ -144,7 +144,7 @@ def test_a_fifo_is_read_once(tmp_path: Path) -> None:
     os.mkfifo(path)
     writer = threading.Thread(target=path.write_text, args=(LINES,))
     writer.start()
-    assert len(read_questions(str(path), "error").items) == 3
+    assert len(read_questions(str(path), "error")) == 3
     writer.join()
 
 
@@ -319,6 +319,20 @@ def test_rows_that_a_check_refuses_are_named_and_can_be_skipped(tmp_path: Path) 
         read_questions(str(path), "error", check)
 
 
+def test_a_file_of_the_user_is_no_place_for_bad_rows(tmp_path: Path) -> None:
+    path, aside = tmp_path / "x.jsonl", tmp_path / "x.bad.jsonl"
+    path.write_text(LINES + "{}\n")
+    for own in ("my own notes\n", LINES, '{"line": 3}\n'):
+        aside.write_text(own)
+        with pytest.raises(PoiseError, match=r"x\.bad\.jsonl, and that holds something else"):
+            read_preferences(path, "skip")
+        assert aside.read_text() == own
+    aside.unlink()
+    for _ in range(2):  # an own file is written again
+        assert read_preferences(path, "skip") == EXPECTED
+        assert json.loads(aside.read_text())["line"] == 4
+
+
 # ---- anything at all ----
 
 SCALARS = st.one_of(
@@ -328,13 +342,18 @@ SCALARS = st.one_of(
 VALUES = st.recursive(
     SCALARS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-        st.sampled_from(["role", "content", "from", "value", "text", "type", "a"]), inner, max_size=3
+        st.sampled_from(["role", "content", "from", "value", "text", "type", "a", "response", "rank", "rating"]),
+        inner,
+        max_size=3,
     ),
     max_leaves=6,
 )  # fmt: skip
 KEYS = [
     "prompt", "chosen", "rejected", "completion", "response", "rating", "responses", "ratings", "annotators",
     "response_1", "response_2", "margin", "score_chosen", "score_rejected", "source", "subset", "messages", "domain",
+    "winner", "response_a", "response_b", "response_0", "better_response_id", "preference_strength", "labels", "system",
+    "human_ref_A", "human_ref_B", "score_A", "score_B", "completions", "answers", "scores", "ranks", "rating", "score",
+    "chosen-rating", "rejected-rating", "instruction", "overall_preference", "response1", "response2", "helpfulness",
 ]  # fmt: skip
 GOOD = st.sampled_from(
     [
@@ -343,6 +362,11 @@ GOOD = st.sampled_from(
         {"prompt": "p", "responses": ["a", "b"], "ratings": [1, 2]},
         {"prompt": "p", "response_1": "a", "response_2": "b", "annotators": [1, 2]},
         {"prompt": "p", "chosen": ["a"], "rejected": ["b"]},
+        {"instruction": "p", "completions": [{"response": "a", "overall_score": 1}, {"response": "b", "rank": 2}]},
+        {"prompt": "p", "response_0": "a", "response_1": "b", "better_response_id": 0},
+        {"history": "p", "human_ref_A": "a", "human_ref_B": "b", "labels": 1},
+        {"system": "s", "question": "p", "chosen": "a", "rejected": "b", "ratings": [1, 2], "responses": ["a", "b"]},
+        {"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}], "score": 1},
         pair(TALK, TALK),
     ]
 )

@@ -18,10 +18,11 @@ from PIL import Image
 from conftest import rest_slow
 from pages import UNSEEN, assert_all_is_seen, assert_wrong_forms_are_one_line, poison
 from poise.cli import evaluate_reward as command
+from poise.data.evaluation_sets import read_questions
 from poise.data.preferences import read_preferences
 from poise.errors import PoiseError
 from poise.models.reward_model import load_last_layer
-from poise.models.scorer import Ensemble, Sample, Scorer
+from poise.models.scorer import Ensemble, FeatureExtractor, Sample, Scorer
 from poise.reports import plots
 from poise.reports import reward_page as evaluation_page
 from poise.reward import evaluate as evaluate_reward
@@ -520,3 +521,51 @@ def test_characters_that_are_not_seen_are_shown_as_escapes(evaluation: Path, tmp
 def test_results_of_a_wrong_form_are_one_line(evaluation: Path, tmp_path: Path, value: Any) -> None:
     folder = shutil.copytree(evaluation, tmp_path / "page")
     assert_wrong_forms_are_one_line(folder, evaluation_page.build, value)
+
+
+def test_texts_are_read_again_in_parts_and_none_is_kept(
+    reward_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": "Add.", "chosen": f"{i}+1={i + 1}", "rejected": f"{i}+1={i}"} for i in range(7)]
+    file = write(tmp_path / "sums.jsonl", *rows)
+    whole = evaluate_reward.run(Config((str(reward_run / "posterior"),), file, output=str(tmp_path / "whole")))
+    sizes: list[int] = []
+
+    def extract(self: FeatureExtractor, samples: list[Sample], progress: Any = None) -> torch.Tensor:
+        sizes.append(len(samples))
+        return original(self, samples, progress)
+
+    original = FeatureExtractor.__call__
+    monkeypatch.setattr(FeatureExtractor, "__call__", extract)
+    monkeypatch.setattr(evaluate_reward, "TEXTS_PER_PART", 4)
+    parts = evaluate_reward.run(Config((str(reward_run / "posterior"),), file, output=str(tmp_path / "parts")))
+    assert sizes == [4, 4, 4, 2]
+    for one, other in zip(
+        read_rows(whole.folder / "reward-1.jsonl"), read_rows(parts.folder / "reward-1.jsonl"), strict=True
+    ):
+        assert one["last_layer_std"] > 0
+        assert one == {name: pytest.approx(value, abs=1e-5) for name, value in other.items()}
+    shown = [
+        [row["chosen"] for row in (run.results or {})["rewards"][0]["pairs"]["mistakes"]] for run in (whole, parts)
+    ]
+    assert shown[0] == shown[1]
+    assert shown[0][0] in {row["chosen"] for row in rows}
+    asked = read_questions(file, "error")
+    held = [value for value in vars(asked).values() if isinstance(value, (list, np.ndarray))]
+    assert not any(text in str(held) for text in ("Add.", "6+1=7"))
+
+
+def test_a_file_that_changes_while_it_is_judged_is_one_line(
+    reward_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": "Add.", "chosen": f"{i}+1={i + 1}", "rejected": f"{i}+1={i}"} for i in range(3)]
+    file = write(tmp_path / "sums.jsonl", *rows)
+    load = Scorer.load
+
+    def loaded(*arguments: Any, **more: Any) -> Scorer:
+        write(tmp_path / "sums.jsonl", *rows[:2])
+        return load(*arguments, **more)
+
+    monkeypatch.setattr(Scorer, "load", loaded)
+    with pytest.raises(PoiseError, match="the file changed while it was read"):
+        evaluate_reward.run(Config((str(reward_run / "single"),), file, output=str(tmp_path / "run")))

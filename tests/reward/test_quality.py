@@ -32,7 +32,11 @@ def item(chosen: str, rejected: str, subset: str = "") -> Item:
     return Item("Q", (chosen,), (rejected,), subset)
 
 
-TWO = Questions("pairs", [item("long", "s"), item("a", "bb")])
+def pairs_like(count: int) -> Questions:
+    return Questions.of("pairs", [item("c", "r")] * count)
+
+
+TWO = Questions.of("pairs", [item("long", "s"), item("a", "bb")])
 GAUSSIAN = HeadLayout(2, "gaussian", (0.0,) * 4, reward_scale=2.0, std_scale=(2.0, 0.5))
 HEADS = HeadRewards(
     torch.tensor([[1.0, 3.0], [0.0, 1.0], [0.0, 0.0], [1.0, 0.0]]),  # chosen, rejected, chosen, rejected
@@ -43,7 +47,7 @@ HEADS = HeadRewards(
 def test_uncertainties_of_pairs_equal_values_worked_out_by_hand() -> None:
     last_layer = LastLayer(torch.diag(torch.tensor([1.0, 2.0])), torch.zeros(2))
     features = torch.tensor([[3.0, 2.0], [0.0, 0.0], [1.0, 1.0], [1.0, 0.0]])
-    pairs = pairs_of(TextScores(HEADS, GAUSSIAN, last_layer, features), TWO, mean, seed=0)
+    pairs = pairs_of(TextScores.of(HEADS, GAUSSIAN, last_layer, features), TWO, mean, seed=0)
     np.testing.assert_allclose(pairs.margin, [2.0 - 0.5, 0.0 - 0.5])
     np.testing.assert_allclose(pairs.probability, [sigmoid(3), sigmoid(-1)])
     heads = [(sigmoid(2) + sigmoid(4)) / 2, (sigmoid(-2) + sigmoid(0)) / 2]
@@ -78,7 +82,7 @@ def test_the_objective_orders_pairs_and_heads_keep_their_own_probability() -> No
 def test_an_absurd_margin_has_a_finite_cost() -> None:
     heads = HeadRewards(torch.tensor([[-5000.0], [5000.0], [1.0], [0.0]]), torch.zeros(4, 1))
     pairs = pairs_of(TextScores(heads, HeadLayout(1, "point", (0.0,))), TWO, mean, seed=0)
-    assert 600 < judge_pairs(pairs, TWO.items, seed=0)["probability"]["nll"] * 2 < 800
+    assert 600 < judge_pairs(pairs, TWO, seed=0)["probability"]["nll"] * 2 < 800
 
 
 def test_point_heads_have_no_stds_and_one_head_no_disagreement() -> None:
@@ -103,7 +107,7 @@ def made_up(num_pairs: int = 400, wrong: float = 0.3) -> PairJudgments:
 
 def test_judged_pairs_are_the_plain_definitions() -> None:
     pairs = made_up()
-    items = [item(f"c{i}", f"r{i}") for i in range(400)]
+    items = Questions.of("pairs", [item(f"c{i}", f"r{i}") for i in range(400)])
     judged = judge_pairs(pairs, items, seed=0)
     wrong = pairs.margin < 0
     accuracy = 1 - wrong.mean()
@@ -147,7 +151,7 @@ def test_interval_of_an_auroc_covers_the_truth_as_often_as_it_says() -> None:
         value = generator.normal(size=150) + (margin < 0)
         probability = np.full(150, 0.6)
         pairs = PairJudgments(margin, probability, probability, {"disagreement": value}, margin * 0, np.arange(150))
-        judged = judge_pairs(pairs, [item("c", "r")] * 150, seed)
+        judged = judge_pairs(pairs, pairs_like(150), seed)
         low, high = judged["uncertainties"]["disagreement"]["auroc_interval"]
         covered += low <= truth <= high
     assert 0.87 <= covered / 60 <= 1.0
@@ -155,7 +159,7 @@ def test_interval_of_an_auroc_covers_the_truth_as_often_as_it_says() -> None:
 
 def test_a_model_without_a_mistake_leaves_nothing_to_tell() -> None:
     pairs = made_up(20, wrong=0.0)
-    judged = judge_pairs(pairs, [item("c", "r")] * 20, seed=0)
+    judged = judge_pairs(pairs, pairs_like(20), seed=0)
     assert judged["accuracy_interval"] == [1.0, 1.0]
     assert judged["uncertainties"]["disagreement"]["auroc"] is None
     assert judged["uncertainties"]["disagreement"]["aurc_excess"] == 0.0
@@ -169,7 +173,7 @@ def test_twenty_votes_on_each_of_twenty_pairs_are_worth_twenty_pairs() -> None:
         np.repeat(few.margin, 20), np.repeat(few.probability, 20), np.repeat(few.heads_probability, 20),
         repeated, np.repeat(few.longer, 20), np.arange(400) // 20,
     )  # fmt: skip
-    once, often = judge_pairs(few, [item("c", "r")] * 20, seed=0), judge_pairs(votes, [item("c", "r")] * 400, seed=0)
+    once, often = judge_pairs(few, pairs_like(20), seed=0), judge_pairs(votes, pairs_like(400), seed=0)
     assert (often["num_pairs"], often["num_distinct"]) == (400, 20)
     assert often["accuracy_interval"] == pytest.approx(once["accuracy_interval"])
     for name in repeated:
@@ -181,7 +185,7 @@ def test_the_surest_mistakes_come_first_and_once() -> None:
     margin = np.array([1.0, -2.0, -0.5, -3.0, -2.0])
     p = 1 / (1 + np.exp(-margin))
     pairs = PairJudgments(margin, p, p, {}, np.zeros(5), np.array([0, 1, 2, 3, 1]))
-    items = [item(f"c{i}", f"r{i}", "s") for i in range(5)]
+    items = Questions.of("pairs", [item(f"c{i}", f"r{i}", "s") for i in range(5)])
     mistakes = judge_pairs(pairs, items, seed=0)["mistakes"]
     assert [(m["chosen"], m["margin"]) for m in mistakes] == [("c3", -3.0), ("c1", -2.0), ("c2", -0.5)]
     wrong = PairJudgments(-np.arange(1.0, 4.0), p[:3], p[:3], {}, np.zeros(3), np.arange(3))  # no pair is right
@@ -190,7 +194,7 @@ def test_the_surest_mistakes_come_first_and_once() -> None:
 
 def test_numbers_by_subset_equal_values_worked_out_by_hand() -> None:
     correct, longer = np.array([1.0, 0.0, 0.5, 1.0]), np.array([1.0, 1.0, 0.0, 0.0])
-    mine = by_subset(correct, longer, [item("c", "r", s) for s in ("b", "b", "b", "a")])
+    mine = by_subset(correct, longer, ["b", "b", "b", "a"])
     assert mine == {
         "subsets": {
             "a": {"count": 1, "accuracy": 1.0, "baseline": 0.0},
@@ -199,7 +203,7 @@ def test_numbers_by_subset_equal_values_worked_out_by_hand() -> None:
         "sections": {}, "mean": 0.75,
     }  # fmt: skip
     names = ("math-prm", "hep-go", "hep-cpp", "donotanswer")
-    theirs = by_subset(correct, longer, [item("c", "r", s) for s in names])
+    theirs = by_subset(correct, longer, list(names))
     assert theirs is not None
     assert theirs["sections"] == {"Safety": 1.0, "Reasoning": pytest.approx((1.0 + 0.25) / 2)}
     assert theirs["mean"] == pytest.approx((1.0 + 0.625) / 2)
@@ -209,7 +213,7 @@ def test_uncertainties_of_texts_ignore_what_a_head_adds_to_every_reward() -> Non
     last_layer = LastLayer(torch.diag(torch.tensor([1.0, 2.0])), torch.tensor([1.0, 0.0]))
     features = torch.tensor([[4.0, 2.0], [1.0, 0.0], [1.0, 1.0], [1.0, 0.0]])
     baseline = RewardScale.fit(HEADS, mean)
-    named = text_uncertainties(TextScores(HEADS, GAUSSIAN, last_layer, features), baseline)
+    named = text_uncertainties(TextScores.of(HEADS, GAUSSIAN, last_layer, features), baseline)
     centered = HEADS.mean.numpy() - HEADS.mean.numpy().mean(0)
     np.testing.assert_allclose(named["disagreement"], centered.std(-1), rtol=1e-6)
     np.testing.assert_allclose(named["routing_std"], [0.1, 0.2, 0.5, 0.5], rtol=1e-6)
@@ -236,7 +240,7 @@ def test_other_data_is_told_apart_by_auroc() -> None:
 def test_styles_equal_values_worked_out_by_hand() -> None:
     items = [Item("Q", ("a", "bb", "ccc"), ("d", "ee", "fff"), "chat"), Item("Q", ("a",) * 3, ("b",) * 3, "math")]
     rewards = np.array([5.0, 1.0, 2.0, 1.0, 3.0, 4.0, 0.0, 9.0, 3.0, 1.0, 2.0, 3.0])
-    results, rows = judge_styles(items, rewards, seed=0)
+    results, rows = judge_styles(Questions.of("rm_bench", items), rewards, seed=0)
     assert results["matrix"] == [[0.5, 0.5, 0.5], [0.75, 0.5, 0.5], [1.0, 0.5, 0.25]]
     scores = results["scores"]
     assert scores["hard"]["accuracy"] == pytest.approx(0.5)
@@ -247,7 +251,7 @@ def test_styles_equal_values_worked_out_by_hand() -> None:
     # Row 1 hard: 5 > 3, 5 > 4, 1 < 4. Row 2: 0 < 2, 0 < 3, 9 > 3.
     assert [results["by_subset"][name]["hard"] for name in ("chat", "math")] == pytest.approx([2 / 3, 1 / 3])
     assert scores["hard"]["interval"] == pytest.approx([1 / 3, 2 / 3])
-    assert rows[1] == {"subset": "math", "chosen": [0.0, 9.0, 3.0], "rejected": [1.0, 2.0, 3.0]}
+    assert list(rows)[1] == {"subset": "math", "chosen": [0.0, 9.0, 3.0], "rejected": [1.0, 2.0, 3.0]}
 
 
 def test_sets_by_hand() -> None:
@@ -257,7 +261,7 @@ def test_sets_by_hand() -> None:
         Item("Q", ("a",), ("b",), "y"),
     ]
     rewards = np.array([2.0, 1.0, 0.0, -1.0, 1.0, 3.0, 4.0, 5.0, 5.0])
-    results, rows = judge_sets(items, rewards, seed=0)
+    results, rows = judge_sets(Questions.of("best_of_n", items), rewards, seed=0)
     assert results["accuracy"] == pytest.approx((1 + 0 + 0.5) / 3)
     assert results["chance"] == pytest.approx((1 / 4 + 2 / 3 + 1 / 2) / 3)
     assert results["length_accuracy"] == pytest.approx((1 + 0 + 0.5) / 3)
@@ -267,4 +271,4 @@ def test_sets_by_hand() -> None:
     assert results["by_subset"]["subsets"]["y"] == {
         "count": 2, "accuracy": 0.25, "baseline": pytest.approx((2 / 3 + 1 / 2) / 2),
     }  # fmt: skip
-    assert rows[1] == {"subset": "y", "chosen": [1.0, 3.0], "rejected": [4.0]}
+    assert list(rows)[1] == {"subset": "y", "chosen": [1.0, 3.0], "rejected": [4.0]}

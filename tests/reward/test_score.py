@@ -75,7 +75,7 @@ def test_a_stopped_command_goes_on_after_its_last_part(
     form: str, reward: str, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(score, "ROWS_PER_PART", 4)
+    monkeypatch.setattr(score, "TEXTS_PER_PART", 4)
     file = texts_in(tmp_path, 10)
     calm = score.Config(reward, str(file), output=str(tmp_path / f"calm.{form}"))
     whole = score.run(calm).read_bytes()
@@ -127,7 +127,7 @@ def test_the_reward_does_not_hide_behind_a_column_of_the_heads(reward: str, tmp_
 
 def test_several_processes_write_what_one_writes(reward: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also after one that was stopped: parts do not depend on the number of processes."""
-    monkeypatch.setattr(score, "ROWS_PER_PART", 4)
+    monkeypatch.setattr(score, "TEXTS_PER_PART", 4)
     file = texts_in(tmp_path, 22)
     rows = file.read_text().splitlines()
     file.write_text("\n".join([*rows, '{"prompt": "Review.", "completion": ""}']) + "\n")
@@ -265,7 +265,7 @@ def test_memory_does_not_grow_with_rows(
     monkeypatch.setattr(Scorer, "load", lambda *_: scorer)
     monkeypatch.setattr(Scorer, "__call__", lambda _, samples, *__: HeadRewards(*torch.ones(2, len(samples), 5)))
     monkeypatch.setattr(score, "row_check_of_rewards", lambda _: None)
-    monkeypatch.setattr(score, "ROWS_PER_PART", 8)
+    monkeypatch.setattr(score, "TEXTS_PER_PART", 8)
     monkeypatch.setattr(files, "_ROWS_AT_ONCE", 8)
     monkeypatch.setattr(score_file, "_ROWS_PER_GROUP", 16)
     monkeypatch.setattr(rows, "_BAD_ROWS_IN_MEMORY", 1024)
@@ -309,3 +309,15 @@ def test_parts_of_another_reward_model_are_not_kept(reward: str, tmp_path: Path)
         with left.open(settings, 2) as (done, partial):
             assert done == kept
             partial.write(b"{}\n" * (5 - done))
+
+
+def test_a_partial_file_of_somebody_else_and_devices_are_left_alone(reward: str, tmp_path: Path) -> None:
+    file, notes = texts_in(tmp_path, 2), tmp_path / "scores.jsonl.partial"
+    notes.write_text("my own notes\n")
+    with pytest.raises(PoiseError, match=r"scores\.jsonl\.partial was not begun by `poise score`"):
+        score.run(score.Config(reward, str(file), output=str(tmp_path / "scores.jsonl")))
+    assert notes.read_text() == "my own notes\n"
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(PoiseError, match="is no place for a file"):
+        score.run(score.Config(reward, str(file), output=str(tmp_path / "fifo")))
+    assert {path.name for path in tmp_path.iterdir()} == {"texts.jsonl", notes.name, "fifo"}

@@ -333,3 +333,32 @@ def test_own_marks_a_folder(tmp_path: Path) -> None:
     (tmp_path / "a" / "preferences.jsonl").touch()
     own(tmp_path / "a")
     assert is_ours(tmp_path / "a")
+
+
+# ---- what is no file ----
+
+
+def test_devices_and_streams_are_never_replaced(tmp_path: Path) -> None:
+    # Only asked about, never written to: a version that forgot the question would replace them.
+    for name in ("/dev/null", "/dev/full", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "/sys/x"):
+        with pytest.raises(PoiseError, match="is no place for a file or folder"):
+            folders.refuse_device(Path(name))
+    for name in (tmp_path / "new" / "x", tmp_path, Path("x"), Path("/dev/shm/x")):
+        folders.refuse_device(name)
+    with pytest.raises(PoiseError, match="cannot be the name of a file"):
+        folders.refuse_device(Path("a\0b"))
+
+
+def test_whatever_is_written_whole_leaves_a_fifo_alone(tmp_path: Path) -> None:
+    fifo, link = tmp_path / "fifo", tmp_path / "link"
+    os.mkfifo(fifo)
+    link.symlink_to(fifo)
+    for path in (fifo, link):
+        for write in (folders.write_file_atomic, write_folder_atomic):
+            with pytest.raises(PoiseError, match="is no place"), write(path):
+                pytest.fail("a FIFO is replaced")
+        with pytest.raises(PoiseError, match="is no place"):
+            runs.write_atomic(path, "x")
+    assert stat.S_ISFIFO(fifo.stat().st_mode)
+    assert link.is_symlink()
+    assert len(list(tmp_path.iterdir())) == 2

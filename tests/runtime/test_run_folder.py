@@ -197,3 +197,14 @@ def test_the_device_of_a_run_without_torch_is_the_processor(monkeypatch: pytest.
     assert runs.environment()["device"].endswith(f"{threads} threads") or sys.modules["torch"].cuda.is_available()
     monkeypatch.delitem(sys.modules, "torch")
     assert runs.environment()["device"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"[" * 5000, "is nested too deeply"), (b"\xff\xfe\x00", "cannot read config"), (b"a: b\0c", "is not valid YAML")],
+)
+def test_a_config_file_of_any_bytes_is_one_line(content: bytes, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(PoiseError, match=reason) as caught:
+        runs.load_config_file(tmp_path / "config.yaml")
+    assert "\n" not in str(caught.value)

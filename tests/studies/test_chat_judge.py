@@ -183,11 +183,15 @@ def test_a_busy_server_is_asked_again_and_a_refusal_is_one_line(stub: Stub) -> N
     stub.fail = [(400, {}, b'{"error": {"message": "too long\\nby far"}}')]
     with pytest.raises(PoiseError, match=r"/chat/completions: 400 too long by far$"):
         list(judge.judge(ROWS))
+    stub.fail = [(400, {}, b"[" * 100_000)]
+    with pytest.raises(PoiseError, match=r"400 \[\[\["):
+        list(judge.judge(ROWS))
     stub.fail = [(500, {}, b"")] * 50
     with pytest.raises(PoiseError, match="500"):
         list(judge.judge(ROWS))
     for body, said in {
-        b"no json": "not answer in JSON", b"[]": "not answer with a JSON object", b"{}": "no chat completion",
+        b"no json": "not answer in JSON", b"[" * 100_000: "not answer in JSON",
+        b"[]": "not answer with a JSON object", b"{}": "no chat completion",
     }.items():  # fmt: skip
         stub.fail = [(200, {}, body)] * 4
         with pytest.raises(PoiseError, match=said):

@@ -10,6 +10,7 @@ import tyro
 
 from poise.data.evaluation_sets import read_questions
 from poise.data.files import RawRow, as_object, raw_rows
+from poise.data.other_forms import in_our_columns
 from poise.data.preferences import iter_samples, read_preferences, read_prompts
 from poise.data.rows import Check, Understood
 from poise.data.types import Prompt
@@ -127,11 +128,16 @@ def _kind_of(rows: Iterator[tuple[int, RawRow]]) -> tuple[Kind, Iterator[tuple[i
             row = as_object(raw)
         except ValueError:
             continue
+        try:
+            row = in_our_columns(row)
+        except ValueError:  # the reader says what is wrong with it
+            kind: Kind = "preferences"
+            return kind, itertools.chain(seen, rows)
         lists = isinstance(row.get("chosen"), list) and all(isinstance(text, str) for text in row["chosen"])
-        kind: Kind = "prompts"
+        kind = "prompts"
         if lists or ("subset" in row and "chosen" in row):
             kind = "questions"
-        elif row.keys() & {"chosen", "rejected", "annotators", "responses", "rating", "winner"}:
+        elif row.keys() & {"chosen", "rejected", "annotators", "responses", "rating"}:
             kind = "preferences"
         elif row.keys() & {"completion", "completions"}:
             kind = "samples"

@@ -10,6 +10,7 @@ from poise.data.files import no_such_file
 from poise.data.preferences import read_preferences, read_prompts, read_samples
 from poise.errors import PoiseError, first_line
 from poise.models.model_folder import check_model, check_reward_model
+from poise.runtime.folders import refuse_device
 from poise.runtime.progress import console
 from poise.runtime.settings import ModelPath, Rows, marks, typed_fields
 from poise.studies.config import REVIEWS
@@ -36,7 +37,10 @@ _CHECKS: dict[str, Callable[[str], None]] = {
 
 
 def check_inputs(config: Any) -> None:
-    """Raise PoiseError for the first file or model of a config that cannot be read."""
+    """Raise PoiseError for an output that cannot be, and for the first file or model that cannot be read."""
+    output = getattr(config, "output", "")
+    if isinstance(output, str) and output:
+        refuse_device(Path(output))
     files, models = list[tuple[str, str]](), list[tuple[str, str]]()
     for kind, value in typed_fields(config).values():
         if is_dataclass(value):

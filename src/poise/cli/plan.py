@@ -11,6 +11,7 @@ from poise.reward.config import Config as Reward
 from poise.runtime.display import on_one_line
 from poise.runtime.settings import Count, Positive, Settings, WholeNumber, between
 
+MOST_TOKENS = 1 << 26  # in one update; they are listed one by one
 USABLE = 0.9  # share of a GPU that tensors get; the rest is the driver's, the kernels' and lost between tensors
 
 
@@ -57,7 +58,7 @@ class Config(Settings):
     """train-reward: longest sample, in tokens."""
     device_batch_size: Count = Reward.device_batch_size
     """train-reward: preferences per forward pass and GPU."""
-    adapter_heads: WholeNumber = 0
+    adapter_heads: Annotated[int, between(0, 1024)] = 0
     """train-reward: heads with adapters of their own, as `--stage2-trunk lora_per_head` trains them; 0: none."""
     head_layers: WholeNumber = Reward.head_layers
     """train-reward: upper layers that these adapters lie on; 0: all."""
@@ -67,6 +68,8 @@ class Config(Settings):
         super().check()
         if self.adapter_heads and self.shard:
             raise PoiseError("--adapter-heads does not go with --shard: leave one of them out")
+        if (tokens := 2 * self.device_batch_size * self.max_length) > MOST_TOKENS:
+            raise PoiseError(f"{tokens:,} tokens at once are more than any GPU holds; lower --device-batch-size")
 
 
 class Plan(NamedTuple):

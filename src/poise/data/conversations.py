@@ -25,6 +25,9 @@ _ROLES = {
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _PROMPT_KEYS = ("prompt", "messages", "conversations")
 _NAMES_OF_PROMPTS = ("instruction", "question", "query", "input")
+# Names that published data sets have for it; `context` and `history` are no prompts elsewhere.
+OTHER_PROMPTS = (*_NAMES_OF_PROMPTS, "context", "history", "conversation")
+SYSTEM_COLUMNS = ("system", "system_prompt")  # a system turn beside the prompt
 _NAMES_OF_COMPLETIONS = ("response", "answer", "output", "generated_text", "responses", "text")
 _LIKE_TURNS = re.compile(r"(?:^|\n)[ \t]{0,8}(?:(?:Human|User|Assistant|Q|A|### ?\w+):|<\|\w+\|>|\[INST\])")
 
@@ -60,12 +63,43 @@ def looks_like_turns(text: str) -> bool:
 
 
 def prompt_of(row: dict[str, Any]) -> Prompt:
-    """The prompt of a row: text, or turns. ValueError if there is none, or if it has something wrong."""
+    """The prompt of a row, after the turn in its column `system`: text, or turns.
+
+    ValueError if there is none, or if it has something wrong.
+    """
+    return after_system(row, prompt_alone(row))
+
+
+def prompt_alone(row: dict[str, Any]) -> Prompt:
+    """As `prompt_of`, without the column `system`."""
     key = prompt_key(row)
     if key is None:
-        other = other_prompt_name(row)
+        other = next((name for name in OTHER_PROMPTS if row.get(name)), None)
         raise ValueError("no 'prompt'" + (f", but {other!r}; rename it to 'prompt'" if other else ""))
     return turns_of(row[key], key) or text_of(row, key)
+
+
+def system_of(row: dict[str, Any]) -> str | None:
+    """The text of a row's system turn that has a column of its own; None if it has none, or a blank one."""
+    found = {name: row[name] for name in SYSTEM_COLUMNS if isinstance(row.get(name), str) and row[name].strip()}
+    if len({text.strip() for text in found.values()}) > 1:
+        raise ValueError(f"{' and '.join(map(repr, found))} are different system turns; leave one in")
+    name, text = next(iter(found.items()), ("", None))
+    if text is not None:
+        check_text(text, name)
+    return text
+
+
+def after_system(row: dict[str, Any], prompt: Prompt) -> Prompt:
+    """A prompt after the system turn that the row has in a column; ValueError if its own system turn is another."""
+    system = system_of(row)
+    if system is None:
+        return prompt
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    own, _ = _system_and_rest(turns)
+    if own and [turn["content"].strip() for turn in own] != [system.strip()]:
+        raise ValueError("the column 'system' and the conversation have different system turns")
+    return turns if own else [{"role": "system", "content": system}, *turns]
 
 
 def prompt_key(row: dict[str, Any]) -> str | None:
@@ -93,7 +127,7 @@ def answered(row: dict[str, Any]) -> tuple[Prompt, str] | None:
     before, answer = split_answer(turns, key)
     if not before:
         raise ValueError(f"{key!r} holds an answer to nothing")
-    return before, answer
+    return after_system(row, before), answer
 
 
 def other_completion_name(row: dict[str, Any]) -> str | None:

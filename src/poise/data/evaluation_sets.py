@@ -7,8 +7,11 @@
 Every form may carry `subset`, or `domain` as RM-Bench calls it.
 """
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable
+from array import array
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -17,12 +20,13 @@ from numpy import ndarray
 
 from poise.data.conversations import check_text, prompt_of
 from poise.data.files import RawRow, as_object, can_be_read_twice, parsed_json, raw_rows
-from poise.data.preferences import preferences_of, read_preferences
+from poise.data.preferences import iter_preferences, preferences_of
 from poise.data.rows import Check, OnBadRow, Understood, finish, parsed_rows
 from poise.data.types import Prompt, Sample
 from poise.runtime.run_folder import Json
 
 NUM_STYLES = 3  # of RM-Bench
+_LISTS = "prompt, chosen: lists, rejected: lists"
 
 
 class Item(NamedTuple):
@@ -34,24 +38,76 @@ class Item(NamedTuple):
     subset: str = ""
 
 
-class Questions(NamedTuple):
-    """What a file asks."""
+Kind = Literal["pairs", "rm_bench", "best_of_n"]
 
-    kind: Literal["pairs", "rm_bench", "best_of_n"]
-    items: list[Item]
 
-    @property
-    def samples(self) -> list[Sample]:
+@dataclass(frozen=True)
+class Questions:
+    """What a file asks, without its texts: these are read again by whoever iterates over `items`.
+
+    sizes: how many chosen and how many rejected texts an item has.
+    lengths: characters of every text, item by item, the chosen ones first.   subset: of each item.
+    unit: items of the same prompt and texts (votes, repeats) have the same number: they are not independent.
+    """
+
+    kind: Kind
+    items: Iterable[Item]
+    sizes: Int[ndarray, "items 2"]
+    lengths: Int[ndarray, " texts"]
+    subset: list[str]
+    unit: Int[ndarray, " items"]
+
+    @classmethod
+    def of(cls, kind: Kind | None, items: Iterable[Item], first: Iterable[Item] | None = None) -> "Questions":
+        """Of items that may be iterated over several times.
+
+        kind: None for lists of texts, whose lengths decide.   first: the items, where their first reading is another.
+        """
+        sizes, lengths, unit = (array("q") for _ in range(3))
+        subset: list[str] = []
+        numbers: dict[bytes, int] = {}
+        names: dict[str, str] = {}
+        for item in items if first is None else first:
+            sizes.extend((len(item.chosen), len(item.rejected)))
+            lengths.extend(len(text) for text in (*item.chosen, *item.rejected))
+            subset.append(names.setdefault(item.subset, item.subset))
+            texts = json.dumps([item.prompt, sorted((*item.chosen, *item.rejected))])
+            key = hashlib.blake2b(texts.encode(), digest_size=16).digest()
+            unit.append(numbers.setdefault(key, len(numbers)))
+        counts = np.array(sizes, dtype=int).reshape(-1, 2)
+        if kind is None:
+            found = {(int(chosen), int(rejected)) for chosen, rejected in np.unique(counts, axis=0)}
+            alike: dict[frozenset[tuple[int, int]], Kind] = {
+                frozenset({(1, 1)}): "pairs", frozenset({(NUM_STYLES, NUM_STYLES)}): "rm_bench"
+            }  # fmt: skip
+            kind = alike.get(frozenset(found), "best_of_n")
+        return cls(kind, items, counts, np.array(lengths, dtype=int), subset, np.array(unit, dtype=int))
+
+    def __len__(self) -> int:
+        return len(self.subset)
+
+    def samples(self) -> Iterator[Sample]:
         """Every text: item by item, the chosen ones first."""
-        return [Sample(item.prompt, text) for item in self.items for text in (*item.chosen, *item.rejected)]
+        for item in self.items:
+            for text in (*item.chosen, *item.rejected):
+                yield Sample(item.prompt, text)
 
-    @property
-    def unit(self) -> Int[ndarray, " items"]:
-        """Items of the same two texts (votes, repeats) have the same number: they are not independent."""
-        texts = [json.dumps([item.prompt, sorted((*item.chosen, *item.rejected))]) for item in self.items]
-        # Not `np.unique`: an array of texts takes four bytes for every character of the longest one, in every row.
-        numbers = {text: number for number, text in enumerate(sorted(set(texts)))}
-        return np.array([numbers[text] for text in texts], dtype=int)
+    def some(self, numbers: Collection[int]) -> dict[int, Item]:
+        """The items of these numbers, counted from 0."""
+        wanted = set(numbers)
+        return {number: item for number, item in enumerate(self.items) if number in wanted} if wanted else {}
+
+
+@dataclass(frozen=True)
+class _Reread:
+    """The items of a file, read whenever they are iterated over."""
+
+    read: Callable[[Understood, Check | None], Iterator[Item]]
+    path: str
+    check: Check | None
+
+    def __iter__(self) -> Iterator[Item]:
+        yield from self.read(Understood(self.path, silent=True), self.check)
 
 
 def read_questions(
@@ -64,9 +120,8 @@ def read_questions(
 ) -> Questions:
     """Pairs, RM-Bench rows or best-of-n sets, by what the rows look like. Pairs of a `subset` may repeat.
 
-    check, understood, rows: as `read_preferences` takes them. A FIFO is read once, into memory.
+    check, understood, rows: as `read_preferences` takes them. The rows of a FIFO are kept in memory.
     """
-    understood = understood or Understood(str(path))
     twice = rows is None and can_be_read_twice(path)
     kept = None if twice else list(raw_rows(path) if rows is None else rows)
 
@@ -74,15 +129,19 @@ def read_questions(
         return raw_rows(path) if kept is None else kept
 
     forms = {_form(row) for _, row in raw()}
-    if "sets" in forms:
-        items = _read(raw(), understood, _set, "prompt, chosen: lists, rejected: lists", on_bad_row, check)
-        sizes = {(len(item.chosen), len(item.rejected)) for item in items}
-        kind: Any = {frozenset({(1, 1)}): "pairs", frozenset({(NUM_STYLES, NUM_STYLES)}): "rm_bench"}
-        return Questions(kind.get(frozenset(sizes), "best_of_n"), items)
-    if "subset" in forms:
-        return Questions("pairs", _read(raw(), understood, _pairs_of_subset, "pairs with subset", on_bad_row, check))
-    preferences = read_preferences(path, on_bad_row, check, understood, rows=raw())
-    return Questions("pairs", [Item(p.prompt, (p.chosen,), (p.rejected,)) for p in preferences])
+    parse, form = (_set, _LISTS) if "sets" in forms else (_pairs_of_subset, "pairs with subset")
+
+    def read(understood: Understood, check: Check | None) -> Iterator[Item]:
+        if forms & {"sets", "subset"}:
+            yield from _read(raw(), understood, parse, form, on_bad_row, check)
+        else:
+            for pair in iter_preferences(path, on_bad_row, check, understood, rows=raw()):
+                yield Item(pair.prompt, (pair.chosen,), (pair.rejected,))
+
+    # With "error" the first reading has found every row that a check refuses.
+    again = _Reread(read, path, None if on_bad_row == "error" else check)
+    kind: Kind | None = None if "sets" in forms else "pairs"
+    return Questions.of(kind, again, read(understood or Understood(str(path)), check))
 
 
 def _form(raw: RawRow) -> str:
@@ -104,7 +163,7 @@ def _read(
     form: str,
     on_bad_row: OnBadRow,
     check: Check | None,
-) -> list[Item]:
+) -> Iterator[Item]:
     """The items of every row; a row of none is a tie."""
 
     def checked(row: Json) -> list[Item]:
@@ -114,14 +173,12 @@ def _read(
                 check(item.prompt, (*item.chosen, *item.rejected))
         return items
 
-    found: list[Item] = []
     for _, items in parsed_rows(understood, checked, on_bad_row, raw):
         understood.forms[form] += 1
         understood.used += bool(items)
         understood.ties += not items
-        found += items
+        yield from items
     finish(understood)
-    return found
 
 
 def _texts(value: Any) -> list[str] | None:

@@ -4,15 +4,16 @@ Files: see files.py. Forms of conversations: see conversations.py. docs/data.md 
 
 A preference row is any of
     prompt, chosen, rejected            text, or conversations
-    prompt, response_a, response_b, winner
-                                        a, b or a tie; see other_forms.py
     chosen, rejected                    the prompt is what the two share: an implicit prompt
+    prompt, response_a, response_b, winner
+                                        a, b or a tie; other columns that say so: see verdicts.py
     prompt, response_1, response_2, annotators
                                         one vote per annotator: 1, 2, or anything else for a tie
     prompt, responses, ratings          lists: of each two responses, the higher rated one is chosen
     prompt, completion, rating          the same, one response a row; rows of one prompt are taken together
-The first two may carry `margin` (by how much the rewards should differ, >= 0) and `score_chosen`, `score_rejected`
-(equal scores are a tie); any may carry `source`. A prompt that its answers repeat is read once.
+Other columns that say the same: see other_forms.py. The first two may carry `margin` (by how much the rewards should
+differ, >= 0) and `score_chosen`, `score_rejected` (equal scores are a tie); any may carry `source`, and `system`, the
+system turn. A prompt that its answers repeat is read once.
 """
 
 import hashlib
@@ -23,28 +24,32 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from poise.data.conversations import (
+    after_system,
     answered,
     joined,
     looks_like_turns,
     other_completion_name,
     other_prompt_name,
+    prompt_alone,
     prompt_key,
     prompt_of,
     same_turns,
     split_answer,
+    system_of,
     text_of,
     turns_of,
 )
-from poise.data.files import RawRow, as_object, parsed_json, raw_rows
-from poise.data.other_forms import FORMS, one_by_one, with_chosen
+from poise.data.files import RawRow, as_object, raw_rows
+from poise.data.other_forms import FORMS, in_our_columns, one_by_one, with_prompt
 from poise.data.ratings import Rated, by_prompt, number_of, ranked, rated_list
 from poise.data.rows import Check, OnBadRow, Understood, finish, parsed_rows, read_rows, short
 from poise.data.types import Preference, Prompt, Sample
+from poise.data.verdicts import check_votes, compared, optional_number, scored_equal, votes_of
 from poise.runtime.run_folder import write_jsonl
 
 __all__ = [
-    "Check", "OnBadRow", "Preference", "Sample", "as_object", "iter_samples", "preferences_of", "prompt_of", "raw_rows",
-    "read_preferences", "read_prompts", "read_rows", "read_samples", "write_preferences",
+    "Check", "OnBadRow", "Preference", "Sample", "as_object", "iter_preferences", "iter_samples", "preferences_of",
+    "prompt_of", "raw_rows", "read_preferences", "read_prompts", "read_rows", "read_samples", "write_preferences",
 ]  # fmt: skip
 
 # A text repeats its prompt if it begins with it, and the prompt is long enough that this is no accident.
@@ -64,9 +69,20 @@ def read_preferences(
     check: is asked about every prompt with its answers; a ValueError of it refuses the row.
     understood: filled with what the rows were.   rows: of the file, if they have been read already.
     """
+    return list(iter_preferences(path, on_bad_row, check, understood, rows=rows))
+
+
+def iter_preferences(
+    path: str | Path,
+    on_bad_row: OnBadRow = "error",
+    check: Check | None = None,
+    understood: Understood | None = None,
+    *,
+    rows: Iterable[tuple[int, RawRow]] | None = None,
+) -> Iterator[Preference]:
+    """As `read_preferences`, one at a time as the file is read; only rows of one rated answer wait for its end."""
     understood = understood or Understood(str(path))
-    decided: list[list[Preference]] = []
-    rated: list[tuple[int, Rated]] = []
+    rated: list[Rated] = []
     # Votes repeat a pair on purpose; the same row twice is an accident that would leak from training to validation.
     seen: set[bytes] = set()
 
@@ -81,7 +97,7 @@ def read_preferences(
         for what, example in read.notes:
             understood.note(what, f"line {number}: {example}")
         if isinstance(read.found, Rated):
-            rated.append((number, read.found))
+            rated.append(read.found)
         elif not read.found:
             understood.ties += 1
         elif (key := _row_key(read.found)) in seen:
@@ -89,10 +105,10 @@ def read_preferences(
         else:
             seen.add(key)
             understood.used += 1
-            decided.append(read.found)
-    decided += by_prompt([row for _, row in rated], understood)
+            yield from read.found
+    for pairs in by_prompt(rated, understood):
+        yield from pairs
     finish(understood)
-    return [vote for row in decided for vote in row]
 
 
 def read_prompts(
@@ -193,6 +209,8 @@ class _Read(NamedTuple):
 _IMPLICIT = "have no 'prompt'; it is what chosen and rejected share"
 _REPEATED = "repeat the prompt in both texts; it is read once"
 _ANSWERED = "have a prompt that ends in a turn of the assistant; the answer comes after it"
+_EQUAL = "rate several answers the same; such pairs are left out"
+_SYSTEM = "have a system turn in a column of its own; the prompt comes after it"
 _PLAIN_TEXT = "hold marks of speakers in a prompt that is read as plain text of one user turn"
 
 
@@ -207,43 +225,44 @@ def sample_of(row: dict[str, Any]) -> Sample:
         if not found[1].strip():
             raise ValueError("the last turn is empty")
         return Sample(*found)
-    prompt = prompt_of(row)
+    prompt = prompt_alone(row)
     turns = turns_of(row.get("completion"), "completion")
     if turns is None:
         if "completion" not in row and (other := other_completion_name(row)):
             raise ValueError(f"no 'completion', but {other!r}; rename it to 'completion'")
-        return Sample(prompt, text_of(row, "completion"))
+        return Sample(after_system(row, prompt), text_of(row, "completion"))
     shared, answer = split_answer(turns, "completion")
     if not answer.strip():
         raise ValueError("'completion' is empty")
-    return Sample(joined(prompt, shared, "completion"), answer)
+    return Sample(after_system(row, joined(prompt, shared, "completion")), answer)
 
 
 def read_row(row: dict[str, Any]) -> _Read:
     """What a row says, by the columns it has; ValueError says what is wrong."""
-    given, row = row, with_chosen(row)
+    given, row = row, in_our_columns(row)
     source = str(row.get("source") or "")
-    margin = _optional_number(row, "margin") or 0.0
+    margin = optional_number(row, "margin") or 0.0
     if margin < 0:
         raise ValueError(f"'margin' must be at least 0, not {margin}")
-    if "rating" in row and "chosen" not in row:
-        key = "completion" if "completion" in row else "response"
-        rated = Rated(prompt_of(row), text_of(row, key), number_of(row, "rating"), source)
-        return _Read(rated, f"prompt, {key}, rating")
-    if "ratings" in row and "responses" in row:
-        return _Read(ranked(rated_list(row, source)), "prompt, responses, ratings")
+    if "chosen" not in row and "annotators" not in row and ("rating" in row or "ratings" in row):
+        if margin:
+            raise ValueError("'margin' goes with one pair, not with ratings")
+        return _rated(given, row, source)
     if "annotators" in row:
         first, second = (text_of(row, key) for key in ("response_1", "response_2"))
         order = {1: (first, second), 2: (second, first)}
+        votes = votes_of(row["annotators"])
+        check_votes(votes, compared(row))
         prompt = prompt_of(row)
-        pairs = [(prompt, *order[vote]) for vote in _votes(row["annotators"]) if vote in order]
+        pairs = [(prompt, *order[vote]) for vote in votes if vote in order]
         form, notes = "prompt, response_1, response_2, annotators", _prompt_notes(prompt)
         if first.strip() == second.strip():
             raise ValueError("'response_1' and 'response_2' are the same text")
     else:
-        tie = _scored_equal(row)
+        tie = scored_equal(row)
         prompt, chosen, rejected, notes = _pair(row)
-        sides = ["two responses", "winner"] if row is not given else ["chosen", "rejected"]
+        found = compared(given)
+        sides = ["chosen", "rejected"] if "chosen" in given or found is None else ["two responses", found.column]
         form = ", ".join([name for name in (prompt_key(row),) if name] + sides)
         if chosen.strip() == rejected.strip():
             raise ValueError("'chosen' and 'rejected' are the same text, but for white space at their ends")
@@ -251,13 +270,29 @@ def read_row(row: dict[str, Any]) -> _Read:
         for key, text in (("chosen", chosen), ("rejected", rejected)):
             if not text.strip():
                 raise ValueError(f"{key!r} is empty")
+    notes += _system_notes(row)
     return _Read([Preference(prompt, c, r, source, margin) for prompt, c, r in pairs], form, notes)
+
+
+def _rated(given: dict[str, Any], row: dict[str, Any], source: str) -> _Read:
+    """Of several rated responses of a row, or of one."""
+    if "responses" in row and "ratings" in row:
+        rated = rated_list(row, source)
+        equal = len({one.rating for one in rated}) < len(rated)
+        notes = ((_EQUAL, short([one.rating for one in rated])),) if equal else ()
+        return _Read(ranked(rated), "prompt, responses, ratings", notes + _system_notes(row))
+    key = "completion" if "completion" in row else "response"
+    one = Rated(prompt_of(row), text_of(row, key), number_of(row, "rating"), source)
+    asked = prompt_key(given) or "prompt"
+    form = f"{asked}, {key}, rating" if key in given else f"{asked}, rating"
+    return _Read(one, form, _system_notes(row))
 
 
 def _prompt_of_any(row: dict[str, Any]) -> Prompt:
     """The prompt of a row of prompts, or of a row that was made to train on: what comes before the answer."""
+    row = with_prompt(row)
     key = prompt_key(row)
-    if key is None and "chosen" in with_chosen(row):
+    if key is None and "chosen" in in_our_columns(row):
         found = read_row(row).found
         if isinstance(found, list) and found:
             return found[0].prompt
@@ -273,52 +308,24 @@ def _prompt_notes(prompt: Prompt) -> tuple[tuple[str, str], ...]:
     return ((_ANSWERED, short(prompt[-1]["content"])),) if prompt[-1]["role"] == "assistant" else ()
 
 
-def _optional_number(row: dict[str, Any], key: str) -> float | None:
-    """None where the number is missing: no column, null, or a blank cell of a table."""
-    value = row.get(key)
-    return None if value is None or (isinstance(value, str) and not value.strip()) else number_of(row, key)
-
-
-def _scored_equal(row: dict[str, Any]) -> bool:
-    """Do the scores beside a pair call it a tie? ValueError if they contradict it."""
-    chosen, rejected = _optional_number(row, "score_chosen"), _optional_number(row, "score_rejected")
-    if chosen is None or rejected is None:
-        return False
-    if chosen < rejected:
-        raise ValueError(f"'chosen' has the lower score: {chosen} against {rejected}")
-    return chosen == rejected
-
-
-def _votes(value: Any) -> list[int]:
-    """Votes of any writing: 1, 2, or 0 for a tie. Tables write the list as text: "[1, 1, 2]", "1 2", "1"."""
-    if isinstance(value, str):
-        text = value.strip()
-        value = parsed_json(text) if text.startswith("[") else text.replace(",", " ").replace(";", " ").split()
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = [value]
-    if not isinstance(value, list):
-        raise ValueError(f"'annotators' must be a list of votes, not {type(value).__name__}")
-    return [_vote(vote) for vote in value]
-
-
-def _vote(vote: Any) -> int:
-    if vote is None or (isinstance(vote, str) and vote.strip().lower() in ("", "tie", "none", "null")):
-        return 0
-    try:
-        if isinstance(vote, bool):
-            raise TypeError
-        number = float(vote)
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"a vote in 'annotators' must be 1, 2 or a tie, not {repr(vote)[:60]}") from None
-    return int(number) if number in (1, 2) else 0
+def _system_notes(row: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    return () if (text := system_of(row)) is None else ((_SYSTEM, short(text)),)
 
 
 # ---- pairs ----
 
+_Notes = tuple[tuple[str, str], ...]
 
-def _pair(row: dict[str, Any]) -> tuple[Prompt, str, str, tuple[tuple[str, str], ...]]:
+
+def _pair(row: dict[str, Any]) -> tuple[Prompt, str, str, _Notes]:
     """(prompt, chosen, rejected, notes) of a row whose parts agree."""
-    prompt = prompt_of(row) if prompt_key(row) is not None else None
+    prompt, chosen, rejected, notes = _pair_alone(row)
+    return after_system(row, prompt), chosen, rejected, notes
+
+
+def _pair_alone(row: dict[str, Any]) -> tuple[Prompt, str, str, _Notes]:
+    """As `_pair`, without the column `system`."""
+    prompt = prompt_alone(row) if prompt_key(row) is not None else None
     if prompt is None and (name := other_prompt_name(row)):
         raise ValueError(f"no 'prompt', but {name!r}; rename it to 'prompt'")
     if "chosen" not in row and "rejected" not in row:
@@ -351,7 +358,7 @@ def _plain(row: dict[str, Any], key: str, turns: list[dict[str, Any]] | None) ->
 
 def _pair_of_conversations(
     prompt: Prompt | None, one: list[dict[str, Any]], other: list[dict[str, Any]]
-) -> tuple[Prompt, str, str, tuple[tuple[str, str], ...]]:
+) -> tuple[Prompt, str, str, _Notes]:
     (shared, chosen), (others, rejected) = split_answer(one, "chosen"), split_answer(other, "rejected")
     if not same_turns(shared, others):
         raise ValueError("'chosen' and 'rejected' must be one conversation that differs in its last turn only")

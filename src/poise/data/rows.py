@@ -1,5 +1,6 @@
 """Rows on their way from a file to what they mean: every one is used, left out with its reason, or refused by line."""
 
+import itertools
 import json
 import os
 import tempfile
@@ -20,7 +21,10 @@ OnBadRow = Literal["error", "skip"]
 # Raises ValueError for a prompt with answers that a model cannot be given, such as turns that its template refuses.
 Check = Callable[[Prompt, Sequence[str]], None]
 
+# Texts that are scored at a time: the tokens of all texts of a file would need many times the memory of the texts.
+TEXTS_PER_PART = 1024
 _BAD_ROWS_IN_MEMORY = 1 << 20  # characters
+_SHORT = 100  # characters at the beginning of a file of bad rows
 
 
 class BadRows:
@@ -91,6 +95,7 @@ class Understood:
         path = Path(self.path)
         beside = path if path.is_file() and not self.path.startswith(("/dev/", "/proc/")) else Path(path.name)
         aside = beside.with_suffix(".bad.jsonl")
+        _refuse_other_rows(aside)
         with write_file_atomic(aside) as partial, partial.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in self.bad)
             file.flush()
@@ -99,6 +104,20 @@ class Understood:
 
     def _print(self, text: str) -> None:
         console.print(f"{self.path}: {text}", markup=False)
+
+
+def _refuse_other_rows(path: Path) -> None:
+    """Raise PoiseError if a file of bad rows would take the place of a file that is none."""
+    if not path.exists():
+        return
+    try:
+        with path.open(encoding="utf-8") as file:
+            first = file.read(_SHORT)
+            ours = not first or (first.startswith('{"line": ') and '"reason": ' in first)
+    except (OSError, ValueError):
+        ours = False
+    if not ours:
+        raise PoiseError(f"bad rows are set aside in {path}, and that holds something else; move it")
 
 
 def parsed_rows(
@@ -136,6 +155,17 @@ def read_rows(path: str | Path, parse: Callable[[dict[str, Any]], Row], on_bad_r
         rows.append(row)
     finish(understood)
     return rows
+
+
+def in_parts(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    """Lists of `size` rows, the last one of what is left, each read only when it is asked for.
+
+    >>> list(in_parts("abcde", 2))
+    [['a', 'b'], ['c', 'd'], ['e']]
+    """
+    rows = iter(rows)
+    while part := list(itertools.islice(rows, size)):
+        yield part
 
 
 def finish(understood: Understood) -> None:

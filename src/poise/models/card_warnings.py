@@ -21,7 +21,7 @@ def card_warnings(path: str | Path) -> list[str]:
     try:
         members = json.loads((folder / "ensemble.json").read_text(encoding="utf-8"))["members"]
         return list(dict.fromkeys(warning for name in members for warning in card_warnings(folder / str(name))))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
         pass
     try:
         text = (folder / "README.md").read_text(encoding="utf-8")

@@ -47,6 +47,8 @@ def config_of(model: str) -> Any:
 def shape_of(config: Any) -> ModelShape:
     """Counts of the language model that a config describes."""
     text = config.get_text_config()
+    if min(text.hidden_size, text.vocab_size, text.num_hidden_layers) < 1:
+        raise PoiseError(f"no memory can be planned for a {config.model_type}: its config.json has sizes below 1")
     base = _built(config, transformers.AutoModelForCausalLM, text.num_hidden_layers)
     stack, layers = decoder_layers(base)
     count = sum(parameter.numel() for parameter in base.parameters())
@@ -140,6 +142,10 @@ def reward_measured(
 
     def update(depth: int) -> int:
         classifier = _built(config, transformers.AutoModelForSequenceClassification, depth, dtype)
+        if not hasattr(classifier, "score"):
+            raise PoiseError(
+                f"no memory can be planned for a {config.model_type}: it reads no reward from a last token"
+            )
         if adapter_heads:
             with_heads(classifier, classifier.score.weight.detach().expand(2 * adapter_heads, -1))
             add_head_adapters(classifier, adapter_heads, rank)
@@ -170,7 +176,7 @@ def _built(config: Any, auto: Any, num_layers: int, dtype: torch.dtype = torch.f
     try:
         with META:
             return auto.from_config(config, dtype=dtype, trust_remote_code=False).eval()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise PoiseError(f"no memory can be planned for a {config.model_type}: {first_line(error)}") from None
 
 

@@ -15,15 +15,13 @@ The rows of the file decide which evaluation runs (data/evaluation_sets.py):
 Only human labels are used. Nothing is trained or chosen here.
 """
 
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from poise.data.evaluation_sets import Questions, read_questions
-from poise.data.types import Sample
+from poise.data.rows import TEXTS_PER_PART, in_parts
 from poise.errors import PoiseError
-from poise.functional.head_rewards import HeadRewards, joined
 from poise.functional.objectives import Objective, RewardScale, mean, parse_objective
 from poise.models.reward_model import HeadLayout, checkpoint_folder, files_of
 from poise.models.row_check import row_check_of_rewards
@@ -44,8 +42,6 @@ from poise.reward.quality import (
 from poise.runtime.progress import console, progress
 from poise.runtime.records import read_object, read_rows
 from poise.runtime.run_folder import Inputs, Json, Run, write_json, write_jsonl
-
-TEXTS_PER_PART = 2048
 
 
 def run(config: Config) -> Run:
@@ -92,7 +88,7 @@ def _inputs(config: Config) -> Inputs:
 
 def _evaluate(
     path: str, config: Config, objective: Objective, questions: Questions, ood: Questions | None, seed: int
-) -> tuple[Json, list[Json]]:
+) -> tuple[Json, Iterable[Json]]:
     """(results, rows to keep) of one reward model. seed: its own, so that no two have the same random uncertainty."""
     scorer = Scorer.load(path, config.max_length, cached=config.feature_cache)
     layout = scorer.layout
@@ -101,24 +97,25 @@ def _evaluate(
         "reward": path, "num_heads": layout.num_heads, "kind": layout.kind, "reward_scale": layout.reward_scale,
         "learning": _learning(path, layout),
     }  # fmt: skip
-    scores = _score_texts(scorer, questions.samples, path)
+    scores = _score_texts(scorer, questions, path)
+    rows: Iterable[Json]
     if questions.kind == "pairs":
         pairs = pairs_of(scores, questions, objective, seed)
-        results["pairs"] = judge_pairs(pairs, questions.items, seed)
-        rows = [{"data": "file", **row} for row in rows_of(pairs, questions.items)]
+        results["pairs"] = judge_pairs(pairs, questions, seed)
+        rows = ({"data": "file", **row} for row in rows_of(pairs, questions.subset))
     else:
         rewards = objective(scores.heads).numpy().astype(float)
         judge = judge_styles if questions.kind == "rm_bench" else judge_sets
-        results["sets"], rows = judge(questions.items, rewards, seed)
+        results["sets"], rows = judge(questions, rewards, seed)
     if ood:
-        foreign = _score_texts(scorer, ood.samples, f"{path} (--ood)")
-        pairs = pairs_of(foreign, ood, objective, seed)
-        results["ood"] = judge_pairs(pairs, ood.items, seed)
+        foreign = _score_texts(scorer, ood, f"{path} (--ood)")
+        others = pairs_of(foreign, ood, objective, seed)
+        results["ood"] = judge_pairs(others, ood, seed)
         baseline = RewardScale.fit(scores.heads, mean)
         inside, outside = (text_uncertainties(own, baseline) for own in (scores, foreign))
         results["ood_auroc"] = tells_apart(inside, outside, questions.unit, ood.unit, seed)
-        rows += [{"data": "ood", **row} for row in rows_of(pairs, ood.items)]
-    num_samples = len(questions.samples) + (len(ood.samples) if ood else 0)
+        rows = chain(rows, ({"data": "ood", **row} for row in rows_of(others, ood.subset)))
+    num_samples = len(questions.lengths) + (len(ood.lengths) if ood else 0)
     results |= {"num_samples": num_samples, "num_truncated": scorer.num_truncated}
     if scorer.num_truncated:
         console.print(
@@ -128,23 +125,21 @@ def _evaluate(
     return results, rows
 
 
-def _score_texts(scorer: Scorer, samples: list[Sample], label: str) -> TextScores:
-    """In parts: the tokens of all texts at once would need many times the memory of the texts."""
-    heads: list[HeadRewards] = []
-    features: list[Tensor] = []
-    with progress(f"scoring, {Path(label).name}", len(samples)) as advance:
-        for start in range(0, len(samples), TEXTS_PER_PART):
-            part = samples[start : start + TEXTS_PER_PART]
-            if scorer.last_layer is None:
-                heads.append(scorer(part, advance))
+def _score_texts(scorer: Scorer, questions: Questions, label: str) -> TextScores:
+    """In parts, as the texts are read again; PoiseError if the file has others now."""
+    parts: list[TextScores] = []
+    total = len(questions.lengths)
+    with progress(f"scoring, {Path(label).name}", total) as advance:
+        for part in in_parts(questions.samples(), TEXTS_PER_PART):
+            if scorer.last_layer is None or questions.kind != "pairs":
+                parts.append(TextScores(scorer(part, advance), scorer.layout))
             else:
-                found = scorer.extract(part, advance)
-                heads.append(scorer.decode(found))
-                features.append(found.cpu())
-    together = joined(heads)
-    if scorer.last_layer is None:
-        return TextScores(together, scorer.layout)
-    return TextScores(together, scorer.layout, scorer.last_layer, torch.cat(features))
+                features = scorer.extract(part, advance)
+                parts.append(TextScores.of(scorer.decode(features), scorer.layout, scorer.last_layer, features.cpu()))
+    scores = TextScores.together(parts)
+    if len(scores.heads.mean) != total:
+        raise PoiseError("the file changed while it was read; start again")
+    return scores
 
 
 def _learning(path: str, layout: HeadLayout) -> Json | None:

@@ -150,7 +150,7 @@ def _check_target(target: Path, source: Path) -> None:
         raise PoiseError(f"--output {target} is the reward model itself; choose another folder")
     try:
         ours = _MARK in json.loads((target / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, RecursionError, TypeError):
         ours = False
     if any(target.iterdir()) and not ours:
         raise PoiseError(f"--output {target} exists and is no earlier export; choose another folder or delete it")

@@ -113,7 +113,7 @@ def _settings_without_paths(folder: Path, name: str) -> str:
     text = (folder / name).read_text(encoding="utf-8")
     try:
         settings = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise PoiseError(f"{folder / name} is not JSON") from None
     plain = _plain(settings)
     return text if plain == settings else json.dumps(plain, indent=2, ensure_ascii=False)

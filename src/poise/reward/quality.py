@@ -4,6 +4,7 @@ Every figure stands beside a baseline without knowledge: a coin, the longer text
 uncertainty. Intervals are 95 % bootstrap intervals over pairs or sets; votes on one pair are drawn together.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor
 
-from poise.data.evaluation_sets import Item, Questions
+from poise.data.evaluation_sets import Questions
 from poise.functional.calibration import (
     aurc,
     brier,
@@ -24,6 +25,7 @@ from poise.functional.calibration import (
     risk_coverage,
     weighted_auroc,
 )
+from poise.functional.head_rewards import joined
 from poise.functional.objectives import HeadRewards, Objective, RewardScale, disagreement, routing_std, total_std
 from poise.functional.reward_benchmarks import REWARD_BENCH, picks_chosen, reward_bench, style_matrix, style_scores
 from poise.functional.statistics import bootstrap_intervals, intervals_of_means, spearman
@@ -37,13 +39,29 @@ NUM_CURVE_POINTS = 60
 class TextScores(NamedTuple):
     """What a reward model gives N texts: rewards and stds of every head, and how to read them.
 
-    features: (N, hidden), the trunk's; only for a checkpoint with a Bayesian last layer, which reads them.
+    text_std, pair_std: under the posterior of the last layer, (N,) of each text's reward and (N / 2,) of the margin of
+    each two that follow each other; only for a checkpoint with a Bayesian last layer.
     """
 
     heads: HeadRewards
     layout: HeadLayout
-    last_layer: LastLayer | None = None
-    features: Tensor | None = None
+    text_std: Tensor | None = None
+    pair_std: Tensor | None = None
+
+    @classmethod
+    def of(cls, heads: HeadRewards, layout: HeadLayout, last_layer: LastLayer, features: Tensor) -> "TextScores":
+        """features: (N, hidden), the trunk's; an even number of texts."""
+        margins = last_layer.difference_std(features[0::2] - features[1::2])
+        return cls(heads, layout, last_layer.std(features), margins)
+
+    @classmethod
+    def together(cls, parts: list["TextScores"]) -> "TextScores":
+        """Of texts that were scored in parts."""
+        stds = (
+            [std for part in parts if (std := getattr(part, name)) is not None] for name in ("text_std", "pair_std")
+        )
+        joined_stds = (torch.cat(found) if found else None for found in stds)
+        return cls(joined([part.heads for part in parts]), parts[0].layout, *joined_stds)
 
 
 # ---- pairs ----
@@ -96,16 +114,14 @@ def pairs_of(scores: TextScores, questions: Questions, objective: Objective, see
     if layout.kind == "gaussian":  # point heads have no stds: total_std would be the disagreement again
         uncertainties["routing_std"] = torch.maximum(route[0::2], route[1::2])
         uncertainties["total_std"] = total_std(difference)
-    if scores.last_layer is not None and scores.features is not None:
-        uncertainties["last_layer_std"] = scores.last_layer.difference_std(
-            scores.features[0::2] - scores.features[1::2]
-        )
+    if scores.pair_std is not None:
+        uncertainties["last_layer_std"] = scores.pair_std
     uncertainties["small_margin"] = -margin.abs()
     if layout.num_heads > 1:  # that of one head orders pairs as small_margin does
         uncertainties["error_probability"] = 1 - torch.maximum(heads_probability, 1 - heads_probability)
     named = {name: value.numpy().astype(float) for name, value in uncertainties.items()}
     named["random"] = np.random.default_rng(seed).random(len(margin))
-    length = np.array([len(item.chosen[0]) - len(item.rejected[0]) for item in questions.items])
+    length = questions.lengths[0::2] - questions.lengths[1::2]
     return PairJudgments(
         margin.numpy(),
         _probability(layout.reward_scale * margin).numpy(),
@@ -121,7 +137,7 @@ def _probability(logit: Tensor) -> Tensor:
     return torch.sigmoid(logit).clamp_min(torch.finfo(logit.dtype).tiny)
 
 
-def judge_pairs(pairs: PairJudgments, items: list[Item], seed: int) -> Json:
+def judge_pairs(pairs: PairJudgments, questions: Questions, seed: int) -> Json:
     """Accuracy, calibration and quality of the uncertainties, with intervals; by subset; the largest mistakes."""
     correct = pairs.correct
     rows = np.stack([correct, correct - pairs.longer, -np.log(pairs.probability)], -1)
@@ -141,7 +157,7 @@ def judge_pairs(pairs: PairJudgments, items: list[Item], seed: int) -> Json:
         "probability": _calibration(pairs.probability) | {"nll_interval": nll},
         "heads_probability": _calibration(pairs.heads_probability),
         "uncertainties": _uncertainty_quality(pairs, seed), "risk_coverage": _curves(pairs),
-        "by_subset": by_subset(correct, pairs.longer, items), "mistakes": _mistakes(pairs, items),
+        "by_subset": by_subset(correct, pairs.longer, questions.subset), "mistakes": _mistakes(pairs, questions),
     }  # fmt: skip
 
 
@@ -183,44 +199,43 @@ def _curves(pairs: PairJudgments) -> Json:
     return {"coverage": ((shown + 1) / count).tolist(), "risk": risk}
 
 
-def rows_of(pairs: PairJudgments, items: list[Item]) -> list[Json]:
+def rows_of(pairs: PairJudgments, subset: list[str]) -> Iterator[Json]:
+    """A row of every pair; subset: of each."""
     columns = {
         "margin": pairs.margin, "probability": pairs.probability, "heads_probability": pairs.heads_probability,
         "correct": pairs.correct, "longer_is_chosen": pairs.longer, **pairs.uncertainties,
     }  # fmt: skip
-    listed = {name: column.tolist() for name, column in columns.items()}
-    return [
-        {"pair": i, "subset": item.subset, **{name: column[i] for name, column in listed.items()}}
-        for i, item in enumerate(items)
-    ]
+    for i, own in enumerate(subset):
+        yield {"pair": i, "subset": own, **{name: float(column[i]) for name, column in columns.items()}}
 
 
-def _mistakes(pairs: PairJudgments, items: list[Item]) -> list[Json]:
+def _mistakes(pairs: PairJudgments, questions: Questions) -> list[Json]:
     """The pairs that the model orders wrongly by the largest margin, each once."""
-    shown: dict[int, Json] = {}
+    shown: dict[int, int] = {}
     for i in np.argsort(pairs.margin, kind="stable").tolist():
         if pairs.margin[i] >= 0 or len(shown) == NUM_MISTAKES:
             break
-        item = items[i]
-        shown.setdefault(
-            int(pairs.unit[i]),
-            {
-                "prompt": item.prompt if isinstance(item.prompt, str) else item.prompt[-1]["content"],
-                "chosen": item.chosen[0], "rejected": item.rejected[0], "subset": item.subset,
-                "margin": float(pairs.margin[i]), "probability": float(pairs.probability[i]),
-            },
-        )  # fmt: skip
-    return list(shown.values())
+        shown.setdefault(int(pairs.unit[i]), i)
+    items = questions.some(shown.values())
+    return [
+        {
+            "prompt": item.prompt if isinstance(item.prompt, str) else item.prompt[-1]["content"],
+            "chosen": item.chosen[0], "rejected": item.rejected[0], "subset": item.subset,
+            "margin": float(pairs.margin[i]), "probability": float(pairs.probability[i]),
+        }
+        for i in shown.values()
+        for item in [items[i]]
+    ]  # fmt: skip
 
 
-def by_subset(correct: Float[ndarray, " items"], baseline: Float[ndarray, " items"], items: list[Item]) -> Json | None:
+def by_subset(correct: Float[ndarray, " items"], baseline: Float[ndarray, " items"], subset: list[str]) -> Json | None:
     """Accuracy, and that of a baseline, by subset; RewardBench's sections where all subsets are its own."""
-    names = sorted({item.subset for item in items})
+    names = sorted(set(subset))
     if names == [""]:
         return None
     table: dict[str, Json] = {}
     for name in names:
-        own = np.array([item.subset == name for item in items])
+        own = np.array([one == name for one in subset])
         accuracy, other = float(correct[own].mean()), float(baseline[own].mean())
         table[name] = {"count": int(own.sum()), "accuracy": accuracy, "baseline": other}
     means = {name: row["accuracy"] for name, row in table.items()}
@@ -243,8 +258,8 @@ def text_uncertainties(scores: TextScores, baseline: RewardScale) -> dict[str, F
     if scores.layout.kind == "gaussian":
         uncertainties["routing_std"] = routing_std(heads)
         uncertainties["total_std"] = total_std(scores.layout.calibrated(heads))
-    if scores.last_layer is not None and scores.features is not None:
-        uncertainties["last_layer_std"] = scores.last_layer.std(scores.features)
+    if scores.text_std is not None:
+        uncertainties["last_layer_std"] = scores.text_std
     return {name: value.numpy().astype(float) for name, value in uncertainties.items()}
 
 
@@ -279,51 +294,51 @@ def tells_apart(
 # ---- sets of texts ----
 
 
-def judge_styles(items: list[Item], rewards: Float[ndarray, " texts"], seed: int) -> tuple[Json, list[Json]]:
+def judge_styles(questions: Questions, rewards: Float[ndarray, " texts"], seed: int) -> tuple[Json, Iterator[Json]]:
     """(RM-Bench results, rewards by row): every style of the chosen text against every style of the rejected one."""
-    sets = rewards.reshape(len(items), 2, -1)
-    length = np.array([[_lengths(item.chosen), _lengths(item.rejected)] for item in items])
+    sets, length = (values.reshape(len(questions), 2, -1) for values in (rewards, questions.lengths.astype(float)))
     each = np.array([list(style_scores(style_matrix(s[:1], s[1:])).values()) for s in sets])
     matrix = style_matrix(sets[:, 0], sets[:, 1])
     scores, by_length = style_scores(matrix), style_scores(style_matrix(length[:, 0], length[:, 1]))
     intervals = intervals_of_means(each, np.arange(len(each)), seed)
     results: Json = {
-        "num_sets": len(items), "matrix": matrix.tolist(),
+        "num_sets": len(questions), "matrix": matrix.tolist(),
         "scores": {
             name: {"accuracy": score, "interval": interval, "length_accuracy": by_length[name]}
             for (name, score), interval in zip(scores.items(), intervals, strict=True)
         },
         "by_subset": {},
     }  # fmt: skip
-    for name in sorted({item.subset for item in items} - {""}):
-        own = np.array([item.subset == name for item in items])
+    for name in sorted(set(questions.subset) - {""}):
+        own = np.array([one == name for one in questions.subset])
         mean_of = dict(zip(scores, each[own].mean(0).tolist(), strict=True))
         results["by_subset"][name] = {"count": int(own.sum()), **mean_of}
-    rows = zip(items, sets.tolist(), strict=True)
-    return results, [{"subset": item.subset, "chosen": s[0], "rejected": s[1]} for item, s in rows]
+    rows = zip(questions.subset, sets, strict=True)
+    return results, ({"subset": name, "chosen": s[0].tolist(), "rejected": s[1].tolist()} for name, s in rows)
 
 
-def judge_sets(items: list[Item], rewards: Float[ndarray, " texts"], seed: int) -> tuple[Json, list[Json]]:
+def judge_sets(questions: Questions, rewards: Float[ndarray, " texts"], seed: int) -> tuple[Json, Iterator[Json]]:
     """(best-of-n results, rewards by row) beside picking at random and picking the longest text."""
-    ends = np.cumsum([len(item.chosen) + len(item.rejected) for item in items])[:-1]
-    sides = [np.split(own, [len(item.chosen)]) for item, own in zip(items, np.split(rewards, ends), strict=True)]
+    sides, lengths = _sides(questions, rewards), _sides(questions, questions.lengths.astype(float))
     correct = np.array([picks_chosen(*side) for side in sides])
-    longest = np.array([picks_chosen(_lengths(item.chosen), _lengths(item.rejected)) for item in items])
-    chance = np.array([len(item.chosen) / (len(item.chosen) + len(item.rejected)) for item in items])
+    longest = np.array([picks_chosen(*side) for side in lengths])
+    chance = questions.sizes[:, 0] / questions.sizes.sum(1)
     values = np.column_stack([correct, correct - chance, correct - longest])
     (accuracy, over_chance, over_length), intervals = (
         values.mean(0).tolist(),
         intervals_of_means(values, np.arange(len(values)), seed),
     )
     results: Json = {
-        "num_sets": len(items), "accuracy": accuracy, "accuracy_interval": intervals[0],
+        "num_sets": len(questions), "accuracy": accuracy, "accuracy_interval": intervals[0],
         "chance": float(chance.mean()), "over_chance": over_chance, "over_chance_interval": intervals[1],
         "length_accuracy": float(longest.mean()), "over_length": over_length, "over_length_interval": intervals[2],
-        "by_subset": by_subset(correct, chance, items),
+        "by_subset": by_subset(correct, chance, questions.subset),
     }  # fmt: skip
-    rows = zip(items, sides, strict=True)
-    return results, [{"subset": item.subset, "chosen": c.tolist(), "rejected": r.tolist()} for item, (c, r) in rows]
+    rows = zip(questions.subset, sides, strict=True)
+    return results, ({"subset": name, "chosen": c.tolist(), "rejected": r.tolist()} for name, (c, r) in rows)
 
 
-def _lengths(texts: tuple[str, ...]) -> Float[ndarray, " texts"]:
-    return np.array([float(len(text)) for text in texts])
+def _sides(questions: Questions, values: Float[ndarray, " texts"]) -> list[list[ndarray]]:
+    """Values of the chosen and of the rejected texts of every item."""
+    ends = questions.sizes.sum(1).cumsum()[:-1]
+    return [np.split(own, [chosen]) for own, (chosen, _) in zip(np.split(values, ends), questions.sizes, strict=True)]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from poise.data.files import can_be_read_twice
 from poise.data.preferences import iter_samples
-from poise.data.rows import Understood
+from poise.data.rows import TEXTS_PER_PART, Understood, in_parts
 from poise.data.types import Sample
 from poise.errors import PoiseError
 from poise.functional.objectives import Objective, parse_objective
@@ -26,8 +26,6 @@ from poise.runtime import distributed as processes
 from poise.runtime.progress import console, progress
 from poise.runtime.run_folder import Json, config_dict
 from poise.runtime.settings import finite_or_raise
-
-ROWS_PER_PART = 1024
 
 
 def run(config: Config) -> Path:
@@ -54,7 +52,7 @@ def run(config: Config) -> Path:
     understood = Understood(config.file, silent=twice)
     samples = iter_samples(config.file, config.on_bad_row, None if checked else check, understood)
     settings = _settings(config) if twice else None
-    with output.open(settings, ROWS_PER_PART) if first else nullcontext((0, None)) as (done, file):
+    with output.open(settings, TEXTS_PER_PART) if first else nullcontext((0, None)) as (done, file):
         done = max(processes.gathered_rows([done]))
         count = len(list(itertools.islice(samples, done)))
         with progress("scoring", total, done) as advance:
@@ -100,8 +98,8 @@ def _scored_parts(
 ) -> Iterator[tuple[list[Sample], list[Json]]]:
     """Samples with the columns of each; at a time as many parts as there are processes, each scoring its own."""
     mine, count = processes.process_index(), processes.num_processes()
-    while several := list(itertools.islice(samples, ROWS_PER_PART * count)):
-        part = several[mine * ROWS_PER_PART : (mine + 1) * ROWS_PER_PART]
+    for several in in_parts(samples, TEXTS_PER_PART * count):
+        part = several[mine * TEXTS_PER_PART : (mine + 1) * TEXTS_PER_PART]
         rows = _scored(scorer, part, objective, advance if count == 1 else None) if part else []
         rows = processes.gathered_rows(rows)
         if count > 1:

@@ -17,7 +17,7 @@ from typing import IO, Any
 from poise.data.files import steady_pyarrow
 from poise.errors import PoiseError
 from poise.models.score_columns import PER_HEAD
-from poise.runtime.folders import write_file_atomic
+from poise.runtime.folders import refuse_device, write_file_atomic
 from poise.runtime.records import read_object, read_rows
 from poise.runtime.run_folder import Json, write_json
 
@@ -37,14 +37,20 @@ class ScoreFile:
         """Yield (number of rows that a stopped command left, the file to append to).
 
         settings: what the rows are made of; rows of other settings are not kept, nor are any for None.
-        part: rows are kept in multiples of it. PoiseError if another process writes the file.
+        part: rows are kept in multiples of it. PoiseError if another process writes the file, and for rows in
+        FILE.partial that no record says to be ours.
         """
+        refuse_device(self.path)
         with self.partial.open("ab+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno in (errno.EAGAIN, errno.EACCES):
                     raise PoiseError(f"another process is writing {self.path}; choose another --output") from None
+            if not self.record.exists() and os.fstat(file.fileno()).st_size:
+                raise PoiseError(
+                    f"{self.partial} was not begun by `poise score`; delete it, or choose another --output"
+                )
             done = _whole_parts(file, part) if settings is not None and self._is_of(settings) else 0
             if not done:
                 file.truncate(0)

@@ -103,7 +103,7 @@ def _is_whole(checkpoint: Path) -> bool:
         for path in checkpoint.glob("*.safetensors"):
             with safe_open(path, "pt"):  # refuses a file that is shorter than its header says
                 pass
-    except (OSError, ValueError, SafetensorError):
+    except (OSError, ValueError, RecursionError, SafetensorError):
         return False
     return True
 

@@ -12,7 +12,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from poise.errors import PoiseError
+from poise.errors import PoiseError, first_line
 
 MARK = ".poise"
 # A folder with one of these was made by a version that did not write the mark.
@@ -127,6 +127,23 @@ def refuse_deleted(folder: Path) -> None:
 # ---- files and folders that appear whole ----
 
 
+def refuse_device(path: Path) -> None:
+    """Raise PoiseError where a file or folder would take the place of a device, a FIFO or a stream of the process.
+
+    A rename onto /dev/null or /dev/stdout replaces it, for every process of the machine, if the user may do so.
+    """
+    if "\0" in str(path):
+        raise PoiseError(f"{str(path)!r} cannot be the name of a file: it holds a zero byte")
+    try:
+        place = path.parent.resolve()
+        streams = place == Path("/dev") or place.parts[1:2] in (("proc",), ("sys",))
+        other = path.exists() and not (path.is_file() or path.is_dir())
+    except OSError as error:
+        raise PoiseError(f"{str(path)!r} cannot be the name of a file: {first_line(error)}") from None
+    if streams or other:
+        raise PoiseError(f"{path} is no place for a file or folder, but a device or a stream; choose another name")
+
+
 def partial_name(path: Path) -> Path:
     """Where this process prepares `path`: a hidden neighbor, which `clear_leftovers` knows if the process is killed."""
     return path.with_name(f"{_leftover_prefix(path.name)}{os.getpid()}")
@@ -151,6 +168,7 @@ def clear_leftovers(path: Path) -> None:
 @contextlib.contextmanager
 def write_file_atomic(path: Path) -> Iterator[Path]:
     """Yield the name of a file to write; it becomes `path` only if the block succeeds."""
+    refuse_device(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     clear_leftovers(path)
     partial = partial_name(path)
@@ -168,6 +186,7 @@ def write_folder_atomic(path: Path) -> Iterator[Path]:
 
     Files in it get the rights that the umask gives new files; libraries write some for their user alone.
     """
+    refuse_device(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     clear_leftovers(path)
     scratch = partial_name(path)

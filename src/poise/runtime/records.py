@@ -86,9 +86,10 @@ def as_text(value: Any, what: str, indent: int | None = None) -> str:
     return json.dumps(finite_or_raise(value, what), indent=indent, allow_nan=False)
 
 
-def as_lines(rows: Iterable[Json], what: str) -> str:
-    """Rows as strict JSON lines; raises as `as_text` does."""
-    return "".join(as_text(row, f"{what}, row {number}") + "\n" for number, row in enumerate(rows, 1))
+def as_lines(rows: Iterable[Json], what: str) -> Iterator[str]:
+    """Rows as strict JSON lines, one at a time; raises as `as_text` does."""
+    for number, row in enumerate(rows, 1):
+        yield as_text(row, f"{what}, row {number}") + "\n"
 
 
 def undefined_as_none(value: Any) -> Any:

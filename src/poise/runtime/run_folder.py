@@ -15,7 +15,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,6 +32,7 @@ from poise.runtime.folders import (
     own,
     partial_name,
     refuse_deleted,
+    refuse_device,
     refuse_foreign,
     unlock,
     write_folder_atomic,
@@ -187,11 +188,15 @@ def load_config_file(path: str | Path, kind: type | None = None) -> Json:
     kind: a dataclass that names the settings which must be there, with their types and ranges.
     """
     try:
-        loaded = yaml.safe_load(Path(path).read_text())
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise PoiseError(f"cannot read config {path}: {error.strerror}") from None
     except yaml.YAMLError as error:
         raise PoiseError(f"config {path} is not valid YAML: {first_line(error)}") from None
+    except RecursionError:
+        raise PoiseError(f"config {path} is nested too deeply") from None
+    except ValueError as error:  # also bytes that are not UTF-8
+        raise PoiseError(f"cannot read config {path}: {first_line(error)}") from None
     if not isinstance(loaded, dict):
         raise PoiseError(f"config {path} holds no settings")
     return checked(loaded, kind, str(path)) if kind else loaded
@@ -273,14 +278,15 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file whole or not at all, even if killed half-way."""
+def write_atomic(path: Path, text: str | Iterable[str]) -> None:
+    """Write a file whole or not at all, even if killed half-way. text: also in parts."""
+    refuse_device(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     clear_leftovers(path)
     partial = partial_name(path)
     try:
         with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
+            file.writelines([text] if isinstance(text, str) else text)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -296,14 +302,14 @@ def write_json(path: Path, value: Any) -> None:
 
 def append_jsonl(path: Path, rows: list[Json]) -> None:
     """Append rows to a JSON-lines file. Raises PoiseError, and nothing is appended, for NaN and infinities."""
-    text = as_lines(rows, str(path))
+    text = "".join(as_lines(rows, str(path)))
     mend_last_line(path)
     with path.open("a", encoding="utf-8") as file:
         file.write(text)
 
 
-def write_jsonl(path: Path, rows: list[Json]) -> None:
-    """Atomic JSON lines. Raises PoiseError for NaN and infinities."""
+def write_jsonl(path: Path, rows: Iterable[Json]) -> None:
+    """Atomic JSON lines, written as the rows come. Raises PoiseError for NaN and infinities."""
     write_atomic(path, as_lines(rows, str(path)))
 
 

@@ -105,7 +105,7 @@ class Client:
             raise _AgainError(str(getattr(error, "reason", error)) or type(error).__name__) from None
         except _NoNumberError as error:
             raise PoiseError(f"{self.url}{path} gave no reward, but {error}") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PoiseError(f"{self.url}{path} did not answer in JSON: {error}") from None
         if not isinstance(answer, dict) or answer.get("request") != hashlib.sha256(body).hexdigest():
             raise PoiseError(f"{self.url}{path} answered another request than this one")
@@ -135,7 +135,7 @@ _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 def _line(error: urllib.error.HTTPError) -> str:
     try:
         return f"{error.code} {json.loads(error.read())['error']}"
-    except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, http.client.HTTPException):
         return f"{error.code} {error.reason}"
 
 

@@ -126,7 +126,7 @@ class ChatJudge:
             except (OSError, http.client.HTTPException) as error:
                 if left == 0 or body is None:
                     raise PoiseError(f"--judge {self.url}{path}: {getattr(error, 'reason', error)}") from None
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise PoiseError(f"--judge {self.url}{path} did not answer in JSON") from None
             else:
                 if not isinstance(answer, dict):
@@ -153,6 +153,6 @@ def _line(content: bytes) -> str:
     try:
         error = json.loads(content)["error"]
         text = error["message"] if isinstance(error, Mapping) else error
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, RecursionError, KeyError, TypeError):
         text = content.decode("utf-8", "replace")
     return " ".join(str(text).split())[:300]

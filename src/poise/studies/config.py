@@ -153,6 +153,11 @@ class QuickstartConfig(Settings):
     seed: Seed = 0
     """Of everything: pairs, heads, prompts, sampling."""
 
+    def check(self) -> None:
+        """As `Settings.check`, and that no arm is there twice."""
+        super().check()
+        _refuse_twice("--arms", self.arms)
+
 
 @dataclass(frozen=True)
 class BestOfNConfig(Settings):
@@ -186,6 +191,7 @@ class BestOfNConfig(Settings):
     def check(self) -> None:
         """As `Settings.check`, and the form of each objective."""
         super().check()
+        _refuse_twice("--objectives", self.objectives)
         for text in self.objectives:
             reward, colon, objective = text.partition(":")
             if not colon:
@@ -216,8 +222,15 @@ class CompareConfig(Settings):
         super().check()
         if len(self.arms) < 2:
             raise PoiseError("a comparison needs at least two arms")
+        _refuse_twice("--arms", self.arms)
         if self.labels and len(self.labels) != len(self.arms):
             raise PoiseError(f"{len(self.labels)} labels for {len(self.arms)} arms")
+
+
+def _refuse_twice(option: str, names: tuple[str, ...]) -> None:
+    """Raise PoiseError for a name that is there twice: an arm or an objective beside itself says nothing."""
+    if again := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise PoiseError(f"{option} names {again[0]} twice")
 
 
 def completed(config: Config) -> Config:

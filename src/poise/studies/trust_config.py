@@ -1,11 +1,13 @@
 """The settings of `poise trust`; torch is not imported to read them."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from poise.data.preferences import OnBadRow
+from poise.errors import PoiseError
 from poise.functional.objective_names import read_objective
 from poise.models.choices import DEFAULT_MODEL
 from poise.runtime.settings import Count, Language, Positive, Preferences, Prompts, Reward, Seed, at_least
@@ -51,6 +53,8 @@ class TrustConfig(JudgeSettings):
     """Of the sampling, the folds and the pairs to judge."""
 
     def check(self) -> None:
-        """As `Settings.check`, and the objective."""
+        """As `Settings.check`, the objective, and that the validator is another reward model."""
         super().check()
         read_objective(self.objective)
+        if self.validator and Path(self.validator).resolve() == Path(self.reward).resolve():
+            raise PoiseError("--validator is the reward model itself, which agrees with itself; name another one")
