@@ -5,8 +5,8 @@
     python experiments/frontier.py report --into results/frontier-DATE.json
 
 The design was fixed before the first run: experiments/frontier_design.md. G2, the gold that labels the proxies' pairs,
-is kept as LoRA adapters in results/gold-g2-2026-11-28, so that every machine has the same one. Training reads G2 through these
-labels alone; gold of the policies' completions is read once a run has ended.
+is kept as LoRA adapters in results/gold-g2-2026-11-28, so that every machine has the same one. Training reads G2
+through these labels alone; gold of the policies' completions is read once a run has ended.
 """
 
 import argparse
