@@ -88,6 +88,7 @@ def snippets(card: str) -> list[str]:
 # ---- the snippets ----
 
 
+@pytest.mark.parametrize("any_model", rest_slow(["llama", "qwen3", "gpt2"]), indirect=True)
 @pytest.mark.parametrize("template", rest_slow(["chatml", "qwen3", "qwen3_5_think", "gemma3", None]))
 def test_both_snippets_give_the_scores_of_each_model(
     finished: tuple[Path, Config], template: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

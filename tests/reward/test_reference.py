@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from conftest import rest_slow
 from poise.cli.main import main
 from poise.data.preferences import read_preferences
 from poise.data.types import Sample
@@ -69,6 +70,7 @@ def test_every_reward_model_of_a_run_measures_from_its_training_texts(run: Path,
     assert strange.item() > 2 * found[0].max().item()
 
 
+@pytest.mark.parametrize("any_model", rest_slow(["llama", "qwen3", "gpt2"]), indirect=True)
 def test_distances_are_the_same_alone_and_in_a_batch(any_model: str, train_tiny_reward: Callable[[str], Path]) -> None:
     scorer = Scorer.load(str(train_tiny_reward(any_model) / "brme"))
     together = scorer(SAMPLES).distance

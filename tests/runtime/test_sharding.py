@@ -19,6 +19,7 @@ from poise.runtime.sharding import (
     whole,
     whole_on_main,
     whole_weights,
+    without_weights,
 )
 
 
@@ -91,8 +92,8 @@ def test_whole_weights_let_one_process_compute_alone(tmp_path: Path) -> None:
             for _ in range(1 + rank):  # not as often as the other: either would wait for the other in a spread model
                 found["out"] = model(INPUTS)
         found["after"] = is_spread(model)
-        weight = model.layers[1].weight
         found["again"] = model(INPUTS).detach()
+        weight = model.layers[1].weight  # spread again after the pass
         found["share"] = weight.to_local().numel() / weight.numel()
         return found | {"index": said}
 
@@ -128,6 +129,18 @@ def test_a_spread_tensor_is_whole_on_the_main_process_and_spread_again(tmp_path:
         assert torch.equal(one["again"], torch.arange(36.0).view(6, 6))
         assert one["steps"] == 7
         assert (one["moments"], one["plain"]) == (True, True)
+
+
+def test_a_copy_without_weights_has_their_shapes_and_no_memory() -> None:
+    model = Stack()
+    model.scale.requires_grad_(False)
+    model.register_buffer("shift", torch.arange(3.0))
+    empty, nothing = without_weights([model, None])
+    assert nothing is None
+    assert torch.equal(empty.shift, torch.arange(3.0))
+    for (name, mine), (other, theirs) in zip(model.named_parameters(), empty.named_parameters(), strict=True):
+        assert (name, mine.shape, mine.requires_grad) == (other, theirs.shape, theirs.requires_grad)
+        assert (mine.device.type, theirs.device.type) == ("cpu", "meta")
 
 
 def test_one_process_keeps_its_weights_whole() -> None:
