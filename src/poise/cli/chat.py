@@ -75,7 +75,7 @@ class Talker:
 
         Raises PoiseError once the conversation does not fit the model's context.
         """
-        from poise.models.chat_format import encode_prompt
+        from poise.models.chat_format import decode_completions, encode_prompt
         from poise.models.context import context_length
 
         templated = self.tokenizer.chat_template is not None
@@ -94,7 +94,7 @@ class Talker:
                 given, attention_mask=self._torch.ones_like(given),
                 max_new_tokens=min(self.config.max_tokens, room), **how,
             )  # fmt: skip
-        said = str(self.tokenizer.decode(written[0, len(ids) :], skip_special_tokens=True))
+        said = decode_completions(self.tokenizer, ids, [written[0, len(ids) :].tolist()])[0]
         self.turns.append({"role": "assistant", "content": said})
         return said
 

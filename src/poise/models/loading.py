@@ -104,7 +104,7 @@ def _convert_packaged_model(folder: Path) -> None:
         config.pop("quantization_config", None)
         model: HfModel = type(loaded)(type(loaded.config)(**config))
         model.load_state_dict(loaded.state_dict())
-        pad_apart(tokenizer, model)
+        pad_apart(tokenizer, model, grows=False)
         shutil.rmtree(source)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -319,11 +319,16 @@ def keep_layers(config: Any, count: int) -> None:
         text.layer_types = text.layer_types[:count]
 
 
-def pad_apart(tokenizer: HfTokenizer, model: HfModel) -> None:
+def pad_apart(tokenizer: HfTokenizer, model: HfModel, *, grows: bool = True) -> None:
     """Give tokenizer and model one padding token that is neither the end-of-sequence token nor the end of a turn.
 
     Padding that equals an end moves the position a classifier reads its score from, and hides the end of a completion.
     One that the model does not embed, such as a [PAD] added to the tokenizer alone, cannot be read.
+
+    grows: the model may get a row of zeros for it. A language model must not: it could write that token, and would be
+    another model than the one that was loaded. Without a token to spare it is padded with its end (GPT-2, Llama 3), or
+    with what begins its texts; masks tell which is meant.
+    Raises PoiseError for a tokenizer that has no such token, or that is of another model.
     """
     pad, rows = tokenizer.pad_token_id, model.get_input_embeddings().num_embeddings
     ends = {tokenizer.eos_token_id, end_of_turn(tokenizer)}
@@ -332,17 +337,25 @@ def pad_apart(tokenizer: HfTokenizer, model: HfModel) -> None:
         spare = [token for token in (tokenizer.unk_token, "<|endoftext|>", "<pad>") if token in tokenizer.get_vocab()]
         numbers = {token: tokenizer.convert_tokens_to_ids(token) for token in spare}
         spare = [token for token in spare if numbers[token] not in taken and numbers[token] < rows]
+        if not spare and pad != rows and len(tokenizer) > rows:
+            raise PoiseError(
+                f"the tokenizer has no padding token that the model embeds, and its {len(tokenizer)} tokens are "
+                f"more than the {rows} of the model; tokenizer and model are of different models"
+            )
         if spare:
             tokenizer.pad_token = spare[0]
+        elif not grows and len(tokenizer) >= rows:
+            named = (tokenizer.eos_token, tokenizer.bos_token)
+            found = [token for token in named if token and tokenizer.convert_tokens_to_ids(token) < rows]
+            if not found:
+                raise PoiseError("the tokenizer has no pad_token, nor another special token that the model embeds")
+            tokenizer.pad_token = found[0]
         elif pad != rows:  # otherwise the one token without a row of its own is the padding
-            if len(tokenizer) > rows:
-                raise PoiseError(
-                    f"the tokenizer has no padding token that the model embeds, and its {len(tokenizer)} tokens are "
-                    f"more than the {rows} of the model; tokenizer and model are of different models"
-                )
             tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
         if tokenizer.pad_token_id >= rows:
-            model.resize_token_embeddings(tokenizer.pad_token_id + 1)
+            model.resize_token_embeddings(tokenizer.pad_token_id + 1, mean_resizing=False)
+            # Otherwise drawn at random: two classifiers of one trunk would not share it.
+            model.get_input_embeddings().weight.data[rows:] = 0.0
     model.config.pad_token_id = tokenizer.pad_token_id
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -354,7 +367,7 @@ def load_policy(model: str, place: torch.device | None = None) -> tuple[HfModel,
     tokenizer = load_tokenizer(folder)
     policy = load_weights(transformers.AutoModelForCausalLM, folder, "language model", dtype=frozen_dtype())
     policy.name_or_path = model  # what its adapters will say they belong to
-    pad_apart(tokenizer, policy)
+    pad_apart(tokenizer, policy, grows=False)
     agree_on_ends(policy, tokenizer)
     return policy.to(place or device()).eval(), tokenizer
 

@@ -29,7 +29,7 @@ from transformers import DynamicCache
 from poise.data.types import Prompt
 from poise.errors import PoiseError
 from poise.functional import ppo
-from poise.models.chat_format import encode_prompt
+from poise.models.chat_format import decode_completions, encode_prompt
 from poise.models.choices import Tune, ValueTrunk
 from poise.models.context import room_or_raise
 from poise.models.end_tokens import end_token_ids
@@ -327,10 +327,11 @@ class Policy(nn.Module):
 
     def texts(self, rollout: Rollout) -> list[list[str]]:
         """Decoded completions, per prompt, without special tokens."""
-        flat = rollout.completion_ids_PMT.flatten(0, 1)
-        texts = self.tokenizer.batch_decode(flat, skip_special_tokens=True)
-        per_prompt = rollout.completion_ids_PMT.shape[1]
-        return [texts[i : i + per_prompt] for i in range(0, len(texts), per_prompt)]
+        prompts = zip(rollout.prompt_ids_PL, rollout.prompt_mask_PL.bool(), strict=True)
+        return [
+            decode_completions(self.tokenizer, ids[seen].tolist(), completions)
+            for (ids, seen), completions in zip(prompts, rollout.completion_ids_PMT.tolist(), strict=True)
+        ]
 
     # ---- inside ----
 
