@@ -205,3 +205,22 @@ def test_a_tokenizer_without_special_tokens_is_one_line(tmp_path: Path) -> None:
     tokenizer.eos_token = tokenizer.bos_token = None
     with pytest.raises(PoiseError, match="has no pad_token, nor another special token that the model embeds"):
         load_policy(model_folder(tokenizer, tmp_path))
+
+
+def test_a_prompt_without_a_token_is_one_line(tmp_path: Path) -> None:
+    policy = Policy(*load_policy(model_folder(gpt_2(), tmp_path)), adapted_layers=1, rank=2)
+    with pytest.raises(PoiseError, match="a text has no token"):
+        policy.sample(["good", ""], uniforms(2, 1, 2, torch.Generator().manual_seed(0)))
+
+
+def test_how_long_a_text_may_be_is_what_the_model_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("transformers.tokenization_utils_base.logger.warning", said.append)
+    tokenizer = gpt_2()
+    tokenizer.model_max_length = 2
+    assert tokenizer("a good film").input_ids
+    assert len(said) == 1
+    _, found = load_policy(model_folder(tokenizer, tmp_path))
+    assert found.model_max_length == 2
+    assert len(encode(found, "a good film")) > 2
+    assert len(said) == 1

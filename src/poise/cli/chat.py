@@ -77,10 +77,12 @@ class Talker:
         """
         from poise.models.chat_format import decode_completions, encode_prompt
         from poise.models.context import context_length
+        from poise.models.loading import embedded_or_raise
 
         templated = self.tokenizer.chat_template is not None
         self.turns.append({"role": "user", "content": text})
         ids = encode_prompt(self.tokenizer, self.turns if templated else text)
+        embedded_or_raise(ids, self.model.get_input_embeddings().num_embeddings, self.tokenizer)
         room = context_length(self.model.config.get_text_config()) - len(ids)
         if room < 1:
             raise PoiseError(f"the conversation is longer than the model's context by {1 - room} tokens; begin anew")

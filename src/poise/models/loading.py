@@ -26,6 +26,7 @@ from poise.models.choices import DEFAULT_MODEL
 from poise.models.context import room_or_raise
 from poise.models.end_tokens import agree_on_ends, end_of_turn
 from poise.models.model_folder import check_precision, stored_tensor, why_no_model
+from poise.models.trained_on import check_base, remember
 from poise.runtime.downloads import cache_folder, cached, package_file
 from poise.runtime.progress import console
 from poise.runtime.quiet import quiet_loading
@@ -114,13 +115,16 @@ def load_tokenizer(folder: str) -> HfTokenizer:
     """The tokenizer of a model folder, padding token as it finds it; see `pad_apart`. It decodes what was sampled."""
     try:
         # Some would take blanks out as they decode, so that a text is scored that the policy did not write.
-        return transformers.AutoTokenizer.from_pretrained(
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, clean_up_tokenization_spaces=False
         )
     except (OSError, ValueError) as error:
         if "custom code" in str(error):
             raise PoiseError(f"the tokenizer in {folder} has code of its own, which Poise never runs") from None
         raise PoiseError(f"no usable tokenizer in {folder}: {first_line(error)}") from None
+    # The model says how long a text may be; transformers would warn by model_max_length.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    return tokenizer
 
 
 def load_config(folder: str) -> Any:
@@ -199,11 +203,12 @@ def load_adapters(model: HfModel, folder: str, *, needs: str = "") -> HfModel:
     """A PEFT model: the adapters in a folder on `model`, every tensor of them from the folder's safetensors file.
 
     needs: name of a layer whose weight must come with the adapters, such as `score`.
-    Raises PoiseError for adapters that are missing, of other layers or shapes, or saved as pickle.
+    Raises PoiseError for adapters that are missing, of other layers, shapes or weights, or saved as pickle.
     """
     import peft
 
     there = _adapter_tensors(folder)
+    check_base(model, Path(folder))
     if needs and not any(name.endswith(f"{needs}.weight") for name in there):
         raise PoiseError(f"cannot load the adapter {folder}: it lacks {needs}.weight")
     try:
@@ -234,6 +239,7 @@ def load_into_adapters(adapted: HfModel, folder: str) -> None:
 
     there = _adapter_tensors(folder)
     _check_adapters(adapted, there, folder)
+    check_base(adapted.get_base_model(), Path(folder))
     settings = Path(folder) / "adapter_config.json"
     if settings.exists():
         try:
@@ -303,8 +309,7 @@ def finite_or_raise(tensors: Iterable[tuple[str, torch.Tensor]], what: str) -> N
 
 def _layer_of(name: str) -> int:
     """Number of the decoder layer that a weight belongs to; -1 for none."""
-    number = re.search(r"\.(\d+)\.", f".{name}")
-    return int(number[1]) if number else -1
+    return int(number[1]) if (number := re.search(r"\.(\d+)\.", f".{name}")) else -1
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -369,6 +374,7 @@ def load_policy(model: str, place: torch.device | None = None) -> tuple[HfModel,
     policy.name_or_path = model  # what its adapters will say they belong to
     pad_apart(tokenizer, policy, grows=False)
     agree_on_ends(policy, tokenizer)
+    remember(policy)
     return policy.to(place or device()).eval(), tokenizer
 
 
@@ -384,8 +390,10 @@ def check_room(model: str, prompts: list[Prompt], max_tokens: int) -> None:
 
 
 def embedded_or_raise(ids: Sequence[int], num_embeddings: int, tokenizer: HfTokenizer) -> None:
-    """Raise PoiseError for a text that holds a token the model has no embedding of."""
-    if ids and max(ids) >= num_embeddings:
+    """Raise PoiseError for a text without a token, or with one that the model has no embedding of."""
+    if not ids:
+        raise PoiseError("a text has no token: the tokenizer drops all of it, and adds none; change the text")
+    if max(ids) >= num_embeddings:
         raise PoiseError(
             f"a text holds the token {tokenizer.convert_ids_to_tokens(max(ids))!r} with id {max(ids)}, and the model "
             f"embeds {num_embeddings} ids; tokenizer and model are of different models"
