@@ -116,6 +116,21 @@ def test_an_end_token_that_the_tokenizer_adds_is_not_scored(
     assert ending("a").input_ids[-1] == ending.eos_token_id  # of the caller's tokenizer nothing has changed
 
 
+def test_a_tokenizer_without_an_end_is_one_line(loaded: tuple[HfModel, HfTokenizer], tmp_path: Path) -> None:
+    """The harness would fail in its own words. Choices need something to begin with only."""
+    model, endless = loaded[0], copy.deepcopy(loaded[1])
+    endless.eos_token = None
+    write(tmp_path, "gsm8k", [{"question": "How many?", "answer": "#### 4"}])
+    rows = [{"query": query, "choices": choices, "gold": 0} for query, choices in CHOICES]
+    asked, chosen = harness.read_tasks(("gsm8k", "arc_easy"), write(tmp_path, "arc_easy", rows), 0)
+    harness.evaluate(model, endless, chosen)
+    with pytest.raises(PoiseError, match="gsm8k: the tokenizer has no eos_token"):
+        harness.evaluate(model, endless, asked)
+    endless.bos_token = None
+    with pytest.raises(PoiseError, match="arc_easy: the tokenizer has no eos_token"):
+        harness.evaluate(model, endless, chosen)
+
+
 @pytest.fixture
 def bigram(loaded: tuple[HfModel, HfTokenizer], monkeypatch: pytest.MonkeyPatch) -> tuple[HfModel, HfTokenizer]:
     """A model that says " 42" and ends after a colon, and " it" after a comma."""

@@ -17,8 +17,9 @@ from conftest import make_model, make_tokenizer
 from poise.data.types import Sample
 from poise.errors import PoiseError
 from poise.models.context import steady_context_length
-from poise.models.loading import load_policy, pad_apart
+from poise.models.loading import load_policy
 from poise.models.model_folder import check_model
+from poise.models.padding import pad_apart
 from poise.models.policy import Policy
 from poise.models.reward_model import load_reward_model, load_trunk
 from poise.models.scorer import Scorer

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -15,7 +16,7 @@ from poise.integrations.trl_trainers import _Ours
 from poise.models.chat_format import decode_completions, encode, encode_conversation
 from poise.models.loading import load_policy
 from poise.models.policy import Policy
-from poise.models.reward_model import load_trunk
+from poise.models.reward_model import load_reward_model, load_trunk
 from poise.models.rollout import uniforms
 from poise.models.scorer import Scorer
 
@@ -198,6 +199,22 @@ def test_classifiers_of_one_trunk_have_one_row_of_padding(tmp_path: Path) -> Non
     rows = one.get_input_embeddings().weight
     assert tokenizer.pad_token_id == len(rows) - 1 == len(gpt_2())
     assert torch.equal(rows, other.get_input_embeddings().weight)
+
+
+def test_adapters_of_a_classifier_with_a_row_of_padding_find_their_base(tmp_path: Path) -> None:
+    """config.json counts the row, and the base model does not have it."""
+    classifier, tokenizer = load_trunk(model_folder(gpt_2(), tmp_path / "base"), 0)
+    adapted = peft.get_peft_model(
+        classifier, peft.LoraConfig(task_type="SEQ_CLS", r=2, modules_to_save=["score"], target_modules=["q_proj"])
+    )
+    adapted.save_pretrained(tmp_path / "rm", save_embedding_layers=False)
+    classifier.config.save_pretrained(tmp_path / "rm")
+    tokenizer.save_pretrained(tmp_path / "rm")
+    found, _, _ = load_reward_model(str(tmp_path / "rm"))
+    assert found.config.pad_token_id == len(gpt_2()) == found.get_input_embeddings().num_embeddings - 1
+    ids = torch.tensor([[5, 6, 7, tokenizer.pad_token_id]])
+    with torch.no_grad():
+        torch.testing.assert_close(found(ids).logits, adapted(ids).logits, rtol=0, atol=1e-6)
 
 
 def test_a_tokenizer_without_special_tokens_is_one_line(tmp_path: Path) -> None:

@@ -180,13 +180,15 @@ def evaluate(
 
     batch_size: requests at a time; fewer where they are so long that their logits would exceed LOGIT_BYTES.
     max_tokens: longest completion of a generative task. advance: called once per request.
-    Raises PoiseError if the model's context has no room for a completion.
+    Raises PoiseError if the model's context has no room for a completion, or the tokenizer has no eos token.
     """
     _require()
     with _quiet() as cut, _undisturbed(model):
         from lm_eval.evaluator import evaluate as harness_evaluate
         from lm_eval.models.huggingface import HFLM
 
+        if tokenizer.eos_token_id is None and (task.generates or tokenizer.bos_token_id is None):
+            raise PoiseError(f"{task.name}: the tokenizer has no eos_token, by which a benchmark knows where texts end")
         tokenizer = _without_end(tokenizer)
         requests = task.requests()
         longest = _longest(requests, tokenizer)
