@@ -111,6 +111,8 @@ def test_a_policy_goes_on_from_its_own_adapters(trained: Path) -> None:
     plain = load_adapters(load_policy(str(trained / "base"))[0], str(trained / "policy"))
     policy = Policy(model, load_policy(str(trained / "base"))[1], adapted_layers=2, rank=2)
     policy.load_adapters(str(trained / "policy"))
+    del policy._base.poise_weights  # a model that load_policy did not load
+    policy.load_adapters(str(trained / "policy"))
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         torch.testing.assert_close(policy.model(ids).logits, plain(ids).logits, rtol=0, atol=1e-6)

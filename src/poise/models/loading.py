@@ -4,6 +4,7 @@ Every model and every adapter is loaded here, without the report of the library 
 here: each weight of the model comes from the checkpoint, with its shape, and no code of the checkpoint is run.
 """
 
+import importlib.util
 import json
 import re
 import shutil
@@ -116,13 +117,17 @@ def load_tokenizer(folder: str) -> HfTokenizer:
     """The tokenizer of a model folder, padding token as it finds it; see `pad_apart`. It decodes what was sampled."""
     try:
         # Some would take blanks out as they decode, so that a text is scored that the policy did not write.
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False, clean_up_tokenization_spaces=False
-        )
-    except (OSError, ValueError) as error:
+        with quiet_loading():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, clean_up_tokenization_spaces=False
+            )
+    except (OSError, ValueError, ImportError) as error:
         if "custom code" in str(error):
             raise PoiseError(f"the tokenizer in {folder} has code of its own, which Poise never runs") from None
-        raise PoiseError(f"no usable tokenizer in {folder}: {first_line(error)}") from None
+        why, alone = first_line(error), not (Path(folder) / "tokenizer.json").exists()
+        if alone and any(Path(folder).glob("*.model")) and importlib.util.find_spec("sentencepiece") is None:
+            why = "it has no tokenizer.json, and its .model file needs packages: pip install sentencepiece protobuf"
+        raise PoiseError(f"no usable tokenizer in {folder}: {why}") from None
     # The model says how long a text may be; transformers would warn by model_max_length.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer

@@ -53,16 +53,19 @@ def digest(model: HfModel) -> str:
 
 
 def write_base(model: HfModel, folder: Path) -> None:
-    """Write beside adapters which model they are on. model: the one without them, as `remember` saw it."""
-    write_json(folder / FILE, {"model_type": model.config.model_type, "weights": model.poise_weights})
+    """Write beside adapters which model they are on; nothing for one that `remember` has not seen without them."""
+    if known := getattr(model, "poise_weights", ""):
+        write_json(folder / FILE, {"model_type": model.config.model_type, "weights": known})
 
 
 def check_base(model: HfModel, folder: Path) -> None:
     """Raise PoiseError if the adapters in a folder were trained on another model.
 
-    model: without adapters, or with them and remembered. Adapters of other tools do not say what they were trained on.
+    Adapters of other tools do not say what they were trained on; nor can a model be asked that already carries some and
+    was not remembered before.
     """
-    if not (folder / FILE).exists():
+    carries = not hasattr(model, "poise_weights") and any("lora_" in name for name, _ in model.named_parameters())
+    if carries or not (folder / FILE).exists():
         return
     base = _Base(**read_object(folder / FILE, _Base))
     kind, where = model.config.model_type, getattr(model, "name_or_path", "") or "this one"
