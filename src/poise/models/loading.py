@@ -107,7 +107,7 @@ def _convert_packaged_model(folder: Path) -> None:
         config.pop("quantization_config", None)
         model: HfModel = type(loaded)(type(loaded.config)(**config))
         model.load_state_dict(loaded.state_dict())
-        pad_apart(tokenizer, model, grows=False)
+        pad_apart(tokenizer, model)
         shutil.rmtree(source)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -336,7 +336,7 @@ def load_policy(model: str, place: torch.device | None = None) -> tuple[HfModel,
     tokenizer = load_tokenizer(folder)
     policy = load_weights(transformers.AutoModelForCausalLM, folder, "language model", dtype=frozen_dtype())
     policy.name_or_path = model  # what its adapters will say they belong to
-    pad_apart(tokenizer, policy, grows=False)
+    pad_apart(tokenizer, policy)
     agree_on_ends(policy, tokenizer)
     remember(policy)
     return policy.to(place or device()).eval(), tokenizer

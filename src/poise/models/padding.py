@@ -11,16 +11,14 @@ HfModel = Any
 HfTokenizer = Any
 
 
-def pad_apart(tokenizer: HfTokenizer, model: HfModel, *, grows: bool = True) -> None:
+def pad_apart(tokenizer: HfTokenizer, model: HfModel) -> None:
     """Give tokenizer and model one padding token that is neither the end-of-sequence token nor the end of a turn.
 
     Padding that equals an end moves the position a classifier reads its score from, and hides the end of a completion.
     One that the model does not embed, such as a [PAD] added to the tokenizer alone, cannot be read.
 
-    grows: the model may get a row of zeros for it. A language model must not: it could write that token, and would be
-    another model than the one that was loaded. Without a token to spare it is padded with its end (GPT-2, Llama 3), or
-    with what begins its texts; masks tell which is meant.
-    Raises PoiseError for a tokenizer that has no such token, or that is of another model.
+    Where there is no token to spare (GPT-2, Llama 3), the model gets a row for it; see `with_rows`.
+    Raises PoiseError for a tokenizer that is of another model.
     """
     pad, rows = tokenizer.pad_token_id, model.get_input_embeddings().num_embeddings
     ends = {tokenizer.eos_token_id, end_of_turn(tokenizer)}
@@ -36,12 +34,6 @@ def pad_apart(tokenizer: HfTokenizer, model: HfModel, *, grows: bool = True) -> 
             )
         if spare:
             tokenizer.pad_token = spare[0]
-        elif not grows and len(tokenizer) >= rows:
-            named = (tokenizer.eos_token, tokenizer.bos_token)
-            found = [token for token in named if token and tokenizer.convert_tokens_to_ids(token) < rows]
-            if not found:
-                raise PoiseError("the tokenizer has no pad_token, nor another special token that the model embeds")
-            tokenizer.pad_token = found[0]
         elif pad != rows:  # otherwise the one token without a row of its own is the padding
             tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
         if tokenizer.pad_token_id >= rows:
@@ -52,8 +44,16 @@ def pad_apart(tokenizer: HfTokenizer, model: HfModel, *, grows: bool = True) -> 
 
 
 def with_rows(model: HfModel, count: int) -> None:
-    """Give the embeddings `count` rows. New ones are zeros: classifiers of one trunk share it, whoever adds them."""
+    """Give the embeddings `count` rows; new ones are the mean of the others, the same whoever adds them.
+
+    Drawn at random, as transformers has it, they would be others in training, at the merge and in each classifier of a
+    trunk. A language model may write the new token: its logit is the mean of the others, so that its probability is at
+    most that of a token under the uniform distribution, 1 / count.
+    """
     rows = model.get_input_embeddings().num_embeddings
     with quiet_loading():
         model.resize_token_embeddings(count, mean_resizing=False)
-    model.get_input_embeddings().weight.data[rows:] = 0.0
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for part in (getattr(layer, "weight", None), getattr(layer, "bias", None)):
+            if part is not None:
+                part.data[rows:] = part.data[:rows].float().mean(0).to(part.dtype)

@@ -65,7 +65,7 @@ def folded(base: str, adapters: Path) -> tuple[HfModel, HfTokenizer]:
     try:
         model = load_weights(transformers.AutoModelForCausalLM, base, "language model", dtype="auto")
         dtype = model.dtype
-        pad_apart(tokenizer, model, grows=False)
+        pad_apart(tokenizer, model)
         ids = torch.tensor([probe_tokens(model, range(1, 10))])
         with quiet_loading(), torch.no_grad():
             adapted = load_adapters(model.float(), str(adapters)).eval()
