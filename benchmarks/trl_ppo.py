@@ -97,7 +97,7 @@ def prompts(tokenizer: HfTokenizer) -> list[Prompt]:
             f"Write a one-sentence review of a film about {film}. It came out last year, lasts two hours and has "
             f"well-known actors, a famous director and music by a large orchestra from abroad."
         )
-        ids = encode(tokenizer, request, begin=False)
+        ids = tokenizer(request, add_special_tokens=False).input_ids
         for end in range(len(ids), 0, -1):
             turns = [
                 {"role": "system", "content": "You write short reviews."},

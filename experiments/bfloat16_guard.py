@@ -29,7 +29,8 @@ from torch import Tensor
 from poise.models import families, rereading
 from poise.models.choices import DEFAULT_MODEL
 from poise.models.families import narrow_windows, rounding, tolerance, windows
-from poise.models.loading import load_tokenizer, load_weights, pad_apart, resolve_model
+from poise.models.loading import load_tokenizer, load_weights, resolve_model
+from poise.models.padding import pad_apart
 from poise.models.policy import Policy
 from poise.models.rereading import Reading
 from poise.models.rollout import Part, Rollout, uniforms

@@ -23,7 +23,8 @@ import transformers
 import yaml
 from safetensors.torch import load_file
 
-from poise.models.loading import DEFAULT_MODEL, load_tokenizer, pad_apart, resolve_model
+from poise.models.loading import DEFAULT_MODEL, load_tokenizer, resolve_model
+from poise.models.padding import pad_apart
 from poise.models.reward_model import HeadLayout, load_trunk, save_reward_model
 from poise.runtime.quiet import quiet_loading
 from poise.runtime.records import read_rows

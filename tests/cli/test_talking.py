@@ -73,6 +73,9 @@ def test_chat_answers_each_line_of_a_pipe_in_one_conversation(
     assert talker.answer("hello") == said  # the same conversation from its beginning, greedily
     with pytest.raises(PoiseError, match="longer than the model's context"):
         talker.answer("x" * 300)
+    talker.tokenizer.add_tokens(["<x>"])  # which the model does not embed
+    with pytest.raises(PoiseError, match="holds the token '<x>' with id"):
+        talker.answer("<x>")
 
 
 def test_chat_samples_as_training_did_whatever_the_generation_config_says(tiny_model: str, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Benchmarks through lm-evaluation-harness: each shape of rows beside a computation of our own, and good manners."""
 
+import copy
 import gzip
 import json
 import random
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from poise.cli import main as cli
@@ -95,6 +97,38 @@ def test_contexts_are_scored_as_by_hand(loaded: tuple[HfModel, HfTokenizer], tmp
         expected += str(1 - i % 2)
     [task] = harness.read_tasks(("winogrande",), write(tmp_path, "winogrande", rows), 0)
     assert harness.evaluate(*loaded, task).outcomes == expected
+
+
+def test_an_end_token_that_the_tokenizer_adds_is_not_scored(
+    loaded: tuple[HfModel, HfTokenizer], tmp_path: Path
+) -> None:
+    """Part of each continuation would be the end instead; with what such a tokenizer begins texts with, as by hand."""
+    model, ending = loaded[0], copy.deepcopy(loaded[1])
+    ids = [("<|im_start|>", ending.bos_token_id), ("<|im_end|>", ending.eos_token_id)]
+    ending.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>", special_tokens=ids
+    )
+    rows = [{"context": "She went", "continuation": word} for word in ("home", "to", "by")]
+    expected = [loglikelihood(*loaded, "<|im_start|>She went", f" {row['continuation']}")[0] for row in rows]
+    [task] = harness.read_tasks(("lambada",), write(tmp_path, "lambada", rows), 0)
+    found = harness.evaluate(model, ending, task)
+    assert found.also["perplexity"] == pytest.approx(np.exp(-np.mean(expected)), rel=1e-4)
+    assert ending("a").input_ids[-1] == ending.eos_token_id  # of the caller's tokenizer nothing has changed
+
+
+def test_a_tokenizer_without_an_end_is_one_line(loaded: tuple[HfModel, HfTokenizer], tmp_path: Path) -> None:
+    """The harness would fail in its own words. Choices need something to begin with only."""
+    model, endless = loaded[0], copy.deepcopy(loaded[1])
+    endless.eos_token = None
+    write(tmp_path, "gsm8k", [{"question": "How many?", "answer": "#### 4"}])
+    rows = [{"query": query, "choices": choices, "gold": 0} for query, choices in CHOICES]
+    asked, chosen = harness.read_tasks(("gsm8k", "arc_easy"), write(tmp_path, "arc_easy", rows), 0)
+    harness.evaluate(model, endless, chosen)
+    with pytest.raises(PoiseError, match="gsm8k: the tokenizer has no eos_token"):
+        harness.evaluate(model, endless, asked)
+    endless.bos_token = None
+    with pytest.raises(PoiseError, match="arc_easy: the tokenizer has no eos_token"):
+        harness.evaluate(model, endless, chosen)
 
 
 @pytest.fixture

@@ -189,7 +189,7 @@ def test_a_tokenizer_that_adds_an_end_token_adds_none_before_the_answer() -> Non
     assert tokenizer("Hi").input_ids[::3] == [tokenizer.bos_token_id, tokenizer.eos_token_id]
     hi = tokenizer("Hi", add_special_tokens=False).input_ids
     assert encode_prompt(tokenizer, "Hi") == [tokenizer.bos_token_id, *hi]
-    assert encode_conversation(tokenizer, "Hi", "Hi") == ([tokenizer.bos_token_id, *hi], hi)
+    assert encode_conversation(tokenizer, "Hi", "Hi") == ([tokenizer.bos_token_id, *hi], [*hi, tokenizer.eos_token_id])
     assert encode(tokenizer, "") == tokenizer("").input_ids[:1]
 
 

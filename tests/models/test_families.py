@@ -527,17 +527,40 @@ def test_in_bfloat16_a_wrong_reading_is_not_taken_for_rounding(
     ("bert", "written token by token"),
     ("lfm2", "cannot be sampled from"),
     ("modernbert-decoder", "TRL computes other log-probabilities"),
+    ("longcat_flash", "has no stack of 4 decoder layers"),
+    ("xlm", "cannot be sampled from"),
 ])  # fmt: skip
 def test_what_cannot_be_trained_is_one_line(kind: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Encoders; states that cannot be repeated; a layer between decoder and output."""
-    shapes = {"lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_ff_dim": 64}}
+    """Encoders; states that cannot be repeated; a layer between decoder and output; two layers that count as one; a
+    model that asserts what it is given."""
+    shapes = {
+        "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_ff_dim": 64},
+        "longcat_flash": {"num_layers": 2, "num_hidden_layers": 4, "num_key_value_heads": 4, "kv_lora_rank": 8,
+                          "q_lora_rank": 8, "head_dim": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
+                          "v_head_dim": 8, "n_routed_experts": 4, "zero_expert_num": 1, "moe_topk": 2,
+                          "expert_ffn_hidden_size": 32, "ffn_hidden_size": 64},
+        "xlm": {"emb_dim": 32, "n_layers": 2, "n_heads": 4},
+    }  # fmt: skip
     monkeypatch.setitem(FAMILIES, kind, (kind, (SIZE if kind == "bert" else GROUPED) | shapes.get(kind, {})))
     with pytest.raises(PoiseError, match=why) as caught:
         trl_reads_again_what_it_sampled("grpo", kind)
     assert "\n" not in str(caught.value)
-    if kind in ("bert", "lfm2"):
+    if kind != "modernbert-decoder":
         with pytest.raises(PoiseError, match=why):
             ppo_reads_again_what_it_sampled(kind)
+
+
+def test_grouped_maps_are_not_adapted() -> None:
+    """DeepSeek V4 has a linear layer that takes several vectors; PEFT would add a map of another shape to it."""
+
+    class Grouped(torch.nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return torch.einsum("...gi,goi->...go", input, self.weight.view(2, -1, self.in_features)).flatten(-2)
+
+    model, _ = load_policy(folder_of("Llama", "AutoModelForCausalLM"))
+    before = linear_maps(model)
+    model.model.layers[2].mlp.down_proj = Grouped(32, 16, bias=False)
+    assert before == [*linear_maps(model), "model.layers.2.mlp.down_proj"]
 
 
 def test_sparse_attention_that_chooses_padding_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

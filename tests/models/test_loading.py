@@ -1,5 +1,6 @@
 """Loading: every weight comes from the checkpoint, or one line says which does not."""
 
+import importlib.util
 import json
 import shutil
 import sys
@@ -18,8 +19,9 @@ from poise.data.types import Sample
 from poise.errors import PoiseError
 from poise.models import loading, reward_model
 from poise.models.context import room_or_raise, steady_context_length
-from poise.models.loading import load_policy, load_tokenizer, pad_apart, resolve_model
+from poise.models.loading import load_policy, load_tokenizer, resolve_model
 from poise.models.model_folder import check_model
+from poise.models.padding import pad_apart
 from poise.models.policy import Policy
 from poise.models.reward_model import load_reward_model, load_trunk
 from poise.models.scorer import Scorer
@@ -211,6 +213,22 @@ def test_padding_is_not_the_end_that_the_template_writes(language_model: Path, t
     tokenizer.eos_token, tokenizer.pad_token = "<|im_start|>", "<|im_end|>"
     tokenizer.save_pretrained(tmp_path / "x")
     assert load_trunk(str(tmp_path / "x"), 2)[1].pad_token == "<|endoftext|>"
+
+
+def test_a_tokenizer_of_sentencepiece_alone_names_what_it_needs(
+    language_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """transformers asks for tiktoken then, which would not read it, in seven lines."""
+    shutil.copytree(language_model, tmp_path / "x")
+    (tmp_path / "x" / "tokenizer.json").unlink()
+    (tmp_path / "x" / "tokenizer.model").write_bytes(b"\n\x0b\n\x05<unk>\x18\x02")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *of: None if name == "sentencepiece" else find(name, *of)
+    )
+    with pytest.raises(PoiseError, match=r"needs packages: pip install sentencepiece protobuf$"):
+        load_policy(str(tmp_path / "x"))
+    assert not capfd.readouterr().err
 
 
 def test_the_one_token_without_a_row_of_its_own_may_be_the_padding() -> None:

@@ -221,6 +221,10 @@ def test_adapters_carry_the_heads(tiny_model: str, preferences_file: Path, tmp_p
     torch.testing.assert_close(raw[0, : loaded.mean.shape[1]], loaded.mean[0], rtol=0, atol=1e-4)
     with pytest.raises(PoiseError, match="train it with `--trunk lora`"):
         export.run(Config(str(folder), str(tmp_path / "x"), adapter=True))
+    about = json.loads((folder / "base.json").read_text())
+    (folder / "base.json").write_text(json.dumps(about | {"weights": "of another model"}))
+    with pytest.raises(PoiseError, match="were trained on other weights"):
+        Scorer.load(str(folder))
     weights = run.folder / "adapter" / "adapter_model.safetensors"
     save_file({name: t for name, t in load_file(weights).items() if "score" not in name}, weights, {"format": "pt"})
     with pytest.raises(PoiseError, match=r"no score\.weight in its safetensors files or its adapters"):

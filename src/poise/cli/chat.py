@@ -75,12 +75,14 @@ class Talker:
 
         Raises PoiseError once the conversation does not fit the model's context.
         """
-        from poise.models.chat_format import encode_prompt
+        from poise.models.chat_format import decode_completions, encode_prompt
         from poise.models.context import context_length
+        from poise.models.loading import embedded_or_raise
 
         templated = self.tokenizer.chat_template is not None
         self.turns.append({"role": "user", "content": text})
         ids = encode_prompt(self.tokenizer, self.turns if templated else text)
+        embedded_or_raise(ids, self.model.get_input_embeddings().num_embeddings, self.tokenizer)
         room = context_length(self.model.config.get_text_config()) - len(ids)
         if room < 1:
             raise PoiseError(f"the conversation is longer than the model's context by {1 - room} tokens; begin anew")
@@ -94,7 +96,7 @@ class Talker:
                 given, attention_mask=self._torch.ones_like(given),
                 max_new_tokens=min(self.config.max_tokens, room), **how,
             )  # fmt: skip
-        said = str(self.tokenizer.decode(written[0, len(ids) :], skip_special_tokens=True))
+        said = decode_completions(self.tokenizer, ids, [written[0, len(ids) :].tolist()])[0]
         self.turns.append({"role": "assistant", "content": said})
         return said
 

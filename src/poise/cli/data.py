@@ -192,10 +192,10 @@ class _ModelReader:
         return found
 
     def _encoded(self, row: Shown) -> list[tuple[str, list[int]]]:
-        from poise.models.chat_format import encode, encode_conversation, generation_prompt
+        from poise.models.chat_format import encode_conversation, encode_prompt
 
         prompt, answers = row
         if not answers:
-            return [("prompt", encode(self.tokenizer, generation_prompt(self.tokenizer, prompt)))]
+            return [("prompt", encode_prompt(self.tokenizer, prompt))]
         encoded = ((name, encode_conversation(self.tokenizer, prompt, text)) for name, text in answers.items())
         return [(name, [*before, *after]) for name, (before, after) in encoded]

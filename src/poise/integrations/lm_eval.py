@@ -5,6 +5,7 @@ evaluated zero-shot, the harness's own tasks with the examples that their author
 """
 
 import contextlib
+import copy
 import itertools
 import json
 import logging
@@ -20,9 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy import ndarray
+from tokenizers.processors import TemplateProcessing
 
 from poise.errors import PoiseError, first_line
 from poise.integrations.lm_eval_tasks import BENCHMARKS, MAX_TOKENS, Benchmark, read_docs, settings_of
+from poise.models.chat_format import added_tokens
 from poise.models.loading import HfModel, HfTokenizer
 from poise.runtime.progress import console
 from poise.runtime.quiet import quiet_loading
@@ -177,13 +180,16 @@ def evaluate(
 
     batch_size: requests at a time; fewer where they are so long that their logits would exceed LOGIT_BYTES.
     max_tokens: longest completion of a generative task. advance: called once per request.
-    Raises PoiseError if the model's context has no room for a completion.
+    Raises PoiseError if the model's context has no room for a completion, or the tokenizer has no eos token.
     """
     _require()
     with _quiet() as cut, _undisturbed(model):
         from lm_eval.evaluator import evaluate as harness_evaluate
         from lm_eval.models.huggingface import HFLM
 
+        if tokenizer.eos_token_id is None and (task.generates or tokenizer.bos_token_id is None):
+            raise PoiseError(f"{task.name}: the tokenizer has no eos_token, by which a benchmark knows where texts end")
+        tokenizer = _without_end(tokenizer)
         requests = task.requests()
         longest = _longest(requests, tokenizer)
         lm: Any = HFLM(
@@ -226,6 +232,25 @@ def _longest(requests: list[Any], tokenizer: HfTokenizer) -> int:
     """Length in tokens of the request with the longest text; its completion, if it is to have one, left out."""
     texts = ("".join(part for part in request.args if isinstance(part, str)) for request in requests)
     return len(tokenizer(max(texts, key=len)).input_ids)
+
+
+def _without_end(tokenizer: HfTokenizer) -> HfTokenizer:
+    """A tokenizer that begins texts as this one does, and adds nothing after them.
+
+    The harness takes what a context has as tokens off the context with its continuation. An end token after each would
+    be scored in place of the continuation, and a completion would be written after the end.
+    """
+    before, after = added_tokens(tokenizer)
+    if not after:
+        return tokenizer
+    if not tokenizer.is_fast:
+        raise PoiseError("the tokenizer adds an end token to every text; set its add_eos_token to false")
+    found = copy.deepcopy(tokenizer)
+    names = tokenizer.convert_ids_to_tokens(before)
+    found.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[*names, "$A"], special_tokens=list(zip(names, before, strict=True))
+    )
+    return found
 
 
 class _Counter:

@@ -18,7 +18,7 @@ from poise.data.types import Prompt
 from poise.errors import PoiseError
 from poise.integrations.trl_reward import RobustReward, Scored, policy_metrics
 from poise.models.adapted_maps import has_conv1d, linear_maps
-from poise.models.chat_format import encode_prompt, generation_prompt
+from poise.models.chat_format import decode_completions, encode_prompt, generation_prompt
 from poise.models.context import room_or_raise
 from poise.models.end_tokens import end_token_ids, plain_generation
 from poise.models.families import REFUSALS, alike, positions_without_padding, probe_tokens, without_noise
@@ -237,6 +237,15 @@ class _Ours(SafeCheckpoints):
         """(ids, no images, no more fields of images), as PPO encodes them."""
         tokenizer = cast(Any, self).processing_class
         return [encode_prompt(tokenizer, prompt) for prompt in prompts], None, {}
+
+    def _calculate_rewards(self, inputs: Any, prompts: list[Prompt], completions: Any, ids: list[list[int]]) -> Any:
+        """As TRL does it, but texts that begin with a space begin with it; see `decode_completions`."""
+        trainer = cast(Any, self)
+        tokenizer = trainer.processing_class
+        if tokenizer.chat_template is None:
+            each = zip(trainer._tokenize_prompts(prompts)[0], ids, strict=True)
+            completions = [decode_completions(tokenizer, prompt, [written])[0] for prompt, written in each]
+        return cast(Any, super())._calculate_rewards(inputs, prompts, completions, ids)
 
     def _generate_and_score_completions(self, *arguments: Any) -> Any:
         """As TRL does it, but a completion that was cut at a padding token that the policy sampled has not ended."""

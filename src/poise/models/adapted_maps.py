@@ -44,10 +44,14 @@ def linear_maps(model: HfModel, first_layer: int = 0) -> list[str]:
 
 @torch.no_grad()
 def _is_map(module: nn.Module) -> bool:
-    """Does it map a vector to a vector? Some routers are linear maps, too, but return a choice of experts."""
+    """Does it map a vector to a vector? Some routers return a choice of experts, grouped maps take several vectors."""
     if type(module) in (nn.Linear, Conv1D) or not isinstance(module, nn.Linear):
         return isinstance(module, (nn.Linear, Conv1D))
-    return isinstance(module(torch.zeros_like(module.weight[:1])), torch.Tensor)
+    try:
+        found = module(torch.zeros_like(module.weight[:1]))
+    except RuntimeError:
+        return False
+    return isinstance(found, torch.Tensor) and found.shape == (1, module.out_features)
 
 
 def has_conv1d(model: HfModel) -> bool:

@@ -78,19 +78,22 @@ def completion_text(tokenizer: HfTokenizer, prompt: Prompt, completion: str) -> 
     return whole[len(before) :].rstrip()
 
 
-def encode(tokenizer: HfTokenizer, text: str, *, begin: bool = True) -> list[int]:
-    """Token ids of a prompt, or of what follows one (begin=False).
+def encode(tokenizer: HfTokenizer, text: str) -> list[int]:
+    """Token ids of a text that goes on: a prompt, or the beginning of a conversation.
 
     A chat template writes its special tokens itself; without one the tokenizer adds its own, at the beginning only: an
     end token that it would add, too, would end the text before its answer.
     """
     ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
-    if not begin or tokenizer.chat_template is not None:
-        return ids
-    some = ids or tokenizer("a", add_special_tokens=False).input_ids
-    whole: list[int] = tokenizer(text if ids else "a").input_ids
-    first = next((at for at in range(len(whole)) if whole[at : at + len(some)] == some), 0)
-    return [*whole[:first], *ids]
+    return ids if tokenizer.chat_template is not None else [*added_tokens(tokenizer)[0], *ids]
+
+
+def added_tokens(tokenizer: HfTokenizer) -> tuple[list[int], list[int]]:
+    """The special tokens that a tokenizer adds to a text by itself, (before it, after it)."""
+    alone: list[int] = tokenizer("a", add_special_tokens=False).input_ids
+    whole: list[int] = tokenizer("a").input_ids
+    first = next((at for at in range(len(whole)) if whole[at : at + len(alone)] == alone), 0)
+    return whole[:first], whole[first + len(alone) :]
 
 
 def encode_prompt(tokenizer: HfTokenizer, prompt: Prompt) -> list[int]:
@@ -110,13 +113,14 @@ def encode_prompt(tokenizer: HfTokenizer, prompt: Prompt) -> list[int]:
 def encode_conversation(tokenizer: HfTokenizer, prompt: Prompt, completion: str) -> tuple[list[int], list[int]]:
     """(ids of the prompt, ids of the completion): together the ids of the whole conversation's text.
 
-    With a chat template the whole text is encoded at once, as a stock classifier's user would encode it. A token that
-    holds the end of the prompt and the beginning of the completion belongs to the completion. Markers of the template
-    that the texts of the turns spell are text.
+    The whole text is encoded at once, as a stock classifier's user would encode it: a completion encoded alone would
+    begin with a space that nobody wrote, as many tokenizers begin a text, and lack the tokens that lie over the
+    boundary. Such a token belongs to the completion. Without a chat template the special tokens are the tokenizer's
+    own, at the end, too. Markers of the template that the texts of the turns spell are text.
     """
     before, after = prompt_text(tokenizer, prompt), completion_text(tokenizer, prompt, completion)
     if tokenizer.chat_template is None:
-        return encode(tokenizer, before), encode(tokenizer, after, begin=False)
+        return _divided(tokenizer(before + after).input_ids, encode(tokenizer, before))
     markers, turns = _markers_of(tokenizer), [*_turns(prompt), _answer(completion.strip())]
     if markers.first_in(turns) is None:
         whole, first = encode(tokenizer, before + after), encode(tokenizer, before)
@@ -124,7 +128,27 @@ def encode_conversation(tokenizer: HfTokenizer, prompt: Prompt, completion: str)
         hidden = _hidden_rendering(tokenizer, turns, before + after)
         cut = next((i for i in range(len(hidden), 0, -1) if len(markers.show(hidden[:i])) <= len(before)), 0)
         whole, first = markers.encode(hidden), markers.encode(hidden[:cut])
-    length = _num_shared(first, whole[:-1])
+    return _divided(whole, first)
+
+
+def decode_completions(
+    tokenizer: HfTokenizer, prompt_ids: Sequence[int], completions: Sequence[Sequence[int]]
+) -> list[str]:
+    """The text that each completion's tokens add to the prompt's, without special tokens.
+
+    Decoded alone, a completion would lose the space that it begins with where the tokenizer begins every text so.
+    """
+    before: str = tokenizer.decode(prompt_ids, skip_special_tokens=True)
+    wholes = tokenizer.batch_decode([[*prompt_ids, *ids] for ids in completions], skip_special_tokens=True)
+    return [
+        whole[len(before) :] if whole.startswith(before) else tokenizer.decode(ids, skip_special_tokens=True)
+        for ids, whole in zip(completions, wholes, strict=True)
+    ]
+
+
+def _divided(whole: list[int], prompt: list[int]) -> tuple[list[int], list[int]]:
+    """A text's ids at the end of what they share with those of its prompt; the second part is never empty."""
+    length = _num_shared(prompt, whole[:-1])
     return whole[:length], whole[length:]
 
 

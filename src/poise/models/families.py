@@ -29,7 +29,9 @@ from poise.runtime.progress import console
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 # What a model may raise if it cannot read what it is given.
-REFUSALS = (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError, NotImplementedError)
+REFUSALS = (
+    TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError, NotImplementedError, AssertionError,
+)  # fmt: skip
 _PROBE_WINDOW = 4  # tokens; a probe of a dozen tokens reaches beyond it
 _CACHES = ("past_key_values", "cache")  # what a model calls it: transformers 5.24 renamed it
 _SPARSE = ("index_topk", "keep_window_size")

@@ -4,6 +4,7 @@ Every model and every adapter is loaded here, without the report of the library 
 here: each weight of the model comes from the checkpoint, with its shape, and no code of the checkpoint is run.
 """
 
+import importlib.util
 import json
 import re
 import shutil
@@ -24,8 +25,10 @@ from poise.errors import PoiseError, first_line
 from poise.models.chat_format import encode_prompt
 from poise.models.choices import DEFAULT_MODEL
 from poise.models.context import room_or_raise
-from poise.models.end_tokens import agree_on_ends, end_of_turn
+from poise.models.end_tokens import agree_on_ends
 from poise.models.model_folder import check_precision, stored_tensor, why_no_model
+from poise.models.padding import pad_apart
+from poise.models.trained_on import check_base, remember
 from poise.runtime.downloads import cache_folder, cached, package_file
 from poise.runtime.progress import console
 from poise.runtime.quiet import quiet_loading
@@ -114,13 +117,20 @@ def load_tokenizer(folder: str) -> HfTokenizer:
     """The tokenizer of a model folder, padding token as it finds it; see `pad_apart`. It decodes what was sampled."""
     try:
         # Some would take blanks out as they decode, so that a text is scored that the policy did not write.
-        return transformers.AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False, clean_up_tokenization_spaces=False
-        )
-    except (OSError, ValueError) as error:
+        with quiet_loading():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, clean_up_tokenization_spaces=False
+            )
+    except (OSError, ValueError, ImportError) as error:
         if "custom code" in str(error):
             raise PoiseError(f"the tokenizer in {folder} has code of its own, which Poise never runs") from None
-        raise PoiseError(f"no usable tokenizer in {folder}: {first_line(error)}") from None
+        why, alone = first_line(error), not (Path(folder) / "tokenizer.json").exists()
+        if alone and any(Path(folder).glob("*.model")) and importlib.util.find_spec("sentencepiece") is None:
+            why = "it has no tokenizer.json, and its .model file needs packages: pip install sentencepiece protobuf"
+        raise PoiseError(f"no usable tokenizer in {folder}: {why}") from None
+    # The model says how long a text may be; transformers would warn by model_max_length.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    return tokenizer
 
 
 def load_config(folder: str) -> Any:
@@ -199,11 +209,12 @@ def load_adapters(model: HfModel, folder: str, *, needs: str = "") -> HfModel:
     """A PEFT model: the adapters in a folder on `model`, every tensor of them from the folder's safetensors file.
 
     needs: name of a layer whose weight must come with the adapters, such as `score`.
-    Raises PoiseError for adapters that are missing, of other layers or shapes, or saved as pickle.
+    Raises PoiseError for adapters that are missing, of other layers, shapes or weights, or saved as pickle.
     """
     import peft
 
     there = _adapter_tensors(folder)
+    check_base(model, Path(folder))
     if needs and not any(name.endswith(f"{needs}.weight") for name in there):
         raise PoiseError(f"cannot load the adapter {folder}: it lacks {needs}.weight")
     try:
@@ -234,6 +245,7 @@ def load_into_adapters(adapted: HfModel, folder: str) -> None:
 
     there = _adapter_tensors(folder)
     _check_adapters(adapted, there, folder)
+    check_base(adapted.get_base_model(), Path(folder))
     settings = Path(folder) / "adapter_config.json"
     if settings.exists():
         try:
@@ -303,8 +315,7 @@ def finite_or_raise(tensors: Iterable[tuple[str, torch.Tensor]], what: str) -> N
 
 def _layer_of(name: str) -> int:
     """Number of the decoder layer that a weight belongs to; -1 for none."""
-    number = re.search(r"\.(\d+)\.", f".{name}")
-    return int(number[1]) if number else -1
+    return int(number[1]) if (number := re.search(r"\.(\d+)\.", f".{name}")) else -1
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -319,35 +330,6 @@ def keep_layers(config: Any, count: int) -> None:
         text.layer_types = text.layer_types[:count]
 
 
-def pad_apart(tokenizer: HfTokenizer, model: HfModel) -> None:
-    """Give tokenizer and model one padding token that is neither the end-of-sequence token nor the end of a turn.
-
-    Padding that equals an end moves the position a classifier reads its score from, and hides the end of a completion.
-    One that the model does not embed, such as a [PAD] added to the tokenizer alone, cannot be read.
-    """
-    pad, rows = tokenizer.pad_token_id, model.get_input_embeddings().num_embeddings
-    ends = {tokenizer.eos_token_id, end_of_turn(tokenizer)}
-    if pad is None or pad in ends or pad >= rows:
-        taken = {*ends, tokenizer.bos_token_id}
-        spare = [token for token in (tokenizer.unk_token, "<|endoftext|>", "<pad>") if token in tokenizer.get_vocab()]
-        numbers = {token: tokenizer.convert_tokens_to_ids(token) for token in spare}
-        spare = [token for token in spare if numbers[token] not in taken and numbers[token] < rows]
-        if spare:
-            tokenizer.pad_token = spare[0]
-        elif pad != rows:  # otherwise the one token without a row of its own is the padding
-            if len(tokenizer) > rows:
-                raise PoiseError(
-                    f"the tokenizer has no padding token that the model embeds, and its {len(tokenizer)} tokens are "
-                    f"more than the {rows} of the model; tokenizer and model are of different models"
-                )
-            tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-        if tokenizer.pad_token_id >= rows:
-            model.resize_token_embeddings(tokenizer.pad_token_id + 1)
-    model.config.pad_token_id = tokenizer.pad_token_id
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
-
-
 def load_policy(model: str, place: torch.device | None = None) -> tuple[HfModel, HfTokenizer]:
     """(causal language model, tokenizer) on the device or at `place`, in eval mode, weights in `frozen_dtype`."""
     folder = resolve_model(model)
@@ -356,6 +338,7 @@ def load_policy(model: str, place: torch.device | None = None) -> tuple[HfModel,
     policy.name_or_path = model  # what its adapters will say they belong to
     pad_apart(tokenizer, policy)
     agree_on_ends(policy, tokenizer)
+    remember(policy)
     return policy.to(place or device()).eval(), tokenizer
 
 
@@ -371,8 +354,10 @@ def check_room(model: str, prompts: list[Prompt], max_tokens: int) -> None:
 
 
 def embedded_or_raise(ids: Sequence[int], num_embeddings: int, tokenizer: HfTokenizer) -> None:
-    """Raise PoiseError for a text that holds a token the model has no embedding of."""
-    if ids and max(ids) >= num_embeddings:
+    """Raise PoiseError for a text without a token, or with one that the model has no embedding of."""
+    if not ids:
+        raise PoiseError("a text has no token: the tokenizer drops all of it, and adds none; change the text")
+    if max(ids) >= num_embeddings:
         raise PoiseError(
             f"a text holds the token {tokenizer.convert_ids_to_tokens(max(ids))!r} with id {max(ids)}, and the model "
             f"embeds {num_embeddings} ids; tokenizer and model are of different models"

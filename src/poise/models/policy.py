@@ -18,9 +18,9 @@ Shapes: _P prompts, _M completions per prompt, _T tokens of a completion, _L row
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
-import peft
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -28,14 +28,14 @@ from torch import Tensor, nn
 from poise.data.types import Prompt
 from poise.errors import PoiseError
 from poise.functional import ppo
-from poise.models.chat_format import encode_prompt
+from poise.models.chat_format import decode_completions, encode_prompt
 from poise.models.choices import Tune, ValueTrunk
 from poise.models.context import room_or_raise
 from poise.models.drawing import draw_completions
 from poise.models.end_tokens import end_token_ids
 from poise.models.families import feature_size, is_low
 from poise.models.fused_ops import ChosenLogprob, folded_in
-from poise.models.loading import HfModel, HfTokenizer, device, load_into_adapters
+from poise.models.loading import HfModel, HfTokenizer, device, embedded_or_raise, load_into_adapters
 from poise.models.rereading import (
     Predictions,
     Reading,
@@ -45,6 +45,7 @@ from poise.models.rereading import (
     predict,
 )
 from poise.models.rollout import Part, Rollout, passes
+from poise.models.trained_on import write_base
 from poise.models.trained_parts import spread_layers, twin, upper_parameters, with_adapters, without_adapters
 from poise.runtime.processes import several
 from poise.runtime.quiet import quiet_loading
@@ -256,24 +257,27 @@ class Policy(nn.Module):
     def save(self, folder: str, weights: dict[str, Tensor] | None = None) -> None:
         """PEFT adapters, or with `full` the whole model; the tokenizer too. weights: as `weights` gave them."""
         # Embeddings are never adapted: peft need not ask the hub whether the vocabulary has grown.
-        about: dict[str, Any] = {"save_embedding_layers": False} if isinstance(self.model, peft.PeftModel) else {}
+        about: dict[str, Any] = {"save_embedding_layers": False} if self.tune == "lora" else {}
         with quiet_loading():
             self.model.save_pretrained(folder, state_dict=self.weights() if weights is None else weights, **about)
             self.tokenizer.save_pretrained(folder)
+        if self.tune == "lora":
+            write_base(self._base, Path(folder))
 
     def load_adapters(self, folder: str) -> None:
         """Take the adapters that `save` (or another trainer of the same layers) wrote.
 
-        Raises PoiseError unless the folder holds adapters of exactly these layers, rank and scale, as safetensors.
+        Raises PoiseError unless the folder holds adapters of these layers, rank, scale and weights, as safetensors.
         """
         load_into_adapters(self.model, folder)
 
     def texts(self, rollout: Rollout) -> list[list[str]]:
         """Decoded completions, per prompt, without special tokens."""
-        flat = rollout.completion_ids_PMT.flatten(0, 1)
-        texts = self.tokenizer.batch_decode(flat, skip_special_tokens=True)
-        per_prompt = rollout.completion_ids_PMT.shape[1]
-        return [texts[i : i + per_prompt] for i in range(0, len(texts), per_prompt)]
+        prompts = zip(rollout.prompt_ids_PL, rollout.prompt_mask_PL.bool(), strict=True)
+        return [
+            decode_completions(self.tokenizer, ids[seen].tolist(), completions)
+            for (ids, seen), completions in zip(prompts, rollout.completion_ids_PMT.tolist(), strict=True)
+        ]
 
     # ---- inside ----
 
@@ -331,6 +335,8 @@ class Policy(nn.Module):
 
     def _encode(self, prompts: list[Prompt], max_tokens: int) -> tuple[Tensor, Tensor]:
         rows = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        for row in rows:
+            embedded_or_raise(row, self._base.get_input_embeddings().num_embeddings, self.tokenizer)
         longest = max(map(len, rows))
         room_or_raise(longest, max_tokens, self._base.base_model.config.get_text_config())
         device = next(self.model.parameters()).device

@@ -229,7 +229,7 @@ def has_plain_head(base: HfModel) -> bool:
     head = base.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None:
         return False
-    ids = torch.arange(4, device=head.weight.device)[None]
+    ids = torch.tensor([probe_tokens(base, range(4))], device=head.weight.device)
     with _tried(base, "be read"):
         logits, last = base(input_ids=ids).logits, base.base_model(input_ids=ids).last_hidden_state
     return torch.equal(logits, head(last))  # bitwise: it would be the same operation
@@ -307,7 +307,7 @@ def choose(base: HfModel, first_layer: int) -> Reading:
                 )
             say_once(base, "each completion is read with a copy of its prompt; updates of the policy take longer")
             return Reading(packed=False)
-        if first_layer and hasattr(base.base_model, "layers"):
+        if 0 < first_layer < len(getattr(base.base_model, "layers", ())):
             with entering_layer(base, first_layer) as entered:
                 _states(base, rollout, Reading(packed=True))
             split = Reading(packed=True, first_layer=first_layer)

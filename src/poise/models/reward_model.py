@@ -40,9 +40,9 @@ from poise.models.loading import (
     load_config,
     load_tokenizer,
     load_weights,
-    pad_apart,
     resolve_model,
 )
+from poise.models.padding import pad_apart, with_rows
 from poise.models.scoring_template import scoring_template
 from poise.runtime.folders import write_file_atomic
 from poise.runtime.quiet import quiet_loading
@@ -389,5 +389,12 @@ def _load_adapted(folder: str, config: Any, place: torch.device | None) -> HfMod
             f"the adapters in {folder} are of a model of type {config.model_type}, and {base}, which "
             f"{_ADAPTER} names, is of type {kind}"
         )
+    text, known = config.get_text_config(), load_config(base).get_text_config().vocab_size
+    pad = text.pad_token_id if text.pad_token_id == known == text.vocab_size - 1 else None
+    if pad is not None:  # a row that the embeddings got for padding
+        text.vocab_size, text.pad_token_id = known, None
     classifier = _load_classifier(base, config, frozen_dtype(), fresh={_SCORE}, num_layers=num_layers, place=place)
+    if pad is not None:
+        with_rows(classifier, pad + 1)
+        classifier.config.get_text_config().pad_token_id = pad
     return load_adapters(classifier, folder, needs="score").merge_and_unload().eval()

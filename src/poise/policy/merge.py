@@ -21,9 +21,9 @@ from poise.models.loading import (
     load_adapters,
     load_tokenizer,
     load_weights,
-    pad_apart,
     resolve_model,
 )
+from poise.models.padding import pad_apart
 from poise.policy.config import MergeConfig as Config
 from poise.runtime.folders import own_file, write_folder_atomic
 from poise.runtime.progress import console

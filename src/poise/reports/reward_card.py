@@ -172,8 +172,8 @@ def _with_transformers(block: Json, tokenizer: HfTokenizer) -> str:
     if tokenizer.chat_template is None:
         encoded = f"""\
 prompt = {prompt}
-ids = tokenizer(prompt).input_ids
-ids += tokenizer({answer}, add_special_tokens=False).input_ids"""
+text = prompt + {answer}  # encoded as one: no template comes between
+ids = tokenizer(text).input_ids"""
     else:  # the whole conversation: a template may write another prompt before an answer than before a generation
         encoded = f"""\
 turns = [{{"role": "user", "content": {prompt}}}, {{"role": "assistant", "content": {answer}}}]

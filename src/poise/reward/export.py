@@ -40,6 +40,7 @@ from poise.models.reward_model import (
 )
 from poise.models.scorer import Scorer
 from poise.models.scoring_template import UNCHANGED, ends_where_read, scoring_template
+from poise.models.trained_on import FILE as BASE
 from poise.reward.config import ExportConfig as Config
 from poise.runtime.folders import inside, own_file, write_folder_atomic
 from poise.runtime.progress import console
@@ -241,7 +242,9 @@ def _write_adapter(source: Path, target: Path, layout: HeadLayout, config: Confi
     if config.scalar:
         weight, layout = scalar_head(weight, layout, config.head)
     save_file({**tensors, name: weight}, target / "adapter_model.safetensors", {"format": "pt"})
-    shutil.copyfile(own_file(adapter, "adapter_config.json"), target / "adapter_config.json")
+    for file in ("adapter_config.json", BASE):
+        if (adapter / file).exists():
+            shutil.copyfile(own_file(adapter, file), target / file)
     return layout
 
 

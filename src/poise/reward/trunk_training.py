@@ -33,6 +33,7 @@ from poise.models.loading import HfModel, frozen_dtype
 from poise.models.reward_model import HeadLayout
 from poise.models.scorer import FeatureExtractor
 from poise.models.shared_prompt import Family, PackedRows, pack, packed_hidden, separate_hidden
+from poise.models.trained_on import remember, write_base
 from poise.reward.heads import HeadLossName, head_loss
 from poise.runtime.checkpoints import SafeCheckpoints, latest_checkpoint
 from poise.runtime.distributed import launched_processes
@@ -293,6 +294,7 @@ def fine_tune(
             task_type="SEQ_CLS", r=how.lora_rank, lora_alpha=2 * how.lora_rank, modules_to_save=["score"],
             target_modules=linear_maps(classifier), fan_in_fan_out=has_conv1d(classifier),
         )  # fmt: skip
+        remember(classifier)
         with quiet_loading():
             adapters = peft.get_peft_model(classifier, config)
     if how.gradient_checkpointing:
@@ -325,6 +327,7 @@ def fine_tune(
     if adapters is not None:
         if is_main_process():
             adapters.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+            write_base(classifier, folder / "adapter")
         classifier = adapters.merge_and_unload()
     return classifier.eval()
 
