@@ -189,7 +189,8 @@ def test_the_surest_mistakes_come_first_and_once() -> None:
     mistakes = judge_pairs(pairs, items, seed=0)["mistakes"]
     assert [(m["chosen"], m["margin"]) for m in mistakes] == [("c3", -3.0), ("c1", -2.0), ("c2", -0.5)]
     wrong = PairJudgments(-np.arange(1.0, 4.0), p[:3], p[:3], {}, np.zeros(3), np.arange(3))  # no pair is right
-    assert [m["margin"] for m in judge_pairs(wrong, items[:3], seed=0)["mistakes"]] == [-3.0, -2.0, -1.0]
+    three = Questions.of("pairs", [item(f"c{i}", f"r{i}", "s") for i in range(3)])
+    assert [m["margin"] for m in judge_pairs(wrong, three, seed=0)["mistakes"]] == [-3.0, -2.0, -1.0]
 
 
 def test_numbers_by_subset_equal_values_worked_out_by_hand() -> None:

@@ -14,7 +14,7 @@ from poise.errors import PoiseError
 from poise.runtime.records import read_rows
 from poise.runtime.run_folder import write_json, write_jsonl
 from poise.studies import choose
-from poise.studies.config import ChooseConfig
+from poise.studies.choose_config import Config as ChooseConfig
 
 PROMPTS = [f"Review the {thing}." for thing in ("film", "phone", "pan")]
 

@@ -64,7 +64,7 @@ SETTINGS = {
     "train-policy": "poise.policy.config:Config",
     "best-of-n": "poise.studies.config:BestOfNConfig",
     "trust": "poise.studies.trust_config:TrustConfig",
-    "choose": "poise.studies.config:ChooseConfig",
+    "choose": "poise.studies.choose_config:Config",
     "compare": "poise.studies.config:CompareConfig",
     "evaluate-policy": "poise.policy.config:EvaluateConfig",
     "study": "poise.studies.config:Config",

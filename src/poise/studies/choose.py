@@ -26,7 +26,7 @@ from poise.runtime import records
 from poise.runtime.folders import MARK, is_leftover, own
 from poise.runtime.progress import console
 from poise.runtime.run_folder import Json, load_config_file, write_json, write_jsonl
-from poise.studies.config import ChooseConfig as Config
+from poise.studies.choose_config import Config
 from poise.studies.judgments import judgments_of
 from poise.studies.pool import prompt_key, sample_pool
 

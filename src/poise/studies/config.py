@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-
 from poise.data.preferences import OnBadRow
 from poise.errors import PoiseError
 from poise.functional.objective_names import read_objective
@@ -27,7 +25,6 @@ from poise.runtime.settings import (
     Gold,
     Language,
     NotNegative,
-    Positive,
     Preferences,
     Prompts,
     Reward,
@@ -35,12 +32,10 @@ from poise.runtime.settings import (
     Settings,
     WholeNumber,
     at_least,
-    between,
     check_settings,
     sized,
 )
 from poise.studies.arms import ARMS
-from poise.studies.judge_settings import JudgeSettings
 
 REVIEWS = "reviews"  # as a --gold: the rules of gold.py
 
@@ -379,29 +374,3 @@ def policy_job(config: Config, name: str, policy_seed: int, noise: str, seed: in
         model=policy_model(config), seed=1000 * seed + policy_seed,
     )  # fmt: skip
     return Job("train-policy", settings)
-
-
-@dataclass(frozen=True)
-class ChooseConfig(JudgeSettings):
-    """How far to train, from few labels: blind side-by-side comparisons with the start, at a ladder of KL.
-
-    The first call writes OUTPUT/comparisons.jsonl (`id`, `prompt`, `a`, `b`). Judge them into OUTPUT/judgments.jsonl, a
-    row each of `id` and `better` (a, b or tie); which side is the policy is in OUTPUT/key.json, for no judge to see.
-    The same command then says which rung to take, and how many labels more would decide.
-    """
-
-    source: tyro.conf.Positional[str]
-    """Source of the completions: a `poise train-policy` run by PPO; or a file with `prompt`, `completion` and
-    `kl` in each row, kl 0 for the start's."""
-    output: str = "runs/choose"
-    """Folder to write."""
-    rungs: tuple[Positive, ...] = (5.0, 10.0, 20.0, 40.0)
-    """KL to the start of each rung, in nats, that a run is asked at; those it did not reach are left out. A file has
-    its own."""
-    per_rung: Count = 40
-    """Comparisons of each rung."""
-    delta: Annotated[float, between(0, 0.5, open_low=True, open_high=True)] = 0.05
-    """How much win rate against the start may be lost to go further: the largest KL within that of the best is
-    taken."""
-    seed: Seed = 0
-    """Of the comparisons that are drawn, their order and their sides."""
