@@ -651,6 +651,8 @@ tiny and of random weights; its texts are shorter and longer than the sliding wi
 - "each with its prompt": the model takes no mask from outside, so every completion is read in a row of its own with a
   copy of its prompt. Results are the same; reading takes longer. A mixture of experts may be read so in any run: where
   two experts are nearly tied for a token that is tried, rounding decides. Here it has a ✓ either way.
+- "with images": what is found of its language model. Commands refuse a folder whose config.json names a vision or audio
+  tower, in one line, since images in a prompt would be dropped.
 
 """
     notes: dict[str, int] = {}
