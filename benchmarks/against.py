@@ -31,8 +31,8 @@ def measured(checkout: Path, preferences: str) -> dict[str, float]:
         found = done.stdout
         return json.loads(found[found.index("{") :])
 
-    prompt = run("shared_prompt.py")["rows"][0]
-    step = run("ppo_step.py", "--layers", "10", "--repeats", "2")
+    prompt = run("shared_prompt.py", "--prompt", "256", "--completion", "32")["rows"][0]
+    step = run("ppo_step.py", "--layers", "10", "--repeats", "1")
     stage = run("train_trunk.py", "--preferences", preferences, "--steps", "14", "--child", "poise")
     return {
         "scoring 64 completions, 256 + 32 tokens": prompt["shared_s"],

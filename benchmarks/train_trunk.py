@@ -10,6 +10,7 @@ tokens each must read, prompt once against prompt twice and padding.
 """
 
 import argparse
+import itertools
 import json
 import resource
 import statistics
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 import transformers
 
-from poise.data.preferences import read_preferences
+from poise.data.preferences import iter_preferences
 from poise.models.loading import DEFAULT_MODEL
 from poise.models.reward_model import load_trunk
 from poise.models.scorer import FeatureExtractor
@@ -60,7 +61,7 @@ def child(side: str, options: argparse.Namespace) -> None:
     classifier, tokenizer = load_trunk(options.model, options.layers, dtype=torch.float32)
     torch.nn.init.normal_(classifier.score.weight, std=1 / (classifier.config.hidden_size + 1) ** 0.5)
     extract = FeatureExtractor(classifier, tokenizer, options.max_length)
-    preferences = read_preferences(options.preferences)[: BATCH * options.steps]
+    preferences = list(itertools.islice(iter_preferences(options.preferences), BATCH * options.steps))
     settings = TrunkTraining(
         kind="full", epochs=1.0, learning_rate=1e-5, batch_size=BATCH, device_batch_size=BATCH, lora_rank=16,
         gradient_checkpointing=False, save_steps=10**6, seed=0,
