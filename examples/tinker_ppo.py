@@ -2,9 +2,8 @@
 
 python examples/tinker_ppo.py MODEL PROMPTS.jsonl [STEPS]
 
-MODEL is what the Tinker server serves, PROMPTS has one {"prompt": …} a line. Advantages are rewards less the mean of their
-prompt; ratios are clipped by the engine's loss `ppo`. docs/serving.md has the commands of the two servers. It needs
-skyrl[tinker] 0.4, and no GPU.
+MODEL is what the Tinker server serves, PROMPTS has one {"prompt": …} a line. Advantages are rewards less the mean of
+their prompt; the engine's loss `ppo` clips ratios. docs/serving.md has the commands of both servers. No GPU is needed.
 """
 
 import json
