@@ -38,9 +38,12 @@ def curves() -> dict[int, dict[str, tuple[np.ndarray, np.ndarray]]]:
 
 
 def compared(differences: list[float]) -> dict:
+    """The mean of differences, one a seed; of several seeds Student's interval and p-value, too."""
     values = np.array(differences)
-    p = float(ttest_1samp(values, 0).pvalue)
-    return {"seeds": len(values), "difference": float(values.mean()), "interval": t_interval(values).tolist(), "p": p}
+    found = {"seeds": len(values), "difference": float(values.mean())}
+    if len(values) == 1:
+        return found
+    return found | {"interval": t_interval(values).tolist(), "p": float(ttest_1samp(values, 0).pvalue)}
 
 
 def main() -> None:

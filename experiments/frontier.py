@@ -21,28 +21,28 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.stats import ttest_1samp
+from equal_kl import HIGH, LOW, compared
 from typicality import altered
 
 from poise.data.human_ratings import Rated, human_ratings, is_held_out
 from poise.data.preferences import write_preferences
 from poise.data.types import Preference, Sample
 from poise.functional.objectives import mean
-from poise.functional.statistics import holm, mean_between, spearman, t_interval
+from poise.functional.statistics import holm, mean_between, spearman
 from poise.models.choices import DEFAULT_MODEL
 from poise.models.scorer import Scorer
 from poise.policy import train as train_policy
 from poise.reward import ensemble, export
 from poise.reward import train as train_reward
 from poise.reward.config import EnsembleConfig, ExportConfig
-from poise.runtime.run_folder import Json, environment, write_json, write_jsonl
+from poise.runtime.run_folder import Json, environment, write_json
 from poise.studies import quickstart as recipes
 from poise.studies.config import LAPTOP_POLICY, LAPTOP_REWARD
 from poise.studies.gold import gold_rewards
 from poise.studies.pool import kept_pool, samples_of
 
 G2 = Path(__file__).parents[1] / "results" / "gold-g2-2026-11-28"
-LOW, HIGH, FIRST = 5.0, 30.0, "single"
+FIRST = "single"
 LOOKED_AT = 200  # the seed that was seen before the order of the arms was changed
 RATED_PAIRS, SPOILED_PAIRS, OWN_PAIRS, FLIPPED = 1600, 800, 400, 0.25
 SPOILS = ("shuffled", "repeated", "cut")
@@ -169,13 +169,8 @@ def make_gold(root: Path) -> None:
 def prepare(folder: Path, seed: int) -> None:
     """A seed's pairs, labeled by G2 and a quarter of them flipped, and its reward models."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, films, products in (
-        ("prompts", recipes.TRAIN_FILMS, recipes.TRAIN_PRODUCTS),
-        ("eval_prompts", recipes.EVAL_FILMS, recipes.EVAL_PRODUCTS),
-    ):
-        subjects = [f"a film about {film}" for film in films] + [f"a {product}" for product in products]
-        if not (folder / f"{name}.jsonl").exists():
-            write_jsonl(folder / f"{name}.jsonl", [{"prompt": recipes.review_prompt(what)} for what in subjects])
+    if not (folder / "eval_prompts.jsonl").exists():
+        recipes.write_prompts(folder)
     if not (folder / "held-back.jsonl").exists():
         pairs = labeled(unlabeled(folder, seed), seed)
         for number, name in enumerate(("low", "other", "held-back")):
@@ -279,14 +274,6 @@ def endpoint(curve: Json, gold: str, high: float) -> float:
     """Mean gold over KL 5 to `high`, in stds of the initial policy's completions at the start of this run."""
     values = (np.array(curve[gold]) - curve[gold][0]) / curve["std_at_start"][gold]
     return mean_between(np.array(curve["kl"]), values, LOW, high)
-
-
-def compared(values: list[float]) -> Json:
-    gaps = np.array(values)
-    found: Json = {"seeds": len(gaps), "difference": float(gaps.mean())}
-    if len(gaps) > 1:
-        found |= {"interval": t_interval(gaps).tolist(), "p": float(ttest_1samp(gaps, 0).pvalue)}
-    return found
 
 
 def stops(curve: Json) -> dict[str, float]:

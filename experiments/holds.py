@@ -20,7 +20,7 @@ from poise.data.preferences import write_preferences
 from poise.policy import train as train_policy
 from poise.reports.summary import estimate, measured
 from poise.reward import train as train_reward
-from poise.runtime.run_folder import Json, environment, load_config_file, write_jsonl
+from poise.runtime.run_folder import Json, environment, load_config_file
 from poise.studies import compare
 from poise.studies import quickstart as recipes
 from poise.studies.config import LAPTOP_POLICY, LAPTOP_REWARD, REVIEWS
@@ -48,12 +48,7 @@ def prepare(folder: Path, seed: int) -> None:
         write_preferences(
             folder / "preferences.jsonl", preference_pairs(rated, recipes.RATED_DOMAINS.__getitem__, 400, seed)
         )
-        for name, films, products in (
-            ("prompts", recipes.TRAIN_FILMS, recipes.TRAIN_PRODUCTS),
-            ("eval_prompts", recipes.EVAL_FILMS, recipes.EVAL_PRODUCTS),
-        ):
-            subjects = [f"a film about {film}" for film in films] + [f"a {product}" for product in products]
-            write_jsonl(folder / f"{name}.jsonl", [{"prompt": recipes.review_prompt(subject)} for subject in subjects])
+        recipes.write_prompts(folder)
     train_reward.run(
         replace(
             LAPTOP_REWARD,

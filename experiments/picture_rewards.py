@@ -36,7 +36,7 @@ from poise.runtime.run_folder import Json, environment, write_json
 from poise.studies.config import LAPTOP_REWARD
 from poise.studies.gold import gold_rewards
 from poise.studies.pool import kept_pool
-from poise.studies.quickstart import EVAL_FILMS, EVAL_PRODUCTS, RATED_DOMAINS, review_prompt
+from poise.studies.quickstart import EVAL_FILMS, EVAL_PRODUCTS, RATED_DOMAINS, review_prompts
 
 SEEDS = {"left": (1, 2, 3, 4, 5), "middle and right": (41, 42, 43, 44, 45)}
 ARMS = {
@@ -194,8 +194,7 @@ def main() -> None:
     extract = FeatureExtractor(*load_trunk(DEFAULT_MODEL, LAPTOP_REWARD.num_layers), cached=True)
     held_out = [text for text in ratings if is_held_out(text.text)]
     fresh = pair_features(extract, preference_pairs(held_out, RATED_DOMAINS.__getitem__, FRESH, 0))
-    subjects = [f"a film about {film}" for film in EVAL_FILMS] + [f"a {product}" for product in EVAL_PRODUCTS]
-    prompts = [review_prompt(subject) for subject in subjects]
+    prompts = review_prompts(EVAL_FILMS, EVAL_PRODUCTS)
     pool = kept_pool(options.pool, DEFAULT_MODEL, lambda: prompts, PER_PROMPT, 20, 0)
     result: Json = {"summary": {}, "runs": []}
     for panel, seeds in SEEDS.items():

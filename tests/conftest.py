@@ -102,8 +102,12 @@ def make_model(folder: Path, architecture: str = "llama") -> str:
         )  # fmt: skip
     else:
         config = transformers.GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=256, **common)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():  # default initialization is so small that every text scores alike
+    return save_model(transformers.AutoModelForCausalLM.from_config(config), tokenizer, folder)
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> str:
+    """Save a model with larger random weights: as initialized, they are so small that every text scores alike."""
+    for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder)

@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from conftest import make_model, make_tokenizer
+from conftest import make_model, make_tokenizer, save_model
 from poise.data.types import Sample
 from poise.errors import PoiseError
 from poise.models import loading, reward_model
@@ -363,13 +363,7 @@ def longrope(tmp_path_factory: pytest.TempPathFactory) -> str:
         },
     )  # fmt: skip
     torch.manual_seed(0)
-    model = transformers.AutoModelForSequenceClassification.from_config(config)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return save_model(transformers.AutoModelForSequenceClassification.from_config(config), tokenizer, folder)
 
 
 def test_scores_do_not_depend_on_a_long_text_beside_them(longrope: str) -> None:

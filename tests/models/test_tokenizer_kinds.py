@@ -9,7 +9,7 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from conftest import CHAT_TEMPLATE
+from conftest import CHAT_TEMPLATE, save_model
 from poise.data.types import Sample
 from poise.errors import PoiseError
 from poise.integrations.trl_trainers import _Ours
@@ -94,13 +94,7 @@ def model_folder(tokenizer: Any, folder: Path, auto: str = "AutoModelForCausalLM
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         num_labels=1, max_position_embeddings=64,
     )  # fmt: skip
-    model = getattr(transformers, auto).from_config(config)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return save_model(getattr(transformers, auto).from_config(config), tokenizer, folder)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -131,10 +131,9 @@ def _kind_of(rows: Iterator[tuple[int, RawRow]]) -> tuple[Kind, Iterator[tuple[i
         try:
             row = in_our_columns(row)
         except ValueError:  # the reader says what is wrong with it
-            kind: Kind = "preferences"
-            return kind, itertools.chain(seen, rows)
+            return "preferences", itertools.chain(seen, rows)
         lists = isinstance(row.get("chosen"), list) and all(isinstance(text, str) for text in row["chosen"])
-        kind = "prompts"
+        kind: Kind = "prompts"
         if lists or ("subset" in row and "chosen" in row):
             kind = "questions"
         elif row.keys() & {"chosen", "rejected", "annotators", "responses", "rating"}:

@@ -4,8 +4,10 @@
 the group that is trained on.
 """
 
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -82,12 +84,12 @@ def regret_bonus(
 
 
 def with_regret_bonus(
-    reward: Float[Tensor, " samples"], prompts: Sequence[str], texts: Sequence[str], radius: float
+    reward: Float[Tensor, " samples"], prompts: Sequence[Any], texts: Sequence[str], radius: float
 ) -> Float[Tensor, " samples"]:
     """Rewards with `regret_bonus`, of all completions of a prompt together; radius 0: as they are.
 
-    prompts, texts: of each reward. A policy's probability of a completion is estimated by the share of the prompt's
-    completions that are the same text.
+    prompts, texts: of each reward; a prompt is text, or turns. A policy's probability of a completion is estimated by
+    the share of the prompt's completions that are the same text.
 
     >>> with_regret_bonus(torch.tensor([1.0, 1.0, 0.8, 0.0]), ["p"] * 4, ["a", "a", "b", "c"], 1.0)
     tensor([1.0000, 1.0000, 1.8000, 0.0000])
@@ -96,7 +98,7 @@ def with_regret_bonus(
         return reward
     groups: dict[str, list[int]] = {}
     for number, prompt in enumerate(prompts):
-        groups.setdefault(prompt, []).append(number)
+        groups.setdefault(json.dumps(prompt), []).append(number)
     paid = reward.clone()
     for rows in groups.values():
         count = Counter(texts[row] for row in rows)

@@ -82,12 +82,21 @@ class RobustReward:
     __name__ = "RobustReward"  # what TRL calls it in its logs
 
     def __init__(
-        self, path: str, objective: str | Objective, scale: str, max_length: int, floor: float, ceiling: float
+        self,
+        path: str,
+        objective: str | Objective,
+        scale: str,
+        max_length: int,
+        floor: float,
+        ceiling: float,
+        regret_bonus: float = 0.0,
     ):
+        if not 0.0 <= regret_bonus < math.inf:
+            raise PoiseError(f"a regret bonus must be at least 0 and finite, got {regret_bonus:g}")
         self.path, self.scale, self.max_length, self.given = path, scale, max_length, objective
         self.objective = objective if isinstance(objective, str) else name_of(objective)
         self.combine = parse_objective(objective) if isinstance(objective, str) else objective
-        self.floor, self.ceiling, self.regret_bonus = floor, ceiling, 0.0
+        self.floor, self.ceiling, self.regret_bonus = floor, ceiling, regret_bonus
         self.fitted: RewardScale | None = None
         self.last: Scored | None = None
         self._scorer: Scorer | None = None
@@ -107,7 +116,7 @@ class RobustReward:
 
         path: where the model came from, if it can be loaded there again.
         """
-        reward = RobustReward(path, objective, scale, scorer.extract.max_length, floor, ceiling)._paying(regret_bonus)
+        reward = RobustReward(path, objective, scale, scorer.extract.max_length, floor, ceiling, regret_bonus)
         if isinstance(objective, str):
             scorer.layout.check_objective(objective)
         reward._scorer = scorer
@@ -137,13 +146,7 @@ class RobustReward:
         """
         if isinstance(objective, str) and not (Path(path) / ENSEMBLE_FILE).exists():
             read_layout(path).check_objective(objective)
-        return RobustReward(path, objective, scale, max_length, floor, ceiling)._paying(regret_bonus)
-
-    def _paying(self, regret_bonus: float) -> "RobustReward":
-        if not 0.0 <= regret_bonus < math.inf:
-            raise PoiseError(f"a regret bonus must be at least 0 and finite, got {regret_bonus:g}")
-        self.regret_bonus = regret_bonus
-        return self
+        return RobustReward(path, objective, scale, max_length, floor, ceiling, regret_bonus)
 
     @property
     def scorer(self) -> Scorer:
@@ -178,8 +181,8 @@ class RobustReward:
         mine = slice(start, start + len(own))
         if log_extra := columns.get("log_extra"):
             log_extra("nominal_head", nominal_head(heads)[mine].tolist())
-        keys, texts = zip(*((json.dumps(sample.prompt), sample.completion) for sample in samples), strict=True)
-        return with_regret_bonus(reward, keys, texts, self.regret_bonus)[mine].tolist()
+        asked, texts = [sample.prompt for sample in samples], [sample.completion for sample in samples]
+        return with_regret_bonus(reward, asked, texts, self.regret_bonus)[mine].tolist()
 
     def _fit(self, heads: HeadRewards, step: int) -> RewardScale:
         if step > 0:

@@ -138,8 +138,8 @@ class PolicyReward:
 
     def with_bonus(self, score: Tensor, prompts: list[Prompt], texts: list[list[str]]) -> Tensor:
         """Rewards (P * M,) of this process's completions as the policy is paid them, with --regret-bonus."""
-        keys = [_key(prompt) for prompt, row in zip(prompts, texts, strict=True) for _ in row]
-        return with_regret_bonus(score, keys, [text for row in texts for text in row], self.regret_bonus)
+        each = [prompt for prompt, row in zip(prompts, texts, strict=True) for _ in row]
+        return with_regret_bonus(score, each, [text for row in texts for text in row], self.regret_bonus)
 
 
 def std_interval(combined_PM: Tensor) -> tuple[float, float]:

@@ -49,8 +49,10 @@ class TextScores(NamedTuple):
     pair_std: Tensor | None = None
 
     @classmethod
-    def of(cls, heads: HeadRewards, layout: HeadLayout, last_layer: LastLayer, features: Tensor) -> "TextScores":
-        """features: (N, hidden), the trunk's; an even number of texts."""
+    def of(cls, heads: HeadRewards, layout: HeadLayout, last_layer: LastLayer | None, features: Tensor) -> "TextScores":
+        """features: (N, hidden), the trunk's; an even number of texts. last_layer: None where there is none."""
+        if last_layer is None:
+            return cls(heads, layout)
         margins = last_layer.difference_std(features[0::2] - features[1::2])
         return cls(heads, layout, last_layer.std(features), margins)
 

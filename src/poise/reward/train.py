@@ -224,12 +224,7 @@ def judge(trained: HeadTraining, held_features: dict[str, FeaturePairs], split: 
 def _judge_one(scorer: Scorer, held: FeaturePairs, preferences: list[Preference], seed: int) -> Json:
     asked = Questions.of("pairs", [Item(p.prompt, (p.chosen,), (p.rejected,)) for p in preferences])
     alternating = torch.stack([held.chosen_NH, held.rejected_NH], 1).flatten(0, 1)
-    heads = scorer.decode(alternating.float())
-    scores = (
-        TextScores.of(heads, scorer.layout, scorer.last_layer, alternating)
-        if scorer.last_layer
-        else TextScores(heads, scorer.layout)
-    )
+    scores = TextScores.of(scorer.decode(alternating.float()), scorer.layout, scorer.last_layer, alternating)
     judged = judge_pairs(pairs_of(scores, asked, mean, seed), asked, seed)
     known = {name: entry["auroc"] for name, entry in judged["uncertainties"].items()}
     return {

@@ -26,15 +26,13 @@ from poise.errors import PoiseError, first_line
 from poise.runtime import inputs as run_inputs
 from poise.runtime.folders import (
     MARK,
-    clear_leftovers,
     is_leftover,
     lock,
     own,
-    partial_name,
     refuse_deleted,
-    refuse_device,
     refuse_foreign,
     unlock,
+    write_file_atomic,
     write_folder_atomic,
 )
 from poise.runtime.inputs import Inputs
@@ -280,19 +278,10 @@ def is_main_process() -> bool:
 
 def write_atomic(path: Path, text: str | Iterable[str]) -> None:
     """Write a file whole or not at all, even if killed half-way. text: also in parts."""
-    refuse_device(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    clear_leftovers(path)
-    partial = partial_name(path)
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.writelines([text] if isinstance(text, str) else text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with write_file_atomic(path) as partial, partial.open("w", encoding="utf-8") as file:
+        file.writelines([text] if isinstance(text, str) else text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -93,7 +93,7 @@ class Client:
             headers["Authorization"] = f"Bearer {self.token}"
         request = urllib.request.Request(self.url + path, body, headers)
         try:
-            with _OPENER.open(request, timeout=self.timeout) as response:
+            with OPENER.open(request, timeout=self.timeout) as response:
                 answer = json.loads(response.read(), parse_constant=_refuse)
         except urllib.error.HTTPError as error:
             with error:
@@ -129,7 +129,7 @@ def _refuse(constant: str) -> None:
 
 
 # Rewards are not sent through a proxy that the environment names for the internet.
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def _line(error: urllib.error.HTTPError) -> str:

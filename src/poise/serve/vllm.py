@@ -30,6 +30,7 @@ from poise.models.reward_model import heads_fingerprint, read_layout
 from poise.models.scorer import Scorer
 from poise.runtime.progress import console
 from poise.serve.backend import BackendAwayError, Member, Read, RewardModels
+from poise.serve.client import OPENER
 from poise.serve.config import ServeConfig
 
 KEY_VARIABLE = "VLLM_API_KEY"  # vLLM's own
@@ -110,11 +111,9 @@ class Servers:
         Raises PoiseError for a server that is away, that reads less than the longest sample, or another model.
         """
         try:
-            difference = self._difference(url.rstrip("/"))
+            return self._difference(url.rstrip("/"))
         except _AwayError as error:
             raise PoiseError(f"no vLLM answers at {url}: {error}; start it: vllm serve … --runner pooling") from None
-        self._unchecked.discard(url.rstrip("/"))
-        return difference
 
     def _parts(self, texts: list[Tokens]) -> list[list[Tokens]]:
         """One part for each server, at most: whole prompts, and about as many tokens in each."""
@@ -137,7 +136,6 @@ class Servers:
             try:
                 if url in self._unchecked:
                     self._difference(url)
-                    self._unchecked.discard(url)
                 return self._classify(url, texts)
             except _AwayError as error:
                 self._unchecked.add(url)
@@ -148,6 +146,7 @@ class Servers:
         raise AssertionError
 
     def _difference(self, url: str) -> float:
+        """As `check`, which says what a server that is away means; one that passes counts as checked."""
         try:
             longest = int(_get(url, "/v1/models")["data"][0]["max_model_len"])
         except (LookupError, TypeError, ValueError):
@@ -165,6 +164,7 @@ class Servers:
                 f"{url} does not read as the checkpoint does: logits differ by up to {difference.max():.2g}. Does vLLM "
                 f"serve this very folder, as it is, with --runner pooling?"
             )
+        self._unchecked.discard(url)
         return difference.max().item()
 
     def _classify(self, url: str, texts: Sequence[Tokens]) -> list[list[float]]:
@@ -192,7 +192,7 @@ def _get(url: str, path: str, value: Any = None) -> Any:
         headers["Authorization"] = f"Bearer {key}"
     request = urllib.request.Request(url + path, None if value is None else json.dumps(value).encode(), headers)
     try:
-        with _OPENER.open(request, timeout=TIMEOUT) as response:
+        with OPENER.open(request, timeout=TIMEOUT) as response:
             return json.loads(response.read())
     except urllib.error.HTTPError as error:
         with error:
@@ -204,9 +204,6 @@ def _get(url: str, path: str, value: Any = None) -> Any:
         raise _AwayError(str(getattr(error, "reason", error)) or type(error).__name__) from None
     except ValueError:
         raise PoiseError(f"{url}{path} did not answer in JSON") from None
-
-
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy for the internet
 
 
 def _message(read: Callable[[], bytes]) -> str:

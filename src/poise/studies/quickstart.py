@@ -8,7 +8,7 @@ and none was made on gold.
 import functools
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -154,7 +154,7 @@ def _prepare(config: Config, folder: Path) -> None:
     if not (folder / "eval_prompts.jsonl").exists():
         pairs = preference_pairs(_rated(), RATED_DOMAINS.__getitem__, config.num_preferences, config.seed)
         write_preferences(folder / "preferences.jsonl", pairs)
-        _write_prompts(folder)
+        write_prompts(folder)
 
 
 def study_files(folder: Path, num_pairs: int = 4000) -> None:
@@ -165,20 +165,26 @@ def study_files(folder: Path, num_pairs: int = 4000) -> None:
         pairs = preference_pairs(rated, RATED_DOMAINS.__getitem__, num_pairs, seed=0)
         write_preferences(folder / "raters.jsonl", pairs)
         write_preferences(folder / "preferences.jsonl", judged_by_all(pairs, rated))
-        _write_prompts(folder)
+        write_prompts(folder)
 
 
 def _rated() -> list[Rated]:
     return [text for text in human_ratings() if text.domain in RATED_DOMAINS and not is_held_out(text.text)]
 
 
-def _write_prompts(folder: Path) -> None:
+def review_prompts(films: Sequence[str], products: Sequence[str]) -> list[Prompt]:
+    """A prompt for each film and each product."""
+    subjects = [f"a film about {film}" for film in films] + [f"a {product}" for product in products]
+    return [review_prompt(subject) for subject in subjects]
+
+
+def write_prompts(folder: Path) -> None:
+    """Prompts to train on, prompts.jsonl, and others to evaluate on, eval_prompts.jsonl."""
     for name, films, products in (
         ("prompts", TRAIN_FILMS, TRAIN_PRODUCTS),
         ("eval_prompts", EVAL_FILMS, EVAL_PRODUCTS),
     ):
-        subjects = [f"a film about {film}" for film in films] + [f"a {product}" for product in products]
-        write_jsonl(folder / f"{name}.jsonl", [{"prompt": review_prompt(subject)} for subject in subjects])
+        write_jsonl(folder / f"{name}.jsonl", [{"prompt": prompt} for prompt in review_prompts(films, products)])
 
 
 def _stage(out: Run, name: str, work: Callable[[], object]) -> None:
