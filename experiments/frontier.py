@@ -21,29 +21,26 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from equal_kl import HIGH, LOW, compared
+from frontier_report import report
 from typicality import altered
 
 from poise.data.human_ratings import Rated, human_ratings, is_held_out
 from poise.data.preferences import write_preferences
 from poise.data.types import Preference, Sample
 from poise.functional.objectives import mean
-from poise.functional.statistics import holm, mean_between, spearman
 from poise.models.choices import DEFAULT_MODEL
 from poise.models.scorer import Scorer
 from poise.policy import train as train_policy
 from poise.reward import ensemble, export
 from poise.reward import train as train_reward
 from poise.reward.config import EnsembleConfig, ExportConfig
-from poise.runtime.run_folder import Json, environment, write_json
+from poise.runtime.run_folder import environment, write_json
 from poise.studies import quickstart as recipes
 from poise.studies.config import LAPTOP_POLICY, LAPTOP_REWARD
 from poise.studies.gold import gold_rewards
 from poise.studies.pool import kept_pool, samples_of
 
 G2 = Path(__file__).parents[1] / "results" / "gold-g2-2026-11-28"
-FIRST = "single"
-LOOKED_AT = 200  # the seed that was seen before the order of the arms was changed
 RATED_PAIRS, SPOILED_PAIRS, OWN_PAIRS, FLIPPED = 1600, 800, 400, 0.25
 SPOILS = ("shuffled", "repeated", "cut")
 
@@ -267,89 +264,6 @@ def read_curve(run: Path, scorers: Callable[[str], Scorer]) -> None:
     write_json(run / "curve.json", curve)
 
 
-# ---- the report ----
-
-
-def endpoint(curve: Json, gold: str, high: float) -> float:
-    """Mean gold over KL 5 to `high`, in stds of the initial policy's completions at the start of this run."""
-    values = (np.array(curve[gold]) - curve[gold][0]) / curve["std_at_start"][gold]
-    return mean_between(np.array(curve["kl"]), values, LOW, high)
-
-
-def stops(curve: Json) -> dict[str, float]:
-    """Gold (G2, in stds of the start) at each stop that reads no gold, and at the best step in hindsight.
-
-    Gold is taken as the mean over three steps, at the best step too.
-    """
-    gold = (np.array(curve["g2"]) - curve["g2"][0]) / curve["std_at_start"]["g2"]
-    smooth = np.convolve(np.pad(gold, 1, mode="edge"), np.ones(3) / 3, "valid")
-    kl = np.array(curve["kl"])
-
-    def first(reached: np.ndarray) -> int:
-        return int(np.argmax(reached)) if reached.any() else len(kl) - 1
-
-    at = {
-        "KL 10": first(kl >= 10), "KL 20": first(kl >= 20), "end": len(kl) - 1,
-        "largest gain of the deeper validator": int(np.argmax(curve["deeper"])),
-        "largest gain of the other pairs' validator": int(np.argmax(curve["other_pairs"])),
-        "first alarm": first(np.isin(curve["step"], curve["alarms"][:1])),
-    }  # fmt: skip
-    return {"best step": float(smooth.max()), **{name: float(smooth[step]) for name, step in at.items()}}
-
-
-def report(root: Path) -> Json:
-    curves: dict[int, dict[str, Json]] = {}
-    for earlier in sorted(G2.parent.glob("frontier-*.json")):  # of other machines, on the same gold
-        for seed, runs in json.loads(earlier.read_text())["curves"].items():
-            curves.setdefault(int(seed), {}).update(runs)
-    for path in sorted(root.glob("seed-*/*/curve.json")):
-        seed = int(path.parts[-3].removeprefix("seed-"))
-        curves.setdefault(seed, {})[path.parts[-2]] = json.loads(path.read_text())
-    arms: dict[str, Json] = {}
-    for arm in ARMS:
-        own = {seed: runs[arm] for seed, runs in curves.items() if arm in runs}
-        if not own:
-            continue
-        arms[arm] = {"seeds": sorted(own), "largest KL": [round(max(run["kl"]), 1) for run in own.values()]}
-        for gold in ("g1", "g2"):
-            paired = {seed: (run, curves[seed][FIRST]) for seed, run in own.items() if FIRST in curves[seed]}
-            gaps = {}
-            for seed, (run, first) in paired.items():
-                high = min(HIGH, max(run["kl"]), max(first["kl"]))
-                if high > 2 * LOW:
-                    gaps[seed] = endpoint(run, gold, high) - endpoint(first, gold, high)
-            if arm != FIRST and gaps:
-                arms[arm][f"{gold}, minus {FIRST}"] = compared(list(gaps.values()))
-                if fresh := [gap for seed, gap in gaps.items() if seed != LOOKED_AT]:
-                    arms[arm][f"{gold}, minus {FIRST}, without seed {LOOKED_AT}"] = compared(fresh)
-        found = [stops(run) for run in own.values()]
-        arms[arm]["gold at stops"] = {
-            name: float(np.mean([one[name] for one in found])) for name in found[0]
-        } | {"lost against the best step": {
-            name: compared([one[name] - one["best step"] for one in found]) for name in found[0] if name != "best step"
-        }}  # fmt: skip
-    tested = [arm for arm in arms if "p" in arms[arm].get(f"g2, minus {FIRST}", {})]
-    for arm, p in zip(tested, holm([arms[arm][f"g2, minus {FIRST}"]["p"] for arm in tested]), strict=True):
-        arms[arm][f"g2, minus {FIRST}"]["p after Holm"] = float(p)
-    steps = [run for runs in curves.values() for run in runs.values()]
-    agreement = [spearman(np.array(run["g1"]), np.array(run["g2"])) for run in steps]
-    return {
-        "what": "mean gold over KL 5 to 30 minus that of one head, paired by seed, in stds of the initial completions",
-        "arms": arms, "rank correlation of G1 and G2 over a run's steps": float(np.mean(agreement)),
-        "gold": json.loads((G2 / "judged.json").read_text()),
-        "curves": {str(seed): {arm: rounded(run) for arm, run in runs.items()} for seed, runs in curves.items()},
-        "environment": environment(),
-    }  # fmt: skip
-
-
-def rounded(run: Json) -> Json:
-    return {
-        name: [round(value, 3) if isinstance(value, float) else value for value in values]
-        if isinstance(values, list) else values
-        for name, values in run.items()
-    }  # fmt: skip
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("gold", "train", "report"))
@@ -364,7 +278,8 @@ def main() -> None:
         make_gold(options.output)
         return
     if options.what == "report":
-        write_json(options.into, report(options.output))
+        gold = json.loads((G2 / "judged.json").read_text())
+        write_json(options.into, report(options.output, list(ARMS), gold) | {"environment": environment()})
         return
     kept: dict[str, Scorer] = {}
 

@@ -47,7 +47,8 @@ def test_every_page_is_in_the_table_of_contents() -> None:
 @pytest.mark.parametrize("name", ["overoptimization", "heads", "objectives", "scale"])
 def test_every_picture_can_be_drawn(name: str) -> None:
     figures = loaded("figures")
-    assert set(figures.FIGURES) == {path.stem for path in (ROOT / "docs" / "images").glob("*.svg")}
+    own = {path.stem for path in (ROOT / "docs" / "images").glob("*.svg")} - {"frontier"}  # docs/frontier_page.py
+    assert set(figures.FIGURES) == own
     assert figures.drawn(name).startswith("<svg")
 
 

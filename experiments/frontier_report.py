@@ -1,0 +1,145 @@
+"""What the frontier's curves say, arm by arm: `frontier.py report` calls it. NumPy only, no models.
+
+A curve is one run: KL, reward, both golds and both validators of every step, as `frontier.py train` leaves it in
+RUN/curve.json. The rules are those of experiments/frontier_design.md.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from equal_kl import HIGH, LOW, compared
+
+from poise.functional.statistics import holm, mean_between, spearman
+from poise.runtime.run_folder import Json
+
+RESULTS = Path(__file__).parents[1] / "results"
+FIRST = "single"
+LOOKED_AT = 200  # the seed that was seen before the order of the arms was changed
+RUNGS = (5, 10, 20, 40)
+LEAST = 2 * LOW  # a run that ends below this KL is reported apart
+
+Curves = dict[int, dict[str, Json]]  # by seed and arm
+
+
+def gain(curve: Json, gold: str) -> np.ndarray:
+    """Gold of every step since the run's start, in stds of the initial policy's completions."""
+    return (np.array(curve[gold]) - curve[gold][0]) / curve["std_at_start"][gold]
+
+
+def endpoint(curve: Json, gold: str, high: float) -> float:
+    """Mean gain of gold over KL 5 to `high`."""
+    return mean_between(np.array(curve["kl"]), gain(curve, gold), LOW, high)
+
+
+def over_three_steps(values: np.ndarray) -> np.ndarray:
+    return np.convolve(np.pad(values, 1, mode="edge"), np.ones(3) / 3, "valid")
+
+
+def stops(curve: Json) -> dict[str, float]:
+    """Gold (G2) at each stop that reads no gold, and at the best step in hindsight: means over three steps, all."""
+    smooth, kl = over_three_steps(gain(curve, "g2")), np.array(curve["kl"])
+
+    def first(reached: np.ndarray) -> int:
+        return int(np.argmax(reached)) if reached.any() else len(kl) - 1
+
+    at = {
+        "KL 10": first(kl >= 10), "KL 20": first(kl >= 20), "end": len(kl) - 1,
+        "largest gain of the deeper validator": int(np.argmax(curve["deeper"])),
+        "largest gain of the other pairs' validator": int(np.argmax(curve["other_pairs"])),
+        "first alarm": first(np.isin(curve["step"], curve["alarms"][:1])),
+    }  # fmt: skip
+    return {"best step": float(smooth.max()), **{name: float(smooth[step]) for name, step in at.items()}}
+
+
+def at_rungs(runs: list[Json], gold: str) -> dict[str, Json]:
+    """Gold where a run's KL first reaches each rung, mean over three steps, over the runs that reach it."""
+    found = {}
+    for rung in RUNGS:
+        reached = [run for run in runs if max(run["kl"]) >= rung]
+        if reached:
+            at = [over_three_steps(gain(run, gold))[np.argmax(np.array(run["kl"]) >= rung)] for run in reached]
+            found[str(rung)] = {"seeds": len(reached), "gold": float(np.mean(at))}
+    return found
+
+
+def against_first(curves: Curves, arm: str) -> Json:
+    """Differences of an arm from one head at equal KL, by both golds; and the seeds on which there is too little KL."""
+    pairs = {seed: (runs[arm], runs[FIRST]) for seed, runs in curves.items() if arm in runs and FIRST in runs}
+    highs = {seed: min(HIGH, *(max(run["kl"]) for run in pair)) for seed, pair in pairs.items()}
+    found: Json = {"seeds that end below KL 10": sorted(seed for seed, high in highs.items() if high <= LEAST)}
+    for gold in ("g1", "g2"):
+        gaps = {
+            seed: endpoint(own, gold, highs[seed]) - endpoint(first, gold, highs[seed])
+            for seed, (own, first) in pairs.items() if highs[seed] > LEAST
+        }  # fmt: skip
+        if gaps:
+            found[f"{gold}, minus {FIRST}"] = compared(list(gaps.values()))
+        if fresh := [gap for seed, gap in gaps.items() if seed != LOOKED_AT]:
+            found[f"{gold}, minus {FIRST}, without seed {LOOKED_AT}"] = compared(fresh)
+    return found
+
+
+def summarized(curves: Curves, arms: list[str]) -> Json:
+    """By arm: seeds, KL, differences from one head with p-values after Holm, gold at stops and at rungs."""
+    found: dict[str, Json] = {}
+    for arm in arms:
+        own = {seed: runs[arm] for seed, runs in sorted(curves.items()) if arm in runs}
+        if not own:
+            continue
+        runs = list(own.values())
+        ended = [stops(run) for run in runs]
+        found[arm] = {
+            "seeds": list(own), "largest KL": [round(max(run["kl"]), 1) for run in runs],
+            **({} if arm == FIRST else against_first(curves, arm)),
+            "gold at stops": {name: float(np.mean([one[name] for one in ended])) for name in ended[0]} | {
+                "lost against the best step": {
+                    name: compared([one[name] - one["best step"] for one in ended])
+                    for name in ended[0] if name != "best step"
+                }
+            },
+            "gold at rungs": {gold: at_rungs(runs, gold) for gold in ("g1", "g2")},
+        }  # fmt: skip
+    tested = [arm for arm in found if "p" in found[arm].get(f"g2, minus {FIRST}", {})]
+    for arm, p in zip(tested, holm([found[arm][f"g2, minus {FIRST}"]["p"] for arm in tested]), strict=True):
+        found[arm][f"g2, minus {FIRST}"]["p after Holm"] = float(p)
+    return found
+
+
+def report(root: Path, arms: list[str], gold: Json) -> Json:
+    """All of results/frontier-DATE.json: of the runs under `root`, and of those that earlier results hold.
+
+    gold: what is known of G2 (its judged.json).
+    """
+    curves: Curves = {}
+    for earlier in sorted(RESULTS.glob("frontier-*.json")):  # of other machines, on the same gold
+        for seed, runs in json.loads(earlier.read_text())["curves"].items():
+            curves.setdefault(int(seed), {}).update(runs)
+    for path in sorted(root.glob("seed-*/*/curve.json")):
+        seed = int(path.parts[-3].removeprefix("seed-"))
+        curves.setdefault(seed, {})[path.parts[-2]] = json.loads(path.read_text())
+    found = summarized(curves, arms)
+    both = [
+        [one[f"{name}, minus {FIRST}"]["difference"] for name in ("g1", "g2")]
+        for one in found.values() if f"g2, minus {FIRST}" in one
+    ]  # fmt: skip
+    agreement = [
+        spearman(np.array(run["g1"]), np.array(run["g2"])) for runs in curves.values() for run in runs.values()
+    ]
+    return {
+        "what": "mean gold over KL 5 to 30 minus that of one head, paired by seed, in stds of the initial completions",
+        "arms": found, "rank correlation of G1 and G2 over a run's steps": float(np.mean(agreement)),
+        "arms on which G1 and G2 have the same sign": [sum(one * two > 0 for one, two in both), len(both)],
+        "gold": gold,
+        "curves": {
+            str(seed): {arm: rounded(run) for arm, run in runs.items()} for seed, runs in sorted(curves.items())
+        },
+    }  # fmt: skip
+
+
+def rounded(run: Json) -> Json:
+    return {
+        name: [round(value, 3) if isinstance(value, float) else value for value in values]
+        if isinstance(values, list) else values
+        for name, values in run.items()
+    }  # fmt: skip

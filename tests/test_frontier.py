@@ -1,0 +1,152 @@
+"""The frontier's report has the values of curves counted by hand, and its picture and pages follow from the result."""
+
+import importlib
+import json
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def modules() -> Iterator[tuple[ModuleType, ModuleType]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "docs"))
+        patch.syspath_prepend(str(ROOT / "experiments"))
+        yield importlib.import_module("frontier_report"), importlib.import_module("frontier_page")
+
+
+@pytest.fixture
+def found(modules: tuple[ModuleType, ModuleType]) -> dict[str, Any]:
+    return json.loads(modules[1].newest().read_text())
+
+
+def run(g2: list[float], g1: list[float] | None = None, kl: list[float] | None = None) -> dict[str, Any]:
+    steps = len(g2)
+    return {
+        "step": list(range(steps)), "kl": kl or [10.0 * step for step in range(steps)], "reward": [0.0] * steps,
+        "alarms": [], "g1": g1 or g2, "g2": g2, "deeper": g2, "other_pairs": g2[::-1],
+        "std_at_start": {"g1": 1.0, "g2": 2.0},
+    }  # fmt: skip
+
+
+def test_endpoint_is_the_mean_over_kl_in_stds_of_the_start(modules: tuple[ModuleType, ModuleType]) -> None:
+    report, _ = modules
+    curve = run([3.0, 5.0, 9.0, 9.0])  # gains 0, 1, 3, 3 at KL 0, 10, 20, 30
+    # over 5 to 10 the mean is .75, over 10 to 20 it is 2, over 20 to 30 it is 3
+    assert report.endpoint(curve, "g2", 30.0) == pytest.approx((5 * 0.75 + 10 * 2 + 10 * 3) / 25)
+    assert report.endpoint(curve, "g1", 10.0) == pytest.approx(1.5)
+
+
+def test_rungs_take_the_runs_that_reach_them(modules: tuple[ModuleType, ModuleType]) -> None:
+    report, _ = modules
+    far, near = run([0.0, 2.0, 4.0, 6.0, 6.0]), run([0.0, 8.0, 8.0], kl=[0.0, 5.0, 6.0])
+    rungs = report.at_rungs([far, near], "g2")
+    # gains of the far run are 0, 1, 2, 3, 3; of the near one 0, 4, 4; each averaged over three steps
+    assert rungs["5"] == {"seeds": 2, "gold": pytest.approx((1 + 8 / 3) / 2)}
+    assert rungs["20"] == {"seeds": 1, "gold": pytest.approx(2.0)}
+    assert rungs["40"] == {"seeds": 1, "gold": pytest.approx(3.0)}
+    assert "40" not in report.at_rungs([near], "g2")
+
+
+def test_arms_are_paired_by_seed_and_short_runs_stand_apart(modules: tuple[ModuleType, ModuleType]) -> None:
+    report, _ = modules
+    flat = [0.0] * 4
+    curves = {
+        seed: {"single": run(flat), "typical": run([0.0, lift, lift, lift])}
+        for seed, lift in ((200, 2.0), (201, 4.0), (202, 6.0))
+    }
+    curves[203] = {"single": run(flat), "typical": run(flat, kl=[0.0, 3.0, 6.0, 9.0])}
+    curves[204] = {"single": run(flat)}
+    found = report.summarized(curves, ["single", "brme", "typical"])
+    assert list(found) == ["single", "typical"]
+    typical = found["typical"]
+    assert typical["seeds that end below KL 10"] == [203]
+    # of a lift by L (L/2 stds) from KL 10 on the mean over 5 to 30 is L/2 (5 × .75 + 20) / 25
+    assert typical["g2, minus single"]["difference"] == pytest.approx(0.95 * 2)
+    assert typical["g2, minus single"]["seeds"] == 3
+    assert typical["g2, minus single, without seed 200"]["difference"] == pytest.approx(0.95 * 2.5)
+    assert typical["g2, minus single"]["p after Holm"] == typical["g2, minus single"]["p"]
+
+
+@pytest.mark.parametrize(("p", "difference", "word"), [(0.04, 0.1, "yes"), (0.04, -0.1, "no"), (0.06, 0.1, "open")])
+def test_a_verdict_follows_from_p_after_holm(
+    modules: tuple[ModuleType, ModuleType], found: dict[str, Any], p: float, difference: float, word: str
+) -> None:
+    found["arms"]["typical"]["g2, minus single"] |= {"p after Holm": p, "difference": difference}
+    assert modules[1].verdict(found, "typical") == word
+    told = modules[1].answer(found)
+    assert f"{word} for " in told
+    assert told.startswith("**Yes**" if word == "yes" else "**Open**")
+
+
+def test_numbers_have_two_digits(modules: tuple[ModuleType, ModuleType]) -> None:
+    number = modules[1].number
+    assert [number(0.794), number(-1.2), number(10.05), number(-0.5), number(0.03, sign=False)] == [
+        "+.79", "−1.20", "+10.05", "−.50", ".03",
+    ]  # fmt: skip
+
+
+def test_curves_by_kl_start_at_zero_and_average_over_kl(modules: tuple[ModuleType, ModuleType]) -> None:
+    grid, gain = modules[1].by_kl(run([1.0, 5.0, 5.0, 5.0]), "g2")  # gains 0, 2, 2, 2
+    assert gain[0] == 0.0
+    at = dict(zip(grid.tolist(), gain.tolist(), strict=True))
+    assert at[5.0] == pytest.approx(1.0)  # a line is its own mean
+    assert at[15.0] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("missing", ["bound_settled", "brme", "typical"])
+def test_the_picture_and_the_pages_do_without_an_arm(
+    modules: tuple[ModuleType, ModuleType], found: dict[str, Any], missing: str
+) -> None:
+    page = modules[1]
+    without = deepcopy(found)
+    without["arms"].pop(missing, None)
+    for runs in without["curves"].values():
+        runs.pop(missing, None)
+    assert page.drawn(without).startswith("<svg")
+    label = page.ARMS[missing][0]
+    for name in ("caption", "differences", "stops", "rungs", "verdict", "finding", "answer", "summary"):
+        text = page.PASSAGES[name](without)
+        assert text
+        assert f"| {label} |" not in text
+
+
+def test_the_picture_is_of_the_result(modules: tuple[ModuleType, ModuleType], found: dict[str, Any]) -> None:
+    kept = (ROOT / "docs" / "images" / "frontier.svg").read_text(encoding="utf-8")
+    assert modules[1].digest(found) in kept, "run python docs/frontier_page.py"
+    found["curves"]["200"]["single"]["reward"][5] += 1.0
+    assert modules[1].digest(found) not in kept
+
+
+def test_the_pages_say_what_the_result_says(modules: tuple[ModuleType, ModuleType], found: dict[str, Any]) -> None:
+    page = modules[1]
+    names = {path.name for path in page.pages()}
+    assert {"README.md", "index.md", "stopping.md", "frontier.md"} <= names
+    moved = deepcopy(found)
+    moved["arms"]["typical"]["g2, minus single"]["difference"] += 1.0
+    for path in page.pages():
+        text = path.read_text(encoding="utf-8")
+        assert page.with_passages(text, found) == text, f"run python docs/frontier_page.py: {path.name} is old"
+    assert page.with_passages((ROOT / "README.md").read_text(encoding="utf-8"), moved) != (
+        ROOT / "README.md"
+    ).read_text(encoding="utf-8")
+
+
+def test_a_report_reads_run_folders(modules: tuple[ModuleType, ModuleType], tmp_path: Path) -> None:
+    report, _ = modules
+    for seed in (900, 901):
+        for arm, lift in (("single", 0.0), ("typical", 2.0 + seed % 2)):
+            folder = tmp_path / f"seed-{seed}" / arm
+            folder.mkdir(parents=True)
+            (folder / "curve.json").write_text(json.dumps(run([0.0, lift + 1, lift + 2, lift + 2.5])))
+    found = report.report(tmp_path, ["single", "typical"], {})
+    assert {"900", "901"} <= set(found["curves"])
+    assert {900, 901} <= set(found["arms"]["typical"]["seeds"])
+    assert np.isfinite(found["rank correlation of G1 and G2 over a run's steps"])
