@@ -11,6 +11,7 @@ from poise.functional.reward_losses import (
     adapter_diversity,
     beta_nll,
     bradley_terry,
+    bradley_terry_heads,
     crps,
     gaussian_nll,
     probit_pairs,
@@ -30,6 +31,25 @@ def test_bradley_terry_sees_differences_only_but_for_centering() -> None:
         bradley_terry(chosen, rejected, centering=0.0).item()
     )
     assert bradley_terry(chosen + 5, rejected + 5) > bradley_terry(chosen, rejected)
+
+
+def test_bradley_terry_heads_by_hand_and_as_numpy_has_it() -> None:
+    mask = torch.tensor([[1.0, 1.0], [0.0, 1.0]])
+    chosen, rejected = torch.tensor([[1.0, 0.0], [9.0, 2.0]]), torch.tensor([[0.0, 0.0], [0.0, 1.0]])
+    # head 0 sees pair 0, a lead of 1 and a sum of 1; head 1 sees leads 0 and 1 less a margin of .5, sums 0 and 3
+    by_hand = np.log1p(np.exp(-1)) + 0.01 + (np.log(2) + np.log1p(np.exp(-0.5)) + 0.01 * 9) / 2
+    found = bradley_terry_heads(chosen, rejected, torch.tensor([0.0, 0.5]), mask)
+    assert found.item() == pytest.approx(by_hand, rel=1e-6)
+
+    random = np.random.default_rng(0)
+    plus, minus, margin = random.normal(size=(7, 3)), random.normal(size=(7, 3)), random.uniform(size=7)
+    seen = random.uniform(size=(7, 3)) < 0.6
+    probability = 1 / (1 + np.exp(-(plus - minus - margin[:, None])))
+    loss = -0.8 * np.log(probability) - 0.2 * np.log1p(-probability) + 0.3 * (plus + minus) ** 2
+    expected = sum(loss[seen[:, head], head].mean() for head in range(3))
+    tensors = [torch.from_numpy(one) for one in (plus, minus, margin, seen.astype(float))]
+    found = bradley_terry_heads(*tensors, centering=0.3, label_smoothing=0.2)
+    assert found.item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_sampled_mse_equals_values_worked_out_by_hand() -> None:

@@ -57,6 +57,13 @@ def contradictory(folder: Path, num_pairs: int = 128) -> Path:
     return path
 
 
+def trained(folder: Path, **changes: Any) -> Run:
+    """Two heads on a small model, each on one of two sources that contradict each other."""
+    model = make_model(folder / "model")
+    settings = {"num_layers": 0, "head_layers": 2, "epochs": 6.0, "device_batch_size": 8}
+    return train_reward.run(config(model, contradictory(folder), folder / "run", **settings | changes))
+
+
 def unseen(word: str) -> list[Sample]:
     generator = random.Random(word)
     return [Sample("Review a film.", text(generator, word)) for _ in range(40)]
@@ -73,13 +80,15 @@ def config(model: str, preferences: Path, output: Path, **changes: Any) -> Confi
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    folder = tmp_path_factory.mktemp("run")
-    model = make_model(folder / "model")
-    return train_reward.run(
-        config(
-            model, contradictory(folder), folder / "run", num_layers=0, head_layers=2, epochs=6.0, device_batch_size=8
-        )
-    )
+    return trained(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def point_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A few steps: what its files are and who may read them."""
+    folder = tmp_path_factory.mktemp("point")
+    changes = {"head_loss": "bradley_terry", "head_layers": 1, "epochs": 1.0}
+    return train_reward.run(config(make_model(folder / "model"), contradictory(folder, 32), folder / "run", **changes))
 
 
 @pytest.mark.slow
@@ -161,7 +170,9 @@ def test_a_reference_of_features_is_refused(run: Run) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"head_loss": "sampled_mse"}, "choose --head-loss probit_pairs"),
+        ({"head_loss": "sampled_mse"}, "choose --head-loss probit_pairs or bradley_terry"),
+        ({"head_loss": "bradley_terry", "stage2_trunk": "frozen"}, "bradley_terry needs --stage2-trunk lora_per_head"),
+        ({"head_loss": "bradley_terry", "stage2_trunk": "full"}, "bradley_terry needs --stage2-trunk lora_per_head"),
         ({"shard": True}, "does not go with --shard"),
         ({"stage2_trunk": "lora", "adapter_diversity": 0.1}, "--adapter-diversity needs"),
     ],
@@ -200,7 +211,7 @@ def test_copies_of_the_single_head_give_its_probabilities() -> None:
     """By hand: std = .001 + log 2, and Phi(x) is within .01 of sigmoid(1.702 x)."""
     layout = HeadLayout(1, "point", (0.7,), reward_scale=2.5)
     single = TrainedModel(torch.tensor([[0.5, -1.0]]), layout, None, None)  # type: ignore[arg-type]
-    copies = copies_of(single, 3)
+    copies = copies_of(single, 3, "probit_pairs")
     texts = torch.tensor([[1.0, 0.2], [0.3, -0.4], [2.0, 1.1]])
     heads = copies.layout.decode(texts @ copies.weight.T)
     assert heads.std.allclose(torch.tensor(0.001 + math.log(2)))
@@ -210,6 +221,87 @@ def test_copies_of_the_single_head_give_its_probabilities() -> None:
     torch.testing.assert_close(heads.mean[:, 0], reward * scale, rtol=1e-6, atol=1e-6)
     told = torch.special.ndtr((heads.mean[0, 0] - heads.mean[1, 0]) / (1 + 2 * heads.std[0, 0] ** 2).sqrt())
     assert told.item() == pytest.approx(torch.sigmoid(2.5 * (reward[0] - reward[1])).item(), abs=0.01)
+
+
+def test_copies_for_bradley_terry_give_the_probabilities_exactly() -> None:
+    """By hand: rewards of 2.5 (.3 - .7) and 2.5 (.7 - .7); sigmoid of their difference is the single head's."""
+    layout = HeadLayout(1, "point", (0.7,), reward_scale=2.5)
+    single = TrainedModel(torch.tensor([[0.5, -1.0]]), layout, None, None)  # type: ignore[arg-type]
+    copies = copies_of(single, 2, "bradley_terry")
+    assert copies.layout.kind == "point"
+    heads = copies.layout.decode(torch.tensor([[1.0, 0.2], [0.4, -0.5]]) @ copies.weight.T)
+    torch.testing.assert_close(heads.mean, torch.tensor([[-1.0, -1.0], [0.0, 0.0]]))
+    assert heads.std.abs().max() == 0
+
+
+def test_bradley_terry_of_one_head_is_the_loss_of_stage_1() -> None:
+    """And of two heads it is the sum of two such losses, each on its own pairs."""
+    generator = torch.Generator().manual_seed(0)
+    logits, margin = torch.randn(6, 2, 2, generator=generator), torch.rand(6, generator=generator)
+    mask = torch.tensor([[1.0, 1, 0, 1, 0, 1], [0.0, 1, 1, 0, 1, 1]]).T
+    layout = HeadLayout(2, "point", (0.0, 0.0))
+    found = trunk_training.heads_loss(layout, 0.1)(logits, {"margin": margin, "mask": mask})
+    own, alone = trunk_training.preference_loss(0.1), []
+    for head in range(2):
+        kept = mask[:, head] > 0
+        alone.append(own(logits[kept][:, :, [head]], {"margin": margin[kept]}))
+    torch.testing.assert_close(found, alone[0] + alone[1])
+
+
+@pytest.mark.slow
+def test_bradley_terry_heads_disagree_where_their_shards_do(tmp_path: Path) -> None:
+    brme = str(trained(tmp_path, head_loss="bradley_terry").folder / "brme")
+    scorer = Scorer.load(brme)
+    texts = {word: scorer(unseen(word)) for word in AGREED + DISPUTED}
+    agreed, disputed = texts["good"].mean - texts["bad"].mean, texts["long"].mean - texts["short"].mean
+    assert (agreed > 0).float().mean() > 0.9
+    assert ((disputed[:, 0] > 0) != (disputed[:, 1] > 0)).float().mean() > 0.8
+    reward = RobustReward.load(brme, "lower_confidence(1)")
+    long, good = reward(["Review a film."] * 2, [unseen("long")[0].completion, unseen("good")[0].completion])
+    assert good > long  # what only one shard likes is paid less than what both like
+
+
+def test_bradley_terry_heads_are_point_heads(point_run: Run) -> None:
+    scorer = Scorer.load(str(point_run.folder / "brme"))
+    assert (scorer.layout.kind, scorer.layout.adapters, scorer.layout.std_scale) == ("point", True, ())
+    assert scorer.layout.reward_scale > 0
+    heads = scorer(unseen("good"))
+    assert heads.std.abs().max() == 0
+    assert (heads.mean[:, 0] != heads.mean[:, 1]).all()
+    assert load_file(point_run.folder / "brme" / "model.safetensors")["score.weight"].shape == (2, 32)
+    assert point_run.results is not None
+    assert point_run.results["stage2_history"] == []
+
+
+def test_objectives_that_need_a_std_are_refused_for_bradley_terry_heads(point_run: Run) -> None:
+    brme = str(point_run.folder / "brme")
+    for objective in ("nominal", "tradeoff(0.4)", "expected_tradeoff(0.4)"):
+        with pytest.raises(PoiseError, match="point heads of std 0; choose mean, worst_case") as error:
+            RobustReward.load(brme, objective)
+        assert "\n" not in str(error.value)
+    rewards = RobustReward.load(brme, "lower_confidence(1)")(["Review a film."] * 2, ["a film good", "short"])
+    assert all(map(math.isfinite, rewards))
+
+
+def test_a_head_of_bradley_terry_is_exported_and_its_card_is_right(
+    point_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = point_run.folder / "brme"
+    expected = Scorer.load(str(folder))([Sample("Review a film.", "A warm, funny film.")])
+    made = export.run(export.Config(str(folder), str(tmp_path / "one"), "head", 1))
+    told = Scorer.load(str(made))([Sample("Review a film.", "A warm, funny film.")])
+    torch.testing.assert_close(told.mean[:, 0], expected.mean[:, 1], rtol=1e-5, atol=1e-5)
+    write_card(point_run, load_config_file(point_run.folder / "config.yaml"), "brme")
+    text = (folder / "README.md").read_text()
+    assert "2 Bradley–Terry heads with adapters of their own" in text
+    assert "A head has no std" in text
+    assert "in the unit of the heads' loss" in text
+    assert "mean and a std each" not in text
+    code = next(part.partition("```")[0] for part in text.split("```python\n")[1:] if "peft" in part)
+    monkeypatch.chdir(folder)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    torch.testing.assert_close(found["mean"], expected.mean[0], rtol=1e-4, atol=1e-4)
 
 
 def test_every_way_to_a_reward_reads_all_heads(run: Run) -> None:

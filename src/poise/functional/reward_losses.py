@@ -38,9 +38,15 @@ def bradley_terry(
     >>> round(bradley_terry(torch.tensor([1.0]), torch.tensor([0.0]), centering=0.0).item(), 4)
     0.3133
     """
+    return _bradley_terry(chosen, rejected, margin, centering, label_smoothing).mean()
+
+
+def _bradley_terry(
+    chosen: Tensor, rejected: Tensor, margin: Tensor | float, centering: float, label_smoothing: float
+) -> Tensor:
     lead = chosen - rejected - margin
     loss = -(1 - label_smoothing) * F.logsigmoid(lead) - label_smoothing * F.logsigmoid(-lead)
-    return (loss + centering * (chosen + rejected).square()).mean()
+    return loss + centering * (chosen + rejected).square()
 
 
 BatchHeads = Float[Tensor, "batch heads"]
@@ -103,6 +109,26 @@ def probit_pairs(
     """
     ratio = (chosen_mean - rejected_mean) / (1 + chosen_std.square() + rejected_std.square()).sqrt()
     return _over_heads(-torch.special.log_ndtr(ratio), mask)
+
+
+def bradley_terry_heads(
+    chosen: BatchHeads,
+    rejected: BatchHeads,
+    margin: Batch,
+    mask: BatchHeads,
+    *,
+    centering: float = CENTERING,
+    label_smoothing: float = 0.0,
+) -> Scalar:
+    """`bradley_terry` of every head alone, on the pairs of its mask; heads without a std.
+
+    >>> one = torch.tensor([[1.0, 5.0]])
+    >>> mask = torch.tensor([[1.0, 0.0]])
+    >>> round(bradley_terry_heads(one, 0 * one, torch.zeros(1), mask, centering=0.0).item(), 4)
+    0.3133
+    """
+    loss = _bradley_terry(chosen, rejected, margin.unsqueeze(-1), centering, label_smoothing)
+    return _over_heads(loss, mask)
 
 
 def adapter_diversity(down: Float[Tensor, "heads rank inputs"]) -> Scalar:

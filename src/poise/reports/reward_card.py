@@ -10,6 +10,7 @@ from poise.models.loading import HfTokenizer, load_tokenizer
 from poise.models.model_card import front_matter, is_hub_id, public_name, validation_accuracy
 from poise.models.scoring_template import UNCHANGED, ends_where_read
 from poise.reports import plots
+from poise.reward.config import PAIR_LOSSES
 from poise.reward.formats import Trained
 from poise.runtime.display import markdown_cell, markdown_code, on_one_line
 from poise.runtime.folders import write_file_atomic
@@ -37,10 +38,17 @@ WHAT = {
         "that head; their spread grows with the distance from the preferences they were fitted to.",
     ),
 }
+_POINT_HEADS = (
+    "Reward model of {num_heads} Bradley–Terry heads with adapters of their own",
+    "{num_heads} linear heads, each fitted to its own part of the preferences by Bradley–Terry likelihood, together "
+    "with LoRA adapters that only it reads the trunk through; which pairs each was trained on is among the settings below.",
+)
 STD_MEANS = {
     "sampled_mse": "A head's std is not an error bar: `sampled_mse` makes it count how much of the training data the "
     "head covers.",
     "probit_pairs": "A head's std is the noise it sees in preferences, not its own lack of data.",
+    "bradley_terry": "A head has no std: what it does not know shows only where the heads differ. Objectives that read "
+    "the head with the lowest std, such as `nominal` and `tradeoff(0.4)`, are refused.",
 }
 STD_OF_REWARD = "A head's std is about the conventional model's reward that it was fitted to, not what people prefer."
 COLLAPSED = (
@@ -87,9 +95,9 @@ def card(name: str, block: Json, tokenizer: HfTokenizer, settings: Json, results
 
     block: the `poise` block of the checkpoint; settings: the config of its training; versions: of the packages.
     """
-    title, what = (text.format(**block) for text in WHAT[name])
-    model = results["models"][name]
     gaussian = block["kind"] == "gaussian"
+    title, what = (text.format(**block) for text in (WHAT[name] if name != "brme" or gaussian else _POINT_HEADS))
+    model = results["models"][name]
     sections = [
         f"# {title}",
         COIN if (model.get("validation_accuracy_interval") or [1.0])[0] <= 0.5 else "",
@@ -131,16 +139,18 @@ def _trunk(settings: Json, results: Json) -> str:
 
 
 def _limits(gaussian: bool, block: Json, settings: Json, results: Json) -> str:
-    scale = block.get("reward_scale", 1.0)
+    scale, of_brme = block.get("reward_scale", 1.0), gaussian or block.get("adapters")
+    own_unit = of_brme and settings["head_loss"] in PAIR_LOSSES
+    unit = "in the unit of the heads' loss" if own_unit else "in units of their std over the training texts"
     lines = [
         f"No judge beyond its data: it orders texts as the {results['num_train']} pairs below do.",
         "The prior and the end of training were chosen on the validation pairs, so the numbers below are slightly "
         "optimistic.",
-        f"Rewards are in units of their std over the training texts. For two answers to one prompt, "
+        f"Rewards are {unit}. For two answers to one prompt, "
         f"sigmoid({scale:.4g} × difference) is the probability that the first is preferred; otherwise a reward has no "
         f"meaning of its own.",
     ]
-    if gaussian:
+    if of_brme:
         lines.append(STD_MEANS.get(settings["head_loss"], STD_OF_REWARD))
         if block.get("std_scale"):
             factors = ", ".join(f"{factor:.3g}" for factor in block["std_scale"])

@@ -27,7 +27,8 @@ from poise.runtime.settings import (
 
 Trunk = Literal["frozen", "lora", "full"]
 Stage2Trunk = Literal["frozen", "lora", "full", "lora_per_head"]
-HeadLossName = Literal["sampled_mse", "gaussian_nll", "beta_nll", "crps", "probit_pairs"]
+HeadLossName = Literal["sampled_mse", "gaussian_nll", "beta_nll", "crps", "probit_pairs", "bradley_terry"]
+PAIR_LOSSES = ("probit_pairs", "bradley_terry")  # on the preferences themselves
 _NOT_WRITTEN = {".csv", ".tsv", ".xlsx", ".arrow", ".feather", ".gz", ".bz2", ".xz", ".zst", ".zip"}
 ShardKind = Literal["disjoint", "cluster", "source", "bootstrap", "same"]
 
@@ -60,7 +61,7 @@ class Config(Settings):
     """The same for stage 2, which starts from the heads on the frozen trunk. The BRME then gets its own trunk.
     `lora_per_head` gives each head LoRA adapters of its own, so that heads can disagree about what the trunk sees. They
     start as copies of the single head, are trained together on the preferences, each on its shard, and need
-    `--head-loss probit_pairs`."""
+    `--head-loss probit_pairs` or `bradley_terry`."""
     head_layers: WholeNumber = 0
     """Upper layers of the trunk that `lora_per_head` puts adapters on; 0: all. The layers below are run once for all
     heads, those above once for each head."""
@@ -92,7 +93,8 @@ class Config(Settings):
     head_loss: HeadLossName = "sampled_mse"
     """Loss of stage 2. `sampled_mse` is the paper's: its std measures coverage by training data. `gaussian_nll`,
     `beta_nll` and `crps` are proper scores: their std is an error bar, and the lowest-std head has the least label
-    noise, not the best coverage. `probit_pairs` fits the preferences themselves."""
+    noise, not the best coverage. `probit_pairs` fits the preferences themselves, and so does `bradley_terry`, whose
+    heads have no std: it is for `--stage2-trunk lora_per_head`, and objectives that read a std are refused."""
     head_steps: Count = 600
     """Maximum number of optimizer steps of stage 2; it stops early when validation error rises."""
     head_lr: LearningRate = 3e-3
@@ -114,11 +116,16 @@ class Config(Settings):
                 raise PoiseError(
                     "--adapter-diversity needs --stage2-trunk lora_per_head, whose adapters it keeps apart"
                 )
+            if self.head_loss == "bradley_terry":
+                raise PoiseError(
+                    "--head-loss bradley_terry needs --stage2-trunk lora_per_head; heads of it on shared features are "
+                    "the run's `ensemble`"
+                )
             return
-        if self.head_loss != "probit_pairs":
+        if self.head_loss not in PAIR_LOSSES:
             raise PoiseError(
                 f"--stage2-trunk lora_per_head with --head-loss {self.head_loss} would make every head the single one; "
-                f"choose --head-loss probit_pairs"
+                f"choose --head-loss probit_pairs or bradley_terry"
             )
         if self.shard:
             raise PoiseError("--stage2-trunk lora_per_head does not go with --shard: leave one of them out")

@@ -33,7 +33,7 @@ from poise.models.reward_model import HeadLayout, load_trunk, save_reward_model,
 from poise.models.row_check import row_check_of
 from poise.models.scorer import FeatureExtractor, Scorer
 from poise.reward.config import Config, Stage2Trunk
-from poise.reward.head_training import HeadTraining, TrainedModel, calibrated, copies_of, train_on_features
+from poise.reward.head_training import HeadTraining, TrainedModel, calibrated, train_on_features
 from poise.reward.heads import std_collapsed
 from poise.reward.pairs import FeaturePairs, PreferenceSplit, pair_features
 from poise.reward.quality import TextScores, judge_pairs, pairs_of
@@ -43,6 +43,7 @@ from poise.reward.trunk_training import (
     fine_tune,
     fresh_head,
     gaussian_loss,
+    heads_loss,
     preference_loss,
     token_pairs,
 )
@@ -175,23 +176,23 @@ def fit_heads(
         held_features["brme"] = pair_features(brme.extract, split.held_out)
         scale = trained.models["single"].layout.reward_scale
         trained.models["brme"] = calibrated(brme, held_features["brme"], trained.targets, scale, config.head_loss)
-        if brme.layout.adapters:  # the history is of heads that were not used
-            trained = trained._replace(history=[])
     return trained, held_features
 
 
 def _tune_brme(config: Config, folder: Path, trained: HeadTraining, split: PreferenceSplit) -> TrainedModel:
     """Stage 2 with the trunk: from the heads on frozen features, toward the same targets. Not yet calibrated.
 
-    With an adapter for each head, from the single head, and on the preferences.
+    With an adapter for each head, from copies of the single head, and on the preferences.
     """
     per_head = config.stage2_trunk == "lora_per_head"
-    start = copies_of(trained.models["single"], config.num_heads) if per_head else trained.models["brme"]
+    start = trained.models["brme"]
     classifier, tokenizer = load_trunk(*trunk_source(config, folder), dtype=torch.float32, place=_place(config))
     with_heads(classifier, start.weight)
     extract = FeatureExtractor(classifier, tokenizer, config.max_length)
+    point = config.head_loss == "bradley_terry"
+    loss = heads_loss(start.layout, config.label_smoothing) if point else gaussian_loss(start.layout, config.head_loss)
     classifier = _tune(
-        config, config.stage2_trunk, extract, split.fit_on, gaussian_loss(start.layout, config.head_loss),
+        config, config.stage2_trunk, extract, split.fit_on, loss,
         folder / "stage2", targets_N2=trained.targets.fit_T.view(2, -1).T, mask_NK=trained.shards.fit_NK,
     )  # fmt: skip
     weight, layout = classifier.score.weight.data.float().cpu(), start.layout

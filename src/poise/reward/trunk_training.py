@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from poise.data.types import Preference, Sample
 from poise.errors import PoiseError
-from poise.functional.reward_losses import CENTERING, adapter_diversity, bradley_terry
+from poise.functional.reward_losses import CENTERING, adapter_diversity, bradley_terry, bradley_terry_heads
 from poise.models.adapted_maps import decoder_layers, has_conv1d, linear_maps
 from poise.models.families import without_noise
 from poise.models.head_adapters import HeadLinear, add_head_adapters, logits_of
@@ -74,6 +74,16 @@ def preference_loss(label_smoothing: float = 0.0, centering: float = CENTERING) 
     def loss(logits_N2L: Tensor, batch: dict[str, Tensor]) -> Tensor:
         chosen, rejected = logits_N2L.squeeze(-1).unbind(-1)
         return bradley_terry(chosen, rejected, batch["margin"], centering=centering, label_smoothing=label_smoothing)
+
+    return loss
+
+
+def heads_loss(layout: HeadLayout, label_smoothing: float = 0.0) -> Loss:
+    """Stage 2: Bradley-Terry of point heads, with the pairs' margins, each head on its own pairs."""
+
+    def loss(logits_N2L: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        chosen, rejected = layout.decode(logits_N2L).mean.unbind(1)
+        return bradley_terry_heads(chosen, rejected, batch["margin"], batch["mask"], label_smoothing=label_smoothing)
 
     return loss
 
