@@ -97,7 +97,7 @@ def picture(found: Json) -> Figure:
     bounded.sharey(one)
     for axes, arm, title in (
         (one, FIRST, "One head"),
-        (bounded, SETTLED, "Lower bound, ceiling at +2, settling"),
+        (bounded, SETTLED, "Lower bound, settling at +2"),
     ):
         runs = runs_of(found, arm)
         axes.set(title=f"{title} ({counted(len(runs))})", xlabel="KL to the initial policy, nats", xlim=(0, 41))

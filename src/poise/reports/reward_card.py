@@ -41,7 +41,8 @@ WHAT = {
 _POINT_HEADS = (
     "Reward model of {num_heads} Bradley–Terry heads with adapters of their own",
     "{num_heads} linear heads, each fitted to its own part of the preferences by Bradley–Terry likelihood, together "
-    "with LoRA adapters that only it reads the trunk through; which pairs each was trained on is among the settings below.",
+    "with LoRA adapters that only it reads the trunk through; which pairs each was trained on is among the settings "
+    "below.",
 )
 STD_MEANS = {
     "sampled_mse": "A head's std is not an error bar: `sampled_mse` makes it count how much of the training data the "

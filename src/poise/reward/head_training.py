@@ -105,7 +105,8 @@ def copies_of(single: TrainedModel, num_heads: int, head_loss: HeadLossName) -> 
 
     In units in which their loss gives the preferences the probabilities that the single head gives them. For
     `bradley_terry`, point heads: means times reward_scale. For `probit_pairs`, Gaussian heads of std
-    floor + softplus(0) everywhere: Phi(x) is about sigmoid(1.702 x), so means times reward_scale sqrt(1 + 2 std^2) / 1.702.
+    floor + softplus(0) everywhere: Phi(x) is about sigmoid(1.702 x), so means times
+    reward_scale sqrt(1 + 2 std^2) / 1.702.
     Heads fitted to the pairs themselves would be a worse start: linear ones fit a few hundred pairs without an error,
     and leave the adapters nothing to learn.
     """
