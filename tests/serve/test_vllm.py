@@ -8,7 +8,7 @@ import contextlib
 import json
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from poise.data.types import Sample
 from poise.errors import PoiseError
 from poise.functional.objectives import tradeoff
 from poise.models.encoding import Tokens
+from poise.models.head_adapters import HeadLinear, add_head_adapters, apart
+from poise.models.reward_model import HeadLayout, load_trunk, save_reward_model, with_heads
 from poise.models.scorer import Scorer
 from poise.serve import vllm
 from poise.serve.app import make_app
@@ -35,9 +37,12 @@ PROMPTS = ["Review the film.", [{"role": "system", "content": "Be kind."}, {"rol
 
 
 class Fake:
-    """What asks for ids' logits over HTTP as of vLLM. `spoil` changes the logits; `refuse` is a status instead."""
+    """What asks for ids' logits over HTTP as of vLLM. `spoil` changes the logits; `refuse` is a status instead.
 
-    def __init__(self, scorer: Scorer):
+    names: of the adapters that it serves beside the model; head k's has the logits of head k's labels right.
+    """
+
+    def __init__(self, scorer: Scorer, names: Sequence[str] = ()):
         self.asked: list[Any] = []
         self.headers: list[dict[str, str]] = []
         self.longest = scorer.extract.max_length
@@ -49,6 +54,7 @@ class Fake:
             def do_GET(self) -> None:
                 value = json.loads(json.dumps(REAL["models"]))
                 value["data"][0]["max_model_len"] = fake.longest
+                value["data"] += [value["data"][0] | {"id": name, "max_model_len": None} for name in names]
                 self.answer(*(fake.refuse or (200, value)))
 
             def do_POST(self) -> None:
@@ -56,7 +62,11 @@ class Fake:
                 fake.asked.append(asked)
                 fake.headers.append(dict(self.headers))
                 features = scorer.extract.forward([Tokens((), tuple(ids)) for ids in asked["input"]])
-                rows = fake.spoil(features @ scorer.weight.T).tolist()
+                logits = features @ scorer.weight.T
+                if names:
+                    head = names.index(asked["model"])
+                    logits[:, torch.arange(logits.shape[1]) % len(names) != head] = 77.0
+                rows = fake.spoil(logits).tolist()
                 form = REAL["classify"]["data"][0]
                 data = [form | {"index": i, "probs": row, "num_classes": len(row)} for i, row in enumerate(rows)]
                 self.answer(*(fake.refuse or (200, REAL["classify"] | {"data": data[::-1]})))
@@ -246,6 +256,45 @@ def test_no_number_is_a_500(brme: str, fakes: list[Fake]) -> None:
     assert "not finite" in answer.json["error"]
 
 
+@pytest.fixture
+def adapted(tiny_model: str, tmp_path: Path) -> str:
+    """A checkpoint of three heads with adapters of their own, on the upper layer."""
+    torch.manual_seed(0)
+    classifier, tokenizer = load_trunk(tiny_model, 0)
+    weight = torch.randn(6, classifier.config.hidden_size)
+    with_heads(classifier, weight)
+    add_head_adapters(classifier, 3, 4, 1)
+    for module in classifier.modules():
+        if isinstance(module, HeadLinear):
+            module.up_KOR.data.normal_(std=0.1)
+    layout = HeadLayout(3, "gaussian", (0.5,) * 6, adapters=True)
+    save_reward_model(tmp_path / "rm", classifier, tokenizer, apart(weight, 3), layout)
+    return str(tmp_path / "rm")
+
+
+def test_each_head_is_asked_of_its_own_adapter(adapted: str) -> None:
+    scorer = Scorer.load(adapted)
+    samples = [Sample(prompt, text) for text in TEXTS for prompt in PROMPTS]
+    with Fake(scorer, ["head_0", "head_1", "head_2"]).running() as fake:
+        models = of(adapted, fake, objective="worst_case")
+        found, expected = models([models.encode(sample) for sample in samples]), scorer(samples)
+        torch.testing.assert_close(found.mean, expected.mean, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found.std, expected.std, rtol=0, atol=1e-5)
+        assert [asked["model"] for asked in fake.asked] == ["head_0", "head_1", "head_2"] * 2
+        assert (expected.mean[:, 0] - expected.mean[:, 1]).abs().min() > 1e-3
+
+
+def test_adapters_of_other_heads_are_refused(adapted: str) -> None:
+    """In another order they are other heads; without them vLLM would answer with the bare trunk."""
+    scorer = Scorer.load(adapted)
+    for names, line in (
+        (["head_1", "head_0", "head_2"], "does not read as the checkpoint does"),
+        (["head_0", "head_1"], r"start vLLM with --enable-lora --max-loras 3 --lora-modules head_0=/"),
+    ):
+        with Fake(scorer, names).running() as fake, pytest.raises(PoiseError, match=line):
+            of(adapted, fake, objective="worst_case")
+
+
 def test_vllms_key_is_sent(brme: str, fakes: list[Fake], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "secret")
     of(brme, fakes[0])
@@ -266,11 +315,8 @@ def test_settings_that_do_not_fit_are_refused(options: dict[str, Any], line: str
         ServeConfig(**{"rewards": ("a",), **options}).check()
 
 
-def test_what_vllm_cannot_read_is_refused(scorer: Scorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_ensemble_is_refused(tmp_path: Path) -> None:
     config = ServeConfig((str(tmp_path),), backend="vllm", url=("http://a",))
-    monkeypatch.setattr(vllm, "read_layout", lambda _: scorer.layout.__class__(1, "point", (0.0,), adapters=True))
-    with pytest.raises(PoiseError, match="adapters of their own"):
-        vllm.remote(config)
     (tmp_path / "ensemble.json").write_text("{}")
     with pytest.raises(PoiseError, match="is an ensemble"):
         vllm.remote(config)

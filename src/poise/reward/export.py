@@ -138,7 +138,8 @@ def _check_one_head(config: Config) -> None:
         return
     raise PoiseError(
         f"{config.reward} has heads with adapters of their own, which make no one classifier; choose --scalar head "
-        f"--head NUMBER, or use the adapters as they are: PEFT reads {FOLDER}/head_NUMBER in the checkpoint"
+        f"--head NUMBER, or use the adapters as they are: PEFT and vLLM read {FOLDER}/head_NUMBER in the "
+        f"checkpoint"
     )
 
 

@@ -3,7 +3,9 @@
 Here a sample becomes token ids, there ids become all 2K labels (`/classify`). vLLM never renders or truncates: its own
 chat template might end a turn elsewhere than where the score is read. Before a server is asked it must answer for a few
 texts as the checkpoint itself does, read here on the CPU: vLLM could hold other weights, squeeze labels into
-probabilities, or round. The same check is made again of a server that was away.
+probabilities, or round. The same check is made again of a server that was away. Heads with adapters of their own are
+models of their own in vLLM, head_0, head_1, …: each text is asked of every one, and of its answer that head's labels
+are taken.
 """
 
 import http.client
@@ -13,7 +15,7 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,9 +28,12 @@ from poise.data.types import Sample
 from poise.errors import PoiseError
 from poise.models.encoding import Tokens
 from poise.models.formats import ENSEMBLE_FILE
+from poise.models.head_adapters import FOLDER
+from poise.models.loading import resolve_model
 from poise.models.reward_model import heads_fingerprint, read_layout
 from poise.models.scorer import Scorer
 from poise.runtime.progress import console
+from poise.runtime.run_folder import Json
 from poise.serve.backend import BackendAwayError, Member, Read, RewardModels
 from poise.serve.client import OPENER
 from poise.serve.config import ServeConfig
@@ -59,10 +64,6 @@ def remote(config: ServeConfig) -> RewardModels:
     if (Path(path) / ENSEMBLE_FILE).exists():
         raise PoiseError(f"--backend vllm reads one reward model, and {path} is an ensemble; serve it with local")
     layout = read_layout(path)
-    if layout.adapters:
-        raise PoiseError(
-            f"the heads of {path} have adapters of their own, which vLLM does not read; serve it with local"
-        )
     layout = layout.with_reference(None)  # distances need features, and vLLM gives labels only
     layout.check_objective(config.objective)
     scorer = Scorer.load(path, config.max_length, place=torch.device("cpu"))
@@ -70,7 +71,9 @@ def remote(config: ServeConfig) -> RewardModels:
     probe = [encoder.encode(sample) for sample in PROBE]
     expected = scorer.extract.forward(probe) @ scorer.weight.T
     del scorer
-    servers = Servers(config.url, probe, expected, encoder.max_length)
+    folder = Path(resolve_model(path)) / FOLDER
+    adapters = {f"head_{k}": str(folder / f"head_{k}") for k in range(layout.num_heads)} if layout.adapters else {}
+    servers = Servers(config.url, probe, expected, encoder.max_length, adapters)
     for url in config.url:
         difference = servers.check(url)
         console.print(f"{url} reads as {path} does, to {difference:.0e}", markup=False, soft_wrap=True)
@@ -82,9 +85,18 @@ class Servers:
     """vLLM servers of one reward model: a `Backend`."""
 
     def __init__(
-        self, urls: Sequence[str], probe: Sequence[Tokens], expected: Float[Tensor, "texts labels"], max_length: int
+        self,
+        urls: Sequence[str],
+        probe: Sequence[Tokens],
+        expected: Float[Tensor, "texts labels"],
+        max_length: int,
+        adapters: Mapping[str, str] | None = None,
     ):
-        """probe: texts with logits that every server must answer with. max_length: longest sample in tokens."""
+        """probe: texts with logits that every server must answer with. max_length: longest sample in tokens.
+
+        adapters: of heads with adapters of their own, in their order: the name of each in vLLM, and its folder.
+        """
+        self._adapters = dict(adapters or {})
         self._urls = [url.rstrip("/") for url in urls]
         self._probe, self._expected, self._max_length = list(probe), expected, max_length
         self._unchecked = set(self._urls)
@@ -148,13 +160,20 @@ class Servers:
     def _difference(self, url: str) -> float:
         """As `check`, which says what a server that is away means; one that passes counts as checked."""
         try:
-            longest = int(_get(url, "/v1/models")["data"][0]["max_model_len"])
+            served = _get(url, "/v1/models")["data"]
+            longest, names = int(served[0]["max_model_len"]), {model["id"] for model in served}
         except (LookupError, TypeError, ValueError):
             raise PoiseError(f"{url} does not say what it serves; is it vLLM?") from None
         if longest < self._max_length:
             raise PoiseError(
                 f"{url} reads at most {longest} tokens, and samples have up to {self._max_length}: set --max-length "
                 f"{longest}, or vLLM's --max-model-len {self._max_length}"
+            )
+        if self._adapters.keys() - names:
+            modules = " ".join(f"{name}={folder}" for name, folder in self._adapters.items())
+            raise PoiseError(
+                f"{url} does not serve the adapters of the heads; start vLLM with --enable-lora --max-loras "
+                f"{len(self._adapters)} --lora-modules {modules}"
             )
         found = torch.tensor(self._classify(url, self._probe))
         difference = (found - self._expected).abs()
@@ -168,7 +187,18 @@ class Servers:
         return difference.max().item()
 
     def _classify(self, url: str, texts: Sequence[Tokens]) -> list[list[float]]:
-        asked = {"input": [[*text.prompt, *text.completion] for text in texts], "use_activation": False}
+        """All labels of every text; of heads with adapters, those of head k from the model that is head k's."""
+        if not self._adapters:
+            return self._labels(url, texts, {})
+        rows = [[0.0] * self._expected.shape[1] for _ in texts]
+        for k, name in enumerate(self._adapters):
+            own = slice(k, None, len(self._adapters))
+            for row, answer in zip(rows, self._labels(url, texts, {"model": name}), strict=True):
+                row[own] = answer[own]
+        return rows
+
+    def _labels(self, url: str, texts: Sequence[Tokens], more: Json) -> list[list[float]]:
+        asked = {"input": [[*text.prompt, *text.completion] for text in texts], "use_activation": False, **more}
         answer = _get(url, "/classify", asked)
         labels = self._expected.shape[1]
         try:

@@ -1,4 +1,7 @@
-"""vLLM on a CPU reads a Poise checkpoint as Poise does: ids = text = messages, and `poise serve --backend vllm`."""
+"""vLLM on a CPU reads a Poise checkpoint as Poise does: ids = text = messages, and `poise serve --backend vllm`.
+
+Heads with adapters of their own are LoRA modules there.
+"""
 
 import json
 import os
@@ -24,7 +27,8 @@ from engines_kit import CONVERSATIONS, Server
 from poise.data.types import Sample
 from poise.errors import PoiseError
 from poise.functional.objectives import tradeoff
-from poise.models.reward_model import HeadLayout, load_trunk, save_reward_model
+from poise.models.head_adapters import HeadLinear, add_head_adapters, apart
+from poise.models.reward_model import HeadLayout, load_trunk, save_reward_model, with_heads
 from poise.models.scorer import Scorer
 from poise.serve import vllm
 from poise.serve.client import Client
@@ -89,11 +93,26 @@ def make_reward_model(folder: Path) -> str:
     return str(folder / "rm")
 
 
-def started(path: str, log: Path, port: int) -> subprocess.Popen[bytes]:
+def make_adapted(trunk: str, folder: Path) -> str:
+    """Three heads with random adapters of their own on the upper layer, saved as `poise train-reward` does."""
+    torch.manual_seed(1)
+    classifier, tokenizer = load_trunk(trunk, 0)
+    weight = torch.randn(6, 128) / 5
+    with_heads(classifier, weight)
+    add_head_adapters(classifier, 3, 4, 1)
+    for module in classifier.modules():
+        if isinstance(module, HeadLinear):
+            module.up_KOR.data.normal_(std=0.1)
+    layout = HeadLayout(3, "gaussian", tuple(0.1 * i for i in range(6)), adapters=True)
+    save_reward_model(folder, classifier, tokenizer, apart(weight, 3), layout)
+    return str(folder)
+
+
+def started(path: str, log: Path, port: int, *more: str) -> subprocess.Popen[bytes]:
     """vLLM with its own defaults, but for float32; the flag lets a test send the stock template."""
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", path, "--served-model-name", "rm",
                "--runner", "pooling", "--dtype", "float32", "--enforce-eager", "--port", str(port),
-               "--trust-request-chat-template"]  # fmt: skip
+               "--trust-request-chat-template", *more]  # fmt: skip
     own = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     with log.open("wb") as file:
         process = subprocess.Popen(command, env={**os.environ, **own}, stdout=file, stderr=file)
@@ -240,6 +259,45 @@ def test_a_vllm_that_is_killed_and_restarted_loses_no_request(
     for caller in callers:
         caller.join(120)
     difference(torch.tensor([answers[i] for i in range(8)]), tradeoff(engine.scorer(samples[:8]), 0.4))
+
+
+@pytest.fixture(scope="module")
+def adapted(brme: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vllm]:
+    """vLLM with a LoRA module for each head, as the line in docs/serving.md starts it."""
+    folder = tmp_path_factory.mktemp("adapted")
+    path = make_adapted(brme, folder / "rm")
+    modules = [f"head_{k}={path}/adapters/head_{k}" for k in range(3)]
+    port = free_port()
+    options = ("--enable-lora", "--max-loras", "3", "--lora-modules", *modules)
+    processes = [started(path, folder / "vllm.log", port, *options)]
+    yield Vllm(f"http://127.0.0.1:{port}", path, Scorer.load(path), processes)
+    stop(processes[-1])
+
+
+def test_adapters_of_heads_have_the_scorers_logits(adapted: Vllm, samples: list[Sample]) -> None:
+    """Head k's labels, k and 3 + k, of its own module; all others are of heads that this adapter is not for."""
+    expected = adapted.expected(samples)
+    ids = [adapted.ids(sample) for sample in samples]
+    found = [adapted.classify(model=f"head_{k}", input=ids, use_activation=False) for k in range(3)]
+    own = max(difference(found[k][:, k::3], expected[:, k::3]) for k in range(3))
+    others = [(found[k] - expected)[:, [(k + 1) % 3, 3 + (k + 1) % 3]].abs().max().item() for k in range(3)]
+    assert min(others) > 1000 * CLOSE
+    RESULT["heads_with_adapters"] = {"largest_difference": own}
+
+
+def test_poise_serve_reads_heads_with_adapters_by_vllm(adapted: Vllm, samples: list[Sample]) -> None:
+    server = Server(adapted.path)
+    server._command += ["--backend", "vllm", "--url", adapted.url]
+    server.start()
+    try:
+        found = [Client(server.url).score(sample.prompt, [sample.completion])[0] for sample in samples[:8]]
+    finally:
+        server.stop()
+    heads = adapted.scorer(samples[:8])
+    means = difference(torch.tensor([row["mean"] for row in found]), heads.mean)
+    stds = difference(torch.tensor([row["std"] for row in found]), heads.std)
+    rewards = difference(torch.tensor([row["reward"] for row in found]), tradeoff(heads, 0.4))
+    RESULT["heads_with_adapters"] |= {"means": means, "stds": stds, "rewards": rewards}
 
 
 def metrics(server: Server) -> bytes:
