@@ -311,6 +311,20 @@ def header(found: Json, first: str) -> str:
     return row([first, *(ARMS[arm][0] for arm in ARMS if arm in found["arms"])])
 
 
+def choice(_: Json) -> str:
+    """What `poise choose` would have taken on the frontier's curves."""
+    path = max((ROOT / "results").glob("choice-fresh-*.json"))
+    of = json.loads(path.read_text(encoding="utf-8"))
+    law, fit, wins = (f"{100 * of['share within'][name]:.0f} %" for name in RULES)
+    lost = [number(of["mean gold lost"][name], sign=False) for name in RULES]
+    return (
+        f"On the {len(of['runs'])} curves of the frontier, which had no part in that choice, {law} are as close (a free "
+        f"fit: {fit}, the most wins: {wins}), and the rung that is taken loses {lost[0]} stds of gold on average (the "
+        f"others {lost[1]} and {lost[2]})"
+    )
+
+
+RULES = ("law", "free unimodal fit", "most wins")
 CORRELATION = "rank correlation of G1 and G2 over a run's steps"
 STOPS = (
     "KL 20", "KL 10", "largest gain of the deeper validator", "largest gain of the other pairs' validator",
@@ -322,7 +336,7 @@ CAUTION = (
 )
 PASSAGES: dict[str, Callable[[Json], str]] = {
     "caption": caption, "finding": finding, "answer": answer, "verdict": page_verdict, "summary": summary,
-    "differences": differences_table, "stops": stops_table, "rungs": rungs_table,
+    "differences": differences_table, "stops": stops_table, "rungs": rungs_table, "choice": choice,
     "sources": lambda _: f"Raw data: [{newest().stem}](../../results/{newest().name}), every step of every run.",
 }  # fmt: skip
 

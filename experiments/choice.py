@@ -1,17 +1,23 @@
 """How often `poise choose` finds a rung within .05 gold of the best one, on the stored gold-KL curves.
 
 python experiments/choice.py --output results/choice-2026-11-28.json
+python experiments/choice.py --frontier results/frontier-2026-11-29.json --output results/choice-fresh-2026-11-29.json
 
-Curves: the 15 runs of results/holds-60-steps-2026-11-24.json, gold as a mean over five steps. Rungs: the first step at
-which KL reaches 5, 10, 20 and 40. A judge prefers the policy with probability .1 + .8 Phi(gain / (sqrt 2 * std)), std
-.433 being that of gold over the initial policy's completions, and .1 the share of raters who differ from the mean. 160
-labels spread over a run's rungs. Beside the law of `poise.functional.choice`: a free unimodal fit (isotonic up to a
-split, then down) and the rung with the most wins.
+Curves: the 15 runs of results/holds-60-steps-2026-11-24.json, on which the law was preferred to other fits; or, with
+--frontier, those of the frontier, which had no part in that. Gold is a mean over five steps. Rungs: the first step at
+which KL reaches 5, 10, 20 and 40; the frontier's runs stop before 40, and the end of one that passes 32 is its last
+rung, since `poise choose` takes steps within a factor of 1.25. A judge prefers the policy with probability
+.1 + .8 Phi(gain / (sqrt 2 * std)), std
+being that of gold over the initial policy's completions (.433 for the lexicon), and .1 the share of raters who differ
+from the mean. 160 labels spread over a run's rungs. Beside the law of `poise.functional.choice`: a free unimodal fit
+(isotonic up to a split, then down) and the rung with the most wins. The frontier's gold (G2) is in its own stds, and
+.05 of the lexicon's gold is .05 / .433 of them.
 """
 
 import argparse
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import norm
@@ -21,14 +27,44 @@ from poise.functional.choice import Ladder, choose
 
 CURVES = Path(__file__).parents[1] / "results" / "holds-60-steps-2026-11-24.json"
 RUNGS, LABELS, STD, NOISE, WITHIN = (5, 10, 20, 40), 160, 0.433, 0.1, 0.05
+NEAR = 1.25
 
 
-def rungs_of(run: dict) -> tuple[np.ndarray, np.ndarray]:
-    """(KL, gold) at the start and at the rungs that the run reached."""
-    gold = np.array(run["gold"])
-    smooth = np.array([gold[max(0, i - 2) : i + 3].mean() for i in range(len(gold))])
-    at = [int(np.argmax(np.array(run["kl_by_step"]) >= rung)) for rung in RUNGS if max(run["kl_by_step"]) >= rung]
-    return np.array([0.0, *RUNGS[: len(at)]]), np.array([gold[:2].mean(), *smooth[at]])
+class Curve(NamedTuple):
+    """KL and gold of every step of a run."""
+
+    seed: int
+    arm: str
+    kl: np.ndarray
+    gold: np.ndarray
+
+
+def stored() -> list[Curve]:
+    return [
+        Curve(entry["seed"], arm, np.array(run["kl_by_step"]), np.array(run["gold"]))
+        for entry in json.loads(CURVES.read_text())["seeds"]
+        for arm, run in entry["arms"].items()
+    ]
+
+
+def of_frontier(path: str) -> list[Curve]:
+    """Gold G2, in stds of the initial policy's completions."""
+    return [
+        Curve(int(seed), arm, np.array(run["kl"]), np.array(run["g2"]) / run["std_at_start"]["g2"])
+        for seed, runs in json.loads(Path(path).read_text())["curves"].items()
+        for arm, run in runs.items()
+    ]
+
+
+def rungs_of(run: Curve, near: float) -> tuple[np.ndarray, np.ndarray]:
+    """(KL, gold) at the start and at the rungs that the run reached, the next one up to a factor `near`."""
+    smooth = np.array([run.gold[max(0, i - 2) : i + 3].mean() for i in range(len(run.gold))])
+    at = [int(np.argmax(run.kl >= rung)) for rung in RUNGS if run.kl.max() >= rung]
+    kl = [0.0, *RUNGS[: len(at)]]
+    if len(at) < len(RUNGS) and run.kl.max() >= RUNGS[len(at)] / near:
+        at.append(int(run.kl.argmax()))
+        kl.append(float(run.kl.max()))
+    return np.array(kl), np.array([run.gold[:2].mean(), *smooth[at]])
 
 
 def free_fit(ladder: Ladder) -> int:
@@ -48,38 +84,38 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--output", default="results/choice.json")
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--frontier", help="results/frontier-DATE.json: its curves instead")
     arguments = parser.parse_args()
+    std, within, near = (1.0, WITHIN / STD, NEAR) if arguments.frontier else (STD, WITHIN, 1.0)
     lost: dict[str, list[float]] = {"law": [], "free unimodal fit": [], "most wins": []}
     decided: list[bool] = []
     runs = []
-    for entry in json.loads(CURVES.read_text())["seeds"]:
-        for arm, run in entry["arms"].items():
-            kl, gold = rungs_of(run)
-            rate = NOISE + (1 - 2 * NOISE) * norm.cdf((gold[1:] - gold[0]) / (2**0.5 * STD))
-            labels = np.full(len(rate), LABELS // len(rate))
-            own = []
-            for seed in range(1000, 1000 + arguments.seeds):
-                wins = np.random.default_rng(seed).binomial(labels, rate)
-                ladder = Ladder(kl[1:], wins.astype(float), labels.astype(float))
-                decision = choose(ladder)
-                decided.append(decision.decided)
-                most = int(np.argmax([0.5, *(wins / labels)]))
-                for name, chosen in (
-                    ("law", decision.chosen),
-                    ("free unimodal fit", free_fit(ladder)),
-                    ("most wins", most),
-                ):
-                    lost[name].append(float(gold.max() - gold[chosen]))
-                own.append(lost["law"][-1] <= WITHIN)
-            runs.append(
-                {"seed": entry["seed"], "arm": arm, "kl": kl.tolist(), "gold": gold.tolist(), "within": sum(own)}
-            )
+    for run in of_frontier(arguments.frontier) if arguments.frontier else stored():
+        kl, gold = rungs_of(run, near)
+        rate = NOISE + (1 - 2 * NOISE) * norm.cdf((gold[1:] - gold[0]) / (2**0.5 * std))
+        labels = np.full(len(rate), LABELS // len(rate))
+        own = []
+        for seed in range(1000, 1000 + arguments.seeds):
+            wins = np.random.default_rng(seed).binomial(labels, rate)
+            ladder = Ladder(kl[1:], wins.astype(float), labels.astype(float))
+            decision = choose(ladder)
+            decided.append(decision.decided)
+            most = int(np.argmax([0.5, *(wins / labels)]))
+            for name, chosen in (
+                ("law", decision.chosen),
+                ("free unimodal fit", free_fit(ladder)),
+                ("most wins", most),
+            ):
+                lost[name].append(float(gold.max() - gold[chosen]))
+            own.append(lost["law"][-1] <= within)
+        runs.append({"seed": run.seed, "arm": run.arm, "kl": kl.tolist(), "gold": gold.tolist(), "within": sum(own)})
     found = {
-        "settings": {"labels": LABELS, "rungs": RUNGS, "std": STD, "noise": NOISE, "within": WITHIN,
+        "settings": {"labels": LABELS, "rungs": RUNGS, "std": std, "noise": NOISE, "within": within,
         "seeds": arguments.seeds},
-        "share within": {name: float(np.mean(np.array(one) <= WITHIN)) for name, one in lost.items()},
+        "share within": {name: float(np.mean(np.array(one) <= within)) for name, one in lost.items()},
         "mean gold lost": {name: float(np.mean(one)) for name, one in lost.items()},
-        "share decided": float(np.mean(decided)), "runs": runs, "command": "python experiments/choice.py",
+        "share decided": float(np.mean(decided)), "runs": runs,
+        "command": "python experiments/choice.py" + (" --frontier" if arguments.frontier else ""),
     }  # fmt: skip
     Path(arguments.output).write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps({key: found[key] for key in ("share within", "mean gold lost", "share decided")}, indent=1))
