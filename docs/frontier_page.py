@@ -318,9 +318,9 @@ def choice(_: Json) -> str:
     law, fit, wins = (f"{100 * of['share within'][name]:.0f} %" for name in RULES)
     lost = [number(of["mean gold lost"][name], sign=False) for name in RULES]
     return (
-        f"On the {len(of['runs'])} curves of the frontier, which had no part in that choice, {law} are as close (a free "
-        f"fit: {fit}, the most wins: {wins}), and the rung that is taken loses {lost[0]} stds of gold on average (the "
-        f"others {lost[1]} and {lost[2]})"
+        f"On the {len(of['runs'])} curves of the frontier, which had no part in that choice, {law} are as close (a "
+        f"free fit: {fit}, the most wins: {wins}), and the rung that is taken loses {lost[0]} stds of gold on average "
+        f"(the others {lost[1]} and {lost[2]})"
     )
 
 
