@@ -315,16 +315,16 @@ def choice(_: Json) -> str:
     """What `poise choose` would have taken on the frontier's curves."""
     path = max((ROOT / "results").glob("choice-fresh-*.json"))
     of = json.loads(path.read_text(encoding="utf-8"))
-    law, fit, wins = (f"{100 * of['share within'][name]:.0f} %" for name in RULES)
+    below, start, fit, wins = (f"{100 * of['share within'][name]:.0f} %" for name in RULES)
     lost = [number(of["mean gold lost"][name], sign=False) for name in RULES]
     return (
-        f"On the {len(of['runs'])} curves of the frontier, which had no part in that choice, {law} are as close (a "
-        f"free fit: {fit}, the most wins: {wins}), and the rung that is taken loses {lost[0]} stds of gold on average "
-        f"(the others {lost[1]} and {lost[2]})"
+        f"On the {len(of['runs'])} curves of the frontier, which had no part in that choice, {below} are as close "
+        f"(beside the start {start}, with a free fit {fit}, by the most wins {wins}), and the rung taken loses {lost[0]} "
+        f"stds of gold on average (the others {lost[1]}, {lost[2]} and {lost[3]})"
     )
 
 
-RULES = ("law", "free unimodal fit", "most wins")
+RULES = ("below", "start", "free unimodal fit", "most wins")
 CORRELATION = "rank correlation of G1 and G2 over a run's steps"
 STOPS = (
     "KL 20", "KL 10", "largest gain of the deeper validator", "largest gain of the other pairs' validator",

@@ -1,6 +1,6 @@
 """How often `poise choose` finds a rung within .05 gold of the best one, on the stored gold-KL curves.
 
-python experiments/choice.py --output results/choice-2026-11-28.json
+python experiments/choice.py --output results/choice-2026-11-29.json
 python experiments/choice.py --frontier results/frontier-2026-11-29.json --output results/choice-fresh-2026-11-29.json
 
 Curves: the 15 runs of results/holds-60-steps-2026-11-24.json, on which the law was preferred to other fits; or, with
@@ -9,7 +9,8 @@ which KL reaches 5, 10, 20 and 40; the frontier's runs stop before 40, and the e
 rung, since `poise choose` takes steps within a factor of 1.25. A judge prefers the policy with probability
 .1 + .8 Phi(gain / (sqrt 2 * std)), std
 being that of gold over the initial policy's completions (.433 for the lexicon), and .1 the share of raters who differ
-from the mean. 160 labels spread over a run's rungs. Beside the law of `poise.functional.choice`: a free unimodal fit
+from the mean. 160 labels spread over a run's rungs, each beside the rung below, as `poise choose` asks, or beside the
+start, as it did before 2026-11-29. With labels beside the start there are two other rules: a free unimodal fit
 (isotonic up to a split, then down) and the rung with the most wins. The frontier's gold (G2) is in its own stds, and
 .05 of the lexicon's gold is .05 / .433 of them.
 """
@@ -23,7 +24,7 @@ import numpy as np
 from scipy.stats import norm
 from sklearn.isotonic import isotonic_regression
 
-from poise.functional.choice import Ladder, choose
+from poise.functional.choice import Ladder, beside_below, beside_start, choose
 
 CURVES = Path(__file__).parents[1] / "results" / "holds-60-steps-2026-11-24.json"
 RUNGS, LABELS, STD, NOISE, WITHIN = (5, 10, 20, 40), 160, 0.433, 0.1, 0.05
@@ -69,7 +70,7 @@ def rungs_of(run: Curve, near: float) -> tuple[np.ndarray, np.ndarray]:
 
 def free_fit(ladder: Ladder) -> int:
     """The mode of the most likely unimodal curve through one half at the start."""
-    rate, labels, best = ladder.wins_R / ladder.labels_R, ladder.labels_R, (-np.inf, np.zeros(0))
+    rate, labels, best = ladder.wins_C / ladder.labels_C, ladder.labels_C, (-np.inf, np.zeros(0))
     for split in range(len(rate) + 1):
         up, down = rate[:split], rate[split:]
         up = isotonic_regression(up, sample_weight=labels[:split], y_min=0.5) if split else up
@@ -87,34 +88,35 @@ def main() -> None:
     parser.add_argument("--frontier", help="results/frontier-DATE.json: its curves instead")
     arguments = parser.parse_args()
     std, within, near = (1.0, WITHIN / STD, NEAR) if arguments.frontier else (STD, WITHIN, 1.0)
-    lost: dict[str, list[float]] = {"law": [], "free unimodal fit": [], "most wins": []}
-    decided: list[bool] = []
+    lost: dict[str, list[float]] = {name: [] for name in ("below", "start", "free unimodal fit", "most wins")}
+    decided: dict[str, list[bool]] = {"below": [], "start": []}
     runs = []
     for run in of_frontier(arguments.frontier) if arguments.frontier else stored():
         kl, gold = rungs_of(run, near)
-        rate = NOISE + (1 - 2 * NOISE) * norm.cdf((gold[1:] - gold[0]) / (2**0.5 * std))
-        labels = np.full(len(rate), LABELS // len(rate))
-        own = []
+        labels = np.full(len(kl) - 1, float(LABELS // (len(kl) - 1)))
+
+        def judged(gain: np.ndarray, seed: int, labels: np.ndarray = labels) -> np.ndarray:
+            rate = NOISE + (1 - 2 * NOISE) * norm.cdf(gain / (2**0.5 * std))
+            return np.random.default_rng(seed).binomial(labels.astype(int), rate).astype(float)
+
         for seed in range(1000, 1000 + arguments.seeds):
-            wins = np.random.default_rng(seed).binomial(labels, rate)
-            ladder = Ladder(kl[1:], wins.astype(float), labels.astype(float))
-            decision = choose(ladder)
-            decided.append(decision.decided)
-            most = int(np.argmax([0.5, *(wins / labels)]))
-            for name, chosen in (
-                ("law", decision.chosen),
-                ("free unimodal fit", free_fit(ladder)),
-                ("most wins", most),
-            ):
+            below = choose(beside_below(kl[1:], judged(np.diff(gold), seed), labels))
+            ladder = beside_start(kl[1:], judged(gold[1:] - gold[0], seed), labels)
+            start = choose(ladder)
+            decided["below"].append(below.decided)
+            decided["start"].append(start.decided)
+            most = int(np.argmax([0.5, *(ladder.wins_C / labels)]))
+            for name, chosen in zip(lost, (below.chosen, start.chosen, free_fit(ladder), most), strict=True):
                 lost[name].append(float(gold.max() - gold[chosen]))
-            own.append(lost["law"][-1] <= within)
-        runs.append({"seed": run.seed, "arm": run.arm, "kl": kl.tolist(), "gold": gold.tolist(), "within": sum(own)})
+        own = np.array(lost["below"][-arguments.seeds :])
+        runs.append({"seed": run.seed, "arm": run.arm, "kl": kl.tolist(), "gold": gold.tolist(),
+                     "within": int((own <= within).sum())})  # fmt: skip
     found = {
         "settings": {"labels": LABELS, "rungs": RUNGS, "std": std, "noise": NOISE, "within": within,
         "seeds": arguments.seeds},
         "share within": {name: float(np.mean(np.array(one) <= within)) for name, one in lost.items()},
         "mean gold lost": {name: float(np.mean(one)) for name, one in lost.items()},
-        "share decided": float(np.mean(decided)), "runs": runs,
+        "share decided": {name: float(np.mean(one)) for name, one in decided.items()}, "runs": runs,
         "command": "python experiments/choice.py" + (" --frontier" if arguments.frontier else ""),
     }  # fmt: skip
     Path(arguments.output).write_text(json.dumps(found, indent=1) + "\n")

@@ -33,7 +33,7 @@ from poise.policy import ladder
 from poise.policy import loop as training
 from poise.policy import train as train_policy
 from poise.policy.alarms import Alarms
-from poise.policy.ladder import Ladder, kept_policy
+from poise.policy.ladder import Ladder, kept_policies
 from poise.policy.reward import std_interval
 from poise.policy.train import Config
 from poise.runtime import distributed as processes
@@ -167,13 +167,13 @@ def test_the_ladder_keeps_the_first_policy_at_each_rung(config: Config) -> None:
     assert sorted(place.name for place in (out.folder / "ladder").iterdir()) == sorted(
         f"kl-{rung:g}" for rung in (first, second)
     )
-    for row in rows:
+    places = kept_policies(out.folder)
+    assert list(places) == [float(f"{rung:.3g}") for rung in (first, second)]
+    for row, kept in zip(rows, places.values(), strict=True):
         assert kl[row["step"]] == row["kl"]
         short = dataclasses.replace(settings, num_steps=row["step"], output=f"{config.output}-{row['step']}")
-        kept = kept_policy(out.folder, row["rung"])
-        assert kept is not None
         assert same_weights(train_policy.run(short).folder / "policy", kept)
-    assert kept_policy(out.folder, 1e6) is None
+    assert kept_policies(plain.folder) == {}
 
 
 def test_a_step_past_several_rungs_is_kept_at_the_highest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

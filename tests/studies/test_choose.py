@@ -8,13 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from poise.cli.main import main
 from poise.errors import PoiseError
+from poise.functional.choice import beside_start
+from poise.models.loading import load_policy
+from poise.models.policy import Policy, Tune
 from poise.runtime.records import read_rows
 from poise.runtime.run_folder import write_json, write_jsonl
 from poise.studies import choose
 from poise.studies.choose_config import Config as ChooseConfig
+from poise.studies.pool import sample, sample_pool
 
 PROMPTS = [f"Review the {thing}." for thing in ("film", "phone", "pan")]
 
@@ -33,12 +38,16 @@ def ladder(tmp_path: Path) -> str:
     return str(tmp_path / "ladder.jsonl")
 
 
+def kl_of(text: str) -> float:
+    return float(text.split()[0])
+
+
 def judge(out: Path, wins: dict[float, int]) -> None:
-    """A judge who knows the texts: of each rung this many comparisons go to the policy."""
+    """A judge who knows the texts: of each rung this many comparisons go to the higher KL."""
     left, rows = Counter(wins), []
     for row in read_rows(out / "comparisons.jsonl"):
-        policy = "a" if row["b"].startswith("0 ") else "b"
-        kl = float(row[policy].split()[0])
+        policy = "a" if kl_of(row["a"]) > kl_of(row["b"]) else "b"
+        kl = kl_of(row[policy])
         better = policy if left[kl] > 0 else "ba"["ab".index(policy)]
         left[kl] -= 1
         rows.append({"id": row["id"], "better": better})
@@ -54,9 +63,10 @@ def test_comparisons_are_blind_and_fair(ladder: str, tmp_path: Path) -> None:
     assert {frozenset(row) for row in rows} == {frozenset({"id", "prompt", "a", "b"})}
     key = json.loads((out / "key.json").read_text())
     for row, side in zip(rows, key["sides"], strict=True):
-        start = "ba"["ab".index(side["policy"])]
-        assert row[start].startswith("0 ")  # the start, on the side that the key says
-        assert row[side["policy"]].startswith(f"{key['kl'][side['rung']]:g} ")
+        below = "ba"["ab".index(side["policy"])]
+        assert side["beside"] == side["rung"]  # the point below, counted from the start
+        assert kl_of(row[below]) == [0, *key["kl"]][side["beside"]]
+        assert kl_of(row[side["policy"]]) == key["kl"][side["rung"]]
     assert 9 <= sum(side["policy"] == "a" for side in key["sides"]) <= 27
     assert [side["rung"] for side in key["sides"]] != sorted(side["rung"] for side in key["sides"])
     per_prompt = Counter((side["rung"], row["prompt"]) for row, side in zip(rows, key["sides"], strict=True))
@@ -70,22 +80,23 @@ def test_judgments_decide(ladder: str, tmp_path: Path, capsys: pytest.CaptureFix
     out = tmp_path / "out"
     command = ["choose", ladder, "--output", str(out), "--per-rung", "12", "--delta", "0.2"]
     assert main(command) == 0
-    judge(out, {5.0: 9, 10.0: 12, 20.0: 1})
+    judge(out, {5.0: 2, 10.0: 12, 20.0: 0})
     assert main(command) == 0
     found = json.loads((out / "choice.json").read_text())
-    assert [(rung["kl"], rung["wins"], rung["labels"]) for rung in found["rungs"]] == [
-        (0, 0, 0), (5, 9, 12), (10, 12, 12), (20, 1, 12)
+    assert found["comparisons"] == [
+        {"kl": 5, "beside": 0, "wins": 2, "labels": 12}, {"kl": 10, "beside": 5, "wins": 12, "labels": 12},
+        {"kl": 20, "beside": 10, "wins": 0, "labels": 12},
     ]  # fmt: skip
-    assert found["chosen_kl"] in (5, 10)
+    assert [rung["kl"] for rung in found["rungs"]] == [0, 5, 10, 20]
     assert found["misfit"] < 0.05
     said = capsys.readouterr()
-    assert "do not rise and fall as the law says" in said.out + said.err
+    assert "does not rise and fall as the law says" in said.out + said.err
 
 
 @pytest.mark.parametrize(
     ("kl", "wins", "labels", "said"),
     [
-        ([5, 20], [300, 10], [400, 400], "take KL 5: with 90% probability it is within 0.05 of the best win rate"),
+        ([5, 20], [300, 10], [400, 400], "take KL 5: with 90% probability no other wins more than 0.55 against it"),
         ([5], [0], [400], "keep the start: no rung is better: with 90% probability"),
         ([5, 10], [3, 3], [6, 6], r", undecided: about [1-9]\d+ labels more would decide"),
     ],
@@ -123,7 +134,8 @@ def test_the_policy_that_a_run_kept_at_the_chosen_rung_is_named(
 ) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
     (run / "ladder" / "kl-5").mkdir(parents=True)
-    write_json(out / "key.json", {"source": str(run), "kl": [5.0], "sides": [{"policy": "a", "rung": 0}] * 40})
+    write_jsonl(run / "ladder.jsonl", [{"step": 3, "rung": 5.0, "kl": 5.23}])
+    write_json(out / "key.json", {"source": str(run), "kl": [5.2], "sides": [{"policy": "a", "rung": 0}] * 40})
     write_jsonl(out / "comparisons.jsonl", [{"id": i, "prompt": "p", "a": "1", "b": "2"} for i in range(40)])
     write_jsonl(out / "judgments.jsonl", [{"id": i, "better": "a"} for i in range(40)])
     choose.run(ChooseConfig(str(run), str(out)))
@@ -151,10 +163,28 @@ def test_a_file_without_a_judgment_is_said(ladder: str, tmp_path: Path) -> None:
 
 
 def test_ties_are_half_wins_and_rungs_without_labels_are_left_out() -> None:
+    """Folders of earlier versions, whose rungs all stood beside the start."""
     key = {"kl": [5.0, 10.0], "sides": [{"policy": "a", "rung": 0}, {"policy": "b", "rung": 0}]}
     found = choose.count(key, {0: "tie", 1: "b"})
-    assert [part.tolist() for part in found] == [[5.0], [1.5], [2.0]]
-    assert choose.count(key, {0: "b", 1: "a"}).wins_R.tolist() == [0.0]
+    assert [part.tolist() for part in found] == [[5.0], [1], [0], [1.5], [2.0]]
+    assert choose.count(key, {0: "b", 1: "a"}).wins_C.tolist() == [0.0]
+
+
+def test_a_rung_stays_that_another_stood_beside() -> None:
+    sides = [{"policy": "a", "rung": 2, "beside": 2}, {"policy": "a", "rung": 0, "beside": 0}]
+    key = {"kl": [5.0, 10.0, 20.0], "sides": sides}
+    assert [part.tolist() for part in choose.count(key, {0: "a"})] == [[10.0, 20.0], [2], [1], [1.0], [1.0]]
+    both = choose.count(key, {0: "a", 1: "tie"})
+    assert [part.tolist() for part in both] == [[5.0, 10.0, 20.0], [1, 3], [0, 2], [0.5, 1.0], [1.0, 1.0]]
+
+
+def test_rungs_of_other_prompts_stand_beside_the_start() -> None:
+    rows = [{"prompt": prompt, "completion": f"{kl}", "kl": float(kl)} for kl in (0, 5, 10) for prompt in "pq"]
+    rows = [row for row in rows if row["kl"] != 5 or row["prompt"] == "p"]
+    _, key = choose.draw(rows, 1, 0)
+    assert {(side["rung"], side["beside"]) for side in key["sides"]} == {(0, 0), (1, 1)}
+    _, key = choose.draw([*rows, {"prompt": "p", "completion": "5", "kl": 5.0}], 2, 0)
+    assert {(side["rung"], side["beside"]) for side in key["sides"]} == {(0, 0), (1, 0)}  # 10 shares but one prompt
 
 
 @pytest.mark.parametrize(
@@ -225,8 +255,44 @@ def test_a_run_is_asked_at_its_own_steps(tiny_model: str, tmp_path: Path) -> Non
         choose.run(ChooseConfig(str(run), str(tmp_path / "out")))
 
 
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_policies_that_a_run_kept_are_sampled_for_the_prompts_of_the_start(
+    tune: Tune, tiny_model: str, tmp_path: Path
+) -> None:
+    run, shape = tmp_path / "run", {"adapted_layers": 0, "rank": 2}
+    policy = Policy(*load_policy(tiny_model), **shape, tune=tune)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    (run / "ladder").mkdir(parents=True)
+    policy.save(str(run / "ladder" / "kl-5"))
+    (run / "config.yaml").write_text(
+        f"model: {tiny_model}\nmax_tokens: 6\nadapted_layers: 0\nlora_rank: 2\ntune: {tune}\n"
+    )
+    write_jsonl(run / "ladder.jsonl", [{"step": 1, "rung": 5.0, "kl": 5.234}])
+    rows = [
+        {"step": step, "prompt": prompt, "completion": f"{step}", "kl": kl}
+        for step, kl in enumerate([0.0, 5.2, 10.5]) for prompt in PROMPTS for _ in range(2)
+    ]  # fmt: skip
+    write_jsonl(run / "samples.jsonl", rows)
+    found = choose.from_run(ChooseConfig(str(run), per_rung=6, rungs=(5.0, 10.0, 20.0)))
+    of = {kl: [row for row in found if row["kl"] == kl] for kl in (0.0, 5.23, 10.0)}
+    assert len(found) == sum(map(len, of.values())) == 18
+    assert {row["completion"] for row in of[10.0]} == {"2"}  # no policy was kept there: the run's own
+    prompts = [row["prompt"] for row in of[5.23]]
+    assert prompts == [row["prompt"] for row in of[0.0]]
+    assert Counter(prompts) == dict.fromkeys(PROMPTS, 2)
+    kept = sample(policy, list(dict.fromkeys(prompts)), 2, 6, 1, "kept")
+    assert [row["completion"] for row in of[5.23]] == [row["completion"] for row in kept]
+    start = sample_pool(tiny_model, list(dict.fromkeys(prompts)), 2, 6, 0)
+    assert [row["completion"] for row in of[0.0]] == [row["completion"] for row in start]
+    _, key = choose.draw(found, 6, 0)
+    assert {(side["rung"], side["beside"]) for side in key["sides"]} == {(0, 0), (1, 1)}
+
+
 def test_the_decision_as_json_is_that_of_the_equations() -> None:
-    ladder = choose.Ladder(np.array([5.0, 20.0]), np.array([300.0, 10.0]), np.array([400.0, 400.0]))
+    ladder = beside_start(np.array([5.0, 20.0]), np.array([300.0, 10.0]), np.array([400.0, 400.0]))
     found = choose.as_json(ladder, choose.choose(ladder))
     assert (found["chosen_kl"], found["decided"], found["misfit"]) == (5.0, True, None)
     assert found["rungs"][0]["win_rate"] == pytest.approx(0.5)

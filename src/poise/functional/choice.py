@@ -1,17 +1,20 @@
-"""How far to train, from few labels: side-by-side comparisons with the start at a ladder of KL. NumPy in, NumPy out.
+"""How far to train, from few labels: side-by-side comparisons along a ladder of KL. NumPy in, NumPy out.
 
-    win rate at KL  =  Phi(d (a - b d)),   d = sqrt(KL) / sqrt(largest KL)
+    rate at which rung i's completion is preferred to j's  =  Phi(q_i - q_j)
+    q  =  d (a - b d),   d = sqrt(KL) / sqrt(largest KL);   the start has KL 0 and q 0
 
-Gao et al. (arXiv 2210.10760) fit gold of best-of-n by d (a - b d). Here it is the mean difference in quality, in stds
-of one judgment, so the probit of it is the rate at which the policy's completion is preferred to the start's. For
-b > 0 it rises and then falls, and at KL 0 it is one half. The likelihood is binomial, the prior of a and b normal with
-mean 0 and std PRIOR_STD. Two numbers for all rungs: what one rung's labels say of its neighbors is used.
+Gao et al. (arXiv 2210.10760) fit gold of best-of-n by d (a - b d). Here it is the mean difference in quality to the
+start, in stds of one judgment. For b > 0 it rises and then falls. The likelihood is binomial, the prior of a and b
+normal with mean 0 and std PRIOR_STD. Two numbers for all rungs: what one rung's labels say of its neighbors is used.
+
+A judgment tells most where the two sides are alike: where a rung beats the start nine times in ten, the rungs beside it
+do, too, and 40 labels cannot tell which is best. So a rung is compared with the one below it.
 """
 
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 from numpy import ndarray
 from scipy.optimize import minimize
 from scipy.special import log_ndtr, ndtr
@@ -26,23 +29,43 @@ _MOST = 64  # times as many labels are tried before "more labels will not decide
 
 
 class Ladder(NamedTuple):
-    """What was judged: per rung, its KL in nats, comparisons won by the policy (a tie is half a win), and all."""
+    """What was judged: rungs, and kinds of comparisons between two of them or of one and the start.
+
+    kl_R: KL of each rung in nats. rung_C: number of a kind's rung, from 1. beside_C: number of the lower one that it
+    stood beside, 0 for the start. wins_C: comparisons won by the rung (a tie is half a win). labels_C: all of them.
+    """
 
     kl_R: Float[ndarray, " rungs"]
-    wins_R: Float[ndarray, " rungs"]
-    labels_R: Float[ndarray, " rungs"]
+    rung_C: Integer[ndarray, " comparisons"]
+    beside_C: Integer[ndarray, " comparisons"]
+    wins_C: Float[ndarray, " comparisons"]
+    labels_C: Float[ndarray, " comparisons"]
+
+
+def beside_below(kl_R: ndarray, wins_R: ndarray, labels_R: ndarray) -> Ladder:
+    """A ladder whose rungs were each compared with the one below, the first with the start."""
+    rung_C = np.arange(1, len(kl_R) + 1)
+    return Ladder(kl_R, rung_C, rung_C - 1, wins_R, labels_R)
+
+
+def beside_start(kl_R: ndarray, wins_R: ndarray, labels_R: ndarray) -> Ladder:
+    """A ladder whose rungs were all compared with the start."""
+    rung_C = np.arange(1, len(kl_R) + 1)
+    return Ladder(kl_R, rung_C, np.zeros_like(rung_C), wins_R, labels_R)
 
 
 class Decision(NamedTuple):
     """Which rung to take. Arrays have the start first, as rung 0 with KL 0 and win rate one half.
 
-    chosen: its number. decided: its win rate is within delta of the best one's, with probability LEVEL.
-    win_rate, low, high: posterior mean and one-sided bounds of each rung. Where nearly all comparisons are won or lost
-    the posterior is so skewed that a bound may lie beyond its mean, by 2e-4 at 40 labels a rung: it is then the mean.
-    loss_bound: upper bound of how much a rung's win rate is below that of the best rung.
+    chosen: its number. decided: beside it the best one wins at most 1/2 + delta, with probability LEVEL.
+    win_rate, low, high: posterior mean and one-sided bounds of each rung's win rate against the start. Where nearly all
+    comparisons are won or lost the posterior is so skewed that a bound may lie beyond its mean, by 2e-4 at 40 labels a
+    rung: it is then the mean.
+    loss_bound: upper bound of how far above one half the best rung wins against this one.
     more_labels: labels more, spread as these are, that would decide if the rates are what they seem; None if decided
     already, or if _MOST times as many would not do.
-    misfit: p-value of the law against free win rates; None for fewer than three rungs. Small: do not trust the law.
+    misfit: p-value of the law against a free rate for each kind of comparison; None for fewer than three. Small: do not
+    trust the law.
     """
 
     chosen: int
@@ -56,17 +79,18 @@ class Decision(NamedTuple):
 
 
 def choose(ladder: Ladder, delta: float = 0.05) -> Decision:
-    """The rung of the largest KL whose win rate is at most `delta` below the best one's, at level LEVEL.
+    """The rung of the largest KL against which the best one wins at most 1/2 + `delta`, at level LEVEL.
 
     Where no rung is that certain: the one with the smallest expected loss, not `decided`. The start is a rung, too.
     Raises PoiseError for a ladder that cannot be one.
 
-    >>> ladder = Ladder(np.array([5.0, 10, 20, 40]), np.array([700.0, 740, 720, 500]), np.full(4, 1000.0))
+    >>> ladder = beside_below(np.array([5.0, 10, 20, 40]), np.array([700.0, 530, 490, 300]), np.full(4, 1000.0))
     >>> choose(ladder).chosen, choose(ladder).decided  # the start, 5, 10, 20 or 40 nats
     (3, True)
     """
     _check(ladder, delta)
-    loss_GP, rate_GP, weight_G = _posterior(ladder)
+    quality_GP, weight_G = _posterior(ladder)
+    loss_GP, rate_GP = _loss(quality_GP), ndtr(quality_GP)
     expected, bounds, win_rate = weight_G @ loss_GP, _quantile(loss_GP, weight_G, LEVEL), weight_G @ rate_GP
     within = np.flatnonzero(bounds <= delta)
     decided = len(within) > 0
@@ -84,19 +108,19 @@ def choose(ladder: Ladder, delta: float = 0.05) -> Decision:
 
 def log_posterior(ladder: Ladder, ab: Float[ndarray, "*batch 2"]) -> Float[ndarray, "*batch"]:
     """Of the law's two numbers, up to a constant: binomial likelihood times the prior."""
-    eta = _probit(ladder, ab)
-    likelihood = ladder.wins_R * log_ndtr(eta) + (ladder.labels_R - ladder.wins_R) * log_ndtr(-eta)
+    eta = ab @ _slopes(ladder).T
+    likelihood = ladder.wins_C * log_ndtr(eta) + (ladder.labels_C - ladder.wins_C) * log_ndtr(-eta)
     return np.asarray(likelihood.sum(-1) - (ab**2).sum(-1) / (2 * PRIOR_STD**2))
 
 
 def misfit(ladder: Ladder) -> float | None:
-    """p-value of the likelihood ratio between the law, at its best, and a win rate of its own for each rung."""
-    if len(ladder.kl_R) < 3:
+    """p-value of the likelihood ratio between the law, at its best, and a free rate for each kind of comparison."""
+    if len(ladder.labels_C) < 3:
         return None
     best = minimize(lambda ab: -_likelihood(ladder, ab), _mode(ladder), method="Nelder-Mead").fun
-    rate = ladder.wins_R / ladder.labels_R
-    lost = ladder.labels_R - ladder.wins_R
-    free = np.where(ladder.wins_R > 0, ladder.wins_R * np.log(np.maximum(rate, 1e-300)), 0.0)
+    rate = ladder.wins_C / ladder.labels_C
+    lost = ladder.labels_C - ladder.wins_C
+    free = np.where(ladder.wins_C > 0, ladder.wins_C * np.log(np.maximum(rate, 1e-300)), 0.0)
     free = free + np.where(lost > 0, lost * np.log(np.maximum(1 - rate, 1e-300)), 0.0)
     return float(chi2.sf(max(2 * (free.sum() + best), 0.0), len(rate) - 2))
 
@@ -106,18 +130,29 @@ def _likelihood(ladder: Ladder, ab: ndarray) -> float:
 
 
 def _check(ladder: Ladder, delta: float) -> None:
-    kl, wins, labels = ladder
-    if not (len(kl) == len(wins) == len(labels) >= 1 and (kl > 0).all() and (np.diff(kl) > 0).all()):
+    kl, rung, beside, wins, labels = ladder
+    if not (len(kl) >= 1 and (kl > 0).all() and (np.diff(kl) > 0).all()):
         raise PoiseError("a ladder needs at least one rung, each of a larger KL than the one before, above 0")
+    if not (len(rung) == len(beside) == len(wins) == len(labels) >= 1):
+        raise PoiseError("a ladder needs comparisons, each kind with its rung, what it stood beside, wins and labels")
+    if not ((beside >= 0).all() and (beside < rung).all() and (rung <= len(kl)).all()):
+        raise PoiseError("every comparison must be of a rung of the ladder and of a lower one, or the start")
     if not ((labels > 0).all() and (wins >= 0).all() and (wins <= labels).all()):
-        raise PoiseError("every rung of the ladder needs labels, and from 0 to that many wins")
+        raise PoiseError("every comparison of the ladder needs labels, and from 0 to that many wins")
     if not 0 < delta < 0.5:
-        raise PoiseError(f"delta is a difference of win rates between 0 and 0.5, got {delta:g}")
+        raise PoiseError(f"delta is a win rate above one half, between 0 and 0.5, got {delta:g}")
 
 
-def _probit(ladder: Ladder, ab: ndarray) -> ndarray:
-    d = np.sqrt(ladder.kl_R / ladder.kl_R[-1])
-    return ab[..., :1] * d - ab[..., 1:] * d**2
+def _terms(ladder: Ladder) -> ndarray:
+    """(points, 2), the start first: q of a point is its row times (a, b)."""
+    d = np.sqrt(np.concatenate([[0.0], ladder.kl_R]) / ladder.kl_R[-1])
+    return np.stack([d, -(d**2)], -1)
+
+
+def _slopes(ladder: Ladder) -> ndarray:
+    """(comparisons, 2): the probit of a comparison's rate is its row times (a, b)."""
+    terms = _terms(ladder)
+    return np.asarray(terms[ladder.rung_C] - terms[ladder.beside_C])
 
 
 def _mode(ladder: Ladder) -> ndarray:
@@ -125,21 +160,23 @@ def _mode(ladder: Ladder) -> ndarray:
     return np.asarray(minimize(lambda ab: -float(log_posterior(ladder, ab)), np.zeros(2), method="BFGS").x)
 
 
-def _posterior(ladder: Ladder) -> tuple[ndarray, ndarray, ndarray]:
-    """(losses, win rates, weights) at the points of a grid: exact up to its width, which follows the curvature."""
-    mode, d = _mode(ladder), np.sqrt(ladder.kl_R / ladder.kl_R[-1])
-    slope = np.stack([d, -(d**2)], -1)
-    density = norm.pdf(_probit(ladder, mode)) ** 2 / np.clip(
-        ndtr(_probit(ladder, mode)) * ndtr(-_probit(ladder, mode)), 1e-12, None
-    )
-    information = (slope.T * (density * ladder.labels_R)) @ slope + np.eye(2) / PRIOR_STD**2
+def _posterior(ladder: Ladder) -> tuple[ndarray, ndarray]:
+    """(qualities of all points, weights) on a grid: exact up to its width, which follows the curvature."""
+    mode, slopes = _mode(ladder), _slopes(ladder)
+    eta = slopes @ mode
+    density = norm.pdf(eta) ** 2 / np.clip(ndtr(eta) * ndtr(-eta), 1e-12, None)
+    information = (slopes.T * (density * ladder.labels_C)) @ slopes + np.eye(2) / PRIOR_STD**2
     axis = np.linspace(-5, 5, _GRID)
     steps = np.stack(np.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)
     ab = mode + steps @ np.linalg.cholesky(np.linalg.inv(information)).T
     logs = log_posterior(ladder, ab)
     weight = np.exp(logs - logs.max())
-    rate = np.concatenate([np.full((len(ab), 1), 0.5), ndtr(_probit(ladder, ab))], -1)
-    return rate.max(-1, keepdims=True) - rate, rate, weight / weight.sum()
+    return ab @ _terms(ladder).T, weight / weight.sum()
+
+
+def _loss(quality_GP: ndarray) -> ndarray:
+    """How far above one half the best point wins against each."""
+    return np.asarray(ndtr(quality_GP.max(-1, keepdims=True) - quality_GP) - 0.5)
 
 
 def _quantile(values_GP: ndarray, weight_G: ndarray, level: float) -> ndarray:
@@ -150,13 +187,13 @@ def _quantile(values_GP: ndarray, weight_G: ndarray, level: float) -> ndarray:
 
 
 def _labels_that_decide(ladder: Ladder, delta: float) -> int | None:
-    """Labels more after which some rung would be decided, were the win rates those of the posterior mean."""
-    _, rate_GP, weight_G = _posterior(ladder)
-    rate, times = (weight_G @ rate_GP)[1:], 1.5
+    """Labels more after which some rung would be decided, were the rates those of the posterior mean."""
+    quality_GP, weight_G = _posterior(ladder)
+    rate, times = weight_G @ ndtr(quality_GP[:, ladder.rung_C] - quality_GP[:, ladder.beside_C]), 1.5
     while times <= _MOST:
-        labels = times * ladder.labels_R
-        loss_GP, _, weight = _posterior(Ladder(ladder.kl_R, rate * labels, labels))
-        if (_quantile(loss_GP, weight, LEVEL) <= delta).any():
-            return int(np.ceil((times - 1) * ladder.labels_R.sum()))
+        labels = times * ladder.labels_C
+        quality, weight = _posterior(ladder._replace(wins_C=rate * labels, labels_C=labels))
+        if (_quantile(_loss(quality), weight, LEVEL) <= delta).any():
+            return int(np.ceil((times - 1) * ladder.labels_C.sum()))
         times *= 1.5
     return None

@@ -46,10 +46,12 @@ class Ladder:
                 shutil.rmtree(place)
 
 
-def kept_policy(run: Path, rung: float) -> Path | None:
-    """The policy that a run kept at a rung, if it did."""
-    place = _place(run, rung)
-    return place if place.is_dir() else None
+def kept_policies(run: Path) -> dict[float, Path]:
+    """The policies that a run kept, by their measured KL in nats, of three digits."""
+    path = run / FILE
+    rows = read_rows(path, RungRow) if path.exists() else ()
+    places = {float(f"{row['kl']:.3g}"): _place(run, row["rung"]) for row in rows}
+    return {kl: place for kl, place in places.items() if place.is_dir()}
 
 
 def _place(run: Path, rung: float) -> Path:

@@ -1,8 +1,8 @@
-"""`poise choose`: how far to train, from a few dozen blind comparisons with the start.
+"""`poise choose`: how far to train, from a few dozen blind comparisons along a ladder of KL.
 
 OUTPUT/ladder.jsonl        prompt, completion, kl: what there is to compare, kl 0 for the start's completions
 OUTPUT/comparisons.jsonl   id, prompt, a, b: to be judged
-OUTPUT/key.json            which side of each is the policy, and of which rung
+OUTPUT/key.json            which side of each is the policy of the higher KL, of which rung, and beside which lower one
 OUTPUT/judgments.jsonl     id, better (a, b or tie): from whoever judges
 OUTPUT/choice.json         the rung to take, every rung's win rate with bounds, and how many labels more would decide
 """
@@ -21,14 +21,16 @@ from poise.data.rows import read_rows
 from poise.data.types import Prompt
 from poise.errors import PoiseError
 from poise.functional.choice import LEVEL, Decision, Ladder, choose
-from poise.policy.ladder import kept_policy
+from poise.models.loading import load_policy
+from poise.models.policy import Policy
+from poise.policy.ladder import kept_policies
 from poise.runtime import records
 from poise.runtime.folders import MARK, is_leftover, own
 from poise.runtime.progress import console
 from poise.runtime.run_folder import Json, load_config_file, write_json, write_jsonl
 from poise.studies.choose_config import Config
 from poise.studies.judgments import judgments_of
-from poise.studies.pool import prompt_key, sample_pool
+from poise.studies.pool import prompt_key, sample
 
 WITHIN = 1.25  # a step is of a rung if its KL is no further from it than this factor
 _MISFIT = 0.05
@@ -50,8 +52,8 @@ def run(config: Config) -> Json | None:
     found = as_json(ladder, choose(ladder, config.delta))
     write_json(out / "choice.json", found)
     _say(found, config.delta)
-    if kept := kept_policy(Path(config.source), found["chosen_kl"]):
-        console.print(f"policy: {kept}", markup=False, soft_wrap=True)
+    if kept := _near(kept_policies(Path(config.source)), found["chosen_kl"]):
+        console.print(f"policy: {kept[1]}", markup=False, soft_wrap=True)
     return found
 
 
@@ -83,109 +85,164 @@ def read_ladder(path: str) -> list[Json]:
 
 
 def from_run(config: Config) -> list[Json]:
-    """The completions of the steps nearest to each rung, and completions of the start for the same prompts."""
+    """Completions of the start and of every rung that the run reached.
+
+    A policy that the run kept near a rung is sampled anew, for the same prompts as the start, and has the KL that was
+    measured of it. Of other rungs the run's own completions are taken, of the steps nearest to them.
+    """
     run = Path(config.source)
     if not (run / "samples.jsonl").exists() or not (run / "config.yaml").exists():
         raise PoiseError(f"{run} is no `poise train-policy` run by PPO: it has no samples.jsonl")
     by_step: dict[int, list[Json]] = {}
     for row in records.read_rows(run / "samples.jsonl"):
         by_step.setdefault(row["step"], []).append(row)
-    kl = {step: sum(row["kl"] for row in rows) / len(rows) for step, rows in by_step.items()}
+    of_step = {step: sum(row["kl"] for row in rows) / len(rows) for step, rows in by_step.items()}
+    kept: dict[float, Path] = {}
     rows: list[Json] = []
     for rung in sorted(set(config.rungs)):
-        near = sorted((abs(of - rung), step) for step, of in kl.items() if rung / WITHIN <= of <= rung * WITHIN)
-        found = [row for _, step in near for row in by_step[step]]
+        if near := _near(kept_policies(run), rung):
+            kept[near[0]] = near[1]
+            continue
+        steps = sorted((abs(kl - rung), step) for step, kl in of_step.items() if rung / WITHIN <= kl <= rung * WITHIN)
+        found = [row for _, step in steps for row in by_step[step]]
         rows += [{"prompt": row["prompt"], "completion": row["completion"], "kl": rung} for row in found]
-    if not rows:
+    if not kept and not rows:
         raise PoiseError(f"{run} has no step whose KL is near {', '.join(f'{rung:g}' for rung in config.rungs)} nats")
-    settings = load_config_file(str(run / "config.yaml"))
     prompts: dict[str, Prompt] = {prompt_key(row["prompt"]): row["prompt"] for row in rows}
-    per_prompt = math.ceil(config.per_rung / len(prompts))
-    start = sample_pool(settings["model"], list(prompts.values()), per_prompt, settings["max_tokens"], config.seed)
-    return [{**row, "kl": 0.0} for row in start] + rows
+    if kept:
+        everything = {prompt_key(row["prompt"]): row["prompt"] for own in by_step.values() for row in own}
+        for key in random.Random(config.seed).sample(sorted(everything), min(config.per_rung, len(everything))):
+            prompts[key] = everything[key]
+    return _sampled(run, kept, list(prompts.values()), config) + rows
+
+
+def _near(policies: dict[float, Path], rung: float) -> tuple[float, Path] | None:
+    """The KL and the folder of the policy nearest to a rung, if one is within the factor WITHIN of it."""
+    near = [(abs(kl - rung), kl) for kl in policies if rung / WITHIN <= kl <= rung * WITHIN]
+    return (kl := min(near)[1], policies[kl]) if near else None
+
+
+def _sampled(run: Path, kept: dict[float, Path], prompts: list[Prompt], config: Config) -> list[Json]:
+    """Completions of the start, KL 0, and of the policies that the run kept, for all prompts."""
+    settings = load_config_file(str(run / "config.yaml"))
+    whole = settings.get("tune") == "full"
+    shape = {"adapted_layers": settings.get("adapted_layers", 0), "rank": settings.get("lora_rank", 1)}
+    policy = Policy(*load_policy(settings["model"]), **({"adapted_layers": 1, "rank": 1} if whole else shape))
+    per_prompt, rows = math.ceil(config.per_rung / len(prompts)), list[Json]()
+    for number, (kl, folder) in enumerate([(0.0, None), *sorted(kept.items())]):
+        if folder and whole:
+            policy = Policy(*load_policy(str(folder)), adapted_layers=1, rank=1)
+        elif folder:
+            policy.load_adapters(str(folder))
+        sampled = sample(policy, prompts, per_prompt, settings["max_tokens"], config.seed + number, f"KL {kl:g}")
+        rows += [{**row, "kl": kl} for row in sampled]
+    return rows
 
 
 def draw(rows: Sequence[Json], per_rung: int, seed: int) -> tuple[list[Json], Json]:
     """(comparisons, key): of each rung as many completions as asked for, over as many prompts as there are.
 
-    Each stands beside a completion of the start for the same prompt. Sides and order are random.
+    Each stands beside a completion of the rung below for the same prompt, where that has enough of the same prompts,
+    and else beside one of the start. Sides and order are random.
     """
     rng = random.Random(seed)
-    start: dict[str, list[str]] = {}
+    kls = sorted({row["kl"] for row in rows} | {0.0})
+    points: list[dict[str, list[str]]] = [{} for _ in kls]
+    prompts: dict[str, Prompt] = {}
     for row in rows:
-        if row["kl"] == 0:
-            start.setdefault(prompt_key(row["prompt"]), []).append(row["completion"])
-    rungs = sorted({row["kl"] for row in rows} - {0.0})
-    if not rungs or not start:
+        key = prompt_key(row["prompt"])
+        points[kls.index(row["kl"])].setdefault(key, []).append(row["completion"])
+        prompts[key] = row["prompt"]
+    if len(kls) == 1 or not points[0]:
         raise PoiseError("there must be completions of the start, with kl 0, and of at least one rung, with its kl")
     drawn: list[tuple[Json, Json]] = []
-    for number, rung in enumerate(rungs):
-        own = [row for row in rows if row["kl"] == rung and prompt_key(row["prompt"]) in start]
-        if len(own) < per_rung:
+    for number in range(1, len(kls)):
+        beside = number - 1 if _shared(points[number], points[number - 1]) >= per_rung else 0
+        if (enough := _shared(points[number], points[beside])) < per_rung:
             raise PoiseError(
-                f"the rung of KL {rung:g} has {len(own)} completions of prompts that the start answered, too; "
+                f"the rung of KL {kls[number]:g} has {enough} completions of prompts that the start answered, too; "
                 f"--per-rung is {per_rung}"
             )
+        own = [(key, text) for key, texts in points[number].items() if key in points[beside] for text in texts]
         rng.shuffle(own)
         seen: Counter[str] = Counter()
         turn = []  # every prompt's first completion comes before any prompt's second
-        for row in own:
-            turn.append((seen[prompt_key(row["prompt"])], row))
-            seen[prompt_key(row["prompt"])] += 1
-        for _, row in sorted(turn, key=lambda pair: pair[0])[:per_rung]:
-            texts, side = (row["completion"], rng.choice(start[prompt_key(row["prompt"])])), rng.randrange(2)
-            shown = {"prompt": row["prompt"], "a": texts[side], "b": texts[1 - side]}
-            drawn.append((shown, {"policy": "ab"[side], "rung": number}))
+        for key, text in own:
+            turn.append((seen[key], key, text))
+            seen[key] += 1
+        for _, key, text in sorted(turn, key=lambda one: one[0])[:per_rung]:
+            texts, side = (text, rng.choice(points[beside][key])), rng.randrange(2)
+            shown = {"prompt": prompts[key], "a": texts[side], "b": texts[1 - side]}
+            drawn.append((shown, {"policy": "ab"[side], "rung": number - 1, "beside": beside}))
     rng.shuffle(drawn)
     return (
         [{"id": number, **shown} for number, (shown, _) in enumerate(drawn)],
-        {"kl": rungs, "sides": [side for _, side in drawn]},
+        {"kl": kls[1:], "sides": [side for _, side in drawn]},
     )
+
+
+def _shared(rung: dict[str, list[str]], other: dict[str, list[str]]) -> int:
+    """Completions of a rung whose prompts the other point answered, too."""
+    return sum(len(texts) for key, texts in rung.items() if key in other)
 
 
 # ---- what was judged ----
 
 
 def count(key: Json, judgments: dict[int, str]) -> Ladder:
-    """Wins of the policy and labels, by rung; a tie is half a win. Rungs without a label yet are left out."""
-    wins, labels = np.zeros(len(key["kl"])), np.zeros(len(key["kl"]))
+    """Wins of the policy and labels, by kind of comparison; a tie is half a win. Rungs in no judgment are left out."""
+    wins, labels = Counter[tuple[int, int]](), Counter[tuple[int, int]]()
     for number, better in judgments.items():
         side = key["sides"][number]
-        labels[side["rung"]] += 1
-        wins[side["rung"]] += 0.5 if better == "tie" else float(better == side["policy"])
-    judged = labels > 0
-    return Ladder(np.array(key["kl"])[judged], wins[judged], labels[judged])
+        kind = (side["rung"] + 1, side.get("beside", 0))  # folders of before 2026-11-29: all beside the start
+        labels[kind] += 1
+        wins[kind] += 0.5 if better == "tie" else float(better == side["policy"])
+    kinds = sorted(labels)
+    judged = sorted({0, *(point for kind in kinds for point in kind)})
+    return Ladder(
+        kl_R=np.array([key["kl"][point - 1] for point in judged[1:]]),
+        rung_C=np.array([judged.index(rung) for rung, _ in kinds]),
+        beside_C=np.array([judged.index(beside) for _, beside in kinds]),
+        wins_C=np.array([float(wins[kind]) for kind in kinds]),
+        labels_C=np.array([float(labels[kind]) for kind in kinds]),
+    )
 
 
 def as_json(ladder: Ladder, decision: Decision) -> Json:
-    """The decision, a row per rung, the start first."""
-    kl, wins, labels = ([0.0, *part.tolist()] for part in ladder)
+    """The decision, a row per rung, the start first, and a row per kind of comparison."""
+    kl = [0.0, *ladder.kl_R.tolist()]
     return {
         "chosen_kl": kl[decision.chosen], "decided": decision.decided, "more_labels": decision.more_labels,
         "misfit": decision.misfit, "level": LEVEL,
         "rungs": [
             {
-                "kl": kl[i], "labels": labels[i], "wins": wins[i], "win_rate": float(decision.win_rate[i]),
-                "low": float(decision.low[i]), "high": float(decision.high[i]),
-                "loss_bound": float(decision.loss_bound[i]),
+                "kl": kl[i], "win_rate": float(decision.win_rate[i]), "low": float(decision.low[i]),
+                "high": float(decision.high[i]), "loss_bound": float(decision.loss_bound[i]),
             }
             for i in range(len(kl))
+        ],
+        "comparisons": [
+            {"kl": kl[rung], "beside": kl[beside], "wins": wins, "labels": labels}
+            for rung, beside, wins, labels in zip(*(part.tolist() for part in ladder[1:]), strict=True)
         ],
     }  # fmt: skip
 
 
 def _say(found: Json, delta: float) -> None:
+    for one in found["comparisons"]:
+        other = f"KL {one['beside']:g}" if one["beside"] else "the start"
+        console.print(f"KL {one['kl']:>5g} beside {other:9}   {one['wins']:g} of {one['labels']:g} won")
     for rung in found["rungs"][1:]:
         console.print(
-            f"KL {rung['kl']:>5g}   {rung['wins']:g} of {rung['labels']:g} won   win rate {rung['win_rate']:.2f} "
+            f"KL {rung['kl']:>5g}   win rate against the start {rung['win_rate']:.2f} "
             f"({rung['low']:.2f} to {rung['high']:.2f})"
         )
     chosen = f"take KL {found['chosen_kl']:g}" if found["chosen_kl"] else "keep the start: no rung is better"
     if found["decided"]:
-        console.print(f"{chosen}: with {LEVEL:.0%} probability it is within {delta:g} of the best win rate")
+        console.print(f"{chosen}: with {LEVEL:.0%} probability no other wins more than {0.5 + delta:g} against it")
     elif found["more_labels"] is None:
         console.print(f"{chosen}, undecided: the rates are too close for labels to tell them apart")
     else:
         console.print(f"{chosen}, undecided: about {found['more_labels']} labels more would decide")
     if found["misfit"] is not None and found["misfit"] < _MISFIT:
-        console.print("the win rates do not rise and fall as the law says; read the rungs' own rates before you choose")
+        console.print("quality does not rise and fall as the law says; read the rungs' own rates before you choose")

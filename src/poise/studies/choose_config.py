@@ -11,10 +11,12 @@ from poise.studies.judge_settings import JudgeSettings
 
 @dataclass(frozen=True)
 class Config(JudgeSettings):
-    """How far to train, from few labels: blind side-by-side comparisons with the start, at a ladder of KL.
+    """How far to train, from few labels: blind side-by-side comparisons along a ladder of KL.
+
+    Each rung's completions stand beside those of the rung below for the same prompts, the first beside the start's.
 
     The first call writes OUTPUT/comparisons.jsonl (`id`, `prompt`, `a`, `b`). Judge them into OUTPUT/judgments.jsonl, a
-    row each of `id` and `better` (a, b or tie); which side is the policy is in OUTPUT/key.json, for no judge to see.
+    row each of `id` and `better` (a, b or tie); which side is which is in OUTPUT/key.json, for no judge to see.
     The same command then says which rung to take, and how many labels more would decide.
     """
 
@@ -24,12 +26,11 @@ class Config(JudgeSettings):
     output: str = "runs/choose"
     """Folder to write."""
     rungs: tuple[Positive, ...] = (5.0, 10.0, 20.0, 40.0)
-    """KL to the start of each rung, in nats, that a run is asked at; those it did not reach are left out. A file has
-    its own."""
+    """KL to the start of each rung, in nats, that a run is asked at; those it did not reach are left out. Policies that
+    the run kept near a rung (--keep-at-kl) are sampled anew. A file has its own."""
     per_rung: Count = 40
     """Comparisons of each rung."""
     delta: Annotated[float, between(0, 0.5, open_low=True, open_high=True)] = 0.05
-    """How much win rate against the start may be lost to go further: the largest KL within that of the best is
-    taken."""
+    """How far above one half the best rung may win against the one that is taken: of those it is the largest KL."""
     seed: Seed = 0
     """Of the comparisons that are drawn, their order and their sides."""

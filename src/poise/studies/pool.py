@@ -117,12 +117,19 @@ def pool_prompts(path: str, on_bad_row: OnBadRow = "error", check: Check | None 
 
 
 def sample_pool(model: str, prompts: Sequence[Prompt], per_prompt: int, max_tokens: int, seed: int) -> list[Json]:
-    """Rows of prompt and completion, `per_prompt` of each prompt, at temperature 1 from the whole distribution."""
+    """`sample` from a language model, folder or hub id."""
     policy = Policy(*load_policy(model), adapted_layers=1, rank=1)
+    return sample(policy, prompts, per_prompt, max_tokens, seed, "pool")
+
+
+def sample(
+    policy: Policy, prompts: Sequence[Prompt], per_prompt: int, max_tokens: int, seed: int, label: str
+) -> list[Json]:
+    """Rows of prompt and completion, `per_prompt` of each prompt, at temperature 1 from the whole distribution."""
     generator = torch.Generator().manual_seed(seed)
     rows: list[Json] = []
     size = max(1, ROWS_PER_BATCH // per_prompt)
-    with progress("pool: sampling", len(prompts) * per_prompt) as advance:
+    with progress(f"{label}: sampling", len(prompts) * per_prompt) as advance:
         for start in range(0, len(prompts), size):
             batch = list(prompts[start : start + size])
             numbers = uniforms(len(batch), per_prompt, max_tokens, generator)
