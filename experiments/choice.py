@@ -1,10 +1,10 @@
 """How often `poise choose` finds a rung within .05 gold of the best one, on the stored gold-KL curves.
 
 python experiments/choice.py --output results/choice-2026-11-28.json
-python experiments/choice.py --frontier results/frontier-2026-11-29.json --output results/choice-fresh-2026-11-29.json
 
-Curves: the 15 runs of results/holds-60-steps-2026-11-24.json, on which the law was preferred to other fits; or, with
---frontier, those of the frontier, which had no part in that. Gold is a mean over five steps. Rungs: the first step at
+Curves: the 15 runs of results/holds-60-steps-2026-11-24.json, on which the law was preferred to other fits. The report
+of experiments/frontier.py asks the same of its own curves, which had no part in that (`of_frontier`). Gold is a mean
+over five steps. Rungs: the first step at
 which KL reaches 5, 10, 20 and 40; the frontier's runs stop before 40, and the end of one that passes 32 is its last
 rung, since `poise choose` takes steps within a factor of 1.25. A judge prefers the policy with probability
 .1 + .8 Phi(gain / (sqrt 2 * std)), std
@@ -47,13 +47,14 @@ def stored() -> list[Curve]:
     ]
 
 
-def of_frontier(path: str) -> list[Curve]:
-    """Gold G2, in stds of the initial policy's completions."""
-    return [
-        Curve(int(seed), arm, np.array(run["kl"]), np.array(run["g2"]) / run["std_at_start"]["g2"])
-        for seed, runs in json.loads(Path(path).read_text())["curves"].items()
-        for arm, run in runs.items()
+def of_frontier(curves: dict[int, dict[str, dict]]) -> dict:
+    """The same on the frontier's curves, by seed and arm. Gold is G2, in stds of the initial policy's completions."""
+    runs = [
+        Curve(seed, arm, np.array(run["kl"]), np.array(run["g2"]) / run["std_at_start"]["g2"])
+        for seed, arms in curves.items()
+        for arm, run in arms.items()
     ]
+    return simulated(runs, 1.0, WITHIN / STD, NEAR, 10)
 
 
 def rungs_of(run: Curve, near: float) -> tuple[np.ndarray, np.ndarray]:
@@ -80,22 +81,20 @@ def free_fit(ladder: Ladder) -> int:
     return int(best[1].argmax())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--output", default="results/choice.json")
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--frontier", help="results/frontier-DATE.json: its curves instead")
-    arguments = parser.parse_args()
-    std, within, near = (1.0, WITHIN / STD, NEAR) if arguments.frontier else (STD, WITHIN, 1.0)
+def simulated(curves: list[Curve], std: float, within: float, near: float, seeds: int) -> dict:
+    """Shares of simulated choices that lose at most `within` gold, and what they lose on average, by rule.
+
+    std: of gold over the initial policy's completions. near: as of `rungs_of`. seeds: of labels, for every curve.
+    """
     lost: dict[str, list[float]] = {"law": [], "free unimodal fit": [], "most wins": []}
     decided: list[bool] = []
     runs = []
-    for run in of_frontier(arguments.frontier) if arguments.frontier else stored():
+    for run in curves:
         kl, gold = rungs_of(run, near)
         rate = NOISE + (1 - 2 * NOISE) * norm.cdf((gold[1:] - gold[0]) / (2**0.5 * std))
         labels = np.full(len(rate), LABELS // len(rate))
         own = []
-        for seed in range(1000, 1000 + arguments.seeds):
+        for seed in range(1000, 1000 + seeds):
             wins = np.random.default_rng(seed).binomial(labels, rate)
             ladder = Ladder(kl[1:], wins.astype(float), labels.astype(float))
             decision = choose(ladder)
@@ -109,14 +108,20 @@ def main() -> None:
                 lost[name].append(float(gold.max() - gold[chosen]))
             own.append(lost["law"][-1] <= within)
         runs.append({"seed": run.seed, "arm": run.arm, "kl": kl.tolist(), "gold": gold.tolist(), "within": sum(own)})
-    found = {
-        "settings": {"labels": LABELS, "rungs": RUNGS, "std": std, "noise": NOISE, "within": within,
-        "seeds": arguments.seeds},
+    return {
+        "settings": {"labels": LABELS, "rungs": RUNGS, "std": std, "noise": NOISE, "within": within, "seeds": seeds},
         "share within": {name: float(np.mean(np.array(one) <= within)) for name, one in lost.items()},
         "mean gold lost": {name: float(np.mean(one)) for name, one in lost.items()},
         "share decided": float(np.mean(decided)), "runs": runs,
-        "command": "python experiments/choice.py" + (" --frontier" if arguments.frontier else ""),
     }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--output", default="results/choice.json")
+    parser.add_argument("--seeds", type=int, default=10)
+    arguments = parser.parse_args()
+    found = simulated(stored(), STD, WITHIN, 1.0, arguments.seeds) | {"command": "python experiments/choice.py"}
     Path(arguments.output).write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps({key: found[key] for key in ("share within", "mean gold lost", "share decided")}, indent=1))
 
