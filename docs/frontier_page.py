@@ -27,6 +27,7 @@ DESIGNED = 12  # seeds
 FEWEST = 3  # seeds from which on an arm is drawn
 FIRST, SETTLED = "single", "bound_settled"
 BAND = (5, 30)  # KL of the endpoint
+LEAST = 10.0  # the KL below which a run stands apart
 WIDTH = 2.5  # a curve at a KL is the mean over this much KL on either side
 ARMS: dict[str, tuple[str, Style]] = {
     "single": ("one head", STYLES[1]),
@@ -67,7 +68,7 @@ def by_kl(run: Json, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw(axes: Axes, runs: list[Json], name: str, style: Style, label: str, thin: float = 0.3) -> None:
-    """Each seed thin, and their mean as far as three quarters of them reach."""
+    """Each seed thin, and the mean of those that pass LEAST, as far as all of them go: its seeds never change."""
     curves = [by_kl(run, name) for run in runs]
     longest = max((grid for grid, _ in curves), key=len)
     values = np.full((len(runs), len(longest)), np.nan)
@@ -75,15 +76,9 @@ def draw(axes: Axes, runs: list[Json], name: str, style: Style, label: str, thin
         values[row, : len(curve)] = curve
     if thin:
         axes.plot(longest, values.T, color=style.color, alpha=thin, linewidth=0.7)
-    reached = np.isfinite(values).sum(0) >= 0.75 * len(runs)
-    axes.plot(
-        longest[reached],
-        np.nanmean(values[:, reached], axis=0),
-        style.dash,
-        color=style.color,
-        linewidth=2,
-        label=label,
-    )
+    long = values[[max(run["kl"]) > LEAST for run in runs]]
+    reached = np.isfinite(long).all(0) & (len(long) > 0)
+    axes.plot(longest[reached], long[:, reached].mean(0), style.dash, color=style.color, linewidth=2, label=label)
 
 
 def runs_of(found: Json, arm: str) -> list[Json]:
@@ -223,7 +218,8 @@ def caption(found: Json) -> str:
     )
     return (
         "*PPO of SmolLM2-135M against reward models of 8 layers. Gold (G2) is a reward model of all 30 that labeled "
-        f"the pairs, a quarter of them flipped. Thin lines are seeds. Top: with one head {way(found, FIRST)}. {settled}"
+        f"the pairs, a quarter of them flipped. Thin lines are seeds, thick ones their mean as far as all of them go. "
+        f"Top: with one head {way(found, FIRST)}. {settled}"
         f"Bottom: gold of every arm that has {FEWEST} seeds, and its difference from one head at equal KL. {CAUTION}*"
     )
 
@@ -311,20 +307,47 @@ def header(found: Json, first: str) -> str:
     return row([first, *(ARMS[arm][0] for arm in ARMS if arm in found["arms"])])
 
 
-def choice(_: Json) -> str:
+def choice(found: Json) -> str:
     """What `poise choose` would have taken on the frontier's curves."""
-    path = max((ROOT / "results").glob("choice-fresh-*.json"))
-    of = json.loads(path.read_text(encoding="utf-8"))
+    of = found["poise choose"]
     below, start, fit, wins = (f"{100 * of['share within'][name]:.0f} %" for name in RULES)
     lost = [number(of["mean gold lost"][name], sign=False) for name in RULES]
     return (
         f"On the {len(of['runs'])} curves of the frontier, which had no part in that choice, {below} are as close "
-        f"(beside the start {start}, with a free fit {fit}, by the most wins {wins}), and the rung taken loses {lost[0]} "
-        f"stds of gold on average (the others {lost[1]}, {lost[2]} and {lost[3]})"
+        f"(beside the start {start}, with a free fit {fit}, by the most wins {wins}), and the rung taken loses "
+        f"{lost[0]} stds of gold on average (the others {lost[1]}, {lost[2]} and {lost[3]})"
     )
 
 
 RULES = ("below", "start", "free unimodal fit", "most wins")
+
+
+def alarms_table(found: Json) -> str:
+    """How many falls of gold each alarm finds, and how often it is false, by how far gold must fall."""
+    falls = list(found["alarms"])
+    rows = [row(["alarm", *(f"gold falls by {fall}" for fall in falls), "gold there, minus best step"])]
+    rows.append(row(["---"] * (2 + len(falls))))
+    for name in found["alarms"][falls[0]]:
+        if name != "falls":
+            of = [found["alarms"][fall][name] for fall in falls]
+            cells = ["{} of {}, false {} of {}".format(*one["found"], *one["false alarms"]) for one in of]
+            rows.append(row([name, *cells, difference(of[falls.index("0.5")]["gold there, minus best step"])]))
+    return "\n".join(rows)
+
+
+def alarm(found: Json) -> str:
+    of = found["alarms"]["0.5"]
+    names = [name for name in of if name.startswith("transfer")] + ["the monitor's alarm"]
+    said = (
+        "{}: {} of {} falls, {} false of {}".format(name, *of[name]["found"], *of[name]["false alarms"])
+        for name in names
+    )
+    return (
+        f"On the frontier's runs, where gold counts as falling if it ends half a std below its best step, with limits "
+        f"from the other seeds: {'; '.join(said)}"
+    )
+
+
 CORRELATION = "rank correlation of G1 and G2 over a run's steps"
 STOPS = (
     "KL 20", "KL 10", "largest gain of the deeper validator", "largest gain of the other pairs' validator",
@@ -337,6 +360,7 @@ CAUTION = (
 PASSAGES: dict[str, Callable[[Json], str]] = {
     "caption": caption, "finding": finding, "answer": answer, "verdict": page_verdict, "summary": summary,
     "differences": differences_table, "stops": stops_table, "rungs": rungs_table, "choice": choice,
+    "alarms": alarms_table, "alarm": alarm,
     "sources": lambda _: f"Raw data: [{newest().stem}](../../results/{newest().name}), every step of every run.",
 }  # fmt: skip
 

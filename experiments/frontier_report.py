@@ -8,7 +8,10 @@ import json
 from pathlib import Path
 
 import numpy as np
+from choice import of_frontier
 from equal_kl import HIGH, LOW, compared
+from frontier_curves import Curves, gain, over_three_steps
+from validator_alarm import alarms
 
 from poise.functional.statistics import holm, mean_between, spearman
 from poise.runtime.run_folder import Json
@@ -19,21 +22,10 @@ LOOKED_AT = 200  # the seed that was seen before the order of the arms was chang
 RUNGS = (5, 10, 20, 40)
 LEAST = 2 * LOW  # a run that ends below this KL is reported apart
 
-Curves = dict[int, dict[str, Json]]  # by seed and arm
-
-
-def gain(curve: Json, gold: str) -> np.ndarray:
-    """Gold of every step since the run's start, in stds of the initial policy's completions."""
-    return (np.array(curve[gold]) - curve[gold][0]) / curve["std_at_start"][gold]
-
 
 def endpoint(curve: Json, gold: str, high: float) -> float:
     """Mean gain of gold over KL 5 to `high`."""
     return mean_between(np.array(curve["kl"]), gain(curve, gold), LOW, high)
-
-
-def over_three_steps(values: np.ndarray) -> np.ndarray:
-    return np.convolve(np.pad(values, 1, mode="edge"), np.ones(3) / 3, "valid")
 
 
 def stops(curve: Json) -> dict[str, float]:
@@ -130,7 +122,7 @@ def report(root: Path, arms: list[str], gold: Json) -> Json:
         "what": "mean gold over KL 5 to 30 minus that of one head, paired by seed, in stds of the initial completions",
         "arms": found, "rank correlation of G1 and G2 over a run's steps": float(np.mean(agreement)),
         "arms on which G1 and G2 have the same sign": [sum(one * two > 0 for one, two in both), len(both)],
-        "gold": gold,
+        "gold": gold, "alarms": alarms(curves), "poise choose": of_frontier(curves),
         "curves": {
             str(seed): {arm: rounded(run) for arm, run in runs.items()} for seed, runs in sorted(curves.items())
         },

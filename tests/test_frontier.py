@@ -32,7 +32,7 @@ def run(g2: list[float], g1: list[float] | None = None, kl: list[float] | None =
     return {
         "step": list(range(steps)), "kl": kl or [10.0 * step for step in range(steps)], "reward": [0.0] * steps,
         "alarms": [], "g1": g1 or g2, "g2": g2, "deeper": g2, "other_pairs": g2[::-1],
-        "std_at_start": {"g1": 1.0, "g2": 2.0},
+        "std_at_start": {"g1": 1.0, "g2": 2.0, "deeper": 1.0, "other_pairs": 1.0},
     }  # fmt: skip
 
 
@@ -137,6 +137,31 @@ def test_the_pages_say_what_the_result_says(modules: tuple[ModuleType, ModuleTyp
     assert page.with_passages((ROOT / "README.md").read_text(encoding="utf-8"), moved) != (
         ROOT / "README.md"
     ).read_text(encoding="utf-8")
+
+
+def test_an_alarm_has_its_limit_from_the_other_seeds() -> None:
+    """Two healthy runs keep a transfer of 1 and .8, two whose gold falls end at .5 and .9: only the first is found."""
+    alarms = importlib.import_module("validator_alarm").alarms
+    up = [0.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0]
+    fall = [0.0, 4.0, 4.0, 4.0, 2.0, 2.0, 2.0]  # by 1 std of 2
+
+    def watched(gold: list[float], share: float) -> dict[str, Any]:
+        reward = [0.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]
+        return run(gold) | {"reward": reward, "deeper": [one * share for one in reward], "other_pairs": reward}
+
+    curves = {
+        1: {"single": watched(up, 1.0)}, 2: {"single": watched(up, 0.8)},
+        3: {"single": watched(fall, 0.5)}, 4: {"single": watched(fall, 0.9)},
+    }  # fmt: skip
+    curves[4]["single"]["alarms"] = [2]
+    found = alarms(curves)
+    deeper = found["0.5"]["transfer to 16 layers, held-back pairs"]
+    assert found["0.5"]["falls"] == ["3 single", "4 single"]
+    assert deeper["found"] == [1, 2]
+    assert deeper["false alarms"] == [1, 2]  # seed 2 under the limit of seed 1 alone
+    assert found["0.5"]["the monitor's alarm"]["found"] == [1, 2]
+    assert found["0.5"]["no alarm"]["gold there, minus best step"]["difference"] == pytest.approx(-0.5)
+    assert found["1"]["no alarm"]["found"] == [0, 0]
 
 
 def test_a_report_reads_run_folders(modules: tuple[ModuleType, ModuleType], tmp_path: Path) -> None:

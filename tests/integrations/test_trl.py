@@ -19,7 +19,7 @@ import transformers
 import trl
 from safetensors.torch import load_file
 
-from conftest import rest_slow
+from conftest import WORDS, rest_slow
 from forked import launched
 from poise.data.types import Sample
 from poise.errors import PoiseError
@@ -32,6 +32,7 @@ from poise.integrations.trl_trainers import TrlSettings, make_trainer, steps_kep
 from poise.models.chat_format import encode_prompt
 from poise.models.loading import load_policy
 from poise.models.scorer import Scorer
+from poise.policy import train as train_policy
 from poise.policy.config import Config as PolicyConfig
 from poise.runtime.checkpoints import latest_checkpoint
 
@@ -92,6 +93,73 @@ def test_the_regret_bonus_goes_to_one_completion_of_each_prompt(reward_run: str)
     assert torch.equal(paying.last.reward, plain.last.reward)  # what is logged is without it
     with pytest.raises(PoiseError, match=r"^a regret bonus must be at least 0 and finite, got nan$"):
         RobustReward.load(reward_run, regret_bonus=float("nan"))
+
+
+def test_a_validator_is_watched_and_changes_nothing(reward_run: str, tmp_path: Path) -> None:
+    """By hand: gains of means, in stds of the first call's; the ratio to the reward's own gain without its bounds."""
+    single = f"{reward_run}/single"
+    scale = str(tmp_path / "scale.json")
+    plain = RobustReward.load(reward_run, "worst_case", ceiling=0.1)
+    reward = RobustReward.load(reward_run, "worst_case", ceiling=0.1, scale=scale, validator=single)
+    logged: dict[str, float] = {}
+
+    def log(name: str, value: float) -> None:
+        logged[name] = value
+
+    zero, _ = heads_of(reward_run, PROMPTS, TEXTS)
+    many = [f"{one} {other}" for one in WORDS for other in WORDS]
+    every, _ = heads_of(reward_run, [prompt for prompt in PROMPTS for _ in many], many * 4)
+    best = [many[row] for row in (every - zero.mean(0)).min(1).reshape(4, -1).argmax(1)]
+    for texts in (TEXTS, best):
+        assert reward(PROMPTS, texts, log_metric=log) == plain(PROMPTS, texts)
+    first, _ = heads_of(single, PROMPTS, TEXTS)
+    then, _ = heads_of(single, PROMPTS, best)
+    gain = (then.mean() - first.mean()) / first.std(ddof=1)
+    assert logged["poise/validator"] == pytest.approx(gain, abs=1e-5)
+    own = (zero - zero.mean(0)).min(1)
+    now, _ = heads_of(reward_run, PROMPTS, best)
+    proxy = ((now - zero.mean(0)).min(1).mean() - own.mean()) / own.std(ddof=1)
+    assert proxy > 1  # below 2 / sqrt(4) there is no ratio
+    assert logged["poise/transfer"] == pytest.approx(gain / proxy, abs=1e-4)
+
+    again = RobustReward.load(reward_run, "worst_case", ceiling=0.1, scale=scale, validator=single)
+    late = SimpleNamespace(global_step=7)
+    for other in (pickle.loads(pickle.dumps(reward)), again):  # a run that goes on has the units of its start
+        before = logged.pop("poise/validator")
+        other(PROMPTS, best, log_metric=log, trainer_state=late)
+        assert logged["poise/validator"] == pytest.approx(before, abs=1e-6)
+    Path(f"{scale}.validator").unlink()
+    added = RobustReward.load(reward_run, "worst_case", ceiling=0.1, scale=scale, validator=single)
+    with pytest.raises(PoiseError, match="scale of step 0 was not kept"):
+        added(PROMPTS, TEXTS, trainer_state=late)
+
+
+@TRL_SETS_A_DEPRECATED_DEFAULT
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
+def test_train_policy_logs_what_the_validator_says(
+    algorithm: str, tiny_model: str, reward_run: str, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    config = PolicyConfig(
+        prompts=str(prompts), reward=reward_run, objective="worst_case", validator=f"{reward_run}/single",
+        output=str(tmp_path / "run"), model=tiny_model, algorithm=algorithm, num_steps=2, prompts_per_step=2,  # type: ignore[arg-type]
+        completions_per_prompt=4, max_tokens=6, adapted_layers=2, lora_rank=4, num_minibatches=1, eval_completions=1,
+        learning_rate=3e-2,
+    )  # fmt: skip
+    out = train_policy.run(config)
+    first, then = (row["validator"] for row in out.metrics())
+    assert first == pytest.approx(0, abs=1e-6)
+    rows = [json.loads(line) for line in (out.folder / "samples.jsonl").read_text().splitlines()]
+    means = [
+        heads_of(
+            f"{reward_run}/single",
+            *([row[key] for row in rows if row["step"] == step] for key in ("prompt", "completion")),
+        )[0]
+        for step in (0, 1)
+    ]
+    assert then == pytest.approx((means[1].mean() - means[0].mean()) / means[0].std(ddof=1), abs=1e-4)
 
 
 def test_conversations_count_as_the_text_they_hold(reward_run: str) -> None:

@@ -16,6 +16,7 @@ from asgi import Answer, call, post
 from poise.data.types import Sample
 from poise.errors import PoiseError
 from poise.functional.objectives import RewardScale, disagreement, parse_objective, tradeoff, typical
+from poise.integrations.trl_reward import RobustReward
 from poise.models.chat_format import generation_prompt
 from poise.models.scale_file import ScaleFile
 from poise.models.scorer import Ensemble, Scorer
@@ -133,6 +134,25 @@ def test_typical_is_served_with_the_scorers_distances(scorer: Scorer) -> None:
         layout = without.layout.with_reference(None) if other is without else other.layout
         with pytest.raises(PoiseError, match="reference"):
             layout.check_objective("typical(0.5)")
+
+
+@pytest.mark.parametrize(
+    "objective", ["reliable(2)", "typical(0.5)", "worst_case", "lower_confidence(1)", "soft_min(1)"]
+)
+def test_an_objective_is_one_reward_in_trl_and_on_the_server(scorer: Scorer, objective: str) -> None:
+    """On one scale: that of TRL's first call."""
+    trl = RobustReward.of(scorer, objective)
+    rewards = trl([sample.prompt for sample in SAMPLES], [sample.completion for sample in SAMPLES])
+    assert trl.fitted is not None
+    scale = trl.fitted
+
+    async def scenario(app: Any, serving: Rewards) -> list[float]:
+        serving._scale, serving._combine = scale, parse_objective(objective)
+        answers = [await post(app, "/score", asked(sample)) for sample in SAMPLES]
+        return [answer.json["scores"][0]["reward"] for answer in answers]
+
+    assert serve(scorer, scenario) == pytest.approx(rewards, abs=1e-4)
+    assert torch.tensor(rewards).std() > 0.1
 
 
 def test_a_validator_is_told_of_and_changes_nothing(scorer: Scorer) -> None:

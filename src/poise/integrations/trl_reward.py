@@ -14,7 +14,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -31,6 +31,7 @@ from poise.functional.objectives import (
     RewardScale,
     disagreement,
     joined,
+    mean,
     nominal,
     nominal_head,
     parse_objective,
@@ -41,6 +42,7 @@ from poise.functional.shaping import with_regret_bonus
 from poise.models.reward_model import heads_fingerprint, read_layout
 from poise.models.scale_file import ScaleFile
 from poise.models.scorer import ENSEMBLE_FILE, Scorer, generated
+from poise.models.validator import Validator
 from poise.runtime.distributed import gathered_rows, process_index
 from poise.runtime.progress import console
 from poise.runtime.run_folder import Json, is_main_process
@@ -70,7 +72,7 @@ class RobustReward:
 
     Every process must call it at the same time, as TRL does: a batch is that of all of them together. Logged through
     `log_metric`: poise/nominal, worst_case, gap, disagreement, routing_std, switches, repetition, variety, truncated,
-    distance (where the model has reference texts),
+    distance (where the model has reference texts), validator and transfer (with a validator),
     and poise/head_0 … each head's centered mean; through `log_extra` the nominal head of each completion.
 
     Picklable: the copy carries settings and scale, and loads the model where it is first called. A reward of a model
@@ -90,6 +92,7 @@ class RobustReward:
         floor: float,
         ceiling: float,
         regret_bonus: float = 0.0,
+        validator: str = "",
     ):
         if not 0.0 <= regret_bonus < math.inf:
             raise PoiseError(f"a regret bonus must be at least 0 and finite, got {regret_bonus:g}")
@@ -99,7 +102,10 @@ class RobustReward:
         self.floor, self.ceiling, self.regret_bonus = floor, ceiling, regret_bonus
         self.fitted: RewardScale | None = None
         self.last: Scored | None = None
+        self.validator = validator
         self._scorer: Scorer | None = None
+        self.watched: RewardScale | None = None  # the validator's scale
+        self._watching: Validator | None = None
 
     @staticmethod
     def of(
@@ -111,12 +117,14 @@ class RobustReward:
         floor: float = -math.inf,
         ceiling: float = math.inf,
         regret_bonus: float = 0.0,
+        validator: str = "",
     ) -> "RobustReward":
-        """From a model in memory; objective, scale, floor, ceiling and regret_bonus as of `load`.
+        """From a model in memory; the others as of `load`.
 
         path: where the model came from, if it can be loaded there again.
         """
-        reward = RobustReward(path, objective, scale, scorer.extract.max_length, floor, ceiling, regret_bonus)
+        length = scorer.extract.max_length
+        reward = RobustReward(path, objective, scale, length, floor, ceiling, regret_bonus, validator)
         if isinstance(objective, str):
             scorer.layout.check_objective(objective)
         reward._scorer = scorer
@@ -132,6 +140,7 @@ class RobustReward:
         floor: float = -math.inf,
         ceiling: float = math.inf,
         regret_bonus: float = 0.0,
+        validator: str = "",
     ) -> "RobustReward":
         """From a checkpoint folder, a hub id, a `poise train-reward` run or an ensemble.
 
@@ -141,12 +150,14 @@ class RobustReward:
         floor, ceiling: bounds of the reward, in stds of the initial policy's.
         regret_bonus: what one completion of each prompt gets on top (`poise.functional.shaping.regret_bonus`), in these
         stds. All completions of a prompt must come in one call, as TRL gives them.
+        validator: another reward model, of other pairs or other features, that is only watched: its gain since the
+        start, and that gain over the reward's own, are logged.
         Raises PoiseError for an unknown objective, one that means nothing for the model's heads, or a model of several
         labels without a `poise` block. The weights are read on the first call, when the process knows its device.
         """
         if isinstance(objective, str) and not (Path(path) / ENSEMBLE_FILE).exists():
             read_layout(path).check_objective(objective)
-        return RobustReward(path, objective, scale, max_length, floor, ceiling, regret_bonus)
+        return RobustReward(path, objective, scale, max_length, floor, ceiling, regret_bonus, validator)
 
     @property
     def scorer(self) -> Scorer:
@@ -155,7 +166,7 @@ class RobustReward:
         return self._scorer
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_scorer": None if self.path else self._scorer, "last": None}
+        return {**self.__dict__, "_scorer": None if self.path else self._scorer, "last": None, "_watching": None}
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], **columns: Any) -> list[float]:
         """One reward per completion. Text and conversations both; of `columns`, only TRL's own three are used."""
@@ -165,15 +176,17 @@ class RobustReward:
         parts = gathered_rows([part])
         samples = [sample for there, _, _ in parts for sample in there]
         heads = joined([scored for _, scored, _ in parts])
+        step = getattr(columns.get("trainer_state"), "global_step", 0)
         if self.fitted is None:  # one process that can read the file is enough: folders may not be shared
-            step = getattr(columns.get("trainer_state"), "global_step", 0)
             self.fitted = next((saved for _, _, saved in parts if saved), None) or self._fit(heads, step)
+        watched = self._watch(own, heads, step) if self.validator else {}
         reward = self.fitted.combine(heads, self.combine)
         if not reward.isfinite().all():
             raise PoiseError(f"the reward of {samples[int((~reward.isfinite()).nonzero()[0])]} is not finite")
         self.last = Scored(samples, heads, reward)
         if log_metric := columns.get("log_metric"):
             logged = statistics(samples, self.fitted.centered(heads))
+            logged |= watched
             logged["truncated"] = (self.scorer.num_truncated - before) / len(own)
             for name, value in logged.items():
                 log_metric(f"poise/{name}", value)
@@ -184,22 +197,33 @@ class RobustReward:
         asked, texts = [sample.prompt for sample in samples], [sample.completion for sample in samples]
         return with_regret_bonus(reward, asked, texts, self.regret_bonus)[mine].tolist()
 
+    def _watch(self, own: Sequence[Sample], heads: HeadRewards, step: int) -> dict[str, float]:
+        """What the validator says of the completions of all processes, of which `heads` are the reward's."""
+        assert self.fitted is not None
+        watching = self._watching = self._watching or Validator(self.validator, self.combine)
+        file = self._file(watching) if self.scale else None
+        scored = watching.heads([one.prompt for one in own], [[one.completion] for one in own])
+        parts = gathered_rows([(scored, file.read() if file and self.watched is None else None)])
+        every = joined([heads for heads, _ in parts])
+        if self.watched is None:
+            scale = next((saved for _, saved in parts if saved), None) or _at_start(every, mean, step)
+            self.watched = file.keep(scale) if file and is_main_process() else scale
+        watching.own, watching.proxy = self.watched, replace(self.fitted, floor=-math.inf, ceiling=math.inf)
+        return watching.metrics(every, heads)
+
     def _fit(self, heads: HeadRewards, step: int) -> RewardScale:
-        if step > 0:
-            raise PoiseError(
-                f"training goes on from step {step}, but the reward's scale of step 0 was not kept; "
-                f'start with RobustReward.load(…, scale="scale.json")'
-            )
-        scale = RewardScale.fit(heads, self.combine, self.floor, self.ceiling)
-        if self.scale and is_main_process():
-            return self._file().keep(scale)
-        return scale
+        scale = _at_start(heads, self.combine, step, self.floor, self.ceiling)
+        return self._file().keep(scale) if self.scale and is_main_process() else scale
 
     def saved_scale(self) -> RewardScale | None:
         """The constants in the file `scale`, if there are any; PoiseError for those of another reward."""
         return self._file().read() if self.scale else None
 
-    def _file(self) -> ScaleFile:
+    def _file(self, validator: Validator | None = None) -> ScaleFile:
+        """Where the constants are kept: of this reward, or beside them of the validator."""
+        if validator is not None:
+            path, num_heads = Path(f"{self.scale}.validator"), validator.scorer.layout.num_heads
+            return ScaleFile(path, "mean", heads_fingerprint(validator.path), num_heads)
         num_heads = self.scorer.layout.num_heads
         return ScaleFile(Path(self.scale), self.objective, self._fingerprint(), num_heads, self.floor, self.ceiling)
 
@@ -210,6 +234,18 @@ class RobustReward:
         state = hashlib.blake2b(repr(self.scorer.layout).encode(), digest_size=16)
         state.update(self.scorer.weight.float().cpu().numpy().tobytes())
         return state.hexdigest()
+
+
+def _at_start(
+    heads: HeadRewards, objective: Objective, step: int, floor: float = -math.inf, ceiling: float = math.inf
+) -> RewardScale:
+    """The scale of the first completions; PoiseError where they are those of a policy that was trained already."""
+    if step > 0:
+        raise PoiseError(
+            f"training goes on from step {step}, but the reward's scale of step 0 was not kept; "
+            f'start with RobustReward.load(…, scale="scale.json")'
+        )
+    return RewardScale.fit(heads, objective, floor, ceiling)
 
 
 def name_of(objective: Objective) -> str:
@@ -275,7 +311,7 @@ _PLAIN = {
         name: f"poise/{name}"
         for name in (
             "nominal", "worst_case", "gap", "disagreement", "routing_std", "switches", "repetition", "variety",
-            "truncated", "distance",
+            "truncated", "distance", "validator", "transfer",
         )
     },
 }  # fmt: skip

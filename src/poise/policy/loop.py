@@ -39,6 +39,7 @@ from poise.models.policy import Policy
 from poise.models.reward_model import checkpoint_folder
 from poise.models.rollout import Rollout, uniforms
 from poise.models.scorer import Scorer
+from poise.models.validator import Validator
 from poise.policy.alarms import Alarms
 from poise.policy.config import Config
 from poise.policy.formats import Checkpoint
@@ -46,7 +47,6 @@ from poise.policy.ladder import Ladder
 from poise.policy.reward import Baselines, PolicyReward, gather, std_interval
 from poise.policy.sampling import sample_rows
 from poise.policy.update import Learner
-from poise.policy.validator import Validator
 from poise.runtime import distributed as processes
 from poise.runtime.folders import write_file_atomic
 from poise.runtime.progress import console
@@ -107,7 +107,8 @@ class Training:
         clock.lap("reference")
         with self._naming_the_step():
             heads = gather(self.reward.heads(self.policy, batch, texts, self.step))
-            validated = self.validator.metrics(self.validator.heads(batch, texts), heads) if self.validator else {}
+            watching = self.validator
+            validated = watching.metrics(gather(watching.heads(batch, texts)), heads) if watching else {}
         facts = processes.gathered(_facts(rollout, reference, self.policy.end_ids))
         self.ladder.keep(self.policy, self.step, facts.mean(0)[_FACTS.index("kl")].item())
         score = self._score(heads, ended=facts[:, _FACTS.index("ended")])
@@ -336,7 +337,7 @@ class Training:
             texts = self.policy.texts(self.policy.sample(batch, self._uniforms(), read_again=False))
             found.append(gather(self.reward.heads(self.policy, batch, texts, -1)))
             if self.validator:
-                watched.append(self.validator.heads(batch, texts))
+                watched.append(gather(self.validator.heads(batch, texts)))
         self.step = 0
         heads = joined(found)
         if self.validator:

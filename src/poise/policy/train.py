@@ -226,6 +226,7 @@ def _by_trl(
         "floor": -math.inf if config.reward_floor is None else config.reward_floor,
         "ceiling": math.inf if config.reward_ceiling is None else config.reward_ceiling,
         "regret_bonus": config.regret_bonus,
+        "validator": config.validator,
     }
     if given is None:
         place = reward_folder(config.reward, config.objective, config.heads)

@@ -1,4 +1,4 @@
-"""A validator: another reward model that watches a PPO run (--validator). Nothing is trained on what it says."""
+"""A validator: another reward model that watches a run (--validator). Nothing is trained on what it says."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,6 @@ from poise.errors import PoiseError
 from poise.functional.monitor import transfer_ratio
 from poise.functional.objectives import HeadRewards, Objective, RewardScale, mean
 from poise.models.scorer import Scorer, generated
-from poise.policy.reward import gather
 from poise.runtime.run_folder import Json
 
 
@@ -22,11 +21,11 @@ class Validator:
         self.own = self.proxy = RewardScale((), 0.0, 1.0)
 
     def heads(self, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]) -> HeadRewards:
-        """Heads (N, K) of the completions of all processes; every process calls it with its own."""
+        """Heads (N, K) of each prompt's completions. Raises PoiseError for one that is not finite."""
         heads = self.scorer([generated(p, text) for p, row in zip(prompts, texts, strict=True) for text in row])
         if not heads.mean.isfinite().all():
             raise PoiseError(f"the validator {self.path} gives a completion a reward that is not finite")
-        return gather(heads)
+        return heads
 
     def fit(self, own: HeadRewards, proxy: HeadRewards) -> None:
         """Take the units of both rewards from the initial policy's completions."""
