@@ -218,8 +218,8 @@ def caption(found: Json) -> str:
     )
     return (
         "*PPO of SmolLM2-135M against reward models of 8 layers. Gold (G2) is a reward model of all 30 that labeled "
-        f"the pairs, a quarter of them flipped. Thin lines are seeds, thick ones their mean as far as all of them go. "
-        f"Top: with one head {way(found, FIRST)}. {settled}"
+        f"the pairs, a quarter of them flipped. Thin lines are seeds, thick ones their mean as far as all of "
+        f"them go. Top: with one head {way(found, FIRST)}. {settled}"
         f"Bottom: gold of every arm that has {FEWEST} seeds, and its difference from one head at equal KL. {CAUTION}*"
     )
 
