@@ -7,6 +7,7 @@ With `shard` accelerate spreads the policy's weights over the processes (FSDP2),
 """
 
 import importlib.util
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -161,7 +162,9 @@ def make_trainer(
         r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, task_type="CAUSAL_LM",
         target_modules=linear_maps(model, max(first_adapted, 0)), fan_in_fan_out=has_conv1d(model),
     )  # fmt: skip
-    rows = [{"prompt": _as_seen(tokenizer, prompt)} for prompt in _drawn(prompts, settings)]
+    rows = [
+        {"prompt": _as_seen(tokenizer, prompt), "asked": json.dumps(prompt)} for prompt in _drawn(prompts, settings)
+    ]
     ends = end_token_ids(model, tokenizer)
     positions_without_padding(model)  # TRL samples with positions, and reads again without
     padding_or_raise(model)
@@ -289,13 +292,12 @@ class _Ours(SafeCheckpoints):
         return [encode_prompt(tokenizer, prompt) for prompt in prompts], None, {}
 
     def _calculate_rewards(self, inputs: Any, prompts: list[Prompt], completions: Any, ids: list[list[int]]) -> Any:
-        """As TRL does it, but texts that begin with a space begin with it; see `decode_completions`."""
-        trainer = cast(Any, self)
-        tokenizer = trainer.processing_class
-        if tokenizer.chat_template is None:
-            each = zip(trainer._tokenize_prompts(prompts)[0], ids, strict=True)
-            completions = [decode_completions(tokenizer, prompt, [written])[0] for prompt, written in each]
-        return cast(Any, super())._calculate_rewards(inputs, prompts, completions, ids)
+        """As TRL does it, of what PPO's reward is asked: the prompts as they were given, and what was added to them."""
+        encoded, _, _ = self._tokenize_prompts(prompts)
+        written = zip(encoded, ids, strict=True)
+        texts = [decode_completions(cast(Any, self).processing_class, prompt, [added])[0] for prompt, added in written]
+        asked = [json.loads(row["asked"]) for row in inputs]
+        return cast(Any, super())._calculate_rewards(inputs, asked, texts, ids)
 
     def _generate_and_score_completions(self, *arguments: Any) -> Any:
         """As TRL does it, but a completion that was cut at a padding token that the policy sampled has not ended."""
