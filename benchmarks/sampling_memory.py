@@ -2,7 +2,7 @@
 
 python benchmarks/sampling_memory.py --output results/sampling-memory-DATE.json
 
-The default model as a policy with adapters in all layers; 8 prompts x 8 completions x 128 tokens after prompts of about
+The default model as a policy with adapters in all layers; 4 prompts x 6 completions x 96 tokens after prompts of about
 256 tokens, none ends early. Each in a process of its own; peak is what its memory rose by (ru_maxrss) over that
 after one short sampling. The completions must be the same.
 """
@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-PROMPTS, COMPLETIONS, TOKENS, WORDS = 8, 8, 128, 250
+PROMPTS, COMPLETIONS, TOKENS, WORDS = 4, 6, 96, 250
 
 
 def peak_mib() -> float:
@@ -55,7 +55,7 @@ def main() -> None:
         print(json.dumps(measure(options.one)))
         return
     found = {}
-    for name, mib in {"at once": 10**6, "up to 256 MiB": 256, "up to 64 MiB": 64}.items():
+    for name, mib in {"at once": 10**6, "up to 128 MiB": 128, "up to 64 MiB": 64}.items():
         done = subprocess.run([sys.executable, __file__, "--one", str(mib)], capture_output=True, text=True, check=True)
         found[name] = json.loads(done.stdout.splitlines()[-1])
     assert len({one["completions"] for one in found.values()}) == 1, found

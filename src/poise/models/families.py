@@ -96,13 +96,6 @@ def has_longrope(model: HfModel) -> bool:
     return steady_context(model) < context_length(model.base_model.config.get_text_config())
 
 
-def cached_numbers(text: Any) -> int:
-    """Numbers that the keys and values of a token are, in all layers, as a text config says; windows keep fewer."""
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return int(2 * text.num_hidden_layers * heads * size)
-
-
 def feature_size(model: HfModel) -> int:
     """Width of what enters the output layer: `hidden_size`, but `word_embed_proj_dim` in OPT-350m.
 

@@ -32,9 +32,9 @@ from poise.functional.memory import sampled_at_once
 from poise.models.chat_format import decode_completions, encode_prompt
 from poise.models.choices import Tune, ValueTrunk
 from poise.models.context import room_or_raise
-from poise.models.drawing import draw_completions
+from poise.models.drawing import cached_bytes, draw_completions
 from poise.models.end_tokens import end_token_ids
-from poise.models.families import cached_numbers, feature_size, is_low
+from poise.models.families import feature_size, is_low
 from poise.models.fused_ops import ChosenLogprob, folded_in
 from poise.models.loading import HfModel, HfTokenizer, device, embedded_or_raise, load_into_adapters
 from poise.models.rereading import (
@@ -90,7 +90,7 @@ class Policy(nn.Module):
         self._first_adapted = max(num_layers - adapted_layers, 0) if adapted_layers else 0
         self._lowest_trained = self._first_adapted
         device, self.dtype = next(model.parameters()).device, model.dtype
-        self.low_precision = is_low(model.dtype)
+        self.low_precision, self._token_bytes = is_low(model.dtype), 0
         reading = choose(model, self._first_adapted)
         self._plain_head, self._reading = has_plain_head(model), reading._replace(recompute=gradient_checkpointing)
         trained = upper_parameters(model, self._first_adapted)
@@ -293,8 +293,8 @@ class Policy(nn.Module):
     def _turns(self, prompt_tokens: int, shape: Sequence[int]) -> list[tuple[slice, slice]]:
         """What is sampled at a time, of prompts of so many tokens and `shape` (P, M, T)."""
         num_prompts, per_prompt, max_tokens = shape
-        numbers = cached_numbers(self._base.config.get_text_config())
-        row = (prompt_tokens + max_tokens) * numbers * self.dtype.itemsize
+        self._token_bytes = self._token_bytes or max(cached_bytes(self._base), 1)
+        row = (prompt_tokens + max_tokens) * self._token_bytes
         return turns_of(num_prompts, per_prompt, *sampled_at_once(num_prompts, per_prompt, row))
 
     def _passes(self, rollout: Rollout) -> list[Part]:

@@ -25,7 +25,7 @@ from poise.errors import PoiseError, first_line
 from poise.functional.memory import Measured, ModelShape, Tune
 from poise.models.adapted_maps import decoder_layers, linear_maps
 from poise.models.choices import DEFAULT_MODEL
-from poise.models.families import attention_masks, cached_numbers
+from poise.models.families import attention_masks
 from poise.models.fused_ops import ChosenLogprob
 from poise.models.head_adapters import add_head_adapters, logits_of
 from poise.models.loading import HfModel, keep_layers, load_config, resolve_model
@@ -54,12 +54,14 @@ def shape_of(config: Any) -> ModelShape:
     count = sum(parameter.numel() for parameter in base.parameters())
     layer = sum(parameter.numel() for parameter in layers.parameters())
     maps = [base.get_submodule(name) for name in linear_maps(base) if name.startswith(f"{stack}.")]
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     depth = len(layers)
     return ModelShape(
         num_layers=depth, layer=layer // depth, outside=count - layer // depth * depth,
         linear_sizes=sum(sum(one.weight.shape) for one in maps) // depth,
         linear=sum(one.weight.numel() for one in maps) // depth,
-        hidden=text.hidden_size, vocabulary=text.vocab_size, cached=cached_numbers(text),
+        hidden=text.hidden_size, vocabulary=text.vocab_size, cached=2 * depth * heads * size,
     )  # fmt: skip
 
 
