@@ -1,9 +1,11 @@
 """Memory of a training against sums worked out by hand."""
 
 import dataclasses
+import itertools
 
 import pytest
 
+from poise.functional import memory as memories
 from poise.functional.memory import (
     Measured,
     ModelShape,
@@ -12,6 +14,7 @@ from poise.functional.memory import (
     adapters,
     policy_memory,
     reward_memory,
+    sampled_at_once,
 )
 
 # 4 layers of 100 weights, 40 outside; maps of 2 x 3 and 3 x 4; 5 hidden, 7 tokens known, 16 numbers cached of each.
@@ -47,6 +50,23 @@ def test_lora_on_one_gpu() -> None:
     assert memory.phases["scoring"]["reward cache"] == (2 * 10 + 6 * 16) * 16 * 2
     assert memory.total == sum(memory.held.values()) + max(sum(part.values()) for part in memory.phases.values())
     assert memory.bottleneck == max(memory.peak, key=lambda name: memory.peak[name])
+
+
+def test_completions_are_sampled_in_turns_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = 16 * 16 * 2
+    monkeypatch.setattr(memories, "SAMPLED_AT_ONCE", 2 * row)
+    sampling = policy_memory(RUN, MEASURED).phases["sampling"]
+    assert RUN.turn == (1, 2)
+    assert sampling["rollout cache"] == 2 * row + 2 * row // 8
+    assert sampling["logits"] == 2 * 7 * 22
+    for prompts, completions, fit in itertools.product(range(1, 9), range(1, 9), range(12)):
+        monkeypatch.setattr(memories, "SAMPLED_AT_ONCE", fit * 7)
+        some, each = sampled_at_once(prompts, completions, 7)
+        assert 1 <= some * each <= max(fit, 1)
+        turns = -(-prompts // some) * -(-completions // each)
+        assert turns <= (
+            prompts * -(-completions // max(fit, 1)) if fit < completions else -(-prompts // (fit // completions))
+        )
 
 
 def test_float32_folds_adapters_while_it_samples() -> None:

@@ -495,6 +495,29 @@ def test_completions_end_where_ppos_end(
 
 
 @TRL_SETS_A_DEPRECATED_DEFAULT
+@pytest.mark.parametrize("template", [True, False])
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
+def test_the_reward_is_asked_what_ppos_is(
+    algorithm: str, template: bool, tiny_model: str, reward_run: str, tmp_path: Path
+) -> None:
+    """Of the prompts as they were given: turns stay turns, and text stays text, whatever the policy's template."""
+    model, tokenizer = load_policy(tiny_model)
+    tokenizer.chat_template = tokenizer.chat_template if template else None
+    prompts = [
+        "Review the film.",
+        [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Review it."}],
+    ]
+    reward = RobustReward.load(reward_run)
+    how = settings(algorithm, num_minibatches=1, num_epochs=1, num_steps=1)
+    trainer = make_trainer(how, reward, model, tokenizer, prompts, tmp_path)
+    trainer.train()
+    assert reward.last is not None
+    asked = [sample.prompt for sample in reward.last.samples]
+    assert sorted(map(json.dumps, asked)) == sorted(map(json.dumps, 4 * prompts))
+    assert all(isinstance(sample.completion, str) for sample in reward.last.samples)
+
+
+@TRL_SETS_A_DEPRECATED_DEFAULT
 @pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
 def test_prompts_are_encoded_as_ppo_encodes_them(
     algorithm: str, tiny_model: str, reward_run: str, tmp_path: Path

@@ -15,8 +15,10 @@ from safetensors.torch import load_file
 from conftest import make_model, rest_slow
 from forked import in_processes
 from poise.errors import PoiseError
+from poise.functional import memory
+from poise.models import policy as policies
 from poise.models import rollout as rollouts
-from poise.models.drawing import draw
+from poise.models.drawing import draw, draw_completions
 from poise.models.loading import load_policy
 from poise.models.policy import Policy
 from poise.models.rereading import check_rereading, has_plain_head
@@ -230,6 +232,37 @@ def test_gradients_of_packed_rows_equal_those_of_single_ones(tiny_model: str) ->
         single = dict(policy.named_parameters())[name].grad
         if single is not None:
             torch.testing.assert_close(gradient, single, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 6])
+@pytest.mark.parametrize("kind", [{}, {"tune": "full", "value_trunk": "own"}], ids=str)
+def test_completions_do_not_depend_on_the_turns_in_which_they_are_sampled(
+    rows: int, kind: dict[str, Any], tiny_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Turns of one completion, of some of a prompt's three, of whole prompts: each has its own random numbers."""
+    policy = make_policy(tiny_model, 2, **kind)
+    policy.end_ids = list(range(2, 259, 9))
+    whole = sample(policy)
+    turns: list[tuple[int, ...]] = []
+
+    def told(base: Any, *given: Any, **more: Any) -> Rollout:
+        turns.append(tuple(given[2].shape[:2]))
+        return draw_completions(base, *given, **more)
+
+    monkeypatch.setattr(policies, "draw_completions", told)
+    row = (whole.prompt_ids_PL.shape[1] + 12) * 2 * 3 * 2 * 8 * 4  # keys and values: 3 layers, 2 heads of 8, float32
+    monkeypatch.setattr(memory, "SAMPLED_AT_ONCE", rows * row)
+    found = sample(policy)
+    expected = {1: 6 * [(1, 1)], 2: 2 * [(1, 2), (1, 1)], 3: 2 * [(1, 3)], 5: 2 * [(1, 3)], 6: [(2, 3)]}
+    assert turns == expected[rows]
+    assert torch.equal(found.completion_ids_PMT, whole.completion_ids_PMT)
+    assert torch.equal(found.mask_PMT, whole.mask_PMT)
+    assert len(whole.mask_PMT.sum(-1).unique()) > 1  # completions of several lengths
+    for one, other in ((found.logprob_PMT, whole.logprob_PMT), (found.value_PMT, whole.value_PMT)):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+    assert (found.hidden_PLH is None) == (whole.hidden_PLH is None)
+    if whole.hidden_PLH is not None:
+        torch.testing.assert_close(found.hidden_PLH, whole.hidden_PLH, rtol=0, atol=1e-4)
 
 
 def test_sampling_leaves_the_weights_bitwise_alone(tiny_model: str) -> None:

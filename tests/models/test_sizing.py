@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from poise.models import sizing
+from poise.models.drawing import cached_bytes
 from poise.models.head_adapters import add_head_adapters, logits_of
 from poise.models.loading import load_policy
 from poise.models.policy import Policy
@@ -27,6 +28,7 @@ def test_the_shape_is_that_of_the_model(any_model: str) -> None:
     assert adapted == 2 * 4 * shape.linear_sizes
     cache = model(input_ids=torch.zeros(1, 5, dtype=torch.long), use_cache=True).past_key_values
     assert 5 * shape.cached == sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    assert cached_bytes(model) == 4 * shape.cached  # what sampling finds out for itself
 
 
 @pytest.mark.parametrize(("tune", "checkpointing"), [("lora", False), ("full", False), ("lora", True)])

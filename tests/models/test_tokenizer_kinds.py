@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import peft
 import pytest
@@ -12,6 +13,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from conftest import CHAT_TEMPLATE, save_model
 from poise.data.types import Sample
 from poise.errors import PoiseError
+from poise.functional.objectives import HeadRewards
+from poise.integrations.trl_reward import RobustReward
 from poise.integrations.trl_trainers import _Ours
 from poise.models.chat_format import decode_completions, encode, encode_conversation
 from poise.models.loading import load_policy
@@ -123,6 +126,31 @@ def test_what_a_policy_wrote_is_what_it_added_to_the_prompt(kind: str) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", ["Llama 2", "XLM-R"])
+def test_a_completion_keeps_the_space_that_it_begins_with(kind: str) -> None:
+    """TRL decodes it alone, and these tokenizers take a space from the beginning of a text; PPO's reward reads it."""
+    tokenizer = KINDS[kind]()
+    begun = tokenizer("a film", add_special_tokens=False).input_ids
+    ids = [tokenizer(text, add_special_tokens=False).input_ids[len(begun) :] for text in ("a film is", "a film good")]
+    passed = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    assert passed == ["is", "good"]
+
+    def read(template: str | None, **columns: Any) -> list[str]:
+        tokenizer.chat_template = template
+        heads = HeadRewards(torch.tensor([[0.0, 1.0], [1.0, 3.0]]), torch.ones(2, 2))
+        extract = Mock(tokenizer=tokenizer, max_length=9)
+        scorer = Mock(spec=Scorer, return_value=heads, extract=extract, layout=Mock(), num_truncated=0)
+        reward = RobustReward.of(scorer, "mean")
+        reward(["a film", "a film"], passed, **columns)
+        assert reward.last is not None
+        return [sample.completion for sample in reward.last.samples]
+
+    assert read(None, completion_ids=ids) == [" is", " good"]
+    assert read(None) == ["is", "good"]
+    assert read(None, completion_ids=ids[::-1]) == ["is", "good"]  # those of another tokenizer
+    assert read("{{ messages[0]['content'] }}", completion_ids=ids) == ["is", "good"]  # a template reads no such space
+
+
 def test_a_text_that_cannot_be_told_from_its_prompt_is_decoded_alone() -> None:
     """Bytes that are no character together with those before them: the decoder writes both in another way."""
     tokenizer = llama_2()
@@ -158,12 +186,14 @@ def test_policies_of_every_algorithm_are_scored_with_the_space_that_they_wrote(t
         def _calculate_rewards(self, *given: Any) -> Any:
             return given
 
-    trainer = type("Trainer", (_Ours, Trl), {})
-    *_, completions, ids = trainer._calculate_rewards(object.__new__(trainer), [], ["a film"], ["good l"], [written])
-    assert (completions, ids) == ([" good l"], [written])
+    trainer = object.__new__(type("Trainer", (_Ours, Trl), {}))
+    rows = [{"asked": '"a film"'}]
+    _, asked, completions, ids = trainer._calculate_rewards(rows, ["a film"], ["good l"], [written])
+    assert (asked, completions, ids) == (["a film"], [" good l"], [written])
     tokenizer.chat_template = CHAT_TEMPLATE
+    prompts = [[{"role": "user", "content": "a film"}]]
     turns = [[{"role": "assistant", "content": "good l"}]]
-    assert trainer._calculate_rewards(object.__new__(trainer), [], ["a film"], turns, [written])[2] == turns
+    assert trainer._calculate_rewards(rows, prompts, turns, [written])[1:] == (asked, completions, ids)
 
 
 # ---- padding ----

@@ -147,8 +147,6 @@ def test_an_error_of_one_process_ends_both_with_a_line_each(
 
 
 def test_what_is_not_sharded_is_refused(config: Config) -> None:
-    with pytest.raises(PoiseError, match="--shard is for --algorithm ppo, not grpo"):
-        dataclasses.replace(config, algorithm="grpo", shard=True, kl_target=None, settle=False).check()
     with pytest.raises(PoiseError, match="--shard with --tune full needs --baselines"):
         dataclasses.replace(config, tune="full", shaping="par", shard=True).check()
 

@@ -244,7 +244,7 @@ def test_a_refusal_is_a_500_with_its_reason_and_is_not_asked_again(brme: str, fa
     assert "maximum" in answer.json["error"]
     assert len(fakes[0].asked) == 2
     fakes[0].refuse = (422, ["?"])
-    assert "no reason given" in ask(models, PROMPTS[0], TEXTS).json["error"]
+    assert '422 ["?"]' in ask(models, PROMPTS[0], TEXTS).json["error"]
 
 
 def test_no_number_is_a_500(brme: str, fakes: list[Fake]) -> None:

@@ -127,16 +127,16 @@ def of_policy(config: Config, shapes: Any) -> Memory:
     minibatch = -(-prompts // config.num_minibatches)
     part, of_prompt = -(-minibatch // config.accumulation), -(-config.accumulation // minibatch)
     layers = shapes.policy.upper(config.adapted_layers)
-    measured = shapes.sizing.policy_measured(
-        shapes.policy_config, tune=config.tune, layers=layers, rank=config.lora_rank, part=part, reading=part,
-        prompts=prompts, completions=-(-config.completions_per_prompt // of_prompt),
-        prompt_tokens=config.prompt_tokens, max_tokens=config.max_tokens, dtype=torch.bfloat16,
-        checkpointing=config.gradient_checkpointing,
-    )  # fmt: skip
     run = PolicyRun(
         shapes.policy, shapes.reward, config.tune, config.value_trunk == "own", config.adapted_layers,
         config.lora_rank, prompts, config.completions_per_prompt, config.prompt_tokens, config.max_tokens,
         config.gpus, config.shard,
+    )  # fmt: skip
+    measured = shapes.sizing.policy_measured(
+        shapes.policy_config, tune=config.tune, layers=layers, rank=config.lora_rank, part=part, reading=part,
+        prompts=run.turn[0], completions=-(-config.completions_per_prompt // of_prompt),
+        prompt_tokens=config.prompt_tokens, max_tokens=config.max_tokens, dtype=torch.bfloat16,
+        checkpointing=config.gradient_checkpointing,
     )  # fmt: skip
     return policy_memory(run, measured)
 

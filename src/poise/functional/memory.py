@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 FULL = 4  # bytes of float32
 GIB = 2**30
+SAMPLED_AT_ONCE = 8 * GIB  # bytes of keys and values: completions that would have more are sampled in turns
 SCORED_AT_ONCE = 4096  # tokens that go through a reward model's trunk at once; eight times as many are attended to
 Tune = Literal["lora", "full"]
 
@@ -73,7 +74,7 @@ class Measured:
     update: int  # of one part of a minibatch, forward and backward, without the output layer
     update_logits: int = 0  # what the output layer adds to it
     reading: int = 0  # a rollout, or a part of it, read without gradients
-    prefill: int = 0  # all prompts of a rollout, read without gradients
+    prefill: int = 0  # all prompts that are sampled in one turn, read without gradients
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,32 @@ class PolicyRun:
     def rows(self) -> int:
         """Completions of a step on this GPU."""
         return self.prompts * self.completions
+
+    @property
+    def row(self) -> int:
+        """Bytes of the keys and values of a completion and its prompt."""
+        return (self.prompt_tokens + self.max_tokens) * self.shape.cached * self.frozen_bytes
+
+    @property
+    def turn(self) -> tuple[int, int]:
+        """Prompts, and completions of each, that are sampled in one turn."""
+        return sampled_at_once(self.prompts, self.completions, self.row)
+
+
+def sampled_at_once(prompts: int, completions: int, row: int) -> tuple[int, int]:
+    """(prompts, completions of each) that are sampled in one turn: of turns about equally large, as few as will do.
+
+    row: bytes of the keys and values of one completion and its prompt. One completion is sampled however large it is.
+
+    >>> sampled_at_once(8, 4, 2 * GIB), sampled_at_once(9, 4, GIB), sampled_at_once(8, 16, GIB)
+    ((1, 4), (2, 4), (1, 8))
+    """
+    fit = SAMPLED_AT_ONCE // row
+    if fit >= completions:
+        turns = -(-prompts // (fit // completions))
+        return -(-prompts // turns), completions
+    turns = -(-completions // max(fit, 1))
+    return 1, -(-completions // turns)
 
 
 def adapters(shape: ModelShape, layers: int, rank: int) -> int:
@@ -139,7 +166,8 @@ def policy_memory(run: PolicyRun, measured: Measured) -> Memory:
     tokens = run.prompts * run.prompt_tokens + run.rows * run.max_tokens
     entering = tokens * shape.hidden * b if layers < shape.num_layers else 0
     whole = in_layers - in_layers // over
-    cache = run.rows * (run.prompt_tokens + run.max_tokens) * shape.cached * b
+    sampled = run.turn[0] * run.turn[1]
+    cache = sampled * run.row
     messages = 2 * (trained + trained_outside) * FULL * (2 if run.own_values else 1) if run.gpus > 1 else 0
     if run.shard:
         messages = 2 * trained_outside * FULL
@@ -148,7 +176,7 @@ def policy_memory(run: PolicyRun, measured: Measured) -> Memory:
     phases = {
         "sampling": {
             "rollout cache": cache + cache // (2 * shape.num_layers),  # a layer's keys are written anew
-            "logits": run.rows * shape.vocabulary * (b + 20),
+            "logits": sampled * shape.vocabulary * (b + 20),
             "rollout": 2 * entering,
             "activations": measured.prefill,
             "folded weights": layers * shape.linear * FULL if b == FULL and run.tune == "lora" else 0,

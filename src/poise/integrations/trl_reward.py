@@ -39,6 +39,8 @@ from poise.functional.objectives import (
     worst_case,
 )
 from poise.functional.shaping import with_regret_bonus
+from poise.models.chat_format import decode_completions, encode_prompt
+from poise.models.loading import HfTokenizer
 from poise.models.reward_model import heads_fingerprint, read_layout
 from poise.models.scale_file import ScaleFile
 from poise.models.scorer import ENSEMBLE_FILE, Scorer, generated
@@ -169,7 +171,9 @@ class RobustReward:
         return {**self.__dict__, "_scorer": None if self.path else self._scorer, "last": None, "_watching": None}
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], **columns: Any) -> list[float]:
-        """One reward per completion. Text and conversations both; of `columns`, only TRL's own three are used."""
+        """One reward per completion. Text and conversations both; of `columns`, only TRL's own four are used."""
+        if ids := columns.get("completion_ids"):
+            completions = _as_written(self.scorer.extract.tokenizer, prompts, completions, ids)
         own = [as_sample(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         before = self.scorer.num_truncated
         part = (own, self.scorer(own), self.saved_scale() if self.fitted is None else None)
@@ -256,6 +260,22 @@ def name_of(objective: Objective) -> str:
     """
     kind = objective if hasattr(objective, "__qualname__") else type(objective)
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _as_written(
+    tokenizer: HfTokenizer, prompts: Sequence[Prompt], completions: Sequence[Completion], ids: Sequence[list[int]]
+) -> Sequence[Completion]:
+    """Completions with the spaces that they begin with, of which TRL, decoding each alone, loses some (sentencepiece).
+
+    tokenizer: the reward model's. With a chat template it reads no such space. Else it is used if it is the policy's,
+    which it is if it decodes the ids to the very completions.
+    """
+    if tokenizer.chat_template is not None or tokenizer.batch_decode(ids, skip_special_tokens=True) != list(
+        completions
+    ):
+        return completions
+    pairs = zip(prompts, ids, strict=True)
+    return [decode_completions(tokenizer, encode_prompt(tokenizer, prompt), [one])[0] for prompt, one in pairs]
 
 
 def as_sample(prompt: Prompt, completion: Completion) -> Sample:

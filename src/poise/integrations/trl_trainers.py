@@ -2,9 +2,12 @@
 
 A step of ours samples once; TRL counts updates, `updates_per_step` of them to a step. It logs once a step and saves at
 the end of one, so that a run that goes on has nothing half done.
+
+With `shard` accelerate spreads the policy's weights over the processes (FSDP2), as it does for any trainer of TRL.
 """
 
 import importlib.util
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +16,7 @@ from typing import Any, Literal, cast
 
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from poise.data.types import Prompt
 from poise.errors import PoiseError
@@ -28,6 +32,16 @@ from poise.runtime.checkpoints import SafeCheckpoints, latest_checkpoint
 from poise.runtime.distributed import num_processes
 from poise.runtime.quiet import quiet_loading
 from poise.runtime.run_folder import Json, is_main_process, write_folder_atomic
+from poise.runtime.sharding import by_accelerate, copy_whole, spread_on_cpu, whole_on_main, whole_weights
+
+# Accelerate's FSDP2: a unit for each layer. Every process loads the whole model, as a reward model must be in any case.
+SPREAD: dict[str, Any] = {
+    "fsdp": True,
+    "fsdp_config": {
+        "version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "reshard_after_forward": True,
+        "cpu_ram_efficient_loading": False, "state_dict_type": "FULL_STATE_DICT",
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,6 +67,7 @@ class TrlSettings:
     lora_rank: int
     save_every: int
     seed: int
+    shard: bool = False
 
     def __post_init__(self) -> None:
         if importlib.util.find_spec("trl") is None:
@@ -106,10 +121,8 @@ def train(
     longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts)
     room_or_raise(longest, settings.max_tokens, model.config.get_text_config())
     reward.scale = reward.scale or str(output / "scale.json")
-    with quiet_loading():
+    with quiet_loading(), by_accelerate():
         trainer = make_trainer(settings, reward, model, tokenizer, prompts, output / "trainer")
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            raise PoiseError("RLOO and GRPO train data-parallel here; for FSDP or DeepSpeed use RobustReward in TRL")
         trainer.remove_callback(transformers.PrinterCallback)
         for callback in (*callbacks, _Report(settings, reward, on_step)):
             trainer.add_callback(callback)
@@ -117,9 +130,10 @@ def train(
         with without_noise(model):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         reward.fitted = reward.fitted or reward.saved_scale()  # if there was nothing left to do
+        adapters = trainer.adapters()
         if is_main_process():
             with write_folder_atomic(output / "policy") as scratch:
-                trainer.accelerator.unwrap_model(trainer.model).save_pretrained(str(scratch))
+                trainer._save(str(scratch), adapters)
 
 
 def make_trainer(
@@ -148,7 +162,9 @@ def make_trainer(
         r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, task_type="CAUSAL_LM",
         target_modules=linear_maps(model, max(first_adapted, 0)), fan_in_fan_out=has_conv1d(model),
     )  # fmt: skip
-    rows = [{"prompt": _as_seen(tokenizer, prompt)} for prompt in _drawn(prompts, settings)]
+    rows = [
+        {"prompt": _as_seen(tokenizer, prompt), "asked": json.dumps(prompt)} for prompt in _drawn(prompts, settings)
+    ]
     ends = end_token_ids(model, tokenizer)
     positions_without_padding(model)  # TRL samples with positions, and reads again without
     padding_or_raise(model)
@@ -209,6 +225,7 @@ def _arguments(settings: TrlSettings, folder: Path) -> Json:
         "bf16": gpu, "gradient_checkpointing": gpu, "use_cpu": not gpu, "dataloader_pin_memory": gpu,
         "ddp_find_unused_parameters": False, "seed": settings.seed,
         "router_aux_loss_coef": 0.0,  # PPO has no such loss either
+        **(SPREAD if settings.shard and num_processes() > 1 else {}),
     }  # fmt: skip
 
 
@@ -229,9 +246,45 @@ def _as_seen(tokenizer: HfTokenizer, prompt: Prompt) -> Prompt:
 class _Ours(SafeCheckpoints):
     """Mixed into a trainer of TRL: checkpoints without pickle, `ended` as in PPO, no model card or message of TRL's."""
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    sharded = False  # what FSDP2 has spread is put together in checkpoints, which are the same for any number
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the Trainer's; on CPUs, too, accelerate spreads the weights if it is asked to."""
         trainer = cast(Any, self)
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(output_dir)
+        cast(Any, super()).create_accelerator_and_postprocess()
+        if trainer.args.fsdp_plugin_args is not None:
+            spread_on_cpu(trainer.accelerator, trainer.args.fsdp_plugin_args)
+            trainer.is_fsdp_enabled = True
+
+    def _generate_single_turn(self, *arguments: Any, **named: Any) -> Any:
+        """As TRL does it, but layers that are spread are gathered once, not for every token."""
+        with whole_weights(cast(Any, self).model):
+            return cast(Any, super())._generate_single_turn(*arguments, **named)
+
+    def adapters(self) -> dict[str, torch.Tensor]:
+        """What is trained, whole, on the main process; gathered by all together."""
+        return {name: whole_on_main(p) for name, p in self._unwrapped().named_parameters() if p.requires_grad}
+
+    def _unwrapped(self) -> Any:
+        trainer = cast(Any, self)
+        return trainer.accelerator.unwrap_model(trainer.model)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        adapters = self.adapters()
+        if cast(Any, self).args.should_save:
+            self._save(output_dir, adapters)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        self._unwrapped().save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not cast(Any, self).is_fsdp_enabled:
+            cast(Any, super())._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        kept = load_file(Path(resume_from_checkpoint) / "adapter_model.safetensors")
+        for name, parameter in self._unwrapped().named_parameters():
+            if parameter.requires_grad:
+                copy_whole(kept[name.replace(".default.", ".")], parameter)
 
     def _tokenize_prompts(self, prompts: list[Prompt]) -> tuple[list[list[int]], None, dict[str, Any]]:
         """(ids, no images, no more fields of images), as PPO encodes them."""
@@ -239,13 +292,12 @@ class _Ours(SafeCheckpoints):
         return [encode_prompt(tokenizer, prompt) for prompt in prompts], None, {}
 
     def _calculate_rewards(self, inputs: Any, prompts: list[Prompt], completions: Any, ids: list[list[int]]) -> Any:
-        """As TRL does it, but texts that begin with a space begin with it; see `decode_completions`."""
-        trainer = cast(Any, self)
-        tokenizer = trainer.processing_class
-        if tokenizer.chat_template is None:
-            each = zip(trainer._tokenize_prompts(prompts)[0], ids, strict=True)
-            completions = [decode_completions(tokenizer, prompt, [written])[0] for prompt, written in each]
-        return cast(Any, super())._calculate_rewards(inputs, prompts, completions, ids)
+        """As TRL does it, of what PPO's reward is asked: the prompts as they were given, and what was added to them."""
+        encoded, _, _ = self._tokenize_prompts(prompts)
+        written = zip(encoded, ids, strict=True)
+        texts = [decode_completions(cast(Any, self).processing_class, prompt, [added])[0] for prompt, added in written]
+        asked = [json.loads(row["asked"]) for row in inputs]
+        return cast(Any, super())._calculate_rewards(inputs, asked, texts, ids)
 
     def _generate_and_score_completions(self, *arguments: Any) -> Any:
         """As TRL does it, but a completion that was cut at a padding token that the policy sampled has not ended."""

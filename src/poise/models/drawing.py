@@ -24,6 +24,15 @@ def draw(logprobs: Float[Tensor, "rows vocabulary"], uniform: Float[Tensor, " ro
 
 
 @torch.no_grad()
+def cached_bytes(base: HfModel) -> int:
+    """Bytes of a token's keys and values, in all layers: those of one token, which it reads."""
+    cache, one = DynamicCache(config=base.config), torch.ones(1, 1, dtype=torch.long, device=base.device)
+    base(input_ids=one, attention_mask=one, position_ids=one - 1, logits_to_keep=1, **going_on(base, cache))
+    kept = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    return sum(tensor.nbytes for tensor in kept if isinstance(tensor, Tensor))
+
+
+@torch.no_grad()
 def draw_completions(
     base: HfModel,
     prompt_ids_PL: Tensor,

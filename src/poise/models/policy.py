@@ -28,10 +28,11 @@ from torch import Tensor, nn
 from poise.data.types import Prompt
 from poise.errors import PoiseError
 from poise.functional import ppo
+from poise.functional.memory import sampled_at_once
 from poise.models.chat_format import decode_completions, encode_prompt
 from poise.models.choices import Tune, ValueTrunk
 from poise.models.context import room_or_raise
-from poise.models.drawing import draw_completions
+from poise.models.drawing import cached_bytes, draw_completions
 from poise.models.end_tokens import end_token_ids
 from poise.models.families import feature_size, is_low
 from poise.models.fused_ops import ChosenLogprob, folded_in
@@ -44,7 +45,7 @@ from poise.models.rereading import (
     has_plain_head,
     predict,
 )
-from poise.models.rollout import Part, Rollout, passes
+from poise.models.rollout import Part, Rollout, joined, passes, turns_of
 from poise.models.trained_on import write_base
 from poise.models.trained_parts import spread_layers, twin, upper_parameters, with_adapters, without_adapters
 from poise.runtime.processes import several
@@ -89,7 +90,7 @@ class Policy(nn.Module):
         self._first_adapted = max(num_layers - adapted_layers, 0) if adapted_layers else 0
         self._lowest_trained = self._first_adapted
         device, self.dtype = next(model.parameters()).device, model.dtype
-        self.low_precision = is_low(model.dtype)
+        self.low_precision, self._token_bytes = is_low(model.dtype), 0
         reading = choose(model, self._first_adapted)
         self._plain_head, self._reading = has_plain_head(model), reading._replace(recompute=gradient_checkpointing)
         trained = upper_parameters(model, self._first_adapted)
@@ -167,7 +168,8 @@ class Policy(nn.Module):
 
         uniform: numbers in [0, 1), one for each token that may be drawn: how many completions of each prompt, how long
         at most, and which. A completion depends on its own numbers only, not on what it is sampled together with (up to
-        rounding), so that one process and several draw the same; see `uniforms`.
+        rounding), so that one process and several draw the same; see `uniforms`. Nor does it on the turns in which all
+        are sampled, so that the keys and values of each turn take at most `memory.SAMPLED_AT_ONCE` bytes.
 
         It ends at any of the model's end tokens (`end_token_ids`), or after the longest length.
 
@@ -182,9 +184,16 @@ class Policy(nn.Module):
             self.rounding(),
             contextlib.nullcontext() if self.low_precision else folded_in(self.model),
         ):
-            rollout = draw_completions(
-                self._base, prompt_ids, prompt_mask, uniform, end_ids=self.end_ids, pad_id=self.tokenizer.pad_token_id,
-                first_layer=self._first_adapted, value_of=self._value_of,
+            rollout = joined(
+                [
+                    draw_completions(
+                        self._base, prompt_ids[some], prompt_mask[some], uniform[some, completions],
+                        end_ids=self.end_ids, pad_id=self.tokenizer.pad_token_id, first_layer=self._first_adapted,
+                        value_of=self._value_of,
+                    )
+                    for some, completions in self._turns(prompt_ids.shape[1], uniform.shape)
+                ],
+                uniform.shape[1],
             )  # fmt: skip
         if self.low_precision:
             return self.read_again(rollout) if read_again else rollout
@@ -280,6 +289,13 @@ class Policy(nn.Module):
         ]
 
     # ---- inside ----
+
+    def _turns(self, prompt_tokens: int, shape: Sequence[int]) -> list[tuple[slice, slice]]:
+        """What is sampled at a time, of prompts of so many tokens and `shape` (P, M, T)."""
+        num_prompts, per_prompt, max_tokens = shape
+        self._token_bytes = self._token_bytes or max(cached_bytes(self._base), 1)
+        row = (prompt_tokens + max_tokens) * self._token_bytes
+        return turns_of(num_prompts, per_prompt, *sampled_at_once(num_prompts, per_prompt, row))
 
     def _passes(self, rollout: Rollout) -> list[Part]:
         return passes(rollout, packed=self._reading.packed, together=self.is_spread)

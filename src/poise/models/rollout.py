@@ -76,6 +76,48 @@ class Rollout:
         return (torch.isin(self.completion_ids_PMT, ends) & self.mask_PMT.bool()).any(-1)
 
 
+def turns_of(num_prompts: int, per_prompt: int, prompts: int, completions: int) -> list[tuple[slice, slice]]:
+    """What is sampled in each turn: so many prompts with all of their completions, or some completions of one prompt.
+
+    >>> turns_of(2, 3, 1, 2)
+    [(slice(0, 1, None), slice(0, 2, None)), (slice(0, 1, None), slice(2, 4, None)), \
+(slice(1, 2, None), slice(0, 2, None)), (slice(1, 2, None), slice(2, 4, None))]
+    """
+    return [
+        (slice(at, at + prompts), slice(first, first + completions))
+        for at in range(0, num_prompts, prompts)
+        for first in range(0, per_prompt, completions)
+    ]
+
+
+def joined(turns: Sequence[Rollout], per_prompt: int) -> Rollout:
+    """The rollout that was sampled in turns, as `turns_of` orders them."""
+    if len(turns) == 1:
+        return turns[0]
+    count = -(-per_prompt // turns[0].mask_PMT.shape[1])  # turns of a prompt
+    of_prompts = [_of_one(turns[at : at + count]) for at in range(0, len(turns), count)]
+    found: dict[str, Any] = {}
+    for field in fields(Rollout):
+        values = [getattr(one, field.name) for one in of_prompts]
+        found[field.name] = None if values[0] is None else torch.cat(values)
+    return Rollout(**found)
+
+
+def _of_one(turns: Sequence[Rollout]) -> Rollout:
+    """Turns of the same prompts as one."""
+    first = turns[0]
+    if len(turns) == 1:
+        return first
+    found: dict[str, Any] = {"prompt_ids_PL": first.prompt_ids_PL, "prompt_mask_PL": first.prompt_mask_PL}
+    width = first.prompt_ids_PL.shape[1]
+    for field in fields(Rollout)[2:]:
+        values = [getattr(turn, field.name) for turn in turns]
+        if field.name == "hidden_PLH" and values[0] is not None:
+            values = [values[0], *(value[:, width:] for value in values[1:])]
+        found[field.name] = None if values[0] is None else torch.cat(values, 1)
+    return Rollout(**found)
+
+
 def passes(rollout: Rollout, *, packed: bool, together: bool) -> list[Part]:
     """Parts of up to TOKENS_PER_PASS tokens each, for reading without gradients.
 

@@ -37,7 +37,7 @@ PPO_ONLY = {
     "value_learning_rate", "accumulation", "value_clip", "discount", "trace", "whiten_advantages", "entropy_coef",
     "gradient_regularization", "max_step_kl", "tune", "value_trunk", "final_parameter", "reward_norm", "shaping",
     "baselines", "kl_target", "kl_horizon", "max_kl", "keep_at_kl", "missing_eos_penalty", "settle",
-    "eval_every", "eval_tasks", "eval_data", "eval_rows", "shard", "gradient_checkpointing",
+    "eval_every", "eval_tasks", "eval_data", "eval_rows", "gradient_checkpointing",
 }  # fmt: skip
 
 

@@ -68,7 +68,7 @@ def run(config: Config, given: RobustReward | None = None) -> Run:
     given: a reward in memory, of `config.reward`, whose model is not loaded again; its objective may be a function.
     """
     processes.refuse_sharding(
-        "PPO, RLOO and GRPO are data-parallel here: launch with accelerate_configs/ddp.yaml, or give RobustReward "
+        "--shard spreads the weights: launch with accelerate_configs/ddp.yaml or by torchrun, or give RobustReward "
         "(poise.integrations.trl_reward) to a TRL script of your own"
     )
     processes.join()

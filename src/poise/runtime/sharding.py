@@ -2,10 +2,13 @@
 
 Each process keeps a part of every weight, gradient and optimizer state. A layer is whole while it computes. Functions
 that say so must be called by all processes together.
+
+A trainer of TRL is spread by accelerate, which calls the same `fully_shard`; `by_accelerate` and `spread_on_cpu`.
 """
 
 import contextlib
 import copy
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -116,6 +119,49 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
             unit.reshard()
             unit.set_reshard_after_forward(True, recurse=False)
         model._poise_whole = False  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def by_accelerate() -> Iterator[None]:
+    """Within it accelerate may be asked to spread weights; what this process trains afterwards knows nothing of it."""
+    if not several():
+        yield
+        return
+    from accelerate.state import AcceleratorState, PartialState
+
+    names = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")  # accelerate and transformers set them
+    before, kind = {name: os.environ.get(name) for name in names}, PartialState().distributed_type
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        if PartialState().distributed_type != kind:
+            PartialState().distributed_type = kind
+            AcceleratorState._reset_state()
+
+
+def spread_on_cpu(accelerator: Any, settings: dict[str, Any]) -> None:
+    """Have accelerate spread weights on CPUs: asked for FSDP there, it trains whole copies and says nothing.
+
+    settings: of its FullyShardedDataParallelPlugin. With GPUs nothing is done.
+    """
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return
+    PartialState().distributed_type = DistributedType.FSDP  # every AcceleratorState that is made copies it
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**settings)
+
+
+def copy_whole(tensor: Tensor, into: nn.Parameter) -> None:
+    """Give a weight, spread or not, the values of a whole tensor that all processes have."""
+    into.data.copy_(spread_as(tensor, into))
 
 
 def without_weights(model: T) -> T:

@@ -12,23 +12,21 @@ raises PoiseError.
 import asyncio
 import functools
 import hashlib
-import http.client
 import json
 import math
 import os
 import random
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from poise.errors import PoiseError
+from poise.runtime.http_json import AgainError, ask
 
 URL_VARIABLE, TOKEN_VARIABLE = "POISE_URL", "POISE_TOKEN"
 DEFAULT_URL = "http://127.0.0.1:8400"
-_AGAIN = {408, 429, 502, 503, 504}
+_AGAIN = {408, 429, 502, 503, 504}  # not 500: the reward model is broken
 _LONGEST_WAIT = 10.0
 _CONCURRENT = 64
 T = TypeVar("T")
@@ -70,7 +68,7 @@ class Client:
         while True:
             try:
                 return self._once(path, body)
-            except _AgainError as error:
+            except AgainError as error:
                 pause = min(max(error.after, wait * (0.5 + random.random())), _LONGEST_WAIT)
                 if time.monotonic() + pause > end:
                     line = f"{self.url}{path} gave no answer in {self.patience:g} s: {error}"
@@ -88,36 +86,15 @@ class Client:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call, *arguments)
 
     def _once(self, path: str, body: bytes) -> dict[str, Any]:
-        headers = {"Content-Type": "application/json"}
-        if self.token:
-            headers["Authorization"] = f"Bearer {self.token}"
-        request = urllib.request.Request(self.url + path, body, headers)
         try:
-            with OPENER.open(request, timeout=self.timeout) as response:
-                answer = json.loads(response.read(), parse_constant=_refuse)
-        except urllib.error.HTTPError as error:
-            with error:
-                said = _line(error)
-                if error.code in _AGAIN:
-                    raise _AgainError(said, error.headers.get("Retry-After", "")) from None
-            raise PoiseError(f"{self.url}{path}: {said}") from None
-        except (OSError, http.client.HTTPException) as error:  # also URLError and timeouts
-            raise _AgainError(str(getattr(error, "reason", error)) or type(error).__name__) from None
+            answer = ask(
+                self.url + path, body, key=self.token, timeout=self.timeout, again=_AGAIN, parse_constant=_refuse
+            )
         except _NoNumberError as error:
             raise PoiseError(f"{self.url}{path} gave no reward, but {error}") from None
-        except (ValueError, RecursionError) as error:
-            raise PoiseError(f"{self.url}{path} did not answer in JSON: {error}") from None
         if not isinstance(answer, dict) or answer.get("request") != hashlib.sha256(body).hexdigest():
             raise PoiseError(f"{self.url}{path} answered another request than this one")
         return answer
-
-
-class _AgainError(Exception):
-    """Worth another try, after so many seconds."""
-
-    def __init__(self, line: str, after: str = ""):
-        super().__init__(line)
-        self.after = float(after) if after.isdigit() else 0.0
 
 
 class _NoNumberError(Exception):
@@ -126,17 +103,6 @@ class _NoNumberError(Exception):
 
 def _refuse(constant: str) -> None:
     raise _NoNumberError(constant)
-
-
-# Rewards are not sent through a proxy that the environment names for the internet.
-OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-
-def _line(error: urllib.error.HTTPError) -> str:
-    try:
-        return f"{error.code} {json.loads(error.read())['error']}"
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, http.client.HTTPException):
-        return f"{error.code} {error.reason}"
 
 
 def _is_reward(value: Any) -> bool:

@@ -8,13 +8,10 @@ models of their own in vLLM, head_0, head_1, …: each text is asked of every on
 are taken.
 """
 
-import http.client
 import itertools
 import json
 import os
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,10 +29,10 @@ from poise.models.head_adapters import FOLDER
 from poise.models.loading import resolve_model
 from poise.models.reward_model import heads_fingerprint, read_layout
 from poise.models.scorer import Scorer
+from poise.runtime.http_json import AgainError, ask
 from poise.runtime.progress import console
 from poise.runtime.run_folder import Json
 from poise.serve.backend import BackendAwayError, Member, Read, RewardModels
-from poise.serve.client import OPENER
 from poise.serve.config import ServeConfig
 
 KEY_VARIABLE = "VLLM_API_KEY"  # vLLM's own
@@ -44,7 +41,6 @@ TIMEOUT = 120.0  # seconds for one answer
 _PAUSE = 0.25
 _NOISE = 1e-4  # of float32
 _SHARE = 0.25  # of the spread between texts, that rounding may change: .08 in bfloat16 (LOG.md, 2026-11-28)
-_AGAIN = {408, 429}
 PROBE = [
     Sample("Review a film.", "A warm, funny film that I would see again."),
     Sample("Review a film.", "Bad."),
@@ -124,7 +120,7 @@ class Servers:
         """
         try:
             return self._difference(url.rstrip("/"))
-        except _AwayError as error:
+        except AgainError as error:
             raise PoiseError(f"no vLLM answers at {url}: {error}; start it: vllm serve … --runner pooling") from None
 
     def _parts(self, texts: list[Tokens]) -> list[list[Tokens]]:
@@ -149,7 +145,7 @@ class Servers:
                 if url in self._unchecked:
                     self._difference(url)
                 return self._classify(url, texts)
-            except _AwayError as error:
+            except AgainError as error:
                 self._unchecked.add(url)
                 if time.monotonic() > end:
                     raise BackendAwayError(f"no vLLM answers, the last one at {url}: {error}") from None
@@ -211,35 +207,7 @@ class Servers:
         return rows
 
 
-class _AwayError(Exception):
-    """No answer; another server, or the same one later, may give it."""
-
-
 def _get(url: str, path: str, value: Any = None) -> Any:
-    """The JSON answer to a GET, or to a POST of a value. Raises _AwayError, and PoiseError for a refusal."""
-    headers = {"Content-Type": "application/json"}
-    if key := os.environ.get(KEY_VARIABLE, ""):
-        headers["Authorization"] = f"Bearer {key}"
-    request = urllib.request.Request(url + path, None if value is None else json.dumps(value).encode(), headers)
-    try:
-        with OPENER.open(request, timeout=TIMEOUT) as response:
-            return json.loads(response.read())
-    except urllib.error.HTTPError as error:
-        with error:
-            said = f"{error.code} {error.reason}"
-            if error.code >= 500 or error.code in _AGAIN:
-                raise _AwayError(said) from None
-            raise PoiseError(f"{url}{path} refuses: {said}: {_message(error.read)}") from None
-    except (OSError, http.client.HTTPException) as error:
-        raise _AwayError(str(getattr(error, "reason", error)) or type(error).__name__) from None
-    except ValueError:
-        raise PoiseError(f"{url}{path} did not answer in JSON") from None
-
-
-def _message(read: Callable[[], bytes]) -> str:
-    """What vLLM says of an error."""
-    try:
-        said = json.loads(read())["error"]
-        return str(said["message"] if isinstance(said, dict) else said)[:200]
-    except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException):
-        return "no reason given"
+    """The JSON answer to a GET, or to a POST of a value. Raises AgainError, and PoiseError for a refusal."""
+    body = None if value is None else json.dumps(value).encode()
+    return ask(url + path, body, key=os.environ.get(KEY_VARIABLE, ""), timeout=TIMEOUT)

@@ -4,12 +4,10 @@ A judge prefers the answer that it reads first, or last (arXiv 2306.05685). So i
 and has a preference only where both answers name the same completion.
 """
 
-import http.client
 import json
 import os
 import re
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +15,9 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from poise.errors import PoiseError
+from poise.runtime.http_json import AgainError, ask
 from poise.runtime.run_folder import Json
+from poise.serve.config import is_loopback
 
 KEY_VARIABLE = "POISE_JUDGE_KEY"
 QUESTION = (
@@ -27,7 +27,6 @@ QUESTION = (
 )
 _CONCURRENT, _TRIES, _LONGEST_WAIT, _TIMEOUT = 8, 5, 30.0, 300.0
 _SWAPPED = {"a": "b", "b": "a", "tie": "tie"}
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class Judged(NamedTuple):
@@ -61,7 +60,7 @@ class ChatJudge:
     def __init__(self, url: str, model: str = ""):
         self.url, self._key = url.rstrip("/"), os.environ.get(KEY_VARIABLE, "")
         parts = urlsplit(self.url)
-        local = parts.hostname in _LOOPBACK
+        local = is_loopback(parts.hostname or "")
         if self._key and parts.scheme != "https" and not local:
             raise PoiseError(
                 f"--judge {url}: the key of {KEY_VARIABLE} would be sent unencrypted; take an https address"
@@ -106,33 +105,22 @@ class ChatJudge:
         return str(names[0])
 
     def _request(self, path: str, value: Json | None = None) -> Json:
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
-        body = None if value is None else json.dumps(value).encode()
-        left = _TRIES
-        while True:  # the last try returns or raises
-            left -= 1
-            wait = min(2.0 ** (_TRIES - 1 - left) / 2, _LONGEST_WAIT)
-            request = urllib.request.Request(self.url + path, body, headers)
+        body, wait = None if value is None else json.dumps(value).encode(), 0.5
+        for left in reversed(range(_TRIES)):
             try:
-                with self._opener.open(request, timeout=_TIMEOUT) as response:
-                    answer = json.loads(response.read())
-            except urllib.error.HTTPError as error:
-                with error:
-                    said = f"{error.code} {_line(error.read()) or error.reason}"
-                    after = error.headers.get("Retry-After", "")
-                if left == 0 or not (error.code in (408, 429) or error.code >= 500):
-                    raise PoiseError(f"--judge {self.url}{path}: {said}") from None
-                wait = min(float(after), _LONGEST_WAIT) if after.isdigit() else wait
-            except (OSError, http.client.HTTPException) as error:
-                if left == 0 or body is None:
-                    raise PoiseError(f"--judge {self.url}{path}: {getattr(error, 'reason', error)}") from None
-            except (ValueError, RecursionError):
-                raise PoiseError(f"--judge {self.url}{path} did not answer in JSON") from None
+                answer = ask(self.url + path, body, key=self._key, timeout=_TIMEOUT, opener=self._opener)
+            except AgainError as error:
+                if left == 0 or (body is None and not error.status):  # at the start, there is no such server
+                    raise PoiseError(f"--judge {self.url}{path}: {error}") from None
+                time.sleep(min(error.after or wait, _LONGEST_WAIT))
+                wait *= 2
+            except PoiseError as error:
+                raise PoiseError(f"--judge {error}") from None
             else:
-                if not isinstance(answer, dict):
-                    raise PoiseError(f"--judge {self.url}{path} did not answer with a JSON object")
-                return answer
-            time.sleep(wait)
+                break
+        if not isinstance(answer, dict):
+            raise PoiseError(f"--judge {self.url}{path} did not answer with a JSON object")
+        return answer
 
 
 def verdict(reply: str) -> str | None:
@@ -146,13 +134,3 @@ def verdict(reply: str) -> str | None:
         return None
     found = re.fullmatch(r"\W*(?:[\w ]*\banswer\b(?: is)?\W*)?(a|b|tie)\W*", lines[-1].strip(), re.IGNORECASE)
     return found[1].lower() if found else None
-
-
-def _line(content: bytes) -> str:
-    """What a server says of an error, on one line."""
-    try:
-        error = json.loads(content)["error"]
-        text = error["message"] if isinstance(error, Mapping) else error
-    except (ValueError, RecursionError, KeyError, TypeError):
-        text = content.decode("utf-8", "replace")
-    return " ".join(str(text).split())[:300]

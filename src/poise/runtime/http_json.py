@@ -1,0 +1,68 @@
+"""JSON over HTTP: one request, which is answered, refused, or worth another try. It needs the standard library only."""
+
+import http.client
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Container, Mapping
+from typing import Any
+
+from poise.errors import PoiseError
+
+# Not through a proxy that the environment names for the internet.
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+AGAIN = frozenset({408, 429, *range(500, 600)})  # statuses after which another try may be answered
+
+
+class AgainError(Exception):
+    """Worth another try. status: what was answered, 0 if nothing was; after: seconds that the server asks to wait."""
+
+    def __init__(self, line: str, status: int = 0, after: str = ""):
+        super().__init__(line)
+        self.status, self.after = status, float(after) if after.isdigit() else 0.0
+
+
+def ask(
+    url: str,
+    body: bytes | None = None,
+    *,
+    key: str = "",
+    timeout: float,
+    again: Container[int] = AGAIN,
+    opener: urllib.request.OpenerDirector = OPENER,
+    parse_constant: Callable[[str], Any] | None = None,
+) -> Any:
+    """The JSON answer to a POST of `body`, or to a GET.
+
+    key: bearer token. timeout: in seconds. parse_constant: as of `json.loads`; what it raises is passed on.
+    Raises AgainError where nothing was answered, or one of the statuses `again`; PoiseError for any other refusal, and
+    for what is not JSON. Both say what the server said, on one line.
+    """
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    try:
+        with opener.open(urllib.request.Request(url, body, headers), timeout=timeout) as response:
+            return json.loads(response.read(), parse_constant=parse_constant)
+    except urllib.error.HTTPError as error:
+        with error:
+            said = f"{error.code} {_message(error.read) or error.reason}"
+            if error.code in again:
+                raise AgainError(said, error.code, error.headers.get("Retry-After", "")) from None
+        raise PoiseError(f"{url}: {said}") from None
+    except (OSError, http.client.HTTPException) as error:  # also URLError and timeouts
+        raise AgainError(str(getattr(error, "reason", error)) or type(error).__name__) from None
+    except (ValueError, RecursionError) as error:
+        raise PoiseError(f"{url} did not answer in JSON: {error}") from None
+
+
+def _message(read: Callable[[], bytes]) -> str:
+    """What a server says of an error, on one line: its `error`, that one's `message`, or the whole text."""
+    try:
+        content = read()
+    except (OSError, http.client.HTTPException):
+        return ""
+    try:
+        error = json.loads(content)["error"]
+        text = error["message"] if isinstance(error, Mapping) else error
+    except (ValueError, RecursionError, LookupError, TypeError):
+        text = content.decode("utf-8", "replace")
+    return " ".join(str(text).split())[:300]
