@@ -50,7 +50,18 @@ def test_train_reward_ends_with_what_to_do_next(reward: Run, capsys: pytest.Capt
     assert "warning: single: No better than a coin: the interval includes 50\xa0%. Do not optimize against it." in lines
     assert f"page:   {reward.folder}/report.html" in lines
     assert (reward.folder / "report.html").exists()
-    assert lines[-1] == (f"next:   poise train-policy --reward {reward.folder} --prompts 'my pairs.jsonl' --model m")
+    assert lines[-1] == (
+        f"next:   poise train-policy --reward {reward.folder}/brme --prompts 'my pairs.jsonl' --model m"
+    )
+
+
+def test_a_whole_run_is_named_as_the_reward_so_that_the_objective_takes_its_heads(
+    reward: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = {name: {"validation_accuracy": 0.8} for name in ("single", "ensemble", "posterior", "brme")}
+    write_json(reward.folder / "results.json", {"models": models, "num_train": 80, "num_validation": 20})
+    ending.say_ending("train-reward", RewardConfig(preferences="p", output=str(reward.folder), model="m"), reward)
+    assert f"next:   poise train-policy --reward {reward.folder} --prompts p --model m" in capsys.readouterr().out
 
 
 def test_train_policy_repeats_the_warnings_of_its_reward_model(

@@ -146,7 +146,7 @@ def test_a_page_says_which_heads_were_the_reward_and_that_most_completions_were_
     write_json(folder / "results.json", {"reward": 1.0, "kl": 2.0, "heads": "posterior"})
     text = Page(run_pages.build([folder])).text
     assert "rm/posterior" in text
-    assert "75\xa0% of the completions were cut at 20 tokens" in text
+    assert "75 % of the completions were cut at 20 tokens" in text
 
 
 def test_many_heads_are_drawn_faint() -> None:

@@ -19,9 +19,6 @@ from poise.functional.objectives import HeadRewards, Objective
 from poise.integrations.trl_reward import RobustReward
 from poise.models.head_kinds import (
     HeadSet,
-    is_run,
-    kind_for,
-    kinds_in,
     read_head_set,
     read_more_heads,
     same_trunk,
@@ -29,6 +26,7 @@ from poise.models.head_kinds import (
 )
 from poise.models.loading import resolve_model
 from poise.models.reward_model import HeadLayout, save_reward_model
+from poise.models.run_heads import is_run, kind_for, kinds_in
 from poise.models.scorer import Ensemble, Scorer
 from poise.reward import push
 from poise.reward.config import PushConfig
