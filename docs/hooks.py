@@ -41,8 +41,8 @@ def commands_page() -> str:
 
 
 def help_text(cli: Any, command: str) -> str:
-    """What a command's `--help` prints, in plain text of 100 columns."""
-    os.environ |= {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
+    """What a command's `--help` prints, in plain text of 74 columns, which is what a page shows without scrolling."""
+    os.environ |= {"COLUMNS": "74", "NO_COLOR": "1", "TERM": "dumb"}
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         cli.main([command, "--help"])

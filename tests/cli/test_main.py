@@ -68,6 +68,7 @@ def test_the_package_runs_as_a_module(module: str) -> None:
         (["train-policy", "--kl-coef", "x"], "--kl-coef must be a number, got 'x'"),
         (["train-policy", "--reward-ceiling", "high"], "--reward-ceiling must be a number or None, got 'high'"),
         (["train-policy", "--tune", "no"], "invalid choice 'no' for argument '--tune'"),
+        (["trust", "--reward", "rm"], "REWARD is missing: it is given by itself, without --reward"),
         (["report", "nowhere"], "nowhere is not a run folder: there is no such folder"),
         (["report"], "name a run folder: poise report RUN"),
         (["watch"], "name a run folder: poise watch RUN"),

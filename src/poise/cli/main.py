@@ -228,6 +228,8 @@ def _complaint(box: str) -> str:
         option, value = wrong.groups()
         if kind := re.search(rf"{re.escape(option)} (\S+)", rest):
             return f"{option} must be {_KINDS.get(kind[1], kind[1])}, got {value}"
+    if alone := re.match(r"Missing value for argument '(\w+)'", said):
+        return f"{alone[1].upper()} is missing: it is given by itself, without --{alone[1]}"
     if said.startswith("Unrecognized") and (near := re.search(r"Perhaps you meant: (--[\w.-]+)", rest)):
         return f"{said}; did you mean {near[1]}?"
     return said or "bad options"
