@@ -8,6 +8,7 @@ import importlib
 import io
 import os
 import re
+import textwrap
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -46,7 +47,8 @@ def help_text(cli: Any, command: str) -> str:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         cli.main([command, "--help"])
-    return re.sub(r"\x1b\[[0-9;]*m", "", printed.getvalue()).strip()
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", printed.getvalue()).strip().splitlines()
+    return "\n".join(line if line[:1] in " │|-+" else textwrap.fill(line, 74) for line in lines)
 
 
 def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: Files) -> str:

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -33,7 +33,7 @@ class Config(Settings):
     Every form that is read is in docs/data.md. Nothing is written, and without --model nothing heavy is loaded.
     """
 
-    file: tyro.conf.Positional[str]
+    file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
     """JSON lines, a JSON array, CSV or Parquet (also compressed), a folder saved by `datasets`, or a hub id."""
     kind: Literal["auto", "preferences", "questions", "samples", "prompts"] = "auto"
     """What to read the file as; auto: by the columns of its first row. `questions` is what `evaluate-reward` reads."""

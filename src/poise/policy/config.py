@@ -301,7 +301,7 @@ class EvaluateConfig(Settings):
 class MergeConfig(Settings):
     """Fold a policy's LoRA adapters into its language model, for tools that know no adapters."""
 
-    policy: tyro.conf.Positional[str]
+    policy: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="POLICY")]
     """Policy: a `poise train-policy` run, or the `policy` folder in it."""
     output: str
     """Folder to write; it must not exist, or be empty."""

@@ -1,6 +1,7 @@
 """The settings of `poise report`."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import tyro
 
@@ -15,7 +16,7 @@ _DEFAULT = ("runs/quickstart",)
 class ReportConfig(Settings):
     """Write the page of run folders: of any command that makes one, finished or not; several make one page."""
 
-    folders: tyro.conf.Positional[tuple[str, ...]] = _DEFAULT
+    folders: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN [RUN …]")] = _DEFAULT
     """Run folders, e.g. runs/reward, or runs/policy runs/policy-2. Default: runs/quickstart."""
     output: str = ""
     """File to write. Default: report.html in the run folder; of several runs, in the folder that the first is in."""
