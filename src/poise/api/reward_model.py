@@ -56,6 +56,15 @@ class RewardModel:
         self.results: Json = {}
         self._chosen = False
 
+    def __repr__(self) -> str:
+        """What a notebook shows: kinds of heads and how many of each, accuracy where it is known."""
+        parts = []
+        for kind, scorer in self._scorers.items():
+            accuracy = (self.results.get(kind) or {}).get("validation_accuracy")
+            known = f", {accuracy:.1%} of validation pairs" if accuracy is not None else ""
+            parts.append(f"{kind or 'reward model'} ({scorer.layout.num_heads} heads{known})")
+        return f"RewardModel: {', '.join(parts)}"
+
     @staticmethod
     def from_pretrained(path: str | Path, max_length: int = 0) -> "RewardModel":
         """From a `poise train-reward` run, a checkpoint folder, an ensemble, or a hub id.
