@@ -124,8 +124,14 @@ def _with_prompts_to_take(config: Config, count: int) -> Config:
     """
     if count >= config.prompts_per_step:
         return config
-    fewer = count - count % (config.num_minibatches * processes.num_processes())
-    if config.prompts_per_step != Config.prompts_per_step or not fewer:
+    least = config.num_minibatches * processes.num_processes()
+    fewer = count - count % least
+    if not fewer:
+        raise PoiseError(
+            f"{config.prompts} has {count} prompts, and a step takes at least {least}, one for each minibatch of each "
+            f"process; give more prompts, or fewer --num-minibatches"
+        )
+    if config.prompts_per_step != Config.prompts_per_step:
         raise PoiseError(f"{config.prompts} has {count} prompts, --prompts-per-step is {config.prompts_per_step}")
     if is_main_process():
         console.print(
