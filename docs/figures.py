@@ -107,9 +107,11 @@ def heads() -> Figure:
     for function, style in ((disagreement, STYLES[0]), (routing_std, STYLES[1]), (total_std, STYLES[2])):
         right.plot(x, function(rewards), style.dash, color=style.color, label=function.__name__)
     right.set(title="Three uncertainties", xlabel="the same texts", ylabel="std of the reward")
+    right.set_ylim(top=2.1)  # room for the legend
     for axes in (left, right):
         seen(axes)
-        axes.legend(fontsize=8)
+    left.legend(fontsize=8)
+    right.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.93), ncols=3, columnspacing=1, handlelength=1.6)
     return figure
 
 

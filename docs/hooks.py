@@ -8,6 +8,7 @@ import importlib
 import io
 import os
 import re
+import textwrap
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -41,12 +42,13 @@ def commands_page() -> str:
 
 
 def help_text(cli: Any, command: str) -> str:
-    """What a command's `--help` prints, in plain text of 100 columns."""
-    os.environ |= {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
+    """What a command's `--help` prints, in plain text of 74 columns, which is what a page shows without scrolling."""
+    os.environ |= {"COLUMNS": "74", "NO_COLOR": "1", "TERM": "dumb"}
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         cli.main([command, "--help"])
-    return re.sub(r"\x1b\[[0-9;]*m", "", printed.getvalue()).strip()
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", printed.getvalue()).strip().splitlines()
+    return "\n".join(line if line[:1] in " │|-+" else textwrap.fill(line, 74) for line in lines)
 
 
 def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: Files) -> str:

@@ -35,8 +35,8 @@ def name_of(path: Path) -> str:
 
 @functools.cache
 def modules() -> frozenset[str]:
-    """Every module but the package's own face, `poise/__init__.py`."""
-    return frozenset(name_of(path) for path in ROOT.rglob("*.py")) - {"__init__"}
+    """Every module but the package's own faces, `poise/__init__.py` and `python -m poise`."""
+    return frozenset(name_of(path) for path in ROOT.rglob("*.py")) - {"__init__", "__main__"}
 
 
 @functools.cache

@@ -17,6 +17,7 @@ import yaml
 
 import poise
 from poise import HeadRewards, PolicyConfig, PolicyTrainer, RewardConfig, RewardModel, RewardTrainer, Sample, Scorer
+from poise.api.trainers import TrainedPolicy
 from poise.errors import PoiseError
 from poise.functional.objectives import mean
 from poise.integrations.trl_reward import RobustReward, name_of
@@ -71,6 +72,13 @@ def test_a_run_is_one_model_of_every_kind_on_one_trunk(rm: RewardModel, run_fold
     assert rm.results["brme"]["num_heads"] == 5
     with pytest.raises(PoiseError, match="no heads 'mean' in this reward model; it has single, ensemble"):
         rm.heads("mean")
+
+
+def test_a_notebook_shows_a_model_in_one_line(rm: RewardModel, run_folder: Path) -> None:
+    known = json.loads((run_folder / "results.json").read_text())["models"]["single"]["validation_accuracy"]
+    assert f"single (1 heads, {known:.1%} of validation pairs)" in repr(rm)
+    trained = TrainedPolicy(torch.nn.Linear(2, 2), None, [{}] * 3, {"reward": 0.5, "kl": 2.0}, [])  # type: ignore[arg-type]
+    assert repr(trained) == "TrainedPolicy: Linear, 3 steps, reward +0.50, KL 2.0"
 
 
 def test_kinds_with_other_trunks_keep_them(run_folder: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """How commands end: what was measured, warnings, folder, page and next command."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import yaml
 
 from poise.cli import ending, main
+from poise.errors import PoiseError
 from poise.models.card_warnings import card_warnings
 from poise.policy.config import Config as PolicyConfig
 from poise.reward.config import Config as RewardConfig
@@ -53,6 +55,15 @@ def test_train_reward_ends_with_what_to_do_next(reward: Run, capsys: pytest.Capt
     )
 
 
+def test_a_whole_run_is_named_as_the_reward_so_that_the_objective_takes_its_heads(
+    reward: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = {name: {"validation_accuracy": 0.8} for name in ("single", "ensemble", "posterior", "brme")}
+    write_json(reward.folder / "results.json", {"models": models, "num_train": 80, "num_validation": 20})
+    ending.say_ending("train-reward", RewardConfig(preferences="p", output=str(reward.folder), model="m"), reward)
+    assert f"next:   poise train-policy --reward {reward.folder} --prompts p --model m" in capsys.readouterr().out
+
+
 def test_train_policy_repeats_the_warnings_of_its_reward_model(
     reward: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -70,6 +81,21 @@ def test_train_policy_repeats_the_warnings_of_its_reward_model(
     write_jsonl(run.folder / "metrics.jsonl", [{"step": 0, "reward": 0.5, "kl": 1.0, "tokens": 9, "ended": 0.0}])
     ending.say_ending("train-policy", config, run)
     assert "warning: every completion was cut at --max-tokens" in capsys.readouterr().out
+    write_jsonl(run.folder / "metrics.jsonl", [{"step": 0, "reward": 0.5, "kl": 1.0, "tokens": 9, "ended": 0.25}])
+    ending.say_ending("train-policy", config, run)
+    assert "warning: 75% of the completions were cut at --max-tokens" in capsys.readouterr().out
+
+
+def test_the_warnings_of_a_run_are_those_of_the_heads_that_are_taken(
+    reward: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("single", "brme"):
+        (reward.folder / name / "config.json").write_text("{}")
+    config = PolicyConfig(prompts="p", reward=str(reward.folder), objective="nominal")
+    ending.warn_of_models(config)
+    assert capsys.readouterr().out == ""  # the BRME's card warns of nothing
+    ending.warn_of_models(replace(config, heads="single"))
+    assert f"warning: {reward.folder}/single: No better than a coin" in capsys.readouterr().out
 
 
 def test_best_of_n_warns_of_what_its_objectives_select_by(reward: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,8 +120,8 @@ def test_a_finished_run_says_so_at_once(reward: Run, capsys: pytest.CaptureFixtu
     config = RewardConfig(preferences="my pairs.jsonl", output=str(reward.folder), model="m")
     ending.say_finished("train-reward", config)
     assert "is finished; nothing is computed again" in capsys.readouterr().out
-    ending.say_finished("train-reward", RewardConfig(preferences="others", output=str(reward.folder), model="m"))
-    assert capsys.readouterr().out == ""
+    with pytest.raises(PoiseError, match="holds a run of another config"):
+        ending.say_finished("train-reward", RewardConfig(preferences="others", output=str(reward.folder), model="m"))
 
 
 def test_every_command_that_makes_something_has_an_ending() -> None:

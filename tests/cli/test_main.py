@@ -1,6 +1,8 @@
 """The command line as a user meets it: help one can trust, one clear line for bad input, exit status 2."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +42,7 @@ def test_every_option_of_every_command_is_explained(command: str, capsys: pytest
         main([command, "--help"])
     assert caught.value.code == 0
     out = capsys.readouterr().out
+    assert "STR" not in re.sub(r"\[?--[\w-]+ STR\]?", "", out.splitlines()[0]), "a place without a name"
     config = importlib.import_module(COMMANDS[command][0]).Config
     for part in (part for part in config.__mro__ if dataclasses.is_dataclass(part)):
         settings = {field.name for field in dataclasses.fields(part)}
@@ -51,10 +54,57 @@ def test_every_option_of_every_command_is_explained(command: str, capsys: pytest
             assert '"""' in text, f"{command} --{name} has no help"
 
 
-def test_console_script_runs() -> None:
-    done = subprocess.run([sys.executable, "-m", "poise.cli", "nonsense"], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("module", ["poise", "poise.cli"])
+def test_the_package_runs_as_a_module(module: str) -> None:
+    done = subprocess.run([sys.executable, "-m", module, "nonsense"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("poise: no command 'nonsense'; choose from quickstart")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train-polcy"], "no command 'train-polcy'; did you mean `poise train-policy`?"),
+        (["train-policy", "--num-step", "3"], "Unrecognized options: --num-step, 3; did you mean --num-steps?"),
+        (["train-policy", "--num-steps", "many"], "--num-steps must be a whole number, got 'many'"),
+        (["train-policy", "--kl-coef", "x"], "--kl-coef must be a number, got 'x'"),
+        (["train-policy", "--reward-ceiling", "high"], "--reward-ceiling must be a number or None, got 'high'"),
+        (["train-policy", "--tune", "no"], "invalid choice 'no' for argument '--tune'"),
+        (["trust", "--reward", "rm"], "REWARD is missing: it is given by itself, without --reward"),
+        (["report", "nowhere"], "nowhere is not a run folder: there is no such folder"),
+        (["report"], "name a run folder: poise report RUN"),
+        (["watch"], "name a run folder: poise watch RUN"),
+        (["merge", "nowhere", "--output", "x"], "nowhere holds no policy; name a finished"),
+    ],
+)
+def test_a_slip_is_answered_with_what_to_write_instead(
+    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert says in one_line(capsys)
+
+
+def test_bad_input_is_refused_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    config = tmp_path / "policy" / "config.yaml"
+    config.parent.mkdir()
+    config.write_text("prompts: p\nreward: r\nobjective: nominal\nkl_coef: 0.1\nnum_steps: 3\n")
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    commands = [
+        ["report", str(tmp_path)], ["watch", str(tmp_path)], ["merge", str(config.parent), "--output", "x"],
+        ["chat", str(config.parent)], ["score", str(config.parent), str(rows)],
+        ["data", str(rows), "--model", "no/where"], ["plan", "--model", "no/where"],
+    ]  # fmt: skip
+    script = (
+        "import sys; from poise.cli.main import main\n"
+        f"print([main(one) for one in {commands!r}], {{'torch', 'matplotlib', 'transformers'}} & set(sys.modules))"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environment, cwd=tmp_path
+    )
+    assert done.stdout == f"{[2] * len(commands)} set()\n", done.stderr
 
 
 def test_a_missing_file_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import yaml
 
 from poise.cli.main import parse_config, settings_of
 from poise.errors import PoiseError
-from poise.models import head_kinds
+from poise.models import run_heads
 from poise.runtime.run_folder import Run, config_dict, write_atomic
 
 OLDER = Path(__file__).parent / "older"
@@ -72,11 +72,11 @@ def test_heads_of_a_run(tmp_path: Path) -> None:
         (tmp_path / "run" / kind).mkdir(parents=True)
         (tmp_path / "run" / kind / "config.json").write_text("{}")
     run = str(tmp_path / "run")
-    assert head_kinds.reward_folder(run, "lower_confidence(1)") == f"{run}/posterior"
-    assert head_kinds.reward_folder(run, "lower_confidence(1)", "brme") == f"{run}/brme"
-    assert head_kinds.reward_folder(run, "tradeoff(0.4)") == f"{run}/brme"
-    assert head_kinds.reward_folder(f"{run}/posterior", "tradeoff(0.4)") == f"{run}/posterior"
+    assert run_heads.reward_folder(run, "lower_confidence(1)") == f"{run}/posterior"
+    assert run_heads.reward_folder(run, "lower_confidence(1)", "brme") == f"{run}/brme"
+    assert run_heads.reward_folder(run, "tradeoff(0.4)") == f"{run}/brme"
+    assert run_heads.reward_folder(f"{run}/posterior", "tradeoff(0.4)") == f"{run}/posterior"
     with pytest.raises(PoiseError, match="has no single heads; --heads takes one of posterior, brme"):
-        head_kinds.reward_folder(run, "nominal", "single")
+        run_heads.reward_folder(run, "nominal", "single")
     with pytest.raises(PoiseError, match="is no `poise train-reward` run"):
-        head_kinds.reward_folder("me/rm", "nominal", "single")
+        run_heads.reward_folder("me/rm", "nominal", "single")

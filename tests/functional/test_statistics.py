@@ -27,6 +27,7 @@ from poise.functional.statistics import (
     auroc,
     bootstrap_interval,
     bootstrap_intervals,
+    exact_at_ends,
     holm,
     intervals_of_means,
     mean_between,
@@ -46,6 +47,14 @@ def test_bootstrap_interval_covers_the_mean_as_often_as_it_says() -> None:
         low, high = bootstrap_interval(generator.normal(size=40), draws=500)
         covered += low <= 0.0 <= high
     assert 0.90 <= covered / 300 <= 0.98
+
+
+@pytest.mark.parametrize(("right", "share"), [(7, 1.0), (0, 0.0), (60, 1.0)])
+def test_the_interval_of_a_share_at_its_end_is_clopper_and_pearsons(right: int, share: float) -> None:
+    units = right or 12
+    low, high = scipy.stats.binomtest(right, units).proportion_ci(0.95, "exact")
+    assert exact_at_ends([share, share], share, units) == pytest.approx([low, high])
+    assert exact_at_ends([0.2, 0.4], 0.3, units) == [0.2, 0.4]
 
 
 def test_t_interval_of_few_covers_the_mean_as_often_as_it_says() -> None:

@@ -1,6 +1,7 @@
 """What is wrong with a model folder, from its JSON files alone; templates that are tried before a model is loaded."""
 
 import json
+import socket
 import threading
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from poise.errors import PoiseError
-from poise.models import model_folder, template_trial
+from poise.models import hub, model_folder, template_trial
 from poise.models.model_folder import check_model, check_precision, check_reward_model, stored_tensor
 from poise.models.template_trial import try_template
 
@@ -45,7 +46,8 @@ def test_a_folder_needs_weights_and_a_tokenizer(files: tuple[str, ...], said: st
         check_model(made(tmp_path / "x", *files))
 
 
-def test_a_file_or_a_hub_id_may_stand_for_a_model_or_not(tmp_path: Path) -> None:
+def test_a_file_or_a_hub_id_may_stand_for_a_model_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "reachable", lambda: True)
     (tmp_path / "file").touch()
     for check in (check_model, check_reward_model):
         with pytest.raises(PoiseError, match=r"file is not a model folder: it is a file"):
@@ -53,6 +55,37 @@ def test_a_file_or_a_hub_id_may_stand_for_a_model_or_not(tmp_path: Path) -> None
         check("org/model")  # left to loading
         with pytest.raises(PoiseError, match="is neither a local folder nor reachable"):
             check("no such/model of a hub")
+
+
+def test_a_hub_id_is_refused_at_once_where_the_hub_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        check_model("org/model")  # left to the client
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        with pytest.raises(PoiseError, match="'org/model' is neither a local folder nor reachable on the model hub"):
+            check_model("org/model")
+        monkeypatch.delenv("HF_HUB_OFFLINE")
+    with pytest.raises(PoiseError, match="does not answer; give the folder"):
+        check_reward_model("org/model")
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    check_model("org/model")
+    monkeypatch.delenv("HTTPS_PROXY")
+    (tmp_path / "models--org--model").mkdir()
+    check_model("org/model")
+
+
+def test_a_run_that_is_no_model_is_called_what_it_is(tmp_path: Path) -> None:
+    names = ("prompts", "reward", "objective", "kl_coef")
+    (tmp_path / "config.yaml").write_text("".join(f"{name}: x\n" for name in names))
+    with pytest.raises(PoiseError, match="is a run of `poise train-policy`, not a reward model"):
+        check_reward_model(str(tmp_path))
+    with pytest.raises(PoiseError, match="is a run of `poise train-policy`, not a language model"):
+        check_model(str(tmp_path))
 
 
 def test_every_member_of_an_ensemble_is_checked(tmp_path: Path) -> None:

@@ -213,6 +213,10 @@ def test_few_prompts_make_smaller_steps_than_the_default(config: Config, capsys:
     assert "4 prompts are fewer than --prompts-per-step 32: a step takes 4" in " ".join(capsys.readouterr().err.split())
     with pytest.raises(PoiseError, match="has 4 prompts, --prompts-per-step is 8"):
         train_policy.run(dataclasses.replace(config, prompts_per_step=8, output=f"{config.output}-8"))
+    with pytest.raises(PoiseError, match=r"has 4 prompts, and a step takes at least 5, .* or fewer --num-minibatches"):
+        train_policy.run(
+            dataclasses.replace(config, prompts_per_step=10, num_minibatches=5, output=f"{config.output}-5")
+        )
 
 
 def test_a_run_folder_is_one_kind_of_heads_said_aloud(

@@ -12,7 +12,7 @@ import yaml
 
 from pages import CHROMIUM, Page, assert_all_is_seen, needs_chromium, poison
 from poise.errors import PoiseError
-from poise.reports import run_pages
+from poise.reports import run_pages, run_plots
 from poise.reports.config import ReportConfig
 from poise.runtime.run_folder import Json, write_json, write_jsonl
 
@@ -141,6 +141,19 @@ def test_a_policy_run_has_a_page(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn_here")
+def test_a_page_says_which_heads_were_the_reward_and_that_most_completions_were_cut(tmp_path: Path) -> None:
+    folder = policy(tmp_path / "run", ended=0.25)
+    write_json(folder / "results.json", {"reward": 1.0, "kl": 2.0, "heads": "posterior"})
+    text = Page(run_pages.build([folder])).text
+    assert "rm/posterior" in text
+    assert "75 % of the completions were cut at 20 tokens" in text
+
+
+def test_many_heads_are_drawn_faint() -> None:
+    drawn = [run_plots.heads([{"step": i, "heads": [0.1] * count} for i in range(3)], "h") for count in (8, 9)]
+    assert ["opacity: 0.4" in text for text in drawn] == [False, True]
+
+
 def test_the_page_of_a_run_in_progress_loads_itself_anew(tmp_path: Path) -> None:
     page = page_of(policy(tmp_path / "one", steps=3, finished=False))
     assert "This run is not finished: 3 of 12 steps." in page.text

@@ -414,12 +414,20 @@ def test_accuracy_claims_no_more_than_its_intervals(
     [
         ([0.55, 0.7], "better", "Its errors are told by disagreement, small_margin (AUROC disagreement 0.62"),
         ([0.45, 0.7], "unclear", "Only how close it calls a pair tells its errors, none of its spreads does"),
-        ([0.3, 0.45], "worse", "Larger where it is right than where it is wrong: disagreement"),
+        ([0.3, 0.45], "worse", "disagreement is larger where it is right than where it is wrong"),
     ],
 )
 def test_uncertainties_claim_no_more_than_their_intervals(spread: list[float], kind: str, says: str) -> None:
     found = evaluation_page.findings(made_up([0.6, 0.8], [0.1, 0.2], spread), "It")[2]
     assert (found.kind, says in found.text) == (kind, True), found.text
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "says"), [([0.94, 0.98], "only 3 of 80 pairs wrongly"), ([0, 0.1], "4 of 80 pairs rightly")]
+)
+def test_of_few_errors_nothing_is_said(accuracy: list[float], says: str) -> None:
+    found = evaluation_page.findings(made_up(accuracy, [0.1, 0.2], [0.3, 0.45]), "It")[2]
+    assert (found.kind, says in found.text) == ("unclear", True), found.text
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -49,3 +51,9 @@ def test_outside_the_main_thread_signals_are_left_as_they_are() -> None:
     thread.start()
     thread.join()
     assert found == [(False, True)]
+
+
+def test_a_long_sentence_stays_on_one_line_in_a_pipe() -> None:
+    script = "from poise.runtime.progress import console; console.print('word ' * 60)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert (done.stdout + done.stderr).count("\n") == 1

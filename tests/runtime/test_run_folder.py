@@ -53,27 +53,32 @@ def test_a_folder_without_results_or_checkpoints_is_taken_over(tmp_path: Path) -
         Run.open(tmp_path, Config(size=5))
 
 
+@dataclass(frozen=True)
+class Growing(Config):
+    GROWS = ("size", "names")
+
+
 def test_a_finished_run_may_grow_and_not_shrink(tmp_path: Path) -> None:
-    Run.open(tmp_path, Config()).finish({"steps": 3})
+    Run.open(tmp_path, Growing()).finish({"steps": 3})
     (tmp_path / "checkpoint.safetensors").touch()
     with pytest.raises(PoiseError, match="differs in size"):
-        Run.open(tmp_path, Config(size=2), grows=("size",))
+        Run.open(tmp_path, Growing(size=2))
     with pytest.raises(PoiseError, match="differs in names, size"):
-        Run.open(tmp_path, Config(size=4, names=()), grows=("size",))
+        Run.open(tmp_path, Growing(size=4, names=()))
     assert Run(tmp_path).results == {"steps": 3}
-    assert Run.open(tmp_path, Config(size=4), grows=("size",)).results is None
-    assert Run(tmp_path).differs(Config(size=4)) == []
+    assert Run.open(tmp_path, Growing(size=4)).results is None
+    assert Run(tmp_path).differs(Growing(size=4)) == []
     with pytest.raises(PoiseError, match="differs in size"):  # it has been extended
-        Run.open(tmp_path, Config(), grows=("size",))
+        Run.open(tmp_path, Growing())
 
 
 def test_a_list_grows_at_its_end_only(tmp_path: Path) -> None:
-    Run.open(tmp_path, Config(names=("b", "c"))).finish({"steps": 3})
+    Run.open(tmp_path, Growing(names=("b", "c"))).finish({"steps": 3})
     (tmp_path / "checkpoint.safetensors").touch()
     for other in (("c", "d"), ("c", "b", "c"), ("b",), ("b", "d", "e")):
         with pytest.raises(PoiseError, match="differs in names"):
-            Run.open(tmp_path, Config(names=other), grows=("names",))
-    assert Run.open(tmp_path, Config(names=("b", "c", "a")), grows=("names",)).results is None
+            Run.open(tmp_path, Growing(names=other))
+    assert Run.open(tmp_path, Growing(names=("b", "c", "a"))).results is None
 
 
 def test_a_setting_that_an_old_run_lacks_had_its_default(tmp_path: Path) -> None:

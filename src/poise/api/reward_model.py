@@ -19,9 +19,6 @@ from poise.functional.objectives import HeadRewards, Objective
 from poise.integrations.trl_reward import RobustReward
 from poise.models.head_kinds import (
     HeadSet,
-    is_run,
-    kind_for,
-    kinds_in,
     read_head_set,
     read_more_heads,
     same_trunk,
@@ -29,6 +26,7 @@ from poise.models.head_kinds import (
 )
 from poise.models.loading import resolve_model
 from poise.models.reward_model import HeadLayout, save_reward_model
+from poise.models.run_heads import is_run, kind_for, kinds_in
 from poise.models.scorer import Ensemble, Scorer
 from poise.reward import push
 from poise.reward.config import PushConfig
@@ -57,6 +55,15 @@ class RewardModel:
         self._scorers, self.kind, self._paths, self._cards = dict(scorers), kind, dict(paths or {}), dict(cards or {})
         self.results: Json = {}
         self._chosen = False
+
+    def __repr__(self) -> str:
+        """What a notebook shows: kinds of heads and how many of each, accuracy where it is known."""
+        parts = []
+        for kind, scorer in self._scorers.items():
+            accuracy = (self.results.get(kind) or {}).get("validation_accuracy")
+            known = f", {accuracy:.1%} of validation pairs" if accuracy is not None else ""
+            parts.append(f"{kind or 'reward model'} ({scorer.layout.num_heads} heads{known})")
+        return f"RewardModel: {', '.join(parts)}"
 
     @staticmethod
     def from_pretrained(path: str | Path, max_length: int = 0) -> "RewardModel":

@@ -8,7 +8,7 @@ import contextlib
 import math
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -68,7 +68,7 @@ class RewardTrainer:
         return model if self.args.output else model.in_memory()
 
 
-@dataclass
+@dataclass(repr=False)
 class TrainedPolicy:
     """A trained policy, as transformers and PEFT know it: `model.generate`, `model.merge_and_unload`, ….
 
@@ -78,9 +78,15 @@ class TrainedPolicy:
 
     model: HfModel
     tokenizer: HfTokenizer
-    metrics: list[Json] = field(repr=False)
-    results: Json = field(repr=False)
-    completions: list[Json] = field(repr=False)
+    metrics: list[Json]
+    results: Json
+    completions: list[Json]
+
+    def __repr__(self) -> str:
+        """What a notebook shows: the model's class and what the run came to, not its hundreds of modules."""
+        reward, kl = self.results.get("reward"), self.results.get("kl")
+        came_to = f", reward {reward:+.2f}, KL {kl:.1f}" if reward is not None and kl is not None else ""
+        return f"TrainedPolicy: {type(self.model).__name__}, {len(self.metrics)} steps{came_to}"
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the adapters, or the whole model with `tune="full"`, and the tokenizer."""

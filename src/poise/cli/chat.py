@@ -21,7 +21,7 @@ class Config(Settings):
     conversation, and the answers go to standard output.
     """
 
-    policy: tyro.conf.Positional[Language]
+    policy: Annotated[tyro.conf.Positional[Language], tyro.conf.arg(metavar="POLICY")]
     """Policy: a `poise train-policy` run, the `policy` folder in it, or any language model (folder or hub id)."""
     system: str = ""
     """System turn to begin with."""

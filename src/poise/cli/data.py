@@ -2,9 +2,11 @@
 
 import itertools
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -15,6 +17,7 @@ from poise.data.preferences import iter_samples, read_preferences, read_prompts
 from poise.data.rows import Check, Understood
 from poise.data.types import Prompt
 from poise.errors import PoiseError
+from poise.models.hub import check_on_hub
 from poise.runtime.settings import Count, Settings, WholeNumber
 
 Kind = Literal["preferences", "questions", "samples", "prompts"]
@@ -30,7 +33,7 @@ class Config(Settings):
     Every form that is read is in docs/data.md. Nothing is written, and without --model nothing heavy is loaded.
     """
 
-    file: tyro.conf.Positional[str]
+    file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
     """JSON lines, a JSON array, CSV or Parquet (also compressed), a folder saved by `datasets`, or a hub id."""
     kind: Literal["auto", "preferences", "questions", "samples", "prompts"] = "auto"
     """What to read the file as; auto: by the columns of its first row. `questions` is what `evaluate-reward` reads."""
@@ -43,6 +46,12 @@ class Config(Settings):
     json: bool = False
     """Print one JSON object instead of text."""
 
+    def check(self) -> None:
+        """As for every command; and the model is there."""
+        super().check()
+        if self.model and not Path(self.model).exists():
+            check_on_hub(self.model)
+
 
 def run(config: Config) -> None:
     """Print the report. Bad rows are part of it; PoiseError if no row can be used."""
@@ -52,6 +61,18 @@ def run(config: Config) -> None:
     print(json.dumps(report, indent=1) if config.json else as_text(report))
     if not report["rows"]["used"]:
         raise PoiseError(f"{config.file} has no usable row")
+    if not config.json:
+        print(f"\nnext:   {shlex.join(_following(report['kind'], config))}")
+
+
+def _following(kind: str, config: Config) -> list[str]:
+    """The command that reads such a file."""
+    model = config.model or "MODEL"
+    return {
+        "preferences": ["poise", "train-reward", "--preferences", config.file, "--model", model],
+        "questions": ["poise", "evaluate-reward", "--rewards", "RUN/single", "--file", config.file],
+        "samples": ["poise", "score", "RUN", config.file],
+    }.get(kind, ["poise", "train-policy", "--prompts", config.file, "--reward", "RUN", "--model", model])
 
 
 def read_report(config: Config, reader: "_ModelReader | None" = None) -> dict[str, Any]:

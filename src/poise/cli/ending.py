@@ -3,6 +3,7 @@
 Every command that makes something has a function here that reads its results; one function prints what they say.
 """
 
+import contextlib
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 from poise.cli.boundary import leave_stdout
 from poise.errors import PoiseError
 from poise.models.card_warnings import card_warnings
+from poise.models.run_heads import reward_folder
 from poise.runtime.display import on_one_line
 from poise.runtime.run_folder import Json, Run, is_main_process
 from poise.runtime.settings import ModelPath, marks, typed_fields
@@ -32,10 +34,11 @@ class Ending:
 
 
 def say_finished(command: str, config: Any) -> None:
-    """Say at once that the run in --output is complete already, if it is."""
+    """Say at once that the run in --output is complete already; PoiseError if that folder cannot be taken."""
     output = getattr(config, "output", "")
     if command in _KEPT and output and is_main_process():
         run = Run(Path(output))
+        run.check_config(config)
         if run.results is not None and not run.differs(config):
             _say(f"{on_one_line(output)} is finished; nothing is computed again (another --output makes a new run)")
 
@@ -94,13 +97,21 @@ def _page(folder: Path) -> Path | None:
 
 
 def _reward_models(config: Any) -> Iterator[str]:
-    """Reward models that settings name; of best-of-n those that its objectives select by."""
+    """Reward models that settings name; of best-of-n and of a run's heads those that the objectives select by."""
     if hasattr(config, "objectives") and hasattr(config, "per_prompt"):
         names = dict.fromkeys(text.partition(":")[0] for text in config.objectives)
         yield from (str(Path(folder) / name) for folder in config.reward for name in names)
     for kind, value in typed_fields(config).values():
         if any(isinstance(mark, ModelPath) and mark.kind == "reward model" for mark in marks(kind)):
-            yield from value if isinstance(value, tuple) else (value,)
+            yield from value if isinstance(value, tuple) else (_taken(config, value),)
+
+
+def _taken(config: Any, reward: str) -> str:
+    """Of a `poise train-reward` run the heads that an objective takes, where there is one to choose by."""
+    if hasattr(config, "objective") and hasattr(config, "heads"):
+        with contextlib.suppress(PoiseError):  # the command itself says what is wrong with it
+            return reward_folder(reward, config.objective, config.heads)
+    return reward
 
 
 # ---- what each command measured ----
@@ -113,10 +124,11 @@ def _train_reward(config: Any, done: Run) -> Ending:
     if longer is not None:
         rows.append(("longer answer", f"{longer:.1%}, for comparison"))
     rows.append(("pairs", f"{results['num_train']} to train on, {results['num_validation']} for validation"))
-    best = max(results["models"], key=lambda name: results["models"][name].get("validation_accuracy") or 0.0)
-    reward = str(done.folder / ("brme" if "brme" in results["models"] else best))
-    train = _command("train-policy", "--reward", reward, "--prompts", config.preferences, "--model", config.model)
-    return Ending(rows, (_command("inspect", reward), train), tuple(_warned(done.folder, results["models"])))
+    names = results["models"]
+    best = max(names, key=lambda name: names[name].get("validation_accuracy") or 0.0)
+    folder = str(done.folder if {"brme", "posterior"} <= names.keys() else done.folder / best)
+    train = _command("train-policy", "--reward", folder, "--prompts", config.preferences, "--model", config.model)
+    return Ending(rows, (_command("inspect", folder), train), tuple(_warned(done.folder, results["models"])))
 
 
 def _accuracy(model: Json) -> str:
@@ -146,9 +158,10 @@ def _train_policy(config: Any, done: Run) -> Ending:
         ("gold", "not read: whether people like the texts is not known"),
     ]
     folder = str(done.folder)
-    warnings = [*card_warnings(config.reward), *card_warnings(done.folder)]
-    if _mean(steps, "ended") == 0.0:
-        warnings.append(f"every completion was cut at --max-tokens {config.max_tokens}; train with more")
+    warnings = [*card_warnings(_taken(config, config.reward)), *card_warnings(done.folder)]
+    if (ended := _mean(steps, "ended")) < 0.5:
+        which = "every completion was" if ended == 0.0 else f"{1 - ended:.0%} of the completions were"
+        warnings.append(f"{which} cut at --max-tokens {config.max_tokens}; train with more")
     merged = _command("merge", folder, "--output", f"{folder}-merged")
     return Ending(rows, (_command("chat", folder), merged), tuple(warnings))
 
@@ -217,7 +230,8 @@ def _evaluate_reward(config: Any, done: Run) -> Ending:
                 text = f"{name} {value['mean']:+.3f} ({low:+.3f} to {high:+.3f})"
                 rows.append((f"{Path(one['reward']).name} − {Path(one['versus']).name}", text))
     warnings = [f"{path}: {text}" for path in config.rewards for text in card_warnings(path)]
-    return Ending(rows, (_command("inspect", config.rewards[0]),), tuple(warnings))
+    best = max(results["rewards"], key=lambda one: (one.get("pairs") or one.get("sets") or {}).get("accuracy") or 0.0)
+    return Ending(rows, (_command("inspect", best["reward"]),), tuple(warnings))
 
 
 def _trust(config: Any, done: Run) -> Ending:
@@ -263,15 +277,17 @@ def _toy(_: Any, done: Run) -> Ending:
 
 def _score(config: Any, done: Path) -> Ending:
     warnings = [f"{config.reward}: {text}" for text in card_warnings(config.reward)]
-    return Ending([("scores", str(done)), ("objective", config.objective)], (), tuple(warnings))
+    again = _command("inspect", config.reward)
+    return Ending([("scores", str(done)), ("objective", config.objective)], (again,), tuple(warnings))
 
 
 def _ensemble(_: Any, done: Path) -> Ending:
     return Ending([("ensemble", str(done))], (_command("inspect", str(done)),), tuple(card_warnings(done)))
 
 
-def _export(_: Any, done: Path) -> Ending:
-    return Ending([("checkpoint", str(done))], (), tuple(card_warnings(done)))
+def _export(config: Any, done: Path) -> Ending:
+    inspect = () if config.engine == "sglang" else (_command("inspect", str(done)),)
+    return Ending([("checkpoint", str(done))], inspect, tuple(card_warnings(done)))
 
 
 def _merge(_: Any, done: Path) -> Ending:

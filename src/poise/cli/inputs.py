@@ -12,6 +12,7 @@ from poise.errors import PoiseError, first_line
 from poise.models.model_folder import check_model, check_reward_model
 from poise.runtime.folders import refuse_device
 from poise.runtime.progress import console
+from poise.runtime.run_kinds import told_of
 from poise.runtime.settings import ModelPath, Rows, marks, typed_fields
 from poise.studies.config import REVIEWS
 
@@ -22,6 +23,8 @@ _SMALL = 8 * 2**20
 def _check_language_model(name: str) -> None:
     """As `check_model`; a trained policy, or the run that holds one, is left to the commands that take it."""
     folder = Path(name)
+    if not (folder / "policy").exists() and "train-policy" in told_of(name):
+        raise PoiseError(f"{name} has no policy yet: the run is not finished")
     if not any((place / "adapter_config.json").exists() for place in (folder, folder / "policy")):
         check_model(str(folder / "policy") if (folder / "policy" / "config.json").exists() else name)
 

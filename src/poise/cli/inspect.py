@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -27,7 +27,7 @@ class Config(Settings):
     lines are completions of it.
     """
 
-    reward: tyro.conf.Positional[Reward]
+    reward: Annotated[tyro.conf.Positional[Reward], tyro.conf.arg(metavar="REWARD")]
     """Reward model: checkpoint folder, hub id, `poise train-reward` run, or an ensemble."""
     max_length: WholeNumber = 0
     """Longest sample in tokens; longer ones lose their oldest tokens. 0: the model's context."""

@@ -6,6 +6,7 @@ settings in older config files to the dotted names they have now.
 """
 
 import contextlib
+import difflib
 import importlib
 import inspect
 import io
@@ -121,7 +122,11 @@ def _run(arguments: list[str]) -> None:
         return
     command, *rest = arguments
     if command not in COMMANDS:
-        raise PoiseError(f"no command {command!r}; choose from {', '.join(COMMANDS)}")
+        near = difflib.get_close_matches(command, COMMANDS, 1)
+        raise PoiseError(f"no command {command!r}; " + (
+            f"did you mean `poise {near[0]}`? (poise --help lists all)" if near
+            else f"choose from {', '.join(COMMANDS)}"
+        ))  # fmt: skip
     settings, renamed = settings_of(command)
     config = parse_config(settings, f"poise {command}", rest, renamed)
     from poise.cli.inputs import check_inputs
@@ -203,17 +208,31 @@ def _description(config: type) -> str:
     return "\n\n".join([inspect.getdoc(config) or "", *rows])
 
 
+_KINDS = {"INT": "a whole number", "FLOAT": "a number", "{None}|INT": "a whole number or None"}
+_KINDS["{None}|FLOAT"] = "a number or None"
+
+
 def _complaint(box: str) -> str:
-    """The text between a box's title and its next rule, on one line; tyro draws boxes in UTF-8 or in ASCII."""
+    """What is wrong, on one line, from a box of tyro's, which it draws in UTF-8 or in ASCII."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    lines = [line.strip("│╭╮╰╯ ") for line in plain.splitlines()]
+    lines = [line.strip("│╭╮╰╯| ") for line in plain.splitlines()]
     _title, *inside = [line for line in lines if line] or [""]
 
     def is_rule(line: str) -> bool:
         return not line.strip("─-")
 
-    found = itertools.takewhile(lambda line: not is_rule(line), itertools.dropwhile(is_rule, inside))
-    return " ".join(found) or "bad options"
+    inside = list(itertools.dropwhile(is_rule, inside))
+    found = list(itertools.takewhile(lambda line: not is_rule(line), inside))
+    said, rest = " ".join(found), " ".join(inside[len(found) :])
+    if wrong := re.match(r"Error parsing (--\S+):.*?(?:from \[|: )(['\"].*?['\"])(?:\]|$)", said):
+        option, value = wrong.groups()
+        if kind := re.search(rf"{re.escape(option)} (\S+)", rest):
+            return f"{option} must be {_KINDS.get(kind[1], kind[1])}, got {value}"
+    if alone := re.match(r"Missing value for argument '(\w+)'", said):
+        return f"{alone[1].upper()} is missing: it is given by itself, without --{alone[1]}"
+    if said.startswith("Unrecognized") and (near := re.search(r"Perhaps you meant: (--[\w.-]+)", rest)):
+        return f"{said}; did you mean {near[1]}?"
+    return said or "bad options"
 
 
 def _with_new_names(settings: dict[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:

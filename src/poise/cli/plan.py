@@ -1,11 +1,13 @@
 """`poise plan`: does a training fit the GPUs there are, and if not, what is in the way? From config.json alone."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from poise.errors import PoiseError
 from poise.functional.memory import GIB, Measured, Memory, PolicyRun, RewardRun, policy_memory, reward_memory
 from poise.models.choices import DEFAULT_MODEL, Tune, ValueTrunk
+from poise.models.hub import check_on_hub
 from poise.policy.config import Config as Policy
 from poise.reward.config import Config as Reward
 from poise.runtime.display import on_one_line
@@ -68,6 +70,9 @@ class Config(Settings):
         super().check()
         if self.adapter_heads and self.shard:
             raise PoiseError("--adapter-heads does not go with --shard: leave one of them out")
+        for name in {self.model, self.reward or self.model}:
+            if not Path(name).exists():
+                check_on_hub(name)
         if (tokens := 2 * self.device_batch_size * self.max_length) > MOST_TOKENS:
             raise PoiseError(f"{tokens:,} tokens at once are more than any GPU holds; lower --device-batch-size")
 

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import tyro
 
 from poise.errors import PoiseError, first_line
-from poise.reports import live, run_pages
 from poise.runtime.progress import console
-from poise.runtime.settings import Settings, between, sized
+from poise.runtime.run_kinds import kind_of
+from poise.runtime.settings import Settings, between
 
 _HOST = "127.0.0.1"
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
@@ -22,10 +22,18 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inl
 class Config(Settings):
     """Serve the page of run folders on this machine; it loads itself anew while a run goes on. Ctrl-C ends."""
 
-    folders: Annotated[tyro.conf.Positional[tuple[str, ...]], sized(1)]
+    folders: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN [RUN …]")]
     """Run folders, in progress or finished."""
     port: Annotated[int, between(0, 65535)] = 8765
     """Port on 127.0.0.1; 0 takes a free one."""
+
+    def check(self) -> None:
+        """As for every command; and every folder is a run."""
+        super().check()
+        if not self.folders:
+            raise PoiseError("name a run folder: poise watch RUN")
+        for folder in self.folders:
+            kind_of(folder)
 
 
 def run(config: Config) -> None:
@@ -40,10 +48,8 @@ def run(config: Config) -> None:
 
 def server(config: Config) -> http.server.ThreadingHTTPServer:
     """The server, listening. PoiseError for a folder that is no run, or a port in use."""
-    folders = [Path(folder) for folder in config.folders]
-    for folder in folders:
-        run_pages.kind_of(folder)
-    pages = _Pages(folders)
+    config.check()
+    pages = _Pages([Path(folder) for folder in config.folders])
 
     class Handler(_Handler):
         def page(self) -> str:
@@ -63,6 +69,8 @@ class _Pages:
         self._lock = threading.Lock()
 
     def current(self) -> str:
+        from poise.reports import live, run_pages  # draws figures
+
         with self._lock:
             newest = live.last_change(self._folders)
             if newest > self._made:

@@ -230,6 +230,8 @@ def sample_of(row: dict[str, Any]) -> Sample:
     if turns is None:
         if "completion" not in row and (other := other_completion_name(row)):
             raise ValueError(f"no 'completion', but {other!r}; rename it to 'completion'")
+        if "completion" not in row and "chosen" in row:
+            raise ValueError("a preference, not a completion: no 'completion' but 'chosen'; rename the one to score")
         return Sample(after_system(row, prompt), text_of(row, "completion"))
     shared, answer = split_answer(turns, "completion")
     if not answer.strip():

@@ -170,6 +170,20 @@ def intervals_of_means(
     return bootstrap_intervals(means, unit, seed=seed).tolist()
 
 
+def exact_at_ends(interval: Sequence[float], share: float, units: int) -> list[float]:
+    """The interval of a share, exact (Clopper–Pearson, 95 %) where it is 0 or 1: there a bootstrap has no width.
+
+    With all of n right, shares below p are refuted once pⁿ < 2.5 %.
+
+    >>> [round(end, 3) for end in exact_at_ends([1.0, 1.0], 1.0, 60)]
+    [0.94, 1.0]
+    """
+    room = 1 - 0.025 ** (1 / units)
+    if share == 1.0:
+        return [1 - room, 1.0]
+    return [0.0, room] if share == 0.0 else list(interval)
+
+
 def mean_between(x: Float[ndarray, " steps"], y: Float[ndarray, " steps"], low: float, high: float) -> float:
     """Mean over x in [low, high] of the line through the points (x, y), in order of x: gold at equal KL, for instance.
 

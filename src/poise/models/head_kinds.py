@@ -1,4 +1,4 @@
-"""The kinds of heads of one `poise train-reward` run: which an objective reads, and several of them in one checkpoint.
+"""The kinds of heads of one `poise train-reward` run, several of them in one checkpoint.
 
     CHECKPOINT/poise/heads.json          kind of the checkpoint's own heads; layouts of the others, by kind
     CHECKPOINT/poise/heads.safetensors   the others' `score` weights, and their Bayesian last layers
@@ -19,8 +19,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from poise.errors import PoiseError, first_line
-from poise.functional.objective_names import read_objective
-from poise.models.choices import HEAD_KINDS, HeadKind
 from poise.models.formats import read_head_block
 from poise.models.head_adapters import FOLDER as ADAPTERS
 from poise.models.reward_model import HeadLayout, LastLayer, load_last_layer, read_layout
@@ -36,44 +34,6 @@ class HeadSet(NamedTuple):
     weight: Tensor
     layout: HeadLayout
     last_layer: LastLayer | None = None
-
-
-def kind_for(objective: str) -> HeadKind:
-    """The kind of heads that an objective, as a config names it, was made for.
-
-    `lower_confidence` needs heads that differ where data are missing: those drawn from the posterior (docs/study.md).
-    All others read the BRME, some of them its stds.
-
-    >>> kind_for("lower_confidence(1)"), kind_for("tradeoff(0.4)")
-    ('posterior', 'brme')
-    """
-    return "posterior" if read_objective(objective)[0] == "lower_confidence" else "brme"
-
-
-def kinds_in(folder: Path) -> list[HeadKind]:
-    """Kinds that a run folder holds as checkpoints of their own."""
-    return [kind for kind in HEAD_KINDS if (folder / kind / "config.json").exists()]
-
-
-def is_run(path: str) -> bool:
-    """Is this the folder of a `poise train-reward` run, not a checkpoint?"""
-    return bool(path) and not (Path(path) / "config.json").exists() and bool(kinds_in(Path(path)))
-
-
-def reward_folder(path: str, objective: str, heads: HeadKind | None = None) -> str:
-    """The checkpoint that `path` means as a reward: itself, or one kind of heads of a `poise train-reward` run.
-
-    heads: which; default `kind_for(objective)`. Raises PoiseError for a run without them, and for a kind of what is
-    no run.
-    """
-    if not is_run(path):
-        if heads:
-            raise PoiseError(f"--heads {heads} chooses among those of a run; {path} is no `poise train-reward` run")
-        return path
-    kind = heads or kind_for(objective)
-    if kind not in kinds_in(Path(path)):
-        raise PoiseError(f"{path} has no {kind} heads; --heads takes one of {', '.join(kinds_in(Path(path)))}")
-    return str(Path(path) / kind)
 
 
 def read_head_set(folder: Path) -> HeadSet:

@@ -26,6 +26,7 @@ from poise.models.chat_format import encode_prompt
 from poise.models.choices import DEFAULT_MODEL
 from poise.models.context import room_or_raise
 from poise.models.end_tokens import agree_on_ends
+from poise.models.hub import reachable
 from poise.models.model_folder import check_precision, stored_tensor, why_no_model
 from poise.models.padding import pad_apart
 from poise.models.trained_on import check_base, remember
@@ -82,6 +83,8 @@ def resolve_model(model: str) -> str:
 def _hub_snapshot(model: str, *, local_only: bool) -> str | None:
     from huggingface_hub import snapshot_download
 
+    if not local_only and not reachable():
+        return None  # which the client says after half a minute
     patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
     with quiet_loading():
         try:

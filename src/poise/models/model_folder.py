@@ -12,8 +12,10 @@ from typing import Any
 
 from poise.errors import PoiseError, first_line
 from poise.models.formats import ENSEMBLE_FILE, num_labels_of, read_ensemble, read_head_block
+from poise.models.hub import check_on_hub
 from poise.models.template_trial import try_template
 from poise.runtime.records import read_object
+from poise.runtime.run_kinds import told_of
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
@@ -34,13 +36,17 @@ _LONGEST_HEADER = 10**8  # bytes; safetensors has the same limit
 _OTHER_SENSES = ("vision_config", "audio_config", "vision_tower", "speech_config", "image_token_id")
 
 
-def check_model(path: str) -> None:
-    """Raise PoiseError, one line, for a folder that holds no language model that can be read here."""
+def check_model(path: str, wanted: str = "a language model") -> None:
+    """Raise PoiseError, one line, for a folder that holds no language model that can be read here.
+
+    wanted: what else it should be, for the message.
+    """
     folder = _existing(path)
     if folder is None:
+        check_on_hub(path)
         return
     if not (folder / _CONFIG).exists():
-        raise PoiseError(why_no_model(path))
+        raise PoiseError(why_no_model(path, wanted))
     _check_config(folder / _CONFIG, read_object(folder / _CONFIG, strict=False))
     if (folder / _GENERATION).exists():  # transformers would pass over a damaged one, and its end tokens with it
         _check_ends(folder / _GENERATION, read_object(folder / _GENERATION, strict=False).get("eos_token_id"))
@@ -56,6 +62,7 @@ def check_reward_model(path: str) -> None:
     """
     folder = _existing(path)
     if folder is None:
+        check_on_hub(path)
         return
     if (folder / ENSEMBLE_FILE).exists():
         for member in read_ensemble(path).members:
@@ -63,18 +70,20 @@ def check_reward_model(path: str) -> None:
         return
     if not (folder / _CONFIG).exists() and (folder / "brme" / _CONFIG).exists():
         folder = folder / "brme"
-    check_model(str(folder))
+    check_model(str(folder), "a reward model")
     config = read_object(folder / _CONFIG, strict=False)
     read_head_block(config.get("poise"), num_labels_of(config, str(folder)), path)
 
 
-def why_no_model(path: str) -> str:
-    """One line for a folder without config.json."""
+def why_no_model(path: str, wanted: str = "a model folder") -> str:
+    """One line for a folder without config.json. wanted: what it should be."""
     if (Path(path) / "adapter_config.json").exists():
         return (
             f"{path} holds adapters without the config.json of their model: fold them into it and save the whole model "
             f"(`poise merge` for a policy; in peft, merge_and_unload)"
         )
+    if told := told_of(path):
+        return f"{path} is {told}, not {wanted}"
     return f"{path} is not a model folder: it has no config.json"
 
 

@@ -5,6 +5,7 @@ Torch is not imported to read them.
 
 import sys
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Literal
 
@@ -16,6 +17,7 @@ from poise.functional.monitor import MonitorConfig
 from poise.functional.objective_names import PARAMETERS, Shaping, check_parameter, read_objective
 from poise.integrations.lm_eval_tasks import DEFAULT_TASKS, MAX_TOKENS
 from poise.models.choices import DEFAULT_MODEL, HeadKind, Tune, ValueTrunk
+from poise.runtime.run_kinds import told_of
 from poise.runtime.settings import (
     Bounded,
     Count,
@@ -211,6 +213,7 @@ class Config(PpoConfig):
     """Seed of the prompts' order, the sampling and the minibatches."""
 
     # What a run without a setting, written by an earlier version, did: its config.yaml names every other one.
+    GROWS = ("num_steps",)  # a finished run of fewer steps goes on
     ADDED = MappingProxyType(
         {
             "heads": "brme", "max_kl": None, "validator": "", "keep_at_kl": [], "shard": False,
@@ -298,7 +301,28 @@ class EvaluateConfig(Settings):
 class MergeConfig(Settings):
     """Fold a policy's LoRA adapters into its language model, for tools that know no adapters."""
 
-    policy: tyro.conf.Positional[str]
+    policy: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="POLICY")]
     """Policy: a `poise train-policy` run, or the `policy` folder in it."""
     output: str
     """Folder to write; it must not exist, or be empty."""
+
+    def check(self) -> None:
+        """As for every command; there is a policy, and room for the model."""
+        super().check()
+        policy_folder(self.policy)
+        target = Path(self.output)
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise PoiseError(f"--output {target} exists; choose another folder or delete it")
+
+
+def policy_folder(path: str) -> Path:
+    """The folder of adapters or of a whole model in a run, or `path` itself. PoiseError if it holds no policy."""
+    for folder in (Path(path) / "policy", Path(path)):
+        if (folder / "adapter_config.json").exists() or (folder / "config.json").exists():
+            return folder
+    told = told_of(path)
+    why = "the run is not finished" if "train-policy" in told else f"it is {told}" if told else ""
+    why = f" ({why})" if why else ""
+    raise PoiseError(
+        f"{path} holds no policy{why}; name a finished `poise train-policy` run, or the policy folder in it"
+    )

@@ -30,11 +30,11 @@ from poise.errors import PoiseError
 from poise.functional.monitor import Monitor, MonitorConfig
 from poise.integrations.lm_eval import Task, evaluate, read_tasks
 from poise.integrations.trl_reward import IN_MEMORY, MonitorCallback, RobustReward
-from poise.models.head_kinds import is_run, kinds_in, reward_folder
 from poise.models.loading import check_room, load_policy, resolve_model
 from poise.models.policy import Policy
 from poise.models.reward_model import files_of
 from poise.models.row_check import row_check_of
+from poise.models.run_heads import is_run, kinds_in, reward_folder
 from poise.policy.config import Config
 from poise.policy.formats import BenchmarkRow, StepRow
 from poise.policy.loop import Training, cut_off, note_of
@@ -59,8 +59,6 @@ from poise.runtime.trackers import Track, tracked
 
 __all__ = ["Config", "run"]
 
-GROWS = ("num_steps",)  # a finished run of fewer steps goes on
-
 
 def run(config: Config, given: RobustReward | None = None) -> Run:
     """Train, resuming from the last checkpoint if there is one. A finished run is returned unchanged.
@@ -76,7 +74,7 @@ def run(config: Config, given: RobustReward | None = None) -> Run:
     named = given is None or isinstance(given.given, str)
     (config if named else dataclasses.replace(config, objective="mean")).check()  # a function's name says nothing
     out = Run(Path(config.output))
-    out.check_config(config, GROWS)
+    out.check_config(config)
     if out.results is not None and not out.differs(config):
         return out
     check = row_check_of(config.model)
@@ -126,8 +124,14 @@ def _with_prompts_to_take(config: Config, count: int) -> Config:
     """
     if count >= config.prompts_per_step:
         return config
-    fewer = count - count % (config.num_minibatches * processes.num_processes())
-    if config.prompts_per_step != Config.prompts_per_step or not fewer:
+    least = config.num_minibatches * processes.num_processes()
+    fewer = count - count % least
+    if not fewer:
+        raise PoiseError(
+            f"{config.prompts} has {count} prompts, and a step takes at least {least}, one for each minibatch of each "
+            f"process; give more prompts, or fewer --num-minibatches"
+        )
+    if config.prompts_per_step != Config.prompts_per_step:
         raise PoiseError(f"{config.prompts} has {count} prompts, --prompts-per-step is {config.prompts_per_step}")
     if is_main_process():
         console.print(
@@ -285,7 +289,7 @@ def _say_extended(config: Config, out: Run) -> None:
 def _open(config: Config) -> Run:
     """The run folder. The main process creates it."""
     if is_main_process():
-        Run.open(config.output, config, lambda: _inputs(config), GROWS)
+        Run.open(config.output, config, lambda: _inputs(config))
     processes.wait()
     return Run(Path(config.output))
 

@@ -107,10 +107,12 @@ def warnings(run: PolicyRun) -> list[str]:
     reward = str(run.settings.get("reward", ""))
     found = [f"Reward model {public_name(reward)}: {text}" for text in card_warnings(reward)]
     ended = run.column("ended") if run.steps else np.array([])
-    if len(ended) and not np.nan_to_num(ended, nan=1.0).any():
+    if len(ended) and (cut := float(1 - np.nanmean(np.nan_to_num(ended, nan=1.0)))) > 0.5:
+        which = "Every completion of every step" if cut == 1.0 else f"{percent(cut, 0)} of the completions"
+        verb = "was" if cut == 1.0 else "were"
         found.append(
-            f"Every completion of every step was cut at {run.settings.get('max_tokens')} tokens: the reward model saw "
-            f"only text that breaks off. Train with a larger --max-tokens."
+            f"{which} {verb} cut at {run.settings.get('max_tokens')} tokens: the reward model saw mostly "
+            f"text that breaks off. Train with a larger --max-tokens."
         )
     return found
 
@@ -122,7 +124,7 @@ def _numbers(run: PolicyRun) -> list[tuple[str, Cell]]:
     evaluated = results.get("reward")
     return [
         ("Objective", str(run.settings.get("objective"))),
-        ("Reward model", public_name(str(run.settings.get("reward")))),
+        ("Reward model", _reward_of(run)),
         ("Steps", f"{len(run.steps)} of {run.settings.get('num_steps')}"),
         ("Reward, first 3 steps", signed(run.mean_of("reward", slice(0, 3)))),
         ("Reward, last 3 steps", signed(run.mean_of("reward", last))),
@@ -133,6 +135,12 @@ def _numbers(run: PolicyRun) -> list[tuple[str, Cell]]:
         ("Alarms", str(len(run.alarms)) if run.steps else number(None)),
         ("Time a step", duration(float(seconds) / len(run.steps)) if run.steps and seconds else number(None)),
     ]
+
+
+def _reward_of(run: PolicyRun) -> str:
+    """The reward model's name, and of a run folder which heads of it."""
+    name, heads = public_name(str(run.settings.get("reward"))), (run.results or {}).get("heads")
+    return f"{name}/{heads}" if heads else name
 
 
 def _facts(run: PolicyRun) -> Table:

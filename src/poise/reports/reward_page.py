@@ -27,6 +27,7 @@ from poise.runtime.run_folder import Json, write_atomic
 
 SPREADS = ("disagreement", "routing_std", "total_std", "last_layer_std")
 _ORDER = ("worse", "unclear", "better")
+FEW_ERRORS = 10  # pairs in the wrong order (or in the right one): of fewer an AUROC says nothing, whatever its interval
 
 
 @one_line_if_damaged
@@ -125,11 +126,19 @@ def _of_errors(pairs: Json) -> Verdict:
     known = pairs["uncertainties"]
     if all(item["auroc"] is None for item in known.values()):
         return Verdict("unclear", "It makes no mistake, or nothing else: its uncertainties have nothing to tell apart.")
+    wrong = round((1 - pairs["accuracy"]) * pairs["num_pairs"])
+    if (few := min(wrong, pairs["num_pairs"] - wrong)) < FEW_ERRORS:
+        which = "wrongly" if few == wrong else "rightly"
+        text = (
+            f"It orders only {few} of {pairs['num_pairs']} pairs {which}: too few to say what its uncertainties know."
+        )
+        return Verdict("unclear", text)
     telling = [name for name in known if name != "random" and _above_half(known[name])]
     listed = ", ".join(f"{name} {number(known[name]['auroc'])}" for name in known if name != "random")
     misleading = [name for name in known if name in SPREADS and _below_half(known[name])]
     if misleading:
-        text = f"Larger where it is right than where it is wrong: {' and '.join(misleading)} (AUROC {listed})."
+        verb = "is" if len(misleading) == 1 else "are"
+        text = f"{' and '.join(misleading)} {verb} larger where it is right than where it is wrong (AUROC {listed})."
         return Verdict("worse", text)
     if not telling:
         return Verdict("unclear", f"No uncertainty tells its errors from a coin toss (AUROC {listed or 'of none'}).")

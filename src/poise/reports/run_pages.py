@@ -6,26 +6,14 @@ The settings in config.yaml say which command made a folder, so a run has its pa
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from poise.errors import PoiseError
 from poise.reports import comparison_run, policy_run, quickstart_page, reward_page, reward_run, study_page, trust_run
 from poise.reports.blocks import Cell, Made, Page, Section, Table, render
 from poise.reports.config import ReportConfig as Config
 from poise.reports.quickstart_page import Verdict, number, one_line_if_damaged, percent, read_json
 from poise.runtime.folders import write_file_atomic
-from poise.runtime.run_folder import load_config_file
+from poise.runtime.run_kinds import kind_of
 
 NAME = "report.html"
-# What a run of each command has among its settings, in the order in which they are looked for.
-_SETTINGS = {
-    "train-policy": {"prompts", "reward", "objective", "kl_coef"},
-    "train-reward": {"preferences", "head_loss", "num_heads"},
-    "best-of-n": {"objectives", "per_prompt"},
-    "compare": {"arms", "labels", "pool"},
-    "evaluate-reward": {"rewards", "file"},
-    "evaluate-policy": {"policies", "tasks"},
-    "trust": {"validator", "judged", "per_prompt"},
-    "quickstart": {"num_preferences", "num_steps", "kl_coef"},
-}
 
 
 def run(config: Config) -> None:
@@ -34,24 +22,6 @@ def run(config: Config) -> None:
     print(build(folders, Path(config.output) if config.output else None))
     if config.png:
         quickstart_page.save_png(folders[0], config.png)
-
-
-def kind_of(folder: str | Path) -> str:
-    """The command that made a run folder. PoiseError if it is no run folder, or one that has no page."""
-    folder = Path(folder)
-    if (folder / "study.json").exists():
-        return "study"
-    if (folder / "comparison" / "results.json").exists():
-        return "quickstart"
-    if not (folder / "config.yaml").exists():
-        inner = folder.parent / "config.yaml"
-        hint = f"; its run is {folder.parent}" if inner.exists() else ""
-        raise PoiseError(f"{folder} is not a run folder: it has no config.yaml{hint}")
-    settings = load_config_file(folder / "config.yaml").keys()
-    for kind, names in _SETTINGS.items():
-        if names <= settings:
-            return kind
-    raise PoiseError(f"{folder} is a run of a command that has no page ({', '.join(_SETTINGS)} and study have one)")
 
 
 def build(folders: Sequence[str | Path], output: Path | None = None) -> Path:

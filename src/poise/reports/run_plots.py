@@ -11,11 +11,12 @@ from numpy import ndarray
 from poise.reports.plot_style import ALARM, GRAY, STYLES, column_of, look, svg
 from poise.runtime.run_folder import Json
 
-_SIZE = (4.2, 2.5)
+_SIZE = (3.5, 2.2)  # inches; pages show it about 300 px wide, so that 9 pt are 11 px
+_FEW_HEADS = 8
 
 
 class Line(NamedTuple):
-    """One line of a panel. low, high: a band around it."""
+    """One line of a panel. low, high: a band around it; faint: one of so many that each alone would hide the others."""
 
     label: str
     x: ndarray
@@ -23,6 +24,7 @@ class Line(NamedTuple):
     style: int = 0
     low: ndarray | None = None
     high: ndarray | None = None
+    faint: bool = False
 
 
 def panel(
@@ -73,7 +75,8 @@ def heads(rows: Sequence[Json], identifier: str) -> str:
     """The mean reward of each head over the steps."""
     known = [row for row in rows if row.get("heads")]
     step, values = column_of(known, "step"), np.array([row["heads"] for row in known], dtype=float)
-    return panel([Line("", step, column) for column in values.T], "Reward of each head", identifier)
+    faint = values.shape[-1] > _FEW_HEADS
+    return panel([Line("", step, column, faint=faint) for column in values.T], "Reward of each head", identifier)
 
 
 def reliability(bins: Sequence[Json], identifier: str, title: str = "Reliability") -> str:
@@ -90,6 +93,10 @@ def _draw(ax: Axes, line: Line) -> None:
     known = STYLES[line.style % len(STYLES)] if line.style < len(STYLES) else None
     color, dash = (known.color, known.dash) if known else (GRAY, "--")
     marker = "o" if len(line.x) < 3 else ""
-    ax.plot(line.x, line.y, color=color, linestyle=dash, marker=marker, linewidth=1.6, label=line.label or None)
+    width, alpha = (0.6, 0.4) if line.faint else (1.6, 1.0)
+    ax.plot(
+        line.x, line.y, color=color, linestyle=dash, marker=marker, linewidth=width, alpha=alpha,
+        label=line.label or None,
+    )  # fmt: skip
     if line.low is not None and line.high is not None:
         ax.fill_between(line.x, line.low, line.high, color=color, alpha=0.13, linewidth=0)

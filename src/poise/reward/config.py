@@ -181,9 +181,9 @@ class ScoreConfig(Settings):
     times its `std_scale`, which was fitted on validation pairs, as `poise evaluate-reward` does.
     """
 
-    reward: tyro.conf.Positional[Reward]
+    reward: Annotated[tyro.conf.Positional[Reward], tyro.conf.arg(metavar="REWARD")]
     """Reward model: a checkpoint folder, a hub id of a one-label classifier, or a `poise train-reward` run."""
-    file: tyro.conf.Positional[Annotated[str, Rows("samples")]]
+    file: Annotated[tyro.conf.Positional[Annotated[str, Rows("samples")]], tyro.conf.arg(metavar="FILE")]
     """`prompt`, `completion`: JSON lines, Parquet, CSV, a folder saved by `datasets`, or a hub id."""
     objective: str = "tradeoff(0.4)"
     """How the heads become the column `reward`, e.g. nominal, worst_case, tradeoff(0.4), lower_confidence(1)."""
@@ -207,7 +207,7 @@ class ScoreConfig(Settings):
 class EnsembleConfig(Settings):
     """Combine reward models, the members, into a folder that every command reads as one with all their heads."""
 
-    members: tyro.conf.Positional[tuple[Reward, ...]]
+    members: Annotated[tyro.conf.Positional[tuple[Reward, ...]], tyro.conf.arg(metavar="REWARD [REWARD …]")]
     """Reward models: checkpoint folders, hub ids or `poise train-reward` runs."""
     reference: Preferences
     """Preferences. Each member's reward is scaled to mean 0 and std 1 over their texts, so that none dominates."""
@@ -232,7 +232,7 @@ class ReferenceConfig(Settings):
     Writes poise/reference.safetensors into the checkpoint, and their number into its config.json.
     """
 
-    reward: tyro.conf.Positional[Reward]
+    reward: Annotated[tyro.conf.Positional[Reward], tyro.conf.arg(metavar="REWARD")]
     """Checkpoint folder of a reward model, or a `poise train-reward` run (its BRME)."""
     preferences: Preferences = ""
     """Preferences, whose texts become the reference. Either these or --completions."""
@@ -256,7 +256,7 @@ class ReferenceConfig(Settings):
 class ExportConfig(Settings):
     """Write a reward model for tools that take one scalar, or for an engine that needs a bias."""
 
-    reward: tyro.conf.Positional[Reward]
+    reward: Annotated[tyro.conf.Positional[Reward], tyro.conf.arg(metavar="REWARD")]
     """Reward model: a checkpoint folder, a hub id, or a `poise train-reward` run (its BRME)."""
     output: str
     """Folder to write; one that exists is replaced only if it is an earlier export."""
@@ -276,7 +276,7 @@ class ExportConfig(Settings):
 class PushConfig(Settings):
     """Upload a reward model to the model hub; nothing but the checkpoint's own files leaves this machine."""
 
-    reward: tyro.conf.Positional[Reward]
+    reward: Annotated[tyro.conf.Positional[Reward], tyro.conf.arg(metavar="REWARD")]
     """Reward model: a checkpoint folder or a `poise train-reward` run (its BRME)."""
     repo: str
     """Where to: `user/name`; made if it does not exist."""

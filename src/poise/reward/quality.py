@@ -28,7 +28,7 @@ from poise.functional.calibration import (
 from poise.functional.head_rewards import joined
 from poise.functional.objectives import HeadRewards, Objective, RewardScale, disagreement, routing_std, total_std
 from poise.functional.reward_benchmarks import REWARD_BENCH, picks_chosen, reward_bench, style_matrix, style_scores
-from poise.functional.statistics import bootstrap_intervals, intervals_of_means, spearman
+from poise.functional.statistics import bootstrap_intervals, exact_at_ends, intervals_of_means, spearman
 from poise.models.reward_model import HeadLayout, LastLayer
 from poise.runtime.records import Json, undefined_as_none
 
@@ -151,7 +151,8 @@ def judge_pairs(pairs: PairJudgments, questions: Questions, seed: int) -> Json:
     same = correct * pairs.longer + (1 - correct) * (1 - pairs.longer)
     return {
         "num_pairs": len(correct), "num_distinct": int(pairs.unit.max()) + 1,
-        "accuracy": float(correct.mean()), "accuracy_interval": accuracy,
+        "accuracy": float(correct.mean()),
+        "accuracy_interval": exact_at_ends(accuracy, float(correct.mean()), int(pairs.unit.max()) + 1),
         "length_accuracy": float(pairs.longer.mean()),
         "over_length": float((correct - pairs.longer).mean()), "over_length_interval": over_length,
         "agreement_with_length": float(same.mean()),
@@ -331,7 +332,8 @@ def judge_sets(questions: Questions, rewards: Float[ndarray, " texts"], seed: in
         intervals_of_means(values, np.arange(len(values)), seed),
     )
     results: Json = {
-        "num_sets": len(questions), "accuracy": accuracy, "accuracy_interval": intervals[0],
+        "num_sets": len(questions), "accuracy": accuracy,
+        "accuracy_interval": exact_at_ends(intervals[0], accuracy, len(questions)),
         "chance": float(chance.mean()), "over_chance": over_chance, "over_chance_interval": intervals[1],
         "length_accuracy": float(longest.mean()), "over_length": over_length, "over_length_interval": intervals[2],
         "by_subset": by_subset(correct, chance, questions.subset),

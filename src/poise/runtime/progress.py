@@ -45,6 +45,11 @@ class PlainConsole(Console):
     def __init__(self) -> None:
         super().__init__(file=cast(IO[str], _Stderr()), highlight=False, markup=False, emoji=False)
 
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As of rich; in a pipe or a file, where no bar is seen, a sentence stays on its line."""
+        options.setdefault("soft_wrap", not self.is_terminal)
+        super().print(*objects, **options)
+
     def render_str(self, text: str, **options: Any) -> Text:
         """As of rich, of the visible text; table cells come here too."""
         return super().render_str(visible(text), **options)

@@ -15,7 +15,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,24 +69,24 @@ class Run:
         folder: str | Path,
         config: Any,
         inputs: Callable[[], Inputs] | None = None,
-        grows: Collection[str] = (),
     ) -> "Run":
         """Open `folder` for `config` (a dataclass), creating it if need be, and be the one process that writes in it.
 
         inputs: called for the files and model folders that the run reads; not called for a finished run.
-        grows: numbers and lists of which a run may take more than it was begun with. A finished run then goes on.
+        Of the settings that its class names in GROWS a run may take more than it was begun with. A finished run then
+        goes on.
         A folder in which a run of another config left neither results nor checkpoints is taken over.
         A setting that the folder's config.yaml lacks, being of an earlier version, had the default it has now.
         Raises PoiseError if the folder holds something else, a run of another config or with other inputs, or if
         another process writes in it: results never mix.
         """
         run = cls(Path(folder))
-        run.check_config(config, grows)
+        run.check_config(config)
         if run.results is None or run.differs(config):  # a finished run keeps the record of what made it
             own(run.folder)
             if is_main_process():
                 lock(run.folder)
-                run.check_config(config, grows)
+                run.check_config(config)
                 if run._is_bare:
                     run._begin_anew()
                 record_inputs(run.folder, inputs)
@@ -95,14 +95,11 @@ class Run:
             run.write_config(config)
         return run
 
-    def check_config(self, config: Any, grows: Collection[str] = ()) -> None:
-        """Raise PoiseError if the folder holds work of a run of another config, or something else than a run.
-
-        grows: as of `open`.
-        """
+    def check_config(self, config: Any) -> None:
+        """Raise PoiseError if the folder holds work of a run of another config, or something else than a run."""
         if not (self.folder / "config.yaml").exists():
             refuse_foreign(self.folder)
-        elif (changed := self.differs(config)) and not self._is_bare and not self._extends(config, changed, grows):
+        elif (changed := self.differs(config)) and not self._is_bare and not self._extends(config, changed):
             raise PoiseError(
                 f"{self.folder} holds a run of another config (differs in {', '.join(changed)}); "
                 f"choose another --output or delete the folder"
@@ -123,7 +120,8 @@ class Run:
         paths = [path for path in self.folder.iterdir() if not is_leftover(path.name)]
         return all(path.name in _BEFORE_ANY_WORK and path.is_file() for path in paths)
 
-    def _extends(self, config: Any, changed: list[str], grows: Collection[str]) -> bool:
+    def _extends(self, config: Any, changed: list[str]) -> bool:
+        grows = getattr(config, "GROWS", ())
         before, now = load_config_file(self.folder / "config.yaml"), config_dict(config)
         return set(changed) <= set(grows) and all(_is_more(now[name], before.get(name)) for name in changed)
 

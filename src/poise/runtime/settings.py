@@ -111,9 +111,11 @@ class Settings:
 
     ADDED: settings that earlier versions did not have, with the value that stands for what a run did without them,
     where that is not the default. A whole config file without one of them gets that value.
+    GROWS: settings of which a finished run may take more; it then goes on.
     """
 
     ADDED: ClassVar[Mapping[str, Any]] = {}
+    GROWS: ClassVar[tuple[str, ...]] = ()
 
     def check(self) -> None:
         """Raise PoiseError, one line, for a setting of a wrong type or out of range. Commands add what they need."""

@@ -20,7 +20,7 @@ _COUPLED = {"expected_tradeoff", "expected_worst_case"}
 class ServeConfig(Settings):
     """Serve reward models to training engines over HTTP."""
 
-    rewards: tyro.conf.Positional[tuple[Reward, ...]] = ()
+    rewards: Annotated[tyro.conf.Positional[tuple[Reward, ...]], tyro.conf.arg(metavar="REWARD [REWARD …]")] = ()
     """The rewards: checkpoint folders, hub ids, `poise train-reward` runs or an ensemble. Several act as one."""
     backend: Literal["local", "vllm"] = "local"
     """Who reads the texts: this process, or vLLM servers of the same checkpoint, at `--url`."""

@@ -20,7 +20,7 @@ class Config(JudgeSettings):
     The same command then says which rung to take, and how many labels more would decide.
     """
 
-    source: tyro.conf.Positional[str]
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Source of the completions: a `poise train-policy` run by PPO; or a file with `prompt`, `completion` and
     `kl` in each row, kl 0 for the start's."""
     output: str = "runs/choose"

@@ -34,7 +34,7 @@ def run(config: Config) -> Run:
     by_prompt = [_gold_by_prompt(rows) for rows in finals]
     if any(golds.keys() != by_prompt[0].keys() for golds in by_prompt):
         raise PoiseError("the arms were not evaluated on the same prompts")
-    out = Run.open(config.output, config, grows=("arms", "labels"))
+    out = Run.open(config.output, config)
     arms = [
         _arm(Path(arm), label, rows, config.gold) for arm, label, rows in zip(config.arms, labels, finals, strict=True)
     ]
@@ -128,7 +128,7 @@ def _arm(folder: Path, label: str, final: list[Json], gold: str) -> Json:
     ]
     return {
         "name": folder.name.removeprefix("policy-"), "label": label, "objective": settings["objective"],
-        "reward": Path(settings["reward"]).name, "kl_coef": settings["kl_coef"], "steps": steps,
+        "reward": _reward_of(folder, settings), "kl_coef": settings["kl_coef"], "steps": steps,
         "final": {
             "gold": final_gold, "interval": bootstrap_interval(by_prompt) if gold else None,
             "proxy": float(np.mean([row["reward"] for row in final])),
@@ -141,6 +141,13 @@ def _arm(folder: Path, label: str, final: list[Json], gold: str) -> Json:
         "seconds": sum(step[f"{lap}_seconds"] for step in metrics for lap in laps),
         "step_seconds": {lap: float(np.median([step[f"{lap}_seconds"] for step in metrics])) for lap in laps},
     }  # fmt: skip
+
+
+def _reward_of(folder: Path, settings: Json) -> str:
+    """The reward model's name, and of a run folder which heads of it."""
+    results = Run(folder).results or {}
+    heads = results.get("heads")
+    return f"{Path(settings['reward']).name}/{heads}" if heads else Path(settings["reward"]).name
 
 
 def _std(values: ndarray) -> float:

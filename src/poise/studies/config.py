@@ -132,6 +132,8 @@ class Config(Settings):
 class QuickstartConfig(Settings):
     """All steps on a laptop: human ratings, reward models, PPO against each, and a page that compares them."""
 
+    GROWS = ("arms",)  # a finished quickstart of fewer arms goes on
+
     output: str = "runs/quickstart"
     """Folder to write; start again with the same one to go on after a stop."""
     model: Language = DEFAULT_MODEL
@@ -199,6 +201,8 @@ class BestOfNConfig(Settings):
 @dataclass(frozen=True)
 class CompareConfig(Settings):
     """Finished policies side by side, scored by gold if there is one: a reference that stands for human judgment."""
+
+    GROWS = ("arms", "labels")
 
     arms: tuple[str, ...]
     """`poise train-policy` run folders of the same evaluation prompts; differences are taken against the first."""

@@ -72,7 +72,6 @@ ARMS = {
     ),
     "brme": Arm("brme", "tradeoff(0.4)", "BRME: nominal and worst case of Gaussian heads"),
 }  # fmt: skip
-GROWS = ("arms",)  # a finished quickstart of fewer arms goes on
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class _Stage:
 
 def run(config: Config) -> Run:
     """Run every stage that is not complete; returns the run, with report.html in its folder."""
-    out = Run.open(config.output, config, lambda: {"--model": [Path(resolve_model(config.model))]}, GROWS)
+    out = Run.open(config.output, config, lambda: {"--model": [Path(resolve_model(config.model))]})
     folder = out.folder
     console.print(f"Poise quickstart in {folder}; its page from the first minutes: {folder / 'report.html'}")
     with live.refreshed(folder):

@@ -22,10 +22,10 @@ from poise.data.types import Preference, Prompt
 from poise.errors import PoiseError
 from poise.functional import trust
 from poise.functional.objectives import mean, parse_objective
-from poise.models.head_kinds import reward_folder
 from poise.models.loading import check_room, resolve_model
 from poise.models.reward_model import files_of
 from poise.models.row_check import row_check_of
+from poise.models.run_heads import reward_folder
 from poise.models.scorer import Ensemble, Scorer
 from poise.reward.pairs import pair_features, prompt_groups, text_groups
 from poise.reward.room import LEAST_GROUPS, room

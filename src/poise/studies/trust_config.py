@@ -24,7 +24,7 @@ class TrustConfig(JudgeSettings):
     `id` and `better` (a, b or tie), and start the same command again; or name a judge by --page or --judge.
     """
 
-    reward: tyro.conf.Positional[Reward]
+    reward: Annotated[tyro.conf.Positional[Reward], tyro.conf.arg(metavar="REWARD")]
     """Reward model: checkpoint folder, hub id or `poise train-reward` run."""
     prompts: Prompts
     """JSON lines with `prompt`, on which the policy is going to be trained."""

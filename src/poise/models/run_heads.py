@@ -1,0 +1,45 @@
+"""Which kind of heads of a `poise train-reward` run an objective reads. Does not import torch."""
+
+from pathlib import Path
+
+from poise.errors import PoiseError
+from poise.functional.objective_names import read_objective
+from poise.models.choices import HEAD_KINDS, HeadKind
+
+
+def kind_for(objective: str) -> HeadKind:
+    """The kind of heads that an objective, as a config names it, was made for.
+
+    `lower_confidence` needs heads that differ where data are missing: those drawn from the posterior (docs/study.md).
+    All others read the BRME, some of them its stds.
+
+    >>> kind_for("lower_confidence(1)"), kind_for("tradeoff(0.4)")
+    ('posterior', 'brme')
+    """
+    return "posterior" if read_objective(objective)[0] == "lower_confidence" else "brme"
+
+
+def kinds_in(folder: Path) -> list[HeadKind]:
+    """Kinds that a run folder holds as checkpoints of their own."""
+    return [kind for kind in HEAD_KINDS if (folder / kind / "config.json").exists()]
+
+
+def is_run(path: str) -> bool:
+    """Is this the folder of a `poise train-reward` run, not a checkpoint?"""
+    return bool(path) and not (Path(path) / "config.json").exists() and bool(kinds_in(Path(path)))
+
+
+def reward_folder(path: str, objective: str, heads: HeadKind | None = None) -> str:
+    """The checkpoint that `path` means as a reward: itself, or one kind of heads of a `poise train-reward` run.
+
+    heads: which; default `kind_for(objective)`. Raises PoiseError for a run without them, and for a kind of what is
+    no run.
+    """
+    if not is_run(path):
+        if heads:
+            raise PoiseError(f"--heads {heads} chooses among those of a run; {path} is no `poise train-reward` run")
+        return path
+    kind = heads or kind_for(objective)
+    if kind not in kinds_in(Path(path)):
+        raise PoiseError(f"{path} has no {kind} heads; --heads takes one of {', '.join(kinds_in(Path(path)))}")
+    return str(Path(path) / kind)
