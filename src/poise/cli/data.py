@@ -14,6 +14,7 @@ from poise.data.other_forms import in_our_columns
 from poise.data.preferences import iter_samples, read_preferences, read_prompts
 from poise.data.rows import Check, Understood
 from poise.data.types import Prompt
+from poise.data.verdicts import two_answers
 from poise.errors import PoiseError
 from poise.runtime.settings import Count, Settings, WholeNumber
 
@@ -136,7 +137,7 @@ def _kind_of(rows: Iterator[tuple[int, RawRow]]) -> tuple[Kind, Iterator[tuple[i
         kind: Kind = "prompts"
         if lists or ("subset" in row and "chosen" in row):
             kind = "questions"
-        elif row.keys() & {"chosen", "rejected", "annotators", "responses", "rating"}:
+        elif row.keys() & {"chosen", "rejected", "annotators", "responses", "rating"} or two_answers(row):
             kind = "preferences"
         elif row.keys() & {"completion", "completions"}:
             kind = "samples"
