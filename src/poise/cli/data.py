@@ -167,8 +167,8 @@ class _ModelReader:
     """Rows as a model's template and tokenizer make them."""
 
     def __init__(self, model: str, max_length: int):
+        from poise.models.formats import checkpoint_folder
         from poise.models.loading import load_tokenizer, resolve_model  # imports torch
-        from poise.models.reward_model import checkpoint_folder
         from poise.models.row_check import row_check
 
         self.tokenizer = load_tokenizer(resolve_model(checkpoint_folder(model)))

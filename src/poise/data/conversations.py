@@ -229,7 +229,9 @@ def split_answer(turns: Turns, key: str) -> tuple[Turns, str]:
     if last["role"] != "assistant":
         raise ValueError(f"{key!r} ends in a turn of the {last['role']}, not of the assistant")
     if lost := [name for name in _PARTS_OF_ANSWERS if last.get(name)]:
-        raise ValueError(f"the answer in {key!r} has {', '.join(map(repr, lost))} beside its text, which no model would read")
+        raise ValueError(
+            f"the answer in {key!r} has {', '.join(map(repr, lost))} beside its text, which no model would read"
+        )
     return turns[:-1], last["content"]
 
 

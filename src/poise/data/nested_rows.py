@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 
 def unpacked(row: Row) -> Row:
-    """A row of one of these forms in columns of its own; other rows as they are. ValueError for one with a part missing.
+    """A row of one of these forms in columns of its own; other rows as they are. ValueError if a part is missing.
 
     >>> unpacked({"question": {"full_text": "Why?"}, "answer_0": "So.", "answer_1": "No."})["prompt"]
     'Why?'
@@ -26,7 +26,12 @@ def unpacked(row: Row) -> Row:
         inside = row.get("input")
         messages = inside.get("messages") if isinstance(inside, dict) else inside
         others = {key: value for key, value in row.items() if key != "input"}
-        return {**others, "prompt": messages, "chosen": row["preferred_output"], "rejected": row["non_preferred_output"]}
+        return {
+            **others,
+            "prompt": messages,
+            "chosen": row["preferred_output"],
+            "rejected": row["non_preferred_output"],
+        }
     if isinstance(row.get("info"), dict) and isinstance(row.get("summaries"), list):
         texts = [one.get("text") if isinstance(one, dict) else one for one in row["summaries"]]
         if len(texts) != len(SUMMARIES):
@@ -73,4 +78,6 @@ def _texts(value: str) -> list[Any]:
 
 def _turns(asked: list[Any], answers: list[Any]) -> list[Row]:
     both = zip(asked, answers, strict=True)
-    return [{"role": role, "content": text} for pair in both for role, text in zip(("user", "assistant"), pair, strict=True)]
+    return [
+        {"role": role, "content": text} for pair in both for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]

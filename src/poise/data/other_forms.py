@@ -16,8 +16,8 @@ from typing import Any
 
 from poise.data.conversations import OTHER_PROMPTS, SYSTEM_COLUMNS, answered, prompt_key
 from poise.data.nested_rows import unpacked
-from poise.data.raw import parsed_json
 from poise.data.ratings import number_of
+from poise.data.raw import parsed_json
 from poise.data.verdicts import Compared, check_pair, compared
 
 _TEXTS = ("responses", "completions", "generations", "answers")

@@ -18,8 +18,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from poise.data.nested_rows import SUMMARIES
-from poise.data.raw import parsed_json
 from poise.data.ratings import number_of
+from poise.data.raw import parsed_json
 
 _SIDES = (
     ("response_a", "response_b"), ("answer_a", "answer_b"), ("completion_a", "completion_b"),

@@ -5,15 +5,14 @@ weights. A name that may be a hub id is left to it.
 """
 
 import importlib.util
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from poise.errors import PoiseError, first_line
-from poise.models.formats import ENSEMBLE_FILE, num_labels_of, read_ensemble, read_head_block
+from poise.models.formats import ENSEMBLE_FILE, checkpoint_folder, num_labels_of, read_ensemble, read_head_block
 from poise.models.template_trial import try_template
-from poise.runtime.records import read_object
+from poise.runtime.records import parse_json, read_object
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
@@ -61,8 +60,7 @@ def check_reward_model(path: str) -> None:
         for member in read_ensemble(path).members:
             check_reward_model(member)
         return
-    if not (folder / _CONFIG).exists() and (folder / "brme" / _CONFIG).exists():
-        folder = folder / "brme"
+    folder = Path(checkpoint_folder(path))
     check_model(str(folder))
     config = read_object(folder / _CONFIG, strict=False)
     read_head_block(config.get("poise"), num_labels_of(config, str(folder)), path)
@@ -178,8 +176,8 @@ def _header(file: Path) -> dict[str, Any]:
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            found = json.loads(stream.read(length)) if length <= _LONGEST_HEADER else {}
-    except (OSError, ValueError, RecursionError):
+            found = parse_json(stream.read(length)) if length <= _LONGEST_HEADER else {}
+    except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 

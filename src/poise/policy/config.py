@@ -5,6 +5,7 @@ Torch is not imported to read them.
 
 import sys
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Literal
 
@@ -16,6 +17,7 @@ from poise.functional.monitor import MonitorConfig
 from poise.functional.objective_names import PARAMETERS, Shaping, check_parameter, read_objective
 from poise.integrations.lm_eval_tasks import DEFAULT_TASKS, MAX_TOKENS
 from poise.models.choices import DEFAULT_MODEL, HeadKind, Tune, ValueTrunk
+from poise.policy.formats import policy_folder
 from poise.runtime.settings import (
     Bounded,
     Count,
@@ -110,6 +112,8 @@ class PpoConfig(Settings):
 @dataclass(frozen=True, kw_only=True)
 class Config(PpoConfig):
     """Train a policy by PPO against a reward model, with the objective of your choice."""
+
+    RUN_FOLDER = True
 
     prompts: Prompts = ""
     """JSON lines with `prompt`: text, or a conversation. A command needs them; `PolicyTrainer` is given them."""
@@ -274,6 +278,8 @@ class Config(PpoConfig):
 class EvaluateConfig(Settings):
     """Evaluate policies on the benchmarks of the paper, and compare them with the model that training started from."""
 
+    RUN_FOLDER = True
+
     policies: tuple[Language, ...] = ()
     """`poise train-policy` runs, model folders or hub ids."""
     model: Language = DEFAULT_MODEL
@@ -302,3 +308,11 @@ class MergeConfig(Settings):
     """Policy: a `poise train-policy` run, or the `policy` folder in it."""
     output: str
     """Folder to write; it must not exist, or be empty."""
+
+    def check(self) -> None:
+        """As `Settings.check`, that there is a policy, and no output yet."""
+        super().check()
+        policy_folder(self.policy)
+        target = Path(self.output)
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise PoiseError(f"--output {target} exists; choose another folder or delete it")

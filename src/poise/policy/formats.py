@@ -4,8 +4,10 @@ A field that is None where it could be a number was undefined: the reason stands
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from poise.errors import PoiseError
 from poise.runtime.settings import Bounded, Count, NotNegative, Share, WholeNumber, at_least
 
 Prompt = str | list[dict[str, Any]]
@@ -140,3 +142,11 @@ class Checkpoint:
     rung: NotNegative = 0.0
     scale_std_interval: tuple[float | None, ...] = ()  # undefined for fewer than three prompts
     validator: dict[str, Any] | None = None  # absent without one
+
+
+def policy_folder(path: str) -> Path:
+    """The folder of a policy, adapters or a whole model: as given, or in a run. PoiseError if there is none."""
+    for folder in (Path(path) / "policy", Path(path)):
+        if (folder / "adapter_config.json").exists() or (folder / "config.json").exists():
+            return folder
+    raise PoiseError(f"{path} holds no policy; name a finished `poise train-policy` run, or the policy folder in it")

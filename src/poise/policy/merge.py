@@ -25,6 +25,7 @@ from poise.models.loading import (
 )
 from poise.models.padding import pad_apart
 from poise.policy.config import MergeConfig as Config
+from poise.policy.formats import policy_folder
 from poise.runtime.folders import own_file, write_folder_atomic
 from poise.runtime.progress import console
 from poise.runtime.quiet import quiet_loading
@@ -35,9 +36,8 @@ _SETTINGS, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 def run(config: Config) -> Path:
     """Write the folder, whole or not at all; returns it. A policy without adapters (`--tune full`) is copied."""
-    source, target = _policy_folder(config.policy), Path(config.output)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise PoiseError(f"--output {target} exists; choose another folder or delete it")
+    config.check()
+    source, target = policy_folder(config.policy), Path(config.output)
     if not (source / _SETTINGS).exists():
         for path in source.rglob("*"):
             own_file(source, path.relative_to(source).as_posix())
@@ -77,13 +77,6 @@ def folded(base: str, adapters: Path) -> tuple[HfModel, HfTokenizer]:
         return merged.to(dtype), tokenizer
     except (PoiseError, ValueError, RuntimeError) as error:
         raise PoiseError(f"cannot fold {adapters} into {base}: {first_line(error)}") from None
-
-
-def _policy_folder(path: str) -> Path:
-    for folder in (Path(path) / "policy", Path(path)):
-        if (folder / _SETTINGS).exists() or (folder / "config.json").exists():
-            return folder
-    raise PoiseError(f"{path} holds no policy; name a finished `poise train-policy` run, or the policy folder in it")
 
 
 def base_of(adapters: Path) -> str:

@@ -1,9 +1,11 @@
 """The settings of `poise report`."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import tyro
 
+from poise.errors import PoiseError
 from poise.runtime.settings import Settings
 
 
@@ -17,3 +19,14 @@ class ReportConfig(Settings):
     """File to write. Default: report.html in the run folder; of several runs, in the folder that the first is in."""
     png: str = ""
     """Also write the first figure of a quickstart to this PNG file."""
+
+    def check(self) -> None:
+        """As `Settings.check`, and that no file but an earlier page or figure is replaced."""
+        super().check()
+        if self.png and Path(self.png).suffix.lower() != ".png":
+            raise PoiseError(f"--png {self.png} must end in .png")
+        for option, path, begins in (("--output", self.output, b"<!doctype html"), ("--png", self.png, b"\x89PNG")):
+            if path and Path(path).exists():
+                own = Path(path).is_file() and Path(path).read_bytes()[:64].lstrip().lower().startswith(begins.lower())
+                if not own:
+                    raise PoiseError(f"{option} {path} exists and is no earlier one; choose another name")

@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from poise.errors import PoiseError
+from poise.runtime.records import parse_json
 
 URL_VARIABLE, TOKEN_VARIABLE = "POISE_URL", "POISE_TOKEN"
 DEFAULT_URL = "http://127.0.0.1:8400"
@@ -94,7 +95,7 @@ class Client:
         request = urllib.request.Request(self.url + path, body, headers)
         try:
             with OPENER.open(request, timeout=self.timeout) as response:
-                answer = json.loads(response.read(), parse_constant=_refuse)
+                answer = parse_json(response.read(), parse_constant=_refuse)
         except urllib.error.HTTPError as error:
             with error:
                 said = _line(error)
@@ -105,7 +106,7 @@ class Client:
             raise _AgainError(str(getattr(error, "reason", error)) or type(error).__name__) from None
         except _NoNumberError as error:
             raise PoiseError(f"{self.url}{path} gave no reward, but {error}") from None
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise PoiseError(f"{self.url}{path} did not answer in JSON: {error}") from None
         if not isinstance(answer, dict) or answer.get("request") != hashlib.sha256(body).hexdigest():
             raise PoiseError(f"{self.url}{path} answered another request than this one")
@@ -134,8 +135,8 @@ OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 def _line(error: urllib.error.HTTPError) -> str:
     try:
-        return f"{error.code} {json.loads(error.read())['error']}"
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, http.client.HTTPException):
+        return f"{error.code} {parse_json(error.read())['error']}"
+    except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException):
         return f"{error.code} {error.reason}"
 
 

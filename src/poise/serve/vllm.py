@@ -29,6 +29,7 @@ from poise.models.formats import ENSEMBLE_FILE
 from poise.models.reward_model import heads_fingerprint, read_layout
 from poise.models.scorer import Scorer
 from poise.runtime.progress import console
+from poise.runtime.records import parse_json
 from poise.serve.backend import BackendAwayError, Member, Read, RewardModels
 from poise.serve.client import OPENER
 from poise.serve.config import ServeConfig
@@ -193,7 +194,7 @@ def _get(url: str, path: str, value: Any = None) -> Any:
     request = urllib.request.Request(url + path, None if value is None else json.dumps(value).encode(), headers)
     try:
         with OPENER.open(request, timeout=TIMEOUT) as response:
-            return json.loads(response.read())
+            return parse_json(response.read())
     except urllib.error.HTTPError as error:
         with error:
             said = f"{error.code} {error.reason}"
@@ -209,7 +210,7 @@ def _get(url: str, path: str, value: Any = None) -> Any:
 def _message(read: Callable[[], bytes]) -> str:
     """What vLLM says of an error."""
     try:
-        said = json.loads(read())["error"]
+        said = parse_json(read())["error"]
         return str(said["message"] if isinstance(said, dict) else said)[:200]
     except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException):
         return "no reason given"

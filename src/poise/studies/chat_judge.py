@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from poise.errors import PoiseError
+from poise.runtime.records import parse_json
 from poise.runtime.run_folder import Json
 
 KEY_VARIABLE = "POISE_JUDGE_KEY"
@@ -115,7 +116,7 @@ class ChatJudge:
             request = urllib.request.Request(self.url + path, body, headers)
             try:
                 with self._opener.open(request, timeout=_TIMEOUT) as response:
-                    answer = json.loads(response.read())
+                    answer = parse_json(response.read())
             except urllib.error.HTTPError as error:
                 with error:
                     said = f"{error.code} {_line(error.read()) or error.reason}"
@@ -126,7 +127,7 @@ class ChatJudge:
             except (OSError, http.client.HTTPException) as error:
                 if left == 0 or body is None:
                     raise PoiseError(f"--judge {self.url}{path}: {getattr(error, 'reason', error)}") from None
-            except (ValueError, RecursionError):
+            except ValueError:
                 raise PoiseError(f"--judge {self.url}{path} did not answer in JSON") from None
             else:
                 if not isinstance(answer, dict):
@@ -151,8 +152,8 @@ def verdict(reply: str) -> str | None:
 def _line(content: bytes) -> str:
     """What a server says of an error, on one line."""
     try:
-        error = json.loads(content)["error"]
+        error = parse_json(content)["error"]
         text = error["message"] if isinstance(error, Mapping) else error
-    except (ValueError, RecursionError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         text = content.decode("utf-8", "replace")
     return " ".join(str(text).split())[:300]

@@ -85,8 +85,6 @@ def read_ladder(path: str) -> list[Json]:
 def from_run(config: Config) -> list[Json]:
     """The completions of the steps nearest to each rung, and completions of the start for the same prompts."""
     run = Path(config.source)
-    if not (run / "samples.jsonl").exists() or not (run / "config.yaml").exists():
-        raise PoiseError(f"{run} is no `poise train-policy` run by PPO: it has no samples.jsonl")
     by_step: dict[int, list[Json]] = {}
     for row in records.read_rows(run / "samples.jsonl"):
         by_step.setdefault(row["step"], []).append(row)

@@ -1,10 +1,13 @@
 """The settings of `poise choose`; torch is not imported to read them."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from poise.data.files import no_such_file
+from poise.errors import PoiseError
 from poise.runtime.settings import Count, Positive, Seed, between
 from poise.studies.judge_settings import JudgeSettings
 
@@ -33,3 +36,14 @@ class Config(JudgeSettings):
     taken."""
     seed: Seed = 0
     """Of the comparisons that are drawn, their order and their sides."""
+
+    def for_command(self) -> "Config":
+        """As `Settings.for_command`: before the comparisons are drawn, the source is a run of PPO or a file."""
+        source = Path(self.source)
+        if (Path(self.output) / "key.json").exists():
+            return self
+        if not source.exists():
+            raise PoiseError(no_such_file(source))
+        if source.is_dir() and not all((source / name).exists() for name in ("samples.jsonl", "config.yaml")):
+            raise PoiseError(f"{source} is no `poise train-policy` run by PPO: it has no samples.jsonl")
+        return self

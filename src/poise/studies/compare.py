@@ -17,6 +17,7 @@ from poise.policy.formats import FinalRow, RewardSettings, SampleRow, StepRow
 from poise.runtime.records import read_rows
 from poise.runtime.run_folder import Json, Run, load_config_file
 from poise.studies.config import CompareConfig as Config
+from poise.studies.config import refuse_unfinished
 from poise.studies.gold import gold_of, label_with_gold
 from poise.studies.pool import PoolRow, prompt_key, prompt_label
 
@@ -72,9 +73,8 @@ def _initial(pool: Path, per_prompt: int, gold: str) -> Json:
 
 
 def _final(arm: Path, gold: str) -> list[Json]:
+    refuse_unfinished(arm)
     path = arm / "final.jsonl"
-    if not path.exists():
-        raise PoiseError(f"{arm} is not a finished policy run: it has no final.jsonl")
     rows = list(read_rows(path, FinalRow))
     if not rows:
         raise PoiseError(f"{path} holds no completions")

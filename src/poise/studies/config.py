@@ -16,6 +16,7 @@ from poise.data.preferences import OnBadRow
 from poise.errors import PoiseError
 from poise.functional.objective_names import read_objective
 from poise.models.choices import DEFAULT_MODEL
+from poise.models.model_folder import check_reward_model
 from poise.policy.config import Config as PolicySettings
 from poise.reward.config import Config as RewardSettings
 from poise.runtime.jobs import Job
@@ -76,6 +77,8 @@ class Config(Settings):
     """Does a robust reward help, and by how much? Trains every arm on several seeds and levels of label noise, and
     compares them by gold. Gold stands for human judgment: a reference score that no training reads."""
 
+    RUN_FOLDER = True
+
     output: str = "runs/study"
     """Folder to write; start again with the same one to go on, or with more arms, seeds or noise to extend it."""
     preferences: Preferences = ""
@@ -132,6 +135,8 @@ class Config(Settings):
 class QuickstartConfig(Settings):
     """All steps on a laptop: human ratings, reward models, PPO against each, and a page that compares them."""
 
+    RUN_FOLDER = True
+
     output: str = "runs/quickstart"
     """Folder to write; start again with the same one to go on after a stop."""
     model: Language = DEFAULT_MODEL
@@ -157,6 +162,8 @@ class QuickstartConfig(Settings):
 @dataclass(frozen=True)
 class BestOfNConfig(Settings):
     """Best-of-n and exactly tilted policies, for every objective, from one pool of completions."""
+
+    RUN_FOLDER = True
 
     prompts: Prompts
     """JSON lines with `prompt`."""
@@ -195,10 +202,22 @@ class BestOfNConfig(Settings):
                 raise PoiseError(f"--objectives {text!r}: {reward!r} is not a folder of a reward run")
             read_objective(objective)
 
+    def for_command(self) -> "BestOfNConfig":
+        """As `Settings.for_command`: the reward models are there."""
+        self.check()
+        for name in dict.fromkeys(text.partition(":")[0] for text in self.objectives):
+            for run in self.reward:
+                if not (Path(run) / name).is_dir():
+                    raise PoiseError(f"--reward {run} holds no reward model {name!r}; name `poise train-reward` runs")
+                check_reward_model(str(Path(run) / name))
+        return self
+
 
 @dataclass(frozen=True)
 class CompareConfig(Settings):
     """Finished policies side by side, scored by gold if there is one: a reference that stands for human judgment."""
+
+    RUN_FOLDER = True
 
     arms: tuple[str, ...]
     """`poise train-policy` run folders of the same evaluation prompts; differences are taken against the first."""
@@ -220,6 +239,19 @@ class CompareConfig(Settings):
         _refuse_twice("--arms", self.arms)
         if self.labels and len(self.labels) != len(self.arms):
             raise PoiseError(f"{len(self.labels)} labels for {len(self.arms)} arms")
+
+    def for_command(self) -> "CompareConfig":
+        """As `Settings.for_command`: the arms are there."""
+        self.check()
+        for arm in self.arms:
+            refuse_unfinished(Path(arm))
+        return self
+
+
+def refuse_unfinished(arm: Path) -> None:
+    """Raise PoiseError for a folder that is no finished policy run."""
+    if not (arm / "final.jsonl").exists():
+        raise PoiseError(f"{arm} is not a finished policy run: it has no final.jsonl")
 
 
 def _refuse_twice(option: str, names: tuple[str, ...]) -> None:
