@@ -11,8 +11,8 @@ import pytest
 # In one process: each command with the line it must say. Names are of `place`.
 REFUSED = [
     ("best-of-n --prompts prompts --reward run --objectives zzz:mean", "--reward run holds no reward model 'zzz'"),
-    ("best-of-n --prompts prompts --reward nope", "--reward nope holds no reward model 'single'"),
-    ("best-of-n --prompts prompts --reward prompts", "--reward prompts holds no reward model 'single'"),
+    ("best-of-n --prompts prompts --reward nope", "--reward nope holds no reward model 'brme'"),
+    ("best-of-n --prompts prompts --reward prompts", "--reward prompts holds no reward model 'brme'"),
     ("compare --arms mine run", "mine is not a finished policy run: it has no final.jsonl"),
     ("choose nope", "no such file: nope"),
     ("choose mine", "mine is no `poise train-policy` run by PPO"),

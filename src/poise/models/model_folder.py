@@ -66,6 +66,14 @@ def check_reward_model(path: str) -> None:
     read_head_block(config.get("poise"), num_labels_of(config, str(folder)), path)
 
 
+def check_reward_run(run: str, names: set[str]) -> None:
+    """Raise PoiseError, one line, unless a `poise train-reward` run holds reward models of these names."""
+    for name in sorted(names):
+        if not (Path(run) / name).is_dir():
+            raise PoiseError(f"--reward {run} holds no reward model {name!r}; name `poise train-reward` runs")
+        check_reward_model(str(Path(run) / name))
+
+
 def why_no_model(path: str) -> str:
     """One line for a folder without config.json."""
     if (Path(path) / "adapter_config.json").exists():

@@ -150,3 +150,9 @@ def policy_folder(path: str) -> Path:
         if (folder / "adapter_config.json").exists() or (folder / "config.json").exists():
             return folder
     raise PoiseError(f"{path} holds no policy; name a finished `poise train-policy` run, or the policy folder in it")
+
+
+def refuse_unfinished(run: Path) -> None:
+    """Raise PoiseError for a folder that is no finished policy run."""
+    if not (run / "final.jsonl").exists():
+        raise PoiseError(f"{run} is not a finished policy run: it has no final.jsonl")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from poise.errors import PoiseError
-from poise.models.formats import ENSEMBLE_FILE, read_ensemble
+from poise.models.formats import ENSEMBLE_FILE
 from poise.runtime.folders import is_leftover
 from poise.runtime.records import read_object
 from poise.runtime.settings import Count, NotNegative, WholeNumber
@@ -74,9 +74,9 @@ def check_ensemble(target: Path) -> None:
     """Raise PoiseError unless `target` is no folder yet, an empty one, or an earlier ensemble."""
     names = {path.name for path in target.iterdir() if not is_leftover(path.name)} if target.is_dir() else set()
     ours = not target.exists() or (target.is_dir() and names <= {ENSEMBLE_FILE})
-    if ours and names:
+    if ours and names and (target / ENSEMBLE_FILE).stat().st_size:
         try:
-            read_ensemble(str(target))
+            ours = "members" in read_object(target / ENSEMBLE_FILE, strict=False)
         except PoiseError:
             ours = False
     if not ours:

@@ -26,7 +26,7 @@ from poise.runtime import records
 from poise.runtime.folders import MARK, is_leftover, own
 from poise.runtime.progress import console
 from poise.runtime.run_folder import Json, load_config_file, write_json, write_jsonl
-from poise.studies.choose_config import Config
+from poise.studies.choose_config import Config, refuse_other_run
 from poise.studies.judgments import judgments_of
 from poise.studies.pool import prompt_key, sample_pool
 
@@ -85,6 +85,7 @@ def read_ladder(path: str) -> list[Json]:
 def from_run(config: Config) -> list[Json]:
     """The completions of the steps nearest to each rung, and completions of the start for the same prompts."""
     run = Path(config.source)
+    refuse_other_run(run)
     by_step: dict[int, list[Json]] = {}
     for row in records.read_rows(run / "samples.jsonl"):
         by_step.setdefault(row["step"], []).append(row)

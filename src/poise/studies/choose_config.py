@@ -44,6 +44,12 @@ class Config(JudgeSettings):
             return self
         if not source.exists():
             raise PoiseError(no_such_file(source))
-        if source.is_dir() and not all((source / name).exists() for name in ("samples.jsonl", "config.yaml")):
-            raise PoiseError(f"{source} is no `poise train-policy` run by PPO: it has no samples.jsonl")
+        if source.is_dir():
+            refuse_other_run(source)
         return self
+
+
+def refuse_other_run(run: Path) -> None:
+    """Raise PoiseError for a folder that is no run of PPO."""
+    if not all((run / name).exists() for name in ("samples.jsonl", "config.yaml")):
+        raise PoiseError(f"{run} is no `poise train-policy` run by PPO: it has no samples.jsonl")

@@ -13,11 +13,10 @@ from numpy import ndarray
 from poise.errors import PoiseError
 from poise.functional.monitor import text_signs
 from poise.functional.statistics import bootstrap_interval
-from poise.policy.formats import FinalRow, RewardSettings, SampleRow, StepRow
+from poise.policy.formats import FinalRow, RewardSettings, SampleRow, StepRow, refuse_unfinished
 from poise.runtime.records import read_rows
 from poise.runtime.run_folder import Json, Run, load_config_file
 from poise.studies.config import CompareConfig as Config
-from poise.studies.config import refuse_unfinished
 from poise.studies.gold import gold_of, label_with_gold
 from poise.studies.pool import PoolRow, prompt_key, prompt_label
 

@@ -16,8 +16,9 @@ from poise.data.preferences import OnBadRow
 from poise.errors import PoiseError
 from poise.functional.objective_names import read_objective
 from poise.models.choices import DEFAULT_MODEL
-from poise.models.model_folder import check_reward_model
+from poise.models.model_folder import check_reward_run
 from poise.policy.config import Config as PolicySettings
+from poise.policy.formats import refuse_unfinished
 from poise.reward.config import Config as RewardSettings
 from poise.runtime.jobs import Job
 from poise.runtime.run_folder import Json, config_dict
@@ -205,11 +206,8 @@ class BestOfNConfig(Settings):
     def for_command(self) -> "BestOfNConfig":
         """As `Settings.for_command`: the reward models are there."""
         self.check()
-        for name in dict.fromkeys(text.partition(":")[0] for text in self.objectives):
-            for run in self.reward:
-                if not (Path(run) / name).is_dir():
-                    raise PoiseError(f"--reward {run} holds no reward model {name!r}; name `poise train-reward` runs")
-                check_reward_model(str(Path(run) / name))
+        for run in self.reward:
+            check_reward_run(run, {text.partition(":")[0] for text in self.objectives})
         return self
 
 
@@ -246,12 +244,6 @@ class CompareConfig(Settings):
         for arm in self.arms:
             refuse_unfinished(Path(arm))
         return self
-
-
-def refuse_unfinished(arm: Path) -> None:
-    """Raise PoiseError for a folder that is no finished policy run."""
-    if not (arm / "final.jsonl").exists():
-        raise PoiseError(f"{arm} is not a finished policy run: it has no final.jsonl")
 
 
 def _refuse_twice(option: str, names: tuple[str, ...]) -> None:
