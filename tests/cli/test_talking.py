@@ -187,5 +187,5 @@ def test_of_many_heads_the_first_are_shown(heads: int, shown: int) -> None:
 
 def test_a_row_that_is_no_object_is_named_by_its_line(reward: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe('{"prompt": "Review.", "completion": "good"}\n[1]\n', monkeypatch)
-    with pytest.raises(PoiseError, match=r"^line 2 of the input: no object$"):
+    with pytest.raises(PoiseError, match=r"^line 2 of the input: a JSON object was expected, not list$"):
         inspect.run(inspect.Config(str(reward)))

@@ -15,7 +15,7 @@ EXAMPLES = re.findall(r"^\| (preferences|prompts|samples|questions) \| ([^|]+) \
 
 
 def test_every_form_has_an_example() -> None:
-    assert len(EXAMPLES) == 33
+    assert len(EXAMPLES) == 39
 
 
 def test_the_rows_that_help_shows_are_in_the_table() -> None:
@@ -43,6 +43,6 @@ def test_the_example_is_read(tmp_path: Path, kind: str, form: str, text: str) ->
         pairs = found if isinstance(found, list) else []
         for pair in pairs:
             prompt = pair.prompt if isinstance(pair.prompt, str) else pair.prompt[-1]["content"]
-            assert prompt in ("Is tea hot?", "The film was ")
+            assert prompt in ("Is tea hot?", "The film was ", "TITLE: Tea\n\nPOST: Is tea hot?\n\nTL;DR:")
             assert (pair.chosen, pair.rejected) in {("Mostly.", "Blue."), ("good.", "gory.")} or form == "votes"
         assert len(pairs) == {"votes": 3}.get(form, 0 if "one response a row" in form else 1)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from poise.data.preferences import preferences_of, read_preferences, read_prompts, read_samples
+from poise.data.preferences import preferences_of, prompt_of, read_preferences, read_prompts, read_samples
 from poise.data.rows import Understood
 from poise.data.types import Preference
 from poise.errors import PoiseError
@@ -18,6 +18,7 @@ from poise.errors import PoiseError
         ("model_b", "No."),
         ("response_a", "Yes."),
         (2, "No."),
+        (1.0, "Yes."),
         ("B", "No."),
         ("tie", ""),
         ("tie (bothbad)", ""),
@@ -119,6 +120,28 @@ PUBLISHED: dict[str, dict] = {
         "history": "Tea?", "human_ref_A": "No.", "human_ref_B": "Yes.", "labels": 0, "score_A": 2, "score_B": 9,
         "score_ratio": 4.5, "domain": "askculinary_train",
     },
+    "lmsys/lmsys-arena (Kaggle)": {
+        "id": 3, "model_a": "x", "model_b": "y", "prompt": '["Tea?"]', "response_a": '["No."]',
+        "response_b": '["Yes."]', "winner_model_a": 0, "winner_model_b": 1, "winner_tie": 0,
+    },
+    "Kaggle's, as CSV, two turns": {
+        "prompt": '["Hm?","Tea?"]', "response_a": '["So?","Yes."]', "response_b": '["So?","No."]',
+        "winner_model_a": "1", "winner_model_b": "0", "winner_tie": "0",
+    },
+    "a winner by its model's name": {
+        "prompt": "Tea?", "model_a": "x", "model_b": "b", "response_a": "No.", "response_b": "Yes.", "winner": "b",
+    },
+    "openai/webgpt_comparisons": {
+        "question": {"dataset": "eli5", "id": "q", "full_text": "Tea?"}, "quotes_0": {"title": [], "extract": []},
+        "answer_0": "No.", "tokens_0": {"prefix": [1]}, "score_0": -1.0, "answer_1": "Yes.", "score_1": 1.0,
+    },
+    "OpenAI preference fine-tuning": {
+        "input": {"messages": talk("Hm?")[:1], "tools": [], "parallel_tool_calls": True},
+        "preferred_output": talk("Yes.")[1:], "non_preferred_output": talk("No.")[1:],
+    },
+    "tatsu-lab/alpaca_farm": {
+        "instruction": "Tea?", "input": "", "output_1": "No.", "output_2": "Yes.", "preference": 2,
+    },
     "scores as text": {"prompt": "Tea?", "responses": '["No.", "Yes."]', "scores": "[-1, 0.5]"},
     "scores and ranks": {"prompt": "Tea?", "completions": ["No.", "Yes."], "scores": [1, 2], "ranks": [2, 1]},
     "capitals": {"prompt": "Tea?", "response_A": "Yes.", "response_B": "No.", "winner": "A"},
@@ -166,9 +189,22 @@ def test_rows_of_published_data_sets_are_read(name: str) -> None:
         ({"response": "a", "helpfulness": 4, "correctness": 3}, "no 'rating', but 'helpfulness', 'correctness'"),
         ({"completion": "a", "label": True}, "'label' says good or bad of one answer"),
         ({"response_0": "a", "response_1": "b", "better_response_id": 2}, "'better_response_id' is 2; 0 or 1"),
-        ({"response_0": "a", "response_1": "b", "response_2": "c", "winner": 1}, "'winner' may be of 'response_1'"),
+        ({"response_0": "a", "response_1": "b", "response_2": "c", "winner": 1}, "may be any of 'response_1'"),
         ({"chosen": "a", "rejected": "b", "system": "x", "system_prompt": "y"}, "are different system turns"),
         ({"prompt": [SYSTEM, *talk("a")[:1]], "chosen": "a", "rejected": "b", "system": "y"}, "different system turns"),
+        ({"response_a": "a", "response_b": "b", "winner_model_a": 1, "winner_model_b": 1, "winner_tie": 0},
+         "must be 1"),
+        ({"prompt": '["p"]', "response_a": '["a", "b"]', "response_b": '["c"]', "winner_model_a": 1},
+         "2 in 'response_a'"),
+        ({"prompt": None, "info": {}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 0}, "no 'post'"),
+        ({"prompt": None, "info": {"post": "p"}, "summaries": [{"text": "a"}], "choice": 0}, "two were expected"),
+        ({"prompt": None, "question": {"full_text": "p"}, "answer_0": "a", "answer_1": "b", "score_0": 1}, "'score_1'"),
+        ({"chosen": "a", "rejected": "b", "messages": [*talk("x")[:1], {"role": "user", "content": "Other?"}],
+          "prompt": "Coffee?"}, "'prompt' and 'messages' are different conversations"),
+        ({"chosen": "a", "rejected": "b", "system": ["x"]}, "'system' must be text, not list"),
+        ({"chosen": "a", "rejected": "b", "margin": 1e308}, "at most 1e"),
+        ({"chosen": [{**talk("a")[1], "reasoning_content": "Hm."}], "rejected": talk("b")[1:]}, "'reasoning_content'"),
+        ({"chosen": [{**talk("a")[1], "tool_calls": [{"id": 1}]}], "rejected": talk("b")[1:]}, "'tool_calls'"),
         ({"prompt": None, "system": "x", "question": "p", "input": "q", "chosen": "a", "rejected": "b"},
          "may all be the prompt"),
     ],
@@ -176,6 +212,25 @@ def test_rows_of_published_data_sets_are_read(name: str) -> None:
 def test_parts_that_contradict_each_other_are_refused(row: dict, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         preferences_of({"prompt": "Tea?", **row})
+
+
+@pytest.mark.parametrize("prompt", ["Tea?", talk("Yes.")[:1]])
+def test_a_conversation_may_repeat_the_prompt_with_its_answer(prompt: object) -> None:
+    row = {"prompt": prompt, "messages": talk("Yes."), "chosen": talk("Yes."), "rejected": talk("No.")}
+    [pair] = preferences_of(row)  # type: ignore[misc]
+    assert (pair.prompt, pair.chosen) == (talk("Yes.")[:1], "Yes.")
+
+
+def test_a_row_without_a_prompt_is_told_by_its_columns() -> None:
+    with pytest.raises(ValueError, match="no 'prompt'; the row has 'Prompt', 'Chosen'"):
+        prompt_of({"Prompt": "p", "Chosen": "a"})
+
+
+def test_a_summary_is_asked_for_as_its_models_were() -> None:
+    info = {"post": "Long.", "title": "T", "subreddit": "tea", "article": None}
+    row = {"info": info, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 1}
+    assert preferences_of(row) == [Preference("SUBREDDIT: r/tea\n\nTITLE: T\n\nPOST: Long.\n\nTL;DR:", "b", "a")]
+    assert preferences_of({**row, "info": {"article": "News."}}) == [Preference("News.\n\nTL;DR:", "b", "a")]
 
 
 def test_all_pairs_of_rated_answers_are_taken_and_equal_ratings_are_named(tmp_path: Path) -> None:

@@ -306,7 +306,7 @@ def test_vllms_key_is_sent(brme: str, fakes: list[Fake], monkeypatch: pytest.Mon
     [
         ({"backend": "vllm"}, "--backend vllm and --url go together"),
         ({"url": ("http://a",)}, "--backend vllm and --url go together"),
-        ({"backend": "vllm", "url": ("localhost:8000",)}, "does not begin with http"),
+        ({"backend": "vllm", "url": ("localhost:8000",)}, "an address was expected"),
         ({"backend": "vllm", "url": ("http://a",), "rewards": ("a", "b"), "reference": "c"}, "reads one reward model"),
     ],
 )

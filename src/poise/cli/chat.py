@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from poise.data.conversations import check_text
 from poise.errors import PoiseError
 from poise.runtime.display import visible
 from poise.runtime.settings import Count, Language, Seed, Settings, between
@@ -31,6 +32,11 @@ class Config(Settings):
     """1 samples as in training; 0 always takes the most probable token."""
     seed: Seed = 0
     """Of the sampling."""
+
+    def check(self) -> None:
+        """As `Settings.check`, and that the system turn is Unicode."""
+        super().check()
+        _refuse_halves(self.system, "--system")
 
 
 def run(config: Config) -> None:
@@ -79,6 +85,7 @@ class Talker:
         from poise.models.context import context_length
         from poise.models.loading import embedded_or_raise
 
+        _refuse_halves(text, "the text")
         templated = self.tokenizer.chat_template is not None
         self.turns.append({"role": "user", "content": text})
         ids = encode_prompt(self.tokenizer, self.turns if templated else text)
@@ -99,6 +106,13 @@ class Talker:
         said = decode_completions(self.tokenizer, ids, [written[0, len(ids) :].tolist()])[0]
         self.turns.append({"role": "assistant", "content": said})
         return said
+
+
+def _refuse_halves(text: str, what: str) -> None:
+    try:
+        check_text(text, what)
+    except ValueError as error:
+        raise PoiseError(str(error)) from None
 
 
 def _load(policy: str) -> tuple[Any, Any]:

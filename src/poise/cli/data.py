@@ -16,6 +16,7 @@ from poise.data.other_forms import in_our_columns
 from poise.data.preferences import iter_samples, read_preferences, read_prompts
 from poise.data.rows import Check, Understood
 from poise.data.types import Prompt
+from poise.data.verdicts import two_answers
 from poise.errors import PoiseError
 from poise.models.hub import check_on_hub
 from poise.runtime.settings import Count, Settings, WholeNumber
@@ -157,7 +158,7 @@ def _kind_of(rows: Iterator[tuple[int, RawRow]]) -> tuple[Kind, Iterator[tuple[i
         kind: Kind = "prompts"
         if lists or ("subset" in row and "chosen" in row):
             kind = "questions"
-        elif row.keys() & {"chosen", "rejected", "annotators", "responses", "rating"}:
+        elif row.keys() & {"chosen", "rejected", "annotators", "responses", "rating"} or two_answers(row):
             kind = "preferences"
         elif row.keys() & {"completion", "completions"}:
             kind = "samples"
@@ -187,8 +188,8 @@ class _ModelReader:
     """Rows as a model's template and tokenizer make them."""
 
     def __init__(self, model: str, max_length: int):
+        from poise.models.formats import checkpoint_folder
         from poise.models.loading import load_tokenizer, resolve_model  # imports torch
-        from poise.models.reward_model import checkpoint_folder
         from poise.models.row_check import row_check
 
         self.tokenizer = load_tokenizer(resolve_model(checkpoint_folder(model)))

@@ -10,7 +10,7 @@ from poise.data.files import no_such_file
 from poise.data.preferences import read_preferences, read_prompts, read_samples
 from poise.errors import PoiseError, first_line
 from poise.models.model_folder import check_model, check_reward_model
-from poise.runtime.folders import refuse_device
+from poise.runtime.folders import refuse_device, refuse_foreign
 from poise.runtime.progress import console
 from poise.runtime.run_kinds import told_of
 from poise.runtime.settings import ModelPath, Rows, marks, typed_fields
@@ -44,6 +44,8 @@ def check_inputs(config: Any) -> None:
     output = getattr(config, "output", "")
     if isinstance(output, str) and output:
         refuse_device(Path(output))
+        if getattr(config, "RUN_FOLDER", False):
+            refuse_foreign(Path(output))
     files, models = list[tuple[str, str]](), list[tuple[str, str]]()
     for kind, value in typed_fields(config).values():
         if is_dataclass(value):

@@ -1,6 +1,5 @@
 """`poise inspect`: what a reward model says of completions that are typed or piped in, head by head."""
 
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,18 +34,16 @@ class Config(Settings):
 
 def run(config: Config) -> None:
     """Answer until the input ends. PoiseError for a pipe that holds no completion."""
+    samples = None if sys.stdin.isatty() else list(_piped(sys.stdin.read().splitlines()))
+    if samples == []:
+        raise PoiseError("nothing to score: the first line is the prompt, each other line a completion of it")
     from poise.models.scorer import Scorer  # imports torch
 
     scorer = Scorer.load(config.reward, config.max_length)
-    if sys.stdin.isatty():
+    if samples is None:
         _converse(scorer)
-        return
-    count = 0
-    for sample in _piped(sys.stdin.read().splitlines()):
+    for sample in samples or ():
         print(as_text(describe(scorer, sample)), flush=True)
-        count += 1
-    if not count:
-        raise PoiseError("nothing to score: the first line is the prompt, each other line a completion of it")
 
 
 def describe(scorer: "Scorer", sample: Sample) -> dict[str, Any]:
@@ -111,6 +108,7 @@ def _converse(scorer: "Scorer") -> None:
 
 def _piped(lines: list[str]) -> Iterator[Sample]:
     """Samples of JSON lines, or of plain text. PoiseError, with the line's number, for one that cannot be read."""
+    from poise.data.files import as_object
     from poise.data.other_forms import one_by_one
     from poise.data.preferences import sample_of
 
@@ -121,10 +119,7 @@ def _piped(lines: list[str]) -> Iterator[Sample]:
         return
     for number, line in filled:
         try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError("no object")
-            samples = [sample_of(one) for one in one_by_one(row)]
-        except (ValueError, RecursionError) as error:
+            samples = [sample_of(one) for one in one_by_one(as_object(line))]
+        except ValueError as error:
             raise PoiseError(f"line {number} of the input: {error}") from None
         yield from samples

@@ -13,6 +13,7 @@ from poise.reward.config import Config as Reward
 from poise.runtime.display import on_one_line
 from poise.runtime.settings import Count, Positive, Settings, WholeNumber, between
 
+MOST_TOKENS_OF_A_STEP = 1 << 32
 MOST_TOKENS = 1 << 26  # in one update; they are listed one by one
 USABLE = 0.9  # share of a GPU that tensors get; the rest is the driver's, the kernels' and lost between tensors
 
@@ -75,6 +76,9 @@ class Config(Settings):
                 check_on_hub(name)
         if (tokens := 2 * self.device_batch_size * self.max_length) > MOST_TOKENS:
             raise PoiseError(f"{tokens:,} tokens at once are more than any GPU holds; lower --device-batch-size")
+        rows = self.prompts_per_step * self.completions_per_prompt
+        if (tokens := (self.prompt_tokens + self.max_tokens) * rows) > MOST_TOKENS_OF_A_STEP:
+            raise PoiseError(f"{tokens:,} tokens in a step are more than any run draws; lower --prompts-per-step")
 
 
 class Plan(NamedTuple):

@@ -28,6 +28,7 @@ _NAMES_OF_PROMPTS = ("instruction", "question", "query", "input")
 # Names that published data sets have for it; `context` and `history` are no prompts elsewhere.
 OTHER_PROMPTS = (*_NAMES_OF_PROMPTS, "context", "history", "conversation")
 SYSTEM_COLUMNS = ("system", "system_prompt")  # a system turn beside the prompt
+_PARTS_OF_ANSWERS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 _NAMES_OF_COMPLETIONS = ("response", "answer", "output", "generated_text", "responses", "text")
 _LIKE_TURNS = re.compile(r"(?:^|\n)[ \t]{0,8}(?:(?:Human|User|Assistant|Q|A|### ?\w+):|<\|\w+\|>|\[INST\])")
 
@@ -75,13 +76,38 @@ def prompt_alone(row: dict[str, Any]) -> Prompt:
     key = prompt_key(row)
     if key is None:
         other = next((name for name in OTHER_PROMPTS if row.get(name)), None)
-        raise ValueError("no 'prompt'" + (f", but {other!r}; rename it to 'prompt'" if other else ""))
-    return turns_of(row[key], key) or text_of(row, key)
+        there = "; the row has " + ", ".join(repr(name)[:40] for name in list(row)[:6]) if row else "; the row is empty"
+        raise ValueError("no 'prompt'" + (f", but {other!r}; rename it to 'prompt'" if other else there))
+    prompt = turns_of(row[key], key) or text_of(row, key)
+    for name in _PROMPT_KEYS:
+        if name != key and row.get(name) is not None:
+            _refuse_another(prompt, key, row[name], name)
+    return prompt
+
+
+def _refuse_another(prompt: Prompt, key: str, value: Any, name: str) -> None:
+    """ValueError if a second column of a conversation, with or without an answer to the prompt, is another one."""
+    try:
+        turns = turns_of(value, name)
+    except ValueError:  # a column that nobody reads
+        return
+    if not turns:
+        return
+    for said in (prompt, prompt[:-1] if isinstance(prompt, list) and prompt[-1]["role"] == "assistant" else prompt):
+        for others in (turns, turns[:-1] if turns[-1]["role"] == "assistant" else turns):
+            try:
+                joined(said, others, name)
+            except ValueError:
+                continue
+            return
+    raise ValueError(f"{key!r} and {name!r} are different conversations; leave one in")
 
 
 def system_of(row: dict[str, Any]) -> str | None:
     """The text of a row's system turn that has a column of its own; None if it has none, or a blank one."""
-    found = {name: row[name] for name in SYSTEM_COLUMNS if isinstance(row.get(name), str) and row[name].strip()}
+    if wrong := next((name for name in SYSTEM_COLUMNS if row.get(name) and not isinstance(row[name], str)), None):
+        raise ValueError(f"{wrong!r} must be text, not {type(row[wrong]).__name__}")
+    found = {name: row[name] for name in SYSTEM_COLUMNS if row.get(name) and row[name].strip()}
     if len({text.strip() for text in found.values()}) > 1:
         raise ValueError(f"{' and '.join(map(repr, found))} are different system turns; leave one in")
     name, text = next(iter(found.items()), ("", None))
@@ -202,6 +228,10 @@ def split_answer(turns: Turns, key: str) -> tuple[Turns, str]:
     last = turns[-1]
     if last["role"] != "assistant":
         raise ValueError(f"{key!r} ends in a turn of the {last['role']}, not of the assistant")
+    if lost := [name for name in _PARTS_OF_ANSWERS if last.get(name)]:
+        raise ValueError(
+            f"the answer in {key!r} has {', '.join(map(repr, lost))} beside its text, which no model would read"
+        )
     return turns[:-1], last["content"]
 
 

@@ -15,9 +15,10 @@ Rows that say one thing twice must say the same.
 from typing import Any
 
 from poise.data.conversations import OTHER_PROMPTS, SYSTEM_COLUMNS, answered, prompt_key
-from poise.data.files import parsed_json
+from poise.data.nested_rows import unpacked
 from poise.data.ratings import number_of
-from poise.data.verdicts import check_pair, compared
+from poise.data.raw import parsed_json
+from poise.data.verdicts import Compared, check_pair, compared
 
 _TEXTS = ("responses", "completions", "generations", "answers")
 _TEXT = ("response", "completion", "text", "answer", "content", "generation")
@@ -38,6 +39,11 @@ def in_our_columns(row: dict[str, Any]) -> dict[str, Any]:
 
     Raises ValueError for a verdict that cannot be read, and for parts that contradict each other.
     """
+    return in_our_columns_with_verdict(row)[0]
+
+
+def in_our_columns_with_verdict(row: dict[str, Any]) -> tuple[dict[str, Any], Compared | None]:
+    """As `in_our_columns`, and what the row's columns say of its two answers, if they do."""
     row = with_prompt(row)
     if "chosen" not in row and "chosen_response" in row and "rejected_response" in row:
         row = {**row, "chosen": row["chosen_response"], "rejected": row["rejected_response"]}
@@ -45,20 +51,21 @@ def in_our_columns(row: dict[str, Any]) -> dict[str, Any]:
     if "chosen" in row:
         if found:
             check_pair(row, found)
-        return _checked_against_ratings(row)
+        return _checked_against_ratings(row), found
     if "annotators" in row:
-        return row
+        return row, found
     if found:
         tie = {"score_chosen": 0, "score_rejected": 0} if not found.verdict else {}
         worse = found.second if found.verdict >= 0 else found.first
-        return {**row, "chosen": found.better if found.verdict else found.first, "rejected": worse, **tie}
+        return {**row, "chosen": found.better if found.verdict else found.first, "rejected": worse, **tie}, found
     if listed := _rated_answers(row):
-        return {**row, "responses": listed[0], "ratings": listed[1]}
-    return _one_answer(row)
+        return {**row, "responses": listed[0], "ratings": listed[1]}, None
+    return _one_answer(row), None
 
 
 def with_prompt(row: dict[str, Any]) -> dict[str, Any]:
     """A row of a public form as one with `prompt`: there the prompt has a name of its own. Other rows as they are."""
+    row = unpacked(row)
     if prompt_key(row) is not None or not _is_public(row):
         return row
     names = [name for name in OTHER_PROMPTS if row.get(name)]
@@ -87,7 +94,7 @@ def _is_public(row: dict[str, Any]) -> bool:
     """Is this a form by columns that only published data sets have? Elsewhere `input` may be anything."""
     if {"chosen_response", "rejected_response"} <= row.keys() or _listed_names(row) or "overall_preference" in row:
         return True
-    if {"human_ref_A", "human_ref_B"} <= row.keys():
+    if {"human_ref_A", "human_ref_B"} <= row.keys() or {"output_1", "output_2"} <= row.keys():
         return True
     return "chosen" in row and not row.keys().isdisjoint(SYSTEM_COLUMNS)
 

@@ -40,12 +40,13 @@ from poise.data.conversations import (
     turns_of,
 )
 from poise.data.files import RawRow, as_object, raw_rows
-from poise.data.other_forms import FORMS, in_our_columns, one_by_one, with_prompt
+from poise.data.other_forms import FORMS, in_our_columns, in_our_columns_with_verdict, one_by_one, with_prompt
 from poise.data.ratings import Rated, by_prompt, number_of, ranked, rated_list
 from poise.data.rows import Check, OnBadRow, Understood, finish, parsed_rows, read_rows, short
 from poise.data.types import Preference, Prompt, Sample
-from poise.data.verdicts import check_votes, compared, optional_number, scored_equal, votes_of
+from poise.data.verdicts import check_votes, optional_number, scored_equal, votes_of
 from poise.runtime.run_folder import write_jsonl
+from poise.runtime.settings import HUGE
 
 __all__ = [
     "Check", "OnBadRow", "Preference", "Sample", "as_object", "iter_preferences", "iter_samples", "preferences_of",
@@ -241,11 +242,11 @@ def sample_of(row: dict[str, Any]) -> Sample:
 
 def read_row(row: dict[str, Any]) -> _Read:
     """What a row says, by the columns it has; ValueError says what is wrong."""
-    given, row = row, in_our_columns(row)
+    given, (row, found) = row, in_our_columns_with_verdict(row)
     source = str(row.get("source") or "")
     margin = optional_number(row, "margin") or 0.0
-    if margin < 0:
-        raise ValueError(f"'margin' must be at least 0, not {margin}")
+    if not 0 <= margin <= HUGE:
+        raise ValueError(f"'margin' must be at least 0 and at most {HUGE:g}, not {margin}")
     if "chosen" not in row and "annotators" not in row and ("rating" in row or "ratings" in row):
         if margin:
             raise ValueError("'margin' goes with one pair, not with ratings")
@@ -254,7 +255,7 @@ def read_row(row: dict[str, Any]) -> _Read:
         first, second = (text_of(row, key) for key in ("response_1", "response_2"))
         order = {1: (first, second), 2: (second, first)}
         votes = votes_of(row["annotators"])
-        check_votes(votes, compared(row))
+        check_votes(votes, found)
         prompt = prompt_of(row)
         pairs = [(prompt, *order[vote]) for vote in votes if vote in order]
         form, notes = "prompt, response_1, response_2, annotators", _prompt_notes(prompt)
@@ -263,7 +264,6 @@ def read_row(row: dict[str, Any]) -> _Read:
     else:
         tie = scored_equal(row)
         prompt, chosen, rejected, notes = _pair(row)
-        found = compared(given)
         sides = ["chosen", "rejected"] if "chosen" in given or found is None else ["two responses", found.column]
         form = ", ".join([name for name in (prompt_key(row),) if name] + sides)
         if chosen.strip() == rejected.strip():

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from poise.runtime.records import parse_json
+
 
 @dataclass(frozen=True)
 class Unreadable:
@@ -43,16 +45,14 @@ def as_object(raw: RawRow) -> dict[str, Any]:
 def parsed_json(text: str) -> Any:
     """The value of a JSON text; ValueError says what is wrong with it, also if it is nested too deeply."""
     try:
-        return json.loads(text, object_pairs_hook=once_each)
+        return parse_json(text, object_pairs_hook=once_each)
     except json.JSONDecodeError as error:
         more = "; a line holds one object" if error.msg == "Extra data" else ""
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}{more}") from None
-    except RecursionError:
-        raise ValueError("not read: JSON nested too deeply") from None
     except TwiceError:
         raise
-    except ValueError:  # an integer too long for Python; as a number it may still be a column that nobody reads
-        return json.loads(text, parse_int=whole_number, object_pairs_hook=once_each)
+    except ValueError:  # too deep, or an integer too long for Python, which may be in a column that nobody reads
+        return parse_json(text, parse_int=whole_number, object_pairs_hook=once_each)
 
 
 class TwiceError(ValueError):

@@ -3,10 +3,13 @@
 A verdict is 1 for the first answer, -1 for the second, 0 for a tie. Every column that gives one is read, and a row
 whose columns contradict each other is refused: nobody knows which of them is wrong.
 
-    winner                                    a, b or a tie (arenas)
+    winner, preference                        a, b, 1, 2, a tie, or the name in model_a or model_b (arenas, AlpacaFarm)
     preference_strength, overall_preference   below 0: the first is better (HelpSteer)
     better_response_id                        0 or 1, of response_0 and response_1 (PKU-SafeRLHF)
     labels, score_A and score_B               1: the first, 0: the second; the higher score (SHP)
+    score_0 and score_1                       the higher score (WebGPT)
+    choice                                    0 or 1, of two summaries (OpenAI)
+    winner_model_a, …_b, winner_tie           1 in one of them, 0 in the others (LMSYS arena of Kaggle)
     annotators                                a vote each, 1 or 2
 """
 
@@ -14,13 +17,15 @@ import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from poise.data.files import parsed_json
+from poise.data.nested_rows import SUMMARIES
 from poise.data.ratings import number_of
+from poise.data.raw import parsed_json
 
 _SIDES = (
     ("response_a", "response_b"), ("answer_a", "answer_b"), ("completion_a", "completion_b"),
     ("conversation_a", "conversation_b"), ("response_1", "response_2"), ("response1", "response2"),
     ("response_0", "response_1"), ("response_A", "response_B"), ("human_ref_A", "human_ref_B"),
+    ("answer_0", "answer_1"), ("output_1", "output_2"), SUMMARIES,
 )  # fmt: skip
 _SCORES_OF_PAIRS = (
     ("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("rating_chosen", "rating_rejected"),
@@ -29,6 +34,7 @@ _SCORES_OF_PAIRS = (
 )  # fmt: skip
 _FIRST, _SECOND = {"a", "1", "model_a", "response_a", "left"}, {"b", "2", "model_b", "response_b", "right"}
 _TIE = "tie"
+_ONE_HOT = ("winner_model_a", "winner_model_b", "winner_tie")
 
 
 class Compared(NamedTuple):
@@ -64,6 +70,11 @@ def compared(row: dict[str, Any]) -> Compared | None:
     if not found and "winner" in row and "chosen" not in row:
         raise ValueError("'winner', but no two responses to choose from: response_a and response_b were expected")
     return found[0] if found else None
+
+
+def two_answers(row: dict[str, Any]) -> bool:
+    """Has a row two answers side by side, in columns by whose names they are known?"""
+    return any(one in row and other in row for one, other in _SIDES)
 
 
 def check_pair(row: dict[str, Any], found: Compared) -> None:
@@ -132,7 +143,7 @@ def _any_sides(row: dict[str, Any]) -> _Sides | None:
     found = [pair for pair in _SIDES if pair[0] in row and pair[1] in row]
     if len(found) > 1:
         names = dict.fromkeys(name for pair in found for name in pair)
-        raise ValueError(f"'winner' may be of {', '.join(map(repr, names))}; leave two of them in")
+        raise ValueError(f"the better one may be any of {', '.join(map(repr, names))}; leave two of them in")
     return found[0] if found else None
 
 
@@ -141,9 +152,14 @@ def _sides(*known: _Sides) -> Callable[[dict[str, Any]], _Sides | None]:
 
 
 def _winner(row: dict[str, Any], column: str, sides: _Sides) -> int:
-    said = str(row[column]).strip().lower()
+    value = row[column]
+    # A table with a blank cell has decimal numbers in the others.
+    said = str(int(value) if isinstance(value, float) and value.is_integer() else value).strip().lower()
+    models = [row.get(name) for name in ("model_a", "model_b")]
+    if isinstance(value, str) and value in models and models[0] != models[1]:
+        return 1 if value == models[0] else -1
     if said == "0" and sides[0].endswith(("_a", "_A")):
-        raise ValueError(f"'winner' is 0, which may be a tie or {sides[0]}; write a, b or tie")
+        raise ValueError(f"{column!r} is 0, which may be a tie or {sides[0]}; write a, b or tie")
     if sides == ("response_0", "response_1") and said in ("0", "1"):
         return 1 if said == "0" else -1
     if said in _FIRST | {sides[0].lower()} and said != sides[1].lower():
@@ -152,7 +168,7 @@ def _winner(row: dict[str, Any], column: str, sides: _Sides) -> int:
         return -1
     if said.startswith(_TIE) or said in ("0", "none", "both", "neither"):
         return 0
-    raise ValueError(f"'winner' is {repr(row[column])[:40]}; {sides[0]}, {sides[1]} or tie was expected")
+    raise ValueError(f"{column!r} is {repr(row[column])[:40]}; {sides[0]}, {sides[1]} or tie was expected")
 
 
 def _strength(row: dict[str, Any], column: str, _: _Sides) -> int:
@@ -171,9 +187,19 @@ def _label(row: dict[str, Any], column: str, sides: _Sides) -> int:
     return -_index(row, column, sides)
 
 
-def _score_of_first(row: dict[str, Any], column: str, _: _Sides) -> int:
-    first, second = number_of(row, column), number_of({"score_B": row.get("score_B")}, "score_B")
-    return (first > second) - (first < second)
+def _scores(other: str) -> Callable[[dict[str, Any], str, _Sides], int]:
+    def read(row: dict[str, Any], column: str, _: _Sides) -> int:
+        first, second = number_of(row, column), number_of({other: row.get(other)}, other)
+        return (first > second) - (first < second)
+
+    return read
+
+
+def _one_hot(row: dict[str, Any], _: str, __: _Sides) -> int:
+    said = [number_of({name: row.get(name)}, name) for name in _ONE_HOT]
+    if sorted(said) != [0, 0, 1]:
+        raise ValueError(f"one of {', '.join(map(repr, _ONE_HOT))} must be 1 and the others 0, not {said}")
+    return (1, -1, 0)[said.index(1)]
 
 
 _VERDICTS: dict[str, tuple[Callable[[dict[str, Any], str, _Sides], int], Callable[..., _Sides | None]]] = {
@@ -182,5 +208,9 @@ _VERDICTS: dict[str, tuple[Callable[[dict[str, Any], str, _Sides], int], Callabl
     "overall_preference": (_strength, _sides(("response1", "response2"))),
     "better_response_id": (_index, _sides(("response_0", "response_1"))),
     "labels": (_label, _sides(("human_ref_A", "human_ref_B"))),
-    "score_A": (_score_of_first, _sides(("human_ref_A", "human_ref_B"))),
+    "score_A": (_scores("score_B"), _sides(("human_ref_A", "human_ref_B"))),
+    "score_0": (_scores("score_1"), _sides(("answer_0", "answer_1"))),
+    "choice": (_index, _sides(SUMMARIES)),
+    "winner_model_a": (_one_hot, _any_sides),
+    "preference": (_winner, _any_sides),
 }

@@ -1,10 +1,10 @@
 """The warnings on a model's card, for whoever is about to use the model. Imports nothing heavy."""
 
-import json
 import re
 from pathlib import Path
 
 from poise.runtime.display import on_one_line
+from poise.runtime.records import parse_json
 
 _QUOTED = re.compile(r"^> (\*\*.*)$", re.MULTILINE)
 
@@ -19,9 +19,9 @@ def card_warnings(path: str | Path) -> list[str]:
         if not (folder / "config.json").exists() and (folder / inner / "README.md").exists():
             folder = folder / inner
     try:
-        members = json.loads((folder / "ensemble.json").read_text(encoding="utf-8"))["members"]
+        members = parse_json((folder / "ensemble.json").read_text(encoding="utf-8"))["members"]
         return list(dict.fromkeys(warning for name in members for warning in card_warnings(folder / str(name))))
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         pass
     try:
         text = (folder / "README.md").read_text(encoding="utf-8")

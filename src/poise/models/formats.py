@@ -91,6 +91,22 @@ def read_ensemble(folder: str) -> EnsembleFile:
     return EnsembleFile(members, found.means, found.stds)
 
 
+def checkpoint_folder(path: str) -> str:
+    """A checkpoint as given, or the BRME inside a `poise train-reward` run folder."""
+    inside = Path(path) / "brme"
+    return str(inside) if not (Path(path) / "config.json").exists() and (inside / "config.json").exists() else path
+
+
+def local_checkpoint(path: str) -> Path:
+    """The folder of one reward model on this machine, to be written into; PoiseError for an ensemble or a hub id."""
+    folder = Path(checkpoint_folder(path))
+    if (folder / ENSEMBLE_FILE).exists():
+        raise PoiseError(f"{path} is an ensemble, whose members have features of their own; it takes no reference")
+    if not (folder / "config.json").exists():
+        raise PoiseError(f"{path} is no local checkpoint; a reference is written into its folder, so copy it first")
+    return folder
+
+
 def refuse_nested(member: str) -> None:
     """Raise PoiseError for a member of an ensemble that is an ensemble."""
     try:

@@ -5,16 +5,15 @@ weights. A name that may be a hub id is left to it.
 """
 
 import importlib.util
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from poise.errors import PoiseError, first_line
-from poise.models.formats import ENSEMBLE_FILE, num_labels_of, read_ensemble, read_head_block
+from poise.models.formats import ENSEMBLE_FILE, checkpoint_folder, num_labels_of, read_ensemble, read_head_block
 from poise.models.hub import check_on_hub
 from poise.models.template_trial import try_template
-from poise.runtime.records import read_object
+from poise.runtime.records import parse_json, read_object
 from poise.runtime.run_kinds import told_of
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
@@ -68,11 +67,18 @@ def check_reward_model(path: str) -> None:
         for member in read_ensemble(path).members:
             check_reward_model(member)
         return
-    if not (folder / _CONFIG).exists() and (folder / "brme" / _CONFIG).exists():
-        folder = folder / "brme"
+    folder = Path(checkpoint_folder(path))
     check_model(str(folder), "a reward model")
     config = read_object(folder / _CONFIG, strict=False)
     read_head_block(config.get("poise"), num_labels_of(config, str(folder)), path)
+
+
+def check_reward_run(run: str, names: set[str]) -> None:
+    """Raise PoiseError, one line, unless a `poise train-reward` run holds reward models of these names."""
+    for name in sorted(names):
+        if not (Path(run) / name).is_dir():
+            raise PoiseError(f"--reward {run} holds no reward model {name!r}; name `poise train-reward` runs")
+        check_reward_model(str(Path(run) / name))
 
 
 def why_no_model(path: str, wanted: str = "a model folder") -> str:
@@ -187,8 +193,8 @@ def _header(file: Path) -> dict[str, Any]:
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            found = json.loads(stream.read(length)) if length <= _LONGEST_HEADER else {}
-    except (OSError, ValueError, RecursionError):
+            found = parse_json(stream.read(length)) if length <= _LONGEST_HEADER else {}
+    except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 

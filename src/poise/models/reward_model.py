@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from poise.errors import PoiseError, first_line
 from poise.functional.objectives import HeadRewards
 from poise.functional.typicality import Reference
-from poise.models.formats import ENSEMBLE_FILE, read_ensemble, read_head_block
+from poise.models.formats import ENSEMBLE_FILE, checkpoint_folder, read_ensemble, read_head_block
 from poise.models.head_adapters import FOLDER as ADAPTERS
 from poise.models.head_adapters import bare, load_head_adapters, save_head_adapters, together
 from poise.models.loading import (
@@ -272,13 +272,6 @@ def load_reference(path: str, layout: HeadLayout, hidden_size: int) -> Reference
     if not finite or center.shape != (hidden_size,) or factor.shape != (hidden_size, hidden_size):
         raise PoiseError(f"{file} holds no reference for features of size {hidden_size}; `poise reference` writes one")
     return Reference(center, factor, layout.reference_texts, layout.reference_shrinkage)
-
-
-def checkpoint_folder(path: str) -> str:
-    """A checkpoint as given, or the BRME inside a `poise train-reward` run folder."""
-    if not (Path(path) / "config.json").exists() and (Path(path) / "brme" / "config.json").exists():
-        return str(Path(path) / "brme")
-    return path
 
 
 def members_of(path: str) -> tuple[str, ...]:

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from poise.data.rows import Check
 from poise.data.types import Prompt
 from poise.models.chat_format import HfTokenizer, completion_text, generation_prompt, prompt_text
+from poise.models.formats import checkpoint_folder
 from poise.models.loading import load_tokenizer, resolve_model
-from poise.models.reward_model import checkpoint_folder, members_of
+from poise.models.reward_model import members_of
 
 
 def row_check(*tokenizers: HfTokenizer) -> Check:

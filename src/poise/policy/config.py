@@ -17,7 +17,7 @@ from poise.functional.monitor import MonitorConfig
 from poise.functional.objective_names import PARAMETERS, Shaping, check_parameter, read_objective
 from poise.integrations.lm_eval_tasks import DEFAULT_TASKS, MAX_TOKENS
 from poise.models.choices import DEFAULT_MODEL, HeadKind, Tune, ValueTrunk
-from poise.runtime.run_kinds import told_of
+from poise.policy.formats import policy_folder
 from poise.runtime.settings import (
     Bounded,
     Count,
@@ -112,6 +112,8 @@ class PpoConfig(Settings):
 @dataclass(frozen=True, kw_only=True)
 class Config(PpoConfig):
     """Train a policy by PPO against a reward model, with the objective of your choice."""
+
+    RUN_FOLDER = True
 
     prompts: Prompts = ""
     """JSON lines with `prompt`: text, or a conversation. A command needs them; `PolicyTrainer` is given them."""
@@ -277,6 +279,8 @@ class Config(PpoConfig):
 class EvaluateConfig(Settings):
     """Evaluate policies on the benchmarks of the paper, and compare them with the model that training started from."""
 
+    RUN_FOLDER = True
+
     policies: tuple[Language, ...] = ()
     """`poise train-policy` runs, model folders or hub ids."""
     model: Language = DEFAULT_MODEL
@@ -307,22 +311,9 @@ class MergeConfig(Settings):
     """Folder to write; it must not exist, or be empty."""
 
     def check(self) -> None:
-        """As for every command; there is a policy, and room for the model."""
+        """As for every command; there is a policy, and no output yet."""
         super().check()
         policy_folder(self.policy)
         target = Path(self.output)
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise PoiseError(f"--output {target} exists; choose another folder or delete it")
-
-
-def policy_folder(path: str) -> Path:
-    """The folder of adapters or of a whole model in a run, or `path` itself. PoiseError if it holds no policy."""
-    for folder in (Path(path) / "policy", Path(path)):
-        if (folder / "adapter_config.json").exists() or (folder / "config.json").exists():
-            return folder
-    told = told_of(path)
-    why = "the run is not finished" if "train-policy" in told else f"it is {told}" if told else ""
-    why = f" ({why})" if why else ""
-    raise PoiseError(
-        f"{path} holds no policy{why}; name a finished `poise train-policy` run, or the policy folder in it"
-    )

@@ -4,8 +4,11 @@ A field that is None where it could be a number was undefined: the reason stands
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from poise.errors import PoiseError
+from poise.runtime.run_kinds import told_of
 from poise.runtime.settings import Bounded, Count, NotNegative, Share, WholeNumber, at_least
 
 Prompt = str | list[dict[str, Any]]
@@ -140,3 +143,22 @@ class Checkpoint:
     rung: NotNegative = 0.0
     scale_std_interval: tuple[float | None, ...] = ()  # undefined for fewer than three prompts
     validator: dict[str, Any] | None = None  # absent without one
+
+
+def policy_folder(path: str) -> Path:
+    """The folder of a policy, adapters or a whole model: as given, or in a run. PoiseError if there is none."""
+    for folder in (Path(path) / "policy", Path(path)):
+        if (folder / "adapter_config.json").exists() or (folder / "config.json").exists():
+            return folder
+    told = told_of(path)
+    why = "the run is not finished" if "train-policy" in told else f"it is {told}" if told else ""
+    why = f" ({why})" if why else ""
+    raise PoiseError(
+        f"{path} holds no policy{why}; name a finished `poise train-policy` run, or the policy folder in it"
+    )
+
+
+def refuse_unfinished(run: Path) -> None:
+    """Raise PoiseError for a folder that is no finished policy run."""
+    if not (run / "final.jsonl").exists():
+        raise PoiseError(f"{run} is not a finished policy run: it has no final.jsonl")

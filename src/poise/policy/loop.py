@@ -32,10 +32,10 @@ from poise.functional.objectives import (
 )
 from poise.functional.schedules import adaptive_kl_coef, headroom, linear
 from poise.integrations.trl_reward import RobustReward
+from poise.models.formats import checkpoint_folder
 from poise.models.fused_ops import keep_freed_memory
 from poise.models.loading import load_policy
 from poise.models.policy import Policy
-from poise.models.reward_model import checkpoint_folder
 from poise.models.rollout import Rollout, uniforms
 from poise.models.run_heads import reward_folder
 from poise.models.scorer import Scorer

@@ -25,7 +25,7 @@ from poise.models.loading import (
 )
 from poise.models.padding import pad_apart
 from poise.policy.config import MergeConfig as Config
-from poise.policy.config import policy_folder
+from poise.policy.formats import policy_folder
 from poise.runtime.folders import own_file, write_folder_atomic
 from poise.runtime.progress import console
 from poise.runtime.quiet import quiet_loading

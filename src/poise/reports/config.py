@@ -1,6 +1,7 @@
 """The settings of `poise report`."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -24,7 +25,7 @@ class ReportConfig(Settings):
     """Also write the first figure of a quickstart to this PNG file."""
 
     def check(self) -> None:
-        """As for every command; and every folder is a run."""
+        """As for every command; every folder is a run; and no file but an earlier page or figure is replaced."""
         super().check()
         if not self.folders:
             raise PoiseError("name a run folder: poise report RUN")
@@ -34,3 +35,10 @@ class ReportConfig(Settings):
             except PoiseError as error:
                 hint = "; name a run folder: poise report RUN" if self.folders == _DEFAULT else ""
                 raise PoiseError(f"{error}{hint}") from None
+        if self.png and Path(self.png).suffix.lower() != ".png":
+            raise PoiseError(f"--png {self.png} must end in .png")
+        for option, path, begins in (("--output", self.output, b"<!doctype html"), ("--png", self.png, b"\x89PNG")):
+            if path and Path(path).exists():
+                own = Path(path).is_file() and Path(path).read_bytes()[:64].lstrip().lower().startswith(begins.lower())
+                if not own:
+                    raise PoiseError(f"{option} {path} exists and is no earlier one; choose another name")

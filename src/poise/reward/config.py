@@ -1,5 +1,6 @@
 """The settings of all commands about reward models; torch is not imported to read them."""
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,6 +11,8 @@ from poise.data.preferences import OnBadRow
 from poise.errors import PoiseError
 from poise.functional.objective_names import read_objective
 from poise.models.choices import DEFAULT_MODEL
+from poise.models.formats import checkpoint_folder, local_checkpoint, refuse_nested
+from poise.reward.formats import check_ensemble, check_export, check_scores
 from poise.runtime.settings import (
     Count,
     Language,
@@ -36,6 +39,8 @@ ShardKind = Literal["disjoint", "cluster", "source", "bootstrap", "same"]
 @dataclass(frozen=True)
 class Config(Settings):
     """Train a conventional reward model and multi-head ones from preferences."""
+
+    RUN_FOLDER = True
 
     preferences: Preferences = ""
     """Preferences: a file (JSON lines, Parquet, CSV), a folder saved by `datasets`, or a hub id. A command needs them;
@@ -141,6 +146,8 @@ class Config(Settings):
 class EvaluateConfig(Settings):
     """Judge reward models by human labels: accuracy, calibration, and the quality of their uncertainties."""
 
+    RUN_FOLDER = True
+
     rewards: tuple[Reward, ...]
     """Reward models, e.g. one training from several seeds: checkpoint folders, hub ids of one-label classifiers,
     ensembles, or `poise train-reward` runs."""
@@ -201,6 +208,8 @@ class ScoreConfig(Settings):
         suffix = Path(self.output).suffix.lower()
         if suffix in _NOT_WRITTEN:
             raise PoiseError(f"--output {self.output}: scores are written as .jsonl or .parquet, not as {suffix}")
+        if self.output:
+            check_scores(Path(self.output))
 
 
 @dataclass(frozen=True)
@@ -223,6 +232,9 @@ class EnsembleConfig(Settings):
         super().check()
         if len(self.members) < 2:
             raise PoiseError("an ensemble needs at least two reward models")
+        for member in self.members:
+            refuse_nested(member)
+        check_ensemble(Path(self.output))
 
 
 @dataclass(frozen=True)
@@ -250,6 +262,7 @@ class ReferenceConfig(Settings):
         super().check()
         if bool(self.preferences) == bool(self.completions):
             raise PoiseError("give the reference texts: either --preferences FILE or --completions FILE")
+        local_checkpoint(self.reward)
 
 
 @dataclass(frozen=True)
@@ -271,6 +284,24 @@ class ExportConfig(Settings):
     """`sglang` adds a zero `score.bias`, which its Qwen classifiers would otherwise leave random. vLLM, TRL and
     transformers need nothing."""
 
+    def check(self) -> None:
+        """As `Settings.check`, what fits one label, and that the folder may be written."""
+        super().check()
+        if self.scalar and self.scalar not in ("mean", "head"):
+            raise PoiseError(
+                f"--scalar {self.scalar}: only mean and head are linear in the features and fit one label; objectives "
+                f"that choose a head per text, such as nominal and worst_case, need all heads"
+            )
+        if (self.scalar == "head") != (self.head is not None):
+            raise PoiseError("--scalar head and --head NUMBER go together")
+        if self.adapter and self.engine == "sglang":
+            raise PoiseError("--adapter and --engine sglang do not go together: export the merged weights")
+        if not self.scalar and self.engine == "vllm" and not self.adapter:
+            raise PoiseError(
+                "vLLM serves the checkpoint as it is; choose --scalar mean, --scalar head or --engine sglang"
+            )
+        check_export(Path(self.output), Path(checkpoint_folder(self.reward)))
+
 
 @dataclass(frozen=True)
 class PushConfig(Settings):
@@ -284,3 +315,9 @@ class PushConfig(Settings):
     """Make the new repository readable by its owners only; --no-private: by everybody."""
     existing: bool = False
     """Upload into a repository that exists already: files of the same names are replaced."""
+
+    def check(self) -> None:
+        """As `Settings.check`, and the form of the repository's name."""
+        super().check()
+        if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", self.repo, re.ASCII):
+            raise PoiseError(f"--repo {self.repo} is not of the form user/name")

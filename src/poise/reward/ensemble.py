@@ -5,12 +5,10 @@ from pathlib import Path
 
 from poise.data.preferences import read_preferences
 from poise.data.types import Sample
-from poise.errors import PoiseError
+from poise.models.formats import checkpoint_folder
 from poise.models.loading import resolve_model
-from poise.models.reward_model import checkpoint_folder
-from poise.models.scorer import ENSEMBLE_FILE, Ensemble
+from poise.models.scorer import Ensemble
 from poise.reward.config import EnsembleConfig as Config
-from poise.runtime.folders import is_leftover
 from poise.runtime.progress import console, progress
 
 
@@ -18,9 +16,6 @@ def run(config: Config) -> Path:
     """Normalize and save; returns the folder. The members stay where they are."""
     config.check()
     folder = Path(config.output)
-    names = {path.name for path in folder.iterdir() if not is_leftover(path.name)} if folder.is_dir() else set()
-    if names - {ENSEMBLE_FILE} or (folder.exists() and not folder.is_dir()):
-        raise PoiseError(f"--output {folder} exists and is no earlier ensemble; choose another folder or delete it")
     preferences = read_preferences(config.reference, config.on_bad_row)
     reference = [Sample(p.prompt, text) for p in preferences for text in (p.chosen, p.rejected)]
     with progress("ensemble: reference texts", len(reference)) as advance:

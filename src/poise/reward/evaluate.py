@@ -23,7 +23,8 @@ from poise.data.evaluation_sets import Questions, read_questions
 from poise.data.rows import TEXTS_PER_PART, in_parts
 from poise.errors import PoiseError
 from poise.functional.objectives import Objective, RewardScale, mean, parse_objective
-from poise.models.reward_model import HeadLayout, checkpoint_folder, files_of
+from poise.models.formats import checkpoint_folder
+from poise.models.reward_model import HeadLayout, files_of
 from poise.models.row_check import row_check_of_rewards
 from poise.models.scorer import Scorer
 from poise.reward.config import EvaluateConfig as Config

@@ -12,7 +12,6 @@ Heads with adapters of their own read different features, so their mean is no he
 into the trunk's weights.
 """
 
-import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,13 +26,13 @@ from poise import __version__
 from poise.data.types import Sample
 from poise.errors import PoiseError, first_line
 from poise.functional.objectives import HeadRewards
+from poise.models.formats import checkpoint_folder
 from poise.models.head_adapters import FOLDER, fold_head
 from poise.models.loading import frozen_dtype, load_config, load_tokenizer, resolve_model
 from poise.models.model_card import front_matter_without_results
 from poise.models.reward_model import (
     REFERENCE,
     HeadLayout,
-    checkpoint_folder,
     load_reward_model,
     read_layout,
     with_heads,
@@ -42,13 +41,13 @@ from poise.models.scorer import Scorer
 from poise.models.scoring_template import UNCHANGED, ends_where_read, scoring_template
 from poise.models.trained_on import FILE as BASE
 from poise.reward.config import ExportConfig as Config
+from poise.reward.formats import EXPORT_MARK, check_export
 from poise.runtime.folders import inside, own_file, write_folder_atomic
 from poise.runtime.progress import console
 from poise.runtime.quiet import quiet_loading
 from poise.runtime.records import read_object
 from poise.runtime.run_folder import Json, write_json
 
-SCALARS = ("mean", "head")
 # Largest difference between an export and its source, as a share of the largest reward: float32 adds the same numbers
 # in another order; bfloat16, in which a GPU reads both, rounds the new row (2^-9 of each of its terms).
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -57,14 +56,13 @@ _TEXTS = [
     Sample("Is tea hot?", "No."),
     Sample("Name three colors.", "Red, green and blue. Each of them is also the color of something to eat."),
 ]
-_MARK = "poise_export"  # key of config.json by which a folder that may be written again is known
 
 
 def run(config: Config) -> Path:
     """Write the folder, whole or not at all; returns it."""
-    _check(config)
+    config.check()
     source, target = Path(resolve_model(checkpoint_folder(config.reward))), Path(config.output)
-    _check_target(target, source)
+    check_export(target, source)
     settings = load_config(str(source))
     if getattr(settings, "poise", None) is None:
         raise PoiseError(f"{config.reward} has no `poise` block in its config.json: there are no heads to export")
@@ -84,7 +82,7 @@ def run(config: Config) -> Path:
         settings.id2label = dict(enumerate(exported.label_names))
         settings.label2id = {name: number for number, name in enumerate(exported.label_names)}
         settings.poise = asdict(exported)
-        setattr(settings, _MARK, {"scalar": config.scalar, "head": config.head, "engine": config.engine})
+        setattr(settings, EXPORT_MARK, {"scalar": config.scalar, "head": config.head, "engine": config.engine})
         settings.save_pretrained(scratch)
         with scoring_template(tokenizer):
             tokenizer.save_pretrained(scratch)
@@ -118,20 +116,6 @@ def scalar_head(
 # ---- checks ----
 
 
-def _check(config: Config) -> None:
-    if config.scalar and config.scalar not in SCALARS:
-        raise PoiseError(
-            f"--scalar {config.scalar}: only mean and head are linear in the features and fit one label; objectives "
-            f"that choose a head per text, such as nominal and worst_case, need all heads"
-        )
-    if (config.scalar == "head") != (config.head is not None):
-        raise PoiseError("--scalar head and --head NUMBER go together")
-    if config.adapter and config.engine == "sglang":
-        raise PoiseError("--adapter and --engine sglang do not go together: export the merged weights")
-    if not config.scalar and config.engine == "vllm" and not config.adapter:
-        raise PoiseError("vLLM serves the checkpoint as it is; choose --scalar mean, --scalar head or --engine sglang")
-
-
 def _check_one_head(config: Config) -> None:
     """What can be made of heads with adapters of their own: any one of them."""
     if config.scalar == "head" and not config.adapter:
@@ -141,21 +125,6 @@ def _check_one_head(config: Config) -> None:
         f"--head NUMBER, or use the adapters as they are: PEFT and vLLM read {FOLDER}/head_NUMBER in the "
         f"checkpoint"
     )
-
-
-def _check_target(target: Path, source: Path) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise PoiseError(f"--output {target} is a file; name a folder")
-    if target.resolve() == source.resolve():
-        raise PoiseError(f"--output {target} is the reward model itself; choose another folder")
-    try:
-        ours = _MARK in json.loads((target / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, TypeError):
-        ours = False
-    if any(target.iterdir()) and not ours:
-        raise PoiseError(f"--output {target} exists and is no earlier export; choose another folder or delete it")
 
 
 # ---- weights ----

@@ -1,8 +1,13 @@
 """What the files of runs about reward models hold, as their readers need it. Nothing here imports torch."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
+from poise.errors import PoiseError
+from poise.models.formats import ENSEMBLE_FILE
+from poise.runtime.folders import is_leftover
+from poise.runtime.records import read_object
 from poise.runtime.settings import Count, NotNegative, WholeNumber
 
 
@@ -41,3 +46,49 @@ class Evaluated:
     ood: dict[str, Any] | None = None
     ood_auroc: dict[str, Any] | None = None
     learning: dict[str, Any] | None = None
+
+
+# ---- folders that may be written again ----
+
+_LONGEST_ROW = 1 << 24  # bytes of a row of scores that are looked at
+EXPORT_MARK = "poise_export"  # key of config.json by which an earlier export is known
+
+
+def check_export(target: Path, source: Path) -> None:
+    """Raise PoiseError unless `target` is missing, empty, or an earlier export. source: the reward model."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise PoiseError(f"--output {target} is a file; name a folder")
+    if target.resolve() == source.resolve():
+        raise PoiseError(f"--output {target} is the reward model itself; choose another folder")
+    try:
+        ours = EXPORT_MARK in read_object(target / "config.json", strict=False)
+    except PoiseError:
+        ours = False
+    if any(target.iterdir()) and not ours:
+        raise PoiseError(f"--output {target} exists and is no earlier export; choose another folder or delete it")
+
+
+def check_ensemble(target: Path) -> None:
+    """Raise PoiseError unless `target` is no folder yet, an empty one, or an earlier ensemble."""
+    names = {path.name for path in target.iterdir() if not is_leftover(path.name)} if target.is_dir() else set()
+    ours = not target.exists() or (target.is_dir() and names <= {ENSEMBLE_FILE})
+    if ours and names and (target / ENSEMBLE_FILE).stat().st_size:
+        try:
+            ours = "members" in read_object(target / ENSEMBLE_FILE, strict=False)
+        except PoiseError:
+            ours = False
+    if not ours:
+        raise PoiseError(f"--output {target} exists and is no earlier ensemble; choose another folder or delete it")
+
+
+def check_scores(target: Path) -> None:
+    """Raise PoiseError unless `target` is no file yet, an empty one, or scores that `poise score` wrote earlier."""
+    if not target.is_file() or not target.stat().st_size:
+        return
+    with target.open("rb") as file:
+        first = file.readline(_LONGEST_ROW)
+    ours = first.startswith(b"PAR1") if target.suffix == ".parquet" else b'"reward": ' in first and b'"mean": ' in first
+    if not ours:
+        raise PoiseError(f"--output {target} exists and holds no scores; choose another name")

@@ -10,11 +10,11 @@ from typing import Any
 from huggingface_hub import HfApi, get_token
 
 from poise.errors import PoiseError, first_line
-from poise.models.reward_model import checkpoint_folder
+from poise.models.formats import checkpoint_folder
 from poise.reward.config import PushConfig as Config
 from poise.runtime.folders import own_file
 from poise.runtime.progress import console
-from poise.runtime.records import read_object
+from poise.runtime.records import parse_json, read_object
 
 # What a reward model is made of. Anything else in the folder, data and optimizer states included, stays here.
 FILES = (
@@ -35,11 +35,9 @@ _NAMES = {"base_model_name_or_path", "_name_or_path", "name_or_path"}
 
 def run(config: Config) -> str:
     """Upload; returns the address."""
+    config.check()
     folder = Path(checkpoint_folder(config.reward))
     files = checkpoint_files(folder)
-    user, _, name = config.repo.partition("/")
-    if not user or not name:
-        raise PoiseError(f"--repo {config.repo} is not of the form user/name")
     if get_token() is None:
         raise PoiseError("no token for the model hub: log in with `hf auth login`")
     console.print(f"{folder} to {config.repo}, {len(files)} files:", markup=False, soft_wrap=True)
@@ -112,8 +110,8 @@ def _settings_without_paths(folder: Path, name: str) -> str:
     """A JSON file's text, rewritten only if one of its values is a path of this machine."""
     text = (folder / name).read_text(encoding="utf-8")
     try:
-        settings = json.loads(text)
-    except (ValueError, RecursionError):
+        settings = parse_json(text)
+    except ValueError:
         raise PoiseError(f"{folder / name} is not JSON") from None
     plain = _plain(settings)
     return text if plain == settings else json.dumps(plain, indent=2, ensure_ascii=False)

@@ -8,8 +8,8 @@ from poise.data.preferences import read_preferences, read_samples
 from poise.data.types import Sample
 from poise.errors import PoiseError
 from poise.functional.typicality import fit_reference
-from poise.models.formats import ENSEMBLE_FILE
-from poise.models.reward_model import checkpoint_folder, load_reward_model, save_reference
+from poise.models.formats import local_checkpoint
+from poise.models.reward_model import load_reward_model, save_reference
 from poise.models.row_check import row_check
 from poise.models.scorer import FeatureExtractor
 from poise.reward.config import ReferenceConfig as Config
@@ -23,7 +23,7 @@ def run(config: Config) -> Path:
     The file comes first: a checkpoint speaks of its reference only once it is there.
     """
     config.check()
-    folder = _local(config.reward)
+    folder = local_checkpoint(config.reward)
     classifier, tokenizer, layout = load_reward_model(str(folder))
     if layout.adapters:
         raise PoiseError(f"{config.reward} has heads with adapters of their own, which share no features to measure")
@@ -44,14 +44,4 @@ def run(config: Config) -> Path:
     if extract.num_truncated:
         console.print(f"{extract.num_truncated} texts lost their oldest tokens (longer than {extract.max_length})")
     console.print(f"{reference.num_texts} reference texts, shrinkage {reference.shrinkage:.2f}: {folder}", markup=False)
-    return folder
-
-
-def _local(path: str) -> Path:
-    """The folder of a checkpoint that may be written to."""
-    folder = Path(checkpoint_folder(path))
-    if (folder / ENSEMBLE_FILE).exists():
-        raise PoiseError(f"{path} is an ensemble, whose members have features of their own; it takes no reference")
-    if not (folder / "config.json").exists():
-        raise PoiseError(f"{path} is no local checkpoint; a reference is written into its folder, so copy it first")
     return folder

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from poise.errors import PoiseError, first_line
 from poise.runtime.folders import follow_umask
+from poise.runtime.records import parse_json
 from poise.runtime.sharding import spread_state, whole_on_main
 
 OPTIMIZER = "optimizer.safetensors"
@@ -99,11 +100,11 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 def _is_whole(checkpoint: Path) -> bool:
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
+        parse_json((checkpoint / "trainer_state.json").read_text())
         for path in checkpoint.glob("*.safetensors"):
             with safe_open(path, "pt"):  # refuses a file that is shorter than its header says
                 pass
-    except (OSError, ValueError, RecursionError, SafetensorError):
+    except (OSError, ValueError, SafetensorError):
         return False
     return True
 

@@ -134,6 +134,8 @@ def refuse_device(path: Path) -> None:
     """
     if "\0" in str(path):
         raise PoiseError(f"{str(path)!r} cannot be the name of a file: it holds a zero byte")
+    if path.parts[:1] == ("~",):
+        raise PoiseError(f"{path}: ~ is not read as the home folder here; write the folder's whole name")
     try:
         place = path.parent.resolve()
         streams = place == Path("/dev") or place.parts[1:2] in (("proc",), ("sys",))

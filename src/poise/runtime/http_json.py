@@ -1,13 +1,13 @@
 """JSON over HTTP: one request, which is answered, refused, or worth another try. It needs the standard library only."""
 
 import http.client
-import json
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 from poise.errors import PoiseError
+from poise.runtime.records import parse_json
 
 # Not through a proxy that the environment names for the internet.
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -41,7 +41,7 @@ def ask(
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     try:
         with opener.open(urllib.request.Request(url, body, headers), timeout=timeout) as response:
-            return json.loads(response.read(), parse_constant=parse_constant)
+            return parse_json(response.read(), parse_constant=parse_constant)
     except urllib.error.HTTPError as error:
         with error:
             said = f"{error.code} {_message(error.read) or error.reason}"
@@ -50,7 +50,7 @@ def ask(
         raise PoiseError(f"{url}: {said}") from None
     except (OSError, http.client.HTTPException) as error:  # also URLError and timeouts
         raise AgainError(str(getattr(error, "reason", error)) or type(error).__name__) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise PoiseError(f"{url} did not answer in JSON: {error}") from None
 
 
@@ -61,8 +61,8 @@ def _message(read: Callable[[], bytes]) -> str:
     except (OSError, http.client.HTTPException):
         return ""
     try:
-        error = json.loads(content)["error"]
+        error = parse_json(content)["error"]
         text = error["message"] if isinstance(error, Mapping) else error
-    except (ValueError, RecursionError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError):
         text = content.decode("utf-8", "replace")
     return " ".join(str(text).split())[:300]

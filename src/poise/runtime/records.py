@@ -20,6 +20,14 @@ Json = dict[str, Any]
 _LARGEST_FILE = 512 * 2**20  # bytes of a JSON file that is still read: a study's page-pool.json is tens of megabytes
 
 
+def parse_json(text: str | bytes, **options: Any) -> Any:
+    """As `json.loads`, whose options it takes. Every trouble with the text is a ValueError, deep nesting included."""
+    try:
+        return json.loads(text, **options)
+    except RecursionError:
+        raise ValueError("JSON nested too deeply") from None
+
+
 def read_object(path: Path, kind: type | None = None, *, strict: bool = True) -> Json:
     """The object in a JSON file. Raises PoiseError, one line, for a file that cannot be read or holds none.
 
@@ -29,11 +37,9 @@ def read_object(path: Path, kind: type | None = None, *, strict: bool = True) ->
     try:
         if path.stat().st_size > _LARGEST_FILE:
             raise PoiseError(f"cannot read {path}: it is larger than such a file can be")
-        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refused if strict else None)
+        found = parse_json(path.read_text(encoding="utf-8"), parse_constant=_refused if strict else None)
     except OSError as error:
         raise PoiseError(f"cannot read {path}: {error.strerror}") from None
-    except RecursionError:
-        raise PoiseError(f"cannot read {path}: it is nested too deeply") from None
     except PoiseError:
         raise
     except ValueError as error:
@@ -53,8 +59,8 @@ def read_rows(path: Path, kind: type | None = None) -> Iterator[Json]:
         for number, line in enumerate(file, 1):
             whole = line.endswith(b"\n")
             try:
-                row = json.loads(line.decode("utf-8"), parse_constant=_refused)
-            except (ValueError, RecursionError) as error:
+                row = parse_json(line.decode("utf-8"), parse_constant=_refused)
+            except ValueError as error:
                 if not whole:  # a killed process left it
                     return
                 raise PoiseError(f"{path}:{number}: not JSON: {first_line(error)}") from None

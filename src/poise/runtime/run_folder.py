@@ -178,13 +178,25 @@ def versions_of(run: Run) -> dict[str, str]:
     return dict(read_object(path, _Environment)["versions"]) if path.exists() else {}
 
 
+class _OnceEach(yaml.SafeLoader):
+    """Refuses a mapping that gives one name twice: YAML's readers differ in which they take."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in names:
+                raise yaml.constructor.ConstructorError(problem=f"{key.value!r} is there twice")
+            names |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
+        return super().construct_mapping(node, deep)
+
+
 def load_config_file(path: str | Path, kind: type | None = None) -> Json:
     """The mapping in a config.yaml; PoiseError if missing or not a mapping.
 
     kind: a dataclass that names the settings which must be there, with their types and ranges.
     """
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        loaded = yaml.load(Path(path).read_text(encoding="utf-8"), _OnceEach)
     except OSError as error:
         raise PoiseError(f"cannot read config {path}: {error.strerror}") from None
     except yaml.YAMLError as error:
@@ -193,8 +205,8 @@ def load_config_file(path: str | Path, kind: type | None = None) -> Json:
         raise PoiseError(f"config {path} is nested too deeply") from None
     except ValueError as error:  # also bytes that are not UTF-8
         raise PoiseError(f"cannot read config {path}: {first_line(error)}") from None
-    if not isinstance(loaded, dict):
-        raise PoiseError(f"config {path} holds no settings")
+    if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded):
+        raise PoiseError(f"config {path} holds no settings, each as `name: value`")
     return checked(loaded, kind, str(path)) if kind else loaded
 
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
 
 from poise.errors import PoiseError
 
@@ -109,6 +110,7 @@ Prompts = Annotated[str, Rows("prompts")]
 class Settings:
     """What the settings of every command are: a frozen dataclass whose fields say their ranges.
 
+    RUN_FOLDER: whether `output` is a run folder, which is empty or an earlier one of Poise.
     ADDED: settings that earlier versions did not have, with the value that stands for what a run did without them,
     where that is not the default. A whole config file without one of them gets that value.
     GROWS: settings of which a finished run may take more; it then goes on.
@@ -116,6 +118,7 @@ class Settings:
 
     ADDED: ClassVar[Mapping[str, Any]] = {}
     GROWS: ClassVar[tuple[str, ...]] = ()
+    RUN_FOLDER: ClassVar[bool] = False
 
     def check(self) -> None:
         """Raise PoiseError, one line, for a setting of a wrong type or out of range. Commands add what they need."""
@@ -217,6 +220,20 @@ def shown(value: Any) -> str:
         return f"{value:g}"
     text = repr(value) if isinstance(value, (str, list, tuple, dict)) else str(value)
     return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def check_address(option: str, text: str) -> None:
+    """Raise PoiseError for what is no plain address of a server; one with a name and a password is not repeated."""
+    try:
+        parts = urlsplit(text)
+        plain = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        secret = parts.username is not None or parts.password is not None
+    except ValueError:
+        plain = secret = False
+    if secret:
+        raise PoiseError(f"{option}: the address holds a user's name or password; give the key by its variable instead")
+    if not plain or not text.isprintable() or " " in text or "?" in text or "#" in text:
+        raise PoiseError(f"{option} {shown(text)}: an address was expected, e.g. http://127.0.0.1:8000")
 
 
 # ---- values of our own files ----

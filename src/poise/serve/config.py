@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,7 +11,16 @@ import tyro
 
 from poise.errors import PoiseError
 from poise.functional.objective_names import read_objective
-from poise.runtime.settings import Count, Preferences, Reward, Settings, WholeNumber, at_least, between
+from poise.runtime.settings import (
+    Count,
+    Preferences,
+    Reward,
+    Settings,
+    WholeNumber,
+    at_least,
+    between,
+    check_address,
+)
 from poise.serve.client import TOKEN_VARIABLE
 
 _COUPLED = {"expected_tradeoff", "expected_worst_case"}
@@ -78,8 +88,8 @@ class ServeConfig(Settings):
             raise PoiseError("--backend vllm and --url go together")
         if self.backend == "vllm" and len(self.rewards) > 1:
             raise PoiseError("--backend vllm reads one reward model; several need --backend local")
-        if odd := next((url for url in self.url if not url.startswith(("http://", "https://"))), ""):
-            raise PoiseError(f"--url {odd} does not begin with http:// or https://")
+        for url in self.url:
+            check_address("--url", url)
         if not self.token() and not is_loopback(self.host):
             raise PoiseError(
                 f"--host {self.host} is reachable from other machines: set a token in {TOKEN_VARIABLE} or --token-file"
@@ -95,6 +105,10 @@ class ServeConfig(Settings):
             raise PoiseError(f"--token-file {self.token_file} cannot be read: {type(error).__name__}") from None
         if not token:
             raise PoiseError(f"--token-file {self.token_file} is empty")
+        if not re.fullmatch(r"[!-~]+", token):
+            raise PoiseError(
+                f"--token-file {self.token_file} holds more than one word of ASCII, which no request can carry"
+            )
         return token
 
 

@@ -59,6 +59,8 @@ def _may_write(path: Path, option: str) -> None:
     """Raise PoiseError now, rather than once requests come, if a file cannot be made. A scale that is there is read."""
     if path.exists() and option == "scale":
         return
+    if path.is_dir():
+        raise PoiseError(f"--{option} {path} is a folder; name a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise PoiseError(f"--{option} {path} cannot be written")

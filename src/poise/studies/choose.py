@@ -28,7 +28,7 @@ from poise.runtime import records
 from poise.runtime.folders import MARK, is_leftover, own
 from poise.runtime.progress import console
 from poise.runtime.run_folder import Json, load_config_file, write_json, write_jsonl
-from poise.studies.choose_config import Config
+from poise.studies.choose_config import Config, refuse_other_run
 from poise.studies.judgments import judgments_of
 from poise.studies.pool import prompt_key, sample
 
@@ -91,8 +91,7 @@ def from_run(config: Config) -> list[Json]:
     measured of it. Of other rungs the run's own completions are taken, of the steps nearest to them.
     """
     run = Path(config.source)
-    if not (run / "samples.jsonl").exists() or not (run / "config.yaml").exists():
-        raise PoiseError(f"{run} is no `poise train-policy` run by PPO: it has no samples.jsonl")
+    refuse_other_run(run)
     by_step: dict[int, list[Json]] = {}
     for row in records.read_rows(run / "samples.jsonl"):
         by_step.setdefault(row["step"], []).append(row)

@@ -1,10 +1,13 @@
 """The settings of `poise choose`; torch is not imported to read them."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from poise.data.files import no_such_file
+from poise.errors import PoiseError
 from poise.runtime.settings import Count, Positive, Seed, between
 from poise.studies.judge_settings import JudgeSettings
 
@@ -34,3 +37,20 @@ class Config(JudgeSettings):
     """How far above one half the best rung may win against the one that is taken: of those it is the largest KL."""
     seed: Seed = 0
     """Of the comparisons that are drawn, their order and their sides."""
+
+    def for_command(self) -> "Config":
+        """As `Settings.for_command`: before the comparisons are drawn, the source is a run of PPO or a file."""
+        source = Path(self.source)
+        if (Path(self.output) / "key.json").exists():
+            return self
+        if not source.exists():
+            raise PoiseError(no_such_file(source))
+        if source.is_dir():
+            refuse_other_run(source)
+        return self
+
+
+def refuse_other_run(run: Path) -> None:
+    """Raise PoiseError for a folder that is no run of PPO."""
+    if not all((run / name).exists() for name in ("samples.jsonl", "config.yaml")):
+        raise PoiseError(f"{run} is no `poise train-policy` run by PPO: it has no samples.jsonl")

@@ -13,7 +13,7 @@ from numpy import ndarray
 from poise.errors import PoiseError
 from poise.functional.monitor import text_signs
 from poise.functional.statistics import bootstrap_interval
-from poise.policy.formats import FinalRow, RewardSettings, SampleRow, StepRow
+from poise.policy.formats import FinalRow, RewardSettings, SampleRow, StepRow, refuse_unfinished
 from poise.runtime.records import read_rows
 from poise.runtime.run_folder import Json, Run, load_config_file
 from poise.studies.config import CompareConfig as Config
@@ -72,9 +72,8 @@ def _initial(pool: Path, per_prompt: int, gold: str) -> Json:
 
 
 def _final(arm: Path, gold: str) -> list[Json]:
+    refuse_unfinished(arm)
     path = arm / "final.jsonl"
-    if not path.exists():
-        raise PoiseError(f"{arm} is not a finished policy run: it has no final.jsonl")
     rows = list(read_rows(path, FinalRow))
     if not rows:
         raise PoiseError(f"{path} holds no completions")

@@ -16,7 +16,9 @@ from poise.data.preferences import OnBadRow
 from poise.errors import PoiseError
 from poise.functional.objective_names import read_objective
 from poise.models.choices import DEFAULT_MODEL
+from poise.models.model_folder import check_reward_run
 from poise.policy.config import Config as PolicySettings
+from poise.policy.formats import refuse_unfinished
 from poise.reward.config import Config as RewardSettings
 from poise.runtime.jobs import Job
 from poise.runtime.run_folder import Json, config_dict
@@ -76,6 +78,8 @@ class Config(Settings):
     """Does a robust reward help, and by how much? Trains every arm on several seeds and levels of label noise, and
     compares them by gold. Gold stands for human judgment: a reference score that no training reads."""
 
+    RUN_FOLDER = True
+
     output: str = "runs/study"
     """Folder to write; start again with the same one to go on, or with more arms, seeds or noise to extend it."""
     preferences: Preferences = ""
@@ -132,6 +136,7 @@ class Config(Settings):
 class QuickstartConfig(Settings):
     """All steps on a laptop: human ratings, reward models, PPO against each, and a page that compares them."""
 
+    RUN_FOLDER = True
     GROWS = ("arms",)  # a finished quickstart of fewer arms goes on
 
     output: str = "runs/quickstart"
@@ -159,6 +164,8 @@ class QuickstartConfig(Settings):
 @dataclass(frozen=True)
 class BestOfNConfig(Settings):
     """Best-of-n and exactly tilted policies, for every objective, from one pool of completions."""
+
+    RUN_FOLDER = True
 
     prompts: Prompts
     """JSON lines with `prompt`."""
@@ -197,11 +204,19 @@ class BestOfNConfig(Settings):
                 raise PoiseError(f"--objectives {text!r}: {reward!r} is not a folder of a reward run")
             read_objective(objective)
 
+    def for_command(self) -> "BestOfNConfig":
+        """As `Settings.for_command`: the reward models are there."""
+        self.check()
+        for run in self.reward:
+            check_reward_run(run, {text.partition(":")[0] for text in self.objectives})
+        return self
+
 
 @dataclass(frozen=True)
 class CompareConfig(Settings):
     """Finished policies side by side, scored by gold if there is one: a reference that stands for human judgment."""
 
+    RUN_FOLDER = True
     GROWS = ("arms", "labels")
 
     arms: tuple[str, ...]
@@ -224,6 +239,13 @@ class CompareConfig(Settings):
         _refuse_twice("--arms", self.arms)
         if self.labels and len(self.labels) != len(self.arms):
             raise PoiseError(f"{len(self.labels)} labels for {len(self.arms)} arms")
+
+    def for_command(self) -> "CompareConfig":
+        """As `Settings.for_command`: the arms are there."""
+        self.check()
+        for arm in self.arms:
+            refuse_unfinished(Path(arm))
+        return self
 
 
 def _refuse_twice(option: str, names: tuple[str, ...]) -> None:

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass, replace
 from typing import TypeVar
-from urllib.parse import urlsplit
 
 from poise.errors import PoiseError
-from poise.runtime.settings import Settings
+from poise.runtime.settings import Settings, check_address
 
 S = TypeVar("S", bound="JudgeSettings")
 
@@ -30,18 +29,10 @@ class JudgeSettings(Settings):
             raise PoiseError("--page and --judge are two judges; choose one")
         if self.judge_model and not self.judge:
             raise PoiseError("--judge-model needs the address of its server, --judge")
-        if self.judge and not _is_address(self.judge):
-            raise PoiseError(f"--judge {self.judge}: an address was expected, e.g. http://127.0.0.1:8000/v1")
+        if self.judge:
+            check_address("--judge", self.judge)
 
 
 def without_judge(config: S) -> S:
     """The settings as a run folder keeps them: who judges may change from call to call."""
     return replace(config, page=False, judge="", judge_model="")
-
-
-def _is_address(text: str) -> bool:
-    try:
-        parts = urlsplit(text)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
-    except ValueError:
-        return False

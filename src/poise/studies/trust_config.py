@@ -24,6 +24,8 @@ class TrustConfig(JudgeSettings):
     `id` and `better` (a, b or tie), and start the same command again; or name a judge by --page or --judge.
     """
 
+    RUN_FOLDER = True
+
     reward: Annotated[tyro.conf.Positional[Reward], tyro.conf.arg(metavar="REWARD")]
     """Reward model: checkpoint folder, hub id or `poise train-reward` run."""
     prompts: Prompts

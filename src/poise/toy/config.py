@@ -11,6 +11,8 @@ from poise.runtime.settings import Count, NotNegative, Seed, Settings, between
 class Config(Settings):
     """PPO and robust objectives where the optimum is known: eight prompts, eight one-token responses."""
 
+    RUN_FOLDER = True
+
     output: str = "runs/toy"
     """Run folder to write."""
     num_seeds: Count = 20
