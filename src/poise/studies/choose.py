@@ -9,7 +9,7 @@ OUTPUT/choice.json         the rung to take, every rung's win rate with bounds, 
 
 import math
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -190,7 +190,8 @@ def _shared(rung: dict[str, list[str]], other: dict[str, list[str]]) -> int:
 
 def count(key: Json, judgments: dict[int, str]) -> Ladder:
     """Wins of the policy and labels, by kind of comparison; a tie is half a win. Rungs in no judgment are left out."""
-    wins, labels = Counter[tuple[int, int]](), Counter[tuple[int, int]]()
+    wins: dict[tuple[int, int], float] = defaultdict(float)
+    labels: dict[tuple[int, int], int] = defaultdict(int)
     for number, better in judgments.items():
         side = key["sides"][number]
         kind = (side["rung"] + 1, side.get("beside", 0))  # folders of before 2026-11-29: all beside the start
@@ -202,7 +203,7 @@ def count(key: Json, judgments: dict[int, str]) -> Ladder:
         kl_R=np.array([key["kl"][point - 1] for point in judged[1:]]),
         rung_C=np.array([judged.index(rung) for rung, _ in kinds]),
         beside_C=np.array([judged.index(beside) for _, beside in kinds]),
-        wins_C=np.array([float(wins[kind]) for kind in kinds]),
+        wins_C=np.array([wins[kind] for kind in kinds]),
         labels_C=np.array([float(labels[kind]) for kind in kinds]),
     )
 
