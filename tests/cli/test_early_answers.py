@@ -1,4 +1,4 @@
-"""What is wrong with settings, folders and piped input is said before torch is imported and before a folder is made."""
+"""What is wrong with settings, folders and what is piped in is said before torch is imported, and leaves no folder."""
 
 import json
 import os

@@ -10,11 +10,11 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 from poise.data.files import steady_pyarrow
+from poise.data.rows import in_parts
 from poise.errors import PoiseError
 from poise.models.score_columns import PER_HEAD
 from poise.runtime.folders import refuse_device, write_file_atomic
@@ -22,6 +22,7 @@ from poise.runtime.records import read_object, read_rows
 from poise.runtime.run_folder import Json, write_json
 
 _ROWS_PER_GROUP = 8192  # of Parquet
+_ROWS_AT_ONCE = 1024  # as Python objects
 
 
 class ScoreFile:
@@ -106,14 +107,15 @@ def _write_parquet(path: Path, rows: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    found = map(_flat, read_rows(rows))
-    first = list(islice(found, _ROWS_PER_GROUP))
-    schema = pyarrow.schema([(name, _TYPES.get(name, pyarrow.float64())) for name in first[0]])
+    names = list(_flat(next(read_rows(rows))))
+    schema = pyarrow.schema([(name, _TYPES.get(name, pyarrow.float64())) for name in names])
+    # Rows as objects take many times the memory of their columns: a group is gathered as columns.
+    parts = in_parts(map(_flat, read_rows(rows)), min(_ROWS_AT_ONCE, _ROWS_PER_GROUP))
+    columns = (pyarrow.RecordBatch.from_pylist(part, schema) for part in parts)
     with path.open("wb") as file:
         with pyarrow.parquet.ParquetWriter(file, schema) as writer:
-            while first:
-                writer.write_table(pyarrow.Table.from_pylist(first, schema))
-                first = list(islice(found, _ROWS_PER_GROUP))
+            for group in in_parts(columns, max(_ROWS_PER_GROUP // _ROWS_AT_ONCE, 1)):
+                writer.write_table(pyarrow.Table.from_batches(group))
         file.flush()
         os.fsync(file.fileno())
 
