@@ -78,6 +78,9 @@ def test_the_bonus_goes_to_one_text_of_each_prompt() -> None:
     paid = with_regret_bonus(reward, prompts, texts, 1.0)
     # q: 5 - 2/4, 4.8 - 1/4, 1 - 1/4: the second best, which is rarer
     assert (paid - reward).tolist() == pytest.approx([0, 1, 0, 0, 1, 0])
+    # 5 - 2/4, 4.4 - 1/4: the best, though it is more frequent
+    near = with_regret_bonus(torch.tensor([5.0, 5.0, 4.4, 1.0]), ["q"] * 4, ["c", "c", "d", "e"], 1.0)
+    assert near.tolist() == pytest.approx([6, 6, 4.4, 1])
     mixed = [3, 0, 5, 1, 2, 4]  # the order of the rows does not matter
     again = with_regret_bonus(reward[mixed], [prompts[i] for i in mixed], [texts[i] for i in mixed], 1.0)
     assert torch.equal(again, paid[mixed])
