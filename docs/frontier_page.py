@@ -6,6 +6,7 @@ of experiments/frontier_design.md: yes or no where p after Holm is below .05, el
 """
 
 import hashlib
+import html
 import json
 import re
 import textwrap
@@ -303,6 +304,25 @@ def rungs_table(found: Json) -> str:
     return "\n".join(rows)
 
 
+def written_table(found: Json) -> str:
+    """What the policies write at their end."""
+    columns = ("arm", "distinct word pairs", "whole sentences", "on the subject", "the first prompt's answer, by seed")
+    rows = [row(list(columns)), row(["---"] * len(columns))]
+    for arm in (arm for arm in ARMS if arm in found["arms"] and found["arms"][arm].get("written")):
+        shares = [number(share, sign=False) for share in found["arms"][arm]["written"].values()]
+        texts = [run["written"]["first"] for run in runs_of(found, arm) if "written" in run]
+        rows.append(
+            row(
+                [
+                    ARMS[arm][0],
+                    *shares,
+                    "<br>".join(html.escape(text, quote=False).replace("|", "&#124;") for text in texts),
+                ]
+            )
+        )
+    return "\n".join(rows)
+
+
 def header(found: Json, first: str) -> str:
     return row([first, *(ARMS[arm][0] for arm in ARMS if arm in found["arms"])])
 
@@ -359,8 +379,8 @@ CAUTION = (
 )
 PASSAGES: dict[str, Callable[[Json], str]] = {
     "caption": caption, "finding": finding, "answer": answer, "verdict": page_verdict, "summary": summary,
-    "differences": differences_table, "stops": stops_table, "rungs": rungs_table, "choice": choice,
-    "alarms": alarms_table, "alarm": alarm,
+    "differences": differences_table, "stops": stops_table, "rungs": rungs_table, "written": written_table,
+    "choice": choice, "alarms": alarms_table, "alarm": alarm,
     "sources": lambda _: f"Raw data: [{newest().stem}](../../results/{newest().name}), every step of every run.",
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from choice import of_frontier
 from equal_kl import HIGH, LOW, compared
-from frontier_curves import Curves, gain, over_three_steps
+from frontier_curves import Curves, gain, over_three_steps, written
 from validator_alarm import alarms
 
 from poise.functional.statistics import holm, mean_between, spearman
@@ -20,6 +20,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 FIRST = "single"
 LOOKED_AT = 200  # the seed that was seen before the order of the arms was changed
 RUNGS = (5, 10, 20, 40)
+WRITTEN = ("distinct word pairs", "whole sentences", "on the subject")
 LEAST = 2 * LOW  # a run that ends below this KL is reported apart
 
 
@@ -91,6 +92,10 @@ def summarized(curves: Curves, arms: list[str]) -> Json:
                 }
             },
             "gold at rungs": {gold: at_rungs(runs, gold) for gold in ("g1", "g2")},
+            "written": {
+                name: float(np.mean([run["written"][name] for run in runs if "written" in run]))
+                for name in WRITTEN if any("written" in run for run in runs)
+            },
         }  # fmt: skip
     tested = [arm for arm in found if "p" in found[arm].get(f"g2, minus {FIRST}", {})]
     for arm, p in zip(tested, holm([found[arm][f"g2, minus {FIRST}"]["p"] for arm in tested]), strict=True):
@@ -109,7 +114,9 @@ def report(root: Path, arms: list[str], gold: Json) -> Json:
             curves.setdefault(int(seed), {}).update(runs)
     for path in sorted(root.glob("seed-*/*/curve.json")):
         seed = int(path.parts[-3].removeprefix("seed-"))
-        curves.setdefault(seed, {})[path.parts[-2]] = json.loads(path.read_text())
+        run = curves.setdefault(seed, {})[path.parts[-2]] = json.loads(path.read_text())
+        if (final := path.with_name("final.jsonl")).exists():
+            run["written"] = written([json.loads(line) for line in final.read_text().splitlines()])
     found = summarized(curves, arms)
     both = [
         [one[f"{name}, minus {FIRST}"]["difference"] for name in ("g1", "g2")]

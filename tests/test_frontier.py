@@ -175,3 +175,19 @@ def test_a_report_reads_run_folders(modules: tuple[ModuleType, ModuleType], tmp_
     assert {"900", "901"} <= set(found["curves"])
     assert {900, 901} <= set(found["arms"]["typical"]["seeds"])
     assert np.isfinite(found["rank correlation of G1 and G2 over a run's steps"])
+
+
+def test_what_policies_write_is_counted_by_hand(modules: tuple[ModuleType, ModuleType]) -> None:
+    curves = importlib.import_module("frontier_curves")
+    film, pan = (
+        "Write a one-sentence review of a film about war.",
+        [{"role": "user", "content": "Review of a pan lid."}],
+    )
+    rows = [{"prompt": film, "completion": "A good film."}, {"prompt": film, "completion": "A good one"}]
+    rows += [{"prompt": pan, "completion": "A good one!"}]
+    # pairs: a good, good film. | a good, good one | a good, good one! : four of six differ; "pan" is too short a word
+    assert curves.written(rows) == {
+        "distinct word pairs": pytest.approx(4 / 6), "whole sentences": pytest.approx(2 / 3),
+        "on the subject": pytest.approx(1 / 3), "first": "A good film.",
+    }  # fmt: skip
+    assert curves.written(rows[2:] * 3)["distinct word pairs"] == pytest.approx(1 / 3)
