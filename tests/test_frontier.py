@@ -177,7 +177,8 @@ def test_a_report_reads_run_folders(modules: tuple[ModuleType, ModuleType], tmp_
     assert np.isfinite(found["rank correlation of G1 and G2 over a run's steps"])
 
 
-def test_what_policies_write_is_counted_by_hand(modules: tuple[ModuleType, ModuleType]) -> None:
+@pytest.mark.usefixtures("modules")
+def test_what_policies_write_is_counted_by_hand() -> None:
     curves = importlib.import_module("frontier_curves")
     film, pan = (
         "Write a one-sentence review of a film about war.",
