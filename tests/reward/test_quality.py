@@ -160,7 +160,7 @@ def test_interval_of_an_auroc_covers_the_truth_as_often_as_it_says() -> None:
 def test_a_model_without_a_mistake_leaves_nothing_to_tell() -> None:
     pairs = made_up(20, wrong=0.0)
     judged = judge_pairs(pairs, pairs_like(20), seed=0)
-    assert judged["accuracy_interval"] == [1.0, 1.0]
+    assert judged["accuracy_interval"] == pytest.approx([0.025 ** (1 / 20), 1.0])  # exact: 20 of 20
     assert judged["uncertainties"]["disagreement"]["auroc"] is None
     assert judged["uncertainties"]["disagreement"]["aurc_excess"] == 0.0
     assert judged["mistakes"] == []

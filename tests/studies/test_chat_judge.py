@@ -239,5 +239,5 @@ def test_the_command_chooses_by_a_chat_model(stub: Stub, tmp_path: Path, capsys:
     arguments = [str(tmp_path / "ladder.jsonl"), "--output", str(tmp_path / "out"), "--per-rung", "10"]
     assert main(["choose", *arguments, "--judge", stub.url]) == 0
     found = json.loads((tmp_path / "out" / "choice.json").read_text())
-    assert [(rung["kl"], rung["wins"]) for rung in found["rungs"]] == [(0, 0), (5, 10), (20, 5)]
-    assert "same in both orders for 10 of 20" in " ".join(capsys.readouterr().err.split())
+    assert [(one["kl"], one["beside"], one["wins"]) for one in found["comparisons"]] == [(5, 0, 10), (20, 5, 0)]
+    assert "same in both orders for 20 of 20" in " ".join(capsys.readouterr().err.split())

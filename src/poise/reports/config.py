@@ -29,12 +29,6 @@ class ReportConfig(Settings):
         super().check()
         if not self.folders:
             raise PoiseError("name a run folder: poise report RUN")
-        for folder in self.folders:
-            try:
-                kind_of(folder)
-            except PoiseError as error:
-                hint = "; name a run folder: poise report RUN" if self.folders == _DEFAULT else ""
-                raise PoiseError(f"{error}{hint}") from None
         if self.png and Path(self.png).suffix.lower() != ".png":
             raise PoiseError(f"--png {self.png} must end in .png")
         for option, path, begins in (("--output", self.output, b"<!doctype html"), ("--png", self.png, b"\x89PNG")):
@@ -42,3 +36,9 @@ class ReportConfig(Settings):
                 own = Path(path).is_file() and Path(path).read_bytes()[:64].lstrip().lower().startswith(begins.lower())
                 if not own:
                     raise PoiseError(f"{option} {path} exists and is no earlier one; choose another name")
+        for folder in self.folders:
+            try:
+                kind_of(folder)
+            except PoiseError as error:
+                hint = "; name a run folder: poise report RUN" if self.folders == _DEFAULT else ""
+                raise PoiseError(f"{error}{hint}") from None

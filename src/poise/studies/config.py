@@ -53,12 +53,9 @@ SET_BY_STUDY = {
     "policy.reward": "--arms", "policy.objective": "--arms", "policy.seed": "--policy-seeds",
 }  # fmt: skip
 # Names of settings in study folders written before a study held whole configs.
-RENAMED = {
-    "num_layers": "reward.num_layers",
-    **{
-        name: f"policy.{name}"
-        for name in ("num_steps", "kl_coef", "max_tokens", "eval_every", "eval_data", "eval_tasks", "eval_rows")
-    },
+RENAMED = {"num_layers": "reward.num_layers"} | {
+    name: f"policy.{name}"
+    for name in ("num_steps", "kl_coef", "max_tokens", "eval_every", "eval_data", "eval_tasks", "eval_rows")
 }
 # The recipe of a laptop: a model of 135M parameters, completions of one sentence. All figures in results/ are of these
 # settings; `poise train-reward` and `train-policy` have others by default, for larger models (docs/defaults.md).
