@@ -214,8 +214,8 @@ class Config(PpoConfig):
     seed: Seed = 0
     """Seed of the prompts' order, the sampling and the minibatches."""
 
-    # What a run without a setting, written by an earlier version, did: its config.yaml names every other one.
     GROWS = ("num_steps",)  # a finished run of fewer steps goes on
+    # What a run without a setting, written by an earlier version, did: its config.yaml names every other one.
     ADDED = MappingProxyType(
         {
             "heads": "brme", "max_kl": None, "validator": "", "keep_at_kl": [], "shard": False,
