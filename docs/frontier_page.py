@@ -225,10 +225,54 @@ def caption(found: Json) -> str:
     )
 
 
+def short_caption(found: Json) -> str:
+    """What the README says under the picture."""
+    first, bounded = (found["arms"].get(arm, {}).get("gold at stops") for arm in (FIRST, SETTLED))
+    settled = (
+        f" A bounded reward that settles ends at {number(bounded['end'])}, after {number(bounded['best step'])}."
+        if bounded else ""
+    )  # fmt: skip
+    return (
+        "*Top: PPO of SmolLM2-135M against one head. The reward rises; gold, a larger reward model that labeled the "
+        f"pairs, ends {number(first['end'])} stds above the start, after {number(first['best step'])} at its best step."
+        f"{settled} Bottom: gold of all arms, and what they have more than one head at equal KL, with 95 % intervals. "
+        f"{of_design(found)}, thin lines.*"
+    )
+
+
 def finding(found: Json) -> str:
-    better = [ARMS[arm][0] for arm in tested(found) if verdict(found, arm) == "yes"]
-    claim = f"{' and '.join(better)} gained more gold" if better else "no reward is told from one head"
-    return f"**At equal KL {claim}**, as far as {of_design(found)} tell: {in_words(found)}"
+    """The README's first line of findings: the arm with the largest difference, or those that are told from zero."""
+    better = [arm for arm in tested(found) if verdict(found, arm) == "yes"]
+    several = [arm for arm in tested(found) if "interval" in (gap(found, arm) or {})]
+    if not several:
+        return "**At equal KL no reward stands beside one head yet**"
+    arms = better or [max(several, key=lambda arm: abs(found["arms"][arm][f"g2, minus {FIRST}"]["difference"]))]
+    said = " and ".join(f"{ARMS[arm][0]} {difference(gap(found, arm))}" for arm in arms)
+    if better:
+        return f"**At equal KL more gold than one head**: {said}, {of_design(found)}"
+    return f"**At equal KL no reward is told from one head** yet; the largest difference: {said}, {of_design(found)}"
+
+
+def paper(found: Json) -> str:
+    """Does the paper's trade-off keep its gold?"""
+    of = found["arms"]["brme"]
+    lost = of["gold at stops"]["lost against the best step"]["end"]
+    claim = "does not keep" if lost.get("interval", [0.0, 0.0])[1] < 0 else "is not seen to keep"
+    return (
+        f"**The paper's trade-off {claim} its gold**: BRME, λ = .4, ends {difference(lost)} from its best step, at KL "
+        f"{from_to(of['largest KL'])}, {counted(len(of['seeds']))}"
+    )
+
+
+def stopping(found: Json) -> str:
+    """What a bounded reward that settles has at its end, and against one head that stops at KL 20."""
+    of = found["arms"][SETTLED]
+    end, stopped = (of[f"g2 at its end, minus {FIRST} at {stop}"] for stop in ("end", "KL 20"))
+    return (
+        f"**Stopping in time**: bounded and settling, a policy ends at KL {from_to(of['largest KL'])} with "
+        f"{difference(end)} more gold than one head's end, and {difference(stopped)} more than one head stopped at "
+        f"KL 20, {counted(len(of['seeds']))}"
+    )
 
 
 def answer(found: Json) -> str:
@@ -378,7 +422,9 @@ CAUTION = (
     "just such texts; the lexicon (G1) is the check on that."
 )
 PASSAGES: dict[str, Callable[[Json], str]] = {
-    "caption": caption, "finding": finding, "answer": answer, "verdict": page_verdict, "summary": summary,
+    "caption": caption, "short caption": short_caption, "finding": finding, "answer": answer,
+    "paper": paper, "stopping": stopping,
+    "verdict": page_verdict, "summary": summary,
     "differences": differences_table, "stops": stops_table, "rungs": rungs_table, "written": written_table,
     "choice": choice, "alarms": alarms_table, "alarm": alarm,
     "sources": lambda _: f"Raw data: [{newest().stem}](../../results/{newest().name}), every step of every run.",

@@ -70,6 +70,9 @@ def against_first(curves: Curves, arm: str) -> Json:
             found[f"{gold}, minus {FIRST}"] = compared(list(gaps.values()))
         if fresh := [gap for seed, gap in gaps.items() if seed != LOOKED_AT]:
             found[f"{gold}, minus {FIRST}, without seed {LOOKED_AT}"] = compared(fresh)
+    ends = [(stops(own)["end"], stops(first)) for own, first in pairs.values()]
+    for stop in ("end", "KL 20"):
+        found[f"g2 at its end, minus {FIRST} at {stop}"] = compared([own - first[stop] for own, first in ends])
     return found
 
 
