@@ -244,6 +244,46 @@ def test_heads_of_another_checkpoint_share_one_trunk(reward_run: Path) -> None:
     torch.testing.assert_close(shared.mean, Scorer.load(str(reward_run / "single"))(SAMPLES).mean)
 
 
+def test_padding_is_tried_once_and_only_for_texts_of_several_lengths(
+    members: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[object] = []
+    monkeypatch.setattr("poise.models.scorer.padded_or_raise", tried.append)
+    scorer = Scorer.load(members[0])
+    scorer([SAMPLES[0]])
+    assert tried == []
+    scorer(SAMPLES)
+    scorer(SAMPLES)
+    assert tried == [scorer.extract.classifier]
+
+
+@pytest.mark.parametrize(("room", "rows"), [(0, 1), (-1, 2)])
+def test_a_prompt_of_two_is_shared_up_to_the_steady_context(
+    room: int, rows: int, members: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer = Scorer.load(members[0])
+    samples = [Sample("Review a film.", text) for text in ("good", "fine")]
+    prompt, completion = scorer.extract.encode(samples[0])
+    assert scorer.extract._shares_prompts
+    longest = len(prompt) + len(completion) + room
+    monkeypatch.setattr("poise.models.scorer.steady_context", lambda _: longest)
+    scorer(samples)  # the model is tried
+    seen: list[int] = []
+    base = scorer.extract.classifier.base_model
+    hook = base.register_forward_pre_hook(
+        lambda _, __, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    scorer(samples)
+    hook.remove()
+    assert sum(seen) == rows * len(prompt) + 2 * len(completion)
+
+
+def test_distances_are_one_a_text(members: list[str]) -> None:
+    far = Scorer.load(members[0])(SAMPLES).distance
+    assert far is not None
+    assert far.shape == (len(SAMPLES), 1)
+
+
 # ---- ensembles ----
 
 
@@ -277,9 +317,11 @@ def test_an_ensemble_is_its_members_heads_on_one_scale(
 
 def test_an_ensemble_is_saved_and_found_again(members: list[str], tmp_path: Path) -> None:
     ensemble = Ensemble.fit(members[:2], SAMPLES)
-    ensemble.save(tmp_path / "both", [str(Path(path).resolve()) for path in members[:2]])
-    ensemble.save(tmp_path / "both", [str(Path(path).resolve()) for path in members[:2]])  # in place of itself
-    loaded = Scorer.load(str(tmp_path / "both"))
+    folder = tmp_path / "new" / "both"
+    ensemble.save(folder, [str(Path(path).resolve()) for path in members[:2]])
+    ensemble.save(folder, [str(Path(path).resolve()) for path in members[:2]])  # in place of itself
+    loaded = Ensemble.load(str(folder))
+    assert loaded.extract.max_length == Scorer.load(members[0]).extract.max_length
     torch.testing.assert_close(loaded(SAMPLES), ensemble(SAMPLES))
     assert loaded.extract is not None
 
@@ -335,6 +377,8 @@ def test_an_ensemble_of_known_heads_equals_values_worked_out_by_hand() -> None:
     assert layout.reward_scale == pytest.approx((0.5 * 2 + 2.0 * 4 + 1.0 * 1) / 3)
     with pytest.raises(PoiseError, match="score texts instead"):
         ensemble.decode(torch.zeros(1, 1))
+    with pytest.raises(ValueError, match="shorter"):
+        Ensemble(members, [0.0] * 3, [1.0] * 2)
 
 
 def test_an_ensemble_of_gaussian_heads_scales_their_stds() -> None:
