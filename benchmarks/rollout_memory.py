@@ -14,8 +14,11 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+Json = dict[str, Any]
 PROMPTS, COMPLETIONS, TOKENS, PROMPT_TOKENS, REPEATS = 16, 8, 128, 64, 1
 
 
@@ -23,7 +26,7 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def measure(tokens_per_pass: int) -> dict[str, float]:
+def measure(tokens_per_pass: int) -> Json:
     import torch
 
     from poise.models import rollout as rollouts
@@ -50,25 +53,34 @@ def measure(tokens_per_pass: int) -> dict[str, float]:
     return {"peak_mib": round(peak_mib() - before), "cpu_seconds": round(statistics.median(times), 2)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", default="results/rollout-memory.json")
-    parser.add_argument("--one", type=int, help="measure one number of tokens a pass, in this process")
+def compare(measure: Callable[[int], Json], sizes: dict[str, int], about: Json, key: str) -> None:
+    """The command of a benchmark that measures each of several sizes in a process of its own, of the same script.
+
+    about: what the result says beside the figures, which it has under `key`.
+    """
+    script = Path(sys.argv[0])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--output", default=f"results/{script.stem.replace('_', '-')}.json")
+    parser.add_argument("--one", type=int, help="measure this size, in this process")
     options = parser.parse_args()
     if options.one is not None:
         print(json.dumps(measure(options.one)))
         return
-    sizes = {"all at once": 10**9, "passes of 4,096 tokens": 4_096, "passes of 1,024 tokens": 1_024}
     found = {}
     for name, size in sizes.items():
         done = subprocess.run(
-            [sys.executable, __file__, "--one", str(size)], capture_output=True, text=True, check=True
+            [sys.executable, str(script), "--one", str(size)], capture_output=True, text=True, check=True
         )
         found[name] = json.loads(done.stdout.splitlines()[-1])
-    result = {"date": time.strftime("%Y-%m-%d"), "shape": [PROMPTS, COMPLETIONS, TOKENS, PROMPT_TOKENS], "read": found}
+    result = {"date": time.strftime("%Y-%m-%d"), **about, key: found}
     Path(options.output).write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    compare(
+        measure,
+        {"all at once": 10**9, "passes of 4,096 tokens": 4_096, "passes of 1,024 tokens": 1_024},
+        {"shape": [PROMPTS, COMPLETIONS, TOKENS, PROMPT_TOKENS]},
+        "read",
+    )

@@ -7,23 +7,15 @@ The default model as a policy with adapters in all layers; 4 prompts x 6 complet
 after one short sampling. `completions` is a hash of them: rounding, of about 1e-5 nats, can turn one of 2,304 draws.
 """
 
-import argparse
 import hashlib
-import json
-import resource
-import subprocess
-import sys
 import time
-from pathlib import Path
+
+from rollout_memory import Json, compare, peak_mib
 
 PROMPTS, COMPLETIONS, TOKENS, WORDS = 4, 6, 96, 250
 
 
-def peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def measure(mib: int) -> dict[str, float | str]:
+def measure(mib: int) -> Json:
     import torch
 
     from poise.functional import memory
@@ -46,23 +38,10 @@ def measure(mib: int) -> dict[str, float | str]:
     return {"peak_mib": round(peak), "cpu_seconds": round(seconds, 1), "completions": ids[:16]}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", default="results/sampling-memory.json")
-    parser.add_argument("--one", type=int, help="measure one bound in MiB, in this process")
-    options = parser.parse_args()
-    if options.one is not None:
-        print(json.dumps(measure(options.one)))
-        return
-    found = {}
-    for name, mib in {"at once": 10**6, "up to 128 MiB": 128, "up to 64 MiB": 64}.items():
-        done = subprocess.run([sys.executable, __file__, "--one", str(mib)], capture_output=True, text=True, check=True)
-        found[name] = json.loads(done.stdout.splitlines()[-1])
-    shape = [PROMPTS, COMPLETIONS, TOKENS, WORDS]
-    result = {"date": time.strftime("%Y-%m-%d"), "shape": shape, "sampled": found}
-    Path(options.output).write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
-
-
 if __name__ == "__main__":
-    main()
+    compare(
+        measure,
+        {"at once": 10**6, "up to 128 MiB": 128, "up to 64 MiB": 64},
+        {"shape": [PROMPTS, COMPLETIONS, TOKENS, WORDS]},
+        "sampled",
+    )

@@ -24,7 +24,7 @@ from poise.policy.config import PpoConfig
 from poise.runtime import distributed as processes
 from poise.runtime.checkpoints import write_tensors
 from poise.runtime.run_folder import Json, is_main_process
-from poise.runtime.sharding import clip_gradients, is_part, spread_as, spread_state, whole_on_main
+from poise.runtime.sharding import clip_gradients, copy_whole, is_part, spread_state, whole_on_main
 
 # Largest rounding difference (nats, float32) between a token's log-probability at sampling and in packed rows. Counted
 # as KL, whitened and scaled up by Adam, it would move a policy away from the reference under a constant reward. In
@@ -229,7 +229,7 @@ class Learner:
                 extra = json.loads(file.metadata()["run"])
                 self.generator.set_state(file.get_tensor("generator"))
                 for name, parameter in self.policy.trained_parameters().items():
-                    parameter.data.copy_(spread_as(file.get_tensor(f"weight.{name}"), parameter))
+                    copy_whole(file.get_tensor(f"weight.{name}"), parameter)
                     self.optimizer.state[parameter] = {
                         key: spread_state(
                             file.get_tensor(f"{key}.{name}").to(parameter.device), parameter

@@ -96,10 +96,10 @@ def from_run(config: Config) -> list[Json]:
     for row in records.read_rows(run / "samples.jsonl"):
         by_step.setdefault(row["step"], []).append(row)
     of_step = {step: sum(row["kl"] for row in rows) / len(rows) for step, rows in by_step.items()}
-    kept: dict[float, Path] = {}
+    policies, kept = kept_policies(run), dict[float, Path]()
     rows: list[Json] = []
     for rung in sorted(set(config.rungs)):
-        if near := _near(kept_policies(run), rung):
+        if near := _near(policies, rung):
             kept[near[0]] = near[1]
             continue
         steps = sorted((abs(kl - rung), step) for step, kl in of_step.items() if rung / WITHIN <= kl <= rung * WITHIN)
