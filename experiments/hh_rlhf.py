@@ -48,7 +48,7 @@ def main() -> None:
     options = parser.parse_args()
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
-    preferences = read_preferences(options.preferences)
+    preferences = read_preferences(options.preferences, on_bad_row="skip")
     for name, rows in (
         ("train", [p for p in preferences if not is_test(p)]),
         ("test", [p for p in preferences if is_test(p)]),

@@ -131,7 +131,7 @@ def main() -> None:
             runs.append(compare(rows, pair_features(extract, rows), fresh, extract, seed))
         result[name] = {"summary": summary(runs), "runs": runs}
     if options.hh:
-        rows = read_preferences(options.hh)
+        rows = read_preferences(options.hh, on_bad_row="skip")
         splits = {"at random": at_random(rows, 0), "in groups": PreferenceSplit.draw(rows, SHARE, 0)}
         result["hh"] = {"pairs": len(rows)} | {name: shared(split) for name, split in splits.items()}
     print(json.dumps({**result, "environment": environment()}, indent=1))
