@@ -387,29 +387,32 @@ RULES = ("below", "start", "free unimodal fit", "most wins")
 
 
 def alarms_table(found: Json) -> str:
-    """How many falls of gold each alarm finds, and how often it is false, by how far gold must fall."""
-    falls = list(found["alarms"])
-    rows = [row(["alarm", *(f"gold falls by {fall}" for fall in falls), "gold there, minus best step"])]
-    rows.append(row(["---"] * (2 + len(falls))))
-    for name in found["alarms"][falls[0]]:
-        if name != "falls":
-            of = [found["alarms"][fall][name] for fall in falls]
+    """How many falls of gold each alarm finds, and how often it is false, by seeds and by how far gold must fall."""
+    falls = list(next(iter(found["alarms"].values())))
+    rows = [row(["", "alarm", *(f"gold falls by {fall}" for fall in falls), "gold there, minus best step"])]
+    rows.append(row(["---"] * (3 + len(falls))))
+    for seeds, by_fall in found["alarms"].items():
+        for name in (key for key in by_fall[falls[0]] if key != "falls"):
+            of = [by_fall[fall][name] for fall in falls]
             cells = ["{} of {}, false {} of {}".format(*one["found"], *one["false alarms"]) for one in of]
-            rows.append(row([name, *cells, difference(of[falls.index("0.5")]["gold there, minus best step"])]))
+            rows.append(row([seeds, name, *cells, difference(of[0]["gold there, minus best step"])]))
     return "\n".join(rows)
 
 
 def alarm(found: Json) -> str:
-    of = found["alarms"]["0.5"]
-    names = [name for name in of if name.startswith("transfer")] + ["the monitor's alarm"]
-    said = (
-        "{}: {} of {} falls, {} false of {}".format(name, *of[name]["found"], *of[name]["false alarms"])
-        for name in names
-    )
-    return (
-        f"On the frontier's runs, where gold counts as falling if it ends half a std below its best step, with limits "
-        f"from the other seeds: {'; '.join(said)}"
-    )
+    def said(of: Json, name: str) -> str:
+        return "{} of {} falls of gold by half a std, with {} false in {}".format(
+            *of["0.5"][name]["found"], *of["0.5"][name]["false alarms"]
+        )
+
+    parts = []
+    for seeds, of in found["alarms"].items():
+        first, other = (name for name in of["0.5"] if name.startswith("validator"))
+        parts.append(
+            f"on the {seeds}, a {first} finds {said(of, first)}, a {other} {said(of, other)}, and the monitor without "
+            f"a validator {said(of, 'the monitor alone')}"
+        )
+    return "On the frontier's runs: " + "; ".join(parts)
 
 
 CORRELATION = "rank correlation of G1 and G2 over a run's steps"

@@ -80,7 +80,9 @@ def main() -> None:
     )  # fmt: skip
     if not files["prompts"].exists():
         parts: list[list[Preference]] = [[], [], []]
-        for preference in short(read_preferences(options.preferences, on_bad_row="skip"), options.model, options.length):
+        for preference in short(
+            read_preferences(options.preferences, on_bad_row="skip"), options.model, options.length
+        ):
             parts[part_of(preference)].append(preference)
         write_preferences(files["gold"], parts[0][: options.pairs])
         train_reward.run(gold)

@@ -1,89 +1,84 @@
-"""An alarm on the transfer ratio of a validator: limits from some seeds of the frontier, shown on the others.
+"""What the alarm of a validator finds on the frontier's runs: on the seeds it was chosen on, and on later ones.
 
 The report of experiments/frontier.py holds what `alarms` says. Gold of a run falls if it ends `fall` stds of the
-initial completions below the run's best step (means over three steps). The alarm is raised at the first step from KL
-5 on at which transfer (`functional.monitor.transfer_ratio`, mean over three steps) is below a limit. The limit is the
-lowest transfer that any run reached whose gold did not fall: of all seeds but the one that the alarm is then shown
-on, so that no seed judges its own limit. Beside it: the monitor's own alarm, which these runs logged and whose limits
-are of other runs.
+initial completions below the run's best step (means over three steps). The alarm is the monitor's, fed a validator's
+`shortfall` at every step as a run logs it; its share, window and limit were chosen on the runs of seeds CHOSEN_ON
+(experiments/frontier_design.md). Beside it: the alarm that these runs logged, for which nobody watched and whose limits
+are of other runs; a stop at KL 20; and no alarm.
 """
 
-from typing import NamedTuple
-
 import numpy as np
-from equal_kl import LOW, compared
+from equal_kl import compared
 from frontier_curves import Curves, gain, over_three_steps
 
-from poise.functional.monitor import transfer_ratio
+from poise.functional.monitor import Monitor, shortfall
 from poise.runtime.run_folder import Json
 
 FALLS = (0.25, 0.5, 1.0)
 COMPLETIONS = 32  # of a step
+CHOSEN_ON = range(200, 205)
 VALIDATORS = {"deeper": "16 layers, held-back pairs", "other_pairs": "8 layers, other pairs"}
 
 
-class Watched(NamedTuple):
-    """A run: did its gold fall, transfer at every step by validator (NaN where undefined), gold of every step."""
+def alarm_step(curve: Json, validator: str) -> int | None:
+    """Index of the first step at which the monitor raises its alarm, were `validator` given to the run."""
+    monitor, proxy = Monitor(), np.array(curve["reward"]) - curve["reward"][0]
+    for step, (own, other) in enumerate(zip(proxy, gain(curve, validator), strict=True)):
+        if monitor.update({"shortfall": shortfall(own, other, COMPLETIONS)}).alarm:
+            return step
+    return None
 
-    seed: int
-    arm: str
-    falls: bool
-    transfer: dict[str, np.ndarray]
-    curve: Json
+
+def logged(curve: Json) -> int | None:
+    """Index of the first step at which the run itself logged an alarm."""
+    return curve["step"].index(curve["alarms"][0]) if curve["alarms"] else None
 
 
-def watched(seed: int, arm: str, curve: Json, fall: float) -> Watched:
+def at_kl(curve: Json, kl: float) -> int | None:
+    reached = np.array(curve["kl"]) >= kl
+    return int(np.argmax(reached)) if reached.any() else None
+
+
+def falls(curve: Json, fall: float) -> bool:
     gold = over_three_steps(gain(curve, "g2"))
-    proxy = np.array(curve["reward"]) - curve["reward"][0]
-    ratios = {}
-    for name in VALIDATORS:
-        pairs = zip(proxy, gain(curve, name), strict=True)
-        found = np.array([np.nan if (ratio := transfer_ratio(p, v, COMPLETIONS)) is None else ratio for p, v in pairs])
-        smooth = over_three_steps(found)
-        ratios[name] = np.where(np.array(curve["kl"]) >= LOW, smooth, np.nan)
-    return Watched(seed, arm, bool(gold.max() - gold[-1] > fall), ratios, curve)
+    return bool(gold.max() - gold[-1] > fall)
 
 
-def alarm_step(run: Watched, name: str, limit: float) -> int | None:
-    below = run.transfer[name] < limit
-    return int(np.argmax(below)) if below.any() else None
-
-
-def shown(runs: list[Watched], name: str) -> Json:
-    """Every run under the limit that all other seeds give."""
-    steps = []
-    for run in runs:
-        healthy = [one.transfer[name] for one in runs if one.seed != run.seed and not one.falls]
-        known = [transfer for transfer in healthy if np.isfinite(transfer).any()]
-        steps.append(alarm_step(run, name, min(map(np.nanmin, known))) if known else None)
-    return told(runs, steps)
-
-
-def told(runs: list[Watched], steps: list[int | None]) -> Json:
+def told(curves: list[Json], steps: list[int | None], fall: float) -> Json:
     """[found, of all that fall], [false, of all others], and gold where the alarm, or else the run, ends it."""
-    rang, falls = np.array([step is not None for step in steps]), np.array([run.falls for run in runs])
+    rang = np.array([step is not None for step in steps], dtype=bool)
+    fell = np.array([falls(curve, fall) for curve in curves], dtype=bool)
     lost = []
-    for run, step in zip(runs, steps, strict=True):
-        gold = over_three_steps(gain(run.curve, "g2"))
+    for curve, step in zip(curves, steps, strict=True):
+        gold = over_three_steps(gain(curve, "g2"))
         lost.append(float(gold[-1 if step is None else step] - gold.max()))
     return {
-        "found": [int((rang & falls).sum()), int(falls.sum())],
-        "false alarms": [int((rang & ~falls).sum()), int((~falls).sum())],
+        "found": [int((rang & fell).sum()), int(fell.sum())],
+        "false alarms": [int((rang & ~fell).sum()), int((~fell).sum())],
         "gold there, minus best step": compared(lost),
     }
 
 
 def alarms(curves: Curves) -> Json:
-    """By how far gold must fall: what an alarm on each validator's transfer, the monitor's, and none find."""
+    """By seeds, and by how far gold must fall: what each alarm finds. Seeds without a run are left out."""
     found: Json = {}
-    for fall in FALLS:
-        runs = [watched(seed, arm, curve, fall) for seed, arms in curves.items() for arm, curve in arms.items()]
-        own = [
-            curve["step"].index(curve["alarms"][0]) if curve["alarms"] else None for curve in (r.curve for r in runs)
-        ]
-        found[f"{fall:g}"] = {
-            "falls": [f"{run.seed} {run.arm}" for run in runs if run.falls],
-            **{f"transfer to {VALIDATORS[name]}": shown(runs, name) for name in VALIDATORS},
-            "the monitor's alarm": told(runs, own), "no alarm": told(runs, [None] * len(runs)),
+    for name, chosen in (("seeds it was chosen on", True), ("later seeds", False)):
+        runs = {
+            f"{seed} {arm}": curve for seed, arms in sorted(curves.items()) if (seed in CHOSEN_ON) == chosen
+            for arm, curve in arms.items()
         }  # fmt: skip
+        of = list(runs.values())
+        stops = {
+            **{f"validator of {VALIDATORS[key]}": [alarm_step(run, key) for run in of] for key in VALIDATORS},
+            "the monitor alone": [logged(run) for run in of],
+            "KL 20": [at_kl(run, 20) for run in of], "none": [None] * len(of),
+        }  # fmt: skip
+        if of:
+            found[name] = {
+                f"{fall:g}": {
+                    "falls": [run for run, curve in runs.items() if falls(curve, fall)],
+                    **{stop: told(of, steps, fall) for stop, steps in stops.items()},
+                }
+                for fall in FALLS
+            }
     return found

@@ -139,9 +139,9 @@ def test_the_pages_say_what_the_result_says(modules: tuple[ModuleType, ModuleTyp
     ).read_text(encoding="utf-8")
 
 
-def test_an_alarm_has_its_limit_from_the_other_seeds() -> None:
-    """Two healthy runs keep a transfer of 1 and .8, two whose gold falls end at .5 and .9: only the first is found."""
-    alarms = importlib.import_module("validator_alarm").alarms
+def test_the_alarm_that_is_shipped_is_shown_on_the_seeds_it_was_chosen_on_and_on_later_ones() -> None:
+    """Validators that see 1, .8, .5 and .9 of a reward of 2 stds; gold of the last two falls. Only .5 is below .7."""
+    module = importlib.import_module("validator_alarm")
     up = [0.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0]
     fall = [0.0, 4.0, 4.0, 4.0, 2.0, 2.0, 2.0]  # by 1 std of 2
 
@@ -149,19 +149,26 @@ def test_an_alarm_has_its_limit_from_the_other_seeds() -> None:
         reward = [0.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]
         return run(gold) | {"reward": reward, "deeper": [one * share for one in reward], "other_pairs": reward}
 
+    half, kept = watched(fall, 0.5), watched(fall, 0.9) | {"alarms": [2]}
     curves = {
-        1: {"single": watched(up, 1.0)}, 2: {"single": watched(up, 0.8)},
-        3: {"single": watched(fall, 0.5)}, 4: {"single": watched(fall, 0.9)},
+        200: {"single": watched(up, 1.0)}, 201: {"single": watched(up, 0.8)},
+        204: {"single": half}, 205: {"single": kept},
     }  # fmt: skip
-    curves[4]["single"]["alarms"] = [2]
-    found = alarms(curves)
-    deeper = found["0.5"]["transfer to 16 layers, held-back pairs"]
-    assert found["0.5"]["falls"] == ["3 single", "4 single"]
-    assert deeper["found"] == [1, 2]
-    assert deeper["false alarms"] == [1, 2]  # seed 2 under the limit of seed 1 alone
-    assert found["0.5"]["the monitor's alarm"]["found"] == [1, 2]
-    assert found["0.5"]["no alarm"]["gold there, minus best step"]["difference"] == pytest.approx(-0.5)
-    assert found["1"]["no alarm"]["found"] == [0, 0]
+    assert module.alarm_step(half, "deeper") == 4  # the first after the baseline
+    assert module.alarm_step(kept, "deeper") is None
+    found = module.alarms(curves)
+    first, later = found["seeds it was chosen on"]["0.5"], found["later seeds"]["0.5"]
+    assert (first["falls"], later["falls"]) == (["204 single"], ["205 single"])
+    deeper = first["validator of 16 layers, held-back pairs"]
+    assert (deeper["found"], deeper["false alarms"]) == ([1, 1], [0, 2])
+    assert deeper["gold there, minus best step"]["difference"] == pytest.approx(-(1 - 1 / 3) / 3)  # gain 1 1/3 of 2
+    assert first["validator of 8 layers, other pairs"]["found"] == [0, 1]
+    assert later["validator of 16 layers, held-back pairs"]["found"] == [0, 1]
+    assert later["the monitor alone"]["found"] == [1, 1]
+    assert first["KL 20"]["false alarms"] == [2, 2]
+    assert later["none"]["gold there, minus best step"]["difference"] == pytest.approx(-1.0)
+    assert found["seeds it was chosen on"]["1"]["none"]["found"] == [0, 0]
+    assert "later seeds" not in module.alarms({200: curves[200]})
 
 
 def test_a_report_reads_run_folders(modules: tuple[ModuleType, ModuleType], tmp_path: Path) -> None:
@@ -170,7 +177,7 @@ def test_a_report_reads_run_folders(modules: tuple[ModuleType, ModuleType], tmp_
         for arm, lift in (("single", 0.0), ("typical", 2.0 + seed % 2)):
             folder = tmp_path / f"seed-{seed}" / arm
             folder.mkdir(parents=True)
-            (folder / "curve.json").write_text(json.dumps(run([0.0, lift + 1, lift + 2, lift + 2.5])))
+            (folder / "curve.json").write_text(json.dumps(run([0.0, lift + 1, lift + 2, lift + 2 - 0.1 * lift])))
     found = report.report(tmp_path, ["single", "typical"], {})
     assert {"900", "901"} <= set(found["curves"])
     assert {900, 901} <= set(found["arms"]["typical"]["seeds"])

@@ -57,7 +57,9 @@ def test_units_are_those_of_the_start() -> None:
     step = torch.full((40, 1), 9.0)
     for one in (watching, again):
         found = one.metrics(HeadRewards(10 + 4 * torch.full((40, 1), 6.0), step * 0), HeadRewards(step, step * 0))
-        assert found == pytest.approx({"validator": 1.5, "transfer": 0.5})
+        assert found == pytest.approx(
+            {"validator": 1.5, "transfer": 0.5, "shortfall": (0.7 * 3 - 1.5) / (1.49 / 40) ** 0.5}
+        )
     assert "transfer" not in watching.metrics(HeadRewards(10 + 4 * start, zeros), HeadRewards(start, zeros))
 
 
