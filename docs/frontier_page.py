@@ -310,7 +310,7 @@ def row(cells: list[str]) -> str:
 
 
 def differences_table(found: Json) -> str:
-    columns = ("arm", "seeds", "ends at KL", "G2, minus one head", "p, Holm", "without seed 200", "G1", "more?")
+    columns = ("arm", "seeds", "ends at KL", "G2, minus one head", "p, Holm", "later seeds", "G1", "more?")
     rows = [row(list(columns)), row(["---"] * len(columns))]
     for arm in (arm for arm in ARMS if arm in found["arms"]):
         kl = found["arms"][arm]["largest KL"]
@@ -319,7 +319,7 @@ def differences_table(found: Json) -> str:
             p = (gap(found, arm) or {}).get("p after Holm")
             rest = [
                 difference(gap(found, arm)), "" if p is None else "< .01" if p < 0.005 else number(p, sign=False),
-                difference(gap(found, arm, tail=", without seed 200")), difference(gap(found, arm, "g1")),
+                difference(gap(found, arm, tail=", later seeds")), difference(gap(found, arm, "g1")),
                 verdict(found, arm),
             ]  # fmt: skip
         rows.append(row([ARMS[arm][0], str(len(kl)), from_to(kl), *rest]))

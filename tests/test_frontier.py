@@ -60,7 +60,7 @@ def test_arms_are_paired_by_seed_and_short_runs_stand_apart(modules: tuple[Modul
     flat = [0.0] * 4
     curves = {
         seed: {"single": run(flat), "typical": run([0.0, lift, lift, lift])}
-        for seed, lift in ((200, 2.0), (201, 4.0), (202, 6.0))
+        for seed, lift in ((200, 2.0), (205, 4.0), (206, 6.0))
     }
     curves[203] = {"single": run(flat), "typical": run(flat, kl=[0.0, 3.0, 6.0, 9.0])}
     curves[204] = {"single": run(flat)}
@@ -71,7 +71,7 @@ def test_arms_are_paired_by_seed_and_short_runs_stand_apart(modules: tuple[Modul
     # of a lift by L (L/2 stds) from KL 10 on the mean over 5 to 30 is L/2 (5 × .75 + 20) / 25
     assert typical["g2, minus single"]["difference"] == pytest.approx(0.95 * 2)
     assert typical["g2, minus single"]["seeds"] == 3
-    assert typical["g2, minus single, without seed 200"]["difference"] == pytest.approx(0.95 * 2.5)
+    assert typical["g2, minus single, later seeds"]["difference"] == pytest.approx(0.95 * 2.5)
     assert typical["g2, minus single"]["p after Holm"] == typical["g2, minus single"]["p"]
 
 
