@@ -140,6 +140,23 @@ def test_a_policy_run_has_a_page(tmp_path: Path) -> None:
     assert 'http-equiv="refresh"' not in page.html
 
 
+def test_a_page_shows_what_a_validator_sees(tmp_path: Path) -> None:
+    folder = policy(tmp_path / "run")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (folder / "metrics.jsonl").unlink()
+    seen = [
+        {"validator": 0.06 * row["step"], "shortfall": 0.0} | ({"transfer": 0.6} if row["step"] else {}) for row in rows
+    ]
+    write_jsonl(folder / "metrics.jsonl", [row | more for row, more in zip(rows, seen, strict=True)])
+    page = page_of(folder)
+    text = page.text.replace("\xa0", " ")
+    assert "The validator saw 60 % of what the reward gained, at the end." in text
+    assert "What the validator sees of it" in text
+    assert sum(tag == "svg" for tag, _ in page.tags) == 8
+    assert "The validator saw" not in Page(run_pages.build([policy(tmp_path / "alone")])).text
+    assert "The validator’s gain over training steps." in Page(run_pages.build([folder, tmp_path / "alone"])).html
+
+
 @pytest.mark.usefixtures("undrawn_here")
 def test_a_page_says_which_heads_were_the_reward_and_that_most_completions_were_cut(tmp_path: Path) -> None:
     folder = policy(tmp_path / "run", ended=0.25)

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from poise.functional.monitor import Monitor, MonitorConfig
+from poise.functional.monitor import Monitor, MonitorConfig, Reading
 from poise.policy.formats import MonitorState
 from poise.runtime.progress import console
 from poise.runtime.records import checked
@@ -29,15 +29,18 @@ class Alarms:
         reading = self.monitor.update(metrics)
         self.last_score = reading.score
         if reading.alarm:
-            kl_coef = self._respond(reading.score, step, kl_coef)
+            kl_coef = self._respond(reading, step, kl_coef)
         return {"monitor_score": reading.score, "alarm": reading.alarm, "signs": reading.signs}, kl_coef
 
-    def _respond(self, score: float, step: int, kl_coef: float) -> float:
+    def _respond(self, reading: Reading, step: int, kl_coef: float) -> float:
+        score = reading.score
         last = self.raised[-1]["step"] if self.raised else -PAUSE
         if self.action in ("log", "pessimism") and step - last < PAUSE:
             return kl_coef
         self.raised.append({"step": step, "score": score, "action": self.action})
         message = f"step {step}: signs of over-optimization (score {score:.2f})"
+        if "shortfall" in reading.signs and "transfer" in reading.signs:
+            message += f": the validator sees {100 * (1 - reading.signs['transfer']):.0f} % of what the reward gained"
         if self.action == "pessimism":
             self.pessimism += 1
             kl_coef *= 2

@@ -129,7 +129,8 @@ GLOSSARY = {
     "disagreement": "Std of the heads’ mean rewards.",
     "routing std": "Std that the nominal head gives itself.",
     "ended": "Share of completions that ended by themselves; the others were cut at the largest length.",
-    "monitor": "An online sign of over-optimization; it compares a run with its own first steps, and reads no gold.",
+    "monitor": "An online sign of over-optimization; it compares a run with its own first steps or, where "
+    "there is one, the reward with its validator, and reads no gold.",
     "gold": "A reference score that stands for human judgment. No training reads it.",
     "proxy": "The learned reward that is optimized in place of human judgment.",
     "accuracy": "Share of pairs that the reward model orders as people did; a coin has 50 %.",

@@ -20,7 +20,7 @@ from poise.runtime.run_folder import Json, load_config_file
 
 NUM_PROMPTS = 6
 _READ_AT_EACH_END = 2 * 2**20  # bytes of samples.jsonl: a run's first and last steps
-_GLOSSARY = ("reward", "KL", "gap", "disagreement", "routing std", "ended", "monitor")
+_GLOSSARY = ("reward", "KL", "gap", "disagreement", "routing std", "ended", "validator", "monitor")
 
 
 class PolicyRun:
@@ -96,6 +96,10 @@ def findings(run: PolicyRun) -> list[Verdict]:
     if run.alarms:
         steps = ", ".join(map(str, run.alarms[:5])) + (" …" if len(run.alarms) > 5 else "")
         found.insert(0, Verdict("worse", f"The monitor saw signs of over-optimization: step {steps}."))
+    if (seen := run.mean_of("transfer", slice(-3, None))) is not None:
+        found.insert(
+            1, Verdict("unclear", f"The validator saw {percent(seen, 0)} of what the reward gained, at the end.")
+        )
     found.append(
         Verdict("unclear", "A higher reward is what it was trained for, and no evidence of better text: read some.")
     )
@@ -173,6 +177,12 @@ def charts(runs: Sequence[PolicyRun], identifier: str) -> list[Chart]:
             found.append(Chart(run_plots.panel(lines, title, name, alarms=alarms, **options), what))
 
     add("Reward", {"reward": ""}, "Mean reward over training steps.", "reward_std" if alone else "", level=0.0)
+    if alone:
+        both = {"reward": "reward", "validator": "validator"}
+        watched = not np.isnan(alone.column("validator")).all()
+        add("What the validator sees of it", both if watched else {}, "Reward and validator over training steps.")
+    else:
+        add("Validator", {"validator": ""}, "The validator’s gain over training steps.", level=0.0)
     add("KL to the initial policy", {"kl": ""}, "KL over training steps.")
     spreads = {"gap": "gap", "disagreement": "disagreement", "routing_std": "routing std"}
     if any(np.nansum(run.column("routing_std")) == 0 for run in runs):  # point heads: all have std 0
