@@ -37,6 +37,8 @@ ARMS: dict[str, tuple[str, Style]] = {
     "two_depths": ("worst of two depths", STYLES[4]),
     "single_settled": ("one head, settled", STYLES[5]),
     "bound_settled": ("lower bound, settled", STYLES[0]),
+    "brme_lora": ("BRME, an adapter a head", Style(STYLES[3].color, "-", "X")),
+    "uwo": ("UWO, four trunks", Style(STYLES[4].color, "--", "*")),
 }
 PROXY, G1 = STYLES[1], Style(GRAY, ":", "D")
 

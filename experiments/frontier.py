@@ -61,6 +61,8 @@ ARMS = {
     "two_depths": Arm("two-depths", "worst_case"),
     "single_settled": Arm("low/single", "nominal", settled=True),
     "bound_settled": Arm("low/posterior", "lower_confidence(1)", settled=True),
+    "brme_lora": Arm("low-adapters/brme", "tradeoff(0.4)"),
+    "uwo": Arm("four-trunks", "uncertainty_weighted(0.1)"),
 }
 VALIDATORS = {"deeper": "held-back/single", "other_pairs": "other/single"}
 
@@ -187,6 +189,29 @@ def prepare(folder: Path, seed: int) -> None:
         ensemble.run(EnsembleConfig(members, str(folder / "low.jsonl"), str(folder / "two-depths")))
 
 
+def prepare_arm(folder: Path, seed: int, name: str) -> None:
+    """The reward models of the arms that need others than `prepare` trains: heads with adapters, trunks of their own."""
+    pairs = str(folder / "low.jsonl")
+    if name == "brme_lora":
+        train_reward.run(
+            replace(
+                LAPTOP_REWARD, preferences=pairs, seed=seed, output=str(folder / "low-adapters"),
+                stage2_trunk="lora_per_head", head_layers=2, head_loss="probit_pairs",
+            )
+        )  # fmt: skip
+    if name == "uwo" and not (folder / "four-trunks").exists():
+        outputs = [folder / f"trunk-{member}" for member in range(4)]
+        for member, output in enumerate(outputs):
+            train_reward.run(
+                replace(
+                    LAPTOP_REWARD, preferences=pairs, seed=4 * seed + member, output=str(output),
+                    trunk="lora", epochs=2.0, num_heads=2, head_steps=1, posterior_heads=2,
+                )
+            )  # fmt: skip
+        members = tuple(str(output / "single") for output in outputs)
+        ensemble.run(EnsembleConfig(members, pairs, str(folder / "four-trunks")))
+
+
 def unlabeled(folder: Path, seed: int) -> list[tuple[Sample, Sample]]:
     """Three times OWN_PAIRS pairs, for a reward model and two validators: half of texts that people wrote and G2 has
     not seen, half of the initial policy's samples."""
@@ -292,6 +317,7 @@ def main() -> None:
         folder = options.output / f"seed-{seed}"
         prepare(folder, seed)
         for arm in options.arms:
+            prepare_arm(folder, seed, arm)
             train(folder, seed, arm)
             read_curve(folder / arm, scorers)
 
