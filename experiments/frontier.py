@@ -190,7 +190,7 @@ def prepare(folder: Path, seed: int) -> None:
 
 
 def prepare_arm(folder: Path, seed: int, name: str) -> None:
-    """The reward models of the arms that need others than `prepare` trains: heads with adapters, trunks of their own."""
+    """Reward models that `prepare` does not train: heads with adapters of their own, four trunks."""
     pairs = str(folder / "low.jsonl")
     if name == "brme_lora":
         train_reward.run(
