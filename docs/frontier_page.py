@@ -403,24 +403,33 @@ def alarms_table(found: Json) -> str:
 
 def alarm(found: Json) -> str:
     def said(of: Json, name: str) -> str:
-        return "{} of {} falls of gold by half a std, with {} false in {}".format(
+        return "{} of {} falls of gold by half a std, with {} false in {} runs".format(
             *of["0.5"][name]["found"], *of["0.5"][name]["false alarms"]
         )
 
     parts = []
     for seeds, of in found["alarms"].items():
-        first, other = (name for name in of["0.5"] if name.startswith("validator"))
-        parts.append(
-            f"on the {seeds}, a {first} finds {said(of, first)}, a {other} {said(of, other)}, and the monitor without "
-            f"a validator {said(of, 'the monitor alone')}"
-        )
-    return "On the frontier's runs: " + "; ".join(parts)
+        deeper = next(name for name in of["0.5"] if name.startswith("validator"))
+        parts.append(f"on the {seeds} it finds {said(of, deeper)} (the monitor alone {said(of, 'the monitor alone')})")
+    return "With the 16-layer validator of the frontier, " + "; ".join(parts)
+
+
+def best(found: Json) -> str:
+    """What the policy that a run keeps has beside other stops: means over the arms of a seed, over seeds."""
+    of = found["kept as best"]
+    return (
+        f"On the frontier's {of['runs']} runs, with a validator of 16 layers and held-back pairs, its gold is "
+        f"{difference(of['minus best step'])} stds beside that of the best step in hindsight, "
+        f"{difference(of['minus KL 20'])} beside that where KL first passes 20, and {difference(of['minus end'])} "
+        f"beside the run's end; the mean over two steps was chosen on 25 of these runs"
+    )
 
 
 CORRELATION = "rank correlation of G1 and G2 over a run's steps"
 STOPS = (
-    "KL 20", "KL 10", "largest gain of the deeper validator", "largest gain of the other pairs' validator",
-    "first alarm", "end",
+    "KL 20", "KL 10", "what a run keeps as best, deeper validator",
+    "largest gain of the deeper validator", "largest gain of the other pairs' validator",
+    "alarm of the deeper validator", "first alarm", "end",
 )  # fmt: skip
 CAUTION = (
     "G2 learned that shuffled, repeated and cut texts are bad, and the distance that typicality subtracts is large for "
@@ -431,7 +440,7 @@ PASSAGES: dict[str, Callable[[Json], str]] = {
     "paper": paper, "stopping": stopping,
     "verdict": page_verdict, "summary": summary,
     "differences": differences_table, "stops": stops_table, "rungs": rungs_table, "written": written_table,
-    "choice": choice, "alarms": alarms_table, "alarm": alarm,
+    "choice": choice, "alarms": alarms_table, "alarm": alarm, "best": best,
     "sources": lambda _: f"Raw data: [{newest().stem}](../../results/{newest().name}), every step of every run.",
 }  # fmt: skip
 

@@ -11,7 +11,7 @@ import numpy as np
 from choice import of_frontier
 from equal_kl import HIGH, LOW, compared
 from frontier_curves import Curves, gain, over_three_steps, written
-from validator_alarm import alarms
+from validator_alarm import alarm_step, alarms
 
 from poise.functional.statistics import holm, mean_between, spearman
 from poise.runtime.run_folder import Json
@@ -32,17 +32,41 @@ def endpoint(curve: Json, gold: str, high: float) -> float:
 def stops(curve: Json) -> dict[str, float]:
     """Gold (G2) at each stop that reads no gold, and at the best step in hindsight: means over three steps, all."""
     smooth, kl = over_three_steps(gain(curve, "g2")), np.array(curve["kl"])
+    end = len(kl) - 1
 
     def first(reached: np.ndarray) -> int:
-        return int(np.argmax(reached)) if reached.any() else len(kl) - 1
+        return int(np.argmax(reached)) if reached.any() else end
 
     at = {
-        "KL 10": first(kl >= 10), "KL 20": first(kl >= 20), "end": len(kl) - 1,
+        "KL 10": first(kl >= 10), "KL 20": first(kl >= 20), "end": end,
         "largest gain of the deeper validator": int(np.argmax(curve["deeper"])),
         "largest gain of the other pairs' validator": int(np.argmax(curve["other_pairs"])),
+        KEPT: best_step(gain(curve, "deeper")),
+        "alarm of the deeper validator": end if (rang := alarm_step(curve, "deeper")) is None else rang,
         "first alarm": first(np.isin(curve["step"], curve["alarms"][:1])),
     }  # fmt: skip
     return {"best step": float(smooth.max()), **{name: float(smooth[step]) for name, step in at.items()}}
+
+
+KEPT = "what a run keeps as best, deeper validator"
+
+
+def kept_against(curves: Curves) -> Json:
+    """Gold of the policy that a run keeps as best, minus that at other stops: by seed, the mean over its arms."""
+    found: Json = {"runs": sum(len(runs) for runs in curves.values())}
+    for other in ("best step", "KL 20", "end"):
+        gaps = []
+        for runs in curves.values():
+            of = [stops(run) for run in runs.values()]
+            gaps.append(float(np.mean([one[KEPT] - one[other] for one in of])))
+        found[f"minus {other}"] = compared(gaps)
+    return found
+
+
+def best_step(gains: np.ndarray) -> int:
+    """The step whose policy `poise.policy.ladder.Best` keeps; 0, the start, if it keeps none."""
+    marks = np.concatenate([[0.0], (gains[1:] + gains[:-1]) / 2])
+    return int(np.argmax(marks))
 
 
 def at_rungs(runs: list[Json], gold: str) -> dict[str, Json]:
@@ -132,7 +156,8 @@ def report(root: Path, arms: list[str], gold: Json) -> Json:
         "what": "mean gold over KL 5 to 30 minus that of one head, paired by seed, in stds of the initial completions",
         "arms": found, "rank correlation of G1 and G2 over a run's steps": float(np.mean(agreement)),
         "arms on which G1 and G2 have the same sign": [sum(one * two > 0 for one, two in both), len(both)],
-        "gold": gold, "alarms": alarms(curves), "poise choose": of_frontier(curves),
+        "gold": gold, "alarms": alarms(curves), "kept as best": kept_against(curves),
+        "poise choose": of_frontier(curves),
         "curves": {
             str(seed): {arm: rounded(run) for arm, run in runs.items()} for seed, runs in sorted(curves.items())
         },

@@ -1,19 +1,21 @@
-"""What the alarm of a validator finds on the frontier's runs: on the seeds it was chosen on, and on later ones.
+"""Can a validator's transfer raise an alarm? A rule fixed on five seeds of the frontier, shown on them and later ones.
 
 The report of experiments/frontier.py holds what `alarms` says. Gold of a run falls if it ends `fall` stds of the
-initial completions below the run's best step (means over three steps). The alarm is the monitor's, fed a validator's
-`shortfall` at every step as a run logs it; its share, window and limit were chosen on the runs of seeds CHOSEN_ON
-(experiments/frontier_design.md). Beside it: the alarm that these runs logged, for which nobody watched and whose limits
-are of other runs; a stop at KL 20; and no alarm.
+initial completions below the run's best step (means over three steps). The rule rings once it is sure, at LIMIT
+standard errors over WINDOW steps, that the validator has gained less than SEEN of what the reward has. It was chosen
+among 36 on the runs of seeds CHOSEN_ON (experiments/frontier_design.md). Beside it: the alarm that these runs logged,
+for which nobody watched and whose limits are of other runs; a stop at KL 20; and no alarm.
 """
+
+import math
 
 import numpy as np
 from equal_kl import compared
 from frontier_curves import Curves, gain, over_three_steps
 
-from poise.functional.monitor import Monitor, shortfall
 from poise.runtime.run_folder import Json
 
+SEEN, LIMIT, WINDOW, BASELINE = 0.7, 2.33, 3, 4
 FALLS = (0.25, 0.5, 1.0)
 COMPLETIONS = 32  # of a step
 CHOSEN_ON = range(200, 205)
@@ -21,10 +23,14 @@ VALIDATORS = {"deeper": "16 layers, held-back pairs", "other_pairs": "8 layers, 
 
 
 def alarm_step(curve: Json, validator: str) -> int | None:
-    """Index of the first step at which the monitor raises its alarm, were `validator` given to the run."""
-    monitor, proxy = Monitor(), np.array(curve["reward"]) - curve["reward"][0]
-    for step, (own, other) in enumerate(zip(proxy, gain(curve, validator), strict=True)):
-        if monitor.update({"shortfall": shortfall(own, other, COMPLETIONS)}).alarm:
+    """Index of the first step at which the rule rings, after the monitor's BASELINE steps.
+
+    The standard error is that of two means over COMPLETIONS of std 1 each that have nothing to do with one another.
+    """
+    short = SEEN * (np.array(curve["reward"]) - curve["reward"][0]) - gain(curve, validator)
+    error = math.sqrt((1 + SEEN**2) / (WINDOW * COMPLETIONS))
+    for step in range(BASELINE, len(short)):
+        if short[step - WINDOW + 1 : step + 1].mean() > LIMIT * error:
             return step
     return None
 

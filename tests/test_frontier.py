@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from poise.models.policy import Policy
+from poise.policy.ladder import Best, best_of
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -42,6 +45,24 @@ def test_endpoint_is_the_mean_over_kl_in_stds_of_the_start(modules: tuple[Module
     # over 5 to 10 the mean is .75, over 10 to 20 it is 2, over 20 to 30 it is 3
     assert report.endpoint(curve, "g2", 30.0) == pytest.approx((5 * 0.75 + 10 * 2 + 10 * 3) / 25)
     assert report.endpoint(curve, "g1", 10.0) == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("gains", [[0.0, 1.0, 3.0, 2.0, 1.0], [0.0, -1.0, -2.0], [0.5, -1.5, 2.5, 1.5, 1.5, 2.5]])
+def test_the_report_takes_the_step_that_a_run_keeps(
+    modules: tuple[ModuleType, ModuleType], tmp_path: Path, gains: list[float]
+) -> None:
+    class Named(Policy):
+        def __init__(self) -> None: ...
+
+        def weights(self) -> dict[str, Any]:
+            return {}
+
+        def save(self, folder: str, weights: dict[str, Any] | None = None) -> None: ...
+
+    kept = Best(tmp_path)
+    for step, gain in enumerate(gains):
+        kept.keep(Named(), step, 1.0, gain)
+    assert modules[0].best_step(np.array(gains)) == (best_of(tmp_path) or {"step": 0})["step"]
 
 
 def test_rungs_take_the_runs_that_reach_them(modules: tuple[ModuleType, ModuleType]) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +13,12 @@ from sklearn.feature_extraction.text import CountVectorizer
 from poise.errors import PoiseError
 from poise.functional.monitor import (
     LIMITS,
-    SEEN,
     Monitor,
     MonitorConfig,
     Reading,
     divergence,
     highest,
     scale,
-    shortfall,
     signs,
     suspicion,
     text_signs,
@@ -150,41 +147,6 @@ def test_a_transfer_ratio_is_one_of_gains_that_are_no_noise() -> None:
         assert transfer_ratio(proxy, validator, 100) is None
 
 
-def test_a_shortfall_is_in_standard_errors() -> None:
-    """By hand: .7 * 2 - 1 = .4, over sqrt(1.49 / 100) = .12207."""
-    assert shortfall(2.0, 1.0, 100) == pytest.approx(3.2769, abs=1e-4)
-    assert shortfall(2.0, 1.4, 7) == pytest.approx(0.0, abs=1e-12)
-    assert shortfall(2.0, 3.0, 100) < 0
-    assert shortfall(2.0, 1.0, 400) == pytest.approx(2 * shortfall(2.0, 1.0, 100))
-
-
-def test_a_shortfall_is_as_large_as_chance_makes_it() -> None:
-    """A validator that sees exactly SEEN of the gain, of completions that are drawn: standard normal over steps."""
-    rng = np.random.default_rng(0)
-    proxy, other = rng.normal(2.0, 1.0, (4000, 25)), rng.normal(2.0 * SEEN, 1.0, (4000, 25))
-    found = [shortfall(*gains, 25) for gains in zip(proxy.mean(1), other.mean(1), strict=True)]
-    assert float(np.mean(found)) == pytest.approx(0.0, abs=0.06)
-    assert float(np.std(found)) == pytest.approx(1.0, abs=0.05)
-
-
-def test_steps_make_a_shortfall_surer() -> None:
-    """Three steps of 1.5 standard errors are 2.6 together; steps before the window do not count."""
-    assert signs({}, {"shortfall": [9.0, 1.5, 1.5, 1.5]}, 3) == {"shortfall": pytest.approx(1.5 * 3**0.5)}
-    assert signs({}, {"shortfall": [2.0]}, 3) == {"shortfall": 2.0}
-
-
-def test_with_a_validator_its_shortfall_alone_raises_the_alarm() -> None:
-    far = {"kl": 500.0, "repetition": 0.5}  # an alarm, were nobody watching
-    start = [{"kl": 0.0, "repetition": 0.0}] * 2
-    config = MonitorConfig(baseline_steps=2, window=1)
-    assert feed([*start, far], config)[-1].alarm
-    seen = feed([*start, far | {"shortfall": 0.0}, far | {"shortfall": 3.0}], config)
-    assert [reading.alarm for reading in seen[2:]] == [False, True]
-    assert seen[2].signs["kl"] > LIMITS["kl"]  # shown all the same
-    drifts = {name: limit for name, limit in LIMITS.items() if name != "shortfall"}
-    assert feed([*start, far | {"shortfall": 0.0}], replace(config, limits=drifts))[-1].alarm
-
-
 def test_the_monitor_takes_its_defaults_from_the_calibration() -> None:
     """Means over three steps, after four; an alarm above the highest sign of a healthy run."""
     assert MonitorConfig() == MonitorConfig(threshold=1.0, baseline_steps=4, window=3, limits=LIMITS)
@@ -299,8 +261,7 @@ def test_settings_that_cannot_work_are_said(wrong: dict) -> None:
 def test_limits_and_claims_are_those_on_file() -> None:
     file = Path(__file__).parents[2] / "results" / "monitor-2026-11-24.json"
     measured = json.loads(file.read_text())
-    drifts = {name: limit for name, limit in LIMITS.items() if name != "shortfall"}  # which needs a validator
-    assert pytest.approx(measured["limits"], rel=5e-3) == drifts
+    assert pytest.approx(measured["limits"], rel=5e-3) == LIMITS
     alarm = measured["test"]["score"]["alarm"]
     assert [alarm[name] for name in ("runs", "fell", "hit", "false")] == [9, 5, 5, 2]
     assert alarm["steps_after_peak"]["median"] == 4
@@ -311,4 +272,4 @@ def test_limits_and_claims_are_those_on_file() -> None:
         for name, row in measured["calibration"].items()
         if row["knows"]["past_peak"]["auroc"] > clock and not name.startswith("score")
     }
-    assert better == drifts.keys()
+    assert better == LIMITS.keys()

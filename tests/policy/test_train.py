@@ -33,7 +33,7 @@ from poise.policy import ladder
 from poise.policy import loop as training
 from poise.policy import train as train_policy
 from poise.policy.alarms import Alarms
-from poise.policy.ladder import Ladder, kept_policies
+from poise.policy.ladder import Best, Ladder, best_of, kept_policies
 from poise.policy.reward import std_interval
 from poise.policy.train import Config
 from poise.runtime import distributed as processes
@@ -176,16 +176,39 @@ def test_the_ladder_keeps_the_first_policy_at_each_rung(config: Config) -> None:
     assert kept_policies(plain.folder) == {}
 
 
+class Saved(Policy):
+    def __init__(self) -> None: ...
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def save(self, folder: str, weights: dict[str, torch.Tensor] | None = None) -> None:
+        (Path(folder) / "weights").write_text(str(weights))
+
+
+def test_the_best_is_the_policy_whose_two_steps_the_validator_likes_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By hand: means of two steps are -.5, .5, 2, 1.5, 2. One below the start does not count, nor a later equal one."""
+    kept, marks = Best(tmp_path), []
+    for step, gain in enumerate([0.5, -1.5, 2.5, 1.5, 1.5, 2.5]):
+        kept.keep(Saved(), step, 3.0 * step, gain)
+        marks.append((best_of(tmp_path) or {}).get("step"))
+        again = Best(tmp_path)
+        again.restore(json.loads(json.dumps(kept.state())))
+        kept = again
+    assert marks == [None, None, 2, 3, 3, 3]
+    assert best_of(tmp_path) == {"step": 3, "kl": 9.0, "validator": 2.0}
+    assert (tmp_path / "best" / "weights").exists()
+    monkeypatch.setenv("RANK", "1")  # another process of the run, which writes nothing and knows the mark
+    other = Best(tmp_path / "other")
+    for step in range(3):
+        other.keep(Saved(), step, 1.0, 1.0 * step)
+    assert other.state() == (1.5, 2.0)
+    assert best_of(tmp_path / "other") is None
+
+
 def test_a_step_past_several_rungs_is_kept_at_the_highest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Saved(Policy):
-        def __init__(self) -> None: ...
-
-        def weights(self) -> dict[str, torch.Tensor]:
-            return {}
-
-        def save(self, folder: str, weights: dict[str, torch.Tensor] | None = None) -> None:
-            (Path(folder) / "weights").write_text(str(weights))
-
     kept = Ladder(tmp_path, (40.0, 5.0, 10.0))
     for step, kl in enumerate([0.0, 4.9, 12.0, 6.0, 11.0, 39.0, 90.0]):
         kept.keep(Saved(), step, kl)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from poise.data.types import Sample
 from poise.errors import PoiseError
@@ -18,7 +19,9 @@ from poise.models.scorer import Scorer, generated
 from poise.models.validator import Validator
 from poise.policy import train as train_policy
 from poise.policy.config import Config
+from poise.policy.ladder import best_of
 from poise.runtime.records import read_rows
+from poise.runtime.run_folder import Run
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +60,7 @@ def test_units_are_those_of_the_start() -> None:
     step = torch.full((40, 1), 9.0)
     for one in (watching, again):
         found = one.metrics(HeadRewards(10 + 4 * torch.full((40, 1), 6.0), step * 0), HeadRewards(step, step * 0))
-        assert found == pytest.approx(
-            {"validator": 1.5, "transfer": 0.5, "shortfall": (0.7 * 3 - 1.5) / (1.49 / 40) ** 0.5}
-        )
+        assert found == pytest.approx({"validator": 1.5, "transfer": 0.5})
     assert "transfer" not in watching.metrics(HeadRewards(10 + 4 * start, zeros), HeadRewards(start, zeros))
 
 
@@ -73,6 +74,41 @@ def test_a_reward_that_is_not_finite_is_refused_with_the_validator_s_name(value:
     numbers[1] = value
     with pytest.raises(PoiseError, match=r"^the validator their/rm gives a completion a reward that is not finite$"):
         watching.heads(["a", "b"], [["x", "y"], ["z"]])
+
+
+@pytest.mark.slow
+def test_a_run_keeps_the_policy_that_its_validator_likes_best(
+    reward_run: Path, prompts_file: Path, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third of five policies, in one run, and in one of three steps that goes on; within --max-kl alone."""
+    config = Config(
+        prompts=str(prompts_file), reward=str(reward_run / "brme"), output=str(tmp_path / "run"), model=tiny_model,
+        validator=str(reward_run / "single"), objective="worst_case", num_steps=5, prompts_per_step=2,
+        completions_per_prompt=4, max_tokens=8, adapted_layers=1, lora_rank=2, baseline_completions=16, save_every=1,
+        eval_completions=1, learning_rate=3e-2, keep_at_kl=(),
+    )  # fmt: skip
+    gains = (0.0, 1.0, 3.0, 0.5, 1.0)
+
+    def run(config: Config, first: int = 0) -> Run:
+        left = iter(gains[first:])
+        monkeypatch.setattr(Validator, "metrics", lambda *_: {"validator": next(left)})
+        return train_policy.run(config)
+
+    out = run(config)
+    told = {"step": 2, "kl": out.metrics()[2]["kl"], "validator": 2.0}
+    assert (out.results or {})["best"] == best_of(out.folder) == told
+    short = train_policy.run(replace(config, validator="", num_steps=2, output=str(tmp_path / "short")))
+    kept = load_file(out.folder / "best" / "adapter_model.safetensors")
+    ended = load_file(short.folder / "policy" / "adapter_model.safetensors")
+    assert ended.keys() == kept.keys()
+    assert all(torch.equal(ended[name], kept[name]) for name in ended)
+
+    parts = replace(config, output=str(tmp_path / "parts"))
+    run(replace(parts, num_steps=2))
+    again = run(parts, first=2)
+    assert best_of(again.folder) == told
+    tight = run(replace(config, max_kl=told["kl"] * 0.99, output=str(tmp_path / "tight")))
+    assert ((tight.results or {})["best"] or {"step": 1})["step"] < 2
 
 
 @pytest.mark.slow

@@ -144,12 +144,13 @@ def test_a_page_shows_what_a_validator_sees(tmp_path: Path) -> None:
     folder = policy(tmp_path / "run")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     (folder / "metrics.jsonl").unlink()
-    seen = [
-        {"validator": 0.06 * row["step"], "shortfall": 0.0} | ({"transfer": 0.6} if row["step"] else {}) for row in rows
-    ]
+    seen = [{"validator": 0.06 * row["step"]} | ({"transfer": 0.6} if row["step"] else {}) for row in rows]
     write_jsonl(folder / "metrics.jsonl", [row | more for row, more in zip(rows, seen, strict=True)])
+    results = json.loads((folder / "results.json").read_text())
+    write_json(folder / "results.json", results | {"best": {"step": 7, "kl": 3.51, "validator": 0.4}})
     page = page_of(folder)
     text = page.text.replace("\xa0", " ")
+    assert "The validator likes the policy of step 7 best, at KL 3.5." in text
     assert "The validator saw 60 % of what the reward gained, at the end." in text
     assert "What the validator sees of it" in text
     assert sum(tag == "svg" for tag, _ in page.tags) == 8

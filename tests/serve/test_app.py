@@ -192,16 +192,6 @@ def test_transfer_is_the_validators_gain_over_the_rewards() -> None:
     assert transfer(4.5, 3.0) == 0.0
     assert math.isnan(transfer(0.55, 9.0))  # a gain of .05 is noise
 
-    def alarm() -> float:
-        return float(next(x for x in metrics.page().decode().splitlines() if x.startswith("poise_alarm ")).split()[1])
-
-    transfer(4.5, 9.0)  # the monitor reads three steps at a time: all of the gain was seen in the last two
-    transfer(4.5, 11.0)
-    assert alarm() == 0.0
-    for _ in range(3):
-        transfer(4.5, 5.0)  # a fourth of it
-    assert alarm() == 1.0
-
 
 def test_callers_at_once_are_one_batch_and_get_their_own_answers(scorer: Scorer) -> None:
     samples = [Sample(f"Review number {i % 4}.", f"It is a good one, {i}.") for i in range(64)]

@@ -158,6 +158,8 @@ def _train_policy(config: Any, done: Run) -> Ending:
         ("gold", "not read: whether people like the texts is not known"),
     ]
     folder = str(done.folder)
+    if best := results.get("best"):
+        rows.insert(3, ("validator", f"likes step {best['step']} best, at KL {best['kl']:.1f}: {done.folder / 'best'}"))
     warnings = [*card_warnings(_taken(config, config.reward)), *card_warnings(done.folder)]
     if (ended := _mean(steps, "ended")) < 0.5:
         which = "every completion was" if ended == 0.0 else f"{1 - ended:.0%} of the completions were"

@@ -10,12 +10,10 @@ Signs, each larger when more suspicious; `recent` is a mean over the last `windo
     reward                                        (recent - first) / std of the reward over completions at first
     kl                                            sqrt(2 * recent): a shift of that many std, were policies Gaussian
     transfer                                      1 - recent transfer ratio of a validator (`transfer_ratio`)
-    shortfall                                     recent * sqrt(window), of a validator (`shortfall`)
     divergence                                    smaller of: rise of nominal over its scale, fall of worst_case or
                                                   lower_bound over its scale, both between the last two windows; >= 0
 
-The score is the largest sign over its limit, among the signs that have a limit; where a validator watches, shortfall
-alone counts. The alarm is score > threshold. A
+The score is the largest sign over its limit, among the signs that have a limit; the alarm is score > threshold. A
 statistic that is not logged, is not finite, or cannot vary (the gap of a single head) gives no sign, so the same
 monitor reads heads of any number, and runs without texts.
 
@@ -25,10 +23,6 @@ between seeds. Healthy means that gold was still rising or never fell. There wer
 all five runs whose gold fell: 4 steps after the peak (median), and before gold was .25 below it. It also fired in two
 of the four runs whose gold did not fall; their texts were converging to one sentence for every prompt. All runs are of
 one task, one model and one length of text: for others, set `limits` by `highest` on runs that people found good.
-
-With a validator the alarm is another one: it is sure that the validator sees less than SEEN of what the reward has
-gained. SEEN, the window and the limit were chosen on 24 runs of the frontier, seeds 200 to 204, and shown on later
-seeds (experiments/validator_alarm.py); drifts alone had fired in vain in most of these runs.
 """
 
 import itertools
@@ -49,14 +43,12 @@ DRIFTS: dict[str, tuple[int, float]] = {
 }  # fmt: skip
 RELATIVE = 0.05
 BOUNDS = ("worst_case", "lower_bound")
-OF_A_VALIDATOR = ("transfer", "shortfall")
-STATISTICS = (*DRIFTS, "reward", "reward_std", "kl", *OF_A_VALIDATOR, "nominal", *BOUNDS)
+STATISTICS = (*DRIFTS, "reward", "reward_std", "kl", "transfer", "nominal", *BOUNDS)
 
 # Measured on 32 completions of at most 20 tokens a step. A sign has a limit if, in the calibration runs, it told steps
 # past the peak of gold better than the mere number of the step did. Of the four, on the other seeds, only repetition
 # still did; and that is partly gold's own definition, which has a penalty for repeated words.
-LIMITS = {"repetition": 3.42, "variety": 9.75, "kl": 10.9, "reward": 3.61, "shortfall": 2.33}  # 2.33: 1 in 100
-SEEN = 0.7  # share of the reward's gain that a validator has to see
+LIMITS = {"repetition": 3.42, "variety": 9.75, "kl": 10.9, "reward": 3.61}
 
 
 @dataclass(frozen=True)
@@ -108,16 +100,13 @@ class Monitor:
         if self._steps <= self.config.baseline_steps:
             return Reading(0.0, False, {})
         # The transfer ratio is undefined at first; it needs no baseline, because a healthy one is 1.
-        usable = {name for name in present if len(self._first.get(name, [])) >= 2 or name in OF_A_VALIDATOR}
+        usable = {name for name in present if len(self._first.get(name, [])) >= 2 or name == "transfer"}
         found = signs(
             {name: self._first.get(name, []) for name in usable},
             {name: self._recent[name] for name in usable},
             self.config.window,
         )
-        limits = self.config.limits
-        if "shortfall" in found and "shortfall" in limits:
-            limits = {"shortfall": limits["shortfall"]}
-        score = suspicion(found, limits)
+        score = suspicion(found, self.config.limits)
         return Reading(score, score > self.config.threshold, found)
 
     def state(self) -> Json:
@@ -155,9 +144,6 @@ def signs(first: Mapping[str, Sequence[float]], recent: Mapping[str, Sequence[fl
         found["kl"] = math.sqrt(2 * max(0.0, fmean(recent["kl"][-window:])))
     if "transfer" in recent:
         found["transfer"] = 1 - fmean(recent["transfer"][-window:])
-    if "shortfall" in recent:  # the standard error of a mean over steps is smaller by the root of their number
-        last = recent["shortfall"][-window:]
-        found["shortfall"] = fmean(last) * math.sqrt(len(last))
     apart = [divergence(first, recent, bound, window) for bound in BOUNDS if {"nominal", bound} <= recent.keys()]
     return found | ({"divergence": max(apart)} if apart else {})
 
@@ -197,19 +183,6 @@ def transfer_ratio(proxy_gain: float, validator_gain: float, count: int) -> floa
     if not (math.isfinite(proxy_gain) and math.isfinite(validator_gain)) or proxy_gain < 2 / math.sqrt(count):
         return None
     return validator_gain / proxy_gain
-
-
-def shortfall(proxy_gain: float, validator_gain: float, count: int) -> float:
-    """(SEEN * proxy_gain - validator_gain) / its standard error: how sure it is that a validator sees less than SEEN.
-
-    Gains as for `transfer_ratio`. The standard error is that of two means over `count` completions with std 1 each that
-    have nothing to do with one another: sqrt((1 + SEEN^2) / count). Two rewards that agree have a smaller one, and so
-    have the completions of a trained policy: the alarm comes late rather than in vain.
-
-    >>> round(shortfall(2.0, 1.0, 149), 6), round(shortfall(2.0, 1.4, 32), 6)
-    (4.0, 0.0)
-    """
-    return (SEEN * proxy_gain - validator_gain) / math.sqrt((1 + SEEN**2) / count)
 
 
 def suspicion(found: Mapping[str, float], limits: Mapping[str, float]) -> float:

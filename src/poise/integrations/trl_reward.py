@@ -74,7 +74,7 @@ class RobustReward:
 
     Every process must call it at the same time, as TRL does: a batch is that of all of them together. Logged through
     `log_metric`: poise/nominal, worst_case, gap, disagreement, routing_std, switches, repetition, variety, truncated,
-    distance (where the model has reference texts), validator, transfer and shortfall (with a validator),
+    distance (where the model has reference texts), validator and transfer (with a validator),
     and poise/head_0 … each head's centered mean; through `log_extra` the nominal head of each completion.
 
     Picklable: the copy carries settings and scale, and loads the model where it is first called. A reward of a model
@@ -331,7 +331,7 @@ _PLAIN = {
         name: f"poise/{name}"
         for name in (
             "nominal", "worst_case", "gap", "disagreement", "routing_std", "switches", "repetition", "variety",
-            "truncated", "distance", "validator", "transfer", "shortfall",
+            "truncated", "distance", "validator", "transfer",
         )
     },
 }  # fmt: skip

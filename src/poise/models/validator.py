@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from poise.data.types import Prompt
 from poise.errors import PoiseError
-from poise.functional.monitor import shortfall, transfer_ratio
+from poise.functional.monitor import transfer_ratio
 from poise.functional.objectives import HeadRewards, Objective, RewardScale, mean
 from poise.models.scorer import Scorer, generated
 from poise.runtime.run_folder import Json
@@ -32,14 +32,10 @@ class Validator:
         self.own, self.proxy = RewardScale.fit(own, mean), RewardScale.fit(proxy, self.objective)
 
     def metrics(self, own: HeadRewards, proxy: HeadRewards) -> Json:
-        """Of one step: the validator's gain since the start, in stds; `shortfall`, how surely that is too little, in
-        standard errors; and the transfer ratio where it is defined."""
-        gain, count = self.own.combine(own, mean).mean().item(), len(own.mean)
-        proxy_gain = self.proxy.combine(proxy, self.objective).mean().item()
-        ratio = transfer_ratio(proxy_gain, gain, count)
-        return {"validator": gain, "shortfall": shortfall(proxy_gain, gain, count)} | (
-            {} if ratio is None else {"transfer": ratio}
-        )
+        """Of one step: the validator's gain since the start, in stds, and the transfer ratio where it is defined."""
+        gain = self.own.combine(own, mean).mean().item()
+        ratio = transfer_ratio(self.proxy.combine(proxy, self.objective).mean().item(), gain, len(own.mean))
+        return {"validator": gain} | ({} if ratio is None else {"transfer": ratio})
 
     def state(self) -> Json:
         """For a checkpoint."""

@@ -39,7 +39,7 @@ class Alarms:
             return kl_coef
         self.raised.append({"step": step, "score": score, "action": self.action})
         message = f"step {step}: signs of over-optimization (score {score:.2f})"
-        if "shortfall" in reading.signs and "transfer" in reading.signs:
+        if "transfer" in reading.signs:
             message += f": the validator sees {100 * (1 - reading.signs['transfer']):.0f} % of what the reward gained"
         if self.action == "pessimism":
             self.pessimism += 1

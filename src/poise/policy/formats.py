@@ -115,6 +115,16 @@ class Outcome:
     num_heads: Count
     scale: dict[str, Any]
     heads: str = ""  # which of a `poise train-reward` run's were the reward
+    best: dict[str, float] | None = None  # as best.json
+
+
+@dataclass(frozen=True)
+class BestMark:
+    """RUN/best/best.json: the policy that the validator likes best."""
+
+    step: WholeNumber
+    kl: float
+    validator: float
 
 
 @dataclass(frozen=True)
@@ -143,6 +153,7 @@ class Checkpoint:
     rung: NotNegative = 0.0
     scale_std_interval: tuple[float | None, ...] = ()  # undefined for fewer than three prompts
     validator: dict[str, Any] | None = None  # absent without one
+    best: tuple[float | None, ...] = ()  # the same
 
 
 def policy_folder(path: str) -> Path:

@@ -1,7 +1,8 @@
-"""The policies that a PPO run keeps as it moves away from its start: one at each rung of KL.
+"""The policies that a PPO run keeps as it moves away from its start: one at each rung of KL, and a validator's best.
 
 RUN/ladder/kl-5    the first policy whose completions had a KL of 5 nats or more, as RUN/policy is saved
 RUN/ladder.jsonl   rung, step and measured KL of each
+RUN/best           the policy that the validator likes best, with its step, KL and mark in best.json
 """
 
 import shutil
@@ -9,12 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from poise.models.policy import Policy
-from poise.policy.formats import RungRow
+from poise.policy.formats import BestMark, RungRow
 from poise.runtime.folders import write_folder_atomic
-from poise.runtime.records import read_rows
-from poise.runtime.run_folder import append_jsonl, is_main_process
+from poise.runtime.records import checked, parse_json, read_rows
+from poise.runtime.run_folder import Json, append_jsonl, is_main_process, write_json
 
 FILE, FOLDER = "ladder.jsonl", "ladder"
+BEST, MARK = "best", "best.json"
 
 
 class Ladder:
@@ -44,6 +46,49 @@ class Ladder:
         for place in (self.folder / FOLDER).glob("kl-*"):
             if place not in listed:
                 shutil.rmtree(place)
+
+
+class Best:
+    """The policy that a validator likes best. Every process knows the marks; one writes.
+
+    A policy's mark is the validator's gain since the start, mean over its own completions and those of the step before:
+    a single step's mean is noisy, and the largest of many is the luckiest. best: the largest so far, at least 0, the
+    start's. last: gain of the last step.
+    """
+
+    def __init__(self, run: Path):
+        self.run, self.best = run, 0.0
+        self.last: float | None = None
+
+    def keep(self, policy: Policy, step: int, kl: float, gain: float) -> None:
+        """Save the policy, over the one before, if its mark is the largest so far.
+
+        kl: nats of a completion. gain: of the validator, on the completions that this very policy sampled at `step`.
+        All processes call it together, at every step.
+        """
+        mark, self.last = None if self.last is None else (self.last + gain) / 2, gain
+        if mark is None or mark <= self.best:
+            return
+        self.best, weights = mark, policy.weights()
+        if is_main_process():
+            with write_folder_atomic(self.run / BEST) as scratch:
+                policy.save(str(scratch), weights)
+                write_json(scratch / MARK, {"step": step, "kl": kl, "validator": mark})
+
+    def state(self) -> tuple[float | None, ...]:
+        """For a checkpoint. A run that goes on from it writes RUN/best again where it had."""
+        return (self.best, self.last)
+
+    def restore(self, state: Sequence[float | None]) -> None:
+        """Inverse of `state`; an empty one is of a version that kept no best."""
+        if state:
+            self.best, self.last = state[0] or 0.0, state[1]
+
+
+def best_of(run: Path) -> Json | None:
+    """Step, KL and mark of the policy in RUN/best; None if there is none."""
+    path = run / BEST / MARK
+    return checked(parse_json(path.read_text(encoding="utf-8")), BestMark, str(path)) if path.exists() else None
 
 
 def kept_policies(run: Path) -> dict[float, Path]:

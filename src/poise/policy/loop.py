@@ -3,10 +3,8 @@
 import contextlib
 import math
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,13 +41,13 @@ from poise.models.validator import Validator
 from poise.policy.alarms import Alarms
 from poise.policy.config import Config
 from poise.policy.formats import Checkpoint
-from poise.policy.ladder import Ladder
+from poise.policy.ladder import Best, Ladder
 from poise.policy.reward import Baselines, PolicyReward, gather, std_interval
 from poise.policy.sampling import sample_rows
 from poise.policy.update import Learner
 from poise.runtime import distributed as processes
 from poise.runtime.folders import write_file_atomic
-from poise.runtime.progress import console
+from poise.runtime.progress import Clock, console
 from poise.runtime.records import checked, undefined_as_none
 from poise.runtime.run_folder import Json, Run, append_jsonl, is_main_process, keep_rows_before
 
@@ -87,7 +85,7 @@ class Training:
         self.validator = Validator(config.validator, self.reward.objective) if config.validator else None
         self.scale_interval: tuple[float, float] = (math.nan, math.nan)
         self.step, self.kl_coef, self.alarms = 0, config.kl_coef, Alarms(config.on_alarm, config.alarm_threshold)
-        self.ladder = Ladder(out.folder, config.keep_at_kl)
+        self.ladder, self.best = Ladder(out.folder, config.keep_at_kl), Best(out.folder)
         self._rereading_checked = False
         self._resume_or_start()
 
@@ -95,7 +93,7 @@ class Training:
 
     def one_step(self) -> Json:
         """Sample, score, improve, log; an alarm changes or ends what follows. Returns the step's metrics."""
-        config, clock = self.config, _Clock()
+        config, clock = self.config, Clock()
         batch = self._batch()[processes.share(config.prompts_per_step)]
         rollout = self.policy.sample(batch, self._uniforms(), read_again=False)
         texts = self.policy.texts(rollout)
@@ -110,7 +108,10 @@ class Training:
             watching = self.validator
             validated = watching.metrics(gather(watching.heads(batch, texts)), heads) if watching else {}
         facts = processes.gathered(_facts(rollout, reference, self.policy.end_ids))
-        self.ladder.keep(self.policy, self.step, facts.mean(0)[_FACTS.index("kl")].item())
+        kl = facts.mean(0)[_FACTS.index("kl")].item()
+        self.ladder.keep(self.policy, self.step, kl)
+        if validated and (config.max_kl is None or kl <= config.max_kl):
+            self.best.keep(self.policy, self.step, kl, validated["validator"])
         score = self._score(heads, ended=facts[:, _FACTS.index("ended")])
         clock.lap("score")
         mine = processes.share(len(score))
@@ -282,7 +283,7 @@ class Training:
             "scale": self.reward.scale.to_json(),
             "objective_parameter": parameter(self.reward.objective), "num_truncated": self.reward.num_truncated,
             "scale_std_interval": undefined_as_none(self.scale_interval),
-            **({"validator": self.validator.state()} if self.validator else {}),
+            **({"validator": self.validator.state(), "best": self.best.state()} if self.validator else {}),
         } | self.alarms.state()  # fmt: skip
 
     def _return_to(self, saved: Json) -> None:
@@ -297,6 +298,7 @@ class Training:
         self.scale_interval = (low, high)
         if self.validator:
             self.validator.restore(saved["validator"])
+            self.best.restore(saved.get("best", ()))
         value = saved.get("objective_parameter")
         if "objective_parameter" not in saved:
             self.reward.objective = self._objective(max(self.step - 1, 0))
@@ -387,14 +389,3 @@ def _facts(rollout: Rollout, reference: Tensor, end_ids: list[int]) -> Tensor:
         (logprob * mask).sum(-1), mask.sum(-1), ended,
     )  # fmt: skip
     return torch.stack(columns, -1).cpu()
-
-
-class _Clock:
-    def __init__(self) -> None:
-        self.seconds: dict[str, Any] = {}
-        self._last = time.monotonic()
-
-    def lap(self, name: str) -> None:
-        now = time.monotonic()
-        self.seconds[f"{name}_seconds"] = round(now - self._last, 3)
-        self._last = now

@@ -37,6 +37,7 @@ from poise.models.row_check import row_check_of
 from poise.models.run_heads import is_run, kinds_in, reward_folder
 from poise.policy.config import Config
 from poise.policy.formats import BenchmarkRow, StepRow
+from poise.policy.ladder import best_of
 from poise.policy.loop import Training, cut_off, note_of
 from poise.policy.reward import PolicyReward
 from poise.policy.sampling import sample_policy
@@ -183,6 +184,7 @@ def _ppo(
         "steps": training.step,
         "ended_by": training.alarms.ended or "num_steps",
         "alarms": training.alarms.raised,
+        "best": best_of(out.folder) if training.validator else None,
         "scale_std_interval": undefined_as_none(training.scale_interval),
     }
     return training.policy, training.reward, results

@@ -129,14 +129,13 @@ GLOSSARY = {
     "disagreement": "Std of the heads’ mean rewards.",
     "routing std": "Std that the nominal head gives itself.",
     "ended": "Share of completions that ended by themselves; the others were cut at the largest length.",
-    "monitor": "An online sign of over-optimization; it compares a run with its own first steps or, where "
-    "there is one, the reward with its validator, and reads no gold.",
+    "monitor": "An online sign of over-optimization; it compares a run with its own first steps, and reads no gold.",
     "gold": "A reference score that stands for human judgment. No training reads it.",
     "proxy": "The learned reward that is optimized in place of human judgment.",
     "accuracy": "Share of pairs that the reward model orders as people did; a coin has 50 %.",
     "NLL": "Negative log-likelihood of people’s choices, in nats a pair; a coin has 0.693.",
     "AUROC": "How often a wrongly ordered pair has the larger uncertainty than a rightly ordered one; a coin has 0.50.",
-    "validator": "Another reward model that is only watched: nothing is trained on, or selected by, what it says.",
+    "validator": "Another reward model that is only watched: nothing is trained on what it says.",
     "transfer": "The validator’s gain divided by the reward’s own, each in stds of the initial completions.",
     "best-of-n": "Of n completions the one with the highest reward.",
 }

@@ -142,12 +142,7 @@ def _limits(settings: Json) -> str:
         f"Trained on the prompts of {markdown_code(public_name(settings['prompts']))}, on completions of at most "
         f"{settings['max_tokens']} tokens, sampled at temperature 1 from the whole distribution. What it writes "
         f"to other prompts, at greater length or by greedy decoding was not looked at.",
-        "That the monitor is silent proves nothing: it "
-        + (
-            "compares the reward with one other reward model, and what both like, it does not see."
-            if settings.get("validator")
-            else "compares a run with its own first steps only."
-        ),
+        "That the monitor is silent proves nothing: it compares a run with its own first steps only.",
     ]
     return "\n".join(f"- {line}" for line in lines)
 

@@ -96,14 +96,20 @@ def findings(run: PolicyRun) -> list[Verdict]:
     if run.alarms:
         steps = ", ".join(map(str, run.alarms[:5])) + (" …" if len(run.alarms) > 5 else "")
         found.insert(0, Verdict("worse", f"The monitor saw signs of over-optimization: step {steps}."))
-    if (seen := run.mean_of("transfer", slice(-3, None))) is not None:
-        found.insert(
-            1, Verdict("unclear", f"The validator saw {percent(seen, 0)} of what the reward gained, at the end.")
-        )
+    found += [Verdict("unclear", text) for text in _of_the_validator(run)]
     found.append(
         Verdict("unclear", "A higher reward is what it was trained for, and no evidence of better text: read some.")
     )
     return found
+
+
+def _of_the_validator(run: PolicyRun) -> list[str]:
+    text = []
+    if (seen := run.mean_of("transfer", slice(-3, None))) is not None:
+        text.append(f"The validator saw {percent(seen, 0)} of what the reward gained, at the end.")
+    if best := (run.results or {}).get("best"):
+        text.append(f"The validator likes the policy of step {best['step']} best, at KL {number(best['kl'], 1)}.")
+    return text
 
 
 def warnings(run: PolicyRun) -> list[str]:

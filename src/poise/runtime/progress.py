@@ -121,3 +121,17 @@ def finish_the_step() -> Iterator[Callable[[], bool]]:
     finally:
         for kind, handler in zip(kinds, before, strict=True):
             signal.signal(kind, handler)
+
+
+class Clock:
+    """Seconds of the parts of a step. seconds: `NAME_seconds` of every part so far, rounded to milliseconds."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, Any] = {}
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        """The part `name` is over."""
+        now = time.monotonic()
+        self.seconds[f"{name}_seconds"] = round(now - self._last, 3)
+        self._last = now

@@ -12,7 +12,7 @@ from statistics import fmean, pstdev
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, generate_latest
 
 from poise.data.types import Sample
-from poise.functional.monitor import Monitor, shortfall, text_signs, transfer_ratio
+from poise.functional.monitor import Monitor, text_signs, transfer_ratio
 from poise.runtime.progress import console
 from poise.runtime.run_folder import Json, append_jsonl
 
@@ -99,22 +99,19 @@ class Metrics:
         self._gathered.clear()
         names = [name for name in _READ if all(name in row for row in rows)]
         stats = {name: fmean(row[name] for row in rows) for name in names} | text_signs(texts)
-        if all("validator" in row for row in rows):
-            stats |= self._watch_transfer([row["reward"] for row in rows], [row["validator"] for row in rows])
         reading = self._monitor.update(stats | {"reward_std": pstdev(row["reward"] for row in rows)})
         self._suspicion.set(reading.score)
         self._alarm.set(reading.alarm)
+        if all("validator" in row for row in rows):
+            self._watch_transfer([row["reward"] for row in rows], [row["validator"] for row in rows])
 
-    def _watch_transfer(self, reward: Sequence[float], validator: Sequence[float]) -> dict[str, float]:
-        """What the monitor reads of the validator. Gains are those since the first reading; there is no ratio while the
-        reward has gained next to nothing."""
+    def _watch_transfer(self, reward: Sequence[float], validator: Sequence[float]) -> None:
+        """Gains are those since the first reading; there is no ratio while the reward has gained next to nothing."""
         if self._start is None:
             self._start = (fmean(reward), pstdev(reward), fmean(validator), pstdev(validator))
-            return {}
+            return
         zero, unit, other_zero, other_unit = self._start
-        if not (unit > 0 and other_unit > 0):
-            return {}
-        gain, other = (fmean(reward) - zero) / unit, (fmean(validator) - other_zero) / other_unit
-        ratio = transfer_ratio(gain, other, len(reward))
-        self._transfer.set(math.nan if ratio is None else ratio)
-        return {"shortfall": shortfall(gain, other, len(reward))}
+        if unit > 0 and other_unit > 0:
+            gain, other = (fmean(reward) - zero) / unit, (fmean(validator) - other_zero) / other_unit
+            ratio = transfer_ratio(gain, other, len(reward))
+            self._transfer.set(math.nan if ratio is None else ratio)
