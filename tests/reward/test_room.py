@@ -59,3 +59,13 @@ def test_no_prompt_is_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_too_few_prompts_are_refused() -> None:
     with pytest.raises(PoiseError, match="19 prompts are too few"):
         room(labeled(38, 4), np.arange(38) % 19, torch.randn(2, 4), 0)
+
+
+def test_a_half_is_one_of_the_pairs_where_prompts_have_more_or_fewer() -> None:
+    """Twenty prompts of one pair and twenty of ten: half of the prompts would be anything from a tenth to nine tenths."""
+    groups = np.repeat(np.arange(40), np.where(np.arange(40) % 2, 10, 1))
+    pairs = labeled(len(groups), 8)
+    quarter, half, every = room(pairs, groups, torch.randn(2, 8), 0).num_pairs
+    assert every == pytest.approx(0.9 * len(groups), abs=1)
+    assert abs(half - every / 2) < 5  # half of the largest prompt
+    assert abs(quarter - every / 4) < 5

@@ -157,3 +157,19 @@ def test_the_command_ends_with_what_to_do_next(config: TrustConfig, capsys: pyte
     assert "--page" in said
     assert "report.html" in said
     assert main(["trust", config.reward, *options, "--objective", "typicl", "--output", config.output]) == 2
+
+
+def test_a_head_that_learns_nothing_is_said_first() -> None:
+    """48 of 100 rightly: Wilson's interval from .385 to .577 holds one half."""
+    room = {"accuracy_interval": [0.1, 0.2], "accuracy_doubled": 0.15, "seen": False}
+    held = trust.trust.agreement(np.arange(100) < 48)
+    found = trust_run._said_of_room(room | {"held_out": held})
+    assert found is not None
+    assert found.kind == "worse"
+    assert (
+        "48.0\xa0% of 100 held-out ones rightly (95\xa0% interval 38.5\xa0% to 57.7\xa0%), no better than a coin"
+        in found.text
+    )
+    sure = trust_run._said_of_room(room | {"held_out": trust.trust.agreement(np.arange(100) < 70)})
+    assert sure is not None
+    assert "There is room" in sure.text

@@ -56,6 +56,15 @@ def _said_of_room(room: Json | None) -> Verdict | None:
             f"Room cannot be told: the trunk was trained on these very pairs, so they are no longer new to it "
             f"({bounds} for twice the pairs). Give --preferences pairs that it has not seen.",
         )
+    held = room.get("held_out")  # runs of earlier versions have none
+    if held and held["interval"][0] <= 0.5:
+        ends = " to ".join(percent(end) for end in held["interval"])
+        return Verdict(
+            "worse",
+            f"A head on all of these pairs orders {percent(held['share'])} of {held['pairs']} held-out ones rightly "
+            f"(95\xa0% interval {ends}), no better than a coin: first find labels or features that it can learn from "
+            f"({bounds} for twice the pairs).",
+        )
     if low > 0:
         return Verdict(
             "better",

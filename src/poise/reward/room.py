@@ -45,7 +45,8 @@ def room(
     of its own, chosen on a part of the pairs of the first fold.
     Raises PoiseError for fewer than LEAST_GROUPS.
     """
-    names = np.unique(groups)
+    names, sizes = np.unique(groups, return_counts=True)
+    size = dict(zip(names, sizes, strict=True))
     if len(names) < LEAST_GROUPS:
         raise PoiseError(f"{len(names)} prompts are too few to take a quarter of them; {LEAST_GROUPS} are needed")
     rng = np.random.default_rng(seed)
@@ -60,8 +61,11 @@ def room(
         for fold in range(FOLDS):
             held = np.flatnonzero(np.isin(groups, names[fold::FOLDS]))
             rest = rng.permutation(np.setdiff1d(names, names[fold::FOLDS]))
+            paired = np.cumsum([size[name] for name in rest])  # some prompts have many pairs
             for i, share in enumerate(SHARES):
-                taken = rest[: round(share * len(rest))]  # nested: a larger part holds the smaller ones
+                taken = rest[
+                    : 1 + np.abs(paired - share * paired[-1]).argmin()
+                ]  # nested: a larger part holds the smaller
                 fit = np.flatnonzero(np.isin(groups, taken))
                 if share not in priors:
                     inner = np.isin(groups[fit], taken[: max(1, len(taken) // 5)])

@@ -106,10 +106,12 @@ def _room(config: Config, scorer: Scorer, pool: Sequence[Json], validator: ndarr
     pairs = pair_features(scorer.extract, preferences)
     found = room(pairs, groups, scorer.extract(samples_of(pool)).cpu(), config.seed)
     accuracy, low, high = trust.doubling(found.accuracy_SF[-1] - found.accuracy_SF[-2])
+    right = round(float(found.accuracy_SF[-1].mean()) * len(preferences))  # every pair is held out once
     results: Json = {
         "num_pairs": [round(count, 1) for count in found.num_pairs],
         "accuracy": found.accuracy_SF.mean(-1).tolist(),
         "accuracy_doubled": accuracy, "accuracy_interval": [low, high],
+        "held_out": trust.agreement(np.arange(len(preferences)) < right),
         "seen": _has_seen(Path(reward_folder(config.reward, config.objective, None)), config.preferences),
     }  # fmt: skip
     if validator is None:
