@@ -62,7 +62,7 @@ def test_too_few_prompts_are_refused() -> None:
 
 
 def test_a_half_is_one_of_the_pairs_where_prompts_have_more_or_fewer() -> None:
-    """Twenty prompts of one pair and twenty of ten: half of the prompts would be anything from a tenth to nine tenths."""
+    """Twenty prompts of one pair and twenty of ten: half of the prompts may be a tenth of the pairs, or nine tenths."""
     groups = np.repeat(np.arange(40), np.where(np.arange(40) % 2, 10, 1))
     pairs = labeled(len(groups), 8)
     quarter, half, every = room(pairs, groups, torch.randn(2, 8), 0).num_pairs
