@@ -124,7 +124,8 @@ class Config(PpoConfig):
     objectives."""
     validator: Reward = ""
     """Another reward model, of other pairs or other features, that is only watched: `validator` in metrics.jsonl is its
-    gain since the start, and `transfer` that gain over the reward's own, both in stds of the initial completions."""
+    gain since the start, and `transfer` that gain over the reward's own, both in stds of the initial completions. PPO
+    keeps the policy that it likes best in RUN/best."""
     output: str = ""
     """Run folder to write. Default: runs/policy; of a `PolicyTrainer` none is kept."""
     model: Language = DEFAULT_MODEL

@@ -4,6 +4,7 @@
     RUN/samples.jsonl     every completion of every step, with each head's mean and std
     RUN/benchmarks.jsonl  with --eval-every: mean and stderr of each benchmark, at each evaluated step
     RUN/ladder/           the first policies whose KL reached --keep-at-kl; ladder.jsonl says when
+    RUN/best/             the policy that --validator likes best
     RUN/final.jsonl       completions of the trained policy on the evaluation prompts
     RUN/policy/           LoRA adapters (PEFT format), or the whole model with --tune full
     RUN/checkpoint.safetensors   all that a killed run needs to resume and end with the same result
