@@ -7,7 +7,16 @@ from poise.errors import PoiseError
 from poise.functional.monitor import transfer_ratio
 from poise.functional.objectives import HeadRewards, Objective, RewardScale, mean
 from poise.models.scorer import Scorer, generated
+from poise.runtime.progress import console
 from poise.runtime.run_folder import Json
+
+
+def say_validator(path: str, off: str) -> None:
+    """Say that the validator of the reward's own run is watched. off: what turns it off."""
+    console.print(
+        f"validator: {path}, trained with the reward model on other pairs, is watched; {off} turns it off",
+        markup=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 class Validator:
