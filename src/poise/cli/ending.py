@@ -18,7 +18,7 @@ from poise.runtime.display import on_one_line
 from poise.runtime.run_folder import Json, Run, is_main_process
 from poise.runtime.settings import ModelPath, marks, typed_fields
 
-MOST_ROWS = 6
+MOST_ROWS = 7
 # Without a page of their own making.
 _WITHOUT_PAGE = {"train-reward", "train-policy", "best-of-n", "compare", "evaluate-policy", "trust"}
 _KEPT = {"train-reward", "train-policy", "best-of-n", "evaluate-policy", "evaluate-reward", "quickstart", "toy"}

@@ -78,6 +78,7 @@ def run(config: Config) -> Run:
     out = Run(Path(config.output))
     out.check_config(config)
     if out.results is not None:
+        _clear(out.folder)  # what a process that was killed right after the results has left
         return out
     split, held_back = read(config)  # what is wrong with the data comes before the folder
     watching = _for_validator(config) if held_back else config
@@ -322,7 +323,7 @@ def _save(
     out: Run, split: PreferenceSplit, extract: FeatureExtractor, trained: HeadTraining, judged: Json,
     validator: Json | None,
 ) -> None:  # fmt: skip
-    """Write every model, then the results; the checkpoints of trunks that are finished are deleted."""
+    """Write every model, then the results; then delete what only a run that is not finished needs."""
     collapsed = std_collapsed(trained.history)
     if extract.num_truncated:
         console.print(f"{extract.num_truncated} samples lost their oldest tokens (longer than {extract.max_length})")
@@ -345,5 +346,11 @@ def _save(
             **({"validator": validator} if validator else {}),
         }
     )  # fmt: skip
-    for name in ("trainer", "stage2/trainer", f"{_IN_TRAINING}/trainer", f"{_IN_TRAINING}/trunk"):
-        shutil.rmtree(out.folder / name, ignore_errors=True)
+    _clear(out.folder)
+
+
+def _clear(folder: Path) -> None:
+    """Delete the checkpoints of trunks that are finished, and the validator's trunk, which its own folder holds."""
+    if is_main_process():
+        for name in ("trainer", "stage2/trainer", f"{_IN_TRAINING}/trainer", f"{_IN_TRAINING}/trunk"):
+            shutil.rmtree(folder / name, ignore_errors=True)
