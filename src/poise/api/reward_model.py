@@ -16,7 +16,7 @@ from poise.data.preferences import iter_samples
 from poise.data.types import Prompt, Sample
 from poise.errors import PoiseError
 from poise.functional.objectives import HeadRewards, Objective
-from poise.integrations.trl_reward import RobustReward, validator_for
+from poise.integrations.trl_reward import RobustReward
 from poise.models.head_kinds import (
     HeadSet,
     read_head_set,
@@ -28,6 +28,7 @@ from poise.models.loading import resolve_model
 from poise.models.reward_model import HeadLayout, save_reward_model
 from poise.models.run_heads import is_run, kind_for, kinds_in
 from poise.models.scorer import Ensemble, Scorer
+from poise.models.validator import validator_for
 from poise.reward import push
 from poise.reward.config import PushConfig
 from poise.runtime.progress import console

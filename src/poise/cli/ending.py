@@ -130,7 +130,9 @@ def _train_reward(config: Any, done: Run) -> Ending:
     best = max(names, key=lambda name: names[name].get("validation_accuracy") or 0.0)
     folder = str(done.folder if {"brme", "posterior"} <= names.keys() else done.folder / best)
     train = _command("train-policy", "--reward", folder, "--prompts", config.preferences, "--model", config.model)
-    return Ending(rows, (_command("inspect", folder), train), tuple(_warned(done.folder, [*results["models"], VALIDATOR])))
+    return Ending(
+        rows, (_command("inspect", folder), train), tuple(_warned(done.folder, [*results["models"], VALIDATOR]))
+    )
 
 
 def _accuracy(model: Json) -> str:

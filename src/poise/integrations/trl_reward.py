@@ -42,10 +42,9 @@ from poise.functional.shaping import with_regret_bonus
 from poise.models.chat_format import decode_completions, encode_prompt
 from poise.models.loading import HfTokenizer
 from poise.models.reward_model import heads_fingerprint, read_layout
-from poise.models.run_heads import refuse_itself, validator_of
 from poise.models.scale_file import ScaleFile
 from poise.models.scorer import ENSEMBLE_FILE, Scorer, generated
-from poise.models.validator import Validator, say_validator
+from poise.models.validator import Validator, validator_for
 from poise.runtime.distributed import gathered_rows, process_index
 from poise.runtime.progress import console
 from poise.runtime.run_folder import Json, is_main_process
@@ -243,20 +242,6 @@ class RobustReward:
         state = hashlib.blake2b(repr(self.scorer.layout).encode(), digest_size=16)
         state.update(self.scorer.weight.float().cpu().numpy().tobytes())
         return state.hexdigest()
-
-
-def validator_for(path: str, validator: str | None) -> str | None:
-    """The validator of the reward at `path`: the one that is given, or where that is "" the run's own, said in a line.
-
-    Raises PoiseError for the reward model itself.
-    """
-    if validator:
-        refuse_itself(validator, path)
-    elif validator is not None and (found := validator_of(path)):
-        if is_main_process():
-            say_validator(found, "validator=None")
-        return found
-    return validator
 
 
 def _at_start(
