@@ -205,3 +205,26 @@ def test_it_tunes_a_trunk_of_its_own(trunk: str, preferences: Path, tiny_model: 
     ).mkdir()  # as after a kill between the results and their last deletion
     train_reward.run(config)
     assert {path.name for path in (out.folder / "validator-training").iterdir()} == left
+
+
+def test_a_run_that_was_stopped_after_its_validator_does_not_train_it_again(
+    preferences: Path, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(preferences, tmp_path / "rm", tiny_model, trunk="lora", lora_rank=2)
+    trained: list[str] = []
+    fine_tune = train_reward.fine_tune
+
+    def counted(*given: Any, **options: Any) -> Any:
+        if given[5].name == "rm" and not trained.count("rm"):
+            trained.append("rm")
+            raise KeyboardInterrupt
+        trained.append(given[5].name)
+        return fine_tune(*given, **options)
+
+    monkeypatch.setattr(train_reward, "fine_tune", counted)
+    with pytest.raises(KeyboardInterrupt):
+        train_reward.run(config)
+    weights = (tmp_path / "rm" / "validator" / "model.safetensors").read_bytes()
+    out = train_reward.run(config)
+    assert trained == ["validator-training", "rm", "rm"]
+    assert (out.folder / "validator" / "model.safetensors").read_bytes() == weights
