@@ -79,7 +79,7 @@ def synthetic(world: str, seed: int) -> dict[str, dict[str, float]]:
 def real(run: Path, test: str) -> Callable[[int], dict[str, dict[str, float]]]:
     """Accuracy on the pairs of `test`, heads trained on those of the run; a new draw of its pairs for each seed."""
     config = train_reward.Config(**load_config_file(run / "config.yaml"))
-    data = train_reward.read(config)
+    data, _ = train_reward.read(config)
     classifier, tokenizer = load_trunk(*train_reward.trunk_source(config, run))
     extract = FeatureExtractor(classifier, tokenizer, config.max_length, cached=True)
     raw, judged = (train_reward.pair_features(extract, rows) for rows in (data.preferences, read_preferences(test)))

@@ -240,6 +240,18 @@ def train_tiny_reward(preferences_file: Path, tmp_path_factory: pytest.TempPathF
     return train
 
 
+@pytest.fixture(scope="session")
+def watched_reward(tiny_model: str, preferences_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `poise train-reward` run folder with a validator of its own."""
+    from poise.reward import train as train_reward
+
+    config = train_reward.Config(
+        preferences=str(preferences_file), output=str(tmp_path_factory.mktemp("run") / "watched"), model=tiny_model,
+        num_layers=1, trunk="frozen", posterior_heads=6, head_steps=30, validator_share=0.4,
+    )  # fmt: skip
+    return train_reward.run(config).folder
+
+
 @pytest.fixture(scope="module")
 def reward_folder(tiny_model: str, train_tiny_reward: Callable[[str], Path]) -> Path:
     """A run folder that the tests of a module share."""

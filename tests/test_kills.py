@@ -95,9 +95,9 @@ def policy(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Boundaries at which each command is killed, at least; docs/robustness.md counts them. All, but of the long ones.
 LEAST = {
     "export": 11, "merge": 11, "ensemble": 7, "score": 13, "score as parquet": 13, "train-reward": 8,
-    "train-policy": 6, "export again": 27,
+    "train-reward with a validator": 16, "train-policy": 6, "export again": 27,
 }  # fmt: skip
-SOME_ONLY = ("train-reward", "train-policy", "score as parquet")
+SOME_ONLY = ("train-reward", "train-reward with a validator", "train-policy", "score as parquet")
 
 
 @pytest.mark.slow
@@ -124,6 +124,11 @@ def test_a_command_killed_at_every_boundary_ends_as_an_undisturbed_one(
             "train-reward": [
                 "--preferences", str(preferences_file), "--model", tiny_model, "--num-layers", "1",
                 "--trunk", "frozen", "--head-steps", "5", "--posterior-heads", "2", "--num-heads", "2",
+            ],
+            "train-reward with a validator": [
+                "--preferences", str(preferences_file), "--model", tiny_model, "--num-layers", "1",
+                "--validator-share", "0.4", "--save-steps", "1", "--lora-rank", "2", "--epochs", "2",
+                "--head-steps", "5", "--posterior-heads", "2", "--num-heads", "2",
             ],
             "train-policy": [
                 "--prompts", str(prompts_file), "--model", tiny_model, "--reward", f"{reward}/brme",

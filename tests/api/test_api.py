@@ -365,3 +365,37 @@ def test_bounds_of_a_reward_are_those_of_the_run(rm: RewardModel, monkeypatch: p
     assert [(one.reward_floor, one.reward_ceiling, one.objective) for one in seen] == [
         (-1.0, 2.5, "mean"), (-7.0, POLICY.reward_ceiling, "mean"),
     ]  # fmt: skip
+
+
+# ---- validators ----
+
+
+def test_a_policy_watches_the_validator_of_its_reward_s_run(
+    watched_reward: Path, prompts_file: Path, tiny_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether the trainer is given the model, a reward of it, or its folder; None is none, for each of them."""
+    own = f"{watched_reward}/validator"
+    watched = RewardModel.from_pretrained(watched_reward)
+    assert watched.kinds == KINDS
+    reward = watched.reward("lower_confidence(1)")
+    assert f"validator: {own}, trained with" in capsys.readouterr().err
+    assert reward.validator == own
+    assert watched.in_memory().reward("mean").validator == ""
+    small = dataclasses.replace(POLICY, num_steps=1)
+    logged = [
+        "validator" in PolicyTrainer(tiny_model, given, prompts_file, args).train().metrics[0]
+        for args in (small, dataclasses.replace(small, validator=None))
+        for given in (watched, reward, str(watched_reward), watched.reward("mean", validator=None))
+    ]
+    assert logged == [True, True, True, False] + [False] * 4
+
+
+def test_a_validator_needs_a_folder_that_is_kept(preferences_file: Path, tiny_model: str, tmp_path: Path) -> None:
+    args = dataclasses.replace(SMALL, validator_share=0.4)
+    with pytest.raises(PoiseError, match=r"^a validator is kept in the run folder: give args an output"):
+        RewardTrainer(tiny_model, preferences_file, args).train()
+    trainer = RewardTrainer(tiny_model, preferences_file, dataclasses.replace(args, output=str(tmp_path / "rm")))
+    reward = trainer.train().reward("mean")
+    assert reward.validator == str(tmp_path / "rm" / "validator")
+    assert (tmp_path / "rm" / "validator" / "README.md").exists()
+    assert trainer.results["validator"]["num_preferences"] == 16

@@ -17,7 +17,7 @@ from poise.runtime.run_folder import Run, config_dict, write_atomic
 OLDER = Path(__file__).parent / "older"
 # What settings that came later are in such a run: without them a run folder's reward was its BRME.
 LATER = {
-    "train-reward": {"shard": False, "head_layers": 0, "adapter_diversity": 0.0},
+    "train-reward": {"shard": False, "head_layers": 0, "adapter_diversity": 0.0, "validator_share": 0.0},
     "train-policy": {
         "heads": "brme",
         "max_kl": None,

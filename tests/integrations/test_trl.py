@@ -131,7 +131,37 @@ def test_a_validator_is_watched_and_changes_nothing(reward_run: str, tmp_path: P
     Path(f"{scale}.validator").unlink()
     added = RobustReward.load(reward_run, "worst_case", ceiling=0.1, scale=scale, validator=single)
     with pytest.raises(PoiseError, match="scale of step 0 was not kept"):
-        added(PROMPTS, TEXTS, trainer_state=late)
+        added(PROMPTS, TEXTS, trainer_state=late, log_metric=log)
+
+
+def test_the_validator_of_the_reward_s_run_is_watched(watched_reward: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Said in one line, loaded by the first call that logs, and left alone by `validator=None`."""
+    own = f"{watched_reward}/validator"
+    for place in (str(watched_reward), f"{watched_reward}/single"):
+        found = RobustReward.load(place, "mean")
+        said = (
+            f"validator: {own}, trained with the reward model on other pairs, is watched; validator=None turns it off"
+        )
+        assert capsys.readouterr().err == f"{said}\n"
+        assert found.validator == own
+    logged: dict[str, float] = {}
+    found(PROMPTS, TEXTS)
+    assert (found._watching, logged) == (None, {})
+    for texts in (TEXTS, TEXTS[::-1]):
+        found(PROMPTS, texts, log_metric=logged.__setitem__)
+    means, _ = heads_of(own, PROMPTS * 2, TEXTS + TEXTS[::-1])
+    gain = (means[4:].mean() - means[:4].mean()) / means[:4].std(ddof=1)
+    assert logged["poise/validator"] == pytest.approx(gain, abs=1e-5)
+    off = RobustReward.load(str(watched_reward), "mean", validator=None)
+    other = RobustReward.load(str(watched_reward), "mean", validator=f"{watched_reward}/single")
+    assert (off.validator, other.validator) == (None, f"{watched_reward}/single")
+    assert capsys.readouterr().err == ""
+    logged.clear()
+    off(PROMPTS, TEXTS, log_metric=logged.__setitem__)
+    assert "poise/nominal" in logged
+    assert "poise/validator" not in logged
+    with pytest.raises(PoiseError, match="is the reward model itself"):
+        RobustReward.load(str(watched_reward), validator=f"{watched_reward}/brme")
 
 
 @TRL_SETS_A_DEPRECATED_DEFAULT

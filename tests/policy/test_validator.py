@@ -1,6 +1,7 @@
 """A validator watches: what it logs is recomputed from the samples, and the run is the same without it."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,17 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from conftest import rest_slow
 from poise.data.types import Sample
 from poise.errors import PoiseError
 from poise.functional.monitor import LIMITS, Monitor, transfer_ratio
 from poise.functional.objectives import HeadRewards, mean, worst_case
+from poise.models.run_heads import validator_of
 from poise.models.scorer import Scorer, generated
 from poise.models.validator import Validator
 from poise.policy import train as train_policy
 from poise.policy.config import Config
 from poise.policy.ladder import best_of
 from poise.runtime.records import read_rows
-from poise.runtime.run_folder import Run
+from poise.runtime.run_folder import Run, load_config_file
 
 
 @pytest.fixture(scope="module")
@@ -153,3 +156,96 @@ def test_the_monitor_shows_both_signs_and_its_alarm_stays() -> None:
     assert now.signs["distance"] > 3
     assert before.signs == {name: now.signs[name] for name in before.signs}
     assert not {"distance", "transfer"} & LIMITS.keys()
+
+
+# ---- the validator that the reward's own run trained ----
+
+
+def test_the_run_s_validator_is_found_from_the_run_and_from_its_heads(
+    watched_reward: Path, reward_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = str(watched_reward)
+    for reward in (run, f"{run}/", *(f"{run}/{kind}" for kind in ("single", "ensemble", "posterior", "brme"))):
+        assert validator_of(reward) == f"{run}/validator", reward
+    for reward in (
+        str(reward_run),
+        f"{reward_run}/brme",
+        f"{run}/validator",
+        "me/brme",
+        "in memory",
+        "x" * 5000,
+        "a\0",
+    ):
+        assert validator_of(reward) == "", reward
+    monkeypatch.chdir(watched_reward)
+    assert validator_of("") == ""  # no reward is not the folder that one is in
+    assert validator_of("brme") == "validator"
+
+
+@pytest.fixture
+def plain(prompts_file: Path, tiny_model: str, watched_reward: Path, tmp_path: Path) -> Config:
+    return Config(
+        prompts=str(prompts_file), reward=str(watched_reward), output=str(tmp_path / "run"), model=tiny_model,
+        num_steps=2, prompts_per_step=2, completions_per_prompt=4, max_tokens=8, adapted_layers=1, lora_rank=2,
+        baseline_completions=16, save_every=1, eval_completions=1, learning_rate=3e-2,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("inner", rest_slow(["", "/brme"]))
+def test_it_is_watched_without_being_named(
+    inner: str, plain: Config, watched_reward: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run is that of the same command with --validator RUN/validator."""
+    plain = replace(plain, reward=f"{watched_reward}{inner}")
+    out = train_policy.run(plain)
+    line = f"validator: {watched_reward}/validator, trained with the reward model on other pairs, is watched; "
+    assert f"{line}--validator None turns it off" in capsys.readouterr().err
+    assert load_config_file(out.folder / "config.yaml")["validator"] == f"{watched_reward}/validator"
+    assert "--validator" in json.loads((out.folder / "inputs.json").read_text())
+    named = replace(plain, validator=f"{watched_reward}/validator", output=f"{plain.output}-named")
+    gains = [row["validator"] for row in train_policy.run(named).metrics()]
+    assert [row["validator"] for row in out.metrics()] == gains
+    assert gains[0] != gains[1]
+
+
+def test_it_is_not_watched_where_it_is_turned_off_or_another_is_named(
+    plain: Config, reward_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    off = train_policy.run(replace(plain, validator=None))
+    assert "validator" not in capsys.readouterr().err
+    assert not any({"validator", "transfer"} & row.keys() for row in off.metrics())
+    assert "--validator" not in json.loads((off.folder / "inputs.json").read_text())
+    assert replace(plain, validator="their/rm").for_command().validator == "their/rm"
+    assert replace(plain, reward=str(reward_run)).for_command().validator == ""
+
+
+def test_a_run_goes_on_with_the_validator_it_began_with(plain: Config, watched_reward: Path, tmp_path: Path) -> None:
+    reward = tmp_path / "rm"
+    shutil.copytree(watched_reward, reward)
+    plain = replace(plain, reward=str(reward))
+    train_policy.run(plain)
+    longer = replace(plain, num_steps=3)
+    weights = reward / "validator" / "model.safetensors"
+    whole = weights.read_bytes()
+    shutil.copyfile(reward / "single" / "model.safetensors", weights)
+    with pytest.raises(PoiseError, match="was begun with other inputs: --validator changed since"):
+        train_policy.run(longer)
+    weights.write_bytes(whole)
+    shutil.move(reward / "validator", tmp_path / "away")
+    with pytest.raises(PoiseError, match=r"differs in num_steps, validator"):
+        train_policy.run(longer)
+    shutil.move(tmp_path / "away", reward / "validator")
+    assert [set(row) >= {"validator"} for row in train_policy.run(longer).metrics()] == [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("reward", "validator"),
+    [("", ""), ("", "/posterior"), ("/brme", ""), ("/brme", "/single/../brme"), ("/single", "/single/")],
+)
+def test_the_reward_model_itself_is_no_validator(
+    reward: str, validator: str, plain: Config, watched_reward: Path
+) -> None:
+    run = str(watched_reward)
+    with pytest.raises(PoiseError, match=r"^--validator is the reward model itself, which agrees with itself"):
+        replace(plain, reward=run + reward, validator=run + validator).check()
+    replace(plain, reward=f"{run}/brme", validator=f"{run}/single").check()

@@ -18,15 +18,17 @@ from poise.errors import PoiseError
 from poise.functional.objectives import RewardScale, disagreement, parse_objective, tradeoff, typical
 from poise.integrations.trl_reward import RobustReward
 from poise.models.chat_format import generation_prompt
+from poise.models.reward_model import heads_fingerprint
 from poise.models.scale_file import ScaleFile
 from poise.models.scorer import Ensemble, Scorer
 from poise.serve import app as application
 from poise.serve import rewards as rewarding
 from poise.serve.app import Limits, make_app
-from poise.serve.backend import of_scorer
+from poise.serve.backend import of_scorer, validator
 from poise.serve.config import ServeConfig
 from poise.serve.metrics import Metrics
 from poise.serve.rewards import Rewards
+from poise.serve.server import rewards_of
 
 OBJECTIVE = "tradeoff(0.4)"
 ROW = {
@@ -172,6 +174,30 @@ def test_a_validator_is_told_of_and_changes_nothing(scorer: Scorer) -> None:
 
     watched.encode = refused  # type: ignore[method-assign]
     assert serve(scorer, scenario, validator=watched) == alone
+
+
+def test_the_validator_of_the_reward_s_run_is_served_by_the_process_that_reads_it(
+    watched_reward: Path, scorer: Scorer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, run = f"{watched_reward}/validator", str(watched_reward)
+    for rewards in ((run,), (f"{run}/single",)):
+        found = validator(ServeConfig(rewards))
+        assert found is not None
+        assert found.fingerprint == heads_fingerprint(own)
+        assert f"validator: {own}, trained with" in capsys.readouterr().err
+    assert validator(ServeConfig((run,), validator=None)) is None
+    assert validator(ServeConfig((run, f"{run}/single"), reference="p.jsonl")) is None
+    assert capsys.readouterr().err == ""
+    assert validator(ServeConfig((run,), backend="vllm", url=("http://a",))) is None
+    assert capsys.readouterr().err == f"no validator is watched; --validator {own} does, in this process\n"
+    other = validator(ServeConfig((run,), validator=f"{run}/single"))
+    assert other is not None
+    assert other.fingerprint == heads_fingerprint(f"{run}/single")
+    with pytest.raises(PoiseError, match="is the reward model itself"):
+        ServeConfig((run,), validator=f"{run}/brme").check()
+    watching = rewards_of(ServeConfig((run,)), of_scorer(scorer, "heads"))
+    assert watching._validator is not None
+    watching.batcher.close()
 
 
 def test_transfer_is_the_validators_gain_over_the_rewards() -> None:

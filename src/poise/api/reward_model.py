@@ -28,6 +28,7 @@ from poise.models.loading import resolve_model
 from poise.models.reward_model import HeadLayout, save_reward_model
 from poise.models.run_heads import is_run, kind_for, kinds_in
 from poise.models.scorer import Ensemble, Scorer
+from poise.models.validator import validator_for
 from poise.reward import push
 from poise.reward.config import PushConfig
 from poise.runtime.progress import console
@@ -146,13 +147,14 @@ class RewardModel:
         floor: float | int = -math.inf,
         scale: str = "",
         regret_bonus: float | int = 0.0,
+        validator: str | None = "",
     ) -> RobustReward:
         """One number per completion, for TRL's `reward_funcs` and for `PolicyTrainer`.
 
         objective: a name such as `tradeoff(0.4)`, or a function from HeadRewards (N, K) to rewards (N,). Heads are
         centered on the completions of the first call, and the rewards divided by their std there.
         ceiling, floor: bounds, in these stds. scale: JSON file that keeps these constants for a run that goes on.
-        regret_bonus: as of `RobustReward.load`.
+        regret_bonus, validator: as of `RobustReward.load`.
         Of a model with several kinds of heads that none was chosen of, an objective reads the kind it was made for, and
         a line says which.
         """
@@ -165,7 +167,7 @@ class RewardModel:
             )
         return RobustReward.of(
             model.scorer, objective, path=model.path, scale=scale, floor=float(floor), ceiling=float(ceiling),
-            regret_bonus=float(regret_bonus),
+            regret_bonus=float(regret_bonus), validator=validator_for(model.path, validator),
         )  # fmt: skip
 
     # ---- keeping it ----

@@ -55,6 +55,8 @@ class RewardTrainer:
 
         Raises PoiseError as the command does: a bad row is named by its number, starting from 1.
         """
+        if self.args.validator_share and not self.args.output:
+            raise PoiseError("a validator is kept in the run folder: give args an output, or no validator_share")
         with _run_folder(self.args.output) as folder:
             preferences = as_file(self.train_dataset, folder / "train_dataset.jsonl")
             config = replace(self.args, preferences=preferences, output=str(folder))
@@ -110,7 +112,8 @@ class PolicyTrainer:
         """model: folder or hub id of the language model; default `args.model`.
 
         reward: `RewardModel.reward(…)` or `RobustReward.load(…)`, whose objective replaces that of `args`, and whose
-        bounds do where it has any; or a reward model, which is read by `args.objective`; default `args.reward`.
+        bounds do where it has any, its validator unless `args` has one (None: there is none); or a reward model, which
+        is read by `args.objective`; default `args.reward`.
         prompts: a list of texts or conversations, rows with a `prompt`, a `datasets.Dataset`, a file; default
         `args.prompts`.
         """
@@ -141,7 +144,9 @@ class PolicyTrainer:
         """The reward in memory; None for the name of a reward model, which is loaded as a command loads it."""
         if isinstance(self.reward, RobustReward):
             return self.reward
-        return self.reward.reward(self.args.objective) if isinstance(self.reward, RewardModel) else None
+        if not isinstance(self.reward, RewardModel):
+            return None
+        return self.reward.reward(self.args.objective, validator=self.args.validator)
 
     def _place(self, given: RobustReward, folder: Path) -> str:
         """Where the reward model can be found again: a run that is kept gets a copy of one that is in memory only."""
@@ -163,6 +168,8 @@ def _with_reward(config: PolicyConfig, given: RobustReward, place: str) -> Polic
         bounds["reward_floor"] = given.floor
     if given.regret_bonus:
         bounds["regret_bonus"] = given.regret_bonus
+    if config.validator == "":
+        bounds["validator"] = given.validator
     return replace(config, reward=place, objective=given.objective, **bounds)
 
 

@@ -13,12 +13,12 @@ from typing import Any
 from poise.cli.boundary import leave_stdout
 from poise.errors import PoiseError
 from poise.models.card_warnings import card_warnings
-from poise.models.run_heads import reward_folder
+from poise.models.run_heads import VALIDATOR, reward_folder
 from poise.runtime.display import on_one_line
 from poise.runtime.run_folder import Json, Run, is_main_process
 from poise.runtime.settings import ModelPath, marks, typed_fields
 
-MOST_ROWS = 6
+MOST_ROWS = 7
 # Without a page of their own making.
 _WITHOUT_PAGE = {"train-reward", "train-policy", "best-of-n", "compare", "evaluate-policy", "trust"}
 _KEPT = {"train-reward", "train-policy", "best-of-n", "evaluate-policy", "evaluate-reward", "quickstart", "toy"}
@@ -103,7 +103,7 @@ def _reward_models(config: Any) -> Iterator[str]:
         yield from (str(Path(folder) / name) for folder in config.reward for name in names)
     for kind, value in typed_fields(config).values():
         if any(isinstance(mark, ModelPath) and mark.kind == "reward model" for mark in marks(kind)):
-            yield from value if isinstance(value, tuple) else (_taken(config, value),)
+            yield from value if isinstance(value, tuple) else (_taken(config, value),) if value else ()
 
 
 def _taken(config: Any, reward: str) -> str:
@@ -123,12 +123,16 @@ def _train_reward(config: Any, done: Run) -> Ending:
     longer = next((model.get("length_accuracy") for model in results["models"].values()), None)
     if longer is not None:
         rows.append(("longer answer", f"{longer:.1%}, for comparison"))
+    if of_validator := results.get(VALIDATOR):
+        rows.append((VALIDATOR, _accuracy(of_validator["models"][VALIDATOR])))
     rows.append(("pairs", f"{results['num_train']} to train on, {results['num_validation']} for validation"))
     names = results["models"]
     best = max(names, key=lambda name: names[name].get("validation_accuracy") or 0.0)
     folder = str(done.folder if {"brme", "posterior"} <= names.keys() else done.folder / best)
     train = _command("train-policy", "--reward", folder, "--prompts", config.preferences, "--model", config.model)
-    return Ending(rows, (_command("inspect", folder), train), tuple(_warned(done.folder, results["models"])))
+    return Ending(
+        rows, (_command("inspect", folder), train), tuple(_warned(done.folder, [*results["models"], VALIDATOR]))
+    )
 
 
 def _accuracy(model: Json) -> str:

@@ -46,7 +46,10 @@ def app(given: dict[str, Any]) -> Any:
     Raises PoiseError for another name or a value that is none.
     """
     rest = dict(given)
-    options: dict[str, Any] = {"rewards": tuple(filter(None, str(rest.pop("rewards", "")).split(",")))}
+    # No validator: each replica would compare with the start of its own life, not with that of the training.
+    options: dict[str, Any] = {
+        "rewards": tuple(filter(None, str(rest.pop("rewards", "")).split(","))), "validator": None,
+    }  # fmt: skip
     options |= {name: str(rest.pop(name)) for name in _TEXTS if name in rest}
     replicas, gpus = str(rest.pop("num_replicas", 1)), rest.pop("num_gpus", 0)
     try:

@@ -44,7 +44,7 @@ from poise.models.loading import HfTokenizer
 from poise.models.reward_model import heads_fingerprint, read_layout
 from poise.models.scale_file import ScaleFile
 from poise.models.scorer import ENSEMBLE_FILE, Scorer, generated
-from poise.models.validator import Validator
+from poise.models.validator import Validator, validator_for
 from poise.runtime.distributed import gathered_rows, process_index
 from poise.runtime.progress import console
 from poise.runtime.run_folder import Json, is_main_process
@@ -94,7 +94,7 @@ class RobustReward:
         floor: float,
         ceiling: float,
         regret_bonus: float = 0.0,
-        validator: str = "",
+        validator: str | None = "",
     ):
         if not 0.0 <= regret_bonus < math.inf:
             raise PoiseError(f"a regret bonus must be at least 0 and finite, got {regret_bonus:g}")
@@ -119,11 +119,11 @@ class RobustReward:
         floor: float = -math.inf,
         ceiling: float = math.inf,
         regret_bonus: float = 0.0,
-        validator: str = "",
+        validator: str | None = "",
     ) -> "RobustReward":
         """From a model in memory; the others as of `load`.
 
-        path: where the model came from, if it can be loaded there again.
+        path: where the model came from, if it can be loaded there again. validator: "" is none, too.
         """
         length = scorer.extract.max_length
         reward = RobustReward(path, objective, scale, length, floor, ceiling, regret_bonus, validator)
@@ -142,7 +142,7 @@ class RobustReward:
         floor: float = -math.inf,
         ceiling: float = math.inf,
         regret_bonus: float = 0.0,
-        validator: str = "",
+        validator: str | None = "",
     ) -> "RobustReward":
         """From a checkpoint folder, a hub id, a `poise train-reward` run or an ensemble.
 
@@ -153,12 +153,15 @@ class RobustReward:
         regret_bonus: what one completion of each prompt gets on top (`poise.functional.shaping.regret_bonus`), in these
         stds. All completions of a prompt must come in one call, as TRL gives them.
         validator: another reward model, of other pairs or other features, that is only watched: its gain since the
-        start, and that gain over the reward's own, are logged.
-        Raises PoiseError for an unknown objective, one that means nothing for the model's heads, or a model of several
-        labels without a `poise` block. The weights are read on the first call, when the process knows its device.
+        start, and that gain over the reward's own, are logged. Default: the one that the reward's run trained
+        (`poise train-reward --validator-share`), if it did, and a line says so; None: none.
+        Raises PoiseError for an unknown objective, one that means nothing for the model's heads, a model of several
+        labels without a `poise` block, or a validator that is the reward model. The weights are read on the first call,
+        when the process knows its device, those of the validator on the first call that logs.
         """
         if isinstance(objective, str) and not (Path(path) / ENSEMBLE_FILE).exists():
             read_layout(path).check_objective(objective)
+        validator = validator_for(path, validator)
         return RobustReward(path, objective, scale, max_length, floor, ceiling, regret_bonus, validator)
 
     @property
@@ -183,12 +186,13 @@ class RobustReward:
         step = getattr(columns.get("trainer_state"), "global_step", 0)
         if self.fitted is None:  # one process that can read the file is enough: folders may not be shared
             self.fitted = next((saved for _, _, saved in parts if saved), None) or self._fit(heads, step)
-        watched = self._watch(own, heads, step) if self.validator else {}
+        log_metric = columns.get("log_metric")
+        watched = self._watch(self.validator, own, heads, step) if self.validator and log_metric else {}
         reward = self.fitted.combine(heads, self.combine)
         if not reward.isfinite().all():
             raise PoiseError(f"the reward of {samples[int((~reward.isfinite()).nonzero()[0])]} is not finite")
         self.last = Scored(samples, heads, reward)
-        if log_metric := columns.get("log_metric"):
+        if log_metric:
             logged = statistics(samples, self.fitted.centered(heads))
             logged |= watched
             logged["truncated"] = (self.scorer.num_truncated - before) / len(own)
@@ -201,10 +205,10 @@ class RobustReward:
         asked, texts = [sample.prompt for sample in samples], [sample.completion for sample in samples]
         return with_regret_bonus(reward, asked, texts, self.regret_bonus)[mine].tolist()
 
-    def _watch(self, own: Sequence[Sample], heads: HeadRewards, step: int) -> dict[str, float]:
+    def _watch(self, validator: str, own: Sequence[Sample], heads: HeadRewards, step: int) -> dict[str, float]:
         """What the validator says of the completions of all processes, of which `heads` are the reward's."""
         assert self.fitted is not None
-        watching = self._watching = self._watching or Validator(self.validator, self.combine)
+        watching = self._watching = self._watching or Validator(validator, self.combine)
         file = self._file(watching) if self.scale else None
         scored = watching.heads([one.prompt for one in own], [[one.completion] for one in own])
         parts = gathered_rows([(scored, file.read() if file and self.watched is None else None)])

@@ -1,10 +1,13 @@
-"""Which kind of heads of a `poise train-reward` run an objective reads. Does not import torch."""
+"""What of a `poise train-reward` run is the reward, and what its validator. Does not import torch."""
 
 from pathlib import Path
 
 from poise.errors import PoiseError
 from poise.functional.objective_names import read_objective
 from poise.models.choices import HEAD_KINDS, HeadKind
+from poise.models.formats import checkpoint_folder
+
+VALIDATOR = "validator"  # its folder in a run
 
 
 def kind_for(objective: str) -> HeadKind:
@@ -43,3 +46,31 @@ def reward_folder(path: str, objective: str, heads: HeadKind | None = None) -> s
     if kind not in kinds_in(Path(path)):
         raise PoiseError(f"{path} has no {kind} heads; --heads takes one of {', '.join(kinds_in(Path(path)))}")
     return str(Path(path) / kind)
+
+
+def validator_of(reward: str) -> str:
+    """The validator that the run of a reward trained (--validator-share); "" if there is none.
+
+    reward: a `poise train-reward` run, or the checkpoint of one kind of heads in it.
+    """
+    folder = Path(reward)
+    run = folder.parent if folder.name in HEAD_KINDS else folder
+    try:
+        found = bool(reward) and is_run(str(run)) and (run / VALIDATOR / "config.json").exists()
+    except (OSError, ValueError):
+        return ""  # no name of a folder
+    return str(run / VALIDATOR) if found else ""
+
+
+def refuse_itself(validator: str, reward: str, taken: str = "") -> None:
+    """Raise PoiseError for a validator that is the reward model: transfer would be 1 at every step.
+
+    taken: the checkpoint that the reward means, where an objective chooses among those of a run.
+    """
+    try:
+        same = Path(validator).resolve() == Path(reward).resolve()
+        same |= Path(checkpoint_folder(validator)).resolve() == Path(taken or checkpoint_folder(reward)).resolve()
+    except (OSError, ValueError):
+        return  # no name of a folder, which whoever reads it says
+    if reward and same:
+        raise PoiseError("--validator is the reward model itself, which agrees with itself; name another one")

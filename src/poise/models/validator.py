@@ -6,8 +6,32 @@ from poise.data.types import Prompt
 from poise.errors import PoiseError
 from poise.functional.monitor import transfer_ratio
 from poise.functional.objectives import HeadRewards, Objective, RewardScale, mean
+from poise.models.run_heads import refuse_itself, validator_of
 from poise.models.scorer import Scorer, generated
-from poise.runtime.run_folder import Json
+from poise.runtime.progress import console
+from poise.runtime.run_folder import Json, is_main_process
+
+
+def say_validator(path: str, off: str) -> None:
+    """Say that the validator of the reward's own run is watched. off: what turns it off."""
+    console.print(
+        f"validator: {path}, trained with the reward model on other pairs, is watched; {off} turns it off",
+        markup=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def validator_for(path: str, validator: str | None) -> str | None:
+    """The validator of the reward at `path`: the one that is given, or where that is "" the run's own, said in a line.
+
+    Raises PoiseError for the reward model itself.
+    """
+    if validator:
+        refuse_itself(validator, path)
+    elif validator is not None and (found := validator_of(path)):
+        if is_main_process():
+            say_validator(found, "validator=None")
+        return found
+    return validator
 
 
 class Validator:

@@ -17,6 +17,7 @@ from poise.functional.monitor import MonitorConfig
 from poise.functional.objective_names import PARAMETERS, Shaping, check_parameter, read_objective
 from poise.integrations.lm_eval_tasks import DEFAULT_TASKS, MAX_TOKENS
 from poise.models.choices import DEFAULT_MODEL, HeadKind, Tune, ValueTrunk
+from poise.models.run_heads import refuse_itself, reward_folder, validator_of
 from poise.policy.formats import policy_folder
 from poise.runtime.settings import (
     Bounded,
@@ -122,10 +123,11 @@ class Config(PpoConfig):
     heads: HeadKind | None = None
     """Which heads of a `poise train-reward` run to take; default: `posterior` for lower_confidence, `brme` for other
     objectives."""
-    validator: Reward = ""
+    validator: Reward | None = ""
     """Another reward model, of other pairs or other features, that is only watched: `validator` in metrics.jsonl is its
     gain since the start, and `transfer` that gain over the reward's own, both in stds of the initial completions. PPO
-    keeps the policy that it likes best in RUN/best."""
+    keeps the policy that it likes best in RUN/best. Default: the one that the reward's run trained (`poise train-reward
+    --validator-share`), if it did; None: none."""
     output: str = ""
     """Run folder to write. Default: runs/policy; of a `PolicyTrainer` none is kept."""
     model: Language = DEFAULT_MODEL
@@ -229,7 +231,8 @@ class Config(PpoConfig):
         if missing := [name for name in ("prompts", "reward") if not getattr(self, name)]:
             what = {"prompts": "name a file of prompts", "reward": "name a reward model"}[missing[0]]
             raise PoiseError(f"--{missing[0]} is missing: {what}")
-        return replace(self, output=self.output or "runs/policy")
+        validator = validator_of(self.reward) if self.validator == "" else self.validator
+        return replace(self, output=self.output or "runs/policy", validator=validator)
 
     def check(self) -> None:
         """Raise PoiseError for bad settings, before a model is loaded."""
@@ -258,6 +261,8 @@ class Config(PpoConfig):
             if PARAMETERS[name] is None:
                 raise PoiseError(f"--final-parameter: {self.objective} has no parameter to move")
             check_parameter(name, self.final_parameter)
+        if self.validator and self.reward:
+            refuse_itself(self.validator, self.reward, reward_folder(self.reward, self.objective, self.heads))
         if self.baselines and self.shaping == "none":
             raise PoiseError("--baselines is only read with --shaping contrastive or par")
         if self.shard and self.tune == "full" and self.shaping != "none" and not self.baselines:

@@ -35,7 +35,8 @@ from poise.models.loading import check_room, load_policy, resolve_model
 from poise.models.policy import Policy
 from poise.models.reward_model import files_of
 from poise.models.row_check import row_check_of
-from poise.models.run_heads import is_run, kinds_in, reward_folder
+from poise.models.run_heads import is_run, kinds_in, reward_folder, validator_of
+from poise.models.validator import say_validator
 from poise.policy.config import Config
 from poise.policy.formats import BenchmarkRow, StepRow
 from poise.policy.ladder import best_of
@@ -150,13 +151,15 @@ def _heads_taken(config: Config) -> str:
 
 
 def _say_which_heads(config: Config) -> None:
-    """Of a run folder one kind of heads is the reward: which, and how to take another."""
+    """Of a run folder one kind of heads is the reward, and its validator is watched: which, and how to take another."""
     if (taken := _heads_taken(config)) and is_main_process():
         others = ", ".join(kind for kind in kinds_in(Path(config.reward)) if kind != taken)
         console.print(
             f"reward: {config.objective} of the {taken} heads of {config.reward}; --heads takes others: {others}",
             markup=False, soft_wrap=True,
         )  # fmt: skip
+    if config.validator and config.validator == validator_of(config.reward) and is_main_process():
+        say_validator(config.validator, "--validator None")
 
 
 def _ppo(

@@ -8,13 +8,14 @@ from typing import Any
 
 from poise.models.loading import HfTokenizer, load_tokenizer
 from poise.models.model_card import front_matter, is_hub_id, public_name, validation_accuracy
+from poise.models.run_heads import VALIDATOR
 from poise.models.scoring_template import UNCHANGED, ends_where_read
 from poise.reports import plots
 from poise.reward.config import PAIR_LOSSES
 from poise.reward.formats import Trained
 from poise.runtime.display import markdown_cell, markdown_code, on_one_line
 from poise.runtime.folders import write_file_atomic
-from poise.runtime.records import read_object
+from poise.runtime.records import checked, read_object
 from poise.runtime.run_folder import Json, Run, versions_of, write_atomic
 
 WHAT = {
@@ -36,6 +37,12 @@ WHAT = {
         "Reward model of {num_heads} posterior heads",
         "{num_heads} linear heads drawn from the Laplace posterior of a conventional Bradley–Terry head. Their mean is "
         "that head; their spread grows with the distance from the preferences they were fitted to.",
+    ),
+    "validator": (
+        "Validator of a reward model",
+        "One linear head, fitted by Bradley–Terry likelihood to preferences that were held back from the reward model "
+        "it watches, on another depth of the language model. Nothing should be trained on what it says, or it no "
+        "longer tells what that reward model alone believes.",
     ),
 }
 _POINT_HEADS = (
@@ -66,6 +73,7 @@ COIN = (
     "> **No better than a coin, as far as the validation pairs can say**: the interval of its accuracy includes 50 %. "
     "Do not optimize against it."
 )
+_COIN_WATCHES = COIN.replace("Do not optimize against it.", "What it says of a reward means nothing.")
 
 
 def write_cards(out: Run, settings: Json) -> None:
@@ -81,6 +89,8 @@ def write_card(out: Run, settings: Json, name: str) -> None:
     settings: the config of its training, as plain values.
     """
     folder, results = out.folder / name, out.finished(Trained) or {}
+    if name == VALIDATOR:
+        results = checked(results.get(VALIDATOR), Trained, f"{out.folder}/results.json: validator")
     bins = results["models"][name].get("reliability")
     if bins:
         with write_file_atomic(folder / "calibration.png") as picture:
@@ -101,7 +111,9 @@ def card(name: str, block: Json, tokenizer: HfTokenizer, settings: Json, results
     model = results["models"][name]
     sections = [
         f"# {title}",
-        COIN if (model.get("validation_accuracy_interval") or [1.0])[0] <= 0.5 else "",
+        (_COIN_WATCHES if name == VALIDATOR else COIN)
+        if (model.get("validation_accuracy_interval") or [1.0])[0] <= 0.5
+        else "",
         COLLAPSED if gaussian and results.get("std_collapsed") else "",
         f"{what} A stock `AutoModelForSequenceClassification` on {_trunk(settings, results)}.",
         _ADAPTERS if block.get("adapters") else "",
@@ -235,7 +247,7 @@ def _data(settings: Json, results: Json) -> str:
     return (
         f"{results['num_preferences']} preferences from {markdown_code(public_name(settings['preferences']))}: "
         f"{results['num_train']} to train on, {results['num_validation']} held out for validation ({share}). "
-        f"{_split(results)}{truncated or 'No'} sample{'s' * (truncated > 1)} "
+        f"{_split(results)}{_held_back(results)}{truncated or 'No'} sample{'s' * (truncated > 1)} "
         f"lost the oldest tokens (longer than {settings['max_length']})."
     )
 
@@ -247,6 +259,14 @@ def _split(results: Json) -> str:
         return ""
     unit = split["unit"]
     return f"No {unit} is on both sides ({split['num_train']} and {split['num_validation']} {unit}s). "
+
+
+def _held_back(results: Json) -> str:
+    """How many other preferences trained the validator of these reward models, if any did."""
+    of_validator = results.get("validator")
+    if not of_validator:
+        return ""
+    return f"{of_validator['num_preferences']} more were held back, for the validator in the folder beside this one. "
 
 
 def _metrics(model: Json, results: Json) -> str:

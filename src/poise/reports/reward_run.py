@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from poise.models.card_warnings import card_warnings
+from poise.models.run_heads import VALIDATOR
 from poise.reports import run_plots
 from poise.reports.blocks import Cell, Chart, Charts, Made, Page, Part, Section, Table, Text
 from poise.reports.quickstart_page import REWARD_MODELS, Verdict, number, percent, read_json
@@ -21,7 +22,7 @@ def page(folder: Path) -> Page:
         return Page(title, [], [made], unfinished=text)
     models = results["models"]
     warned: dict[str, list[str]] = {}
-    for name in models:
+    for name in (*models, VALIDATOR):
         for text in card_warnings(folder / name):
             warned.setdefault(text, []).append(name)
     sections = [
@@ -29,8 +30,11 @@ def page(folder: Path) -> Page:
         Section("Figures", _figures(results, folder.resolve().name)),
         made,
     ]
+    findings = [finding(name, model, results) for name, model in models.items()]
+    if of_validator := results.get(VALIDATOR):
+        findings.append(finding(VALIDATOR, of_validator["models"][VALIDATOR], of_validator))
     return Page(
-        title, [finding(name, model, results) for name, model in models.items()], [s for s in sections if s.parts],
+        title, findings, [s for s in sections if s.parts],
         [f"{', '.join(names)}: {text}" for text, names in warned.items()], glossary=("accuracy", "NLL", "AUROC"),
     )  # fmt: skip
 
@@ -83,6 +87,11 @@ def _note(results: Json) -> Text:
         f"end of training were chosen on these pairs, so the numbers are slightly optimistic: poise evaluate-reward "
         f"judges on others."
     )
+    if of_validator := results.get(VALIDATOR):
+        text += (
+            f" The validator reads {of_validator['num_layers']} layers, the reward models {results['num_layers']}; it "
+            f"was trained on {of_validator['num_train']} other pairs and judged on {of_validator['num_validation']}."
+        )
     if cut := results.get("num_truncated"):
         text += f" {cut} texts were too long and lost their oldest tokens."
     return Text(text, "note")

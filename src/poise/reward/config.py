@@ -56,6 +56,9 @@ class Config(Settings):
     validation_share: Annotated[float, between(0, 1, open_low=True, open_high=True)] = 0.2
     """Share of the preferences held out to choose the prior and to report accuracy: whole prompts, or whole texts where
     there are few prompts."""
+    validator_share: Annotated[float, between(0, 1, open_high=True)] = 0.0
+    """Share of the preferences held back, as --validation-share is, to train a validator: one Bradley-Terry head on
+    another depth of the model, in RUN/validator, which policy training watches by itself. 0: none."""
     label_smoothing: Annotated[float, between(0, 0.5, open_high=True)] = 0.0
     """Assumed share of preferences whose chosen and rejected texts are swapped, in [0, 0.5)."""
     trunk: Trunk = "lora"

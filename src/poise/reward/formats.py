@@ -29,6 +29,7 @@ class Trained(Learning):
     models: dict[str, dict[str, Any]]
     num_truncated: WholeNumber = 0
     split: dict[str, int | str] | None = None  # versions that split pairs at random wrote none
+    validator: dict[str, Any] | None = None  # the same of it; absent without one
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,44 @@ class HeadTraining(NamedTuple):
     history: list[Json]
 
 
+class _Stage1(NamedTuple):
+    """The Bradley-Terry head. fit, held: pairs in standardized features: (raw - center) / scale.
+
+    weight_H: of the head on them, with a prior of `precision`; std: of its rewards over the training texts. single: the
+    same head, its rewards of mean 0 and std 1 there.
+    """
+
+    fit: FeaturePairs
+    held: FeaturePairs
+    center: Tensor
+    scale: Tensor
+    precision: float
+    weight_H: Tensor
+    std: Tensor
+    single: Heads
+
+
+def _stage1(config: Config, split: PreferenceSplit, raw: FeaturePairs) -> _Stage1:
+    train = raw.rows(split.train).texts_NH
+    center, scale = train.mean(0), train.std(0).clamp_min(1e-6)
+    pairs = raw.standardized(center, scale)
+    fit, held = pairs.rows(split.train), pairs.rows(split.validation)
+    precision, weight_H = choose_prior(fit, held, config.label_smoothing)
+    rewards = fit.texts_NH @ weight_H
+    middle, std = rewards.mean(), rewards.std().clamp_min(1e-12)
+    single = Heads((weight_H / std).unsqueeze(0), (middle / std).unsqueeze(0), "point")
+    return _Stage1(fit, held, center, scale, precision, weight_H, std, single)
+
+
+def single_on_features(
+    config: Config, split: PreferenceSplit, extract: FeatureExtractor, raw: FeaturePairs
+) -> TrainedModel:
+    """The head of stage 1 alone, as `train_on_features` fits it."""
+    found = _stage1(config, split, raw)
+    weight, layout = found.single.on_raw_features(found.center, found.scale, found.std.item())
+    return TrainedModel(weight, layout, None, extract)
+
+
 def train_on_features(
     config: Config, split: PreferenceSplit, extract: FeatureExtractor, raw: FeaturePairs
 ) -> HeadTraining:
@@ -60,16 +98,7 @@ def train_on_features(
 
     raw: features of all pairs of `split`, as `extract` gives them.
     """
-    train = raw.rows(split.train).texts_NH
-    center, scale = train.mean(0), train.std(0).clamp_min(1e-6)
-    pairs = raw.standardized(center, scale)
-    fit, held = pairs.rows(split.train), pairs.rows(split.validation)
-
-    precision, weight_H = choose_prior(fit, held, config.label_smoothing)
-    rewards = fit.texts_NH @ weight_H
-    middle, std = rewards.mean(), rewards.std().clamp_min(1e-12)
-    # From here on the stage-1 reward is standardized: mean 0, std 1 over the training texts.
-    single = Heads((weight_H / std).unsqueeze(0), (middle / std).unsqueeze(0), "point")
+    fit, held, center, scale, precision, weight_H, std, single = _stage1(config, split, raw)
     sources = ([p.source for p in rows] for rows in (split.fit_on, split.held_out))
     shards = make_shards(config.shards, fit, held, config.num_heads, split.generator, *sources)
     targets = Targets.of(single, fit, held)
@@ -87,7 +116,7 @@ def train_on_features(
     # A draw moves a reward by (F z).x. For raw features, in units of the standardized reward, F becomes
     # F / (scale std).
     last_layers = {"posterior": LastLayer(factor / scale.unsqueeze(-1) / std, center)}
-    reference = fit_reference(train)
+    reference = fit_reference(raw.rows(split.train).texts_NH)
     models: dict[str, TrainedModel] = {}
     for name in ("single", "ensemble", "posterior", "brme"):
         if name in heads:

@@ -22,7 +22,6 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from poise.data.preferences import Check, OnBadRow, read_preferences
 from poise.data.types import Preference, Prompt, Sample
 from poise.errors import PoiseError
 from poise.models.scorer import FeatureExtractor
@@ -48,13 +47,6 @@ class PreferenceSplit(NamedTuple):
     validation: Int[Tensor, " validation"]
     generator: torch.Generator
     unit: SplitUnit = "prompt"
-
-    @classmethod
-    def read(
-        cls, path: str, validation_share: float, seed: int, on_bad_row: OnBadRow = "error", check: Check | None = None
-    ) -> "PreferenceSplit":
-        """Read preferences and split them (see `draw`)."""
-        return cls.draw(read_preferences(path, on_bad_row, check), validation_share, seed)
 
     @classmethod
     def draw(cls, preferences: list[Preference], validation_share: float, seed: int) -> "PreferenceSplit":

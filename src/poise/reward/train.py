@@ -6,11 +6,13 @@
                     from the preferences, that of the BRME heads hardly does
     RUN/brme        stage 2: K Gaussian heads fitted to the standardized stage-1 reward (arXiv 2409.15360), the
                     Bayesian Reward Model Ensemble
+    RUN/validator   with --validator-share: one point head on another depth of the language model, from pairs that the
+                    others do not see
 
 A run reads the preferences (pairs.py), makes the trunk (trunk_training.py), fits the heads (head_training.py) and
 judges them on the validation pairs (quality.py). All models share one trunk, the first layers of the language model: as
 it is, or tuned in stage 1 (RUN/trunk, and RUN/adapter for LoRA). The trunk's features are computed once and kept in the
-feature cache.
+feature cache. The validator is made before them, in the same way and on a trunk of its own.
 """
 
 import shutil
@@ -22,18 +24,26 @@ import torch
 from torch import Tensor
 
 from poise.data.evaluation_sets import Item, Questions
+from poise.data.preferences import read_preferences
 from poise.data.types import Preference
 from poise.errors import PoiseError
 from poise.functional.objectives import mean
 from poise.models.chat_format import encode_conversation
 from poise.models.head_adapters import apart
-from poise.models.loading import HfModel, HfTokenizer, device, frozen_dtype, resolve_model
+from poise.models.loading import HfModel, HfTokenizer, device, frozen_dtype, load_config, resolve_model
 from poise.models.prompt_trials import padded_or_raise, takes_packed_rows
 from poise.models.reward_model import HeadLayout, load_trunk, save_reward_model, with_heads
 from poise.models.row_check import row_check_of
+from poise.models.run_heads import VALIDATOR
 from poise.models.scorer import FeatureExtractor, Scorer
 from poise.reward.config import Config, Stage2Trunk
-from poise.reward.head_training import HeadTraining, TrainedModel, calibrated, train_on_features
+from poise.reward.head_training import (
+    HeadTraining,
+    TrainedModel,
+    calibrated,
+    single_on_features,
+    train_on_features,
+)
 from poise.reward.heads import std_collapsed
 from poise.reward.pairs import FeaturePairs, PreferenceSplit, pair_features
 from poise.reward.quality import TextScores, judge_pairs, pairs_of
@@ -53,6 +63,7 @@ from poise.runtime.progress import console
 from poise.runtime.run_folder import Inputs, Json, Run, is_main_process
 
 _MEASURED = 500  # pairs whose answers' lengths are taken
+_IN_TRAINING = "validator-training"
 
 __all__ = ["Config", "heads_in_memory", "pair_features", "run", "trunk_source"]
 
@@ -67,14 +78,18 @@ def run(config: Config) -> Run:
     out = Run(Path(config.output))
     out.check_config(config)
     if out.results is not None:
+        _clear(out.folder)  # what a process that was killed right after the results has left
         return out
-    split = read(config)  # what is wrong with the data comes before the folder
+    split, held_back = read(config)  # what is wrong with the data comes before the folder
+    watching = _for_validator(config) if held_back else config
     out = Run.open(config.output, config, lambda: _inputs(config))
+    # First, so that a folder that holds a reward model holds its validator; and its trunk is out of memory by then.
+    validator = _train_validator(watching, out.folder, held_back) if held_back else None
     console.print(f"reward model: {split}")
     extract = make_trunk(config, out.folder, split)
     trained, held_features = fit_heads(config, out.folder, split, extract)
-    judged = judge(trained, held_features, split, config.seed)
-    _save(out, split, extract, trained, judged)
+    judged = judge(trained.models, held_features, split, config.seed)
+    _save(out, split, extract, trained, judged, validator)
     return out
 
 
@@ -95,16 +110,61 @@ def heads_in_memory(config: Config, extract: FeatureExtractor) -> dict[str, Trai
     extract: of that trunk, which several configs may share.
     """
     config.check()
-    if config.trunk != "frozen" or config.stage2_trunk != "frozen":
+    if config.trunk != "frozen" or config.stage2_trunk != "frozen" or config.validator_share:
         raise PoiseError("reward models with a trunk of their own are trained as runs")
-    split = read(config)
+    split, _ = read(config)
     return train_on_features(config, split, extract, pair_features(extract, split.preferences)).models
 
 
-def read(config: Config) -> PreferenceSplit:
-    """The preferences, split into training and validation; rows that the model's template refuses are bad rows."""
-    check = row_check_of(config.model)
-    return PreferenceSplit.read(config.preferences, config.validation_share, config.seed, config.on_bad_row, check)
+def read(config: Config) -> tuple[PreferenceSplit, PreferenceSplit | None]:
+    """The preferences, split into training and validation: the reward models', and with --validator-share its own.
+
+    The two share no prompt, or no text, as the two sides of each do not. Rows that the model's template refuses are bad
+    rows.
+    """
+    share, seed = config.validation_share, config.seed
+    preferences = read_preferences(config.preferences, config.on_bad_row, row_check_of(config.model))
+    if not config.validator_share:
+        return PreferenceSplit.draw(preferences, share, seed), None
+    try:
+        parts = PreferenceSplit.draw(preferences, config.validator_share, seed)
+        return PreferenceSplit.draw(parts.fit_on, share, seed), PreferenceSplit.draw(parts.held_out, share, seed)
+    except PoiseError as error:
+        raise PoiseError(f"--validator-share {config.validator_share:g} of {config.preferences}: {error}") from None
+
+
+# ---- the validator ----
+
+
+def _for_validator(config: Config) -> Config:
+    """The settings of the validator's training: those of the reward models on another depth of the language model.
+
+    Twice their layers where it has so many, else half of them: features that share fewer of their errors. PoiseError
+    for a model of one layer.
+    """
+    depth = load_config(resolve_model(config.model)).get_text_config().num_hidden_layers
+    layers = config.num_layers or depth
+    if layers > depth:
+        raise PoiseError(f"{config.model} has {depth} layers, --num-layers asks for {layers}")
+    if depth == 1:
+        raise PoiseError(f"--validator-share: {config.model} has one layer, and a validator reads another depth")
+    return replace(config, num_layers=2 * layers if 2 * layers <= depth else layers // 2)
+
+
+def _train_validator(config: Config, folder: Path, split: PreferenceSplit) -> Json:
+    """Train and save FOLDER/validator; returns what results.json says of it: as of the reward models.
+
+    config: of `_for_validator`. Its trunk is trained in FOLDER/validator-training, from where a killed run goes on.
+    """
+    console.print(f"validator of {config.num_layers} layer{'s' * (config.num_layers > 1)}: {split}")
+    extract = make_trunk(config, folder / _IN_TRAINING, split)
+    raw = pair_features(extract, split.preferences)
+    model = single_on_features(config, split, extract, raw)
+    judged = judge({VALIDATOR: model}, {VALIDATOR: raw.rows(split.validation)}, split, config.seed)
+    if is_main_process():
+        classifier, tokenizer = extract.classifier, extract.tokenizer
+        save_reward_model(folder / VALIDATOR, classifier, tokenizer, model.weight, model.layout)
+    return _about(split, extract, judged)
 
 
 # ---- the trunk ----
@@ -205,7 +265,9 @@ def _tune_brme(config: Config, folder: Path, trained: HeadTraining, split: Prefe
 # ---- evaluation on held-out preferences ----
 
 
-def judge(trained: HeadTraining, held_features: dict[str, FeaturePairs], split: PreferenceSplit, seed: int) -> Json:
+def judge(
+    models: dict[str, TrainedModel], held_features: dict[str, FeaturePairs], split: PreferenceSplit, seed: int
+) -> Json:
     """Results by model on the validation pairs.
 
     Those pairs chose the prior and when to stop; `poise evaluate-reward` judges on others.
@@ -218,7 +280,7 @@ def judge(trained: HeadTraining, held_features: dict[str, FeaturePairs], split: 
                 split.held_out, seed,
             ),
         }
-        for name, model in trained.models.items()
+        for name, model in models.items()
     }  # fmt: skip
 
 
@@ -246,8 +308,22 @@ def _lengths(tokenizer: HfTokenizer, preferences: list[Preference]) -> Json:
     return {"median": int(np.median(lengths)), "p90": int(np.ceil(np.quantile(lengths, 0.9)))}
 
 
-def _save(out: Run, split: PreferenceSplit, extract: FeatureExtractor, trained: HeadTraining, judged: Json) -> None:
-    """Write every model, then the results; the checkpoints of trunks that are finished are deleted."""
+def _about(split: PreferenceSplit, extract: FeatureExtractor, judged: Json) -> Json:
+    """What the results say of models: their pairs, their trunk, and how they do on the validation pairs."""
+    return {
+        "num_preferences": len(split.preferences), "num_train": len(split.train),
+        "num_validation": len(split.validation),
+        "split": dict(zip(("unit", "num_train", "num_validation"), (split.unit, *split.num_units), strict=True)),
+        "num_truncated": extract.num_truncated, "num_layers": extract.classifier.config.num_hidden_layers,
+        "models": judged,
+    }  # fmt: skip
+
+
+def _save(
+    out: Run, split: PreferenceSplit, extract: FeatureExtractor, trained: HeadTraining, judged: Json,
+    validator: Json | None,
+) -> None:  # fmt: skip
+    """Write every model, then the results; then delete what only a run that is not finished needs."""
     collapsed = std_collapsed(trained.history)
     if extract.num_truncated:
         console.print(f"{extract.num_truncated} samples lost their oldest tokens (longer than {extract.max_length})")
@@ -263,14 +339,18 @@ def _save(out: Run, split: PreferenceSplit, extract: FeatureExtractor, trained: 
         save_reward_model(out.folder / name, trunk.classifier, trunk.tokenizer, weight, layout, last_layer, reference)
     out.finish(
         {
-            "num_preferences": len(split.preferences), "num_train": len(split.train),
-            "num_validation": len(split.validation),
-            "split": dict(zip(("unit", "num_train", "num_validation"), (split.unit, *split.num_units), strict=True)),
+            **_about(split, extract, judged),
             "chosen_tokens": _lengths(extract.tokenizer, split.preferences),
-            "num_truncated": extract.num_truncated, "num_layers": extract.classifier.config.num_hidden_layers,
             "prior_precision": trained.precision, "stage1_reward_std": trained.models["single"].layout.reward_scale,
-            "stage2_history": trained.history, "std_collapsed": collapsed, "models": judged,
+            "stage2_history": trained.history, "std_collapsed": collapsed,
+            **({"validator": validator} if validator else {}),
         }
     )  # fmt: skip
-    for folder in (out.folder / "trainer", out.folder / "stage2" / "trainer"):
-        shutil.rmtree(folder, ignore_errors=True)
+    _clear(out.folder)
+
+
+def _clear(folder: Path) -> None:
+    """Delete the checkpoints of trunks that are finished, and the validator's trunk, which its own folder holds."""
+    if is_main_process():
+        for name in ("trainer", "stage2/trainer", f"{_IN_TRAINING}/trainer", f"{_IN_TRAINING}/trunk"):
+            shutil.rmtree(folder / name, ignore_errors=True)

@@ -20,7 +20,10 @@ from poise.functional.typicality import Reference, distance
 from poise.models.chat_format import HfTokenizer
 from poise.models.encoding import Encoder, Tokens
 from poise.models.reward_model import HeadLayout, heads_fingerprint
+from poise.models.run_heads import validator_of
 from poise.models.scorer import Ensemble, FeatureExtractor, Scorer
+from poise.models.validator import say_validator
+from poise.runtime.progress import console
 from poise.serve.config import ServeConfig
 
 
@@ -110,10 +113,20 @@ def local(config: ServeConfig) -> RewardModels:
 
 
 def validator(config: ServeConfig) -> RewardModels | None:
-    """The reward model that is only watched, if there is one."""
-    if not config.validator:
+    """The reward model that is only watched, if there is one.
+
+    That of the reward's own run is watched where this process reads the reward, and so has room for a model; where vLLM
+    does, a line names it.
+    """
+    path = config.validator
+    if path == "" and len(config.rewards) == 1 and (path := validator_of(config.rewards[0])):
+        if config.backend == "vllm":
+            console.print(f"no validator is watched; --validator {path} does, in this process", markup=False)
+            return None
+        say_validator(path, "--validator None")
+    if not path:
         return None
-    return of_scorer(Scorer.load(config.validator, config.max_length), heads_fingerprint(config.validator))
+    return of_scorer(Scorer.load(path, config.max_length), heads_fingerprint(path))
 
 
 def of_scorer(scorer: Scorer, fingerprint: str) -> RewardModels:

@@ -11,6 +11,7 @@ import tyro
 
 from poise.errors import PoiseError
 from poise.functional.objective_names import read_objective
+from poise.models.run_heads import refuse_itself
 from poise.runtime.settings import (
     Count,
     Preferences,
@@ -38,9 +39,10 @@ class ServeConfig(Settings):
     """Addresses of the vLLM servers, all of one reward model, e.g. http://127.0.0.1:8000."""
     objective: str = "tradeoff(0.4)"
     """How the heads become one reward, e.g. nominal, worst_case, tradeoff(0.4), lower_confidence(1)."""
-    validator: Reward = ""
+    validator: Reward | None = ""
     """Another reward model, of other pairs or other features, that is only watched: /metrics shows its reward, and how
-    much of what the reward gained it sees (`poise_transfer`). It changes no reward."""
+    much of what the reward gained it sees (`poise_transfer`). It changes no reward. Default: with `--backend local` the
+    one that the reward's run trained (`poise train-reward --validator-share`), if it did; None: none."""
     reference: Preferences = ""
     """Preferences, needed for several reward models: each one's reward is scaled to mean 0 and std 1 over their texts,
     as in `poise ensemble`."""
@@ -88,6 +90,8 @@ class ServeConfig(Settings):
             raise PoiseError("--backend vllm and --url go together")
         if self.backend == "vllm" and len(self.rewards) > 1:
             raise PoiseError("--backend vllm reads one reward model; several need --backend local")
+        if self.validator and len(self.rewards) == 1:
+            refuse_itself(self.validator, self.rewards[0])
         for url in self.url:
             check_address("--url", url)
         if not self.token() and not is_loopback(self.host):

@@ -1,15 +1,14 @@
 """The settings of `poise trust`; torch is not imported to read them."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from poise.data.preferences import OnBadRow
-from poise.errors import PoiseError
 from poise.functional.objective_names import read_objective
 from poise.models.choices import DEFAULT_MODEL
+from poise.models.run_heads import refuse_itself
 from poise.runtime.settings import Count, Language, Positive, Preferences, Prompts, Reward, Seed, at_least
 from poise.studies.judge_settings import JudgeSettings
 
@@ -58,5 +57,5 @@ class TrustConfig(JudgeSettings):
         """As `Settings.check`, the objective, and that the validator is another reward model."""
         super().check()
         read_objective(self.objective)
-        if self.validator and Path(self.validator).resolve() == Path(self.reward).resolve():
-            raise PoiseError("--validator is the reward model itself, which agrees with itself; name another one")
+        if self.validator:
+            refuse_itself(self.validator, self.reward)
