@@ -103,7 +103,7 @@ class Training:
             self.policy.check_rereading(rollout)
             self._rereading_checked = True
         clock.lap("reference")
-        with self._naming_the_step():
+        with _naming(self.step):
             heads = gather(self.reward.heads(self.policy, batch, texts, self.step))
             watching = self.validator
             validated = watching.metrics(gather(watching.heads(batch, texts)), heads) if watching else {}
@@ -115,7 +115,7 @@ class Training:
         score = self._score(heads, ended=facts[:, _FACTS.index("ended")])
         clock.lap("score")
         mine = processes.share(len(score))
-        with self._naming_the_step():
+        with _naming(self.step):
             paid = self.reward.with_bonus(score[mine], batch, texts)
             losses = self.learner.improve(rollout, paid, reference, self.kl_coef, self._pace(score))
         clock.lap("update")
@@ -217,13 +217,6 @@ class Training:
         if config.kl_target is not None:
             num = config.prompts_per_step * config.completions_per_prompt
             self.kl_coef = adaptive_kl_coef(self.kl_coef, metrics["kl"], config.kl_target, config.kl_horizon, num)
-
-    @contextlib.contextmanager
-    def _naming_the_step(self) -> Iterator[None]:
-        try:
-            yield
-        except PoiseError as error:
-            raise PoiseError(f"step {self.step}: {error}; the last checkpoint is kept") from None
 
     def _watch_budget(self, kl: float) -> None:
         """Keep the checkpoint that this step began with if it is within --max-kl; otherwise end the run."""
@@ -355,6 +348,15 @@ class Training:
         if is_main_process() and math.isfinite(self.scale_interval[0]):
             low, high = self.scale_interval
             console.print(f"unit of the reward: {scale.std:.3g}, 95 % interval {low:.3g} to {high:.3g}")
+
+
+@contextlib.contextmanager
+def _naming(step: int) -> Iterator[None]:
+    """An error within says at which step it was."""
+    try:
+        yield
+    except PoiseError as error:
+        raise PoiseError(f"step {step}: {error}; the last checkpoint is kept") from None
 
 
 def note_of(metrics: Json) -> str:
