@@ -86,15 +86,6 @@ class BaselineRow:
 
 
 @dataclass(frozen=True)
-class RungRow:
-    """A row of ladder.jsonl: the policy kept at a rung of KL, the step it sampled in, and its measured KL, in nats."""
-
-    step: WholeNumber
-    rung: NotNegative
-    kl: float
-
-
-@dataclass(frozen=True)
 class BenchmarkRow:
     """A row of benchmarks.jsonl."""
 
