@@ -23,6 +23,7 @@ from conftest import WORDS, rest_slow
 from forked import launched
 from poise.data.types import Sample
 from poise.errors import PoiseError
+from poise.functional import memory
 from poise.functional.monitor import Monitor, MonitorConfig
 from poise.functional.objectives import HeadRewards, RewardScale
 from poise.integrations import trl_reward as adapter
@@ -624,3 +625,35 @@ def test_a_served_reward_is_asked_for_the_last_turn(prompt: Any, completion: Any
 def test_a_served_reward_takes_text_of_the_assistant_alone(last: dict[str, Any]) -> None:
     with pytest.raises(PoiseError, match=f"must end in text by the assistant, not in a turn of {last['role']}"):
         ServedReward("http://127.0.0.1:9")(["p"], [[{"role": "assistant", "content": "call"}, last]])
+
+
+@TRL_SETS_A_DEPRECATED_DEFAULT
+@pytest.mark.parametrize("algorithm", rest_slow(["grpo", "rloo"]))
+def test_completions_are_sampled_in_turns_that_fit(
+    algorithm: str, tiny_model: str, reward_run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a bound of three completions eight are sampled in three turns; each stays with its prompt."""
+    how, (model, tokenizer) = settings(algorithm, num_steps=1), load_policy(tiny_model)
+    trainer = make_trainer(how, RobustReward.load(reward_run), model, tokenizer, PROMPTS, tmp_path)
+    cache = model(input_ids=torch.zeros(1, 5, dtype=torch.long), use_cache=True).past_key_values
+    assert 5 * trainer.token_bytes == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    row = (max(len(encode_prompt(tokenizer, prompt)) for prompt in PROMPTS) + how.max_tokens) * trainer.token_bytes
+    monkeypatch.setattr(memory, "SAMPLED_AT_ONCE", 3 * row + 1)
+    seen, batches = [], []
+    generate, score = trainer.model.generate, trainer._generate_and_score_completions
+
+    def counted(**named: Any) -> Any:
+        seen.append(generate(**named))
+        return seen[-1]
+
+    trainer.model.generate = counted
+    trainer._generate_and_score_completions = lambda inputs: batches.append(score(inputs)) or batches[-1]
+    trainer.train()
+    assert [len(turn) for turn in seen] == [3, 3, 2]
+    batch, generated = batches[0], [row.tolist() for turn in seen for row in turn]
+    for i, row in enumerate(generated):
+        written = [
+            batch[f"{part}_ids"][i][batch[f"{part}_mask"][i].bool()].tolist() for part in ("prompt", "completion")
+        ]
+        assert len(written[1]) > 0
+        assert str(written[0] + written[1])[1:-1] in str(row)

@@ -20,11 +20,13 @@ from safetensors.torch import load_file
 
 from poise.data.types import Prompt
 from poise.errors import PoiseError
+from poise.functional.memory import sampled_at_once
 from poise.integrations.trl_kl import KLBudgetCallback
 from poise.integrations.trl_reward import RobustReward, Scored, policy_metrics
 from poise.models.adapted_maps import has_conv1d, linear_maps
 from poise.models.chat_format import decode_completions, encode_prompt, generation_prompt
 from poise.models.context import room_or_raise
+from poise.models.drawing import cached_bytes
 from poise.models.end_tokens import end_token_ids, plain_generation
 from poise.models.families import REFUSALS, alike, positions_without_padding, probe_tokens, without_noise
 from poise.models.loading import HfModel, HfTokenizer
@@ -207,6 +209,7 @@ def make_trainer(
         train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer, peft_config=adapters,
     )  # fmt: skip
     _logprobs_or_raise(model)
+    trainer.token_bytes = max(cached_bytes(model), 1)
     # A completion ends where PPO's does. TRL samples to these, and masks what follows them; on its own it would also
     # list the tokenizer's eos where there is none.
     trainer.eos_token_ids = ends
@@ -280,6 +283,7 @@ def _as_seen(tokenizer: HfTokenizer, prompt: Prompt) -> Prompt:
 class _Ours(SafeCheckpoints):
     """Mixed into a trainer of TRL: checkpoints without pickle, `ended` as in PPO, no model card or message of TRL's."""
 
+    token_bytes = 1  # of a token's keys and values, in all layers
     sharded = False  # what FSDP2 has spread is put together in checkpoints, which are the same for any number
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -290,10 +294,20 @@ class _Ours(SafeCheckpoints):
             spread_on_cpu(trainer.accelerator, trainer.args.fsdp_plugin_args)
             trainer.is_fsdp_enabled = True
 
-    def _generate_single_turn(self, *arguments: Any, **named: Any) -> Any:
-        """As TRL does it, but layers that are spread are gathered once, not for every token."""
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *arguments: Any, **named: Any) -> Any:
+        """As TRL does it, but in turns whose keys and values are bounded, as PPO samples; layers that are spread are
+        gathered once, not for every token."""
+        sample = cast(Any, super())._generate_single_turn
+        tokens = max(map(len, prompt_ids)) + cast(Any, self).max_completion_length
+        some, _ = sampled_at_once(len(prompt_ids), 1, tokens * self.token_bytes)
+        turns = [prompt_ids[at : at + some] for at in range(0, len(prompt_ids), some)]
         with whole_weights(cast(Any, self).model):
-            return cast(Any, super())._generate_single_turn(*arguments, **named)
+            found = [sample(turn, *arguments, **named) for turn in turns]
+        if len(found) == 1:
+            return found[0]
+        if isinstance(found[0], tuple):  # GRPO: and log-probabilities, where vLLM samples
+            return [ids for some_ids, _ in found for ids in some_ids], None
+        return [ids for some_ids in found for ids in some_ids]
 
     def adapters(self) -> dict[str, torch.Tensor]:
         """What is trained, whole, on the main process; gathered by all together."""
