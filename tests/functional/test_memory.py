@@ -138,7 +138,10 @@ def test_rloo_and_grpo_on_one_gpu() -> None:
     assert memory.held == {"weights": 440 * 2 + 72 * 4, "optimizer": 72 * 8, "reward model": 420 * 2}
     cache = 6 * 16 * 16 * 2
     assert memory.phases["sampling"] == {
-        "rollout cache": cache + cache // 8, "logits": 6 * 7 * 10, "activations": 400, "whole layers": 0,
+        "rollout cache": cache + cache // 8, "logits": 6 * 7 * 10, "whole layers": 0,
+    }  # fmt: skip
+    assert memory.phases["prompts"] == {
+        "rollout cache": 6 * 10 * 16 * 2, "activations": 400, "whole layers": 0,
     }  # fmt: skip
     scored = 3 * 6  # tokens of completions
     assert memory.phases["reading"] == {"activations": 300, "logits": scored * 32768 * 2, "whole layers": 0}
@@ -164,7 +167,8 @@ def test_rloo_and_grpo_over_several_gpus(monkeypatch: pytest.MonkeyPatch) -> Non
     sharded = trl_memory(dataclasses.replace(TRL, gpus=2, shard=True), MEASURED)
     whole = 440 * 2 + 72 * 4
     assert sharded.held == {"weights": whole // 2, "optimizer": 72 * 4, "reward model": 420 * 2}
-    assert sharded.phases["sampling"]["whole layers"] == whole // 2
+    for phase in ("prompts", "sampling"):
+        assert sharded.phases[phase]["whole layers"] == whole // 2
     assert sharded.phases["update"]["whole layers"] == sharded.phases["reading"]["whole layers"] == 240 * 2
     assert (sharded.phases["update"]["gradients"], sharded.phases["update"]["messages"]) == (72 * 2, 0)
     monkeypatch.setattr(memories, "SAMPLED_AT_ONCE", 4 * 16 * 16 * 2)

@@ -278,8 +278,8 @@ def as_text(plan: Plan) -> str:
 
 
 _DOING = {
-    "sampling": "completions are sampled", "reading": "completions are read again", "scoring": "completions are scored",
-    "update": "weights are updated",
+    "prompts": "prompts are read", "sampling": "completions are sampled",
+    "reading": "completions are read again", "scoring": "completions are scored", "update": "weights are updated",
 }  # fmt: skip
 
 

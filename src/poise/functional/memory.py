@@ -253,7 +253,8 @@ def trl_memory(run: TrlRun, measured: Measured) -> Memory:
         "optimizer": 2 * trained // over,
         "reward model": run.reward.weights * b,
     }
-    cache = run.turn * (run.prompt_tokens + run.max_tokens) * shape.cached * b
+    token = run.turn * shape.cached * b  # keys and values of one token of all that are sampled at once
+    cache, whole = token * (run.prompt_tokens + run.max_tokens), weights - weights // over
     tokens = run.part * (run.prompt_tokens + run.max_tokens)
     scored = run.part * run.max_tokens if b < FULL else tokens  # a GPU's kernel takes completions alone
     words = min(shape.vocabulary, TILE[1])
@@ -262,11 +263,15 @@ def trl_memory(run: TrlRun, measured: Measured) -> Memory:
     )
     gathered = 2 * shape.layer * b + shape.outside * b if run.shard and several else 0
     phases = {
+        "prompts": {
+            "rollout cache": token * run.prompt_tokens,
+            "activations": measured.prefill,
+            "whole layers": whole,
+        },
         "sampling": {
             "rollout cache": cache + cache // (2 * shape.num_layers),  # a layer's keys are written anew
             "logits": run.turn * shape.vocabulary * (b + 8),
-            "activations": measured.prefill,
-            "whole layers": weights - weights // over,
+            "whole layers": whole,
         },
         "reading": {"activations": measured.reading, "logits": forward, "whole layers": gathered},
         "scoring": {"reward cache": _scored_tokens(run) * run.reward.cached * b},
