@@ -64,7 +64,7 @@ def kept_against(curves: Curves) -> Json:
 
 
 def best_step(gains: np.ndarray) -> int:
-    """The step whose policy `poise.policy.ladder.Best` keeps; 0, the start, if it keeps none."""
+    """The step whose policy `poise.runtime.ladder.Best` keeps; 0, the start, if it keeps none."""
     marks = np.concatenate([[0.0], (gains[1:] + gains[:-1]) / 2])
     return int(np.argmax(marks))
 

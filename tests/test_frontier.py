@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from poise.models.policy import Policy
-from poise.policy.ladder import Best, best_of
+from poise.runtime.ladder import Best, best_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,17 +50,9 @@ def test_endpoint_is_the_mean_over_kl_in_stds_of_the_start(modules: tuple[Module
 def test_the_report_takes_the_step_that_a_run_keeps(
     modules: tuple[ModuleType, ModuleType], tmp_path: Path, gains: list[float]
 ) -> None:
-    class Named(Policy):
-        def __init__(self) -> None: ...
-
-        def weights(self) -> dict[str, Any]:
-            return {}
-
-        def save(self, folder: str, weights: dict[str, Any] | None = None) -> None: ...
-
     kept = Best(tmp_path)
     for step, gain in enumerate(gains):
-        kept.keep(Named(), step, 1.0, gain)
+        kept.keep(step, 1.0, gain, lambda: "whole", lambda *_: None)
     assert modules[0].best_step(np.array(gains)) == (best_of(tmp_path) or {"step": 0})["step"]
 
 

@@ -15,7 +15,7 @@ REFUSED = [
     ("best-of-n --prompts prompts --reward prompts", "--reward prompts holds no reward model 'brme'"),
     ("compare --arms mine run", "mine is not a finished policy run: it has no final.jsonl"),
     ("choose nope", "no such file: nope"),
-    ("choose mine", "mine is no `poise train-policy` run by PPO"),
+    ("choose mine", "mine is no `poise train-policy` run"),
     ("export reward --output out", "vLLM serves the checkpoint as it is"),
     ("export reward --output out --scalar worst_case", "only mean and head are linear"),
     ("export reward --output out --head 0", "--scalar head and --head NUMBER go together"),

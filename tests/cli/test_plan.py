@@ -1,5 +1,6 @@
 """`poise plan`: what fits says so, what does not names the largest part and what to change."""
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -20,6 +21,31 @@ def test_a_small_model_fits_and_no_weights_are_read(
     said = capsys.readouterr().out
     assert said.count("  fits") == 2
     assert "train-policy: 0." in said
+
+
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
+def test_rloo_and_grpo_are_planned_too(
+    algorithm: str, tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No part of theirs is PPO's own; a larger minibatch takes more, and fewer completions at once help."""
+    (tmp_path / "config.json").write_text((Path(tiny_model) / "config.json").read_text())
+    command = ["plan", "--model", str(tmp_path), "--algorithm", algorithm]
+    assert main([*command, "--memory", "1"]) == 0
+    of_policy = capsys.readouterr().out.split("train-policy:")[1]
+    assert "values" not in of_policy
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--memory", "1", "--num-minibatches", "1", "--max-tokens", "1024"])
+    assert stop.value.code == 1
+    assert "fits with --num-minibatches 4" in capsys.readouterr().out
+    config = plan.Config(model=str(tmp_path), algorithm=algorithm, max_tokens=1024)  # type: ignore[arg-type]
+    totals = [
+        plan.of_policy(dataclasses.replace(config, num_minibatches=n), plan._Shapes(config)).phases["update"]
+        for n in (1, 8)
+    ]
+    assert totals[0]["activations"] > 4 * totals[1]["activations"]
+    for name, value in {"--tune": "full", "--value-trunk": "own", "--accumulation": "2"}.items():
+        assert main([*command, name, value]) == 2
+        assert f"{name} is for --algorithm ppo, not {algorithm}" in capsys.readouterr().err
 
 
 def takes(config: plan.Config, _: object) -> Memory:

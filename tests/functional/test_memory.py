@@ -11,10 +11,12 @@ from poise.functional.memory import (
     ModelShape,
     PolicyRun,
     RewardRun,
+    TrlRun,
     adapters,
     policy_memory,
     reward_memory,
     sampled_at_once,
+    trl_memory,
 )
 
 # 4 layers of 100 weights, 40 outside; maps of 2 x 3 and 3 x 4; 5 hidden, 7 tokens known, 16 numbers cached of each.
@@ -122,3 +124,53 @@ def test_a_reward_model(shard: bool, over: int) -> None:
     assert sum(lora.phases["update"].values()) == 1000
     heads = reward_memory(RewardRun(SHAPE, "full", 2, autocast=False, adapter_heads=3, head_layers=1), MEASURED)
     assert heads.held == {"weights": (440 + 3 * 24) * 4, "gradients": 3 * 24 * 4, "optimizer": 3 * 24 * 8}
+
+
+TRL = TrlRun(
+    SHAPE, REWARD, adapted_layers=3, lora_rank=2, prompts=2, completions=3, minibatches=2, prompt_tokens=10,
+    max_tokens=6,
+)  # fmt: skip
+
+
+def test_rloo_and_grpo_on_one_gpu() -> None:
+    memory = trl_memory(TRL, MEASURED)
+    assert (TRL.rows, TRL.part, TRL.turn) == (6, 3, 6)
+    assert memory.held == {"weights": 440 * 2 + 72 * 4, "optimizer": 72 * 8, "reward model": 420 * 2}
+    cache = 6 * 16 * 16 * 2
+    assert memory.phases["sampling"] == {
+        "rollout cache": cache + cache // 8, "logits": 6 * 7 * 10, "whole layers": 0,
+    }  # fmt: skip
+    assert memory.phases["prompts"] == {
+        "rollout cache": 6 * 10 * 16 * 2, "activations": 400, "whole layers": 0,
+    }  # fmt: skip
+    scored = 3 * 6  # tokens of completions
+    assert memory.phases["reading"] == {"activations": 300, "logits": scored * 32768 * 2, "whole layers": 0}
+    assert memory.phases["scoring"] == {"reward cache": (2 * 10 + 6 * 16) * 16 * 2}
+    assert memory.phases["update"] == {
+        "gradients": 72 * 4, "activations": 1000, "logits": scored * (32768 * 2 + 5 * 4), "messages": 0,
+        "whole layers": 0,
+    }  # fmt: skip
+
+
+def test_rloo_and_grpo_on_a_cpu_keep_tables_of_the_vocabulary() -> None:
+    """Of all tokens, prompts too; a tile has at most 4,096 tokens and 32,768 words."""
+    update = trl_memory(dataclasses.replace(TRL, frozen_bytes=4), MEASURED).phases["update"]
+    assert update["logits"] == 3 * 16 * (32768 * 4 + 7 * 29 + 5 * 4)
+    wide = dataclasses.replace(SHAPE, vocabulary=50_000)
+    long = trl_memory(dataclasses.replace(TRL, shape=wide, prompt_tokens=2042, frozen_bytes=4), MEASURED)
+    assert long.phases["update"]["logits"] == 4096 * 32768 * (4 + 29) + 3 * 2048 * 5 * 4
+
+
+def test_rloo_and_grpo_over_several_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = trl_memory(dataclasses.replace(TRL, gpus=2), MEASURED)
+    assert plain.phases["update"]["messages"] == 72 * 4
+    sharded = trl_memory(dataclasses.replace(TRL, gpus=2, shard=True), MEASURED)
+    whole = 440 * 2 + 72 * 4
+    assert sharded.held == {"weights": whole // 2, "optimizer": 72 * 4, "reward model": 420 * 2}
+    for phase in ("prompts", "sampling"):
+        assert sharded.phases[phase]["whole layers"] == whole // 2
+    assert sharded.phases["update"]["whole layers"] == sharded.phases["reading"]["whole layers"] == 240 * 2
+    assert (sharded.phases["update"]["gradients"], sharded.phases["update"]["messages"]) == (72 * 2, 0)
+    monkeypatch.setattr(memories, "SAMPLED_AT_ONCE", 4 * 16 * 16 * 2)
+    assert TRL.turn == 3  # two turns, equally large
+    assert trl_memory(TRL, MEASURED).phases["sampling"]["logits"] == 3 * 7 * 10

@@ -23,6 +23,7 @@ from conftest import WORDS, rest_slow
 from forked import launched
 from poise.data.types import Sample
 from poise.errors import PoiseError
+from poise.functional import memory
 from poise.functional.monitor import Monitor, MonitorConfig
 from poise.functional.objectives import HeadRewards, RewardScale
 from poise.integrations import trl_reward as adapter
@@ -35,13 +36,9 @@ from poise.models.scorer import Scorer
 from poise.policy import train as train_policy
 from poise.policy.config import Config as PolicyConfig
 from poise.runtime.checkpoints import latest_checkpoint
+from trl_runs import PROMPTS, TRL_SETS_A_DEPRECATED_DEFAULT, own_script, settings
 
-PROMPTS = [f"Review the {thing}." for thing in ("film", "phone", "pan", "kettle")]
 TEXTS = ["a good film", "bad", "it is fine , really", "awful awful"]
-TRAINERS = {"rloo": (trl.RLOOTrainer, trl.RLOOConfig), "grpo": (trl.GRPOTrainer, trl.GRPOConfig)}
-TRL_SETS_A_DEPRECATED_DEFAULT = pytest.mark.filterwarnings(
-    "ignore:`gradient_checkpointing` is deprecated:FutureWarning"
-)
 
 
 @pytest.fixture(scope="session")
@@ -260,26 +257,6 @@ def test_what_is_no_reward_model_of_ours_is_refused(tiny_model: str, reward_run:
 # ---- in a script of TRL's own ----
 
 
-def own_script(
-    algorithm: str, reward: RobustReward, model: str, folder: Path, rows: list[Any], **arguments: Any
-) -> Any:
-    """A trainer as a user of TRL would write it."""
-    trainer_class, config_class = TRAINERS[algorithm]
-    settings = {
-        "per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 6, "learning_rate": 1e-3,
-        "max_steps": 2, "logging_steps": 1, "use_cpu": True, "bf16": False, "gradient_checkpointing": False,
-        "report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": False, "save_strategy": "no",
-    }  # fmt: skip
-    policy, tokenizer = load_policy(model)
-    trainer = trainer_class(
-        model=policy, processing_class=tokenizer, reward_funcs=[reward],
-        args=config_class(output_dir=str(folder), **{**settings, **arguments}),
-        train_dataset=datasets.Dataset.from_list([{"prompt": row} for row in rows]),
-    )  # fmt: skip
-    trainer.remove_callback(transformers.PrinterCallback)
-    return trainer
-
-
 @TRL_SETS_A_DEPRECATED_DEFAULT
 @pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
 @pytest.mark.parametrize("kind", rest_slow(["standard", "conversational"]))
@@ -397,15 +374,6 @@ def test_two_processes_give_the_rewards_of_one(tiny_model: str, reward_run: str,
 # ---- as poise train-policy runs it ----
 
 
-def settings(algorithm: str = "rloo", **changes: Any) -> TrlSettings:
-    values = {
-        "kl_coef": 0.05, "num_steps": 3, "prompts_per_step": 2, "completions_per_prompt": 4, "max_tokens": 6,
-        "learning_rate": 1e-2, "num_epochs": 2, "num_minibatches": 2, "clip": 0.2, "max_grad_norm": 1.0,
-        "adapted_layers": 2, "lora_rank": 4, "save_every": 2, "seed": 0,
-    }  # fmt: skip
-    return TrlSettings(algorithm=algorithm, **{**values, **changes})  # type: ignore[arg-type]
-
-
 def run(
     how: TrlSettings, model: str, reward: str, folder: Path, stop_at: int = -1, **more: Any
 ) -> list[dict[str, Any]]:
@@ -447,7 +415,7 @@ def test_an_interrupted_run_ends_as_a_whole_one(
     expected = {
         "step", "reward", "reward_std", "kl", "entropy", "tokens", "ended", "heads", "nominal", "worst_case", "gap",
         "disagreement", "routing_std", "switches", "repetition", "variety", "truncated", "policy_loss", "grad_norm",
-        "clipped", "samples", "distance",
+        "clipped", "samples", "distance", "kl_k3",
     }  # fmt: skip
     assert all(row.keys() == expected for row in whole)
     for row in whole:
@@ -455,9 +423,8 @@ def test_an_interrupted_run_ends_as_a_whole_one(
         assert len({json.dumps(sample["prompt"]) for sample in row["samples"]}) == 2
         assert np.mean([sample["reward"] for sample in row["samples"]]) == pytest.approx(row["reward"], abs=1e-6)
         assert row["gap"] == pytest.approx(row["nominal"] - row["worst_case"], abs=1e-5)
-    if algorithm == "rloo":
-        assert whole[0]["kl"] == 0  # estimated when it samples, before any update
-    assert whole[2]["kl"] > 0
+    assert whole[0]["kl"] == whole[0]["kl_k3"] == 0  # of the policy that sampled, before any update
+    assert whole[2]["kl_k3"] > 0
     policy, _ = load_policy(tiny_model)
     adapted = peft.PeftModel.from_pretrained(policy, str(tmp_path / "whole" / "policy"))
     names = {name.split(".")[4] for name in adapted.state_dict() if "lora_B" in name}
@@ -688,3 +655,35 @@ def test_a_served_reward_is_asked_for_the_last_turn(prompt: Any, completion: Any
 def test_a_served_reward_takes_text_of_the_assistant_alone(last: dict[str, Any]) -> None:
     with pytest.raises(PoiseError, match=f"must end in text by the assistant, not in a turn of {last['role']}"):
         ServedReward("http://127.0.0.1:9")(["p"], [[{"role": "assistant", "content": "call"}, last]])
+
+
+@TRL_SETS_A_DEPRECATED_DEFAULT
+@pytest.mark.parametrize("algorithm", rest_slow(["grpo", "rloo"]))
+def test_completions_are_sampled_in_turns_that_fit(
+    algorithm: str, tiny_model: str, reward_run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a bound of three completions eight are sampled in three turns; each stays with its prompt."""
+    how, (model, tokenizer) = settings(algorithm, num_steps=1), load_policy(tiny_model)
+    trainer = make_trainer(how, RobustReward.load(reward_run), model, tokenizer, PROMPTS, tmp_path)
+    cache = model(input_ids=torch.zeros(1, 5, dtype=torch.long), use_cache=True).past_key_values
+    assert 5 * trainer.token_bytes == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    row = (max(len(encode_prompt(tokenizer, prompt)) for prompt in PROMPTS) + how.max_tokens) * trainer.token_bytes
+    monkeypatch.setattr(memory, "SAMPLED_AT_ONCE", 3 * row + 1)
+    seen, batches = [], []
+    generate, score = trainer.model.generate, trainer._generate_and_score_completions
+
+    def counted(**named: Any) -> Any:
+        seen.append(generate(**named))
+        return seen[-1]
+
+    trainer.model.generate = counted
+    trainer._generate_and_score_completions = lambda inputs: batches.append(score(inputs)) or batches[-1]
+    trainer.train()
+    assert [len(turn) for turn in seen] == [3, 3, 2]
+    batch, generated = batches[0], [row.tolist() for turn in seen for row in turn]
+    for i, row in enumerate(generated):
+        written = [
+            batch[f"{part}_ids"][i][batch[f"{part}_mask"][i].bool()].tolist() for part in ("prompt", "completion")
+        ]
+        assert len(written[1]) > 0
+        assert str(written[0] + written[1])[1:-1] in str(row)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from poise.errors import PoiseError
+from poise.integrations.trl_kl import KLBudgetCallback
 from poise.integrations.trl_reward import RobustReward
 from poise.integrations.trl_trainers import TrlSettings, _Report
 from poise.policy import train
@@ -91,7 +92,8 @@ def test_the_bar_shows_how_many_are_cut() -> None:
 def test_grpo_saves_its_first_step(settings: Config) -> None:
     grpo = dataclasses.replace(settings, algorithm="grpo", num_epochs=2, num_minibatches=2)
     known = {field.name: getattr(grpo, field.name) for field in dataclasses.fields(TrlSettings)}
-    report = _Report(TrlSettings(**known), RobustReward("rm", "mean", "", 0, 0.0, 1.0), lambda _: None)
+    reward, budget = RobustReward("rm", "mean", "", 0, 0.0, 1.0), KLBudgetCallback.__new__(KLBudgetCallback)
+    report = _Report(TrlSettings(**known), reward, budget, lambda _: None)
     saved = []
     for step in range(1, 9):
         control = SimpleNamespace(should_save=False)

@@ -29,16 +29,16 @@ from poise.functional.monitor import Monitor, Reading
 from poise.functional.objectives import HeadRewards, RewardScale, joined, parameter, parse_objective
 from poise.models.policy import Policy
 from poise.models.scorer import Scorer, generated
-from poise.policy import ladder
 from poise.policy import loop as training
 from poise.policy import train as train_policy
 from poise.policy.alarms import Alarms
-from poise.policy.ladder import Best, Ladder, best_of, kept_policies
 from poise.policy.reward import std_interval
 from poise.policy.train import Config
 from poise.runtime import distributed as processes
+from poise.runtime import ladder
+from poise.runtime.ladder import Best, Ladder, best_of, kept_policies
 from poise.runtime.records import read_rows
-from poise.runtime.run_folder import Run, config_dict, keep_rows_before
+from poise.runtime.run_folder import Run, config_dict
 from poise.studies.config import LAPTOP_POLICY
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -176,14 +176,8 @@ def test_the_ladder_keeps_the_first_policy_at_each_rung(config: Config) -> None:
     assert kept_policies(plain.folder) == {}
 
 
-class Saved(Policy):
-    def __init__(self) -> None: ...
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        return {}
-
-    def save(self, folder: str, weights: dict[str, torch.Tensor] | None = None) -> None:
-        (Path(folder) / "weights").write_text(str(weights))
+def save(folder: str, weights: str) -> None:
+    (Path(folder) / "weights").write_text(weights)
 
 
 def test_the_best_is_the_policy_whose_two_steps_the_validator_likes_most(
@@ -192,7 +186,7 @@ def test_the_best_is_the_policy_whose_two_steps_the_validator_likes_most(
     """By hand: means of two steps are -.5, .5, 2, 1.5, 2. One below the start does not count, nor a later equal one."""
     kept, marks = Best(tmp_path), []
     for step, gain in enumerate([0.5, -1.5, 2.5, 1.5, 1.5, 2.5]):
-        kept.keep(Saved(), step, 3.0 * step, gain)
+        kept.keep(step, 3.0 * step, gain, lambda: "whole", save)
         marks.append((best_of(tmp_path) or {}).get("step"))
         again = Best(tmp_path)
         again.restore(json.loads(json.dumps(kept.state())))
@@ -203,7 +197,7 @@ def test_the_best_is_the_policy_whose_two_steps_the_validator_likes_most(
     monkeypatch.setenv("RANK", "1")  # another process of the run, which writes nothing and knows the mark
     other = Best(tmp_path / "other")
     for step in range(3):
-        other.keep(Saved(), step, 1.0, 1.0 * step)
+        other.keep(step, 1.0, 1.0 * step, lambda: "whole", save)
     assert other.state() == (1.5, 2.0)
     assert best_of(tmp_path / "other") is None
 
@@ -211,15 +205,15 @@ def test_the_best_is_the_policy_whose_two_steps_the_validator_likes_most(
 def test_a_step_past_several_rungs_is_kept_at_the_highest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = Ladder(tmp_path, (40.0, 5.0, 10.0))
     for step, kl in enumerate([0.0, 4.9, 12.0, 6.0, 11.0, 39.0, 90.0]):
-        kept.keep(Saved(), step, kl)
+        kept.keep(step, kl, lambda: "whole", save)
     rows = list(read_rows(tmp_path / "ladder.jsonl"))
     assert rows == [{"step": 2, "rung": 10.0, "kl": 12.0}, {"step": 6, "rung": 40.0, "kl": 90.0}]
-    keep_rows_before(tmp_path / "ladder.jsonl", 3)
-    kept.drop_unlisted()
+    kept.drop_from(3)
+    assert [row["step"] for row in read_rows(tmp_path / "ladder.jsonl")] == [2]
     assert [place.name for place in (tmp_path / "ladder").iterdir()] == ["kl-10"]
     monkeypatch.setenv("RANK", "1")  # another process of the run, which writes nothing and knows the rung
     other = Ladder(tmp_path / "other", (5.0,))
-    other.keep(Saved(), 0, 6.0)
+    other.keep(0, 6.0, lambda: "", save)
     assert other.reached == 5.0
     assert not (tmp_path / "other").exists()
 

@@ -22,7 +22,7 @@ from poise.models.scorer import Scorer, generated
 from poise.models.validator import Validator
 from poise.policy import train as train_policy
 from poise.policy.config import Config
-from poise.policy.ladder import best_of
+from poise.runtime.ladder import best_of
 from poise.runtime.records import read_rows
 from poise.runtime.run_folder import Run, load_config_file
 

@@ -251,7 +251,7 @@ def test_a_run_is_asked_at_its_own_steps(tiny_model: str, tmp_path: Path) -> Non
     assert Counter(row["prompt"] for row in start) == dict.fromkeys(PROMPTS, 3)
     assert len(choose.draw(found, 9, 0)[0]) == 18
     (run / "samples.jsonl").unlink()
-    with pytest.raises(PoiseError, match="is no `poise train-policy` run by PPO"):
+    with pytest.raises(PoiseError, match="is no `poise train-policy` run"):
         choose.run(ChooseConfig(str(run), str(tmp_path / "out")))
 
 

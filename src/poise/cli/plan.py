@@ -2,10 +2,20 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from poise.errors import PoiseError
-from poise.functional.memory import GIB, Measured, Memory, PolicyRun, RewardRun, policy_memory, reward_memory
+from poise.functional.memory import (
+    GIB,
+    Measured,
+    Memory,
+    PolicyRun,
+    RewardRun,
+    TrlRun,
+    policy_memory,
+    reward_memory,
+    trl_memory,
+)
 from poise.models.choices import DEFAULT_MODEL, Tune, ValueTrunk
 from poise.models.hub import check_on_hub
 from poise.policy.config import Config as Policy
@@ -20,7 +30,7 @@ USABLE = 0.9  # share of a GPU that tensors get; the rest is the driver's, the k
 
 @dataclass(frozen=True)
 class Config(Settings):
-    """Compute the memory of each GPU in train-reward and in train-policy (PPO), part by part. Reads config.json alone.
+    """Compute the memory of each GPU in train-reward and in train-policy, part by part. Reads config.json alone.
 
     Exit status: 0 if both fit, 1 if one does not.
     """
@@ -29,6 +39,9 @@ class Config(Settings):
     """Folder or hub id of the language model."""
     reward: str = ""
     """Folder or hub id of the reward model's trunk; default: the same as --model."""
+    algorithm: Literal["ppo", "rloo", "grpo"] = Policy.algorithm
+    """train-policy: its algorithm. RLOO and GRPO train adapters, a minibatch as one part, on GPUs always with gradient
+    checkpointing."""
     gpus: Count = 1
     """GPUs, one process each."""
     memory: Positive = 80.0
@@ -71,6 +84,9 @@ class Config(Settings):
         super().check()
         if self.adapter_heads and self.shard:
             raise PoiseError("--adapter-heads does not go with --shard: leave one of them out")
+        for name in ("tune", "value_trunk", "accumulation"):
+            if self.algorithm != "ppo" and getattr(self, name) != getattr(Config, name):
+                raise PoiseError(f"--{name.replace('_', '-')} is for --algorithm ppo, not {self.algorithm}")
         for name in {self.model, self.reward or self.model}:
             if not Path(name).exists():
                 check_on_hub(name)
@@ -133,6 +149,8 @@ def of_policy(config: Config, shapes: Any) -> Memory:
     import torch
 
     prompts = -(-config.prompts_per_step // config.gpus)
+    if config.algorithm != "ppo":
+        return _by_trl(config, shapes, prompts)
     minibatch = -(-prompts // config.num_minibatches)
     part, of_prompt = -(-minibatch // config.accumulation), -(-config.accumulation // minibatch)
     layers = shapes.policy.upper(config.adapted_layers)
@@ -148,6 +166,21 @@ def of_policy(config: Config, shapes: Any) -> Memory:
         checkpointing=config.gradient_checkpointing,
     )  # fmt: skip
     return policy_memory(run, measured)
+
+
+def _by_trl(config: Config, shapes: Any, prompts: int) -> Memory:
+    import torch
+
+    run = TrlRun(
+        shapes.policy, shapes.reward, config.adapted_layers, config.lora_rank, prompts, config.completions_per_prompt,
+        config.num_minibatches, config.prompt_tokens, config.max_tokens, config.gpus, config.shard,
+    )  # fmt: skip
+    measured = shapes.sizing.trl_measured(
+        shapes.policy_config, layers=shapes.policy.upper(config.adapted_layers), rank=config.lora_rank, part=run.part,
+        sampled=run.turn, prompt_tokens=config.prompt_tokens, max_tokens=config.max_tokens, dtype=torch.bfloat16,
+        checkpointing=True,
+    )  # fmt: skip
+    return trl_memory(run, measured)
 
 
 def of_reward(config: Config, shapes: Any) -> Memory:
@@ -195,7 +228,8 @@ def _changes(config: Config, shapes: _Shapes, training: str, room: float) -> tup
 def _known_changes(config: Config, training: str) -> list[tuple[str, dict[str, Any]]]:
     """Cheapest first: those that keep the result, then those that change it."""
     found: list[tuple[str, dict[str, Any]]] = []
-    if training == "train-policy":
+    by_trl = training == "train-policy" and config.algorithm != "ppo"
+    if training == "train-policy" and not by_trl:
         parts = max(config.prompts_per_step // config.gpus // config.num_minibatches, 1)
         if config.accumulation < parts:
             found.append((f"--accumulation {parts}", {"accumulation": parts}))
@@ -203,9 +237,13 @@ def _known_changes(config: Config, training: str) -> list[tuple[str, dict[str, A
         found.append(("--device-batch-size 1", {"device_batch_size": 1}))
     if config.gpus > 1 and not config.shard and not config.adapter_heads:
         found.append(("--shard", {"shard": True}))
-    if not config.gradient_checkpointing:
+    if not config.gradient_checkpointing and not by_trl:
         found.append(("--gradient-checkpointing", {"gradient_checkpointing": True}))
-    if training == "train-policy" and config.accumulation < parts * config.completions_per_prompt:
+    if by_trl:
+        more = [config.num_minibatches << doubled for doubled in range(1, 17)]
+        more = [n for n in more if config.prompts_per_step % (n * config.gpus) == 0]
+        found += [(f"--num-minibatches {n}", {"num_minibatches": n}) for n in more]
+    elif training == "train-policy" and config.accumulation < parts * config.completions_per_prompt:
         parts *= config.completions_per_prompt  # one completion at a time, each with its prompt
         found.append((f"--accumulation {parts}", {"accumulation": parts}))
     if config.tune == "full":
@@ -240,8 +278,8 @@ def as_text(plan: Plan) -> str:
 
 
 _DOING = {
-    "sampling": "completions are sampled", "reading": "completions are read again", "scoring": "completions are scored",
-    "update": "weights are updated",
+    "prompts": "prompts are read", "sampling": "completions are sampled",
+    "reading": "completions are read again", "scoring": "completions are scored", "update": "weights are updated",
 }  # fmt: skip
 
 

@@ -16,6 +16,8 @@ FULL = 4  # bytes of float32
 GIB = 2**30
 SAMPLED_AT_ONCE = 8 * GIB  # bytes of keys and values: completions that would have more are sampled in turns
 SCORED_AT_ONCE = 4096  # tokens that go through a reward model's trunk at once; eight times as many are attended to
+TILE = (4096, 32768)  # tokens and words of the vocabulary that TRL projects at once
+TILE_TABLES = (12, 29)  # bytes of an entry on a CPU, forward and backward: float32 tables beside the tile's own
 Tune = Literal["lora", "full"]
 
 
@@ -198,7 +200,93 @@ def policy_memory(run: PolicyRun, measured: Measured) -> Memory:
     return Memory(held, phases)
 
 
-def _scored_tokens(run: PolicyRun) -> int:
+@dataclass(frozen=True)
+class TrlRun:
+    """What the memory of RLOO and GRPO depends on, as `poise train-policy` runs TRL's trainers.
+
+    They train adapters, read every completion with a prompt of its own, and compute a minibatch as one part.
+    """
+
+    shape: ModelShape
+    reward: ModelShape
+    adapted_layers: int
+    lora_rank: int
+    prompts: int  # of a step on this GPU
+    completions: int
+    minibatches: int
+    prompt_tokens: int
+    max_tokens: int
+    gpus: int = 1
+    shard: bool = False
+    frozen_bytes: int = 2
+
+    @property
+    def rows(self) -> int:
+        """Completions of a step on this GPU."""
+        return self.prompts * self.completions
+
+    @property
+    def part(self) -> int:
+        """Completions of an update on this GPU."""
+        return -(-self.rows // self.minibatches)
+
+    @property
+    def turn(self) -> int:
+        """Completions that are sampled in one turn."""
+        tokens = self.prompt_tokens + self.max_tokens
+        return sampled_at_once(self.rows, 1, tokens * self.shape.cached * self.frozen_bytes)[0]
+
+
+def trl_memory(run: TrlRun, measured: Measured) -> Memory:
+    """Of RLOO and GRPO (`poise train-policy --algorithm`), alike but for tensors of one number a token.
+
+    The reference is the policy without its adapters. TRL projects onto the vocabulary tile by tile; a GPU's kernel
+    folds a tile in place, on a CPU it is taken apart. Sharded, accelerate spreads embeddings and output layer, too.
+    """
+    shape, b = run.shape, run.frozen_bytes
+    over = run.gpus if run.shard else 1
+    several = run.gpus > 1
+    trained = adapters(shape, shape.upper(run.adapted_layers), run.lora_rank) * FULL
+    weights = shape.weights * b + trained
+    held = {
+        "weights": weights // over,
+        "optimizer": 2 * trained // over,
+        "reward model": run.reward.weights * b,
+    }
+    token = run.turn * shape.cached * b  # keys and values of one token of all that are sampled at once
+    cache, whole = token * (run.prompt_tokens + run.max_tokens), weights - weights // over
+    tokens = run.part * (run.prompt_tokens + run.max_tokens)
+    scored = run.part * run.max_tokens if b < FULL else tokens  # a GPU's kernel takes completions alone
+    words = min(shape.vocabulary, TILE[1])
+    forward, backward = (
+        min(scored, TILE[0]) * (TILE[1] * b + words * (more if b == FULL else 0)) for more in TILE_TABLES
+    )
+    gathered = 2 * shape.layer * b + shape.outside * b if run.shard and several else 0
+    phases = {
+        "prompts": {
+            "rollout cache": token * run.prompt_tokens,
+            "activations": measured.prefill,
+            "whole layers": whole,
+        },
+        "sampling": {
+            "rollout cache": cache + cache // (2 * shape.num_layers),  # a layer's keys are written anew
+            "logits": run.turn * shape.vocabulary * (b + 8),
+            "whole layers": whole,
+        },
+        "reading": {"activations": measured.reading, "logits": forward, "whole layers": gathered},
+        "scoring": {"reward cache": _scored_tokens(run) * run.reward.cached * b},
+        "update": {
+            "gradients": trained // over,
+            "activations": measured.update,
+            "logits": backward + scored * shape.hidden * FULL,
+            "messages": trained if several and not run.shard else 0,
+            "whole layers": gathered,
+        },
+    }
+    return Memory(held, phases)
+
+
+def _scored_tokens(run: PolicyRun | TrlRun) -> int:
     """Tokens whose keys and values are kept while completions are scored: prompts, and a copy for each completion."""
     prompts = min(run.prompts * run.prompt_tokens, SCORED_AT_ONCE)
     return prompts + min(run.rows * (run.prompt_tokens + run.max_tokens), 8 * SCORED_AT_ONCE)

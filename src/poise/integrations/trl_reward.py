@@ -335,7 +335,7 @@ _PLAIN = {
         name: f"poise/{name}"
         for name in (
             "nominal", "worst_case", "gap", "disagreement", "routing_std", "switches", "repetition", "variety",
-            "truncated", "distance", "validator", "transfer",
+            "truncated", "distance", "validator", "transfer", "kl", "kl_k3",
         )
     },
 }  # fmt: skip
@@ -344,11 +344,12 @@ _PLAIN = {
 def policy_metrics(logs: Mapping[str, Any]) -> Json:
     """What TRL logged, under the names of a policy run's metrics; what it did not log is left out.
 
-    kl: nats per completion, as in PPO: TRL's mean per token times the mean length. RLOO estimates it when it samples,
-    by log π − log π_ref; GRPO over its updates, by the estimator that is never negative.
+    kl: nats per completion, as in PPO, where a `KLBudgetCallback` measures it. Without one: TRL's mean per token times
+    the mean length. RLOO estimates that when it samples, by log π − log π_ref; GRPO over its updates, by the estimator
+    that is never negative.
     """
     found: Json = {ours: logs[theirs] for ours, theirs in _PLAIN.items() if logs.get(theirs) is not None}
-    if logs.get("kl") is not None and "tokens" in found:
+    if "kl" not in found and logs.get("kl") is not None and "tokens" in found:
         found["kl"] = logs["kl"] * found["tokens"]
     if logs.get("completions/clipped_ratio") is not None:
         found["ended"] = 1 - logs["completions/clipped_ratio"]

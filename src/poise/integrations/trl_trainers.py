@@ -20,10 +20,13 @@ from safetensors.torch import load_file
 
 from poise.data.types import Prompt
 from poise.errors import PoiseError
+from poise.functional.memory import sampled_at_once
+from poise.integrations.trl_kl import KLBudgetCallback
 from poise.integrations.trl_reward import RobustReward, Scored, policy_metrics
 from poise.models.adapted_maps import has_conv1d, linear_maps
 from poise.models.chat_format import decode_completions, encode_prompt, generation_prompt
 from poise.models.context import room_or_raise
+from poise.models.drawing import cached_bytes
 from poise.models.end_tokens import end_token_ids, plain_generation
 from poise.models.families import REFUSALS, alike, positions_without_padding, probe_tokens, without_noise
 from poise.models.loading import HfModel, HfTokenizer
@@ -31,7 +34,9 @@ from poise.models.rereading import padding_or_raise
 from poise.runtime.checkpoints import SafeCheckpoints, latest_checkpoint
 from poise.runtime.distributed import num_processes
 from poise.runtime.quiet import quiet_loading
-from poise.runtime.run_folder import Json, is_main_process, write_folder_atomic
+from poise.runtime.records import read_object
+from poise.runtime.run_folder import Json, is_main_process, write_folder_atomic, write_json
+from poise.runtime.settings import NotNegative, WholeNumber
 from poise.runtime.sharding import by_accelerate, copy_whole, spread_on_cpu, whole_on_main, whole_weights
 
 # Accelerate's FSDP2: a unit for each layer. Every process loads the whole model, as a reward model must be in any case.
@@ -68,6 +73,8 @@ class TrlSettings:
     save_every: int
     seed: int
     shard: bool = False
+    max_kl: float | None = None
+    keep_at_kl: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if importlib.util.find_spec("trl") is None:
@@ -94,10 +101,26 @@ class TrlSettings:
         return self.prompts_per_step * self.completions_per_prompt // (self.num_minibatches * num_processes())
 
 
+@dataclass(frozen=True)
+class Ended:
+    """trainer/ended.json, of a run that --max-kl has ended: updates that the policy it went back to has made."""
+
+    max_kl: NotNegative
+    global_step: WholeNumber
+
+
 def steps_kept(settings: TrlSettings, output: Path) -> int:
-    """Steps that the last whole checkpoint of a run knows: where `train` will go on."""
+    """Steps that the last whole checkpoint of a run knows: where `train` will go on, or has gone back to."""
+    if (ended := _ended(output)) is not None:
+        return ended // settings.updates_per_step
     checkpoint = latest_checkpoint(output / "trainer")
     return int(checkpoint.name.split("-")[-1]) // settings.updates_per_step if checkpoint else 0
+
+
+def _ended(output: Path) -> int | None:
+    """Updates of the policy that a run went back to which --max-kl has ended; None of any other run."""
+    path = output / "trainer" / "ended.json"
+    return cast(int, read_object(path, Ended)["global_step"]) if path.exists() else None
 
 
 def train(
@@ -109,12 +132,15 @@ def train(
     output: Path,
     on_step: Callable[[Json], None],
     callbacks: Sequence[transformers.TrainerCallback] = (),
-) -> None:
+) -> bool:
     """Train LoRA adapters of `model` (as `load_policy` gives it; it is changed) by RLOO or GRPO.
 
-    Writes OUTPUT/policy (PEFT format), OUTPUT/trainer (checkpoints) and, if `reward` names no file of its own,
-    OUTPUT/scale.json. Goes on from the last checkpoint. After each step the main process calls `on_step` with its
-    number (from 0), `policy_metrics` and `samples`, rows of prompt, completion, reward, mean, std.
+    Writes OUTPUT/policy (PEFT format), OUTPUT/ladder, OUTPUT/trainer (checkpoints) and, if `reward` names no file of
+    its own, OUTPUT/scale.json. Goes on from the last checkpoint. After each step the main process calls `on_step` with
+    its number (from 0), `policy_metrics` and `samples`, rows of prompt, completion, reward, kl, mean, std.
+
+    Returns whether --max-kl has ended it: the policy is then that of the last checkpoint within the budget, and
+    `steps_kept` the number of its steps. A run that has ended so does not go on.
     """
     if settings.prompts_per_step > len(prompts):
         raise PoiseError(f"{len(prompts)} prompts are fewer than --prompts-per-step {settings.prompts_per_step}")
@@ -124,16 +150,26 @@ def train(
     with quiet_loading(), by_accelerate():
         trainer = make_trainer(settings, reward, model, tokenizer, prompts, output / "trainer")
         trainer.remove_callback(transformers.PrinterCallback)
-        for callback in (*callbacks, _Report(settings, reward, on_step)):
+        budget = KLBudgetCallback(
+            trainer, settings.max_kl, settings.keep_at_kl, folder=output, updates_per_step=settings.updates_per_step,
+            option="--max-kl",
+        )  # fmt: skip
+        for callback in (*callbacks, _Report(settings, reward, budget, on_step), budget):
             trainer.add_callback(callback)
-        checkpoint = latest_checkpoint(output / "trainer")
-        with without_noise(model):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        ended, checkpoint = _ended(output), latest_checkpoint(output / "trainer")
+        if ended is not None:
+            budget.go_back(ended)
+        else:
+            with without_noise(model):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if budget.ended and is_main_process():
+            write_json(output / "trainer" / "ended.json", asdict(Ended(settings.max_kl or 0.0, budget.within)))
         reward.fitted = reward.fitted or reward.saved_scale()  # if there was nothing left to do
         adapters = trainer.adapters()
         if is_main_process():
             with write_folder_atomic(output / "policy") as scratch:
                 trainer._save(str(scratch), adapters)
+        return budget.ended or ended is not None
 
 
 def make_trainer(
@@ -173,6 +209,7 @@ def make_trainer(
         train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer, peft_config=adapters,
     )  # fmt: skip
     _logprobs_or_raise(model)
+    trainer.token_bytes = max(cached_bytes(model), 1)
     # A completion ends where PPO's does. TRL samples to these, and masks what follows them; on its own it would also
     # list the tokenizer's eos where there is none.
     trainer.eos_token_ids = ends
@@ -246,6 +283,7 @@ def _as_seen(tokenizer: HfTokenizer, prompt: Prompt) -> Prompt:
 class _Ours(SafeCheckpoints):
     """Mixed into a trainer of TRL: checkpoints without pickle, `ended` as in PPO, no model card or message of TRL's."""
 
+    token_bytes = 1  # of a token's keys and values, in all layers
     sharded = False  # what FSDP2 has spread is put together in checkpoints, which are the same for any number
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -256,10 +294,20 @@ class _Ours(SafeCheckpoints):
             spread_on_cpu(trainer.accelerator, trainer.args.fsdp_plugin_args)
             trainer.is_fsdp_enabled = True
 
-    def _generate_single_turn(self, *arguments: Any, **named: Any) -> Any:
-        """As TRL does it, but layers that are spread are gathered once, not for every token."""
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *arguments: Any, **named: Any) -> Any:
+        """As TRL does it, but in turns whose keys and values are bounded, as PPO samples; layers that are spread are
+        gathered once, not for every token."""
+        sample = cast(Any, super())._generate_single_turn
+        tokens = max(map(len, prompt_ids)) + cast(Any, self).max_completion_length
+        some, _ = sampled_at_once(len(prompt_ids), 1, tokens * self.token_bytes)
+        turns = [prompt_ids[at : at + some] for at in range(0, len(prompt_ids), some)]
         with whole_weights(cast(Any, self).model):
-            return cast(Any, super())._generate_single_turn(*arguments, **named)
+            found = [sample(turn, *arguments, **named) for turn in turns]
+        if len(found) == 1:
+            return found[0]
+        if isinstance(found[0], tuple):  # GRPO: and log-probabilities, where vLLM samples
+            return [ids for some_ids, _ in found for ids in some_ids], None
+        return [ids for some_ids in found for ids in some_ids]
 
     def adapters(self) -> dict[str, torch.Tensor]:
         """What is trained, whole, on the main process; gathered by all together."""
@@ -320,8 +368,10 @@ class _Ours(SafeCheckpoints):
 class _Report(transformers.TrainerCallback):
     """Hands each step on, has the first one saved, and stops a run that has gone astray before it is saved."""
 
-    def __init__(self, settings: TrlSettings, reward: RobustReward, on_step: Callable[[Json], None]):
-        self._settings, self._reward, self._on_step = settings, reward, on_step
+    def __init__(
+        self, settings: TrlSettings, reward: RobustReward, budget: KLBudgetCallback, on_step: Callable[[Json], None]
+    ):
+        self._settings, self._reward, self._budget, self._on_step = settings, reward, budget, on_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == self._settings.updates_per_step:
@@ -335,13 +385,14 @@ class _Report(transformers.TrainerCallback):
             if not math.isfinite(logs.get(name, 0.0)):
                 raise PoiseError(f"step {step}: the {what} is not finite; the last checkpoint is kept")
         if state.is_world_process_zero:
-            self._on_step({"step": step, **policy_metrics(logs), "samples": _rows(self._reward.last)})
+            self._on_step({"step": step, **policy_metrics(logs), "samples": _rows(self._reward.last, self._budget.kl)})
 
 
-def _rows(scored: Scored) -> list[Json]:
+def _rows(scored: Scored, kl: torch.Tensor) -> list[Json]:
     return [
-        {**asdict(sample), "reward": reward, "mean": mean, "std": std}
-        for sample, reward, mean, std in zip(
-            scored.samples, scored.reward.tolist(), scored.heads.mean.tolist(), scored.heads.std.tolist(), strict=True
+        {**asdict(sample), "reward": reward, "kl": nats, "mean": mean, "std": std}
+        for sample, reward, nats, mean, std in zip(
+            scored.samples, scored.reward.tolist(), kl.tolist(), scored.heads.mean.tolist(), scored.heads.std.tolist(),
+            strict=True,
         )
-    ]
+    ]  # fmt: skip

@@ -104,25 +104,61 @@ def policy_measured(
         with torch.no_grad():
             return _peak(loss)
 
-    def prefill(trained: int) -> int:
-        base = _built(config, transformers.AutoModelForCausalLM, trained, dtype)
-        ids = torch.zeros(prompts, prompt_tokens, dtype=torch.long, device=META)
-        sees = torch.ones(prompts, prompt_tokens, prompt_tokens, dtype=torch.bool, device=META)
+    def prefill(depth: int) -> int:
+        base = _built(config, transformers.AutoModelForCausalLM, depth, dtype)
         with torch.no_grad():
-            return _peak(
-                lambda: base.base_model(
-                    input_ids=ids,
-                    position_ids=ids,
-                    attention_mask=attention_masks(base, sees, ids, ids, dtype),
-                    use_cache=False,
-                )
-            )
+            return _peak(_plainly(base, prompts, prompt_tokens, dtype))
 
     tokens = part * (prompt_tokens + completions * max_tokens)
     kept = tokens * config.get_text_config().hidden_size * dtype.itemsize if checkpointing else None
     plain = _at_depth(lambda depth: update(depth, logits=False), layers, kept)
     whole = _at_depth(lambda depth: update(depth, logits=True), layers, kept)
     return Measured(plain, max(whole - plain, 0), _at_depth(read, layers), _at_depth(prefill, depth))
+
+
+def trl_measured(
+    config: Any, *, layers: int, rank: int, part: int, sampled: int, prompt_tokens: int, max_tokens: int,
+    dtype: torch.dtype, checkpointing: bool,
+) -> Measured:  # fmt: skip
+    """What the layers of a policy take in RLOO and GRPO, whose reading TRL does: rows, padded, each with its prompt.
+
+    part, sampled: completions that are updated on and sampled at once on one GPU.   layers: how many are trained.
+    With checkpointing what enters each layer is kept, also of those that are not trained.
+    """
+    depth, tokens = config.get_text_config().num_hidden_layers, prompt_tokens + max_tokens
+    split = layers < depth and not checkpointing
+
+    def update(trained: int) -> int:
+        base = without_adapters(_trainable(config, "lora", trained, split=split, rank=rank, dtype=dtype))
+        read = _plainly(base, part, tokens, dtype)
+        return _peak(lambda: read().float().sum().backward())
+
+    def read(rows: int, length: int) -> Callable[[int], int]:
+        def reading(depth: int) -> int:
+            base = _built(config, transformers.AutoModelForCausalLM, depth, dtype)
+            with torch.no_grad():
+                return _peak(_plainly(base, rows, length, dtype))
+
+        return reading
+
+    kept = part * tokens * config.get_text_config().hidden_size * dtype.itemsize if checkpointing else None
+    return Measured(
+        _at_depth(update, depth if checkpointing else layers, kept), 0, _at_depth(read(part, tokens), depth),
+        _at_depth(read(sampled, prompt_tokens), depth),
+    )  # fmt: skip
+
+
+def _plainly(base: HfModel, rows: int, length: int, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """What reads so many rows of so many tokens, and gives their last hidden states."""
+    ids = torch.zeros(rows, length, dtype=torch.long, device=META)
+    sees = torch.ones(rows, length, length, dtype=torch.bool, device=META)
+
+    def read() -> Tensor:
+        masks = attention_masks(base, sees, ids, ids, dtype)
+        found = base.base_model(input_ids=ids, position_ids=ids, attention_mask=masks, use_cache=False)
+        return found.last_hidden_state
+
+    return read
 
 
 def reward_measured(

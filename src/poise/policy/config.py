@@ -39,13 +39,13 @@ from poise.runtime.trackers import check_trackers
 PPO_ONLY = {
     "value_learning_rate", "accumulation", "value_clip", "discount", "trace", "whiten_advantages", "entropy_coef",
     "gradient_regularization", "max_step_kl", "tune", "value_trunk", "final_parameter", "reward_norm", "shaping",
-    "baselines", "kl_target", "kl_horizon", "max_kl", "keep_at_kl", "missing_eos_penalty", "settle",
+    "baselines", "kl_target", "kl_horizon", "missing_eos_penalty", "settle",
     "eval_every", "eval_tasks", "eval_data", "eval_rows", "gradient_checkpointing",
 }  # fmt: skip
 
 
 # Values that turn such a setting off, where the default does not: runs of earlier versions have them in their files.
-_OFF = {"accumulation": 1, "kl_target": None, "kl_horizon": 10_000.0, "settle": False, "keep_at_kl": ()}
+_OFF = {"accumulation": 1, "kl_target": None, "kl_horizon": 10_000.0, "settle": False}
 
 
 def unread_settings(algorithm: str) -> set[str]:
@@ -248,9 +248,10 @@ class Config(PpoConfig):
             )
         if self.eval_every and not self.eval_tasks:
             raise PoiseError("--eval-every needs --eval-tasks")
-        if self.kl_target is not None and (self.kl_target <= 0 or self.kl_horizon <= 0 or self.kl_coef <= 0):
+        adapts = self.kl_target is not None and self.algorithm == "ppo"
+        if adapts and not (self.kl_target and self.kl_horizon and self.kl_coef):
             raise PoiseError("--kl-target needs --kl-target, --kl-horizon and --kl-coef above 0")
-        if self.kl_target is not None and self.kl_horizon < self.prompts_per_step * self.completions_per_prompt:
+        if adapts and self.kl_horizon < self.prompts_per_step * self.completions_per_prompt:
             raise PoiseError(f"--kl-horizon {self.kl_horizon:g} must hold the completions of a step")
         floor, ceiling = self.reward_floor, self.reward_ceiling
         if floor is not None and ceiling is not None and floor >= ceiling:

@@ -86,15 +86,6 @@ class BaselineRow:
 
 
 @dataclass(frozen=True)
-class RungRow:
-    """A row of ladder.jsonl: the policy kept at a rung of KL, the step it sampled in, and its measured KL, in nats."""
-
-    step: WholeNumber
-    rung: NotNegative
-    kl: float
-
-
-@dataclass(frozen=True)
 class BenchmarkRow:
     """A row of benchmarks.jsonl."""
 
@@ -116,15 +107,6 @@ class Outcome:
     scale: dict[str, Any]
     heads: str = ""  # which of a `poise train-reward` run's were the reward
     best: dict[str, float] | None = None  # as best.json
-
-
-@dataclass(frozen=True)
-class BestMark:
-    """RUN/best/best.json: the policy that the validator likes best."""
-
-    step: WholeNumber
-    kl: float
-    validator: float
 
 
 @dataclass(frozen=True)

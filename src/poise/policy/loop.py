@@ -41,12 +41,12 @@ from poise.models.validator import Validator
 from poise.policy.alarms import Alarms
 from poise.policy.config import Config
 from poise.policy.formats import Checkpoint
-from poise.policy.ladder import Best, Ladder
 from poise.policy.reward import Baselines, PolicyReward, gather, std_interval
 from poise.policy.sampling import sample_rows
 from poise.policy.update import Learner
 from poise.runtime import distributed as processes
 from poise.runtime.folders import write_file_atomic
+from poise.runtime.ladder import Best, Ladder, above_budget
 from poise.runtime.progress import Clock, console
 from poise.runtime.records import checked, undefined_as_none
 from poise.runtime.run_folder import Json, Run, append_jsonl, is_main_process, keep_rows_before
@@ -109,9 +109,9 @@ class Training:
             validated = watching.metrics(gather(watching.heads(batch, texts)), heads) if watching else {}
         facts = processes.gathered(_facts(rollout, reference, self.policy.end_ids))
         kl = facts.mean(0)[_FACTS.index("kl")].item()
-        self.ladder.keep(self.policy, self.step, kl)
+        self.ladder.keep(self.step, kl, self.policy.weights, self.policy.save)
         if validated and (config.max_kl is None or kl <= config.max_kl):
-            self.best.keep(self.policy, self.step, kl, validated["validator"])
+            self.best.keep(self.step, kl, validated["validator"], self.policy.weights, self.policy.save)
         score = self._score(heads, ended=facts[:, _FACTS.index("ended")])
         clock.lap("score")
         mine = processes.share(len(score))
@@ -226,9 +226,7 @@ class Training:
         if kl > limit:
             self.alarms.ended = "max_kl"
             if is_main_process():
-                console.print(
-                    f"step {self.step}: KL {kl:.1f} is above --max-kl {limit:g}; going back to a checkpoint below"
-                )
+                console.print(above_budget(self.step, kl, limit))
         elif self.step % self.config.save_every == 0 and is_main_process():
             with write_file_atomic(self.within) as copy:  # not written yet since the step began
                 shutil.copyfile(self.checkpoint, copy)
@@ -299,9 +297,9 @@ class Training:
             self.reward.objective = with_parameter(self._first_objective, value)
 
     def _drop_later_rows(self) -> None:
-        for name in ("metrics.jsonl", "samples.jsonl", "benchmarks.jsonl", "ladder.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl", "benchmarks.jsonl"):
             keep_rows_before(self.out.folder / name, self.step)
-        self.ladder.drop_unlisted()
+        self.ladder.drop_from(self.step)
 
     def _resume_or_start(self) -> None:
         if not self.checkpoint.exists():

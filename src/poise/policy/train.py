@@ -39,12 +39,12 @@ from poise.models.run_heads import is_run, kinds_in, reward_folder, validator_of
 from poise.models.validator import say_validator
 from poise.policy.config import Config
 from poise.policy.formats import BenchmarkRow, StepRow
-from poise.policy.ladder import best_of
 from poise.policy.loop import Training, cut_off, note_of
 from poise.policy.reward import PolicyReward
 from poise.policy.sampling import sample_policy
 from poise.runtime import distributed as processes
 from poise.runtime.folders import refuse_deleted
+from poise.runtime.ladder import Ladder, best_of
 from poise.runtime.progress import console, finish_the_step, progress
 from poise.runtime.records import read_rows, undefined_as_none
 from poise.runtime.run_folder import (
@@ -245,8 +245,7 @@ def _by_trl(
         reward = RobustReward.of(given.scorer, given.given, path=given.path, **of)
     step = trl_train.steps_kept(settings, out.folder)
     if is_main_process():
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            keep_rows_before(out.folder / name, step)
+        _drop_from(out, step)
     callback = MonitorCallback(
         Monitor(MonitorConfig(threshold=config.alarm_threshold)), "stop" if config.on_alarm == "stop" else "log"
     )
@@ -266,15 +265,30 @@ def _by_trl(
                 console.print(cut_off(config.max_tokens, config.reward))
 
         torch.manual_seed(config.seed)  # initial adapters
-        trl_train.train(settings, reward, *load_policy(config.model), prompts, out.folder, on_step, [callback])
+        above = trl_train.train(
+            settings, reward, *load_policy(config.model), prompts, out.folder, on_step, [callback]
+        )  # fmt: skip
+    if above and is_main_process():
+        _drop_from(out, trl_train.steps_kept(settings, out.folder))
+    processes.wait()
     policy = Policy(*load_policy(config.model), adapted_layers=config.adapted_layers, rank=config.lora_rank)
     policy.load_adapters(str(out.folder / "policy"))
     scale = reward.fitted
     assert scale is not None  # it has been called
     done = PolicyReward(reward.scorer, reward.combine, scale=scale)
     rows = out.metrics(StepRow)
-    alarms = [{"step": row["step"], "score": row["monitor_score"]} for row in rows if row["alarm"]]
-    return policy, done, {"steps": len(rows), "alarms": alarms}
+    alarms = [
+        {"step": row["step"], "score": row["monitor_score"], "action": config.on_alarm} for row in rows if row["alarm"]
+    ]
+    stopped = "stop" if alarms and config.on_alarm == "stop" else "num_steps"
+    return policy, done, {"steps": len(rows), "ended_by": "max_kl" if above else stopped, "alarms": alarms}
+
+
+def _drop_from(out: Run, step: int) -> None:
+    """Drop what a run of RLOO or GRPO wrote in a step and after it."""
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        keep_rows_before(out.folder / name, step)
+    Ladder(out.folder, ()).drop_from(step)
 
 
 def _say_extended(config: Config, out: Run) -> None:

@@ -23,9 +23,9 @@ from poise.errors import PoiseError
 from poise.functional.choice import LEVEL, Decision, Ladder, choose
 from poise.models.loading import load_policy
 from poise.models.policy import Policy
-from poise.policy.ladder import kept_policies
 from poise.runtime import records
 from poise.runtime.folders import MARK, is_leftover, own
+from poise.runtime.ladder import kept_policies
 from poise.runtime.progress import console
 from poise.runtime.run_folder import Json, load_config_file, write_json, write_jsonl
 from poise.studies.choose_config import Config, refuse_other_run
@@ -94,6 +94,8 @@ def from_run(config: Config) -> list[Json]:
     refuse_other_run(run)
     by_step: dict[int, list[Json]] = {}
     for row in records.read_rows(run / "samples.jsonl"):
+        if "kl" not in row:
+            raise PoiseError(f"{run} is of an earlier version, whose RLOO and GRPO runs kept no KL; train it anew")
         by_step.setdefault(row["step"], []).append(row)
     of_step = {step: sum(row["kl"] for row in rows) / len(rows) for step, rows in by_step.items()}
     policies, kept = kept_policies(run), dict[float, Path]()

@@ -24,7 +24,7 @@ class Config(JudgeSettings):
     """
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """Source of the completions: a `poise train-policy` run by PPO; or a file with `prompt`, `completion` and
+    """Source of the completions: a `poise train-policy` run; or a file with `prompt`, `completion` and
     `kl` in each row, kl 0 for the start's."""
     output: str = "runs/choose"
     """Folder to write."""
@@ -39,7 +39,7 @@ class Config(JudgeSettings):
     """Of the comparisons that are drawn, their order and their sides."""
 
     def for_command(self) -> "Config":
-        """As `Settings.for_command`: before the comparisons are drawn, the source is a run of PPO or a file."""
+        """As `Settings.for_command`: before the comparisons are drawn, the source is a policy run or a file."""
         source = Path(self.source)
         if (Path(self.output) / "key.json").exists():
             return self
@@ -51,6 +51,6 @@ class Config(JudgeSettings):
 
 
 def refuse_other_run(run: Path) -> None:
-    """Raise PoiseError for a folder that is no run of PPO."""
+    """Raise PoiseError for a folder that is no policy run."""
     if not all((run / name).exists() for name in ("samples.jsonl", "config.yaml")):
-        raise PoiseError(f"{run} is no `poise train-policy` run by PPO: it has no samples.jsonl")
+        raise PoiseError(f"{run} is no `poise train-policy` run: it has no samples.jsonl")

@@ -1,4 +1,4 @@
-"""The policies that a PPO run keeps as it moves away from its start: one at each rung of KL, and a validator's best.
+"""The policies that a run keeps as it moves away from its start: one at each rung of KL, and a validator's best.
 
 RUN/ladder/kl-5    the first policy whose completions had a KL of 5 nats or more, as RUN/policy is saved
 RUN/ladder.jsonl   rung, step and measured KL of each
@@ -6,17 +6,37 @@ RUN/best           the policy that the validator likes best, with its step, KL a
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from poise.models.policy import Policy
-from poise.policy.formats import BestMark, RungRow
 from poise.runtime.folders import write_folder_atomic
 from poise.runtime.records import checked, parse_json, read_rows
-from poise.runtime.run_folder import Json, append_jsonl, is_main_process, write_json
+from poise.runtime.run_folder import Json, append_jsonl, is_main_process, keep_rows_before, write_json
+from poise.runtime.settings import NotNegative, WholeNumber
 
 FILE, FOLDER = "ladder.jsonl", "ladder"
 BEST, MARK = "best", "best.json"
+Weights = TypeVar("Weights")
+
+
+@dataclass(frozen=True)
+class RungRow:
+    """A row of ladder.jsonl: the policy kept at a rung of KL, the step it sampled in, and its measured KL, in nats."""
+
+    step: WholeNumber
+    rung: NotNegative
+    kl: float
+
+
+@dataclass(frozen=True)
+class BestMark:
+    """RUN/best/best.json: of the policy that the validator likes best."""
+
+    step: WholeNumber
+    kl: float
+    validator: float
 
 
 class Ladder:
@@ -25,23 +45,26 @@ class Ladder:
     def __init__(self, folder: Path, rungs: Sequence[float]):
         self.folder, self.rungs, self.reached = folder, sorted(set(rungs)), 0.0
 
-    def keep(self, policy: Policy, step: int, kl: float) -> None:
+    def keep(self, step: int, kl: float, weights: Callable[[], Weights], save: Callable[[str, Weights], None]) -> None:
         """Save the policy if its KL has passed a rung that no earlier one had; of several rungs, at the highest.
 
-        kl: of the completions that this very policy has sampled at `step`. All processes call it together.
+        kl: of the completions that this very policy has sampled at `step`. weights: gives what is to be saved; called
+        by all processes together. save: writes it into a folder; called by the main process alone.
+        All processes call `keep` together.
         """
         passed = max((rung for rung in self.rungs if rung <= kl), default=0.0)
         if passed <= self.reached:
             return
-        self.reached, weights = passed, policy.weights()
+        self.reached, kept = passed, weights()
         if is_main_process():
             with write_folder_atomic(_place(self.folder, passed)) as scratch:
-                policy.save(str(scratch), weights)
+                save(str(scratch), kept)
             append_jsonl(self.folder / FILE, [{"step": step, "rung": passed, "kl": kl}])
 
-    def drop_unlisted(self) -> None:
-        """Delete the policies whose rows are gone, as after a return to an earlier step."""
+    def drop_from(self, step: int) -> None:
+        """Delete the policies kept at `step` or later, as after a return to an earlier one."""
         path = self.folder / FILE
+        keep_rows_before(path, step)
         listed = {_place(self.folder, row["rung"]) for row in read_rows(path, RungRow)} if path.exists() else set()
         for place in (self.folder / FOLDER).glob("kl-*"):
             if place not in listed:
@@ -60,19 +83,21 @@ class Best:
         self.run, self.best = run, 0.0
         self.last: float | None = None
 
-    def keep(self, policy: Policy, step: int, kl: float, gain: float) -> None:
+    def keep(
+        self, step: int, kl: float, gain: float, weights: Callable[[], Weights], save: Callable[[str, Weights], None]
+    ) -> None:
         """Save the policy, over the one before, if its mark is the largest so far.
 
         kl: nats of a completion. gain: of the validator, on the completions that this very policy sampled at `step`.
-        All processes call it together, at every step.
+        weights and save: as of `Ladder.keep`. All processes call it together, at every step.
         """
         mark, self.last = None if self.last is None else (self.last + gain) / 2, gain
         if mark is None or mark <= self.best:
             return
-        self.best, weights = mark, policy.weights()
+        self.best, kept = mark, weights()
         if is_main_process():
             with write_folder_atomic(self.run / BEST) as scratch:
-                policy.save(str(scratch), weights)
+                save(str(scratch), kept)
                 write_json(scratch / MARK, {"step": step, "kl": kl, "validator": mark})
 
     def state(self) -> tuple[float | None, ...]:
@@ -89,6 +114,15 @@ def best_of(run: Path) -> Json | None:
     """Step, KL and mark of the policy in RUN/best; None if there is none."""
     path = run / BEST / MARK
     return checked(parse_json(path.read_text(encoding="utf-8")), BestMark, str(path)) if path.exists() else None
+
+
+def above_budget(step: int, kl: float, limit: float, option: str = "--max-kl") -> str:
+    """What a run says that ends because the KL of a step's completions is above the budget.
+
+    >>> above_budget(7, 21.34, 20.0)
+    'step 7: KL 21.3 is above --max-kl 20; going back to a checkpoint below'
+    """
+    return f"step {step}: KL {kl:.1f} is above {option} {limit:g}; going back to a checkpoint below"
 
 
 def kept_policies(run: Path) -> dict[float, Path]:
