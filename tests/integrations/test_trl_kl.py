@@ -143,7 +143,9 @@ def test_the_kl_budget_ends_a_run_as_it_ends_ppo(
     for name, dies in (("marked", "ended.json"), ("dropped", "final.jsonl")):
         stormy = dataclasses.replace(how, max_kl=limit, output=f"{config.output}-{name}")
         assert forked.status_of(lambda one=stormy, at=dies: run_until_written(one, at)) == -signal.SIGKILL  # type: ignore[misc]
-        again = train_policy.run(stormy)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(transformers.Trainer, "train", pytest.fail)  # what has ended is not trained again
+            again = train_policy.run(stormy)
         assert lasting(again.results) == lasting(bounded.results)
         assert same_weights(bounded.folder / "policy", again.folder / "policy")
         assert (again.folder / "samples.jsonl").read_text() == (bounded.folder / "samples.jsonl").read_text()

@@ -226,3 +226,33 @@ def test_accelerates_own_settings_are_refused_with_what_to_do(
     )
     with pytest.raises(PoiseError, match=r"FSDP was asked for in accelerate's settings: .*--shard"):
         train_policy.run(config)
+
+
+@pytest.mark.slow
+def test_the_kl_budget_and_the_ladder_are_those_of_whole_weights(
+    tiny_model: str, reward_run: str, tmp_path: Path
+) -> None:
+    """On two processes: the same KL, the same policy kept, the same end; the start is put together, too."""
+
+    def work() -> None:
+        processes.join()
+        for name, shard in (("spread", True), ("whole", False)):
+            how = settings("grpo", learning_rate=0.05, num_steps=4, shard=shard, max_kl=1e-3, keep_at_kl=(1e-4,))
+            run(how, tiny_model, reward_run, tmp_path / name)
+
+    launched(2, work, tmp_path)
+    assert (tmp_path / "spread" / "share0").read_text() == "2 0.50"
+    spread, whole = rows_of(tmp_path / "spread"), rows_of(tmp_path / "whole")
+    assert len(spread) == len(whole) < 4
+    assert len(spread[0]["samples"]) == 8
+    for mine, theirs in zip(spread, whole, strict=True):
+        kl = [[sample["kl"] for sample in row["samples"]] for row in (mine, theirs)]
+        assert kl[0] == pytest.approx(kl[1], abs=1e-4)
+        assert mine["kl"] == pytest.approx(sum(kl[0]) / 8, abs=1e-6)
+    assert spread[-1]["kl"] > 1e-3
+    how = settings("grpo", max_kl=1e-3)
+    assert steps_kept(how, tmp_path / "spread") == steps_kept(how, tmp_path / "whole") == len(spread) - 2
+    for place in (ADAPTERS, "ladder/kl-0.0001/adapter_model.safetensors", "trainer/start/adapter_model.safetensors"):
+        one, other = (load_file(tmp_path / name / place) for name in ("spread", "whole"))
+        assert {name: tensor.shape for name, tensor in one.items()} == {name: t.shape for name, t in other.items()}
+        assert max((one[name] - other[name]).abs().max().item() for name in one) < 1e-5
