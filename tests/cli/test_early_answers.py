@@ -2,11 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from early import run_early, write_files
 
 # In one process: each command with the line it must say. Names are of `place`.
 REFUSED = [
@@ -53,25 +53,11 @@ REFUSED = [
     ("toy --config twice.yaml", "'seed' is there twice"),
 ]  # fmt: skip
 
-PROGRAM = """
-import io, json, sys
-from contextlib import redirect_stderr
-from poise.cli.main import main
-found = []
-for line in json.load(open("commands.json")):
-    sys.stdin = io.StringIO("")
-    with redirect_stderr(io.StringIO()) as said:
-        code = main(line.split())
-    found.append([code, said.getvalue(), sorted({"torch", "transformers", "trl", "scipy"} & sys.modules.keys())])
-json.dump(found, open("../found.json", "w"))
-"""
-
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory, tiny_model: str) -> dict[str, tuple[int, str, list[str]]]:
     """By command: status, what it said, and the heavy libraries that were there then; what it changed fails here."""
-    root = tmp_path_factory.mktemp("early")
-    place = root / "place"
+    place = tmp_path_factory.mktemp("early")
     block = {"num_heads": 1, "kind": "point", "offset": [0.0]}
     config = json.loads((Path(tiny_model) / "config.json").read_text()) | {"poise": block, "id2label": {"0": "x"}}
     for name in ("reward", "run/brme"):
@@ -86,20 +72,12 @@ def found(tmp_path_factory: pytest.TempPathFactory, tiny_model: str) -> dict[str
     (place / "ens" / "ensemble.json").write_text(json.dumps(ensemble))
     (place / "mine").mkdir()
     (place / "mine" / "ensemble.json").write_text('{"mine": 1}')
-    (place / "prompts").write_text('{"prompt": "Tea?"}\n{"prompt": "Coffee?"}\n')
-    (place / "samples").write_text('{"prompt": "Tea?", "completion": "Yes."}\n')
-    (place / "pairs").write_text('{"prompt": "Tea?", "chosen": "Yes.", "rejected": "No."}\n')
+    write_files(place)
     (place / "yes.yaml").write_text("yes: 1\n")
     (place / "twice.yaml").write_text("seed: 1\nseed: 2\n")
-    (place / "commands.json").write_text(json.dumps([command for command, _ in REFUSED]))
     before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=place, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    answers = run_early(place, [command for command, _ in REFUSED], {"HF_HUB_OFFLINE": "1"})
     assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
-    answers = json.loads((root / "found.json").read_text())
     return dict(zip([command for command, _ in REFUSED], answers, strict=True))
 
 

@@ -1,5 +1,6 @@
 """Runs and policies where a language model may be named; other folders are refused before anything is imported."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -22,10 +23,25 @@ from poise.studies.config import Config as StudyConfig
 
 
 def test_a_policy_run_may_stand_for_a_language_model(tmp_path: Path, tiny_model: str) -> None:
-    (tmp_path / "run" / "policy").mkdir(parents=True)
-    (tmp_path / "run" / "policy" / "adapter_config.json").write_text("{}")
+    policy = tmp_path / "run" / "policy"
+    policy.mkdir(parents=True)
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": tiny_model}
+    (policy / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(PoiseError, match=r"has no adapter_model\.safetensors"):
+        check_inputs(ChatConfig(str(policy)))
+    (policy / "adapter_model.safetensors").touch()
     check_inputs(EvaluateConfig(policies=(str(tmp_path / "run"),), model=tiny_model))
-    check_inputs(ChatConfig(str(tmp_path / "run" / "policy")))
+    check_inputs(ChatConfig(str(policy)))
+    for wrong, reason in (
+        ({"task_type": "SEQ_CLS"}, "no LoRA adapters of a language model"),
+        ({"base_model_name_or_path": None}, "does not say of which model"),
+        ({"base_model_name_or_path": str(tmp_path)}, "no base model of .* is not a model folder"),
+    ):
+        (policy / "adapter_config.json").write_text(json.dumps(settings | wrong))
+        with pytest.raises(PoiseError, match=reason):
+            check_inputs(ChatConfig(str(policy)))
+    with pytest.raises(PoiseError, match="holds a policy's adapters, not a whole model; `poise merge"):
+        check_inputs(PolicyConfig(prompts="", reward="", model=str(tmp_path / "run")))
     with pytest.raises(PoiseError, match="is not a model folder"):
         check_inputs(ChatConfig(str(tmp_path)))
 
@@ -37,7 +53,12 @@ def test_gold_is_reviews_or_a_reward_model(tmp_path: Path) -> None:
         check_inputs(CompareConfig(arms=(), gold=str(tmp_path)))
 
 
-def test_a_data_set_of_the_hub_is_left_to_the_command(tmp_path: Path) -> None:
+def test_a_data_set_of_the_hub_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(PoiseError, match="data set 'org/pairs' is neither a local file nor reachable on the model hub"):
+        check_inputs(RewardConfig(preferences="org/pairs", model=""))
+    (tmp_path / "datasets--org--pairs").mkdir()
     check_inputs(RewardConfig(preferences="org/pairs", model=""))
     for name in ("org/pairs.jsonl", str(tmp_path / "pairs")):
         with pytest.raises(PoiseError, match="no such file"):

@@ -175,8 +175,8 @@ def test_score_end_to_end_and_its_bad_input(
     assert main(["score", str(reward), str(rows)]) == 0
     assert "1 of 1 samples lost their oldest tokens (longer than 256)" in " ".join(capsys.readouterr().err.split())
 
-    assert main(["score", tiny_model, str(rows)]) == 2  # a language model: two labels by default, no poise block
-    assert "no `poise` block" in one_line(capsys)
+    assert main(["score", tiny_model, str(rows)]) == 2
+    assert "is a language model, not a reward model" in one_line(capsys)
 
 
 @pytest.mark.slow

@@ -149,9 +149,9 @@ def test_the_table_of_the_documentation_is_what_is_computed(tune: str, gpus: int
 @pytest.mark.parametrize(
     ("sizes", "reason"),
     [
-        ({"hidden_size": 0}, "sizes below 1"),
-        ({"vocab_size": -5}, "sizes below 1"),
-        ({"num_attention_heads": 0}, "by zero"),
+        ({"hidden_size": 0}, "hidden_size must be a whole number of at least 1"),
+        ({"vocab_size": -5}, "vocab_size must be a whole number of at least 1"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be a whole number of at least 1"),
         ({"model_type": "bert"}, "it reads no reward from a last token"),
     ],
 )

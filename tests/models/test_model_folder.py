@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from poise.errors import PoiseError
-from poise.models import hub, model_folder, template_trial
+from poise.models import model_folder, template_trial
 from poise.models.model_folder import check_model, check_precision, check_reward_model, stored_tensor
 from poise.models.template_trial import try_template
 
@@ -47,7 +47,7 @@ def test_a_folder_needs_weights_and_a_tokenizer(files: tuple[str, ...], said: st
 
 
 def test_a_file_or_a_hub_id_may_stand_for_a_model_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "reachable", lambda: True)
+    monkeypatch.setattr(model_folder, "on_hub", lambda _: None)
     (tmp_path / "file").touch()
     for check in (check_model, check_reward_model):
         with pytest.raises(PoiseError, match=r"file is not a model folder: it is a file"):
@@ -75,8 +75,16 @@ def test_a_hub_id_is_refused_at_once_where_the_hub_does_not_answer(
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
     check_model("org/model")
     monkeypatch.delenv("HTTPS_PROXY")
-    (tmp_path / "models--org--model").mkdir()
+    cached = tmp_path / "models--org--model"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("abc")
+    with pytest.raises(PoiseError, match="the copy in its cache is not whole"):
+        check_model("org/model")
+    files = ("model.safetensors", "tokenizer.json")
+    made(cached / "snapshots" / "abc", *files, architectures=["LlamaForCausalLM"])
     check_model("org/model")
+    with pytest.raises(PoiseError, match="org/model is a language model, not a reward model"):
+        check_reward_model("org/model")
 
 
 def test_a_run_that_is_no_model_is_called_what_it_is(tmp_path: Path) -> None:

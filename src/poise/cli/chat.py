@@ -11,7 +11,7 @@ import tyro
 from poise.data.conversations import check_text
 from poise.errors import PoiseError
 from poise.runtime.display import visible
-from poise.runtime.settings import Count, Language, Seed, Settings, between
+from poise.runtime.settings import Count, PolicyModel, Seed, Settings, between
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Config(Settings):
     conversation, and the answers go to standard output.
     """
 
-    policy: Annotated[tyro.conf.Positional[Language], tyro.conf.arg(metavar="POLICY")]
+    policy: Annotated[tyro.conf.Positional[PolicyModel], tyro.conf.arg(metavar="POLICY")]
     """Policy: a `poise train-policy` run, the `policy` folder in it, or any language model (folder or hub id)."""
     system: str = ""
     """System turn to begin with."""

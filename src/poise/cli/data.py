@@ -11,14 +11,15 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from poise.data.evaluation_sets import read_questions
-from poise.data.files import RawRow, as_object, raw_rows
+from poise.data.files import RawRow, as_object, is_hub_id, raw_rows
 from poise.data.other_forms import in_our_columns
 from poise.data.preferences import iter_samples, read_preferences, read_prompts
 from poise.data.rows import Check, Understood
 from poise.data.types import Prompt
 from poise.data.verdicts import two_answers
 from poise.errors import PoiseError
-from poise.models.hub import check_on_hub
+from poise.models.model_folder import check_tokenizer
+from poise.runtime.hub import on_hub
 from poise.runtime.settings import Count, Settings, WholeNumber
 
 Kind = Literal["preferences", "questions", "samples", "prompts"]
@@ -50,8 +51,10 @@ class Config(Settings):
     def check(self) -> None:
         """As for every command; and the model is there."""
         super().check()
-        if self.model and not Path(self.model).exists():
-            check_on_hub(self.model)
+        if is_hub_id(Path(self.file)):
+            on_hub(self.file, "dataset")
+        if self.model:
+            check_tokenizer(self.model)
 
 
 def run(config: Config) -> None:

@@ -9,24 +9,15 @@ from typing import Any
 from poise.data.files import no_such_file
 from poise.data.preferences import read_preferences, read_prompts, read_samples
 from poise.errors import PoiseError, first_line
-from poise.models.model_folder import check_model, check_reward_model
+from poise.models.model_folder import check_language_model, check_model, check_policy, check_reward_model
 from poise.runtime.folders import refuse_device, refuse_foreign
+from poise.runtime.hub import on_hub
 from poise.runtime.progress import console
-from poise.runtime.run_kinds import told_of
 from poise.runtime.settings import ModelPath, Rows, marks, typed_fields
 from poise.studies.config import REVIEWS
 
 # Larger files are read once, by the command: there the import is the smaller part of the time.
 _SMALL = 8 * 2**20
-
-
-def _check_language_model(name: str) -> None:
-    """As `check_model`; a trained policy, or the run that holds one, is left to the commands that take it."""
-    folder = Path(name)
-    if not (folder / "policy").exists() and "train-policy" in told_of(name):
-        raise PoiseError(f"{name} has no policy yet: the run is not finished")
-    if not any((place / "adapter_config.json").exists() for place in (folder, folder / "policy")):
-        check_model(str(folder / "policy") if (folder / "policy" / "config.json").exists() else name)
 
 
 def _check_gold(name: str) -> None:
@@ -35,7 +26,8 @@ def _check_gold(name: str) -> None:
 
 
 _CHECKS: dict[str, Callable[[str], None]] = {
-    "language model": _check_language_model, "reward model": check_reward_model, "gold": _check_gold,
+    "language model": check_language_model, "policy": check_policy, "trunk": check_model,
+    "reward model": check_reward_model, "gold": _check_gold,
 }  # fmt: skip
 
 
@@ -69,7 +61,8 @@ def _check_rows(kind: str, name: str, on_bad_row: str) -> None:
         raise PoiseError(f"{name!r} cannot be the name of a file: {first_line(error)}") from None
     if not exists:
         if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.suffix:
-            return  # a data set's hub id
+            on_hub(name, "dataset")
+            return
         raise PoiseError(no_such_file(name))
     if not is_file or on_bad_row != "error" or path.suffix == ".parquet" or path.stat().st_size > _SMALL:
         return

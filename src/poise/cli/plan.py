@@ -1,7 +1,6 @@
 """`poise plan`: does a training fit the GPUs there are, and if not, what is in the way? From config.json alone."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from poise.errors import PoiseError
@@ -17,11 +16,11 @@ from poise.functional.memory import (
     trl_memory,
 )
 from poise.models.choices import DEFAULT_MODEL, Tune, ValueTrunk
-from poise.models.hub import check_on_hub
+from poise.models.model_folder import check_layers, check_shape
 from poise.policy.config import Config as Policy
 from poise.reward.config import Config as Reward
 from poise.runtime.display import on_one_line
-from poise.runtime.settings import Count, Positive, Settings, WholeNumber, between
+from poise.runtime.settings import Count, Length, Positive, Settings, WholeNumber, between
 
 MOST_TOKENS_OF_A_STEP = 1 << 32
 MOST_TOKENS = 1 << 26  # in one update; they are listed one by one
@@ -70,7 +69,7 @@ class Config(Settings):
     """Rank of the adapters, in both trainings."""
     value_trunk: ValueTrunk = Policy.value_trunk
     """train-policy: values from the policy's hidden states, or from layers of their `own`."""
-    max_length: Annotated[int, between(2, 2**31 - 1)] = Reward.max_length
+    max_length: Length = Reward.max_length
     """train-reward: longest sample, in tokens."""
     device_batch_size: Count = Reward.device_batch_size
     """train-reward: preferences per forward pass and GPU."""
@@ -87,9 +86,11 @@ class Config(Settings):
         for name in ("tune", "value_trunk", "accumulation"):
             if self.algorithm != "ppo" and getattr(self, name) != getattr(Config, name):
                 raise PoiseError(f"--{name.replace('_', '-')} is for --algorithm ppo, not {self.algorithm}")
-        for name in {self.model, self.reward or self.model}:
-            if not Path(name).exists():
-                check_on_hub(name)
+        if self.head_layers and not self.adapter_heads:
+            raise PoiseError("--head-layers needs --adapter-heads, whose adapters lie there")
+        for name in dict.fromkeys((self.model, self.reward or self.model)):
+            check_shape(name)
+        check_layers(self.reward or self.model, "--head-layers", self.head_layers)
         if (tokens := 2 * self.device_batch_size * self.max_length) > MOST_TOKENS:
             raise PoiseError(f"{tokens:,} tokens at once are more than any GPU holds; lower --device-batch-size")
         rows = self.prompts_per_step * self.completions_per_prompt

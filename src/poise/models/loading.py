@@ -26,11 +26,11 @@ from poise.models.chat_format import encode_prompt
 from poise.models.choices import DEFAULT_MODEL
 from poise.models.context import room_or_raise
 from poise.models.end_tokens import agree_on_ends
-from poise.models.hub import reachable
 from poise.models.model_folder import check_precision, stored_tensor, why_no_model
 from poise.models.padding import pad_apart
 from poise.models.trained_on import check_base, remember
 from poise.runtime.downloads import cache_folder, cached, package_file
+from poise.runtime.hub import has_weights, reachable
 from poise.runtime.progress import console
 from poise.runtime.quiet import quiet_loading
 
@@ -91,7 +91,8 @@ def _hub_snapshot(model: str, *, local_only: bool) -> str | None:
             folder = snapshot_download(model, allow_patterns=patterns, local_files_only=local_only, etag_timeout=5)
         except Exception:  # noqa: BLE001  the hub client raises a dozen kinds, all meaning "not to be had there"
             return None
-    return folder if (Path(folder) / "config.json").exists() else None
+    whole = (Path(folder) / "config.json").exists() and has_weights(Path(folder))
+    return folder if whole or not local_only else None  # a download may have been cut off
 
 
 def _convert_packaged_model(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """What is wrong with a model folder, from its JSON files alone, before torch is imported.
 
 These checks refuse early and in one line what could not be loaded anyway; `poise.models.loading` makes sure of the
-weights. A name that may be a hub id is left to it.
+weights. Of a name that may be a hub id, the folder in the hub's cache is checked, or the config.json on the hub.
 """
 
 import importlib.util
@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from poise.errors import PoiseError, first_line
+from poise.models.choices import DEFAULT_MODEL
 from poise.models.formats import ENSEMBLE_FILE, checkpoint_folder, num_labels_of, read_ensemble, read_head_block
-from poise.models.hub import check_on_hub
 from poise.models.template_trial import try_template
+from poise.runtime.hub import on_hub
 from poise.runtime.records import parse_json, read_object
 from poise.runtime.run_kinds import told_of
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+_WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # how the classes of language models end
+_DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_ADAPTERS = "adapter_config.json"
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
 
 # The package that reads each kind of quantized weights.
@@ -40,9 +44,10 @@ def check_model(path: str, wanted: str = "a language model") -> None:
 
     wanted: what else it should be, for the message.
     """
-    folder = _existing(path)
+    folder, config = _found(path)
     if folder is None:
-        check_on_hub(path)
+        if config:
+            _check_config(Path(path) / _CONFIG, config)
         return
     if not (folder / _CONFIG).exists():
         raise PoiseError(why_no_model(path, wanted))
@@ -50,8 +55,95 @@ def check_model(path: str, wanted: str = "a language model") -> None:
     if (folder / _GENERATION).exists():  # transformers would pass over a damaged one, and its end tokens with it
         _check_ends(folder / _GENERATION, read_object(folder / _GENERATION, strict=False).get("eos_token_id"))
     _check_files(folder)
-    check_precision(path)
+    check_precision(str(folder))
     _check_template(folder)
+
+
+def check_language_model(path: str) -> None:
+    """As `check_model`, and for a reward model, which writes nothing, and for a policy's adapters."""
+    for place in (Path(path), Path(path) / "policy"):
+        if (place / _ADAPTERS).exists():
+            raise PoiseError(
+                f"{path} holds a policy's adapters, not a whole model; `poise merge {path} --output FOLDER` folds them "
+                f"into theirs: name that folder"
+            )
+    check_model(path)
+    if is_classifier(config_of(path)):
+        raise PoiseError(f"{path} is a reward model, not a language model; name the model whose texts it scores")
+
+
+def check_policy(path: str) -> None:
+    """As `check_language_model`; of a policy's adapters, or of a run that holds them, the model they belong to."""
+    folder = Path(path)
+    if not (folder / "policy").exists() and "train-policy" in told_of(path):
+        raise PoiseError(f"{path} has no policy yet: the run is not finished")
+    adapters = next((place for place in (folder / "policy", folder) if (place / _ADAPTERS).exists()), None)
+    if adapters is None:
+        check_language_model(str(folder / "policy") if (folder / "policy" / _CONFIG).exists() else path)
+        return
+    try:
+        check_language_model(adapted_model(adapters))
+    except PoiseError as error:
+        raise PoiseError(f"no base model of {adapters}: {error}") from None
+
+
+def adapted_model(adapters: Path) -> str:
+    """The model that a policy's adapters were trained on, as their folder names it; PoiseError for other adapters."""
+    settings = read_object(adapters / _ADAPTERS, strict=False)
+    if (settings.get("peft_type"), settings.get("task_type")) != ("LORA", "CAUSAL_LM"):
+        raise PoiseError(f"{adapters} holds no LoRA adapters of a language model; reward models are for `poise export`")
+    if not (adapters / "adapter_model.safetensors").exists():
+        raise PoiseError(f"{adapters} has no adapter_model.safetensors")
+    base = settings.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise PoiseError(f"{adapters / _ADAPTERS} does not say of which model: it has no base_model_name_or_path")
+    return base
+
+
+def config_of(path: str) -> dict[str, Any]:
+    """The config.json of a model folder, or of a hub id as far as it is known; otherwise nothing."""
+    folder, config = _found(path)
+    if folder is not None:
+        return read_object(folder / _CONFIG, strict=False) if (folder / _CONFIG).exists() else {}
+    return config
+
+
+def is_classifier(config: dict[str, Any]) -> bool:
+    """Does a config.json say that its model has labels, as reward models have?"""
+    return "poise" in config or _class_of(config).endswith("ForSequenceClassification")
+
+
+def check_tokenizer(path: str) -> None:
+    """Raise PoiseError, one line, for a model whose tokenizer cannot be had: a language model or a reward model."""
+    folder, _ = _found(path)
+    if folder is not None:
+        checkpoint = Path(checkpoint_folder(str(folder)))
+        if not (checkpoint / _CONFIG).exists():
+            raise PoiseError(why_no_model(path))
+        _check_tokenizer([file.name for file in checkpoint.iterdir()], checkpoint)
+
+
+def check_shape(path: str) -> None:
+    """Raise PoiseError, one line, for a model of which config.json cannot be had, or says what cannot be."""
+    folder, config = _found(path)
+    if folder is not None:
+        if not (folder / _CONFIG).exists():
+            raise PoiseError(why_no_model(path))
+        config = read_object(folder / _CONFIG, strict=False)
+    if config:
+        _check_config((folder or Path(path)) / _CONFIG, config)
+
+
+def check_layers(path: str, option: str, wanted: int) -> None:
+    """Raise PoiseError for more layers than the model in a folder has, where its config.json says how many."""
+    if not wanted:
+        return
+    config = config_of(path)
+    inner = config.get("text_config")
+    config = inner if isinstance(inner, dict) else config
+    depth = next((config[name] for name in _DEPTHS if type(config.get(name)) is int), wanted)
+    if wanted > depth:
+        raise PoiseError(f"{option} must be at most {depth}, the layers of {path}, got {wanted}")
 
 
 def check_reward_model(path: str) -> None:
@@ -59,18 +151,33 @@ def check_reward_model(path: str) -> None:
 
     A `poise train-reward` run, an ensemble and adapters count as one.
     """
-    folder = _existing(path)
+    folder, config = _found(path)
     if folder is None:
-        check_on_hub(path)
+        if config:
+            _check_config(Path(path) / _CONFIG, config)
+            _check_labels(config, path)
         return
     if (folder / ENSEMBLE_FILE).exists():
         for member in read_ensemble(path).members:
             check_reward_model(member)
         return
-    folder = Path(checkpoint_folder(path))
-    check_model(str(folder), "a reward model")
-    config = read_object(folder / _CONFIG, strict=False)
-    read_head_block(config.get("poise"), num_labels_of(config, str(folder)), path)
+    checkpoint = checkpoint_folder(str(folder))
+    check_model(checkpoint, "a reward model")
+    _check_labels(read_object(Path(checkpoint) / _CONFIG, strict=False), path)
+
+
+def _check_labels(config: dict[str, Any], path: str) -> None:
+    if "poise" not in config and _class_of(config).endswith(_WRITERS):
+        raise PoiseError(
+            f"{path} is a language model, not a reward model; `poise train-reward --model {path}` makes one of it, "
+            f"or name a one-label classifier"
+        )
+    read_head_block(config.get("poise"), num_labels_of(config, path), path)
+
+
+def _class_of(config: dict[str, Any]) -> str:
+    names = config.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else ""
 
 
 def check_reward_run(run: str, names: set[str]) -> None:
@@ -83,7 +190,9 @@ def check_reward_run(run: str, names: set[str]) -> None:
 
 def why_no_model(path: str, wanted: str = "a model folder") -> str:
     """One line for a folder without config.json. wanted: what it should be."""
-    if (Path(path) / "adapter_config.json").exists():
+    if (Path(path) / ENSEMBLE_FILE).exists():
+        return f"{path} is an ensemble of reward models, not {wanted}"
+    if (Path(path) / _ADAPTERS).exists():
         return (
             f"{path} holds adapters without the config.json of their model: fold them into it and save the whole model "
             f"(`poise merge` for a policy; in peft, merge_and_unload)"
@@ -91,6 +200,15 @@ def why_no_model(path: str, wanted: str = "a model folder") -> str:
     if told := told_of(path):
         return f"{path} is {told}, not {wanted}"
     return f"{path} is not a model folder: it has no config.json"
+
+
+def _found(path: str) -> tuple[Path | None, dict[str, Any]]:
+    """The folder of a model, also in the hub's cache; else the config.json on the hub, as far as it is known."""
+    folder = _existing(path)
+    if folder is not None or path == DEFAULT_MODEL:
+        return folder, {}
+    known = on_hub(path)
+    return (known, {}) if isinstance(known, Path) else (None, known or {})
 
 
 def _existing(path: str) -> Path | None:
@@ -205,6 +323,10 @@ def _check_files(folder: Path) -> None:
         pickled = any(name.endswith((".bin", ".pt", ".pth")) for name in names)
         why = "; weights in pickle form are not read, save them as safetensors" if pickled else ""
         raise PoiseError(f"{folder} has no weights in safetensors form{why}")
+    _check_tokenizer(names, folder)
+
+
+def _check_tokenizer(names: list[str], folder: Path) -> None:
     tokenizers = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
     if not any(name in names for name in tokenizers):
         raise PoiseError(f"{folder} has no tokenizer: no tokenizer.json")

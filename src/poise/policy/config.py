@@ -25,6 +25,7 @@ from poise.runtime.settings import (
     Language,
     LearningRate,
     NotNegative,
+    PolicyModel,
     Positive,
     Prompts,
     Reward,
@@ -288,9 +289,9 @@ class EvaluateConfig(Settings):
 
     RUN_FOLDER = True
 
-    policies: tuple[Language, ...] = ()
+    policies: tuple[PolicyModel, ...] = ()
     """`poise train-policy` runs, model folders or hub ids."""
-    model: Language = DEFAULT_MODEL
+    model: PolicyModel = DEFAULT_MODEL
     """The model before training, folder or hub id: differences are taken against it."""
     data: str = ""
     """Folder of the benchmarks' rows, NAME.jsonl or NAME.jsonl.gz, evaluated zero-shot and without a network; default:
@@ -312,7 +313,7 @@ class EvaluateConfig(Settings):
 class MergeConfig(Settings):
     """Fold a policy's LoRA adapters into its language model, for tools that know no adapters."""
 
-    policy: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="POLICY")]
+    policy: Annotated[tyro.conf.Positional[PolicyModel], tyro.conf.arg(metavar="POLICY")]
     """Policy: a `poise train-policy` run, or the `policy` folder in it."""
     output: str
     """Folder to write; it must not exist, or be empty."""

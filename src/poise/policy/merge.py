@@ -23,15 +23,15 @@ from poise.models.loading import (
     load_weights,
     resolve_model,
 )
+from poise.models.model_folder import adapted_model
 from poise.models.padding import pad_apart
 from poise.policy.config import MergeConfig as Config
 from poise.policy.formats import policy_folder
 from poise.runtime.folders import own_file, write_folder_atomic
 from poise.runtime.progress import console
 from poise.runtime.quiet import quiet_loading
-from poise.runtime.records import read_object
 
-_SETTINGS, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_SETTINGS = "adapter_config.json"
 
 
 def run(config: Config) -> Path:
@@ -81,13 +81,8 @@ def folded(base: str, adapters: Path) -> tuple[HfModel, HfTokenizer]:
 
 def base_of(adapters: Path) -> str:
     """Folder of the model that the adapters belong to."""
-    settings = read_object(adapters / _SETTINGS, strict=False)
-    if (settings.get("peft_type"), settings.get("task_type")) != ("LORA", "CAUSAL_LM"):
-        raise PoiseError(f"{adapters} holds no LoRA adapters of a language model; reward models are for `poise export`")
-    if not (adapters / _WEIGHTS).exists():
-        raise PoiseError(f"{adapters} has no {_WEIGHTS}")
+    base = adapted_model(adapters)
     try:
-        base = settings.get("base_model_name_or_path")
-        return resolve_model(base if isinstance(base, str) and base else "(none)")
+        return resolve_model(base)
     except PoiseError as error:
         raise PoiseError(f"no base model: {error}; write where it is into {adapters / _SETTINGS}") from None

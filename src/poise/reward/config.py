@@ -12,17 +12,20 @@ from poise.errors import PoiseError
 from poise.functional.objective_names import read_objective
 from poise.models.choices import DEFAULT_MODEL
 from poise.models.formats import checkpoint_folder, local_checkpoint, refuse_nested
+from poise.models.model_folder import check_layers
 from poise.reward.formats import check_ensemble, check_export, check_scores
 from poise.runtime.settings import (
     Count,
-    Language,
     LearningRate,
+    Length,
+    LengthOrAll,
     Positive,
     Preferences,
     Reward,
     Rows,
     Seed,
     Settings,
+    TrunkModel,
     WholeNumber,
     at_least,
     between,
@@ -47,11 +50,11 @@ class Config(Settings):
     `RewardTrainer` takes them as `train_dataset`, too."""
     output: str = ""
     """Run folder to write. Default: runs/reward; of a `RewardTrainer` none is kept."""
-    model: Language = DEFAULT_MODEL
+    model: TrunkModel = DEFAULT_MODEL
     """Local folder or hub id of the language model whose first layers become the trunk."""
     num_layers: WholeNumber = 0
     """Layers of the model to keep as trunk; 0 keeps all."""
-    max_length: Count = 1024
+    max_length: Length = 1024
     """Longest sample in tokens; longer ones lose their oldest tokens. Their number is reported."""
     validation_share: Annotated[float, between(0, 1, open_low=True, open_high=True)] = 0.2
     """Share of the preferences held out to choose the prior and to report accuracy: whole prompts, or whole texts where
@@ -120,6 +123,8 @@ class Config(Settings):
         """As `Settings.check`, and what adapters of single heads need."""
         super().check()
         if self.stage2_trunk != "lora_per_head":
+            if self.head_layers:
+                raise PoiseError("--head-layers needs --stage2-trunk lora_per_head, whose adapters lie there")
             if self.adapter_diversity:
                 raise PoiseError(
                     "--adapter-diversity needs --stage2-trunk lora_per_head, whose adapters it keeps apart"
@@ -142,6 +147,11 @@ class Config(Settings):
         """As `Settings.for_command`."""
         if not self.preferences:
             raise PoiseError("--preferences is missing: name a file, a folder saved by `datasets`, or a hub id")
+        self.check()
+        if self.num_layers and self.head_layers > self.num_layers:
+            raise PoiseError(f"--head-layers {self.head_layers} are more than --num-layers {self.num_layers} keeps")
+        check_layers(self.model, "--num-layers", self.num_layers)
+        check_layers(self.model, "--head-layers", self.head_layers)
         return replace(self, output=self.output or "runs/reward")
 
 
@@ -163,7 +173,7 @@ class EvaluateConfig(Settings):
     """How the heads become the reward that orders texts, e.g. nominal, worst_case, tradeoff(0.4)."""
     output: str = "runs/evaluation"
     """Run folder to write."""
-    max_length: WholeNumber = 0
+    max_length: LengthOrAll = 0
     """Longest sample in tokens; longer ones lose their oldest tokens. 0: the model's context."""
     feature_cache: bool = True
     """Keep trunk features in the user's cache folder, for other heads on the same trunk and texts."""
@@ -199,7 +209,7 @@ class ScoreConfig(Settings):
     """How the heads become the column `reward`, e.g. nominal, worst_case, tradeoff(0.4), lower_confidence(1)."""
     output: str = ""
     """File to write: JSON lines, or Parquet if its name ends in .parquet. Default: FILE with .scored.jsonl."""
-    max_length: WholeNumber = 0
+    max_length: LengthOrAll = 0
     """Longest sample in tokens; longer ones lose their oldest tokens. 0: the model's context."""
     on_bad_row: OnBadRow = "error"
     """`skip` sets bad rows aside in a file beside the data."""
@@ -225,7 +235,7 @@ class EnsembleConfig(Settings):
     """Preferences. Each member's reward is scaled to mean 0 and std 1 over their texts, so that none dominates."""
     output: str = "runs/ensemble"
     """Folder to write."""
-    max_length: WholeNumber = 0
+    max_length: LengthOrAll = 0
     """Longest sample in tokens; longer ones lose their oldest tokens. 0: the model's context."""
     on_bad_row: OnBadRow = "error"
     """`skip` sets bad rows aside in a file beside the data."""
@@ -253,7 +263,7 @@ class ReferenceConfig(Settings):
     """Preferences, whose texts become the reference. Either these or --completions."""
     completions: Annotated[str, Rows("samples")] = ""
     """JSON lines with `prompt`, `completion`: the initial policy's, for instance."""
-    max_length: WholeNumber = 0
+    max_length: LengthOrAll = 0
     """Longest sample in tokens; longer ones lose their oldest tokens. 0: the model's context."""
     feature_cache: bool = True
     """Keep trunk features in the user's cache folder."""

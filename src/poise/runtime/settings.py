@@ -35,8 +35,11 @@ class Range:
     open_low: bool = False
     open_high: bool = False
     of_size: bool = False
+    or_zero: bool = False
 
     def __contains__(self, value: int | float) -> bool:
+        if self.or_zero and value == 0:
+            return True
         above = self.low < value if self.open_low else self.low <= value
         return above and (value < self.high if self.open_high else value <= self.high)
 
@@ -47,7 +50,9 @@ class Range:
         return str(replace(self, high=math.inf) if value < self.high else Range(high=self.high))
 
     def __str__(self) -> str:
-        """In words: `at least 1`, `above 0`, `in [0, 0.5)`."""
+        """In words: `at least 1`, `above 0`, `in [0, 0.5)`, `0, or at least 8`."""
+        if self.or_zero:
+            return f"0, or {replace(self, or_zero=False)}"
         if self.high == math.inf:
             return f"{'above' if self.open_low else 'at least'} {self.low:g}"
         if self.low == -math.inf:
@@ -85,13 +90,16 @@ class Rows:
 
 @dataclass(frozen=True)
 class ModelPath:
-    """Marks a setting that names models: language models, reward models, or what stands for human judgment."""
+    """Marks a setting that names models: language models, reward models, layers to take, or a stand-in for people."""
 
-    kind: Literal["language model", "reward model", "gold"]
+    kind: Literal["language model", "policy", "trunk", "reward model", "gold"]
 
 
 Count = Annotated[int, at_least(1)]
 WholeNumber = Annotated[int, at_least(0)]
+# Of a sample in tokens. The end of a turn takes up to a handful: shorter samples would all be the same.
+Length = Annotated[int, at_least(8)]
+LengthOrAll = Annotated[int, replace(at_least(8), or_zero=True)]
 Positive = Annotated[float, above(0, HUGE)]
 NotNegative = Annotated[float, at_least(0, HUGE)]
 Share = Annotated[float, between(0, 1)]
@@ -101,6 +109,8 @@ Bounded = Annotated[float, between(-HUGE, HUGE)]
 # What libraries take, with room to count on from it.
 Seed = Annotated[int, at_least(0, LARGEST)]
 Language = Annotated[str, ModelPath("language model")]
+PolicyModel = Annotated[str, ModelPath("policy")]  # a language model, or a policy of ours: adapters, a run
+TrunkModel = Annotated[str, ModelPath("trunk")]  # a language model, or a reward model whose layers are taken
 Reward = Annotated[str, ModelPath("reward model")]
 Gold = Annotated[str, ModelPath("gold")]
 Preferences = Annotated[str, Rows("preferences")]
