@@ -121,10 +121,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(
         (policy / "adapter_config.json").write_text(json.dumps(settings | changes))
 
     rewrite(base_model_name_or_path=str(tmp_path / "gone"))
-    assert "no base model: " in (line := said())
+    assert "no base model of " in (line := said())
     assert line.endswith(f"write where it is into {policy / 'adapter_config.json'}")
     rewrite(base_model_name_or_path=None)
-    assert "no base model: " in said()
+    assert "no base model" in said()
     other = make_model(tmp_path / "other", "gpt2")  # has no such layers
     capsys.readouterr()
     rewrite(base_model_name_or_path=other)

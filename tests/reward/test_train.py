@@ -81,7 +81,7 @@ def test_too_little_data_and_bad_settings_are_refused(tmp_path: Path, tiny_model
     with pytest.raises(PoiseError, match="too few"):
         train_reward.run(Config(preferences=str(path), output=str(tmp_path / "x"), model=tiny_model))
     path.write_text("".join(f'{{"prompt": "p", "chosen": "a{i}", "rejected": "b{i}"}}\n' for i in range(9)))
-    with pytest.raises(PoiseError, match="has 3 layers"):
+    with pytest.raises(PoiseError, match="must be at most 3, the layers of"):
         train_reward.run(Config(str(path), str(tmp_path / "y"), model=tiny_model, num_layers=9))
     with pytest.raises(PoiseError, match="num-heads"):
         train_reward.run(Config(preferences=str(path), num_heads=0))

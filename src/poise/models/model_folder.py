@@ -84,7 +84,9 @@ def check_policy(path: str) -> None:
     try:
         check_language_model(adapted_model(adapters))
     except PoiseError as error:
-        raise PoiseError(f"no base model of {adapters}: {error}") from None
+        raise PoiseError(
+            f"no base model of {adapters}: {error}; write where it is into {Path(adapters) / 'adapter_config.json'}"
+        ) from None
 
 
 def adapted_model(adapters: Path) -> str:

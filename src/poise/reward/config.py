@@ -123,8 +123,6 @@ class Config(Settings):
         """As `Settings.check`, and what adapters of single heads need."""
         super().check()
         if self.stage2_trunk != "lora_per_head":
-            if self.head_layers:
-                raise PoiseError("--head-layers needs --stage2-trunk lora_per_head, whose adapters lie there")
             if self.adapter_diversity:
                 raise PoiseError(
                     "--adapter-diversity needs --stage2-trunk lora_per_head, whose adapters it keeps apart"
