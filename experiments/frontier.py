@@ -43,6 +43,7 @@ from poise.studies.pool import kept_pool, samples_of
 G2 = Path(__file__).parents[1] / "results" / "gold-g2-2026-11-28"
 RATED_PAIRS, SPOILED_PAIRS, OWN_PAIRS, FLIPPED = 1600, 800, 400, 0.25
 SPOILS = ("shuffled", "repeated", "cut")
+ONLY_SINGLE = {"num_heads": 2, "head_steps": 1, "posterior_heads": 2}  # least work where only `single` is read
 
 
 class Arm(NamedTuple):
@@ -124,9 +125,7 @@ def make_gold(root: Path) -> None:
             lora_rank=4,
             learning_rate=5e-4,
             validation_share=0.1,
-            num_heads=2,
-            head_steps=1,
-            posterior_heads=2,
+            **ONLY_SINGLE,
             save_steps=10,
         )
     )
@@ -181,7 +180,7 @@ def prepare(folder: Path, seed: int) -> None:
         train_reward.run(
             replace(
                 LAPTOP_REWARD, preferences=str(folder / f"{pairs}.jsonl"), num_layers=layers, seed=seed,
-                output=str(folder / output), num_heads=2, head_steps=1, posterior_heads=2,  # only `single` is read
+                output=str(folder / output), **ONLY_SINGLE,
             )
         )  # fmt: skip
     if not (folder / "two-depths").exists():
@@ -205,7 +204,7 @@ def prepare_arm(folder: Path, seed: int, name: str) -> None:
             train_reward.run(
                 replace(
                     LAPTOP_REWARD, preferences=pairs, seed=4 * seed + member, output=str(output),
-                    trunk="lora", epochs=2.0, num_heads=2, head_steps=1, posterior_heads=2,
+                    trunk="lora", epochs=2.0, **ONLY_SINGLE,
                 )
             )  # fmt: skip
         members = tuple(str(output / "single") for output in outputs)

@@ -9,6 +9,7 @@ import numpy as np
 from poise.runtime.run_folder import Json
 
 Curves = dict[int, dict[str, Json]]  # by seed and arm
+SEEN_FIRST = range(200, 205)  # seeds seen before the alarm's rule was chosen, and before the arms' last order
 
 
 def gain(curve: Json, name: str) -> np.ndarray:

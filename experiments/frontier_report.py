@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from choice import of_frontier
 from equal_kl import HIGH, LOW, compared
-from frontier_curves import Curves, gain, over_three_steps, written
+from frontier_curves import SEEN_FIRST, Curves, gain, over_three_steps, written
 from validator_alarm import alarm_step, alarms
 
 from poise.functional.statistics import holm, mean_between, spearman
@@ -18,7 +18,7 @@ from poise.runtime.run_folder import Json
 
 RESULTS = Path(__file__).parents[1] / "results"
 FIRST = "single"
-LOOKED_AT = range(200, 205)  # seeds seen before the order of the arms was last changed
+KEPT = "what a run keeps as best, deeper validator"
 RUNGS = (5, 10, 20, 40)
 WRITTEN = ("distinct word pairs", "whole sentences", "on the subject")
 LEAST = 2 * LOW  # a run that ends below this KL is reported apart
@@ -48,18 +48,14 @@ def stops(curve: Json) -> dict[str, float]:
     return {"best step": float(smooth.max()), **{name: float(smooth[step]) for name, step in at.items()}}
 
 
-KEPT = "what a run keeps as best, deeper validator"
-
-
 def kept_against(curves: Curves) -> Json:
     """Gold of the policy that a run keeps as best, minus that at other stops: by seed, the mean over its arms."""
-    found: Json = {"runs": sum(len(runs) for runs in curves.values())}
+    stopped = [[stops(run) for run in runs.values()] for runs in curves.values()]
+    found: Json = {"runs": sum(map(len, stopped))}
     for other in ("best step", "KL 20", "end"):
-        gaps = []
-        for runs in curves.values():
-            of = [stops(run) for run in runs.values()]
-            gaps.append(float(np.mean([one[KEPT] - one[other] for one in of])))
-        found[f"minus {other}"] = compared(gaps)
+        found[f"minus {other}"] = compared(
+            [float(np.mean([one[KEPT] - one[other] for one in runs])) for runs in stopped]
+        )
     return found
 
 
@@ -92,7 +88,7 @@ def against_first(curves: Curves, arm: str) -> Json:
         }  # fmt: skip
         if gaps:
             found[f"{gold}, minus {FIRST}"] = compared(list(gaps.values()))
-        if fresh := [gap for seed, gap in gaps.items() if seed not in LOOKED_AT]:
+        if fresh := [gap for seed, gap in gaps.items() if seed not in SEEN_FIRST]:
             found[f"{gold}, minus {FIRST}, later seeds"] = compared(fresh)
     ends = [(stops(own)["end"], stops(first)) for own, first in pairs.values()]
     for stop in ("end", "KL 20"):

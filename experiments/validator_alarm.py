@@ -3,7 +3,7 @@
 The report of experiments/frontier.py holds what `alarms` says. Gold of a run falls if it ends `fall` stds of the
 initial completions below the run's best step (means over three steps). The rule rings once it is sure, at LIMIT
 standard errors over WINDOW steps, that the validator has gained less than SEEN of what the reward has. It was chosen
-among 36 on the runs of seeds CHOSEN_ON (experiments/frontier_design.md). Beside it: the alarm that these runs logged,
+among 36 on the runs of seeds SEEN_FIRST (experiments/frontier_design.md). Beside it: the alarm that these runs logged,
 for which nobody watched and whose limits are of other runs; a stop at KL 20; and no alarm.
 """
 
@@ -11,14 +11,13 @@ import math
 
 import numpy as np
 from equal_kl import compared
-from frontier_curves import Curves, gain, over_three_steps
+from frontier_curves import SEEN_FIRST, Curves, gain, over_three_steps
 
 from poise.runtime.run_folder import Json
 
 SEEN, LIMIT, WINDOW, BASELINE = 0.7, 2.33, 3, 4
 FALLS = (0.25, 0.5, 1.0)
 COMPLETIONS = 32  # of a step
-CHOSEN_ON = range(200, 205)
 VALIDATORS = {"deeper": "16 layers, held-back pairs", "other_pairs": "8 layers, other pairs"}
 
 
@@ -70,7 +69,7 @@ def alarms(curves: Curves) -> Json:
     found: Json = {}
     for name, chosen in (("seeds it was chosen on", True), ("later seeds", False)):
         runs = {
-            f"{seed} {arm}": curve for seed, arms in sorted(curves.items()) if (seed in CHOSEN_ON) == chosen
+            f"{seed} {arm}": curve for seed, arms in sorted(curves.items()) if (seed in SEEN_FIRST) == chosen
             for arm, curve in arms.items()
         }  # fmt: skip
         of = list(runs.values())

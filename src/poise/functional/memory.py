@@ -79,8 +79,29 @@ class Measured:
     prefill: int = 0  # all prompts that are sampled in one turn, read without gradients
 
 
+class _Rollout:
+    """What is sampled in a step on one GPU."""
+
+    shape: ModelShape
+    prompts: int
+    completions: int
+    prompt_tokens: int
+    max_tokens: int
+    frozen_bytes: int
+
+    @property
+    def rows(self) -> int:
+        """Completions of a step on this GPU."""
+        return self.prompts * self.completions
+
+    @property
+    def row(self) -> int:
+        """Bytes of the keys and values of a completion and its prompt."""
+        return (self.prompt_tokens + self.max_tokens) * self.shape.cached * self.frozen_bytes
+
+
 @dataclass(frozen=True)
-class PolicyRun:
+class PolicyRun(_Rollout):
     """What the memory of PPO depends on."""
 
     shape: ModelShape
@@ -96,16 +117,6 @@ class PolicyRun:
     gpus: int = 1
     shard: bool = False
     frozen_bytes: int = 2
-
-    @property
-    def rows(self) -> int:
-        """Completions of a step on this GPU."""
-        return self.prompts * self.completions
-
-    @property
-    def row(self) -> int:
-        """Bytes of the keys and values of a completion and its prompt."""
-        return (self.prompt_tokens + self.max_tokens) * self.shape.cached * self.frozen_bytes
 
     @property
     def turn(self) -> tuple[int, int]:
@@ -201,7 +212,7 @@ def policy_memory(run: PolicyRun, measured: Measured) -> Memory:
 
 
 @dataclass(frozen=True)
-class TrlRun:
+class TrlRun(_Rollout):
     """What the memory of RLOO and GRPO depends on, as `poise train-policy` runs TRL's trainers.
 
     They train adapters, read every completion with a prompt of its own, and compute a minibatch as one part.
@@ -221,11 +232,6 @@ class TrlRun:
     frozen_bytes: int = 2
 
     @property
-    def rows(self) -> int:
-        """Completions of a step on this GPU."""
-        return self.prompts * self.completions
-
-    @property
     def part(self) -> int:
         """Completions of an update on this GPU."""
         return -(-self.rows // self.minibatches)
@@ -233,8 +239,7 @@ class TrlRun:
     @property
     def turn(self) -> int:
         """Completions that are sampled in one turn."""
-        tokens = self.prompt_tokens + self.max_tokens
-        return sampled_at_once(self.rows, 1, tokens * self.shape.cached * self.frozen_bytes)[0]
+        return sampled_at_once(self.rows, 1, self.row)[0]
 
 
 def trl_memory(run: TrlRun, measured: Measured) -> Memory:
@@ -286,7 +291,7 @@ def trl_memory(run: TrlRun, measured: Measured) -> Memory:
     return Memory(held, phases)
 
 
-def _scored_tokens(run: PolicyRun | TrlRun) -> int:
+def _scored_tokens(run: _Rollout) -> int:
     """Tokens whose keys and values are kept while completions are scored: prompts, and a copy for each completion."""
     prompts = min(run.prompts * run.prompt_tokens, SCORED_AT_ONCE)
     return prompts + min(run.rows * (run.prompt_tokens + run.max_tokens), 8 * SCORED_AT_ONCE)

@@ -85,7 +85,7 @@ def check_policy(path: str) -> None:
         check_language_model(adapted_model(adapters))
     except PoiseError as error:
         raise PoiseError(
-            f"no base model of {adapters}: {error}; write where it is into {Path(adapters) / 'adapter_config.json'}"
+            f"no base model of {adapters}: {error}; write where it is into {adapters / _ADAPTERS}"
         ) from None
 
 

@@ -62,10 +62,9 @@ def room(
             held = np.flatnonzero(np.isin(groups, names[fold::FOLDS]))
             rest = rng.permutation(np.setdiff1d(names, names[fold::FOLDS]))
             paired = np.cumsum([size[name] for name in rest])  # some prompts have many pairs
+            # Nested: a larger part holds the smaller ones.
             for i, share in enumerate(SHARES):
-                taken = rest[
-                    : 1 + np.abs(paired - share * paired[-1]).argmin()
-                ]  # nested: a larger part holds the smaller
+                taken = rest[: 1 + np.abs(paired - share * paired[-1]).argmin()]
                 fit = np.flatnonzero(np.isin(groups, taken))
                 if share not in priors:
                     inner = np.isin(groups[fit], taken[: max(1, len(taken) // 5)])
