@@ -21,10 +21,11 @@ from poise.integrations import trl_trainers
 from poise.integrations.trl_kl import KLBudgetCallback
 from poise.integrations.trl_reward import RobustReward
 from poise.models.loading import load_policy
+from poise.models.validator import Validator
 from poise.policy import train as train_policy
 from poise.policy.config import Config
 from poise.runtime import ladder
-from poise.runtime.ladder import kept_policies
+from poise.runtime.ladder import best_of, kept_policies
 from poise.runtime.records import read_rows
 from poise.runtime.run_folder import Run
 from poise.studies import choose
@@ -213,6 +214,35 @@ def test_the_ladder_keeps_the_first_policy_at_each_rung(algorithm: Any, config: 
         assert (again.folder / name).read_text() == (out.folder / name).read_text()
     found = choose.from_run(ChooseConfig(str(out.folder), str(tmp_path / "out"), rungs=(second,), per_rung=4))
     assert {row["kl"] for row in found} == {0.0, float(f"{second:.3g}")}
+
+
+@pytest.mark.parametrize("algorithm", rest_slow(["grpo", "rloo"]))
+def test_the_policy_that_the_validator_likes_best_is_kept(
+    algorithm: Any, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one a run of two steps ends with, in one run and in one that goes on; within --max-kl alone."""
+    reward = f"{config.reward}/single"
+    how = dataclasses.replace(
+        config, algorithm=algorithm, heads="brme", validator=reward, num_steps=5, num_epochs=2, save_every=1
+    )  # fmt: skip
+    gains = (0.0, 1.0, 3.0, 0.5, 1.0)
+
+    def run(config: Config, first: int = 0) -> Run:
+        left = iter(gains[first:])
+        monkeypatch.setattr(Validator, "metrics", lambda *_: {"validator": next(left)})
+        return train_policy.run(config)
+
+    out = run(how)
+    told = {"step": 2, "kl": out.metrics()[2]["kl"], "validator": 2.0}
+    assert (out.results or {})["best"] == best_of(out.folder) == told
+    short = train_policy.run(dataclasses.replace(how, validator=None, num_steps=2, output=f"{config.output}-short"))
+    assert same_weights(out.folder / "best", short.folder / "policy")
+    assert (short.results or {})["best"] is None
+    parted = dataclasses.replace(how, output=f"{config.output}-again")
+    run(dataclasses.replace(parted, num_steps=2))
+    assert best_of(run(parted, first=2).folder) == told  # its mark takes the step before, which only a checkpoint knows
+    tight = run(dataclasses.replace(how, max_kl=told["kl"] * 0.99, output=f"{config.output}-tight"))
+    assert ((tight.results or {})["best"] or {"step": 1})["step"] < 2
 
 
 def run_until_kept(config: Config, step: int) -> None:

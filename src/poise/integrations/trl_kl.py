@@ -23,7 +23,7 @@ from poise.errors import PoiseError
 from poise.functional import ppo
 from poise.models.trained_on import write_base
 from poise.runtime.folders import write_folder_atomic
-from poise.runtime.ladder import Ladder, above_budget
+from poise.runtime.ladder import Best, Ladder, above_budget
 from poise.runtime.progress import console
 from poise.runtime.run_folder import Json, is_main_process
 
@@ -42,6 +42,8 @@ class KLBudgetCallback(transformers.TrainerCallback, ExportableState):
     weights of the last checkpoint whose generation did not; without one, those before training (OUTPUT/start).
     keep_at_kl: the first model whose KL reaches each of these is saved in OUTPUT/ladder, and OUTPUT/ladder.jsonl says
     when, as `poise train-policy` does it.
+    Where the reward has a validator, the model that it likes best, within the budget, is kept in OUTPUT/best; not where
+    FSDP or DeepSpeed has spread the weights.
 
     kl: of the last generation, (N,), the completions of all processes in their order. ended: has the budget ended the
     training? Every process must have the callback. Raises PoiseError where nothing can be measured or gone back to.
@@ -59,14 +61,14 @@ class KLBudgetCallback(transformers.TrainerCallback, ExportableState):
     ):
         """trainer: an RLOOTrainer or GRPOTrainer.
 
-        folder: where the ladder is kept; default: the trainer's output. updates_per_step: updates that count as one
-        step in what is said and written. option: what the budget is called in what is said.
+        folder: where ladder and best are kept; default: the trainer's output. updates_per_step: updates that count as
+        one step in what is said and written. option: what the budget is called in what is said.
         """
         args = trainer.args
         if not args.beta:
             raise PoiseError("at beta 0 TRL reads no reference, so that the KL to it is unknown; give beta=1e-9")
-        spread = getattr(trainer, "sharded", trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
-        if spread and (max_kl is not None or keep_at_kl):
+        self._spread = getattr(trainer, "sharded", trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+        if self._spread and (max_kl is not None or keep_at_kl):
             raise PoiseError(
                 "max_kl and keep_at_kl cannot save or load weights that FSDP or DeepSpeed has spread; "
                 "`poise train-policy --shard` can"
@@ -79,6 +81,7 @@ class KLBudgetCallback(transformers.TrainerCallback, ExportableState):
         self.max_kl, self.ended = max_kl, False
         self.kl: Tensor = torch.zeros(0)
         self.ladder = Ladder(Path(folder or args.output_dir), keep_at_kl)
+        self.best = Best(self.ladder.folder)
         self._trainer, self._updates, self._option = trainer, updates_per_step, option
         self._within, self._last, self._sampled_at = 0, 0.0, 0
         self._read: list[Tensor] | None = None
@@ -124,8 +127,11 @@ class KLBudgetCallback(transformers.TrainerCallback, ExportableState):
         trainer._metrics["train"]["poise/kl"].append(kl)
         trainer._metrics["train"]["poise/kl_k3"].append(k3)
         self.ladder.keep(step, kl, self._weights, self._save)
+        within = self.max_kl is None or kl <= self.max_kl
+        if within and not self._spread and (gains := trainer._metrics["train"].get("poise/validator")):
+            self.best.keep(step, kl, gains[-1], self._weights, self._save)
         self._last, self._sampled_at = kl, step
-        if self.max_kl is not None and kl <= self.max_kl and self.place(trainer.state.global_step).exists():
+        if self.max_kl is not None and within and self.place(trainer.state.global_step).exists():
             self._within = trainer.state.global_step
 
     def _both(self, batch: dict[str, Any], read: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -160,6 +166,7 @@ class KLBudgetCallback(transformers.TrainerCallback, ExportableState):
         saved = state.stateful_callbacks.get(type(self).__name__)
         if state.global_step and saved:
             self.ladder.reached, self._within = (saved["attributes"][name] for name in ("reached", "within"))
+            self.best.restore(saved["attributes"].get("best", ()))
         if is_main_process() and self.ladder.rungs:
             self.ladder.drop_from(state.global_step // self._updates)
         if self.max_kl is None:
@@ -220,7 +227,7 @@ class KLBudgetCallback(transformers.TrainerCallback, ExportableState):
         """For trainer_state.json."""
         return {
             "args": {"max_kl": self.max_kl, "keep_at_kl": self.ladder.rungs},
-            "attributes": {"reached": self.ladder.reached, "within": self._within},
+            "attributes": {"reached": self.ladder.reached, "within": self._within, "best": self.best.state()},
         }
 
 

@@ -281,7 +281,13 @@ def _by_trl(
         {"step": row["step"], "score": row["monitor_score"], "action": config.on_alarm} for row in rows if row["alarm"]
     ]
     stopped = "stop" if alarms and config.on_alarm == "stop" else "num_steps"
-    return policy, done, {"steps": len(rows), "ended_by": "max_kl" if above else stopped, "alarms": alarms}
+    results = {
+        "steps": len(rows),
+        "ended_by": "max_kl" if above else stopped,
+        "alarms": alarms,
+        "best": best_of(out.folder) if config.validator else None,
+    }
+    return policy, done, results
 
 
 def _drop_from(out: Run, step: int) -> None:
