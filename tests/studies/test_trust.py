@@ -127,6 +127,21 @@ def test_without_a_validator_room_is_that_of_the_pairs_alone(
     assert not {"selection", "selection_doubled"} & results["room"].keys()
 
 
+def test_the_validator_of_the_reward_s_run_is_asked(
+    config: TrustConfig, watched_reward: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a word of the user's, and said in one line; not with `--validator None`."""
+    own = replace(config, reward=str(watched_reward / "single"), preferences="", validator="", judged=2)
+    out = trust.run(own)
+    assert f"validator: {watched_reward}/validator, trained with" in " ".join(capsys.readouterr().err.split())
+    assert (out.results or {})["transfer"] is not None
+    named = replace(own, validator=str(watched_reward / "validator"), output=str(tmp_path / "named"))
+    assert (trust.run(named).results or {})["transfer"] == (out.results or {})["transfer"]
+    alone = trust.run(replace(own, validator=None, output=str(tmp_path / "alone")))
+    assert (alone.results or {})["transfer"] is None
+    assert json.loads((alone.folder / "key.json").read_text())["validator"] == []
+
+
 def test_a_checkpoint_without_a_run_is_not_known_to_have_seen_the_pairs(config: TrustConfig, tmp_path: Path) -> None:
     assert trust._has_seen(tmp_path / "rm", config.preferences) is False
 

@@ -25,8 +25,9 @@ from poise.functional.objectives import mean, parse_objective
 from poise.models.loading import check_room, resolve_model
 from poise.models.reward_model import files_of
 from poise.models.row_check import row_check_of
-from poise.models.run_heads import reward_folder
+from poise.models.run_heads import reward_folder, validator_of
 from poise.models.scorer import Ensemble, Scorer
+from poise.models.validator import say_validator
 from poise.reward.pairs import pair_features, prompt_groups, text_groups
 from poise.reward.room import LEAST_GROUPS, room
 from poise.runtime import records
@@ -42,6 +43,7 @@ Grouped = tuple[list[Preference], ndarray]  # pairs, and the number of each one'
 
 def run(config: Config) -> Run:
     """Measure what can be measured; judgments are read anew by every call, the rest is kept."""
+    config = config.for_command()
     config.check()
     out = Run(Path(config.output))
     kept = without_judge(config)
@@ -72,6 +74,8 @@ def _inputs(config: Config) -> Inputs:
 
 def _measure(config: Config, out: Run, prompts: Sequence[Prompt], grouped: Grouped | None) -> Json:
     """Everything but the judgments."""
+    if config.validator and config.validator == validator_of(config.reward):
+        say_validator(config.validator, "--validator None")
     place = reward_folder(config.reward, config.objective, None)
     scorer = Scorer.load(place, cached=True)
     scorer.layout.check_objective(config.objective)

@@ -1,6 +1,6 @@
 """The settings of `poise trust`; torch is not imported to read them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import tyro
@@ -8,7 +8,7 @@ import tyro
 from poise.data.preferences import OnBadRow
 from poise.functional.objective_names import read_objective
 from poise.models.choices import DEFAULT_MODEL
-from poise.models.run_heads import refuse_itself
+from poise.models.run_heads import refuse_itself, validator_of
 from poise.runtime.settings import Count, Language, Positive, Preferences, Prompts, Reward, Seed, at_least
 from poise.studies.judge_settings import JudgeSettings
 
@@ -34,8 +34,9 @@ class TrustConfig(JudgeSettings):
     preferences: Preferences = ""
     """Pairs of the kind that the reward model was trained on, for the first question. If its trunk was trained, take
     pairs that it has not seen."""
-    validator: Reward = ""
-    """Another reward model, of other pairs or other features, for the second question."""
+    validator: Reward | None = ""
+    """Another reward model, of other pairs or other features, for the second question. Default: the one that the
+    reward's run trained (`poise train-reward --validator-share`), if it did; None: none."""
     objective: str = "mean"
     """How the heads become one reward."""
     kl: Positive = 10.0
@@ -52,6 +53,10 @@ class TrustConfig(JudgeSettings):
     """`skip` sets bad rows aside in a file beside the data."""
     seed: Seed = 0
     """Of the sampling, the folds and the pairs to judge."""
+
+    def for_command(self) -> "TrustConfig":
+        """As `Settings.for_command`."""
+        return replace(self, validator=validator_of(self.reward) if self.validator == "" else self.validator)
 
     def check(self) -> None:
         """As `Settings.check`, the objective, and that the validator is another reward model."""
