@@ -29,6 +29,12 @@ from poise.runtime import distributed as processes
 PROMPTS = ["Review a film.", [{"role": "user", "content": "And now review a phone, please."}]]
 
 
+def test_a_draw_at_the_ends_of_its_range_takes_a_token_that_can_be() -> None:
+    """Zero is no draw of a token without probability, and one, to which a float32 may round, is the last token."""
+    logprobs = torch.tensor([[-math.inf, math.log(0.5), math.log(0.5)], [-math.inf, math.log(0.5), math.log(0.5)]])
+    assert draw(logprobs, torch.tensor([0.0, 1.0])).tolist() == [[1], [2]]
+
+
 def make_policy(model: str, adapted_layers: int, **options: Any) -> Policy:
     torch.manual_seed(1)
     policy = Policy(*load_policy(model), adapted_layers=adapted_layers, rank=4, **options)

@@ -174,11 +174,11 @@ def improve_by_hand(now: Case, config: PpoConfig) -> dict[str, float]:
         if config.gradient_regularization:
             # H g, by a step along g that is long enough to cross the edges of the clip range as Poise's step does.
             kept, size = now.policy.logits.data.clone(), gradients[0].norm()
-            now.policy.logits.data += update.RADIUS * gradients[0] / size
+            now.policy.logits.data += 0.1 * gradients[0] / size
             far, _, spread, _, _ = losses_by_hand(now, config, prompts, advantage, returns)
             (after,) = torch.autograd.grad(far - config.entropy_coef * spread, parameters[:1])
             now.policy.logits.data = kept
-            bent = (after - gradients[0]) / update.RADIUS * size
+            bent = (after - gradients[0]) / 0.1 * size
             gradients[0] = gradients[0] + config.gradient_regularization * bent
         norms = [gradient.square().sum().sqrt().item() for gradient in gradients]
         for i, (parameter, gradient, norm) in enumerate(zip(parameters, gradients, norms, strict=True)):
@@ -263,6 +263,45 @@ def test_the_regularized_gradient_is_that_of_the_squared_norm(monkeypatch: pytes
     assert (found - exact).norm() < 1e-3 * exact.norm()
     assert exact.norm() > 0.05 * gradient.norm()
     assert torch.equal(taken[weight][1], taken[0.0][1])
+
+
+def test_an_infinite_gradient_is_refused_and_not_regularized(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another reading of the minibatch, with weights moved along it, would say nothing."""
+    now = case()
+    now.policy.logits.register_hook(lambda gradient: gradient * math.inf)
+    one, read = learner(now.policy, gradient_regularization=1.0), []
+    monkeypatch.setattr(now.policy, "evaluate", lambda *a, **k: read.append(1) or Table.evaluate(now.policy, *a, **k))
+    with pytest.raises(PoiseError, match="gradient is not finite"):
+        one.improve(now.rollout, now.score, now.reference, KL_COEF, PACE)
+    parts = len(read)
+    read.clear()
+    plain = learner(now.policy, gradient_regularization=0.0)
+    with pytest.raises(PoiseError, match="gradient is not finite"):
+        plain.improve(now.rollout, now.score, now.reference, KL_COEF, PACE)
+    assert len(read) == parts
+
+
+def test_a_step_goes_on_as_far_as_its_limit() -> None:
+    """`max_step_kl` is what a pass may reach: the one that exceeds it is the last, not the one that meets it."""
+
+    def updates(limit: float | None) -> list[float]:
+        now, kls = case(), []
+        one = learner(now.policy, max_step_kl=limit)
+        inner = one._update
+
+        def noted(*arguments: Any) -> Any:
+            kls.append((losses := inner(*arguments)).step_kl)
+            return losses
+
+        one._update = noted  # type: ignore[method-assign]
+        one.improve(now.rollout, now.score, now.reference, KL_COEF, PACE)
+        return kls
+
+    free = updates(None)
+    assert len(free) > 1
+    assert updates(max(free)) == free
+    first = free.index(max(free)) + 1
+    assert updates(max(free) * 0.999) == free[:first] != free
 
 
 def test_a_gradient_of_zero_needs_no_regularization() -> None:

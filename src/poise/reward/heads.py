@@ -76,7 +76,7 @@ def fit_bradley_terry(pairs: FeaturePairs, precision: float, label_smoothing: fl
 
 
 def fit_ensemble(
-    pairs: FeaturePairs, precision: float, num_heads: int, generator: torch.Generator, label_smoothing: float = 0.0
+    pairs: FeaturePairs, precision: float, num_heads: int, generator: torch.Generator, label_smoothing: float
 ) -> Float[Tensor, "heads hidden"]:
     """K Bradley-Terry heads, each on a bootstrap of the pairs (as many, drawn with replacement).
 
