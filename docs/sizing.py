@@ -7,6 +7,7 @@ The models are described by the config.json that their makers publish, as far as
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,30 +32,27 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 HEAD = (
-    "| Model | Trained | GPUs | train-reward, GiB | largest part | train-policy, GiB | largest part |",
-    "|---|---|---|---|---|---|---|",
+    "| Model | Trained | GPUs | train-reward, GiB | largest part | PPO, GiB | largest part "
+    "| GRPO, GiB | largest part |",
+    "|---|---|---|---|---|---|---|---|---|",
 )
 
 
 def row(name: str, tune: Any, gpus: int) -> str:
-    """A row of the table: all layers trained, in parts as small as they can be; several GPUs share the weights."""
+    """A row of the table: all layers trained, in parts as small as they can be (GRPO: the default minibatches of
+    adapters); several GPUs share the weights."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(MODELS[name]))
-        plan = plan_of(
-            Config(
-                model=folder,
-                tune=tune,
-                gpus=gpus,
-                shard=gpus > 1,
-                gradient_checkpointing=True,
-                adapted_layers=0,
-                accumulation=16,
-                device_batch_size=1,
-                memory=1e6,
-            )
-        )
-    cells = [cell for memory in plan.memory.values() for cell in (_sized(memory.total), memory.bottleneck)]
-    return f"| {name} | {tune} | {gpus} | {' | '.join(cells)} |"
+        ppo = Config(
+            model=folder, tune=tune, gpus=gpus, shard=gpus > 1, gradient_checkpointing=True, adapted_layers=0,
+            accumulation=16, device_batch_size=1, memory=1e6,
+        )  # fmt: skip
+        memory = [*plan_of(ppo).memory.values()]
+        if tune == "lora":
+            grpo = replace(ppo, algorithm="grpo", accumulation=Config.accumulation)
+            memory.append(plan_of(grpo).memory["train-policy"])
+    cells = [cell for one in memory for cell in (_sized(one.total), one.bottleneck)]
+    return f"| {name} | {tune} | {gpus} | {' | '.join(cells + [''] * (6 - len(cells)))} |"
 
 
 def _sized(total: int) -> str:

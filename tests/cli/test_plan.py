@@ -48,6 +48,20 @@ def test_rloo_and_grpo_are_planned_too(
         assert f"{name} is for --algorithm ppo, not {algorithm}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_a_validator_is_counted(
+    algorithm: Any, tiny_model: str, watched_reward: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By its own config.json: here of two layers beside a reward model of one."""
+    config = plan.Config(tiny_model, str(watched_reward / "single"), algorithm=algorithm)
+    watched = dataclasses.replace(config, validator=str(watched_reward / "validator"))
+    alone, held = (plan.of_policy(one, plan._Shapes(one)).held for one in (config, watched))
+    assert held["validator"] > held["reward model"]
+    assert {name: size for name, size in held.items() if name != "validator"} == alone
+    assert main(["plan", "--model", tiny_model, "--validator", str(tmp_path)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+
+
 def takes(config: plan.Config, _: object) -> Memory:
     """A training of which parts, shards and the kind of training each take a known share away."""
     update = 40 // config.accumulation + 8 // (config.gpus if config.shard else 1) + 30 * (config.tune == "full")

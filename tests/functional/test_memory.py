@@ -8,6 +8,7 @@ import pytest
 from poise.functional import memory as memories
 from poise.functional.memory import (
     Measured,
+    Memory,
     ModelShape,
     PolicyRun,
     RewardRun,
@@ -52,6 +53,24 @@ def test_lora_on_one_gpu() -> None:
     assert memory.phases["scoring"]["reward cache"] == (2 * 10 + 6 * 16) * 16 * 2
     assert memory.total == sum(memory.held.values()) + max(sum(part.values()) for part in memory.phases.values())
     assert memory.bottleneck == max(memory.peak, key=lambda name: memory.peak[name])
+
+
+@pytest.mark.parametrize("kind", ["ppo", "trl"])
+def test_a_validator_is_held_beside_the_reward_model_and_scores_after_it(kind: str) -> None:
+    """The larger of the two caches counts, not their sum."""
+
+    def planned(validator: ModelShape | None) -> Memory:
+        if kind == "ppo":
+            return policy_memory(dataclasses.replace(RUN, validator=validator), MEASURED)
+        return trl_memory(dataclasses.replace(TRL, validator=validator), MEASURED)
+
+    alone = planned(None)
+    for cached, factor in ((8, 1), (16, 1), (48, 3)):
+        watched = planned(dataclasses.replace(SHAPE, outside=30, cached=cached))
+        assert watched.held == alone.held | {"validator": 430 * 2}
+        cache = watched.phases["scoring"]["reward cache"]
+        assert cache == factor * alone.phases["scoring"]["reward cache"] == factor * (2 * 10 + 6 * 16) * 16 * 2
+        assert {**watched.phases, "scoring": {}} == {**alone.phases, "scoring": {}}
 
 
 def test_completions_are_sampled_in_turns_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,8 @@ class Config(Settings):
     """Folder or hub id of the language model."""
     reward: str = ""
     """Folder or hub id of the reward model's trunk; default: the same as --model."""
+    validator: str = ""
+    """train-policy: folder or hub id of a validator's trunk, such as RUN/validator; default: none."""
     algorithm: Literal["ppo", "rloo", "grpo"] = Policy.algorithm
     """train-policy: its algorithm. RLOO and GRPO train adapters, a minibatch as one part, on GPUs always with gradient
     checkpointing."""
@@ -88,7 +90,7 @@ class Config(Settings):
                 raise PoiseError(f"--{name.replace('_', '-')} is for --algorithm ppo, not {self.algorithm}")
         if self.head_layers and not self.adapter_heads:
             raise PoiseError("--head-layers needs --adapter-heads, whose adapters lie there")
-        for name in dict.fromkeys((self.model, self.reward or self.model)):
+        for name in dict.fromkeys((self.model, self.reward or self.model, self.validator or self.model)):
             check_shape(name)
         check_layers(self.reward or self.model, "--head-layers", self.head_layers)
         if (tokens := 2 * self.device_batch_size * self.max_length) > MOST_TOKENS:
@@ -134,7 +136,7 @@ def plan_of(config: Config) -> Plan:
 
 
 class _Shapes:
-    """The shapes of both models."""
+    """The shapes of the models."""
 
     def __init__(self, config: Config):
         from poise.models import sizing  # torch takes seconds to import
@@ -143,6 +145,7 @@ class _Shapes:
         self.policy_config = sizing.config_of(config.model)
         self.reward_config = sizing.config_of(config.reward) if config.reward else self.policy_config
         self.policy, self.reward = (sizing.shape_of(one) for one in (self.policy_config, self.reward_config))
+        self.validator = sizing.shape_of(sizing.config_of(config.validator)) if config.validator else None
 
 
 def of_policy(config: Config, shapes: Any) -> Memory:
@@ -158,7 +161,7 @@ def of_policy(config: Config, shapes: Any) -> Memory:
     run = PolicyRun(
         shapes.policy, shapes.reward, config.tune, config.value_trunk == "own", config.adapted_layers,
         config.lora_rank, prompts, config.completions_per_prompt, config.prompt_tokens, config.max_tokens,
-        config.gpus, config.shard,
+        config.gpus, config.shard, validator=shapes.validator,
     )  # fmt: skip
     measured = shapes.sizing.policy_measured(
         shapes.policy_config, tune=config.tune, layers=layers, rank=config.lora_rank, part=part, reading=part,
@@ -175,6 +178,7 @@ def _by_trl(config: Config, shapes: Any, prompts: int) -> Memory:
     run = TrlRun(
         shapes.policy, shapes.reward, config.adapted_layers, config.lora_rank, prompts, config.completions_per_prompt,
         config.num_minibatches, config.prompt_tokens, config.max_tokens, config.gpus, config.shard,
+        validator=shapes.validator,
     )  # fmt: skip
     measured = shapes.sizing.trl_measured(
         shapes.policy_config, layers=shapes.policy.upper(config.adapted_layers), rank=config.lora_rank, part=run.part,

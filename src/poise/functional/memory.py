@@ -83,11 +83,13 @@ class _Rollout:
     """What is sampled in a step on one GPU."""
 
     shape: ModelShape
+    reward: ModelShape
     prompts: int
     completions: int
     prompt_tokens: int
     max_tokens: int
     frozen_bytes: int
+    validator: ModelShape | None
 
     @property
     def rows(self) -> int:
@@ -117,6 +119,7 @@ class PolicyRun(_Rollout):
     gpus: int = 1
     shard: bool = False
     frozen_bytes: int = 2
+    validator: ModelShape | None = None
 
     @property
     def turn(self) -> tuple[int, int]:
@@ -149,7 +152,7 @@ def policy_memory(run: PolicyRun, measured: Measured) -> Memory:
     """Of PPO (`poise train-policy`).
 
     Sharded, the layers are spread over the GPUs; embeddings and output layer stay whole on each, and the layers are
-    whole while completions are sampled. The reward model is whole on each GPU.
+    whole while completions are sampled. Reward model and validator are whole on each GPU.
     """
     shape, b, layers = run.shape, run.frozen_bytes, run.shape.upper(run.adapted_layers)
     over = run.gpus if run.shard else 1
@@ -174,7 +177,7 @@ def policy_memory(run: PolicyRun, measured: Measured) -> Memory:
         "optimizer": 2 * every,
         "reference": every if run.tune == "full" else 0,
         "values": own + head,
-        "reward model": run.reward.weights * b,
+        **_judges(run),
     }
     tokens = run.prompts * run.prompt_tokens + run.rows * run.max_tokens
     entering = tokens * shape.hidden * b if layers < shape.num_layers else 0
@@ -198,7 +201,7 @@ def policy_memory(run: PolicyRun, measured: Measured) -> Memory:
         "reading": {"rollout": entering, "activations": measured.reading, "whole layers": gathered},
         "scoring": {
             "rollout": entering,
-            "reward cache": _scored_tokens(run) * run.reward.cached * b,
+            "reward cache": _reward_cache(run),
         },
         "update": {
             "rollout": entering,
@@ -230,6 +233,7 @@ class TrlRun(_Rollout):
     gpus: int = 1
     shard: bool = False
     frozen_bytes: int = 2
+    validator: ModelShape | None = None
 
     @property
     def part(self) -> int:
@@ -256,7 +260,7 @@ def trl_memory(run: TrlRun, measured: Measured) -> Memory:
     held = {
         "weights": weights // over,
         "optimizer": 2 * trained // over,
-        "reward model": run.reward.weights * b,
+        **_judges(run),
     }
     token = run.turn * shape.cached * b  # keys and values of one token of all that are sampled at once
     cache, whole = token * (run.prompt_tokens + run.max_tokens), weights - weights // over
@@ -279,7 +283,7 @@ def trl_memory(run: TrlRun, measured: Measured) -> Memory:
             "whole layers": whole,
         },
         "reading": {"activations": measured.reading, "logits": forward, "whole layers": gathered},
-        "scoring": {"reward cache": _scored_tokens(run) * run.reward.cached * b},
+        "scoring": {"reward cache": _reward_cache(run)},
         "update": {
             "gradients": trained // over,
             "activations": measured.update,
@@ -291,10 +295,18 @@ def trl_memory(run: TrlRun, measured: Measured) -> Memory:
     return Memory(held, phases)
 
 
-def _scored_tokens(run: _Rollout) -> int:
-    """Tokens whose keys and values are kept while completions are scored: prompts, and a copy for each completion."""
+def _judges(run: _Rollout) -> dict[str, int]:
+    """Bytes of the weights of the reward model, and of a validator."""
+    judges = {"reward model": run.reward} | ({"validator": run.validator} if run.validator else {})
+    return {name: shape.weights * run.frozen_bytes for name, shape in judges.items()}
+
+
+def _reward_cache(run: _Rollout) -> int:
+    """Bytes of the keys and values that are kept while completions are scored: of all prompts, and a copy for each
+    completion. Reward model and validator score one after the other."""
     prompts = min(run.prompts * run.prompt_tokens, SCORED_AT_ONCE)
-    return prompts + min(run.rows * (run.prompt_tokens + run.max_tokens), 8 * SCORED_AT_ONCE)
+    tokens = prompts + min(run.rows * (run.prompt_tokens + run.max_tokens), 8 * SCORED_AT_ONCE)
+    return tokens * max(run.reward.cached, run.validator.cached if run.validator else 0) * run.frozen_bytes
 
 
 @dataclass(frozen=True)
