@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from scipy.stats import norm
 
@@ -25,7 +26,7 @@ from poise.policy.evaluate import Config, average, average_difference, fluctuati
 from poise.policy.loop import Training
 from poise.runtime import run_folder as runs
 from poise.runtime.records import read_rows
-from poise.runtime.run_folder import Json, config_dict
+from poise.runtime.run_folder import Json, config_dict, load_config_file
 from poise.studies.config import LAPTOP_POLICY
 
 # ---- outcomes ----
@@ -375,6 +376,23 @@ def test_the_same_is_not_asked_twice(
     assert asked == ["piqa", "piqa"]
 
 
+def test_adapters_of_any_folder_are_a_policy(trained: Path, tmp_path: Path) -> None:
+    """RUN/policy, RUN/best, a rung of the ladder, a copy: with the logits of the policy in its run."""
+    shutil.copytree(trained / "policy", tmp_path / "kl-5")
+    ids = torch.tensor([[5, 60, 100, 7]])
+    logits = []
+    for path in (trained, trained / "policy", tmp_path / "kl-5"):
+        model, tokenizer = evaluate_policy._source(str(path)).load()
+        assert tokenizer.chat_template
+        with torch.no_grad():
+            logits.append(model(input_ids=ids).logits)
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
+    start, _ = evaluate_policy._source(load_config_file(trained / "config.yaml")["model"]).load()
+    with torch.no_grad():
+        assert not torch.allclose(start(input_ids=ids).logits, logits[0])
+
+
 def test_bad_input_is_one_line(config: Config, trained: Path, reward_folder: Path, tmp_path: Path) -> None:
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
@@ -382,7 +400,6 @@ def test_bad_input_is_one_line(config: Config, trained: Path, reward_folder: Pat
     for changes, message in [
         ({"policies": (str(unfinished),)}, "is not a finished `poise train-policy` run"),
         ({"policies": (str(reward_folder),)}, "is not a finished `poise train-policy` run"),
-        ({"policies": (str(trained / "policy"),)}, "holds adapters alone; name the `poise train-policy` run"),
         ({"policies": (str(tmp_path),)}, "is not a model folder"),
         ({"batch_size": 0}, "--batch-size must be at least 1, got 0"),
         ({"rows": -1}, "--rows must be at least 0, got -1"),

@@ -19,7 +19,7 @@ from poise.cli import train_policy as command
 from poise.cli.train_policy import Config
 from poise.policy.config import unread_settings
 from poise.reports import policy_card
-from poise.runtime.run_folder import Json, config_dict
+from poise.runtime.run_folder import Json, Run, config_dict, write_json
 from poise.studies.config import LAPTOP_POLICY
 
 TOKENS = torch.tensor([[5, 60, 100, 7, 33, 90, 12]])
@@ -172,6 +172,41 @@ def test_a_card_has_the_runs_numbers_and_names_no_machine(finished: Config) -> N
     assert ("LoRA adapters of rank 4 on the upper 2 layers of `llama`" in text) == (finished.tune == "lora")
     assert ("The whole of `llama` with the upper 2 layers tuned" in text) == (finished.tune == "full")
     assert ("poise merge RUN" in text) == (finished.tune == "lora")
+
+
+def test_policies_kept_on_the_way_say_which_they_are(finished: Config, tmp_path: Path) -> None:
+    """Theirs are not the numbers of the run's last one, also once their adapters are folded in."""
+    run, target = tmp_path / "run", tmp_path / "merged"
+    shutil.copytree(finished.output, run)
+    shutil.rmtree(run / "ladder", ignore_errors=True)
+    for kept in ("ladder/kl-5", "best"):
+        shutil.copytree(run / "policy", run / kept)
+    write_json(run / "best" / "best.json", {"step": 1, "kl": 2.5, "validator": 0.75})
+    (run / "ladder.jsonl").write_text('{"step": 0, "rung": 5.0, "kl": 5.25}\n')
+    settings = config_dict(replace(finished, output=str(run)))
+    policy_card.write_card(Run(run), settings)
+    target.mkdir()
+    shutil.copytree(run / "policy", target, dirs_exist_ok=True)
+    words = {
+        "best": "The policy of step 1, kept because its validator likes it best: by +0.75 stds more than the start, at "
+        "KL 2.5 nats.",
+        "ladder/kl-5": "The policy of step 0, kept as the first whose KL reached 5 nats: it has 5.2.",
+        "policy": "",
+        ".": "",
+    }
+    for name, said in words.items():
+        policy_card.write_merged_card(run / name, target)
+        texts = [(target / "README.md").read_text()]
+        texts += [(run / name / "README.md").read_text()] if name != "." else []
+        for text in texts:
+            assert ("## What came out" in text) == (not said)
+            assert said in text
+            assert "## Training settings" in text
+            assert "trained by PPO" in text
+    (target / "README.md").unlink()
+    shutil.copytree(run / "policy", run / "mine")  # a copy in the run, of which the run says nothing
+    policy_card.write_merged_card(run / "mine", target)
+    assert not (target / "README.md").exists()
 
 
 # ---- what a card says ----

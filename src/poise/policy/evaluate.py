@@ -32,10 +32,19 @@ from scipy.stats import binomtest
 from poise.errors import PoiseError, first_line
 from poise.functional.statistics import movement
 from poise.integrations.lm_eval import Answers, Task, evaluate, read_tasks
-from poise.models.loading import HfModel, HfTokenizer, frozen_dtype, load_policy, resolve_model
+from poise.models.loading import (
+    HfModel,
+    HfTokenizer,
+    frozen_dtype,
+    load_adapters,
+    load_policy,
+    load_tokenizer,
+    resolve_model,
+)
 from poise.models.policy import Policy
 from poise.policy.config import EvaluateConfig as Config
 from poise.policy.formats import BenchmarkRow, ModelSettings
+from poise.policy.merge import base_of
 from poise.runtime.downloads import cache_folder
 from poise.runtime.progress import console, progress
 from poise.runtime.records import checked, read_object, read_rows, undefined_as_none
@@ -202,6 +211,8 @@ class _Source:
         model, tokenizer = load_policy(self.model)
         if self.adapters is None:
             return model, tokenizer
+        if not self.rank:
+            return load_adapters(model, str(self.adapters)).eval(), load_tokenizer(str(self.adapters))
         policy = Policy(model, tokenizer, adapted_layers=self.adapted_layers, rank=self.rank)
         try:
             policy.load_adapters(str(self.adapters))
@@ -228,7 +239,7 @@ def _source(path: str) -> _Source:
     """The policy at `path`. Raises PoiseError if it is neither a finished run nor a model."""
     folder = Path(path)
     if (folder / "adapter_config.json").exists():
-        raise PoiseError(f"{path} holds adapters alone; name the `poise train-policy` run that they lie in")
+        return _Source(path, base_of(folder), folder)
     if not (folder / "config.yaml").exists():
         resolve_model(path)
         return _Source(path, path)

@@ -14,6 +14,7 @@ from poise.models.loading import HfTokenizer, load_tokenizer
 from poise.models.model_card import front_matter, is_hub_id, public_name
 from poise.policy.formats import Outcome
 from poise.runtime.display import markdown_cell, markdown_code, on_one_line
+from poise.runtime.ladder import kept_on_the_way
 from poise.runtime.run_folder import Json, Run, load_config_file, versions_of, write_atomic
 
 AFTER_ALARM = {
@@ -31,26 +32,30 @@ SHOWN_ALARMS = 10
 
 
 def write_card(out: Run, settings: Json, unread: Collection[str] = ()) -> None:
-    """README.md of RUN/policy, in place of the empty form that PEFT leaves there.
+    """README.md of RUN/policy and of the policies kept on the way, in place of the empty form that PEFT leaves there.
 
     settings: the config of the training, as plain values; unread: names of those that its algorithm did not read.
     """
     results, versions = out.finished(Outcome) or {}, versions_of(out)
     RewardScale.from_json(results["scale"])  # refuses a wrong one in one line
     tokenizer = load_tokenizer(str(out.folder / "policy"))
-    write_atomic(out.folder / "policy" / "README.md", card(tokenizer, settings, results, versions, unread))
+    for folder, kept in {out.folder / "policy": "", **kept_on_the_way(out.folder)}.items():
+        write_atomic(folder / "README.md", card(tokenizer, settings, results, versions, unread, kept=kept))
 
 
 def write_merged_card(policy: Path, target: Path) -> None:
     """README.md of a model that the adapters of a run's policy were folded into; nothing for a policy of no run.
 
-    policy: the run, or the policy folder in it.
+    policy: the run, or the folder in it of its policy or of one kept on the way.
     """
-    out = next((Run(path) for path in (policy, policy.parent) if (path / "policy").is_dir()), None)
+    out = next((Run(path) for path in (policy, *policy.parents[:2]) if (path / "policy").is_dir()), None)
     if out is None or out.results is None:
         return
+    kept = {out.folder: "", out.folder / "policy": "", **kept_on_the_way(out.folder)}.get(policy)
+    if kept is None:
+        return
     settings = load_config_file(out.folder / "config.yaml")
-    text = card(load_tokenizer(str(target)), settings, out.results, {}, merged=True)
+    text = card(load_tokenizer(str(target)), settings, out.results, {}, merged=True, kept=kept)
     write_atomic(target / "README.md", text)
 
 
@@ -62,18 +67,19 @@ def card(
     unread: Collection[str] = (),
     *,
     merged: bool = False,
+    kept: str = "",
 ) -> str:
     """The card's text.
 
     settings: the config of the training; versions: of the packages; unread: settings to leave out.
-    merged: the adapters have been folded into the model.
+    merged: the adapters have been folded into the model. kept: which of the run's policies it is, if not the last.
     """
     whole = merged or settings["tune"] != "lora"
     folded = ", folded into it" if merged and settings["tune"] == "lora" else ""
     algorithm, reward = settings["algorithm"].upper(), markdown_code(public_name(settings["reward"]))
     sections = [
         f"# Policy trained by {algorithm}",
-        _alarms(settings, results),
+        kept if kept else _alarms(settings, results),
         f"{_what(settings)}{folded}, trained by {algorithm} to please the reward model {reward} "
         f"({_heads(results)}, "
         f"objective {markdown_code(settings['objective'])}, kl_coef {settings['kl_coef']:g}).",
@@ -81,8 +87,8 @@ def card(
         _limits(settings),
         "## Reading it",
         _snippet(settings, tokenizer, whole),
-        "## What came out",
-        _outcome(settings, results),
+        "" if kept else "## What came out",
+        "" if kept else _outcome(settings, results),
         "## The reward's scale",
         _scale(settings, results["scale"]),
         "## Training settings",

@@ -127,10 +127,29 @@ def above_budget(step: int, kl: float, limit: float, option: str = "--max-kl") -
 
 def kept_policies(run: Path) -> dict[float, Path]:
     """The policies that a run kept, by their measured KL in nats, of three digits."""
+    return {float(f"{row['kl']:.3g}"): place for place, row in _rungs(run).items()}
+
+
+def kept_on_the_way(run: Path) -> dict[Path, str]:
+    """The folders of the policies that a run kept beside RUN/policy, with what each is, as a sentence."""
+    found = {
+        place: f"The policy of step {row['step']}, kept as the first whose KL reached {row['rung']:g} nats: it has "
+        f"{row['kl']:.1f}."
+        for place, row in _rungs(run).items()
+    }
+    if best := best_of(run):
+        found[run / BEST] = (
+            f"The policy of step {best['step']}, kept because its validator likes it best: by {best['validator']:+.2f} "
+            f"stds more than the start, at KL {best['kl']:.1f} nats."
+        )
+    return found
+
+
+def _rungs(run: Path) -> dict[Path, Json]:
+    """Folder and row of each policy in RUN/ladder."""
     path = run / FILE
     rows = read_rows(path, RungRow) if path.exists() else ()
-    places = {float(f"{row['kl']:.3g}"): _place(run, row["rung"]) for row in rows}
-    return {kl: place for kl, place in places.items() if place.is_dir()}
+    return {place: row for row in rows if (place := _place(run, row["rung"])).is_dir()}
 
 
 def _place(run: Path, rung: float) -> Path:
