@@ -268,7 +268,7 @@ def test_the_regularized_gradient_is_that_of_the_squared_norm(monkeypatch: pytes
 def test_an_infinite_gradient_is_refused_and_not_regularized(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another reading of the minibatch, with weights moved along it, would say nothing."""
     now = case()
-    now.policy.logits.register_hook(lambda gradient: gradient * math.inf)
+    now.policy.logits.register_hook(lambda gradient: torch.full_like(gradient, math.inf))
     one, read = learner(now.policy, gradient_regularization=1.0), []
     monkeypatch.setattr(now.policy, "evaluate", lambda *a, **k: read.append(1) or Table.evaluate(now.policy, *a, **k))
     with pytest.raises(PoiseError, match="gradient is not finite"):
