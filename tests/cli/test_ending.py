@@ -67,14 +67,16 @@ def test_a_whole_run_is_named_as_the_reward_so_that_the_objective_takes_its_head
 def test_train_policy_repeats_the_warnings_of_its_reward_model(
     reward: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = PolicyConfig(prompts="p", reward=str(reward.folder / "single"), output=str(tmp_path / "policy"))
+    place = str(reward.folder / "single")
+    config = PolicyConfig(prompts="p", reward=place, output=str(tmp_path / "policy"), validator=place)
     ending.warn_of_models(config)
     assert capsys.readouterr().out.startswith(f"warning: {reward.folder}/single: No better than a coin")
     run = finished(tmp_path / "policy", config, {"reward": 1.0, "kl": 2.0, "alarms": [], "steps": 1})
     append_jsonl(run.folder / "metrics.jsonl", [{"step": 0, "reward": 0.5, "kl": 1.0, "tokens": 9, "ended": 0.5}])
     ending.say_ending("train-policy", config, run)
     out = capsys.readouterr().out
-    assert "warning: No better than a coin" in out
+    assert "warning: Reward model single: No better than a coin" in out
+    assert "warning: The validator: No better than a coin" in out
     assert "9 tokens, 50% ended by themselves" in out
     assert f"next:   poise chat {run.folder}" in out
     assert "was cut" not in out

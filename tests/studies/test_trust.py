@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -142,6 +143,16 @@ def test_the_validator_of_the_reward_s_run_is_asked(
     assert json.loads((alone.folder / "key.json").read_text())["validator"] == []
 
 
+def test_a_validator_at_chance_is_said_on_the_page(config: TrustConfig, tmp_path: Path) -> None:
+    own = replace(config, preferences="", judged=2, validator=f"{tmp_path}/other")
+    shutil.copytree(config.validator or "", own.validator or "")
+    (tmp_path / "other" / "README.md").write_text("> **No better than a coin.** What it says means nothing.\n")
+    out = trust.run(own)
+    assert "The validator: No better than a coin. What it says means nothing." in trust_run.page(out.folder).warnings
+    alone = replace(own, validator=None, output=str(tmp_path / "alone"))
+    assert not any("validator:" in one for one in trust_run.page(trust.run(alone).folder).warnings)
+
+
 def test_a_checkpoint_without_a_run_is_not_known_to_have_seen_the_pairs(config: TrustConfig, tmp_path: Path) -> None:
     assert trust._has_seen(tmp_path / "rm", config.preferences) is False
 
@@ -155,11 +166,16 @@ def test_ties_alone_say_nothing_of_a_reward(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("interval", "kind", "words"),
-    [([0.01, 0.05], "better", "There is room"), ([-0.01, 0.05], "unclear", "No room was seen"),
-     ([-0.05, -0.01], "worse", "More pairs make it worse")],
+    [([0.01, 0.05], "better", "There is room"), ([-0.01, 0.05], "unclear", "Whether there is room cannot be told"),
+     ([-0.01, 0.015], "worse", "There is no room"), ([-0.05, -0.01], "worse", "More pairs make it worse")],
 )  # fmt: skip
-def test_room_in_words(interval: list[float], kind: str, words: str) -> None:
-    found = trust_run._said_of_room({"accuracy_interval": interval, "accuracy_doubled": 0.0, "seen": False})
+@pytest.mark.parametrize("what", ["accuracy", "selection"])
+def test_room_in_words(what: str, interval: list[float], kind: str, words: str) -> None:
+    """Of the validator's stds five times as much is wanted as of accuracy."""
+    interval = [5 * end for end in interval] if what == "selection" else interval
+    room = {"seen": False, "accuracy_interval": [0.5, 0.6], "accuracy_doubled": 0.55}
+    measured = {what: [0.0, 0.0, 0.0], f"{what}_interval": interval, f"{what}_doubled": 0.0}
+    found = trust_run._said_of_room(room | measured)
     assert found is not None
     assert found.kind == kind
     assert words in found.text

@@ -152,6 +152,8 @@ def _warned(folder: Path, names: Any) -> Iterator[str]:
 
 
 def _train_policy(config: Any, done: Run) -> Ending:
+    from poise.models.model_card import judges_warnings
+
     results, steps = done.results or {}, done.metrics()
     start, end = steps[:3], steps[-3:]
     rows = [
@@ -164,7 +166,7 @@ def _train_policy(config: Any, done: Run) -> Ending:
     folder = str(done.folder)
     if best := results.get("best"):
         rows.insert(3, ("validator", f"likes step {best['step']} best, at KL {best['kl']:.1f}: {done.folder / 'best'}"))
-    warnings = [*card_warnings(_taken(config, config.reward)), *card_warnings(done.folder)]
+    warnings = [*judges_warnings(_taken(config, config.reward), config.validator), *card_warnings(done.folder)]
     if (ended := _mean(steps, "ended")) < 0.5:
         which = "every completion was" if ended == 0.0 else f"{1 - ended:.0%} of the completions were"
         warnings.append(f"{which} cut at --max-tokens {config.max_tokens}; train with more")
@@ -241,6 +243,7 @@ def _evaluate_reward(config: Any, done: Run) -> Ending:
 
 
 def _trust(config: Any, done: Run) -> Ending:
+    from poise.models.model_card import judges_warnings
     from poise.reports.trust_run import beyond_reach, findings
 
     results = done.results or {}
@@ -249,7 +252,8 @@ def _trust(config: Any, done: Run) -> Ending:
     judged = results["labels"] is not None
     warnings = [text for text in (beyond_reach(results),) if text]
     train = _command("train-policy", "--reward", config.reward, "--prompts", config.prompts, "--model", config.model)
-    return Ending(rows, (train,) if judged else (again,), (*warnings, *card_warnings(config.reward)))
+    warnings += judges_warnings(config.reward, config.validator)
+    return Ending(rows, (train,) if judged else (again,), tuple(warnings))
 
 
 def _evaluate_policy(_: Any, done: Run) -> Ending:

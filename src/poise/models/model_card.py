@@ -6,6 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData, metadata_load
 
+from poise.models.card_warnings import card_warnings
 from poise.runtime.display import on_one_line
 
 
@@ -73,3 +74,9 @@ def public_name(source: str) -> str:
     """
     is_file = Path(source).name.endswith((".jsonl", ".json", ".gz", ".csv", ".parquet"))
     return source if is_hub_id(source) and not is_file else Path(source).name
+
+
+def judges_warnings(reward: str, validator: str | None) -> list[str]:
+    """`card_warnings` of a reward model, and of the validator beside it, if there is one; each says whose it is."""
+    found = [f"Reward model {public_name(reward)}: {text}" for text in card_warnings(reward)]
+    return found + [f"The validator: {text}" for text in (card_warnings(validator) if validator else [])]

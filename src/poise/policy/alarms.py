@@ -40,7 +40,9 @@ class Alarms:
         self.raised.append({"step": step, "score": score, "action": self.action})
         message = f"step {step}: signs of over-optimization (score {score:.2f})"
         if "transfer" in reading.signs:
-            message += f": the validator sees {100 * (1 - reading.signs['transfer']):.0f} % of what the reward gained"
+            message += (
+                f": the validator sees {100 * max(1 - reading.signs['transfer'], 0.0):.0f} % of what the reward gained"
+            )
         if self.action == "pessimism":
             self.pessimism += 1
             kl_coef *= 2

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from poise.models.card_warnings import card_warnings
-from poise.models.model_card import public_name
+from poise.models.model_card import judges_warnings, public_name
 from poise.reports import run_plots
 from poise.reports.blocks import Answer, Answers, Cell, Chart, Charts, Made, Page, Part, Section, Table, Text
 from poise.reports.plot_style import column_of
@@ -106,16 +105,15 @@ def findings(run: PolicyRun) -> list[Verdict]:
 def _of_the_validator(run: PolicyRun) -> list[str]:
     text = []
     if (seen := run.mean_of("transfer", slice(-3, None))) is not None:
-        text.append(f"The validator saw {percent(seen, 0)} of what the reward gained, at the end.")
+        text.append(f"The validator saw {percent(max(seen, 0.0), 0)} of what the reward gained, at the end.")
     if best := (run.results or {}).get("best"):
         text.append(f"The validator likes the policy of step {best['step']} best, at KL {number(best['kl'], 1)}.")
     return text
 
 
 def warnings(run: PolicyRun) -> list[str]:
-    """The warnings of the reward model's card, and that completions were cut."""
-    reward = str(run.settings.get("reward", ""))
-    found = [f"Reward model {public_name(reward)}: {text}" for text in card_warnings(reward)]
+    """The warnings on the cards of reward model and validator, and that completions were cut."""
+    found = judges_warnings(str(run.settings.get("reward", "")), run.settings.get("validator"))
     ended = run.column("ended") if run.steps else np.array([])
     if len(ended) and (cut := float(1 - np.nanmean(np.nan_to_num(ended, nan=1.0)))) > 0.5:
         which = "Every completion of every step" if cut == 1.0 else f"{percent(cut, 0)} of the completions"

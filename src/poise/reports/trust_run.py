@@ -4,10 +4,14 @@ from pathlib import Path
 
 import numpy as np
 
+from poise.models.model_card import judges_warnings
 from poise.reports import run_plots
 from poise.reports.blocks import Cell, Chart, Charts, Made, Page, Part, Section, Table, Text
 from poise.reports.quickstart_page import Verdict, number, percent, read_json, signed
-from poise.runtime.run_folder import Json
+from poise.runtime.run_folder import Json, load_config_file
+
+# What twice the pairs must be able to bring, for room to be worth anything: of the validator's stds, and of accuracy.
+MATTERS = {"selection": 0.1, "accuracy": 0.02}
 
 
 def page(folder: Path) -> Page:
@@ -22,7 +26,9 @@ def page(folder: Path) -> Page:
         Section("Labels: does a judge agree on the policy’s own texts?", _labels(results)),
         made,
     ]
-    warnings = [beyond] if (beyond := beyond_reach(results)) else []
+    settings = load_config_file(folder / "config.yaml")
+    warnings = judges_warnings(str(settings["reward"]), settings.get("validator"))
+    warnings += [beyond] if (beyond := beyond_reach(results)) else []
     return Page(title, findings(results), sections, warnings, glossary=("KL", "validator", "transfer", "best-of-n"))
 
 
@@ -73,10 +79,15 @@ def _said_of_room(room: Json | None) -> Verdict | None:
         )
     if high < 0:
         return Verdict("worse", f"More pairs make it worse: twice as many bring {bounds}. Look at the labels.")
+    if high < MATTERS[what]:
+        return Verdict(
+            "worse",
+            f"There is no room: twice the pairs bring {bounds}. No uncertainty about heads can help here: look at "
+            f"whose labels they are and at what the trunk can tell apart.",
+        )
     return Verdict(
         "unclear",
-        f"No room was seen: twice the pairs bring {bounds}. If the interval is narrow, no uncertainty about heads can "
-        f"help here: look at whose labels they are and at what the trunk can tell apart.",
+        f"Whether there is room cannot be told: twice the pairs bring {bounds}. More pairs, or prompts, would say.",
     )
 
 
