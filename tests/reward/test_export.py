@@ -200,9 +200,12 @@ def test_adapters_carry_the_heads(tiny_model: str, preferences_file: Path, tmp_p
     run = train_reward.run(
         train_reward.Config(
             str(preferences_file), str(tmp_path / "run"), tiny_model, num_layers=2, trunk="lora", learning_rate=1e-2,
-            posterior_heads=4, head_steps=40,
+            posterior_heads=4, head_steps=40, validator_share=0.3,
         )
     )  # fmt: skip
+    validator = Scorer.load(str(run.folder / "validator"))(SAMPLES)  # on layers, and adapters, of its own
+    folder = export.run(Config(str(run.folder / "validator"), str(tmp_path / "watching"), adapter=True))
+    torch.testing.assert_close(Scorer.load(str(folder))(SAMPLES).mean, validator.mean, rtol=0, atol=1e-4)
     merged = Scorer.load(str(run.folder / "brme"))(SAMPLES)
     for scalar in ("mean", ""):
         folder = export.run(Config(str(run.folder / "brme"), str(tmp_path / f"small{scalar}"), scalar, adapter=True))

@@ -8,6 +8,7 @@ from poise.models.choices import HEAD_KINDS, HeadKind
 from poise.models.formats import checkpoint_folder
 
 VALIDATOR = "validator"  # its folder in a run
+VALIDATOR_TRAINING = "validator-training"  # what its trunk is trained in, beside that
 
 
 def kind_for(objective: str) -> HeadKind:
@@ -46,6 +47,12 @@ def reward_folder(path: str, objective: str, heads: HeadKind | None = None) -> s
     if kind not in kinds_in(Path(path)):
         raise PoiseError(f"{path} has no {kind} heads; --heads takes one of {', '.join(kinds_in(Path(path)))}")
     return str(Path(path) / kind)
+
+
+def adapters_of(checkpoint: Path) -> Path:
+    """Where the run of a checkpoint keeps the adapters that its trunk was trained with, if it was by LoRA."""
+    run = checkpoint.parent
+    return (run / VALIDATOR_TRAINING if checkpoint.name == VALIDATOR else run) / "adapter"
 
 
 def validator_of(reward: str) -> str:

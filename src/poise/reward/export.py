@@ -37,6 +37,7 @@ from poise.models.reward_model import (
     read_layout,
     with_heads,
 )
+from poise.models.run_heads import adapters_of
 from poise.models.scorer import Scorer
 from poise.models.scoring_template import UNCHANGED, ends_where_read, scoring_template
 from poise.models.trained_on import FILE as BASE
@@ -201,7 +202,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _write_adapter(source: Path, target: Path, layout: HeadLayout, config: Config) -> HeadLayout:
     """The adapters of the run that `source` is part of, with the heads of `source` in place of stage 1's."""
-    adapter = source.parent / "adapter"
+    adapter = adapters_of(source)
     if not (adapter / "adapter_config.json").exists():
         raise PoiseError(f"{config.reward} has no adapters beside it: train it with `--trunk lora`")
     tensors = _read_tensors(own_file(adapter, "adapter_model.safetensors"))
@@ -235,7 +236,10 @@ def _compare(source: Path, target: Path, config: Config) -> None:
     if config.scalar:
         mean = expected.mean.mean(-1, keepdim=True) if config.head is None else expected.mean[:, [config.head]]
         expected = HeadRewards(mean, torch.zeros_like(mean))
-    written = Scorer.load(str(target))(_TEXTS)
+    try:
+        written = Scorer.load(str(target))(_TEXTS)
+    except PoiseError as error:
+        raise PoiseError(str(error).replace(str(target), config.output)) from None
     for what, want, got in zip(("rewards", "stds", "distances"), expected, written, strict=True):
         if want is None or got is None:
             continue

@@ -34,7 +34,7 @@ from poise.models.loading import HfModel, HfTokenizer, device, frozen_dtype, loa
 from poise.models.prompt_trials import padded_or_raise, takes_packed_rows
 from poise.models.reward_model import HeadLayout, load_trunk, save_reward_model, with_heads
 from poise.models.row_check import row_check_of
-from poise.models.run_heads import VALIDATOR
+from poise.models.run_heads import VALIDATOR, VALIDATOR_TRAINING
 from poise.models.scorer import FeatureExtractor, Scorer
 from poise.reward.config import Config, Stage2Trunk
 from poise.reward.head_training import (
@@ -63,7 +63,6 @@ from poise.runtime.progress import console
 from poise.runtime.run_folder import Inputs, Json, Run, is_main_process
 
 _MEASURED = 500  # pairs whose answers' lengths are taken
-_IN_TRAINING = "validator-training"
 
 __all__ = ["Config", "heads_in_memory", "pair_features", "run", "trunk_source"]
 
@@ -157,7 +156,7 @@ def _train_validator(config: Config, folder: Path, split: PreferenceSplit) -> Js
     config: of `_for_validator`. Its trunk is trained in FOLDER/validator-training, from where a killed run goes on.
     """
     console.print(f"validator of {config.num_layers} layer{'s' * (config.num_layers > 1)}: {split}")
-    extract = make_trunk(config, folder / _IN_TRAINING, split)
+    extract = make_trunk(config, folder / VALIDATOR_TRAINING, split)
     raw = pair_features(extract, split.preferences)
     model = single_on_features(config, split, extract, raw)
     judged = judge({VALIDATOR: model}, {VALIDATOR: raw.rows(split.validation)}, split, config.seed)
@@ -352,5 +351,5 @@ def _save(
 def _clear(folder: Path) -> None:
     """Delete the checkpoints of trunks that are finished, and the validator's trunk, which its own folder holds."""
     if is_main_process():
-        for name in ("trainer", "stage2/trainer", f"{_IN_TRAINING}/trainer", f"{_IN_TRAINING}/trunk"):
+        for name in ("trainer", "stage2/trainer", f"{VALIDATOR_TRAINING}/trainer", f"{VALIDATOR_TRAINING}/trunk"):
             shutil.rmtree(folder / name, ignore_errors=True)
