@@ -185,6 +185,11 @@ def verdict(found: Json, arm: str) -> str:
     return "yes" if of["difference"] > 0 else "no"
 
 
+def unfinished(found: Json) -> bool:
+    """Does an arm lack seeds of the design?"""
+    return min(len(one["seeds"]) for one in found["arms"].values()) < DESIGNED
+
+
 def of_design(found: Json) -> str:
     """How far the design is filled: `3 of 12 seeds`."""
     counts = {len(one["seeds"]) for one in found["arms"].values()}
@@ -249,9 +254,13 @@ def finding(found: Json) -> str:
     if not several:
         return "**At equal KL no reward stands beside one head yet**"
     arms = better or [max(several, key=lambda arm: abs(found["arms"][arm][f"g2, minus {FIRST}"]["difference"]))]
-    said = " and ".join(f"{ARMS[arm][0]} {difference(gap(found, arm))}" for arm in arms)
+    said = " and ".join(
+        f"{ARMS[arm][0]} {difference(gap(found, arm))}, by the lexicon {difference(gap(found, arm, 'g1'))}"
+        for arm in arms
+    )
     if better:
-        return f"**At equal KL more gold than one head**: {said}, {of_design(found)}"
+        looks = "provisional, " if unfinished(found) else ""
+        return f"**At equal KL more gold than one head**: {said}; {looks}{of_design(found)}"
     return f"**At equal KL no reward is told from one head** yet; the largest difference: {said}, {of_design(found)}"
 
 
@@ -285,13 +294,12 @@ def answer(found: Json) -> str:
 
 def page_verdict(found: Json) -> str:
     same, of = found["arms on which G1 and G2 have the same sign"]
-    few = min(len(one["seeds"]) for one in found["arms"].values()) < DESIGNED
     interim = (
         f" This is {of_design(found)}, and was looked at before: until all are there a yes or a no is provisional."
     )
     return (
         f"**Verdict.** More gold (G2) than one head at equal KL, in stds of the initial completions: {in_words(found)}."
-        f"{interim * few} {CAUTION} The two golds have the same sign on {same} of {of} arms, and over a run's steps a "
+        f"{interim * unfinished(found)} {CAUTION} The two golds have the same sign on {same} of {of} arms, and over a run's steps a "
         f"rank correlation of {number(found[CORRELATION], sign=False)}."
     )
 
