@@ -299,8 +299,8 @@ def page_verdict(found: Json) -> str:
     )
     return (
         f"**Verdict.** More gold (G2) than one head at equal KL, in stds of the initial completions: {in_words(found)}."
-        f"{interim * unfinished(found)} {CAUTION} The two golds have the same sign on {same} of {of} arms, and over a run's steps a "
-        f"rank correlation of {number(found[CORRELATION], sign=False)}."
+        f"{interim * unfinished(found)} {CAUTION} The two golds have the same sign on {same} of {of} arms, and over a "
+        f"run's steps a rank correlation of {number(found[CORRELATION], sign=False)}."
     )
 
 
