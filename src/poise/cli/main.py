@@ -23,7 +23,7 @@ from poise.cli import ending
 from poise.cli.boundary import DONE, exit_status
 from poise.data.examples import EXAMPLES
 from poise.errors import PoiseError
-from poise.runtime.settings import Rows, hints, marks, problem, shown
+from poise.runtime.settings import NumberAsWritten, Rows, hints, marks, problem, shown
 
 COMMANDS = {
     "quickstart": ("poise.studies.quickstart", "all steps on a laptop in one command, ending in one page"),
@@ -160,8 +160,9 @@ def parse_config(
     renamed: dotted names that settings have now, by the names they have in older files.
     Raises PoiseError for a config file with settings this command does not have, or with values of a wrong type.
     """
-    from poise.runtime.run_folder import load_config_file
+    from poise.runtime.config_files import load_config_file
 
+    arguments = [part for word in arguments for part in _config_apart(word)]
     if "--config" not in arguments:
         return _parsed(config, program, arguments)
     at = arguments.index("--config")
@@ -174,12 +175,33 @@ def parse_config(
         settings |= added  # the whole config of a run of an earlier version
     values, unknown = _values(settings, config, path)
     if unknown:
-        raise PoiseError(f"{path} has settings {program} does not know: {', '.join(sorted(unknown))}")
+        raise PoiseError(f"{path} has settings {program} does not know: {_unknown(unknown, config, settings)}")
     try:
         default = config(**values)
     except TypeError as error:
         raise PoiseError(f"{path} is incomplete: {error}") from None
     return _parsed(config, program, arguments[:at] + arguments[at + 2 :], default)
+
+
+def _config_apart(word: str) -> list[str]:
+    """`--config=FILE` as the two words that it stands for."""
+    name, sign, file = word.partition("=")
+    return [name, file] if sign and name == "--config" else [word]
+
+
+def _unknown(names: list[str], config: type, settings: Mapping[str, Any]) -> str:
+    """The first names of settings that a file should not have, and what was meant perhaps."""
+    shown_names = [f"{name or repr(name)}" for name in sorted(names)[:_MOST_NAMES]]
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    said = f"{', '.join(shown_names)}{more}"
+    from poise.runtime.run_kinds import command_of
+
+    if of := command_of(settings):
+        return f"{said}; it is of `poise {of}`"
+    known = [field.name for field in fields(config)]
+    near = {name: difflib.get_close_matches(name.strip("-").lower().replace("-", "_"), known, 1) for name in names}
+    meant = [found[0] for found in near.values() if found]
+    return f"{said}; did you mean {', '.join(meant[:_MOST_NAMES])}?" if meant else said
 
 
 def _parsed(config: type, program: str, arguments: list[str], default: Any = None) -> Any:
@@ -208,6 +230,7 @@ def _description(config: type) -> str:
     return "\n\n".join([inspect.getdoc(config) or "", *rows])
 
 
+_MOST_NAMES = 5  # of settings that a message lists
 _KINDS = {"INT": "a whole number", "FLOAT": "a number", "{None}|INT": "a whole number or None"}
 _KINDS["{None}|FLOAT"] = "a number or None"
 
@@ -272,16 +295,19 @@ def _values(settings: dict[Any, Any], config: type, path: str, inside: str = "")
             except (TypeError, ValueError, OverflowError):
                 wanted = problem(value, kinds[name])
                 expected = f"must be {wanted}: " if wanted else ""
-                raise PoiseError(f"{path}: {expected}{inside}{name} cannot be {shown(value)}") from None
+                quoted = "; YAML reads yes, no, on and off so: put quotes around them" if wanted == "text" else ""
+                hint = quoted if isinstance(value, bool) else ""
+                raise PoiseError(f"{path}: {expected}{inside}{name} cannot be {shown(value)}{hint}") from None
     return values, unknown
 
 
 def _converted(value: Any, kind: Any) -> Any:
     """A value of a YAML file as the type of a config's field; TypeError or ValueError if it is of another type.
 
-    YAML reads `1e-3` as text and an unquoted `0.25` as a number: floats may be text, and text may be a number.
+    YAML reads `1e-3` as text and an unquoted `0.25` as a number: floats may be text, and text may be a number. `None`
+    is what the command line calls it; YAML's word is null.
 
-    >>> _converted("1e-3", float), _converted([0, 0.25], tuple[str, ...]), _converted(None, int | None)
+    >>> _converted("1e-3", float), _converted([0, 0.25], tuple[str, ...]), _converted("None", int | None)
     (0.001, ('0', '0.25'), None)
     """
     if get_origin(kind) is tuple:
@@ -292,14 +318,14 @@ def _converted(value: Any, kind: Any) -> Any:
         if value not in get_args(kind):
             raise ValueError
     elif get_origin(kind) in (Union, UnionType):
-        if value is None and NoneType in get_args(kind):
+        if value in (None, "None") and NoneType in get_args(kind):
             return None
         [kind] = (one for one in get_args(kind) if one is not NoneType)
         return _converted(value, kind)
     elif kind in (float, str):
-        if value is None or isinstance(value, (bool, list, dict)):
+        if type(value) not in (str, int, float, NumberAsWritten):
             raise TypeError
-        return kind(value)
+        return value.text if kind is str and isinstance(value, NumberAsWritten) else kind(value)
     elif kind in (int, bool) and type(value) is not kind:
         raise TypeError
     return value

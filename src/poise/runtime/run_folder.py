@@ -22,8 +22,9 @@ from typing import Annotated, Any
 
 import yaml
 
-from poise.errors import PoiseError, first_line
+from poise.errors import PoiseError
 from poise.runtime import inputs as run_inputs
+from poise.runtime.config_files import load_config_file
 from poise.runtime.folders import (
     MARK,
     is_leftover,
@@ -36,10 +37,10 @@ from poise.runtime.folders import (
     write_folder_atomic,
 )
 from poise.runtime.inputs import Inputs
-from poise.runtime.records import Json, as_lines, as_text, checked, mend_last_line, read_object, read_rows
+from poise.runtime.records import Json, as_lines, as_text, mend_last_line, read_object, read_rows
 from poise.runtime.settings import at_least
 
-__all__ = ["Inputs", "Json", "Run", "write_folder_atomic"]
+__all__ = ["Inputs", "Json", "Run", "load_config_file", "write_folder_atomic"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,38 +177,6 @@ def versions_of(run: Run) -> dict[str, str]:
     """Versions of the packages that made a run; none if it has no record of them."""
     path = run.folder / "environment.json"
     return dict(read_object(path, _Environment)["versions"]) if path.exists() else {}
-
-
-class _OnceEach(yaml.SafeLoader):
-    """Refuses a mapping that gives one name twice: YAML's readers differ in which they take."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in names:
-                raise yaml.constructor.ConstructorError(problem=f"{key.value!r} is there twice")
-            names |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
-        return super().construct_mapping(node, deep)
-
-
-def load_config_file(path: str | Path, kind: type | None = None) -> Json:
-    """The mapping in a config.yaml; PoiseError if missing or not a mapping.
-
-    kind: a dataclass that names the settings which must be there, with their types and ranges.
-    """
-    try:
-        loaded = yaml.load(Path(path).read_text(encoding="utf-8"), _OnceEach)
-    except OSError as error:
-        raise PoiseError(f"cannot read config {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise PoiseError(f"config {path} is not valid YAML: {first_line(error)}") from None
-    except RecursionError:
-        raise PoiseError(f"config {path} is nested too deeply") from None
-    except ValueError as error:  # also bytes that are not UTF-8
-        raise PoiseError(f"cannot read config {path}: {first_line(error)}") from None
-    if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded):
-        raise PoiseError(f"config {path} holds no settings, each as `name: value`")
-    return checked(loaded, kind, str(path)) if kind else loaded
 
 
 def config_dict(config: Any) -> Json:

@@ -1,9 +1,10 @@
 """Which command made a run folder, told from its files alone."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from poise.errors import PoiseError
-from poise.runtime.run_folder import load_config_file
+from poise.runtime.config_files import load_config_file
 
 # What a run of each command has among its settings, in the order in which they are looked for.
 _SETTINGS = {
@@ -16,6 +17,11 @@ _SETTINGS = {
     "trust": {"validator", "judged", "per_prompt"},
     "quickstart": {"num_preferences", "num_steps", "kl_coef"},
 }
+
+
+def command_of(settings: Collection[str]) -> str:
+    """The command whose config.yaml names these settings; an empty text for one that is not known by them."""
+    return next((command for command, names in _SETTINGS.items() if names <= set(settings)), "")
 
 
 def kind_of(folder: str | Path) -> str:
@@ -31,10 +37,8 @@ def kind_of(folder: str | Path) -> str:
         inner = folder.parent / "config.yaml"
         hint = f"; its run is {folder.parent}" if inner.exists() else ""
         raise PoiseError(f"{folder} is not a run folder: it has no config.yaml{hint}")
-    settings = load_config_file(folder / "config.yaml").keys()
-    for kind, names in _SETTINGS.items():
-        if names <= settings:
-            return kind
+    if kind := command_of(load_config_file(folder / "config.yaml")):
+        return kind
     raise PoiseError(f"{folder} is a run of a command that has no page ({', '.join(_SETTINGS)} and study have one)")
 
 

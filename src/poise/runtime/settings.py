@@ -249,6 +249,12 @@ def check_address(option: str, text: str) -> None:
 # ---- values of our own files ----
 
 
+class NumberAsWritten(float):
+    """A number of a YAML file, which may stand where text is expected: as a folder's name `1.50` is not `1.5`."""
+
+    text: str
+
+
 def read_value(value: Any, kind: Any, what: str) -> Any:
     """A value of a JSON file as `kind`: lists become tuples, whole numbers floats, where `kind` asks for them.
 
