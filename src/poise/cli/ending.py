@@ -36,8 +36,11 @@ class Ending:
 def say_finished(command: str, config: Any) -> None:
     """Say at once that the run in --output is complete already; PoiseError if that folder cannot be taken."""
     output = getattr(config, "output", "")
-    if command in _KEPT and output and is_main_process():
-        run = Run(Path(output))
+    if not (getattr(config, "RUN_FOLDER", False) and output and is_main_process()):
+        return
+    run = Run(Path(output))
+    run.check_command(config)
+    if command in _KEPT:
         run.check_config(config)
         if run.results is not None and not run.differs(config):
             _say(f"{on_one_line(output)} is finished; nothing is computed again (another --output makes a new run)")

@@ -22,6 +22,7 @@ from poise.policy.formats import policy_folder
 from poise.runtime.settings import (
     Bounded,
     Count,
+    EachOnce,
     Language,
     LearningRate,
     NotNegative,
@@ -194,7 +195,7 @@ class Config(PpoConfig):
     eval_every: WholeNumber = 0
     """Steps between evaluations on benchmarks (benchmarks.jsonl), which also run at step 0 and at the end; 0: none.
     Needs pip install 'poise-rlhf[eval]'."""
-    eval_tasks: tuple[str, ...] = ("lambada",)
+    eval_tasks: Annotated[tuple[str, ...], EachOnce()] = ("lambada",)
     """Benchmarks to evaluate on, of those that `poise evaluate-policy` offers."""
     eval_data: str = ""
     """Folder of the benchmarks' rows (NAME.jsonl or .jsonl.gz); default: the model hub."""
@@ -205,7 +206,7 @@ class Config(PpoConfig):
     policy that looked safe; `pessimism`: go on with a doubled β and a more pessimistic objective."""
     alarm_threshold: Positive = MonitorConfig.threshold
     """The monitor raises an alarm above this score."""
-    trackers: tuple[str, ...] = ()
+    trackers: Annotated[tuple[str, ...], EachOnce()] = ()
     """Trackers to log to as well, through accelerate: tensorboard, wandb, trackio, … (if installed)."""
     shard: bool = False
     """Spread the weights of the layers, their gradients and optimizer states over the processes of `torchrun` or
@@ -289,14 +290,14 @@ class EvaluateConfig(Settings):
 
     RUN_FOLDER = True
 
-    policies: tuple[PolicyModel, ...] = ()
+    policies: Annotated[tuple[PolicyModel, ...], EachOnce()] = ()
     """`poise train-policy` runs, model folders or hub ids."""
     model: PolicyModel = DEFAULT_MODEL
     """The model before training, folder or hub id: differences are taken against it."""
     data: str = ""
     """Folder of the benchmarks' rows, NAME.jsonl or NAME.jsonl.gz, evaluated zero-shot and without a network; default:
     the harness's own tasks, from the model hub."""
-    tasks: tuple[str, ...] = DEFAULT_TASKS
+    tasks: Annotated[tuple[str, ...], EachOnce()] = DEFAULT_TASKS
     """Benchmarks to evaluate on; bbh is a 17th."""
     rows: WholeNumber = 100
     """Rows of each benchmark, at most, from the beginning; 0: all. Without --data each part of a benchmark takes the

@@ -16,6 +16,7 @@ from poise.models.model_folder import check_layers
 from poise.reward.formats import check_ensemble, check_export, check_scores
 from poise.runtime.settings import (
     Count,
+    EachOnce,
     LearningRate,
     Length,
     LengthOrAll,
@@ -159,7 +160,7 @@ class EvaluateConfig(Settings):
 
     RUN_FOLDER = True
 
-    rewards: tuple[Reward, ...]
+    rewards: Annotated[tuple[Reward, ...], EachOnce()]
     """Reward models, e.g. one training from several seeds: checkpoint folders, hub ids of one-label classifiers,
     ensembles, or `poise train-reward` runs."""
     file: Annotated[str, Rows("questions")]
@@ -227,7 +228,7 @@ class ScoreConfig(Settings):
 class EnsembleConfig(Settings):
     """Combine reward models, the members, into a folder that every command reads as one with all their heads."""
 
-    members: Annotated[tyro.conf.Positional[tuple[Reward, ...]], tyro.conf.arg(metavar="REWARD [REWARD …]")]
+    members: Annotated[tyro.conf.Positional[tuple[Reward, ...]], EachOnce(), tyro.conf.arg(metavar="REWARD [REWARD …]")]
     """Reward models: checkpoint folders, hub ids or `poise train-reward` runs."""
     reference: Preferences
     """Preferences. Each member's reward is scaled to mean 0 and std 1 over their texts, so that none dominates."""

@@ -86,6 +86,8 @@ def check_ensemble(target: Path) -> None:
 
 def check_scores(target: Path) -> None:
     """Raise PoiseError unless `target` is no file yet, an empty one, or scores that `poise score` wrote earlier."""
+    if target.is_dir():
+        raise PoiseError(f"--output {target} is a folder; name a file")
     if not target.is_file() or not target.stat().st_size:
         return
     with target.open("rb") as file:

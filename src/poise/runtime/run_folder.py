@@ -38,6 +38,7 @@ from poise.runtime.folders import (
 )
 from poise.runtime.inputs import Inputs
 from poise.runtime.records import Json, as_lines, as_text, mend_last_line, read_object, read_rows
+from poise.runtime.run_kinds import command_of, made_by
 from poise.runtime.settings import at_least
 
 __all__ = ["Inputs", "Json", "Run", "load_config_file", "write_folder_atomic"]
@@ -98,6 +99,7 @@ class Run:
 
     def check_config(self, config: Any) -> None:
         """Raise PoiseError if the folder holds work of a run of another config, or something else than a run."""
+        self.check_command(config)
         if not (self.folder / "config.yaml").exists():
             refuse_foreign(self.folder)
         elif (changed := self.differs(config)) and not self._is_bare and not self._extends(config, changed):
@@ -105,6 +107,12 @@ class Run:
                 f"{self.folder} holds a run of another config (differs in {', '.join(changed)}); "
                 f"choose another --output or delete the folder"
             )
+
+    def check_command(self, config: Any) -> None:
+        """Raise PoiseError if a run of another command is in the folder."""
+        made = made_by(self.folder) if self.folder.is_dir() else ""
+        if made and made != command_of(config_dict(config)) and not self._is_bare:
+            raise PoiseError(f"--output {self.folder} is a run of `poise {made}`; choose another folder")
 
     def differs(self, config: Any) -> list[str]:
         """Names of the settings in which the run in the folder differs from `config`; [] if there is no run."""
@@ -285,7 +293,7 @@ def _is_more(now: Any, before: Any) -> bool:
     """Is a number larger, or a list the same one and longer?"""
     if isinstance(now, list):
         return isinstance(before, list) and now[: len(before)] == before and len(now) > len(before)
-    return before is not None and bool(now > before)
+    return type(before) in (int, float) and bool(now > before)
 
 
 def keep_rows_before(path: Path, step: int) -> None:

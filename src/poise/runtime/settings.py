@@ -13,6 +13,7 @@ nothing outside the standard library.
 """
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from types import NoneType, UnionType
@@ -89,6 +90,11 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class EachOnce:
+    """Marks a list in which nothing may stand twice: a model or an arm beside itself says nothing."""
+
+
+@dataclass(frozen=True)
 class ModelPath:
     """Marks a setting that names models: language models, reward models, layers to take, or a stand-in for people."""
 
@@ -142,18 +148,33 @@ class Settings:
         return self
 
 
-def check_settings(config: Any, inside: str = "") -> None:
+def check_settings(config: Any, inside: str = "", default: Any = None) -> None:
     """Raise PoiseError, naming option, range and value, for the first setting that its annotation does not allow.
 
-    inside: what stands before the names of the options, such as `reward.` in a study.
+    inside: what stands before the names of the options, such as `reward.` in a study. default: of a config within
+    another the one that it is by default. A text may be empty only where it is so by default.
     """
+    default = type(config) if default is None else default
     for name, (kind, value) in typed_fields(config).items():
         if is_dataclass(value):
-            check_settings(value, f"{inside}{name}.")
-        else:
-            option = f"--{inside}{name}".replace("_", "-")
-            if wrong := problem(value, kind):
-                raise PoiseError(f"{option} must be {wrong}, got {shown(value)}")
+            check_settings(value, f"{inside}{name}.", getattr(default, name, None))
+            continue
+        option = f"--{inside}{name}".replace("_", "-")
+        if wrong := problem(value, kind):
+            raise PoiseError(f"{option} must be {wrong}, got {shown(value)}")
+        texts = value if isinstance(value, (tuple, list)) else [value] if getattr(default, name, None) != value else []
+        if any(isinstance(text, str) and not text.strip() for text in texts):
+            raise PoiseError(f"{option} is empty; name something, or leave it out")
+        if any(isinstance(mark, EachOnce) for mark in marks(kind)) and (again := _first_again(value)) is not None:
+            raise PoiseError(f"{option} names {again} twice")
+
+
+def _first_again(items: Any) -> Any:
+    """The first item of a list that has stood before, of names of files also in another spelling; None if none has."""
+    same = [
+        os.path.realpath("".join(one.split())) if isinstance(one, str) and "\0" not in one else one for one in items
+    ]
+    return next((one for i, one in enumerate(items) if same[i] in same[:i]), None)
 
 
 def typed_fields(config: Any) -> dict[str, tuple[Any, Any]]:

@@ -14,6 +14,7 @@ from poise.functional.objective_names import read_objective
 from poise.models.run_heads import refuse_itself
 from poise.runtime.settings import (
     Count,
+    EachOnce,
     Preferences,
     Reward,
     Settings,
@@ -31,7 +32,9 @@ _COUPLED = {"expected_tradeoff", "expected_worst_case"}
 class ServeConfig(Settings):
     """Serve reward models to training engines over HTTP."""
 
-    rewards: Annotated[tyro.conf.Positional[tuple[Reward, ...]], tyro.conf.arg(metavar="REWARD [REWARD …]")] = ()
+    rewards: Annotated[
+        tyro.conf.Positional[tuple[Reward, ...]], EachOnce(), tyro.conf.arg(metavar="REWARD [REWARD …]")
+    ] = ()
     """The rewards: checkpoint folders, hub ids, `poise train-reward` runs or an ensemble. Several act as one."""
     backend: Literal["local", "vllm"] = "local"
     """Who reads the texts: this process, or vLLM servers of the same checkpoint, at `--url`."""
