@@ -209,6 +209,7 @@ def _parsed(config: type, program: str, arguments: list[str], default: Any = Non
     import tyro
 
     said = io.StringIO()
+    _refuse_values_of_switches(config, arguments)
     try:
         with contextlib.redirect_stderr(said):
             about = _description(config)
@@ -219,6 +220,15 @@ def _parsed(config: type, program: str, arguments: list[str], default: Any = Non
         if stop.code == 0:  # --help
             raise
         raise PoiseError(f"{_complaint(said.getvalue())} ({program} --help lists the options)") from None
+
+
+def _refuse_values_of_switches(config: type, arguments: list[str]) -> None:
+    """Raise PoiseError for `--settle false`: what is true or false takes no value."""
+    switches = {f"--{name}".replace("_", "-") for name, kind in hints(config).items() if kind is bool}
+    for word, following in itertools.pairwise([*arguments, ""]):
+        name, sign, value = word.replace("_", "-").partition("=")
+        if name in switches and (value if sign else following).lower() in ("true", "false", "yes", "no", "on", "off"):
+            raise PoiseError(f"a switch takes no value: {name} turns it on, {name.replace('--', '--no-', 1)} off")
 
 
 def _description(config: type) -> str:
@@ -251,6 +261,8 @@ def _complaint(box: str) -> str:
         option, value = wrong.groups()
         if kind := re.search(rf"{re.escape(option)} (\S+)", rest):
             return f"{option} must be {_KINDS.get(kind[1], kind[1])}, got {value}"
+    if listed := re.match(r"Error parsing (--\S+): Could not find valid parse for arguments: \['(.*)'\]", said):
+        return f"{listed[1]} takes values with spaces between, got {listed[2].replace(', ', ',')!r}"
     if alone := re.match(r"Missing value for argument '(\w+)'", said):
         return f"{alone[1].upper()} is missing: it is given by itself, without --{alone[1]}"
     if said.startswith("Unrecognized") and (near := re.search(r"Perhaps you meant: (--[\w.-]+)", rest)):

@@ -14,7 +14,7 @@ nothing outside the standard library.
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -130,15 +130,24 @@ class Settings:
     ADDED: settings that earlier versions did not have, with the value that stands for what a run did without them,
     where that is not the default. A whole config file without one of them gets that value.
     GROWS: settings of which a finished run may take more; it then goes on.
+    READ_WITH: settings that are only read with others: whether they are, and what those are in words. One that was
+    changed and is not read is refused.
     """
 
     ADDED: ClassVar[Mapping[str, Any]] = {}
     GROWS: ClassVar[tuple[str, ...]] = ()
     RUN_FOLDER: ClassVar[bool] = False
+    READ_WITH: ClassVar[Mapping[str, "tuple[Callable[[Any], bool], str]"]] = {}
 
     def check(self) -> None:
-        """Raise PoiseError, one line, for a setting of a wrong type or out of range. Commands add what they need."""
+        """Raise PoiseError, one line, for a setting of a wrong type or out of range, and one that nothing would read.
+
+        Commands add what they need.
+        """
         check_settings(self)
+        for name, (is_read, words) in self.READ_WITH.items():
+            if getattr(self, name) != getattr(type(self), name) and not is_read(self):
+                raise PoiseError(f"--{name.replace('_', '-')} is only read with {words}")
 
     def for_command(self) -> "Settings":
         """The settings as a command runs them: with the default folder, and PoiseError for an input that is missing.

@@ -45,6 +45,12 @@ def run(config: Config) -> Json | None:
     key = records.read_object(out / "key.json")
     if key["source"] != config.source:
         raise PoiseError(f"--output {out} holds comparisons of {key['source']}; choose another folder")
+    for name, value in _how_drawn(config).items():
+        if key.get(name, value) != value:  # earlier versions did not write it down
+            raise PoiseError(
+                f"--output {out} holds comparisons that were drawn with another --{name.replace('_', '-')} "
+                f"({key[name]}); choose another folder"
+            )
     judged = judgments_of(out, config)
     if judged is None:
         return None
@@ -66,7 +72,11 @@ def _prepare(config: Config, out: Path) -> None:
     own(out)
     write_jsonl(out / "ladder.jsonl", rows)
     write_jsonl(out / "comparisons.jsonl", comparisons)
-    write_json(out / "key.json", {"source": config.source, **key})
+    write_json(out / "key.json", {"source": config.source, **_how_drawn(config), **key})
+
+
+def _how_drawn(config: Config) -> Json:
+    return {"rungs": list(config.rungs), "per_rung": config.per_rung, "seed": config.seed}
 
 
 # ---- what there is to compare ----

@@ -8,6 +8,7 @@ import tyro
 
 from poise.data.files import no_such_file
 from poise.errors import PoiseError
+from poise.runtime.run_kinds import told_of
 from poise.runtime.settings import Count, Positive, Seed, between
 from poise.studies.judge_settings import JudgeSettings
 
@@ -47,10 +48,14 @@ class Config(JudgeSettings):
             raise PoiseError(no_such_file(source))
         if source.is_dir():
             refuse_other_run(source)
+        elif self.rungs != Config.rungs:
+            raise PoiseError(f"--rungs is only read with a run; {source} is a file, which has its own")
         return self
 
 
 def refuse_other_run(run: Path) -> None:
     """Raise PoiseError for a folder that is no policy run."""
     if not all((run / name).exists() for name in ("samples.jsonl", "config.yaml")):
-        raise PoiseError(f"{run} is no `poise train-policy` run: it has no samples.jsonl")
+        why = told_of(run) if told_of(run) != "a run of `poise train-policy`" else ""
+        why = f"it is {why}" if why else "it has no samples.jsonl"
+        raise PoiseError(f"{run} is no `poise train-policy` run: {why}")

@@ -22,6 +22,7 @@ from poise.policy.formats import refuse_unfinished
 from poise.reward.config import Config as RewardSettings
 from poise.runtime.jobs import Job
 from poise.runtime.run_folder import Json, config_dict
+from poise.runtime.run_kinds import told_of
 from poise.runtime.settings import (
     Count,
     EachOnce,
@@ -201,8 +202,11 @@ class BestOfNConfig(Settings):
     def for_command(self) -> "BestOfNConfig":
         """As `Settings.for_command`: the reward models are there."""
         self.check()
+        by_folder: dict[str, list[str]] = {}
+        for reward, _, objective in (text.partition(":") for text in self.objectives):
+            by_folder.setdefault(reward, []).append(objective)
         for run in self.reward:
-            check_reward_run(run, {text.partition(":")[0] for text in self.objectives})
+            check_reward_run(run, by_folder)
         return self
 
 
@@ -238,6 +242,10 @@ class CompareConfig(Settings):
         self.check()
         for arm in self.arms:
             refuse_unfinished(Path(arm))
+        if self.pool and not (Path(self.pool) / "pool.jsonl").exists():
+            told = told_of(self.pool)
+            why = f"it is {told}" if told and "best-of-n" not in told else "it has no pool.jsonl"
+            raise PoiseError(f"--pool {self.pool} is no `poise best-of-n` run: {why}")
         return self
 
 
