@@ -21,7 +21,7 @@ from poise.data.verdicts import two_answers
 from poise.errors import PoiseError
 from poise.models.model_folder import check_tokenizer
 from poise.runtime.hub import on_hub
-from poise.runtime.settings import Length, Settings, WholeNumber
+from poise.runtime.settings import Count, Settings, WholeNumber
 
 Kind = Literal["preferences", "questions", "samples", "prompts"]
 Shown = tuple[Prompt, dict[str, str]]  # a prompt, and its answers by name
@@ -42,7 +42,7 @@ class Config(Settings):
     """What to read the file as; auto: by the columns of its first row. `questions` is what `evaluate-reward` reads."""
     model: str = ""
     """Model whose chat template and tokenizer the rows are shown through: a language model or a reward model."""
-    max_length: Length = 1024
+    max_length: Count = 1024
     """Longest sample in tokens, with --model; longer ones lose their oldest tokens."""
     show: WholeNumber = 3
     """Rows to show as the model reads them."""

@@ -9,13 +9,8 @@ from typing import Any
 from poise.data.files import no_such_file
 from poise.data.preferences import read_preferences, read_prompts, read_samples
 from poise.errors import PoiseError, first_line
-from poise.models.model_folder import (
-    check_heads,
-    check_language_model,
-    check_model,
-    check_policy,
-    check_reward_model,
-)
+from poise.models.head_checks import check_heads
+from poise.models.model_folder import check_language_model, check_model, check_policy, check_reward_model
 from poise.models.run_heads import reward_folder
 from poise.reward.config import EvaluateConfig
 from poise.runtime.folders import refuse_device, refuse_foreign

@@ -6,21 +6,12 @@ weights. Of a name that may be a hub id, the folder in the hub's cache is checke
 
 import importlib.util
 import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from poise.errors import PoiseError, first_line
 from poise.models.choices import DEFAULT_MODEL
-from poise.models.formats import (
-    ENSEMBLE_FILE,
-    HeadBlock,
-    check_objective,
-    checkpoint_folder,
-    num_labels_of,
-    read_ensemble,
-    read_head_block,
-)
+from poise.models.formats import ENSEMBLE_FILE, checkpoint_folder, num_labels_of, read_ensemble, read_head_block
 from poise.models.template_trial import try_template
 from poise.runtime.hub import on_hub
 from poise.runtime.records import parse_json, read_object
@@ -104,8 +95,8 @@ def refuse_reward_adapters(adapters: Path) -> None:
     """Raise PoiseError for adapters of a classifier, as peft's task_type says: they write nothing."""
     if read_object(adapters / _ADAPTERS, strict=False).get("task_type") == "SEQ_CLS":
         raise PoiseError(
-            f"{adapters} holds adapters of a reward model (task_type SEQ_CLS), not of a language model; name the "
-            f"language model that they were trained on, or another"
+            f"{adapters} holds no LoRA adapters of a language model, but of a reward model (task_type SEQ_CLS); name "
+            f"the language model that they were trained on, or another"
         )
 
 
@@ -201,44 +192,6 @@ def _check_labels(config: dict[str, Any], path: str) -> None:
 def _class_of(config: dict[str, Any]) -> str:
     names = config.get("architectures")
     return str(names[0]) if isinstance(names, list) and names else ""
-
-
-def check_heads(paths: Sequence[str], objective: str) -> None:
-    """Raise PoiseError for an objective that means nothing for the heads of reward models, together those of one.
-
-    Of a model of which nothing is known here nothing is said.
-    """
-    blocks = [_block(member) for path in paths for member in _members(path)]
-    if all(blocks):
-        one, heads = blocks[0], sum(block.num_heads for block in blocks if block)
-        assert one is not None
-        check_objective(objective, one.kind, heads, one.reference_texts if len(blocks) == 1 else 0)
-
-
-def _members(path: str) -> Sequence[str]:
-    return read_ensemble(path).members if (Path(path) / ENSEMBLE_FILE).exists() else (path,)
-
-
-def _block(path: str) -> HeadBlock | None:
-    checkpoint = checkpoint_folder(path)
-    config = config_of(checkpoint)
-    return read_head_block(config.get("poise"), num_labels_of(config, path), path) if config else None
-
-
-def check_reward_run(run: str, names: Mapping[str, Sequence[str]]) -> None:
-    """Raise PoiseError, one line, unless a `poise train-reward` run holds reward models of these names.
-
-    names: with the objectives that each is to be read by.
-    """
-    for name, objectives in sorted(names.items()):
-        folder = str(Path(run) / name)
-        if not Path(folder).is_dir():
-            told = told_of(run)
-            why = f"is {told}, and " if told and "train-reward" not in told else ""
-            raise PoiseError(f"--reward {run} {why}holds no reward model {name!r}; name `poise train-reward` runs")
-        check_reward_model(folder)
-        for objective in objectives:
-            check_heads([folder], objective)
 
 
 def why_no_model(path: str, wanted: str = "a model folder") -> str:

@@ -145,10 +145,10 @@ def policy_folder(path: str) -> Path:
             return folder
     told, place = told_of(path), Path(path)
     why = "the run is not finished" if "train-policy" in told else f"it is {told}" if told else ""
-    why = why if place.exists() else "there is no such folder"
-    why = " (it is a file)" if place.is_file() else f" ({why})" if why else ""
+    why = f" ({why})" if why else ""
+    missing = "" if place.is_dir() else " (it is a file)" if place.exists() else " (there is no such folder)"
     raise PoiseError(
-        f"{path} holds no policy{why}; name a finished `poise train-policy` run, or the policy folder in it"
+        f"{path} holds no policy{why}; name a finished `poise train-policy` run, or the policy folder in it{missing}"
     )
 
 

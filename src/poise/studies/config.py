@@ -16,7 +16,7 @@ from poise.data.preferences import OnBadRow
 from poise.errors import PoiseError
 from poise.functional.objective_names import read_objective
 from poise.models.choices import DEFAULT_MODEL
-from poise.models.model_folder import check_reward_run
+from poise.models.head_checks import check_reward_run
 from poise.policy.config import Config as PolicySettings
 from poise.policy.formats import refuse_unfinished
 from poise.reward.config import Config as RewardSettings
