@@ -13,7 +13,7 @@ import io
 import itertools
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -198,10 +198,18 @@ def _unknown(names: list[str], config: type, settings: Mapping[str, Any]) -> str
 
     if of := command_of(settings):
         return f"{said}; it is of `poise {of}`"
-    known = [field.name for field in fields(config)]
+    known = list(_dotted_names(config))
     near = {name: difflib.get_close_matches(name.strip("-").lower().replace("-", "_"), known, 1) for name in names}
     meant = [found[0] for found in near.values() if found]
     return f"{said}; did you mean {', '.join(meant[:_MOST_NAMES])}?" if meant else said
+
+
+def _dotted_names(config: type, inside: str = "") -> Iterator[str]:
+    for field in fields(config):
+        if is_dataclass(field.default) and not isinstance(field.default, type):
+            yield from _dotted_names(type(field.default), f"{inside}{field.name}.")
+        else:
+            yield f"{inside}{field.name}"
 
 
 def _parsed(config: type, program: str, arguments: list[str], default: Any = None) -> Any:
