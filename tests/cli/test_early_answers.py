@@ -73,17 +73,6 @@ REFUSED = [
     ("export reward --output out --scalar head --head 9", "--head 9: the reward model has heads 0 to 0"),
     ("serve reward --max-length 1", "--max-length must be 0, or at least 8"),
     ("inspect reward --max-length 7", "--max-length must be 0, or at least 8"),
-    # settings that nothing would read
-    (f"{POLICY} --tune full --lora-rank 8", "--lora-rank is only read with --tune lora"),
-    (f"{POLICY} --eval-tasks piqa", "--eval-tasks is only read with --eval-every"),
-    (f"{POLICY} --baselines-per-prompt 9", "--baselines-per-prompt is only read with --shaping contrastive or par"),
-    (f"{POLICY} --regret-bonus 1 --completions-per-prompt 1", "--regret-bonus is only read with at least two"),
-    ("train-reward --preferences pairs --model lm --trunk frozen --epochs 3", "--epochs is only read with a trunk"),
-    ("train-reward --preferences pairs --model lm --trunk full --lora-rank 3", "--lora-rank is only read with --trunk"),
-    ("train-reward --preferences pairs --model lm --head-layers 1", "--head-layers is only read with --stage2-trunk"),
-    ("data pairs --max-length 9", "--max-length is only read with --model"),
-    ("serve reward --scale-count 5", "--scale-count is only read with --scale"),
-    ("serve reward --reference pairs", "--reference is only read with several reward models"),
     ("choose samples --rungs 3", "--rungs is only read with a run; samples is a file"),
     # the same thing twice
     ("evaluate-reward --rewards reward ./reward --file pairs", "--rewards names ./reward twice"),

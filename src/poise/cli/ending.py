@@ -14,9 +14,9 @@ from poise.cli.boundary import leave_stdout
 from poise.errors import PoiseError
 from poise.models.card_warnings import card_warnings
 from poise.models.run_heads import VALIDATOR, reward_folder
-from poise.runtime.display import on_one_line
+from poise.runtime.display import on_one_line, say
 from poise.runtime.run_folder import Json, Run, is_main_process
-from poise.runtime.settings import ModelPath, marks, typed_fields
+from poise.runtime.settings import ModelPath, marks, typed_fields, unread
 
 MOST_ROWS = 7
 # Without a page of their own making.
@@ -31,6 +31,13 @@ class Ending:
     rows: list[tuple[str, str]]
     next: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+
+
+def say_unread(config: Any) -> None:
+    """Warn of settings that were given and that nothing will read."""
+    if is_main_process():
+        for line in unread(config):
+            say(f"warning: {line}")
 
 
 def say_finished(command: str, config: Any) -> None:

@@ -134,6 +134,7 @@ def _run(arguments: list[str]) -> None:
     config = config.for_command()
     config.check()
     check_inputs(config)
+    ending.say_unread(config)
     ending.say_finished(command, config)
     ending.warn_of_models(config)
     module = importlib.import_module(COMMANDS[command][0])  # only now: torch takes seconds to import

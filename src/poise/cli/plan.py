@@ -1,6 +1,7 @@
 """`poise plan`: does a training fit the GPUs there are, and if not, what is in the way? From config.json alone."""
 
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple
 
 from poise.errors import PoiseError
@@ -77,6 +78,8 @@ class Config(Settings):
     """train-reward: heads with adapters of their own, as `--stage2-trunk lora_per_head` trains them; 0: none."""
     head_layers: WholeNumber = Reward.head_layers
     """train-reward: upper layers that these adapters lie on; 0: all."""
+
+    READ_WITH = MappingProxyType({"lora_rank": (lambda one: one.tune == "lora", "--tune lora")})
 
     def check(self) -> None:
         """As `Settings.check`, and what train-reward refuses."""

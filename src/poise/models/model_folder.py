@@ -82,9 +82,9 @@ def check_policy(path: str) -> None:
     if adapters is None:
         check_language_model(str(folder / "policy") if (folder / "policy" / _CONFIG).exists() else path)
         return
-    base = adapted_model(adapters)
+    refuse_reward_adapters(adapters)
     try:
-        check_language_model(base)
+        check_language_model(adapted_model(adapters))
     except PoiseError as error:
         raise PoiseError(
             f"no base model of {adapters}: {error}; write where it is into {adapters / _ADAPTERS}"
@@ -95,8 +95,8 @@ def refuse_reward_adapters(adapters: Path) -> None:
     """Raise PoiseError for adapters of a classifier, as peft's task_type says: they write nothing."""
     if read_object(adapters / _ADAPTERS, strict=False).get("task_type") == "SEQ_CLS":
         raise PoiseError(
-            f"{adapters} holds no LoRA adapters of a language model, but of a reward model (task_type SEQ_CLS); name "
-            f"the language model that they were trained on, or another"
+            f"{adapters} holds no LoRA adapters of a language model, but of a reward model (task_type SEQ_CLS); reward "
+            f"models are for `poise export`, and a language model is needed here"
         )
 
 

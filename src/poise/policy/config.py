@@ -224,10 +224,10 @@ class Config(PpoConfig):
     READ_WITH = MappingProxyType(
         {
             "lora_rank": (lambda one: one.tune == "lora", "--tune lora"),
-            "baselines": (lambda one: one.shaping != "none", "--shaping contrastive or par"),
+            "kl_horizon": (lambda one: one.kl_target is not None, "a --kl-target"),
             "baselines_per_prompt": (
                 lambda one: one.shaping != "none" and not one.baselines,
-                "--shaping contrastive or par, and without --baselines",
+                "--shaping contrastive or par, and no --baselines",
             ),
             "regret_bonus": (lambda one: one.completions_per_prompt > 1, "at least two --completions-per-prompt"),
             "eval_tasks": (lambda one: one.eval_every, "--eval-every"),
@@ -286,6 +286,8 @@ class Config(PpoConfig):
             check_parameter(name, self.final_parameter)
         if self.validator and self.reward:
             refuse_itself(self.validator, self.reward, reward_folder(self.reward, self.objective, self.heads))
+        if self.baselines and self.shaping == "none":
+            raise PoiseError("--baselines is only read with --shaping contrastive or par")
         if self.shard and self.tune == "full" and self.shaping != "none" and not self.baselines:
             raise PoiseError("--shard with --tune full needs --baselines: its reference does not sample")
         if self.algorithm != "ppo":

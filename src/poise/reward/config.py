@@ -128,7 +128,10 @@ class Config(Settings):
     READ_WITH = MappingProxyType(
         {name: (lambda one: one.trains_trunk, _TRAINED) for name in _OF_A_TRAINED_TRUNK}
         | {
-            "lora_rank": (lambda one: "lora" in f"{one.trunk} {one.stage2_trunk}", "--trunk or --stage2-trunk lora"),
+            "lora_rank": (
+                lambda one: "lora" in f"{one.trunk} {one.stage2_trunk}",
+                "--trunk lora or --stage2-trunk lora",
+            ),
             "head_layers": (lambda one: one.stage2_trunk == "lora_per_head", "--stage2-trunk lora_per_head"),
         }
     )

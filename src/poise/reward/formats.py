@@ -85,6 +85,8 @@ def check_exported(reward: str, head: int | None, *, adapter: bool) -> None:
     heads = block.get("num_heads") if isinstance(block, dict) else None
     if head is not None and isinstance(heads, int) and head >= heads:
         raise PoiseError(f"--head {head}: the reward model has heads 0 to {heads - 1}")
+    if isinstance(block, dict) and block.get("adapters"):
+        return  # each head has its own, which are exported in another way
     if adapter and not (folder.parent / "adapter" / "adapter_config.json").exists():
         raise PoiseError(f"{reward} has no adapters beside it: train it with `--trunk lora`")
     if adapter and folder.resolve().name == VALIDATOR:

@@ -130,8 +130,7 @@ class Settings:
     ADDED: settings that earlier versions did not have, with the value that stands for what a run did without them,
     where that is not the default. A whole config file without one of them gets that value.
     GROWS: settings of which a finished run may take more; it then goes on.
-    READ_WITH: settings that are only read with others: whether they are, and what those are in words. One that was
-    changed and is not read is refused.
+    READ_WITH: settings that are only read with others: whether they are, and what those are in words.
     """
 
     ADDED: ClassVar[Mapping[str, Any]] = {}
@@ -140,14 +139,8 @@ class Settings:
     READ_WITH: ClassVar[Mapping[str, "tuple[Callable[[Any], bool], str]"]] = {}
 
     def check(self) -> None:
-        """Raise PoiseError, one line, for a setting of a wrong type or out of range, and one that nothing would read.
-
-        Commands add what they need.
-        """
+        """Raise PoiseError, one line, for a setting of a wrong type or out of range. Commands add what they need."""
         check_settings(self)
-        for name, (is_read, words) in self.READ_WITH.items():
-            if getattr(self, name) != getattr(type(self), name) and not is_read(self):
-                raise PoiseError(f"--{name.replace('_', '-')} is only read with {words}")
 
     def for_command(self) -> "Settings":
         """The settings as a command runs them: with the default folder, and PoiseError for an input that is missing.
@@ -176,6 +169,23 @@ def check_settings(config: Any, inside: str = "", default: Any = None) -> None:
             raise PoiseError(f"{option} is empty; name something, or leave it out")
         if any(isinstance(mark, EachOnce) for mark in marks(kind)) and (again := _first_again(value)) is not None:
             raise PoiseError(f"{option} names {again} twice")
+
+
+def unread(config: Settings, inside: str = "", default: Any = None) -> Iterator[str]:
+    """A line for every setting that was given and that nothing reads, since another one is not as it needs it.
+
+    No error: who turns something off for once leaves the rest of a config file as it is. inside, default: as
+    `check_settings` takes them.
+    """
+    default = type(config) if default is None else default
+    for name, (_, value) in typed_fields(config).items():
+        if isinstance(value, Settings):
+            yield from unread(value, f"{inside}{name}.", getattr(default, name, None))
+        elif name in config.READ_WITH and value != getattr(default, name):
+            is_read, words = config.READ_WITH[name]
+            if not is_read(config):
+                option = f"--{inside}{name}".replace("_", "-")
+                yield f"{option} is not read: it needs {words}"
 
 
 def _first_again(items: Any) -> Any:
