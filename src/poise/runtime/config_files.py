@@ -8,7 +8,7 @@ takes as text (the name of a folder) stays as it was written. An alias (`*name`)
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -32,7 +32,7 @@ class _Loader(yaml.SafeLoader):
         if isinstance(alias, yaml.AliasEvent) and isinstance(node, yaml.CollectionNode):
             raise yaml.composer.ComposerError(
                 problem=f"*{alias.anchor} stands for a list or for settings; write them out",
-                problem_mark=alias.start_mark,
+                problem_mark=cast(Any, alias.start_mark),
             )
         return node
 
