@@ -15,7 +15,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -297,6 +297,21 @@ def _is_more(now: Any, before: Any) -> bool:
 
 
 def keep_rows_before(path: Path, step: int) -> None:
-    """Drop rows logged at or after `step`: the part of a killed run that its last checkpoint does not know."""
+    """Drop rows logged at or after `step`: the part of a killed run that its last checkpoint does not know.
+
+    Raises PoiseError for rows that are out of order, as a run never leaves them.
+    """
     if path.exists():
-        write_jsonl(path, [row for row in read_rows(path, _Step) if row["step"] < step])
+        write_jsonl(path, [row for row in _in_order(path) if row["step"] < step])
+
+
+def _in_order(path: Path) -> Iterator[Json]:
+    before = -1
+    for number, row in enumerate(read_rows(path, _Step), 1):
+        if row["step"] < before:
+            raise PoiseError(
+                f"{path}:{number}: a row of step {row['step']} after one of step {before}; bring the file back as the "
+                f"run left it, or delete the folder to begin anew"
+            )
+        before = row["step"]
+        yield row

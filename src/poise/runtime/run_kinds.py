@@ -32,10 +32,9 @@ def made_by(folder: str | Path) -> str:
     folder = Path(folder)
     if (folder / "study.json").exists():
         return "study"
-    if (folder / "config.yaml").exists():
-        return command_of(load_config_file(folder / "config.yaml"))
-    copied = all((folder / name).exists() for name in ("results.json", "comparison/results.json"))
-    return "quickstart" if copied else ""
+    settings = load_config_file(folder / "config.yaml") if (folder / "config.yaml").exists() else {}
+    whole = all((folder / name).exists() for name in ("results.json", "comparison/results.json"))
+    return command_of(settings) or ("quickstart" if whole else "")
 
 
 def kind_of(folder: str | Path) -> str:

@@ -8,8 +8,9 @@ import tyro
 
 from poise.data.files import no_such_file
 from poise.errors import PoiseError
+from poise.runtime.records import Json, read_object
 from poise.runtime.run_kinds import told_of
-from poise.runtime.settings import Count, Positive, Seed, between
+from poise.runtime.settings import Count, Positive, Seed, between, shown
 from poise.studies.judge_settings import JudgeSettings
 
 
@@ -39,10 +40,15 @@ class Config(JudgeSettings):
     seed: Seed = 0
     """Of the comparisons that are drawn, their order and their sides."""
 
+    def how_drawn(self) -> Json:
+        """The settings that the comparisons in a folder are of."""
+        return {"rungs": list(self.rungs), "per_rung": self.per_rung, "seed": self.seed}
+
     def for_command(self) -> "Config":
         """As `Settings.for_command`: before the comparisons are drawn, the source is a policy run or a file."""
         source = Path(self.source)
         if (Path(self.output) / "key.json").exists():
+            read_key(self)
             return self
         if not source.exists():
             raise PoiseError(no_such_file(source))
@@ -51,6 +57,21 @@ class Config(JudgeSettings):
         elif self.rungs != Config.rungs:
             raise PoiseError(f"--rungs is only read with a run; {source} is a file, which has its own")
         return self
+
+
+def read_key(config: Config) -> Json:
+    """OUTPUT/key.json. Raises PoiseError for comparisons of another source, or that were drawn in another way."""
+    out = Path(config.output)
+    key = read_object(out / "key.json")
+    if key.get("source") != config.source:
+        raise PoiseError(f"--output {out} holds comparisons of {key.get('source')}; choose another folder")
+    for name, value in config.how_drawn().items():
+        if key.get(name, value) != value:  # earlier versions did not write it down
+            raise PoiseError(
+                f"--output {out} holds comparisons that were drawn with another --{name.replace('_', '-')} "
+                f"({shown(key[name])}); choose another folder"
+            )
+    return key
 
 
 def refuse_other_run(run: Path) -> None:
