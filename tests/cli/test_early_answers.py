@@ -95,6 +95,8 @@ REFUSED = [
     ("compare --arms bon done", "bon is not a finished policy run: it is a run of `poise best-of-n`"),
     ("compare --arms nope done", "nope is not a finished policy run: there is no such folder"),
     ("compare --arms done done2 --pool mine", "--pool mine is no `poise best-of-n` run: it has no pool.jsonl"),
+    ("data lm", "lm is a folder that `datasets` did not save; name a file"),
+    ("train-reward --preferences lm --model lm", "lm is a folder that `datasets` did not save; name a file"),
     ("merge prompts --output out", "or the policy folder in it (it is a file)"),
     ("merge nope --output out", "or the policy folder in it (there is no such folder)"),
     ("report .", ". is not a run folder: it has no config.yaml"),

@@ -59,6 +59,7 @@ def test_text_stays_as_it_was_written(written: str, file: Path) -> None:
         ("num_seeds: 010\n", "must be a whole number: num_seeds cannot be '010'"),
         ("output: no\n", "output cannot be False; YAML reads yes, no, on and off so: put quotes around them"),
         ("output: !!binary eA==\n", "must be text: output cannot be b'x'"),
+        ("num_seeds: " + "9" * 6000 + "\n", "must be a whole number: num_seeds cannot be '999"),
         (b"seed: \xe9\n", "it is no UTF-8 text, at byte 6; save it as UTF-8"),
         (b"# " + b"x" * 2**20, "it is larger than a file of settings can be"),
     ],
@@ -71,6 +72,7 @@ def test_what_is_wrong_is_said_with_what_to_do(
     said = capsys.readouterr().err
     assert reason in said
     assert said.count("\n") == 1
+    assert said.count("cannot read") <= 1
     assert not (file.parent / "out").exists()
 
 

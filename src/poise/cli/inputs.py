@@ -6,7 +6,7 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
-from poise.data.files import no_such_file
+from poise.data.files import no_such_file, refuse_unsaved
 from poise.data.preferences import read_preferences, read_prompts, read_samples
 from poise.errors import PoiseError, first_line
 from poise.models.head_checks import check_heads
@@ -83,6 +83,8 @@ def _check_rows(kind: str, name: str, on_bad_row: str) -> None:
             on_hub(name, "dataset")
             return
         raise PoiseError(no_such_file(name))
+    if path.is_dir():
+        refuse_unsaved(path)
     if not is_file or on_bad_row != "error" or path.suffix == ".parquet" or path.stat().st_size > _SMALL:
         return
     said = console.quiet

@@ -17,7 +17,7 @@ from poise.runtime.records import Json, checked
 from poise.runtime.settings import NumberAsWritten
 
 _LARGEST = 2**20  # bytes; that of a study has twenty thousand
-_WHOLE = re.compile(r"0|-?[1-9][0-9]*")
+_WHOLE = re.compile(r"0|-?[1-9][0-9]{0,99}")
 _NUMBER = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+][0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _TAG = "tag:yaml.org,2002:"
 _RESOLVED = ("int", "float", "timestamp")
@@ -78,6 +78,8 @@ def load_config_file(path: str | Path, kind: type | None = None) -> Json:
         ) from None
     except yaml.YAMLError as error:
         raise PoiseError(f"config {path} is not valid YAML: {_where(error)}") from None
+    except PoiseError:
+        raise
     except RecursionError:
         raise PoiseError(f"config {path} is nested too deeply") from None
     except ValueError as error:

@@ -10,7 +10,7 @@ from poise.data.files import no_such_file
 from poise.errors import PoiseError
 from poise.runtime.records import Json, read_object
 from poise.runtime.run_kinds import told_of
-from poise.runtime.settings import Count, Positive, Seed, between, shown
+from poise.runtime.settings import Count, Positive, Seed, between, shown, sized
 from poise.studies.judge_settings import JudgeSettings
 
 
@@ -30,7 +30,7 @@ class Config(JudgeSettings):
     `kl` in each row, kl 0 for the start's."""
     output: str = "runs/choose"
     """Folder to write."""
-    rungs: tuple[Positive, ...] = (5.0, 10.0, 20.0, 40.0)
+    rungs: Annotated[tuple[Positive, ...], sized(1)] = (5.0, 10.0, 20.0, 40.0)
     """KL to the start of each rung, in nats, that a run is asked at; those it did not reach are left out. Policies that
     the run kept near a rung (--keep-at-kl) are sampled anew. A file has its own."""
     per_rung: Count = 40
