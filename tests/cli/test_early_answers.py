@@ -104,7 +104,7 @@ REFUSED = [
     ("chat adapters", "no LoRA adapters of a language model, but of a reward model (task_type SEQ_CLS)"),
     (f"{POLICY} --model adapters", "adapters holds no LoRA adapters of a language model"),
     ("merge adapters --output out", "adapters holds no LoRA adapters of a language model"),
-    ("score adapters samples", "adapters holds adapters of a reward model without the config.json of their model"),
+    ("score adapters samples", "they are a reward model's: of a `poise train-reward` run name the run"),
     # slips on the command line
     ("toy --num-seeds=5 --config=nope", "cannot read config 'nope': No such file"),
     ("export reward --output out --adapter", "reward has no adapters beside it: train it with `--trunk lora`"),

@@ -199,14 +199,12 @@ def why_no_model(path: str, wanted: str = "a model folder") -> str:
     if (Path(path) / ENSEMBLE_FILE).exists():
         return f"{path} is an ensemble of reward models, not {wanted}"
     if (Path(path) / _ADAPTERS).exists():
-        if read_object(Path(path) / _ADAPTERS, strict=False).get("task_type") == "SEQ_CLS":
-            return (
-                f"{path} holds adapters of a reward model without the config.json of their model: fold them into it "
-                f"and save the whole model (in peft, merge_and_unload); of a `poise train-reward` run name the run"
-            )
+        of_rewards = read_object(Path(path) / _ADAPTERS, strict=False).get("task_type") == "SEQ_CLS"
+        how = "in peft, merge_and_unload" if of_rewards else "`poise merge` for a policy; in peft, merge_and_unload"
+        which = "; they are a reward model's: of a `poise train-reward` run name the run" if of_rewards else ""
         return (
             f"{path} holds adapters without the config.json of their model: fold them into it and save the whole model "
-            f"(`poise merge` for a policy; in peft, merge_and_unload)"
+            f"({how}){which}"
         )
     if told := told_of(path):
         return f"{path} is {told}, not {wanted}"
