@@ -82,7 +82,6 @@ REFUSED = [
     ("compare --arms done done2 --labels x x", "--labels names x twice"),
     # outputs that cannot be
     ("toy --output prompts/x", "prompts/x cannot be made: prompts is no folder"),
-    ("merge run --output prompts/x", "run holds no policy"),
     ("toy --output nothing", "nothing is a link to nothing"),
     ("score reward samples --output mine", "--output mine is a folder; name a file"),
     ("toy --output bon", "--output bon is a run of `poise best-of-n`; choose another folder"),
