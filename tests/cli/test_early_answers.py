@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from early import run_early, write_files
 
 # In one process: each command with the line it must say. Names are of `place`.
+POLICY = "train-policy --prompts prompts --reward reward --model lm"
 REFUSED = [
     ("best-of-n --prompts prompts --reward run --objectives zzz:mean", "--reward run holds no reward model 'zzz'"),
     ("best-of-n --prompts prompts --reward nope", "--reward nope holds no reward model 'brme'"),
@@ -49,6 +51,69 @@ REFUSED = [
     ("trust reward --prompts prompts --output mine", "--output mine holds files that no run of Poise wrote"),
     ("toy --output mine", "--output mine holds files that no run of Poise wrote"),
     ("toy --output ~/x", "~ is not read as the home folder here"),
+    # settings that the files and models named with them rule out
+    (f"{POLICY} --algorithm rloo --completions-per-prompt 1", "--completions-per-prompt must be at least 2"),
+    (f"{POLICY} --adapted-layers 99", "--adapted-layers must be at most 3, the layers of lm"),
+    (f"{POLICY} --eval-every 1 --eval-tasks zzz", "no benchmark 'zzz'"),
+    (f"{POLICY} --eval-every 1 --eval-data nope", "no such folder: nope"),
+    (f"{POLICY} --eval-every 1 --eval-data mine", "mine has no lambada.jsonl"),
+    (f"{POLICY} --trackers zzz", "no tracker 'zzz'; accelerate knows tensorboard"),
+    (f"{POLICY} --reward two --objective tradeoff(0.4)", "all 2 heads of this reward model are point heads"),
+    (f"{POLICY} --objective typical(1)", "needs reference texts, which this reward model does not have"),
+    ("best-of-n --prompts prompts --reward run --objectives brme:typical(1)", "needs reference texts"),
+    ("evaluate-reward --rewards reward two --file pairs --objective nominal", "all 2 heads of this reward model"),
+    ("score two samples --objective nominal", "all 2 heads of this reward model are point heads"),
+    ("serve two --objective nominal", "all 2 heads of this reward model are point heads"),
+    ("serve reward run --reference pairs --objective nominal", "all 2 heads of this reward model"),
+    ("score ens samples --objective nominal", "all 2 heads of this reward model are point heads"),
+    ("trust two --prompts prompts --model lm --objective nominal", "all 2 heads of this reward model"),
+    ("evaluate-policy --policies lm --model lm --tasks zzz", "no benchmark 'zzz'"),
+    ("train-reward --preferences pairs --model lm --batch-size 3", "--batch-size 3 is no multiple of"),
+    ("export ens --output out --scalar mean", "ens is an ensemble, whose members have features of their own"),
+    ("export reward --output out --scalar head --head 9", "--head 9: the reward model has heads 0 to 0"),
+    ("serve reward --max-length 1", "--max-length must be 0, or at least 8"),
+    ("inspect reward --max-length 7", "--max-length must be 0, or at least 8"),
+    ("choose samples --rungs 3", "--rungs is only read with a run; samples is a file"),
+    # the same thing twice
+    ("evaluate-reward --rewards reward ./reward --file pairs", "--rewards names ./reward twice"),
+    ("best-of-n --prompts prompts --reward run run/", "--reward names run/ twice"),
+    ("ensemble reward ./reward --reference pairs --output out", "--members names ./reward twice"),
+    ("serve reward run/../reward --reference pairs", "--rewards names run/../reward twice"),
+    ("compare --arms done done2 --labels x x", "--labels names x twice"),
+    # outputs that cannot be
+    ("toy --output prompts/x", "prompts/x cannot be made: prompts is no folder"),
+    ("toy --output nothing", "nothing is a link to nothing"),
+    ("score reward samples --output mine", "--output mine is a folder; name a file"),
+    ("toy --output bon", "--output bon is a run of `poise best-of-n`; choose another folder"),
+    ("compare --arms done done2 --output bon", "--output bon is a run of `poise best-of-n`"),
+    # folders of another kind
+    ("reference bon --preferences pairs", "bon is a run of `poise best-of-n`, not a reward model"),
+    ("reference done --preferences pairs", "done is a folder without config.json, not a reward model"),
+    ("best-of-n --prompts prompts --reward bon", "--reward bon is a run of `poise best-of-n`, and holds no reward"),
+    ("choose bon", "bon is no `poise train-policy` run: it is a run of `poise best-of-n`"),
+    ("compare --arms bon done", "bon is not a finished policy run: it is a run of `poise best-of-n`"),
+    ("compare --arms nope done", "nope is not a finished policy run: there is no such folder"),
+    ("compare --arms done done2 --pool mine", "--pool mine is no `poise best-of-n` run: it has no pool.jsonl"),
+    ("data lm", "lm is a folder that `datasets` did not save; name a file"),
+    ("train-reward --preferences lm --model lm", "lm is a folder that `datasets` did not save; name a file"),
+    ("merge prompts --output out", "or the policy folder in it (it is a file)"),
+    ("merge nope --output out", "or the policy folder in it (there is no such folder)"),
+    ("report .", ". is not a run folder: it has no config.yaml"),
+    ("report prompts", "prompts is not a run folder: it is a file"),
+    ("chat adapters", "no LoRA adapters of a language model, but of a reward model (task_type SEQ_CLS)"),
+    (f"{POLICY} --model adapters", "adapters holds no LoRA adapters of a language model"),
+    ("merge adapters --output out", "adapters holds no LoRA adapters of a language model"),
+    ("score adapters samples", "they are a reward model's: of a `poise train-reward` run name the run"),
+    # slips on the command line
+    ("toy --num-seeds=5 --config=nope", "cannot read config 'nope': No such file"),
+    ("export reward --output out --adapter", "reward has no adapters beside it: train it with `--trunk lora`"),
+    ("export run/brme --output out --adapter", "run/brme has no adapters beside it"),
+    ("export plain --output out --scalar mean", "plain has no `poise` block in its config.json"),
+    ("report bon --png x.png", "--png is of one quickstart"),
+    ("serve reward --log pairs", "--log pairs exists and holds no log of `poise serve`; choose another name"),
+    (f"{POLICY} --settle false", "a switch takes no value: --settle turns it on, --no-settle off"),
+    (f"{POLICY} --settle=False", "a switch takes no value: --settle turns it on, --no-settle off"),
+    (f"{POLICY} --keep-at-kl 5,10", "--keep-at-kl takes values with spaces between, got '5,10'"),
     ("toy --config yes.yaml", "holds no settings, each as `name: value`"),
     ("toy --config twice.yaml", "'seed' is there twice"),
 ]  # fmt: skip
@@ -70,14 +135,33 @@ def found(tmp_path_factory: pytest.TempPathFactory, tiny_model: str) -> dict[str
     (place / "ens").mkdir()
     ensemble = {"members": ["../reward", "../run/brme"], "means": [0.0, 0.0], "stds": [1.0, 1.0]}
     (place / "ens" / "ensemble.json").write_text(json.dumps(ensemble))
+    (place / "lm").mkdir()
+    for file in Path(tiny_model).iterdir():
+        os.link(file, place / "lm" / file.name)
+    shutil.copytree(place / "reward", place / "two")
+    block = {"num_heads": 2, "kind": "point", "offset": [0.0, 0.0]}
+    settings = json.dumps(config | {"poise": block, "id2label": {"0": "x", "1": "y"}})
+    (place / "two" / "config.json").write_text(settings)
+    for name in ("done", "done2", "bon", "comparison", "adapters"):
+        (place / name).mkdir()
+    for name in ("done/final.jsonl", "done2/final.jsonl", "bon/selected.jsonl"):
+        (place / name).write_text("")
+    (place / "bon" / "config.yaml").write_text("objectives: [brme:mean]\nper_prompt: 4\n")
+    (place / "comparison" / "results.json").write_text("{}")
+    adapters = {"peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": "lm"}
+    (place / "adapters" / "adapter_config.json").write_text(json.dumps(adapters))
+    shutil.copytree(place / "reward", place / "plain")
+    settings = json.dumps({name: value for name, value in config.items() if name != "poise"})
+    (place / "plain" / "config.json").write_text(settings)
+    (place / "nothing").symlink_to("nowhere")
     (place / "mine").mkdir()
     (place / "mine" / "ensemble.json").write_text('{"mine": 1}')
     write_files(place)
     (place / "yes.yaml").write_text("yes: 1\n")
     (place / "twice.yaml").write_text("seed: 1\nseed: 2\n")
-    before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
+    before = {path: path.lstat().st_mtime_ns for path in place.rglob("*")}
     answers = run_early(place, [command for command, _ in REFUSED], {"HF_HUB_OFFLINE": "1"})
-    assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
+    assert {path: path.lstat().st_mtime_ns for path in place.rglob("*")} == before
     return dict(zip([command for command, _ in REFUSED], answers, strict=True))
 
 

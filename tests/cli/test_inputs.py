@@ -78,6 +78,9 @@ def test_small_files_are_read_and_others_left_to_the_command(
         with pytest.raises(PoiseError, match=r"bad.jsonl:1: not JSON"):
             check_inputs(config)
     check_inputs(RewardConfig(preferences=str(path), model="", on_bad_row="skip"))
+    with pytest.raises(PoiseError, match="is a folder that `datasets` did not save; name a file"):
+        check_inputs(RewardConfig(preferences=str(tmp_path), model=""))
+    (tmp_path / "state.json").write_text("{}")
     check_inputs(RewardConfig(preferences=str(tmp_path), model=""))  # a folder, as `datasets` saves it
     monkeypatch.setattr(inputs, "_SMALL", 4)
     check_inputs(RewardConfig(preferences=str(path), model=""))

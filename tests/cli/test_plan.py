@@ -187,3 +187,31 @@ def test_counts_that_no_gpu_holds_are_refused_before_they_are_listed(
     ):
         assert main(["plan", "--model", tiny_model, *options]) == 2
         assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (
+            ["--gpus", "3"],
+            "--num-minibatches 2 × 3 GPUs does not divide --prompts-per-step 32, which train-policy refuses",
+        ),
+        (["--gpus", "3"], "--prompts-per-step 36 would do"),
+        (["--num-minibatches", "7"], "--num-minibatches 7 does not divide --prompts-per-step 32"),
+        (["--adapted-layers", "99"], "--adapted-layers must be at most 3"),
+        (["--algorithm", "grpo", "--completions-per-prompt", "1"], "--completions-per-prompt must be at least 2"),
+    ],
+)
+def test_what_train_policy_refuses_is_not_planned(
+    options: list[str], reason: str, tiny_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "--model", tiny_model, *options]) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_no_more_gpus_are_offered_than_divide_the_prompts(tiny_model: str) -> None:
+    config = plan.Config(model=tiny_model, gpus=8)
+    offered = {name: [text for text, _ in plan._known_changes(config, name)] for name in plan.TRAININGS}
+    assert "16 GPUs with --shard" in offered["train-policy"]
+    assert not {"32 GPUs with --shard", "64 GPUs with --shard"} & set(offered["train-policy"])
+    assert "64 GPUs with --shard" in offered["train-reward"]

@@ -12,10 +12,11 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from poise.cli.main import COMMANDS, main, settings_of
+from poise.cli import ending
+from poise.cli.main import COMMANDS, main, parse_config, settings_of
 from poise.data.examples import EXAMPLES
 from poise.policy.config import Config as PolicyConfig
-from poise.runtime.settings import Rows, Settings, finite_or_raise, hints, marks, problem, typed_fields
+from poise.runtime.settings import Rows, Settings, finite_or_raise, hints, marks, problem, typed_fields, unread
 
 WRONG = {
     "--num-layers": ("-1", "at least 0"),
@@ -225,3 +226,61 @@ def test_the_same_thing_twice_is_refused_before_anything_is_trained(
 ) -> None:
     assert main(arguments) == 2
     assert reason in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "said"),
+    [
+        ("train-policy", "--tune full --lora-rank 8", ["--lora-rank is not read: it needs --tune lora"]),
+        (
+            "train-policy",
+            "--eval-tasks piqa --eval-rows 3",
+            ["--eval-tasks is not", "--eval-rows is not read: it needs"],
+        ),
+        ("train-policy", "--eval-tasks piqa --eval-every 2", []),
+        ("train-policy", "--baselines-per-prompt 9", ["it needs --shaping contrastive or par, and no --baselines"]),
+        ("train-policy", "--regret-bonus 1 --completions-per-prompt 1", ["it needs at least two --completions-per"]),
+        ("train-policy", "--kl-target None --kl-horizon 9", ["--kl-horizon is not read: it needs a --kl-target"]),
+        ("train-reward", "--trunk frozen --epochs 3 --batch-size 32", ["--epochs is not", "--batch-size is not read"]),
+        ("train-reward", "--trunk frozen --stage2-trunk lora --epochs 3 --lora-rank 3", []),
+        ("train-reward", "--trunk full --lora-rank 3 --head-layers 1", ["--head-layers is not", "--lora-rank is not"]),
+        (
+            "serve",
+            "rm --scale-count 5 --reference p",
+            ["--reference is not read: it needs several", "--scale-count is"],
+        ),
+        ("data", "p --max-length 9", ["--max-length is not read: it needs --model"]),
+        (
+            "study",
+            "--reward.epochs 3 --policy.tune full --policy.lora-rank 3",
+            ["--reward.epochs", "--policy.lora-rank"],
+        ),
+        ("study", "", []),
+    ],
+)
+def test_a_setting_that_nothing_reads_is_said(command: str, words: str, said: list[str]) -> None:
+    config = parse_config(settings_of(command)[0], f"poise {command}", words.split())
+    for line, start in zip(unread(config), said, strict=True):
+        assert start in line
+    ending.say_unread(config)
+
+
+def test_what_is_not_read_is_a_warning_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "Tea?", "chosen": "Yes.", "rejected": "No."}\n')
+    assert main(["data", str(tmp_path / "pairs.jsonl"), "--max-length", "9"]) == 0
+    assert capsys.readouterr().err == "warning: --max-length is not read: it needs --model\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (["toy", "--output", ""], "--output"),
+        (["best-of-n", "--prompts", "", "--reward", "r"], "--prompts"),
+        (["compare", "--arms", "a", ""], "--arms"),
+        (["train-policy", "--prompts", "p", "--reward", "r", "--model", " "], "--model"),
+        (["study", "--model", ""], "--model"),
+        (["watch", ""], "--folders"),
+    ],
+)
+def test_a_name_is_not_empty(arguments: list[str], option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"{option} is empty; name something, or leave it out" in refused(capsys, arguments)

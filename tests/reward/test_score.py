@@ -27,6 +27,7 @@ from poise.errors import PoiseError
 from poise.functional.objectives import HeadRewards
 from poise.models.scorer import Scorer
 from poise.reward import score, score_file
+from poise.reward.formats import check_scores
 from poise.reward.score_file import ScoreFile
 from poise.runtime import distributed
 
@@ -321,3 +322,11 @@ def test_a_partial_file_of_somebody_else_and_devices_are_left_alone(reward: str,
     with pytest.raises(PoiseError, match="is no place for a file"):
         score.run(score.Config(reward, str(file), output=str(tmp_path / "fifo")))
     assert {path.name for path in tmp_path.iterdir()} == {"texts.jsonl", notes.name, "fifo"}
+
+
+def test_earlier_scores_are_known_by_their_content_whatever_the_case_of_their_name(tmp_path: Path) -> None:
+    (tmp_path / "scores.PARQUET").write_bytes(b"PAR1...")
+    check_scores(tmp_path / "scores.PARQUET")
+    (tmp_path / "other.PARQUET").write_bytes(b"mine")
+    with pytest.raises(PoiseError, match="exists and holds no scores"):
+        check_scores(tmp_path / "other.PARQUET")

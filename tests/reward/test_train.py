@@ -75,6 +75,15 @@ def test_models_with_a_trunk_of_their_own_are_not_trained_in_memory(
         train_reward.heads_in_memory(Config(str(preferences_file), "x", tiny_model, **tuned), extract)
 
 
+def test_shards_by_a_source_that_no_row_names_are_refused(
+    preferences_file: Path, tiny_model: str, tmp_path: Path
+) -> None:
+    config = Config(preferences=str(preferences_file), model=tiny_model, shards="source", output=str(tmp_path / "run"))
+    with pytest.raises(PoiseError, match=r"--shards source: no row of .* names its `source`; choose other --shards"):
+        train_reward.run(config)
+    assert not (tmp_path / "run").exists()
+
+
 def test_too_little_data_and_bad_settings_are_refused(tmp_path: Path, tiny_model: str) -> None:
     path = tmp_path / "two.jsonl"
     path.write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n' * 2)

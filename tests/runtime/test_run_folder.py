@@ -58,6 +58,32 @@ class Growing(Config):
     GROWS = ("size", "names")
 
 
+def test_a_value_of_another_type_in_an_edited_config_is_a_change(tmp_path: Path) -> None:
+    run = Run.open(tmp_path, Growing())
+    run.finish({})
+    (tmp_path / "config.yaml").write_text("size: '3'\nnames: [a, b]\n")
+    with pytest.raises(PoiseError, match="differs in size"):
+        Run.open(tmp_path, Growing(size=4))
+
+
+def test_a_folder_of_another_command_is_named_by_it(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("num_seeds: 3\nheads_kl_coef: 0.1\n")
+    Run(tmp_path).check_command(Config())  # nothing was computed there
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(PoiseError, match=r"is a run of `poise toy`; choose another folder"):
+        Run.open(tmp_path, Config())
+
+
+def test_rows_out_of_order_are_refused(tmp_path: Path) -> None:
+    rows = [{"step": step} for step in (-1, 0, 0, 1, 2)]
+    runs.write_jsonl(tmp_path / "rows.jsonl", rows)
+    runs.keep_rows_before(tmp_path / "rows.jsonl", 2)
+    assert [row["step"] for row in runs.read_rows(tmp_path / "rows.jsonl")] == [-1, 0, 0, 1]
+    runs.write_jsonl(tmp_path / "rows.jsonl", rows[::-1])
+    with pytest.raises(PoiseError, match=r"rows\.jsonl:2: a row of step 1 after one of step 2; bring the file back"):
+        runs.keep_rows_before(tmp_path / "rows.jsonl", 2)
+
+
 def test_a_finished_run_may_grow_and_not_shrink(tmp_path: Path) -> None:
     Run.open(tmp_path, Growing()).finish({"steps": 3})
     (tmp_path / "checkpoint.safetensors").touch()

@@ -31,8 +31,10 @@ def reward(train_tiny_reward: Callable[[str], Path], tiny_model: str) -> Path:
 
 @pytest.fixture(scope="module")
 def settings(reward: Path, tiny_model: str, prompts_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    twin = tmp_path_factory.mktemp("twin") / "reward"  # stands for a run of another seed
+    shutil.copytree(reward, twin)
     return Config(
-        prompts=str(prompts_file), reward=(str(reward), str(reward)), model=tiny_model, objectives=CHOICES,
+        prompts=str(prompts_file), reward=(str(reward), str(twin)), model=tiny_model, objectives=CHOICES,
         per_prompt=6, max_tokens=4, output=str(tmp_path_factory.mktemp("run") / "pool"),
         gold=str(reward / "posterior"),  # a reward model as gold: it says different things of different texts
     )  # fmt: skip

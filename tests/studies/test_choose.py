@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,16 @@ def test_folders_of_others_are_not_written_to(ladder: str, tmp_path: Path) -> No
     write_jsonl(tmp_path / "other.jsonl", ladder_rows())
     with pytest.raises(PoiseError, match="holds comparisons of"):
         choose.run(ChooseConfig(str(tmp_path / "other.jsonl"), str(tmp_path / "ours"), per_rung=4))
+
+
+@pytest.mark.parametrize("changed", [{"per_rung": 5}, {"seed": 1}])
+def test_comparisons_are_not_taken_for_others(ladder: str, tmp_path: Path, changed: dict[str, int]) -> None:
+    config = ChooseConfig(ladder, str(tmp_path / "out"), per_rung=4)
+    choose.run(config)
+    choose.run(replace(config, delta=0.1))  # decides, and draws nothing
+    option = f"--{next(iter(changed)).replace('_', '-')}"
+    with pytest.raises(PoiseError, match=rf"holds comparisons that were drawn with another {option} \(\d\)"):
+        replace(config, **changed).for_command()
 
 
 def test_a_run_is_asked_at_its_own_steps(tiny_model: str, tmp_path: Path) -> None:

@@ -490,7 +490,8 @@ def test_a_config_file_written_by_hand_is_read(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("armz: [mean]\npolicy: {clip: 0.3, clop: 1}\nreward: {trunc: lora}\n",
-         "settings poise study does not know: armz, policy.clop, reward.trunc$"),
+         "settings poise study does not know: armz, policy.clop, reward.trunc; "
+         r"did you mean arms, policy.clip, reward.trunk\?$"),
         ("policy: {settle: perhaps}\n", "policy.settle cannot be 'perhaps'$"),
         ("policy: {tune: half}\n", "policy.tune cannot be 'half'$"),
         ("arms: single\n", "arms cannot be 'single'$"),

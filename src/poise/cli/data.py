@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -47,6 +48,8 @@ class Config(Settings):
     """Rows to show as the model reads them."""
     json: bool = False
     """Print one JSON object instead of text."""
+
+    READ_WITH = MappingProxyType({"max_length": (lambda one: one.model, "--model")})
 
     def check(self) -> None:
         """As for every command; and the model is there."""

@@ -14,9 +14,9 @@ from poise.cli.boundary import leave_stdout
 from poise.errors import PoiseError
 from poise.models.card_warnings import card_warnings
 from poise.models.run_heads import VALIDATOR, reward_folder
-from poise.runtime.display import on_one_line
+from poise.runtime.display import on_one_line, say
 from poise.runtime.run_folder import Json, Run, is_main_process
-from poise.runtime.settings import ModelPath, marks, typed_fields
+from poise.runtime.settings import ModelPath, marks, typed_fields, unread
 
 MOST_ROWS = 7
 # Without a page of their own making.
@@ -33,11 +33,21 @@ class Ending:
     warnings: tuple[str, ...] = ()
 
 
+def say_unread(config: Any) -> None:
+    """Warn of settings that were given and that nothing will read."""
+    if is_main_process():
+        for line in unread(config):
+            say(f"warning: {line}")
+
+
 def say_finished(command: str, config: Any) -> None:
     """Say at once that the run in --output is complete already; PoiseError if that folder cannot be taken."""
     output = getattr(config, "output", "")
-    if command in _KEPT and output and is_main_process():
-        run = Run(Path(output))
+    if not (getattr(config, "RUN_FOLDER", False) and output and is_main_process()):
+        return
+    run = Run(Path(output))
+    run.check_command(config)
+    if command in _KEPT:
         run.check_config(config)
         if run.results is not None and not run.differs(config):
             _say(f"{on_one_line(output)} is finished; nothing is computed again (another --output makes a new run)")

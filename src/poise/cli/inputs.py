@@ -6,14 +6,18 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
-from poise.data.files import no_such_file
+from poise.data.files import no_such_file, refuse_unsaved
 from poise.data.preferences import read_preferences, read_prompts, read_samples
 from poise.errors import PoiseError, first_line
+from poise.models.head_checks import check_heads
 from poise.models.model_folder import check_language_model, check_model, check_policy, check_reward_model
+from poise.models.run_heads import reward_folder
+from poise.reward.config import EvaluateConfig
 from poise.runtime.folders import refuse_device, refuse_foreign
 from poise.runtime.hub import on_hub
 from poise.runtime.progress import console
 from poise.runtime.settings import ModelPath, Rows, marks, typed_fields
+from poise.serve.config import ServeConfig
 from poise.studies.config import REVIEWS
 
 # Larger files are read once, by the command: there the import is the smaller part of the time.
@@ -50,6 +54,21 @@ def check_inputs(config: Any) -> None:
         _check_rows(kind, name, getattr(config, "on_bad_row", "error"))
     for kind, name in models:
         _CHECKS[kind](name)
+    if objective := getattr(config, "objective", ""):
+        for together in _heads_together(config):
+            check_heads(together, objective)
+
+
+def _heads_together(config: Any) -> list[list[str]]:
+    """The reward models that settings with an `objective` name, those in one list whose heads it reads together."""
+    if isinstance(config, EvaluateConfig):
+        return [[name] for name in config.rewards]
+    if isinstance(config, ServeConfig):
+        return [list(config.rewards)]
+    reward = getattr(config, "reward", "")
+    if not isinstance(reward, str) or not reward:
+        return []
+    return [[reward_folder(reward, config.objective, config.heads) if hasattr(config, "heads") else reward]]
 
 
 def _check_rows(kind: str, name: str, on_bad_row: str) -> None:
@@ -64,6 +83,8 @@ def _check_rows(kind: str, name: str, on_bad_row: str) -> None:
             on_hub(name, "dataset")
             return
         raise PoiseError(no_such_file(name))
+    if path.is_dir():
+        refuse_unsaved(path)
     if not is_file or on_bad_row != "error" or path.suffix == ".parquet" or path.stat().st_size > _SMALL:
         return
     said = console.quiet

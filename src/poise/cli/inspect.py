@@ -10,7 +10,7 @@ import tyro
 from poise.data.types import Prompt, Sample
 from poise.errors import PoiseError
 from poise.runtime.display import on_one_line
-from poise.runtime.settings import Reward, Settings, WholeNumber
+from poise.runtime.settings import LengthOrAll, Reward, Settings
 
 if TYPE_CHECKING:
     from poise.models.scorer import Scorer
@@ -28,7 +28,7 @@ class Config(Settings):
 
     reward: Annotated[tyro.conf.Positional[Reward], tyro.conf.arg(metavar="REWARD")]
     """Reward model: checkpoint folder, hub id, `poise train-reward` run, or an ensemble."""
-    max_length: WholeNumber = 0
+    max_length: LengthOrAll = 0
     """Longest sample in tokens; longer ones lose their oldest tokens. 0: the model's context."""
 
 

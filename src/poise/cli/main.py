@@ -13,7 +13,7 @@ import io
 import itertools
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -23,7 +23,7 @@ from poise.cli import ending
 from poise.cli.boundary import DONE, exit_status
 from poise.data.examples import EXAMPLES
 from poise.errors import PoiseError
-from poise.runtime.settings import Rows, hints, marks, problem, shown
+from poise.runtime.settings import NumberAsWritten, Rows, hints, marks, problem, shown
 
 COMMANDS = {
     "quickstart": ("poise.studies.quickstart", "all steps on a laptop in one command, ending in one page"),
@@ -134,6 +134,7 @@ def _run(arguments: list[str]) -> None:
     config = config.for_command()
     config.check()
     check_inputs(config)
+    ending.say_unread(config)
     ending.say_finished(command, config)
     ending.warn_of_models(config)
     module = importlib.import_module(COMMANDS[command][0])  # only now: torch takes seconds to import
@@ -160,8 +161,9 @@ def parse_config(
     renamed: dotted names that settings have now, by the names they have in older files.
     Raises PoiseError for a config file with settings this command does not have, or with values of a wrong type.
     """
-    from poise.runtime.run_folder import load_config_file
+    from poise.runtime.config_files import load_config_file
 
+    arguments = [part for word in arguments for part in _config_apart(word)]
     if "--config" not in arguments:
         return _parsed(config, program, arguments)
     at = arguments.index("--config")
@@ -174,7 +176,7 @@ def parse_config(
         settings |= added  # the whole config of a run of an earlier version
     values, unknown = _values(settings, config, path)
     if unknown:
-        raise PoiseError(f"{path} has settings {program} does not know: {', '.join(sorted(unknown))}")
+        raise PoiseError(f"{path} has settings {program} does not know: {_unknown(unknown, config, settings)}")
     try:
         default = config(**values)
     except TypeError as error:
@@ -182,11 +184,41 @@ def parse_config(
     return _parsed(config, program, arguments[:at] + arguments[at + 2 :], default)
 
 
+def _config_apart(word: str) -> list[str]:
+    """`--config=FILE` as the two words that it stands for."""
+    name, sign, file = word.partition("=")
+    return [name, file] if sign and name == "--config" else [word]
+
+
+def _unknown(names: list[str], config: type, settings: Mapping[str, Any]) -> str:
+    """The first names of settings that a file should not have, and what was meant perhaps."""
+    shown_names = [f"{name or repr(name)}" for name in sorted(names)[:_MOST_NAMES]]
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    said = f"{', '.join(shown_names)}{more}"
+    from poise.runtime.run_kinds import command_of
+
+    if of := command_of(settings):
+        return f"{said}; it is of `poise {of}`"
+    known = list(_dotted_names(config))
+    near = {name: difflib.get_close_matches(name.strip("-").lower().replace("-", "_"), known, 1) for name in names}
+    meant = [found[0] for found in near.values() if found]
+    return f"{said}; did you mean {', '.join(meant[:_MOST_NAMES])}?" if meant else said
+
+
+def _dotted_names(config: type, inside: str = "") -> Iterator[str]:
+    for field in fields(config):
+        if is_dataclass(field.default) and not isinstance(field.default, type):
+            yield from _dotted_names(type(field.default), f"{inside}{field.name}.")
+        else:
+            yield f"{inside}{field.name}"
+
+
 def _parsed(config: type, program: str, arguments: list[str], default: Any = None) -> Any:
     """What tyro reads; its boxes of errors as one line."""
     import tyro
 
     said = io.StringIO()
+    _refuse_values_of_switches(config, arguments)
     try:
         with contextlib.redirect_stderr(said):
             about = _description(config)
@@ -199,6 +231,15 @@ def _parsed(config: type, program: str, arguments: list[str], default: Any = Non
         raise PoiseError(f"{_complaint(said.getvalue())} ({program} --help lists the options)") from None
 
 
+def _refuse_values_of_switches(config: type, arguments: list[str]) -> None:
+    """Raise PoiseError for `--settle false`: what is true or false takes no value."""
+    switches = {f"--{name}".replace("_", "-") for name, kind in hints(config).items() if kind is bool}
+    for word, following in itertools.pairwise([*arguments, ""]):
+        name, sign, value = word.replace("_", "-").partition("=")
+        if name in switches and (value if sign else following).lower() in ("true", "false", "yes", "no", "on", "off"):
+            raise PoiseError(f"a switch takes no value: {name} turns it on, {name.replace('--', '--no-', 1)} off")
+
+
 def _description(config: type) -> str:
     """What --help says above the options: the settings' docstring, and a row of each kind of file that they name."""
     kinds = [mark.kind for kind in hints(config).values() for mark in marks(kind) if isinstance(mark, Rows)]
@@ -208,6 +249,7 @@ def _description(config: type) -> str:
     return "\n\n".join([inspect.getdoc(config) or "", *rows])
 
 
+_MOST_NAMES = 5  # of settings that a message lists
 _KINDS = {"INT": "a whole number", "FLOAT": "a number", "{None}|INT": "a whole number or None"}
 _KINDS["{None}|FLOAT"] = "a number or None"
 
@@ -228,6 +270,8 @@ def _complaint(box: str) -> str:
         option, value = wrong.groups()
         if kind := re.search(rf"{re.escape(option)} (\S+)", rest):
             return f"{option} must be {_KINDS.get(kind[1], kind[1])}, got {value}"
+    if listed := re.match(r"Error parsing (--\S+): Could not find valid parse for arguments: \['(.*)'\]", said):
+        return f"{listed[1]} takes values with spaces between, got {listed[2].replace(', ', ',')!r}"
     if alone := re.match(r"Missing value for argument '(\w+)'", said):
         return f"{alone[1].upper()} is missing: it is given by itself, without --{alone[1]}"
     if said.startswith("Unrecognized") and (near := re.search(r"Perhaps you meant: (--[\w.-]+)", rest)):
@@ -272,16 +316,19 @@ def _values(settings: dict[Any, Any], config: type, path: str, inside: str = "")
             except (TypeError, ValueError, OverflowError):
                 wanted = problem(value, kinds[name])
                 expected = f"must be {wanted}: " if wanted else ""
-                raise PoiseError(f"{path}: {expected}{inside}{name} cannot be {shown(value)}") from None
+                quoted = "; YAML reads yes, no, on and off so: put quotes around them" if wanted == "text" else ""
+                hint = quoted if isinstance(value, bool) else ""
+                raise PoiseError(f"{path}: {expected}{inside}{name} cannot be {shown(value)}{hint}") from None
     return values, unknown
 
 
 def _converted(value: Any, kind: Any) -> Any:
     """A value of a YAML file as the type of a config's field; TypeError or ValueError if it is of another type.
 
-    YAML reads `1e-3` as text and an unquoted `0.25` as a number: floats may be text, and text may be a number.
+    YAML reads `1e-3` as text and an unquoted `0.25` as a number: floats may be text, and text may be a number. `None`
+    is what the command line calls it; YAML's word is null.
 
-    >>> _converted("1e-3", float), _converted([0, 0.25], tuple[str, ...]), _converted(None, int | None)
+    >>> _converted("1e-3", float), _converted([0, 0.25], tuple[str, ...]), _converted("None", int | None)
     (0.001, ('0', '0.25'), None)
     """
     if get_origin(kind) is tuple:
@@ -292,14 +339,14 @@ def _converted(value: Any, kind: Any) -> Any:
         if value not in get_args(kind):
             raise ValueError
     elif get_origin(kind) in (Union, UnionType):
-        if value is None and NoneType in get_args(kind):
+        if value in (None, "None") and NoneType in get_args(kind):
             return None
         [kind] = (one for one in get_args(kind) if one is not NoneType)
         return _converted(value, kind)
     elif kind in (float, str):
-        if value is None or isinstance(value, (bool, list, dict)):
+        if type(value) not in (str, int, float, NumberAsWritten):
             raise TypeError
-        return kind(value)
+        return value.text if kind is str and isinstance(value, NumberAsWritten) else kind(value)
     elif kind in (int, bool) and type(value) is not kind:
         raise TypeError
     return value

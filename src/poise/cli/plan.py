@@ -1,6 +1,7 @@
 """`poise plan`: does a training fit the GPUs there are, and if not, what is in the way? From config.json alone."""
 
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple
 
 from poise.errors import PoiseError
@@ -15,6 +16,7 @@ from poise.functional.memory import (
     reward_memory,
     trl_memory,
 )
+from poise.integrations.trl_needs import check_trl
 from poise.models.choices import DEFAULT_MODEL, Tune, ValueTrunk
 from poise.models.model_folder import check_layers, check_shape
 from poise.policy.config import Config as Policy
@@ -80,8 +82,10 @@ class Config(Settings):
     head_layers: WholeNumber = Reward.head_layers
     """train-reward: upper layers that these adapters lie on; 0: all."""
 
+    READ_WITH = MappingProxyType({"lora_rank": (lambda one: one.tune == "lora", "--tune lora")})
+
     def check(self) -> None:
-        """As `Settings.check`, and what train-reward refuses."""
+        """As `Settings.check`, and what train-reward and train-policy refuse."""
         super().check()
         if self.adapter_heads and self.shard:
             raise PoiseError("--adapter-heads does not go with --shard: leave one of them out")
@@ -90,8 +94,20 @@ class Config(Settings):
                 raise PoiseError(f"--{name.replace('_', '-')} is for --algorithm ppo, not {self.algorithm}")
         if self.head_layers and not self.adapter_heads:
             raise PoiseError("--head-layers needs --adapter-heads, whose adapters lie there")
+        shares = self.num_minibatches * self.gpus
+        if self.prompts_per_step % shares:
+            over = f" × {self.gpus} GPUs" if self.gpus > 1 else ""
+            raise PoiseError(
+                f"--num-minibatches {self.num_minibatches}{over} does not divide --prompts-per-step "
+                f"{self.prompts_per_step}, which train-policy refuses; "
+                f"--prompts-per-step {-(-self.prompts_per_step // shares) * shares} would do"
+            )
+        if self.algorithm != "ppo":
+            check_trl(self.algorithm, self.completions_per_prompt)
         for name in dict.fromkeys((self.model, self.reward or self.model, self.validator or self.model)):
             check_shape(name)
+        if self.adapted_layers != Config.adapted_layers:  # more than a small model has are planned for by default
+            check_layers(self.model, "--adapted-layers", self.adapted_layers)
         check_layers(self.reward or self.model, "--head-layers", self.head_layers)
         if (tokens := 2 * self.device_batch_size * self.max_length) > MOST_TOKENS:
             raise PoiseError(f"{tokens:,} tokens at once are more than any GPU holds; lower --device-batch-size")
@@ -259,7 +275,8 @@ def _known_changes(config: Config, training: str) -> list[tuple[str, dict[str, A
             found.append(("--head-layers 1", {"head_layers": 1}))
         return found
     gpus = max(2, 2 * config.gpus)
-    while gpus <= 64:
+    # More GPUs than divide the prompts are refused by train-policy.
+    while gpus <= 64 and (training == "train-reward" or config.prompts_per_step % (config.num_minibatches * gpus) == 0):
         found.append((f"{gpus} GPUs with --shard", {"gpus": gpus, "shard": True}))
         gpus *= 2
     return found

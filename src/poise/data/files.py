@@ -193,8 +193,15 @@ def _named_once(names: list[str]) -> None:
         raise ValueError(f"it has the column {next(name for name in names if names.count(name) > 1)!r} twice")
 
 
+def refuse_unsaved(folder: Path) -> None:
+    """Raise PoiseError for a folder without the files that `datasets` leaves, before it is imported."""
+    if not any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        raise PoiseError(f"{folder} is a folder that `datasets` did not save; name a file")
+
+
 def _saved_data_set(folder: Path) -> Iterator[dict[str, Any]]:
     """Rows of a folder saved by `datasets`."""
+    refuse_unsaved(folder)
     import datasets
 
     try:

@@ -24,7 +24,7 @@ from numpy import ndarray
 from tokenizers.processors import TemplateProcessing
 
 from poise.errors import PoiseError, first_line
-from poise.integrations.lm_eval_tasks import BENCHMARKS, MAX_TOKENS, Benchmark, read_docs, settings_of
+from poise.integrations.lm_eval_tasks import BENCHMARKS, MAX_TOKENS, Benchmark, check_tasks, read_docs, settings_of
 from poise.models.chat_format import added_tokens
 from poise.models.loading import HfModel, HfTokenizer
 from poise.runtime.progress import console
@@ -124,20 +124,10 @@ def read_tasks(names: tuple[str, ...], data: str, rows: int) -> list[Task]:
     Raises PoiseError, one line, for an unknown name, a missing or empty file, a bad or repeated row, no harness, or a
     hub that cannot be reached. Touches the network only without `data`, and no model.
     """
-    if not names:
-        raise PoiseError(f"no benchmark is named; choose from {', '.join(BENCHMARKS)}")
-    for name in names:
-        if name not in BENCHMARKS:
-            raise PoiseError(f"no benchmark {name!r}; choose from {', '.join(BENCHMARKS)}")
-    if len(set(names)) < len(names):
-        raise PoiseError("a benchmark is named twice")
+    check_tasks(names, data)
     _require()
     if not data:
         return _from_hub(names, rows)
-    if not Path(data).is_dir():
-        raise PoiseError(
-            f"no such folder: {data}; it should hold a file NAME.jsonl or NAME.jsonl.gz for each benchmark"
-        )
     docs = {name: read_docs(name, Path(data)) for name in names}
     return [Task(name, docs=read[:rows] if rows else read) for name, read in docs.items()]
 

@@ -13,6 +13,7 @@ Metrics: `acc` picks the choice of highest log-likelihood, `acc_norm` that of hi
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -65,12 +66,39 @@ DEFAULT_TASKS = tuple(name for name in BENCHMARKS if name != "bbh")
 # ---- reading ----
 
 
-def read_docs(name: str, folder: Path) -> list[Json]:
-    """Every row of a benchmark's file, as the harness is to see it."""
+def check_tasks(names: Sequence[str], data: str) -> None:
+    """Raise PoiseError, one line, for benchmarks that are none, named twice, or without a file in the folder `data`.
+
+    data="": they come from the model hub.
+    """
+    if not names:
+        raise PoiseError(f"no benchmark is named; choose from {', '.join(BENCHMARKS)}")
+    for name in names:
+        if name not in BENCHMARKS:
+            raise PoiseError(f"no benchmark {name!r}; choose from {', '.join(BENCHMARKS)}")
+    if len(set(names)) < len(names):
+        raise PoiseError("a benchmark is named twice")
+    if not data:
+        return
+    if not Path(data).is_dir():
+        raise PoiseError(
+            f"no such folder: {data}; it should hold a file NAME.jsonl or NAME.jsonl.gz for each benchmark"
+        )
+    for name in names:
+        _file_of(name, Path(data))
+
+
+def _file_of(name: str, folder: Path) -> Path:
     paths = [folder / f"{name}{suffix}" for suffix in (".jsonl", ".jsonl.gz")]
     path = next((path for path in paths if path.exists()), None)
     if path is None:
         raise PoiseError(f"{folder} has no {name}.jsonl or {name}.jsonl.gz; add it or leave {name} out of the tasks")
+    return path
+
+
+def read_docs(name: str, folder: Path) -> list[Json]:
+    """Every row of a benchmark's file, as the harness is to see it."""
+    path = _file_of(name, folder)
     docs: list[Json] = []
     lines: dict[str, int] = {}
     for number, raw in raw_rows(path):

@@ -6,7 +6,6 @@ the end of one, so that a run that goes on has nothing half done.
 With `shard` accelerate spreads the policy's weights over the processes (FSDP2), as it does for any trainer of TRL.
 """
 
-import importlib.util
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from poise.data.types import Prompt
 from poise.errors import PoiseError
 from poise.functional.memory import sampled_at_once
 from poise.integrations.trl_kl import KLBudgetCallback
+from poise.integrations.trl_needs import check_trl
 from poise.integrations.trl_reward import RobustReward, Scored, policy_metrics
 from poise.models.adapted_maps import has_conv1d, linear_maps
 from poise.models.chat_format import decode_completions, encode_prompt, generation_prompt
@@ -77,13 +77,7 @@ class TrlSettings:
     keep_at_kl: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if importlib.util.find_spec("trl") is None:
-            raise PoiseError(f"--algorithm {self.algorithm} needs TRL: pip install 'poise-rlhf[trl]'")
-        if self.completions_per_prompt < 2:
-            raise PoiseError(
-                f"--algorithm {self.algorithm} compares a prompt's completions: "
-                f"--completions-per-prompt must be at least 2"
-            )
+        check_trl(self.algorithm, self.completions_per_prompt)
         rows, processes = self.prompts_per_step * self.completions_per_prompt, num_processes()
         if rows % (self.num_minibatches * processes):
             raise PoiseError(

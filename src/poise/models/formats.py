@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from poise.errors import PoiseError, first_line
 from poise.runtime.records import read_object
+from poise.runtime.run_kinds import told_of
 from poise.runtime.settings import HUGE, Bounded, above, at_least, between, read_fields, sized
 
 ENSEMBLE_FILE = "ensemble.json"
@@ -41,6 +42,28 @@ class EnsembleFile:
     members: Annotated[tuple[Annotated[str, sized(1)], ...], sized(1)]
     means: tuple[Bounded, ...]
     stds: tuple[Std, ...]
+
+
+_READ_NOMINAL = {"nominal", "tradeoff", "expected_tradeoff"}
+
+
+def check_objective(objective: str, kind: str, num_heads: int, reference_texts: int) -> None:
+    """Raise PoiseError for an objective, as a config names it, that means nothing for such heads.
+
+    `nominal`, and what contains it, reads the head with the lowest std. Several point heads all have std 0.
+    `typical` reads the distance to reference texts.
+    """
+    name = objective.split("(")[0].strip()
+    if name == "typical" and not reference_texts:
+        raise PoiseError(
+            f"objective {objective} needs reference texts, which this reward model does not have; "
+            f"`poise reference CHECKPOINT --preferences FILE` adds them (an ensemble takes none)"
+        )
+    if kind == "point" and num_heads > 1 and name in _READ_NOMINAL:
+        raise PoiseError(
+            f"objective {objective} reads the head with the lowest std, but all {num_heads} heads of this "
+            f"reward model are point heads of std 0; choose mean, worst_case, quantile(0.25) or lower_confidence(1)"
+        )
 
 
 def read_head_block(block: Any, num_labels: int, path: str) -> HeadBlock:
@@ -102,8 +125,11 @@ def local_checkpoint(path: str) -> Path:
     folder = Path(checkpoint_folder(path))
     if (folder / ENSEMBLE_FILE).exists():
         raise PoiseError(f"{path} is an ensemble, whose members have features of their own; it takes no reference")
-    if not (folder / "config.json").exists():
+    if not folder.is_dir():
         raise PoiseError(f"{path} is no local checkpoint; a reference is written into its folder, so copy it first")
+    if not (folder / "config.json").exists():
+        why = told_of(folder) or "a folder without config.json"
+        raise PoiseError(f"{path} is {why}, not a reward model; a reference is written into a reward model's folder")
     return folder
 
 

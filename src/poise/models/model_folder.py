@@ -63,6 +63,7 @@ def check_language_model(path: str) -> None:
     """As `check_model`, and for a reward model, which writes nothing, and for a policy's adapters."""
     for place in (Path(path), Path(path) / "policy"):
         if (place / _ADAPTERS).exists():
+            refuse_reward_adapters(place)
             raise PoiseError(
                 f"{path} holds a policy's adapters, not a whole model; `poise merge {path} --output FOLDER` folds them "
                 f"into theirs: name that folder"
@@ -81,6 +82,7 @@ def check_policy(path: str) -> None:
     if adapters is None:
         check_language_model(str(folder / "policy") if (folder / "policy" / _CONFIG).exists() else path)
         return
+    refuse_reward_adapters(adapters)
     try:
         check_language_model(adapted_model(adapters))
     except PoiseError as error:
@@ -89,8 +91,18 @@ def check_policy(path: str) -> None:
         ) from None
 
 
+def refuse_reward_adapters(adapters: Path) -> None:
+    """Raise PoiseError for adapters of a classifier, as peft's task_type says: they write nothing."""
+    if read_object(adapters / _ADAPTERS, strict=False).get("task_type") == "SEQ_CLS":
+        raise PoiseError(
+            f"{adapters} holds no LoRA adapters of a language model, but of a reward model (task_type SEQ_CLS); reward "
+            f"models are for `poise export`, and a language model is needed here"
+        )
+
+
 def adapted_model(adapters: Path) -> str:
     """The model that a policy's adapters were trained on, as their folder names it; PoiseError for other adapters."""
+    refuse_reward_adapters(adapters)
     settings = read_object(adapters / _ADAPTERS, strict=False)
     if (settings.get("peft_type"), settings.get("task_type")) != ("LORA", "CAUSAL_LM"):
         raise PoiseError(f"{adapters} holds no LoRA adapters of a language model; reward models are for `poise export`")
@@ -182,22 +194,17 @@ def _class_of(config: dict[str, Any]) -> str:
     return str(names[0]) if isinstance(names, list) and names else ""
 
 
-def check_reward_run(run: str, names: set[str]) -> None:
-    """Raise PoiseError, one line, unless a `poise train-reward` run holds reward models of these names."""
-    for name in sorted(names):
-        if not (Path(run) / name).is_dir():
-            raise PoiseError(f"--reward {run} holds no reward model {name!r}; name `poise train-reward` runs")
-        check_reward_model(str(Path(run) / name))
-
-
 def why_no_model(path: str, wanted: str = "a model folder") -> str:
     """One line for a folder without config.json. wanted: what it should be."""
     if (Path(path) / ENSEMBLE_FILE).exists():
         return f"{path} is an ensemble of reward models, not {wanted}"
     if (Path(path) / _ADAPTERS).exists():
+        of_rewards = read_object(Path(path) / _ADAPTERS, strict=False).get("task_type") == "SEQ_CLS"
+        how = "in peft, merge_and_unload" if of_rewards else "`poise merge` for a policy; in peft, merge_and_unload"
+        which = "; they are a reward model's: of a `poise train-reward` run name the run" if of_rewards else ""
         return (
             f"{path} holds adapters without the config.json of their model: fold them into it and save the whole model "
-            f"(`poise merge` for a policy; in peft, merge_and_unload)"
+            f"({how}){which}"
         )
     if told := told_of(path):
         return f"{path} is {told}, not {wanted}"

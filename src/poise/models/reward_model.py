@@ -27,7 +27,13 @@ from torch import Tensor, nn
 from poise.errors import PoiseError, first_line
 from poise.functional.objectives import HeadRewards
 from poise.functional.typicality import Reference
-from poise.models.formats import ENSEMBLE_FILE, checkpoint_folder, read_ensemble, read_head_block
+from poise.models.formats import (
+    ENSEMBLE_FILE,
+    check_objective,
+    checkpoint_folder,
+    read_ensemble,
+    read_head_block,
+)
 from poise.models.head_adapters import FOLDER as ADAPTERS
 from poise.models.head_adapters import bare, load_head_adapters, save_head_adapters, together
 from poise.models.loading import (
@@ -51,7 +57,6 @@ from poise.runtime.run_folder import write_folder_atomic
 
 _ADAPTER = "adapter_config.json"
 _SCORE = "score.weight"
-_READ_NOMINAL = {"nominal", "tradeoff", "expected_tradeoff"}
 # In a folder of its own: vLLM takes every safetensors file beside config.json for weights.
 _LAST_LAYER = "poise/last_layer.safetensors"
 REFERENCE = "poise/reference.safetensors"
@@ -105,22 +110,8 @@ class HeadLayout:
         return HeadRewards(mean, self.floor + F.softplus(raw))
 
     def check_objective(self, objective: str) -> None:
-        """Raise PoiseError for an objective, as a config names it, that means nothing for these heads.
-
-        `nominal`, and what contains it, reads the head with the lowest std. Several point heads all have std 0.
-        `typical` reads the distance to reference texts.
-        """
-        name = objective.split("(")[0].strip()
-        if name == "typical" and not self.reference_texts:
-            raise PoiseError(
-                f"objective {objective} needs reference texts, which this reward model does not have; "
-                f"`poise reference CHECKPOINT --preferences FILE` adds them (an ensemble takes none)"
-            )
-        if self.kind == "point" and self.num_heads > 1 and name in _READ_NOMINAL:
-            raise PoiseError(
-                f"objective {objective} reads the head with the lowest std, but all {self.num_heads} heads of this "
-                f"reward model are point heads of std 0; choose mean, worst_case, quantile(0.25) or lower_confidence(1)"
-            )
+        """Raise PoiseError for an objective, as a config names it, that means nothing for these heads."""
+        check_objective(objective, self.kind, self.num_heads, self.reference_texts)
 
     def calibrated(self, heads: HeadRewards) -> HeadRewards:
         """The same rewards with stds as error bars. Not for routing: the scale would change which head is lowest."""

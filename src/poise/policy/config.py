@@ -15,13 +15,16 @@ from poise.data.preferences import OnBadRow
 from poise.errors import PoiseError
 from poise.functional.monitor import MonitorConfig
 from poise.functional.objective_names import PARAMETERS, Shaping, check_parameter, read_objective
-from poise.integrations.lm_eval_tasks import DEFAULT_TASKS, MAX_TOKENS
+from poise.integrations.lm_eval_tasks import DEFAULT_TASKS, MAX_TOKENS, check_tasks
+from poise.integrations.trl_needs import check_trl
 from poise.models.choices import DEFAULT_MODEL, HeadKind, Tune, ValueTrunk
+from poise.models.model_folder import check_layers
 from poise.models.run_heads import refuse_itself, reward_folder, validator_of
 from poise.policy.formats import policy_folder
 from poise.runtime.settings import (
     Bounded,
     Count,
+    EachOnce,
     Language,
     LearningRate,
     NotNegative,
@@ -194,7 +197,7 @@ class Config(PpoConfig):
     eval_every: WholeNumber = 0
     """Steps between evaluations on benchmarks (benchmarks.jsonl), which also run at step 0 and at the end; 0: none.
     Needs pip install 'poise-rlhf[eval]'."""
-    eval_tasks: tuple[str, ...] = ("lambada",)
+    eval_tasks: Annotated[tuple[str, ...], EachOnce()] = ("lambada",)
     """Benchmarks to evaluate on, of those that `poise evaluate-policy` offers."""
     eval_data: str = ""
     """Folder of the benchmarks' rows (NAME.jsonl or .jsonl.gz); default: the model hub."""
@@ -205,7 +208,7 @@ class Config(PpoConfig):
     policy that looked safe; `pessimism`: go on with a doubled β and a more pessimistic objective."""
     alarm_threshold: Positive = MonitorConfig.threshold
     """The monitor raises an alarm above this score."""
-    trackers: tuple[str, ...] = ()
+    trackers: Annotated[tuple[str, ...], EachOnce()] = ()
     """Trackers to log to as well, through accelerate: tensorboard, wandb, trackio, … (if installed)."""
     shard: bool = False
     """Spread the weights of the layers, their gradients and optimizer states over the processes of `torchrun` or
@@ -218,6 +221,20 @@ class Config(PpoConfig):
     seed: Seed = 0
     """Seed of the prompts' order, the sampling and the minibatches."""
 
+    READ_WITH = MappingProxyType(
+        {
+            "lora_rank": (lambda one: one.tune == "lora", "--tune lora"),
+            "kl_horizon": (lambda one: one.kl_target is not None, "a --kl-target"),
+            "baselines_per_prompt": (
+                lambda one: one.shaping != "none" and not one.baselines,
+                "--shaping contrastive or par, and no --baselines",
+            ),
+            "regret_bonus": (lambda one: one.completions_per_prompt > 1, "at least two --completions-per-prompt"),
+            "eval_tasks": (lambda one: one.eval_every, "--eval-every"),
+            "eval_data": (lambda one: one.eval_every, "--eval-every"),
+            "eval_rows": (lambda one: one.eval_every, "--eval-every"),
+        }
+    )
     GROWS = ("num_steps",)  # a finished run of fewer steps goes on
     # What a run without a setting, written by an earlier version, did: its config.yaml names every other one.
     ADDED = MappingProxyType(
@@ -232,6 +249,8 @@ class Config(PpoConfig):
         if missing := [name for name in ("prompts", "reward") if not getattr(self, name)]:
             what = {"prompts": "name a file of prompts", "reward": "name a reward model"}[missing[0]]
             raise PoiseError(f"--{missing[0]} is missing: {what}")
+        if self.adapted_layers != Config.adapted_layers:  # more than a small model has are asked for by default
+            check_layers(self.model, "--adapted-layers", self.adapted_layers)
         validator = validator_of(self.reward) if self.validator == "" else self.validator
         return replace(self, output=self.output or "runs/policy", validator=validator)
 
@@ -247,8 +266,10 @@ class Config(PpoConfig):
                 f"--num-minibatches {self.num_minibatches}{over} does not divide "
                 f"--prompts-per-step {self.prompts_per_step}"
             )
-        if self.eval_every and not self.eval_tasks:
-            raise PoiseError("--eval-every needs --eval-tasks")
+        if self.eval_every:
+            if not self.eval_tasks:
+                raise PoiseError("--eval-every needs --eval-tasks")
+            check_tasks(self.eval_tasks, self.eval_data)
         adapts = self.kl_target is not None and self.algorithm == "ppo"
         if adapts and not (self.kl_target and self.kl_horizon and self.kl_coef):
             raise PoiseError("--kl-target needs --kl-target, --kl-horizon and --kl-coef above 0")
@@ -277,6 +298,7 @@ class Config(PpoConfig):
         """Raise PoiseError for settings that TRL's trainers would silently ignore."""
         if self.on_alarm in ("rollback", "pessimism"):
             raise PoiseError(f"--on-alarm {self.on_alarm} is for --algorithm ppo; {self.algorithm} takes log or stop")
+        check_trl(self.algorithm, self.completions_per_prompt)
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name in PPO_ONLY and value not in (field.default, _OFF.get(field.name, field.default)):
@@ -289,14 +311,14 @@ class EvaluateConfig(Settings):
 
     RUN_FOLDER = True
 
-    policies: tuple[PolicyModel, ...] = ()
+    policies: Annotated[tuple[PolicyModel, ...], EachOnce()] = ()
     """`poise train-policy` runs, model folders or hub ids."""
     model: PolicyModel = DEFAULT_MODEL
     """The model before training, folder or hub id: differences are taken against it."""
     data: str = ""
     """Folder of the benchmarks' rows, NAME.jsonl or NAME.jsonl.gz, evaluated zero-shot and without a network; default:
     the harness's own tasks, from the model hub."""
-    tasks: tuple[str, ...] = DEFAULT_TASKS
+    tasks: Annotated[tuple[str, ...], EachOnce()] = DEFAULT_TASKS
     """Benchmarks to evaluate on; bbh is a 17th."""
     rows: WholeNumber = 100
     """Rows of each benchmark, at most, from the beginning; 0: all. Without --data each part of a benchmark takes the
@@ -307,6 +329,11 @@ class EvaluateConfig(Settings):
     """Longest completion of the generative benchmarks (gsm8k, bbh), in tokens."""
     output: str = "runs/benchmarks"
     """Run folder to write."""
+
+    def check(self) -> None:
+        """As `Settings.check`, and that there are such benchmarks."""
+        super().check()
+        check_tasks(self.tasks, self.data)
 
 
 @dataclass(frozen=True)

@@ -143,15 +143,18 @@ def policy_folder(path: str) -> Path:
     for folder in (Path(path) / "policy", Path(path)):
         if (folder / "adapter_config.json").exists() or (folder / "config.json").exists():
             return folder
-    told = told_of(path)
+    told, place = told_of(path), Path(path)
     why = "the run is not finished" if "train-policy" in told else f"it is {told}" if told else ""
     why = f" ({why})" if why else ""
+    missing = "" if place.is_dir() else " (it is a file)" if place.exists() else " (there is no such folder)"
     raise PoiseError(
-        f"{path} holds no policy{why}; name a finished `poise train-policy` run, or the policy folder in it"
+        f"{path} holds no policy{why}; name a finished `poise train-policy` run, or the policy folder in it{missing}"
     )
 
 
 def refuse_unfinished(run: Path) -> None:
     """Raise PoiseError for a folder that is no finished policy run."""
     if not (run / "final.jsonl").exists():
-        raise PoiseError(f"{run} is not a finished policy run: it has no final.jsonl")
+        told = told_of(run)
+        why = f"it is {told}" if told and "train-policy" not in told else "it has no final.jsonl"
+        raise PoiseError(f"{run} is not a finished policy run: {why if run.exists() else 'there is no such folder'}")

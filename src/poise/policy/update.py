@@ -238,5 +238,8 @@ class Learner:
                         if f"{key}.{name}" in file.keys()  # noqa: SIM118  not a dict
                     }
         except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError, OSError) as error:
-            raise PoiseError(f"{path} is not a checkpoint of this run: {first_line(error)}") from None
+            why = f"it lacks {first_line(error)}" if isinstance(error, KeyError) else first_line(error)
+            raise PoiseError(
+                f"{path} is not a checkpoint of this run: {why}; bring it back, or delete the folder to begin anew"
+            ) from None
         return extra

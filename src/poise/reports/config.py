@@ -42,3 +42,7 @@ class ReportConfig(Settings):
             except PoiseError as error:
                 hint = "; name a run folder: poise report RUN" if self.folders == _DEFAULT else ""
                 raise PoiseError(f"{error}{hint}") from None
+        if self.png and [kind_of(folder) for folder in self.folders] != ["quickstart"]:
+            raise PoiseError(
+                "--png is of one quickstart: its first figure; leave it out, or name a quickstart's folder"
+            )

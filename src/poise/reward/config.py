@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 import tyro
@@ -13,9 +14,10 @@ from poise.functional.objective_names import read_objective
 from poise.models.choices import DEFAULT_MODEL
 from poise.models.formats import checkpoint_folder, local_checkpoint, refuse_nested
 from poise.models.model_folder import check_layers
-from poise.reward.formats import check_ensemble, check_export, check_scores
+from poise.reward.formats import check_ensemble, check_export, check_exported, check_scores
 from poise.runtime.settings import (
     Count,
+    EachOnce,
     LearningRate,
     Length,
     LengthOrAll,
@@ -35,6 +37,10 @@ Trunk = Literal["frozen", "lora", "full"]
 Stage2Trunk = Literal["frozen", "lora", "full", "lora_per_head"]
 HeadLossName = Literal["sampled_mse", "gaussian_nll", "beta_nll", "crps", "probit_pairs", "bradley_terry"]
 PAIR_LOSSES = ("probit_pairs", "bradley_terry")  # on the preferences themselves
+_OF_A_TRAINED_TRUNK = (
+    "epochs", "learning_rate", "batch_size", "device_batch_size", "gradient_checkpointing", "save_steps",
+)  # fmt: skip
+_TRAINED = "a trunk that is trained: --trunk lora or full, or a --stage2-trunk"
 _NOT_WRITTEN = {".csv", ".tsv", ".xlsx", ".arrow", ".feather", ".gz", ".bz2", ".xz", ".zst", ".zip"}
 ShardKind = Literal["disjoint", "cluster", "source", "bootstrap", "same"]
 
@@ -119,9 +125,30 @@ class Config(Settings):
     seed: Seed = 0
     """Seed of the validation split, the training of the trunk, the shards and the heads."""
 
+    READ_WITH = MappingProxyType(
+        {name: (lambda one: one.trains_trunk, _TRAINED) for name in _OF_A_TRAINED_TRUNK}
+        | {
+            "lora_rank": (
+                lambda one: "lora" in f"{one.trunk} {one.stage2_trunk}",
+                "--trunk lora or --stage2-trunk lora",
+            ),
+            "head_layers": (lambda one: one.stage2_trunk == "lora_per_head", "--stage2-trunk lora_per_head"),
+        }
+    )
+
+    @property
+    def trains_trunk(self) -> bool:
+        """Does stage 1 or stage 2 train the trunk?"""
+        return (self.trunk, self.stage2_trunk) != ("frozen", "frozen")
+
     def check(self) -> None:
         """As `Settings.check`, and what adapters of single heads need."""
         super().check()
+        if self.trains_trunk and self.batch_size % self.device_batch_size:
+            raise PoiseError(
+                f"--batch-size {self.batch_size} is no multiple of --device-batch-size {self.device_batch_size}; "
+                f"choose another of the two"
+            )
         if self.stage2_trunk != "lora_per_head":
             if self.adapter_diversity:
                 raise PoiseError(
@@ -159,7 +186,7 @@ class EvaluateConfig(Settings):
 
     RUN_FOLDER = True
 
-    rewards: tuple[Reward, ...]
+    rewards: Annotated[tuple[Reward, ...], EachOnce()]
     """Reward models, e.g. one training from several seeds: checkpoint folders, hub ids of one-label classifiers,
     ensembles, or `poise train-reward` runs."""
     file: Annotated[str, Rows("questions")]
@@ -227,7 +254,7 @@ class ScoreConfig(Settings):
 class EnsembleConfig(Settings):
     """Combine reward models, the members, into a folder that every command reads as one with all their heads."""
 
-    members: Annotated[tyro.conf.Positional[tuple[Reward, ...]], tyro.conf.arg(metavar="REWARD [REWARD …]")]
+    members: Annotated[tyro.conf.Positional[tuple[Reward, ...]], EachOnce(), tyro.conf.arg(metavar="REWARD [REWARD …]")]
     """Reward models: checkpoint folders, hub ids or `poise train-reward` runs."""
     reference: Preferences
     """Preferences. Each member's reward is scaled to mean 0 and std 1 over their texts, so that none dominates."""
@@ -312,6 +339,7 @@ class ExportConfig(Settings):
                 "vLLM serves the checkpoint as it is; choose --scalar mean, --scalar head or --engine sglang"
             )
         check_export(Path(self.output), Path(checkpoint_folder(self.reward)))
+        check_exported(self.reward, self.head, adapter=self.adapter)
 
 
 @dataclass(frozen=True)

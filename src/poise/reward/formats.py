@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from poise.errors import PoiseError
-from poise.models.formats import ENSEMBLE_FILE
+from poise.models.formats import ENSEMBLE_FILE, checkpoint_folder
+from poise.models.run_heads import VALIDATOR
 from poise.runtime.folders import is_leftover
 from poise.runtime.records import read_object
 from poise.runtime.settings import Count, NotNegative, WholeNumber
@@ -71,6 +72,27 @@ def check_export(target: Path, source: Path) -> None:
         raise PoiseError(f"--output {target} exists and is no earlier export; choose another folder or delete it")
 
 
+def check_exported(reward: str, head: int | None, *, adapter: bool) -> None:
+    """Raise PoiseError for a reward model that has no heads to export, not the `head`, or no adapters to write."""
+    if (Path(reward) / ENSEMBLE_FILE).exists():
+        raise PoiseError(f"{reward} is an ensemble, whose members have features of their own; export one of them")
+    folder = Path(checkpoint_folder(reward))
+    if not (folder / "config.json").exists():
+        return  # a name on the hub
+    block = read_object(folder / "config.json", strict=False).get("poise")
+    if block is None:
+        raise PoiseError(f"{reward} has no `poise` block in its config.json: there are no heads to export")
+    heads = block.get("num_heads") if isinstance(block, dict) else None
+    if head is not None and isinstance(heads, int) and head >= heads:
+        raise PoiseError(f"--head {head}: the reward model has heads 0 to {heads - 1}")
+    if isinstance(block, dict) and block.get("adapters"):
+        return  # each head has its own, which are exported in another way
+    if adapter and not (folder.parent / "adapter" / "adapter_config.json").exists():
+        raise PoiseError(f"{reward} has no adapters beside it: train it with `--trunk lora`")
+    if adapter and folder.resolve().name == VALIDATOR:
+        raise PoiseError(f"{reward}: the adapters beside it are the reward model's; export it without --adapter")
+
+
 def check_ensemble(target: Path) -> None:
     """Raise PoiseError unless `target` is no folder yet, an empty one, or an earlier ensemble."""
     names = {path.name for path in target.iterdir() if not is_leftover(path.name)} if target.is_dir() else set()
@@ -86,10 +108,16 @@ def check_ensemble(target: Path) -> None:
 
 def check_scores(target: Path) -> None:
     """Raise PoiseError unless `target` is no file yet, an empty one, or scores that `poise score` wrote earlier."""
+    if target.is_dir():
+        raise PoiseError(f"--output {target} is a folder; name a file")
     if not target.is_file() or not target.stat().st_size:
         return
     with target.open("rb") as file:
         first = file.readline(_LONGEST_ROW)
-    ours = first.startswith(b"PAR1") if target.suffix == ".parquet" else b'"reward": ' in first and b'"mean": ' in first
+    ours = (
+        first.startswith(b"PAR1")
+        if target.suffix.lower() == ".parquet"
+        else b'"reward": ' in first and b'"mean": ' in first
+    )
     if not ours:
         raise PoiseError(f"--output {target} exists and holds no scores; choose another name")

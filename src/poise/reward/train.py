@@ -123,6 +123,8 @@ def read(config: Config) -> tuple[PreferenceSplit, PreferenceSplit | None]:
     """
     share, seed = config.validation_share, config.seed
     preferences = read_preferences(config.preferences, config.on_bad_row, row_check_of(config.model))
+    if config.shards == "source" and not any(one.source for one in preferences):
+        raise PoiseError(f"--shards source: no row of {config.preferences} names its `source`; choose other --shards")
     if not config.validator_share:
         return PreferenceSplit.draw(preferences, share, seed), None
     try:

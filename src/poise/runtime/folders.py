@@ -136,6 +136,11 @@ def refuse_device(path: Path) -> None:
         raise PoiseError(f"{str(path)!r} cannot be the name of a file: it holds a zero byte")
     if path.parts[:1] == ("~",):
         raise PoiseError(f"{path}: ~ is not read as the home folder here; write the folder's whole name")
+    there = next((one for one in (path, *path.parents) if os.path.lexists(one)), path)
+    if there != path and not there.is_dir():
+        raise PoiseError(f"{path} cannot be made: {there} is no folder")
+    if path.is_symlink() and not path.exists():
+        raise PoiseError(f"{path} is a link to nothing; delete it, or choose another name")
     try:
         place = path.parent.resolve()
         streams = place == Path("/dev") or place.parts[1:2] in (("proc",), ("sys",))

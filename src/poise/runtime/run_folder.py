@@ -15,15 +15,16 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
 
-from poise.errors import PoiseError, first_line
+from poise.errors import PoiseError
 from poise.runtime import inputs as run_inputs
+from poise.runtime.config_files import load_config_file
 from poise.runtime.folders import (
     MARK,
     is_leftover,
@@ -36,10 +37,11 @@ from poise.runtime.folders import (
     write_folder_atomic,
 )
 from poise.runtime.inputs import Inputs
-from poise.runtime.records import Json, as_lines, as_text, checked, mend_last_line, read_object, read_rows
+from poise.runtime.records import Json, as_lines, as_text, mend_last_line, read_object, read_rows
+from poise.runtime.run_kinds import command_of, made_by
 from poise.runtime.settings import at_least
 
-__all__ = ["Inputs", "Json", "Run", "write_folder_atomic"]
+__all__ = ["Inputs", "Json", "Run", "load_config_file", "write_folder_atomic"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +99,7 @@ class Run:
 
     def check_config(self, config: Any) -> None:
         """Raise PoiseError if the folder holds work of a run of another config, or something else than a run."""
+        self.check_command(config)
         if not (self.folder / "config.yaml").exists():
             refuse_foreign(self.folder)
         elif (changed := self.differs(config)) and not self._is_bare and not self._extends(config, changed):
@@ -104,6 +107,12 @@ class Run:
                 f"{self.folder} holds a run of another config (differs in {', '.join(changed)}); "
                 f"choose another --output or delete the folder"
             )
+
+    def check_command(self, config: Any) -> None:
+        """Raise PoiseError if a run of another command is in the folder."""
+        made = made_by(self.folder) if self.folder.is_dir() else ""
+        if made and made != command_of(config_dict(config)) and not self._is_bare:
+            raise PoiseError(f"--output {self.folder} is a run of `poise {made}`; choose another folder")
 
     def differs(self, config: Any) -> list[str]:
         """Names of the settings in which the run in the folder differs from `config`; [] if there is no run."""
@@ -176,38 +185,6 @@ def versions_of(run: Run) -> dict[str, str]:
     """Versions of the packages that made a run; none if it has no record of them."""
     path = run.folder / "environment.json"
     return dict(read_object(path, _Environment)["versions"]) if path.exists() else {}
-
-
-class _OnceEach(yaml.SafeLoader):
-    """Refuses a mapping that gives one name twice: YAML's readers differ in which they take."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in names:
-                raise yaml.constructor.ConstructorError(problem=f"{key.value!r} is there twice")
-            names |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
-        return super().construct_mapping(node, deep)
-
-
-def load_config_file(path: str | Path, kind: type | None = None) -> Json:
-    """The mapping in a config.yaml; PoiseError if missing or not a mapping.
-
-    kind: a dataclass that names the settings which must be there, with their types and ranges.
-    """
-    try:
-        loaded = yaml.load(Path(path).read_text(encoding="utf-8"), _OnceEach)
-    except OSError as error:
-        raise PoiseError(f"cannot read config {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise PoiseError(f"config {path} is not valid YAML: {first_line(error)}") from None
-    except RecursionError:
-        raise PoiseError(f"config {path} is nested too deeply") from None
-    except ValueError as error:  # also bytes that are not UTF-8
-        raise PoiseError(f"cannot read config {path}: {first_line(error)}") from None
-    if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded):
-        raise PoiseError(f"config {path} holds no settings, each as `name: value`")
-    return checked(loaded, kind, str(path)) if kind else loaded
 
 
 def config_dict(config: Any) -> Json:
@@ -316,10 +293,25 @@ def _is_more(now: Any, before: Any) -> bool:
     """Is a number larger, or a list the same one and longer?"""
     if isinstance(now, list):
         return isinstance(before, list) and now[: len(before)] == before and len(now) > len(before)
-    return before is not None and bool(now > before)
+    return type(before) in (int, float) and bool(now > before)
 
 
 def keep_rows_before(path: Path, step: int) -> None:
-    """Drop rows logged at or after `step`: the part of a killed run that its last checkpoint does not know."""
+    """Drop rows logged at or after `step`: the part of a killed run that its last checkpoint does not know.
+
+    Raises PoiseError for rows that are out of order, as a run never leaves them.
+    """
     if path.exists():
-        write_jsonl(path, [row for row in read_rows(path, _Step) if row["step"] < step])
+        write_jsonl(path, [row for row in _in_order(path) if row["step"] < step])
+
+
+def _in_order(path: Path) -> Iterator[Json]:
+    before = -1
+    for number, row in enumerate(read_rows(path, _Step), 1):
+        if row["step"] < before:
+            raise PoiseError(
+                f"{path}:{number}: a row of step {row['step']} after one of step {before}; bring the file back as the "
+                f"run left it, or delete the folder to begin anew"
+            )
+        before = row["step"]
+        yield row

@@ -1,9 +1,10 @@
 """Which command made a run folder, told from its files alone."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from poise.errors import PoiseError
-from poise.runtime.run_folder import load_config_file
+from poise.runtime.config_files import load_config_file
 
 # What a run of each command has among its settings, in the order in which they are looked for.
 _SETTINGS = {
@@ -15,33 +16,48 @@ _SETTINGS = {
     "evaluate-policy": {"policies", "tasks"},
     "trust": {"validator", "judged", "per_prompt"},
     "quickstart": {"num_preferences", "num_steps", "kl_coef"},
+    "study": {"reward_seeds", "policy_seeds", "label_noise"},
+    "toy": {"num_seeds", "heads_kl_coef"},
 }
+_WITHOUT_PAGE = {"toy"}
+
+
+def command_of(settings: Collection[str]) -> str:
+    """The command whose config.yaml names these settings; an empty text for one that is not known by them."""
+    return next((command for command, names in _SETTINGS.items() if names <= set(settings)), "")
+
+
+def made_by(folder: str | Path) -> str:
+    """The command that made a run folder; an empty text for other folders. PoiseError for a damaged config.yaml."""
+    folder = Path(folder)
+    if (folder / "study.json").exists():
+        return "study"
+    settings = load_config_file(folder / "config.yaml") if (folder / "config.yaml").exists() else {}
+    whole = all((folder / name).exists() for name in ("results.json", "comparison/results.json"))
+    return command_of(settings) or ("quickstart" if whole else "")
 
 
 def kind_of(folder: str | Path) -> str:
     """The command that made a run folder. PoiseError if it is no run folder, or one that has no page."""
     folder = Path(folder)
-    if (folder / "study.json").exists():
-        return "study"
-    if (folder / "comparison" / "results.json").exists():
-        return "quickstart"
+    if not folder.is_dir():
+        why = "it is a file" if folder.exists() else "there is no such folder"
+        raise PoiseError(f"{folder} is not a run folder: {why}")
+    kind = made_by(folder)
+    if kind and kind not in _WITHOUT_PAGE:
+        return kind
     if not (folder / "config.yaml").exists():
-        if not folder.exists():
-            raise PoiseError(f"{folder} is not a run folder: there is no such folder")
         inner = folder.parent / "config.yaml"
         hint = f"; its run is {folder.parent}" if inner.exists() else ""
         raise PoiseError(f"{folder} is not a run folder: it has no config.yaml{hint}")
-    settings = load_config_file(folder / "config.yaml").keys()
-    for kind, names in _SETTINGS.items():
-        if names <= settings:
-            return kind
-    raise PoiseError(f"{folder} is a run of a command that has no page ({', '.join(_SETTINGS)} and study have one)")
+    have = ", ".join(command for command in _SETTINGS if command not in _WITHOUT_PAGE)
+    raise PoiseError(f"{folder} is a run of a command that has no page ({have} have one)")
 
 
 def told_of(folder: str | Path) -> str:
     """The same in words, to tell somebody who took the folder for something else; an empty text for other folders."""
     try:
-        kind = kind_of(folder)
-    except PoiseError:
+        kind = made_by(folder)
+    except (PoiseError, OSError, ValueError):
         return ""
-    return f"a run of `poise {kind}`"
+    return f"a run of `poise {kind}`" if kind else ""

@@ -13,7 +13,8 @@ nothing outside the standard library.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -89,6 +90,11 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class EachOnce:
+    """Marks a list in which nothing may stand twice: a model or an arm beside itself says nothing."""
+
+
+@dataclass(frozen=True)
 class ModelPath:
     """Marks a setting that names models: language models, reward models, layers to take, or a stand-in for people."""
 
@@ -124,11 +130,13 @@ class Settings:
     ADDED: settings that earlier versions did not have, with the value that stands for what a run did without them,
     where that is not the default. A whole config file without one of them gets that value.
     GROWS: settings of which a finished run may take more; it then goes on.
+    READ_WITH: settings that are only read with others: whether they are, and what those are in words.
     """
 
     ADDED: ClassVar[Mapping[str, Any]] = {}
     GROWS: ClassVar[tuple[str, ...]] = ()
     RUN_FOLDER: ClassVar[bool] = False
+    READ_WITH: ClassVar[Mapping[str, tuple[Callable[[Any], bool], str]]] = {}
 
     def check(self) -> None:
         """Raise PoiseError, one line, for a setting of a wrong type or out of range. Commands add what they need."""
@@ -142,18 +150,48 @@ class Settings:
         return self
 
 
-def check_settings(config: Any, inside: str = "") -> None:
+def check_settings(config: Any, inside: str = "", default: Any = None) -> None:
     """Raise PoiseError, naming option, range and value, for the first setting that its annotation does not allow.
 
-    inside: what stands before the names of the options, such as `reward.` in a study.
+    inside: what stands before the names of the options, such as `reward.` in a study. default: of a config within
+    another the one that it is by default. A text may be empty only where it is so by default.
     """
+    default = type(config) if default is None else default
     for name, (kind, value) in typed_fields(config).items():
         if is_dataclass(value):
-            check_settings(value, f"{inside}{name}.")
-        else:
-            option = f"--{inside}{name}".replace("_", "-")
-            if wrong := problem(value, kind):
-                raise PoiseError(f"{option} must be {wrong}, got {shown(value)}")
+            check_settings(value, f"{inside}{name}.", getattr(default, name, None))
+            continue
+        option = f"--{inside}{name}".replace("_", "-")
+        if wrong := problem(value, kind):
+            raise PoiseError(f"{option} must be {wrong}, got {shown(value)}")
+        texts = value if isinstance(value, (tuple, list)) else [value] if getattr(default, name, None) != value else []
+        if any(isinstance(text, str) and not text.strip() for text in texts):
+            raise PoiseError(f"{option} is empty; name something, or leave it out")
+        if any(isinstance(mark, EachOnce) for mark in marks(kind)) and (again := _first_again(value)) is not None:
+            raise PoiseError(f"{option} names {again} twice")
+
+
+def unread(config: Settings, inside: str = "", default: Any = None) -> Iterator[str]:
+    """A line for every setting that was given and that nothing reads, since another one is not as it needs it.
+
+    No error: who turns something off for once leaves the rest of a config file as it is. inside, default: as
+    `check_settings` takes them.
+    """
+    default = type(config) if default is None else default
+    for name, (_, value) in typed_fields(config).items():
+        if isinstance(value, Settings):
+            yield from unread(value, f"{inside}{name}.", getattr(default, name, None))
+        elif name in config.READ_WITH and value != getattr(default, name):
+            is_read, words = config.READ_WITH[name]
+            if not is_read(config):
+                option = f"--{inside}{name}".replace("_", "-")
+                yield f"{option} is not read: it needs {words}"
+
+
+def _first_again(items: Any) -> Any:
+    """The first item of a list that has stood before, of names of files also in another spelling; None if none has."""
+    same = [os.path.realpath(one.strip()) if isinstance(one, str) and "\0" not in one else one for one in items]
+    return next((one for i, one in enumerate(items) if same[i] in same[:i]), None)
 
 
 def typed_fields(config: Any) -> dict[str, tuple[Any, Any]]:
@@ -247,6 +285,12 @@ def check_address(option: str, text: str) -> None:
 
 
 # ---- values of our own files ----
+
+
+class NumberAsWritten(float):
+    """A number of a YAML file, which may stand where text is expected: as a folder's name `1.50` is not `1.5`."""
+
+    text: str
 
 
 def read_value(value: Any, kind: Any, what: str) -> Any:

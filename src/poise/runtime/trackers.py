@@ -1,6 +1,9 @@
 """Other places to log a run to (TensorBoard, W&B, trackio, …), through accelerate; none by default."""
 
 import contextlib
+import importlib.util
+import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -8,11 +11,22 @@ from poise.errors import PoiseError
 from poise.runtime.run_folder import Json, is_main_process
 
 Track = Callable[[Json, int], None]
+_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}  # of trackers whose packages have other names
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raise PoiseError for a tracker that is unknown or whose package is missing; accelerate would drop it silently."""
+    """Raise PoiseError for a tracker that is unknown or whose package is missing; accelerate would drop it silently.
+
+    Before accelerate is imported, and torch with it, its source says the names, and packages are looked for by theirs.
+    """
     if not names:
+        return
+    if "accelerate" not in sys.modules and (known := _named_in_source()):
+        for name in names:
+            if name not in known:
+                raise PoiseError(f"--trackers: no tracker {name!r}; accelerate knows {', '.join(known)}")
+            if not any(importlib.util.find_spec(package) for package in _PACKAGES.get(name, (name,))):
+                raise PoiseError(f"--trackers {name}: its package is not installed")
         return
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
@@ -22,6 +36,12 @@ def check_trackers(names: Sequence[str]) -> None:
             raise PoiseError(f"--trackers: no tracker {name!r}; accelerate knows {', '.join(LOGGER_TYPE_TO_CLASS)}")
         if name not in ready:
             raise PoiseError(f"--trackers {name}: its package is not installed")
+
+
+def _named_in_source() -> list[str]:
+    package = importlib.util.find_spec("accelerate")
+    source = Path(package.origin).parent / "tracking.py" if package and package.origin else Path()
+    return re.findall(r'^    name = "(\w+)"', source.read_text(encoding="utf-8"), re.M) if source.is_file() else []
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 import tyro
@@ -14,16 +15,18 @@ from poise.functional.objective_names import read_objective
 from poise.models.run_heads import refuse_itself
 from poise.runtime.settings import (
     Count,
+    EachOnce,
+    LengthOrAll,
     Preferences,
     Reward,
     Settings,
-    WholeNumber,
     at_least,
     between,
     check_address,
 )
 from poise.serve.client import TOKEN_VARIABLE
 
+_LONGEST_ROW = 1 << 24  # bytes of a log's row that are looked at
 _COUPLED = {"expected_tradeoff", "expected_worst_case"}
 
 
@@ -31,7 +34,9 @@ _COUPLED = {"expected_tradeoff", "expected_worst_case"}
 class ServeConfig(Settings):
     """Serve reward models to training engines over HTTP."""
 
-    rewards: Annotated[tyro.conf.Positional[tuple[Reward, ...]], tyro.conf.arg(metavar="REWARD [REWARD …]")] = ()
+    rewards: Annotated[
+        tyro.conf.Positional[tuple[Reward, ...]], EachOnce(), tyro.conf.arg(metavar="REWARD [REWARD …]")
+    ] = ()
     """The rewards: checkpoint folders, hub ids, `poise train-reward` runs or an ensemble. Several act as one."""
     backend: Literal["local", "vllm"] = "local"
     """Who reads the texts: this process, or vLLM servers of the same checkpoint, at `--url`."""
@@ -59,7 +64,7 @@ class ServeConfig(Settings):
     """File with the bearer token that every request must carry; the environment variable POISE_TOKEN does the same."""
     log: str = ""
     """JSON lines file to add every scored completion to, with all heads."""
-    max_length: WholeNumber = 0
+    max_length: LengthOrAll = 0
     """Longest sample in tokens; longer ones lose their oldest tokens. 0: the model's context."""
     max_body: Count = 8
     """Largest request, in MiB."""
@@ -69,6 +74,13 @@ class ServeConfig(Settings):
     """Longest prompt or completion, in characters."""
     max_queue: Count = 8192
     """Completions that may wait; beyond them requests are answered with 429 and told to come again."""
+
+    READ_WITH = MappingProxyType(
+        {
+            "reference": (lambda one: len(one.rewards) > 1, "several reward models"),
+            "scale_count": (lambda one: one.scale, "--scale"),
+        }
+    )
 
     def check(self) -> None:
         """As `Settings.check`, the objective, the reference of several reward models, and the token."""
@@ -94,6 +106,8 @@ class ServeConfig(Settings):
             refuse_itself(self.validator, self.rewards[0])
         for url in self.url:
             check_address("--url", url)
+        if self.log:
+            _refuse_other_log(Path(self.log))
         if not self.token() and not is_loopback(self.host):
             raise PoiseError(
                 f"--host {self.host} is reachable from other machines: set a token in {TOKEN_VARIABLE} or --token-file"
@@ -114,6 +128,16 @@ class ServeConfig(Settings):
                 f"--token-file {self.token_file} holds more than one word of ASCII, which no request can carry"
             )
         return token
+
+
+def _refuse_other_log(path: Path) -> None:
+    """Raise PoiseError for a file that holds something else than the rows of a log: they would be added to it."""
+    if not path.is_file() or not path.stat().st_size:
+        return
+    with path.open("rb") as file:
+        first = file.readline(_LONGEST_ROW)
+    if b'"completion": ' not in first or b'"mean": ' not in first:
+        raise PoiseError(f"--log {path} exists and holds no log of `poise serve`; choose another name")
 
 
 def is_loopback(host: str) -> bool:

@@ -28,7 +28,7 @@ from poise.runtime.folders import MARK, is_leftover, own
 from poise.runtime.ladder import kept_policies
 from poise.runtime.progress import console
 from poise.runtime.run_folder import Json, load_config_file, write_json, write_jsonl
-from poise.studies.choose_config import Config, refuse_other_run
+from poise.studies.choose_config import Config, read_key, refuse_other_run
 from poise.studies.judgments import judgments_of
 from poise.studies.pool import prompt_key, sample
 
@@ -42,9 +42,7 @@ def run(config: Config) -> Json | None:
     out = Path(config.output)
     if not (out / "key.json").exists():
         _prepare(config, out)
-    key = records.read_object(out / "key.json")
-    if key["source"] != config.source:
-        raise PoiseError(f"--output {out} holds comparisons of {key['source']}; choose another folder")
+    key = read_key(config)
     judged = judgments_of(out, config)
     if judged is None:
         return None
@@ -66,7 +64,7 @@ def _prepare(config: Config, out: Path) -> None:
     own(out)
     write_jsonl(out / "ladder.jsonl", rows)
     write_jsonl(out / "comparisons.jsonl", comparisons)
-    write_json(out / "key.json", {"source": config.source, **key})
+    write_json(out / "key.json", {"source": config.source, **config.how_drawn(), **key})
 
 
 # ---- what there is to compare ----

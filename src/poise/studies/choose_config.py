@@ -8,7 +8,9 @@ import tyro
 
 from poise.data.files import no_such_file
 from poise.errors import PoiseError
-from poise.runtime.settings import Count, Positive, Seed, between
+from poise.runtime.records import Json, read_object
+from poise.runtime.run_kinds import told_of
+from poise.runtime.settings import Count, Positive, Seed, between, shown, sized
 from poise.studies.judge_settings import JudgeSettings
 
 
@@ -28,7 +30,7 @@ class Config(JudgeSettings):
     `kl` in each row, kl 0 for the start's."""
     output: str = "runs/choose"
     """Folder to write."""
-    rungs: tuple[Positive, ...] = (5.0, 10.0, 20.0, 40.0)
+    rungs: Annotated[tuple[Positive, ...], sized(1)] = (5.0, 10.0, 20.0, 40.0)
     """KL to the start of each rung, in nats, that a run is asked at; those it did not reach are left out. Policies that
     the run kept near a rung (--keep-at-kl) are sampled anew. A file has its own."""
     per_rung: Count = 40
@@ -38,19 +40,43 @@ class Config(JudgeSettings):
     seed: Seed = 0
     """Of the comparisons that are drawn, their order and their sides."""
 
+    def how_drawn(self) -> Json:
+        """The settings that the comparisons in a folder are of."""
+        return {"rungs": list(self.rungs), "per_rung": self.per_rung, "seed": self.seed}
+
     def for_command(self) -> "Config":
         """As `Settings.for_command`: before the comparisons are drawn, the source is a policy run or a file."""
         source = Path(self.source)
         if (Path(self.output) / "key.json").exists():
+            read_key(self)
             return self
         if not source.exists():
             raise PoiseError(no_such_file(source))
         if source.is_dir():
             refuse_other_run(source)
+        elif self.rungs != Config.rungs:
+            raise PoiseError(f"--rungs is only read with a run; {source} is a file, which has its own")
         return self
+
+
+def read_key(config: Config) -> Json:
+    """OUTPUT/key.json. Raises PoiseError for comparisons of another source, or that were drawn in another way."""
+    out = Path(config.output)
+    key = read_object(out / "key.json")
+    if key.get("source") != config.source:
+        raise PoiseError(f"--output {out} holds comparisons of {key.get('source')}; choose another folder")
+    for name, value in config.how_drawn().items():
+        if key.get(name, value) != value:  # earlier versions did not write it down
+            raise PoiseError(
+                f"--output {out} holds comparisons that were drawn with another --{name.replace('_', '-')} "
+                f"({shown(key[name])}); choose another folder"
+            )
+    return key
 
 
 def refuse_other_run(run: Path) -> None:
     """Raise PoiseError for a folder that is no policy run."""
     if not all((run / name).exists() for name in ("samples.jsonl", "config.yaml")):
-        raise PoiseError(f"{run} is no `poise train-policy` run: it has no samples.jsonl")
+        why = told_of(run) if told_of(run) != "a run of `poise train-policy`" else ""
+        why = f"it is {why}" if why else "it has no samples.jsonl"
+        raise PoiseError(f"{run} is no `poise train-policy` run: {why}")

@@ -16,14 +16,16 @@ from poise.data.preferences import OnBadRow
 from poise.errors import PoiseError
 from poise.functional.objective_names import read_objective
 from poise.models.choices import DEFAULT_MODEL
-from poise.models.model_folder import check_reward_run
+from poise.models.head_checks import check_reward_run
 from poise.policy.config import Config as PolicySettings
 from poise.policy.formats import refuse_unfinished
 from poise.reward.config import Config as RewardSettings
 from poise.runtime.jobs import Job
 from poise.runtime.run_folder import Json, config_dict
+from poise.runtime.run_kinds import told_of
 from poise.runtime.settings import (
     Count,
+    EachOnce,
     Gold,
     Language,
     NotNegative,
@@ -105,7 +107,7 @@ class Config(Settings):
     """Reward models of each label noise for best-of-n. The seed of each also decides which labels are flipped."""
     pool_size: WholeNumber = 64
     """Completions of each evaluation prompt to choose from; 0 leaves best-of-n out. Best-of-n needs a frozen trunk."""
-    policy_noise: tuple[str, ...] = ("0",)
+    policy_noise: Annotated[tuple[str, ...], EachOnce()] = ("0",)
     """Levels of --label-noise on which policies are trained."""
     reward_seeds: Count = 3
     """Number of reward-model seeds on which policies are trained: 0, 1, …"""
@@ -142,7 +144,9 @@ class QuickstartConfig(Settings):
     """Language model: local folder or hub id."""
     num_preferences: Annotated[int, at_least(2)] = 400
     """Human preference pairs to train the reward models on."""
-    arms: Annotated[tuple[Literal["conventional", "robust", "brme"], ...], sized(2)] = ("conventional", "robust")
+    arms: Annotated[tuple[Literal["conventional", "robust", "brme"], ...], sized(2), EachOnce()] = (
+        "conventional", "robust",
+    )  # fmt: skip
     """Policies to train: one head without a bound, the bounded lower confidence bound, and the paper's trade-off of
     BRME heads. A finished quickstart takes more of them: `--arms conventional robust brme`."""
     num_steps: Count = 28
@@ -151,11 +155,6 @@ class QuickstartConfig(Settings):
     """β, the same for every arm: next to no KL penalty, so that the reward model itself has to hold."""
     seed: Seed = 0
     """Of everything: pairs, heads, prompts, sampling."""
-
-    def check(self) -> None:
-        """As `Settings.check`, and that no arm is there twice."""
-        super().check()
-        _refuse_twice("--arms", self.arms)
 
 
 @dataclass(frozen=True)
@@ -166,13 +165,13 @@ class BestOfNConfig(Settings):
 
     prompts: Prompts
     """JSON lines with `prompt`."""
-    reward: Annotated[tuple[str, ...], sized(1)]
+    reward: Annotated[tuple[str, ...], sized(1), EachOnce()]
     """`poise train-reward` run folders: several, of other seeds, for intervals."""
     output: str = "runs/best-of-n"
     """Run folder to write."""
     model: Language = DEFAULT_MODEL
     """Local folder or hub id of the policy to sample."""
-    objectives: Annotated[tuple[str, ...], sized(1)] = (
+    objectives: Annotated[tuple[str, ...], sized(1), EachOnce()] = (
         "single:nominal", "brme:tradeoff(0.4)", "brme:worst_case", "posterior:lower_confidence(1)",
     )  # fmt: skip
     """What to select by: REWARD:OBJECTIVE, the reward model being a folder of the reward runs. Differences are taken
@@ -192,7 +191,6 @@ class BestOfNConfig(Settings):
     def check(self) -> None:
         """As `Settings.check`, and the form of each objective."""
         super().check()
-        _refuse_twice("--objectives", self.objectives)
         for text in self.objectives:
             reward, colon, objective = text.partition(":")
             if not colon:
@@ -204,8 +202,11 @@ class BestOfNConfig(Settings):
     def for_command(self) -> "BestOfNConfig":
         """As `Settings.for_command`: the reward models are there."""
         self.check()
+        by_folder: dict[str, list[str]] = {}
+        for reward, _, objective in (text.partition(":") for text in self.objectives):
+            by_folder.setdefault(reward, []).append(objective)
         for run in self.reward:
-            check_reward_run(run, {text.partition(":")[0] for text in self.objectives})
+            check_reward_run(run, by_folder)
         return self
 
 
@@ -216,9 +217,9 @@ class CompareConfig(Settings):
     RUN_FOLDER = True
     GROWS = ("arms", "labels")
 
-    arms: tuple[str, ...]
+    arms: Annotated[tuple[str, ...], EachOnce()]
     """`poise train-policy` run folders of the same evaluation prompts; differences are taken against the first."""
-    labels: tuple[str, ...] = ()
+    labels: Annotated[tuple[str, ...], EachOnce()] = ()
     """What to call each arm; default: its folder's name."""
     pool: str = ""
     """A `poise best-of-n` run on the evaluation prompts: what the initial policy wrote, and its gold."""
@@ -233,7 +234,6 @@ class CompareConfig(Settings):
         super().check()
         if len(self.arms) < 2:
             raise PoiseError("a comparison needs at least two arms")
-        _refuse_twice("--arms", self.arms)
         if self.labels and len(self.labels) != len(self.arms):
             raise PoiseError(f"{len(self.labels)} labels for {len(self.arms)} arms")
 
@@ -242,13 +242,11 @@ class CompareConfig(Settings):
         self.check()
         for arm in self.arms:
             refuse_unfinished(Path(arm))
+        if self.pool and not (Path(self.pool) / "pool.jsonl").exists():
+            told = told_of(self.pool)
+            why = f"it is {told}" if told and "best-of-n" not in told else "it has no pool.jsonl"
+            raise PoiseError(f"--pool {self.pool} is no `poise best-of-n` run: {why}")
         return self
-
-
-def _refuse_twice(option: str, names: tuple[str, ...]) -> None:
-    """Raise PoiseError for a name that is there twice: an arm or an objective beside itself says nothing."""
-    if again := [name for i, name in enumerate(names) if name in names[:i]]:
-        raise PoiseError(f"{option} names {again[0]} twice")
 
 
 def completed(config: Config) -> Config:
@@ -330,7 +328,7 @@ def _check_nested(config: Config) -> None:
             "best-of-n trains its reward models on one frozen trunk"
         )
     with _options_of("reward"):
-        config.reward.check()
+        reward_job(config, "0", 0).config.check()
     for arm in config.arms:
         with _options_of("policy", f"arm {arm}: "):
             policy_job(config, arm, 0, "0", 0).config.check()
