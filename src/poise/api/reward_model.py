@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from poise.data.in_memory import Data, as_row
+from poise.data.in_memory import Data, as_row, entries
 from poise.data.preferences import iter_samples
 from poise.data.types import Prompt, Sample
 from poise.errors import PoiseError
@@ -133,9 +133,10 @@ class RewardModel:
         if completions is None:
             if isinstance(prompt, (str, Path)):
                 return self.scorer(list(iter_samples(prompt)))
-            rows: list[Any] = list(prompt)
+            rows = list(entries(prompt, "samples"))
         else:
-            several = [completions] if isinstance(completions, str) or _is_turns(completions) else list(completions)
+            alone = isinstance(completions, str) or _is_turns(completions)
+            several = [completions] if alone else entries(completions, "completions")
             rows = [{"prompt": prompt, "completion": completion} for completion in several]
         return self.scorer(_samples(rows))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from poise.api.reward_model import RewardModel
-from poise.data.in_memory import Data, as_file
+from poise.data.in_memory import Data, as_file, to_read_again
 from poise.errors import PoiseError
 from poise.integrations.trl_reward import IN_MEMORY, RobustReward
 from poise.models.loading import HfModel, HfTokenizer, load_adapters, load_policy
@@ -46,7 +46,7 @@ class RewardTrainer:
         default `args.preferences`.
         """
         self.args = _with_model(args or RewardConfig(), model)
-        self.train_dataset = self.args.preferences if train_dataset is None else train_dataset
+        self.train_dataset = self.args.preferences if train_dataset is None else to_read_again(train_dataset)
         self.results: Json = {}
         self.bad_rows: list[Json] = []
 
@@ -119,7 +119,7 @@ class PolicyTrainer:
         """
         self.args = _with_model(args or PolicyConfig(), model)
         self.reward = reward or self.args.reward
-        self.prompts = self.args.prompts if prompts is None else prompts
+        self.prompts = self.args.prompts if prompts is None else to_read_again(prompts)
 
     def train(self) -> TrainedPolicy:
         """Train, or go on from `args.output`. Raises PoiseError as `poise train-policy` does."""

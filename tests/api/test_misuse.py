@@ -1,0 +1,105 @@
+"""What a program may give by mistake: one line says what was wrong, and nothing is trained on what was not meant."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from as_installed import poise_as_installed
+
+PROMPT = "Review a film."
+TURNS = [
+    {"role": "user", "content": PROMPT}, {"role": "assistant", "content": "Which?"}, {"role": "user", "content": "M."},
+]  # fmt: skip
+PAIRS = [{"prompt": PROMPT, "chosen": f"Good {i}.", "rejected": f"Bad {i}."} for i in range(4)]
+
+
+@pytest.fixture(scope="module")
+def poise() -> Iterator[Any]:
+    with poise_as_installed() as package:
+        yield package
+
+
+@pytest.fixture(scope="module")
+def rm(poise: Any, reward_folder: Path) -> Any:
+    return poise.RewardModel.from_pretrained(reward_folder)
+
+
+def refused(poise: Any, call: Callable[[], Any]) -> str:
+    """What a call says that must fail with one line."""
+    with pytest.raises(ValueError, match=r"^[^\n]+$") as caught:
+        call()
+    assert type(caught.value) is poise.PoiseError, repr(caught.value)
+    return str(caught.value)
+
+
+# ---- data ----
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (pd.DataFrame(PAIRS), r'a DataFrame gives the names of its columns, not its rows; give .to_dict("records")'),
+        (datasets.DatasetDict(train=datasets.Dataset.from_list(PAIRS)), "not a DatasetDict, which has names; give one"),
+        ({"prompt": [PROMPT], "chosen": ["a"]}, "not a dict, which has names"),
+        (5, "a list was expected, not int"),
+        (b"abc", "a list was expected, not bytes"),
+        ([{**PAIRS[0], "chosen": b"Good."}], "row 1 of WHAT: 'chosen' holds a value of type bytes; convert it"),
+        ([{**PAIRS[0], "chosen": object()}], "row 1 of WHAT: 'chosen' holds a value of type object"),
+    ],
+    ids=["frame", "splits", "columns", "number", "bytes", "text as bytes", "object"],
+)  # fmt: skip
+def test_data_that_is_no_list_of_rows_is_refused(poise: Any, rm: Any, tiny_model: str, data: Any, said: str) -> None:
+    """Iterated over, a frame or a mapping gives names: as prompts they were trained on."""
+    reward = rm.heads("brme").reward("mean")
+    calls = {
+        "train_dataset": lambda: poise.RewardTrainer(tiny_model, data).train(),
+        "prompts": lambda: poise.PolicyTrainer(tiny_model, reward, data).train(),
+        "samples": lambda: rm.score(data),
+    }
+    for what, call in calls.items():
+        assert said.replace("WHAT", what) in refused(poise, call), what
+
+
+def test_arrays_and_tensors_are_read_as_the_lists_that_they_are(rm: Any) -> None:
+    """As pandas gives the turns of a Parquet file. Written as text, two turns were one prompt of plain text."""
+    from poise.data.in_memory import as_row
+
+    given = np.array(TURNS, dtype=object)
+    row = {
+        "prompt": given,
+        "margin": np.float32(0.5),
+        "score": torch.tensor([1, 2]),
+        "no": pd.NA,
+        "nan": np.float64("nan"),
+    }
+    plain = {"prompt": TURNS, "margin": 0.5, "score": [1, 2], "no": None, "nan": None}
+    assert as_row(row, 1, "rows") == plain
+    assert as_row(tuple(TURNS), 1, "prompts", "prompt") == {"prompt": TURNS}
+    for prompt in (given, tuple(TURNS)):
+        assert torch.equal(rm.score(prompt, ["A film."]).mean, rm.score(TURNS, ["A film."]).mean)
+
+
+def test_a_row_that_holds_itself_is_refused(poise: Any, rm: Any) -> None:
+    row: dict[str, Any] = {"prompt": PROMPT, "completion": "A film."}
+    row["row"] = row
+    assert "row 1 of samples: 'row' holds itself, or is nested too deep" in refused(poise, lambda: rm.score([row]))
+
+
+def test_samples_and_completions_of_any_iterable(poise: Any, rm: Any) -> None:
+    wanted = rm.score(PROMPT, ["a", "bb"]).mean
+    assert torch.equal(rm.score([poise.Sample(PROMPT, "a"), poise.Sample(PROMPT, "bb")]).mean, wanted)
+    assert torch.equal(rm.score(PROMPT, (text for text in ("a", "bb"))).mean, wanted)
+    assert refused(poise, lambda: rm.score(PROMPT, 3)) == "completions: a list was expected, not int"
+
+
+def test_rows_of_an_iterator_are_there_for_a_second_training(poise: Any) -> None:
+    trainer = poise.RewardTrainer("m", iter(PAIRS))
+    assert list(trainer.train_dataset) == list(trainer.train_dataset) == PAIRS
+    prompts = poise.PolicyTrainer("m", "rm", iter(["a", "b"])).prompts
+    assert list(prompts) == list(prompts) == ["a", "b"]
