@@ -394,7 +394,7 @@ def test_a_policy_watches_the_validator_of_its_reward_s_run(
 def test_the_validator_of_the_settings_is_the_one_that_a_reward_model_is_read_with(
     other: str | None, watched_reward: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """RLOO and GRPO take it from the reward; and no line says that the validator of the model's run is watched."""
+    """So that no line says that the one of the model's own run is watched."""
     seen: list[tuple[str | None, str | None]] = []
 
     def run(config: PolicyConfig, given: Any) -> None:

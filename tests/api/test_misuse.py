@@ -103,3 +103,51 @@ def test_rows_of_an_iterator_are_there_for_a_second_training(poise: Any) -> None
     assert list(trainer.train_dataset) == list(trainer.train_dataset) == PAIRS
     prompts = poise.PolicyTrainer("m", "rm", iter(["a", "b"])).prompts
     assert list(prompts) == list(prompts) == ["a", "b"]
+
+
+# ---- objectives ----
+
+FOUR = ([PROMPT] * 4, ["one", "two", "three", "four"])
+
+
+@pytest.mark.parametrize(
+    ("objective", "got"),
+    [
+        (lambda heads: heads.mean, "one of (4, 5)"),
+        (lambda heads: heads.mean[:, :1], "one of (4, 1)"),
+        (lambda heads: heads.mean[1:, 0], "one of (3,)"),
+        (lambda heads: heads.mean.mean(), "one of ()"),
+        (lambda heads: heads.mean[:, 0].tolist(), "list"),
+        (lambda heads: heads.mean[:, 0].numpy(), "ndarray"),
+        (lambda heads: None, "NoneType"),
+        (lambda heads: heads.mean[:, 0] * 1j, "complex numbers"),
+    ],
+)
+def test_an_objective_returns_one_number_for_each(poise: Any, rm: Any, objective: Any, got: str) -> None:
+    """A column of the heads' means, or of another number of completions, was broadcast or passed on."""
+    said = refused(poise, lambda: rm.heads("brme").reward(objective)(*FOUR))
+    assert said == f"an objective must return one number per completion, a tensor of shape (4,); it gave {got}"
+
+
+def test_an_objective_may_count_and_may_change_what_it_is_given(rm: Any) -> None:
+    def changes(heads: Any) -> torch.Tensor:
+        heads.std.mul_(100)
+        return heads.mean.mul_(2).mean(-1) - heads.std.mean(-1)
+
+    reward = rm.heads("brme").reward(changes)
+    first = reward(*FOUR)
+    assert reward(*FOUR) == first
+    assert torch.equal(reward.last.heads.std, rm.heads("brme").score([PROMPT, *FOUR][0], FOUR[1]).std)
+    counted = rm.heads("brme").reward(lambda heads: heads.mean.mean(-1) > heads.mean.mean())
+    assert len(set(counted(*FOUR))) == 2
+
+
+def test_a_scale_is_of_as_many_heads_and_of_some_completions(poise: Any) -> None:
+    """A scale of one head, or a reward of one, was broadcast."""
+    from poise.functional.objectives import RewardScale, mean
+
+    heads = poise.HeadRewards(torch.randn(3, 2), torch.zeros(3, 2))
+    one = poise.HeadRewards(heads.mean[:, :1], heads.std[:, :1])
+    assert refused(poise, lambda: RewardScale.fit(heads, mean).combine(one, mean)) == "1 heads on a scale of 2"
+    assert refused(poise, lambda: RewardScale.fit(one, mean).centered(heads)) == "2 heads on a scale of 1"
+    assert "(0, 2)" in refused(poise, lambda: RewardScale.fit(heads.each(lambda part: part[:0]), mean))
