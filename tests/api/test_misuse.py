@@ -119,7 +119,7 @@ FOUR = ([PROMPT] * 4, ["one", "two", "three", "four"])
         (lambda heads: heads.mean.mean(), "one of ()"),
         (lambda heads: heads.mean[:, 0].tolist(), "list"),
         (lambda heads: heads.mean[:, 0].numpy(), "ndarray"),
-        (lambda heads: None, "NoneType"),
+        (lambda _: None, "NoneType"),
         (lambda heads: heads.mean[:, 0] * 1j, "complex numbers"),
     ],
 )
@@ -151,3 +151,100 @@ def test_a_scale_is_of_as_many_heads_and_of_some_completions(poise: Any) -> None
     assert refused(poise, lambda: RewardScale.fit(heads, mean).combine(one, mean)) == "1 heads on a scale of 2"
     assert refused(poise, lambda: RewardScale.fit(one, mean).centered(heads)) == "2 heads on a scale of 1"
     assert "(0, 2)" in refused(poise, lambda: RewardScale.fit(heads.each(lambda part: part[:0]), mean))
+
+
+# ---- rewards ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"objective": None}, "an objective is a name or a function of HeadRewards, not NoneType"),
+        ({"objective": 3}, "an objective is a name or a function of HeadRewards, not int"),
+        ({"ceiling": None}, "ceiling must be a number, got None; without a bound leave it out"),
+        ({"ceiling": "2"}, "ceiling must be a number, got '2'; without a bound leave it out"),
+        ({"regret_bonus": "1"}, "regret_bonus must be a number, got '1'; without a bound leave it out"),
+        ({"floor": 2, "ceiling": 1}, "the reward's floor must be below its ceiling, got 2 and 1"),
+        ({"floor": float("nan")}, "the reward's floor must be below its ceiling, got nan and inf"),
+        ({"validator": 3}, "a validator is the name of a reward model, not int"),
+    ],
+)
+def test_a_reward_says_at_once_what_it_cannot_be_made_of(
+    poise: Any, rm: Any, reward_folder: Path, arguments: dict[str, Any], said: str
+) -> None:
+    asked = {"objective": "mean", **arguments}
+    objective = asked.pop("objective")
+    assert refused(poise, lambda: rm.heads("brme").reward(objective, **asked)) == said
+    assert refused(poise, lambda: poise.RobustReward.load(reward_folder, objective, **asked)) == said
+
+
+@pytest.mark.parametrize("length", [-1, 1, "64", 30.5])
+def test_a_length_is_that_of_the_settings(poise: Any, reward_folder: Path, length: Any) -> None:
+    """At -1 every text lost its last token; at 1 all texts were one."""
+    wrong = "a whole number" if not isinstance(length, int) else "0, or at least 8"
+    for load in (poise.RewardModel.from_pretrained, poise.RobustReward.load):
+        said = refused(poise, lambda load=load: load(reward_folder, max_length=length))
+        assert said == f"max_length must be {wrong}, got {length!r}"
+
+
+def test_heads_that_are_no_name_are_refused(poise: Any, rm: Any) -> None:
+    assert "no heads ['brme'] in this reward model; it has" in refused(poise, lambda: rm.heads(["brme"]))
+
+
+def test_the_objective_of_a_reward_stays_what_it_is(rm: Any) -> None:
+    """Its name was changed, and what it computed was not."""
+    with pytest.raises(AttributeError, match="no setter"):
+        rm.heads("brme").reward("mean").objective = "worst_case"
+
+
+def test_a_scale_of_a_trial_is_told_from_that_of_a_training(rm: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    class State:
+        global_step = 0
+
+    tried, fresh = rm.heads("brme").reward("mean"), rm.heads("brme").reward("mean")
+    tried(*FOUR)
+    for reward in (fresh, tried, tried):
+        reward(*FOUR, trainer_state=State())
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("its scale is that of the 4 completions of an earlier call") == 1
+
+
+ANSWER = {"role": "assistant", "content": "A film."}
+
+
+@pytest.mark.parametrize(
+    ("prompts", "completions", "said"),
+    [
+        ("ab", "cd", "a reward takes a list of prompts, not str"),
+        (None, ["a"], "a reward takes a list of prompts, not NoneType"),
+        ([PROMPT], "a", "a reward takes a list of completions, not str"),
+        ([PROMPT] * 3, ["a", "b"], "3 prompts and 2 completions; there must be one for each"),
+        ([None], ["a"], "a prompt must be text or a list of turns, not NoneType"),
+        ([[]], ["a"], "a prompt that is a list must hold turns, {'role': …, 'content': text}, at least one"),
+        ([[{"role": "user", "content": [{"type": "image"}]}]], ["a"], "turn 1 of 'prompt' holds something"),
+        ([PROMPT], [None], "a completion must be text or a list of turns, not NoneType"),
+        ([PROMPT], [b"a"], "a completion must be text or a list of turns, not bytes"),
+        ([PROMPT], [ANSWER], "a completion must be text or a list of turns, not dict"),
+        ([PROMPT], [[]], "a completion that is a list must hold turns, {'role': …, 'content': text}, at least one"),
+        ([PROMPT], [["a"]], "a completion that is a list must hold turns, {'role': …, 'content': text}, at least one"),
+        ([PROMPT], [[{"role": "assistant", "content": 3}]], "turn 1 of 'completion' must have text, not int"),
+        ([PROMPT], ["a\ud800"], "'completion' holds the lone surrogate U+D800 at character 2: half a character"),
+        (["a\ud800"], ["b"], "'prompt' holds the lone surrogate U+D800 at character 2: half a character"),
+    ],
+)  # fmt: skip
+def test_what_is_no_prompt_or_completion_is_refused(
+    poise: Any, rm: Any, prompts: Any, completions: Any, said: str
+) -> None:
+    """Texts were taken letter by letter, and parts of a turn scored as Python writes them."""
+    from poise.integrations.trl_http import ServedReward
+
+    for reward in (rm.heads("brme").reward("mean"), ServedReward("http://127.0.0.1:9")):
+        assert refused(poise, lambda reward=reward: reward(prompts, completions)).startswith(said)
+
+
+def test_text_in_parts_is_the_text(rm: Any) -> None:
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Review "}, {"type": "text", "text": "a film."}]}]
+    told = [{"role": "assistant", "content": [{"type": "text", "text": "Good."}]}]
+    rewards = [rm.heads("brme").reward("mean") for _ in range(2)]
+    same = rewards[0]([PROMPT] * 2, ["Good.", "Bad."]), rewards[1]([parts, np.array(parts)], [told, "Bad."])
+    assert same[0] == same[1]

@@ -28,7 +28,7 @@ from poise.models.prompt_trials import padded_or_raise, shares_prompts
 from poise.models.reward_model import HeadLayout, LastLayer, load_last_layer, load_reference, load_reward_model
 from poise.models.shared_prompt import Family, cached_hidden, num_tokens, pack, separate_hidden
 from poise.runtime.run_folder import Json, write_json
-from poise.runtime.settings import finite_or_raise
+from poise.runtime.settings import LengthOrAll, check_value, finite_or_raise
 
 TOKENS_PER_BATCH = 4096
 
@@ -43,6 +43,7 @@ class FeatureExtractor(Encoder):
 
         cached: keep features on disk, for whoever asks for the same texts through the same trunk.
         """
+        check_value("max_length", max_length or 0, LengthOrAll)
         config = classifier.config.get_text_config()
         context = context_length(config)
         longest = min(max_length or context, context)
