@@ -1,5 +1,6 @@
 """What a program may give by mistake: one line says what was wrong, and nothing is trained on what was not meant."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -248,3 +249,103 @@ def test_text_in_parts_is_the_text(rm: Any) -> None:
     rewards = [rm.heads("brme").reward("mean") for _ in range(2)]
     same = rewards[0]([PROMPT] * 2, ["Good.", "Bad."]), rewards[1]([parts, np.array(parts)], [told, "Bad."])
     assert same[0] == same[1]
+
+
+# ---- trainers ----
+
+
+class Anything:
+    """Of a type that no trainer takes, and that says more than one line of itself."""
+
+    def __str__(self) -> str:
+        return "one\ntwo"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"args": {"num_steps": 1}}, "args must be a WANTED, not dict"),
+        ({"args": {}}, "args must be a WANTED, not dict"),
+        ({"args": "other"}, "args must be a WANTED, not OTHER"),
+        ({"model": Anything()}, "model must be the folder or hub id of a language model, not Anything"),
+        ({"model": 3}, "model must be the folder or hub id of a language model, not int"),
+    ],
+)
+def test_a_trainer_says_what_it_was_given_instead(poise: Any, arguments: dict[str, Any], said: str) -> None:
+    kinds = {"RewardConfig": poise.RewardTrainer, "PolicyConfig": poise.PolicyTrainer}
+    for wanted, other in (("RewardConfig", "PolicyConfig"), ("PolicyConfig", "RewardConfig")):
+        given = {**arguments}
+        if given.get("args") == "other":
+            given["args"] = getattr(poise, other)()
+        expected = said.replace("WANTED", wanted).replace("OTHER", other)
+        assert refused(poise, lambda given=given, wanted=wanted: kinds[wanted](**given)) == expected
+
+
+@pytest.mark.parametrize(
+    "reward", [len, [1], 5, Anything(), Anything], ids=["function", "list", "number", "object", "class"]
+)
+def test_a_reward_that_is_none_is_no_name_of_one(poise: Any, reward: Any) -> None:
+    assert "reward must be a RewardModel, its .reward(…), or the name of one, not " in refused(
+        poise, lambda: poise.PolicyTrainer("m", reward, ["a"])
+    )
+
+
+def test_names_may_be_paths(poise: Any) -> None:
+    args = poise.RewardConfig(output=Path("out"), preferences=Path("pairs"))
+    trainer = poise.RewardTrainer(Path("a/model"), args=args)
+    assert (trainer.args.model, trainer.args.output, trainer.train_dataset) == ("a/model", "out", "pairs")
+    assert poise.PolicyTrainer(Path("a/model"), Path("rm"), ["a"]).args.model == "a/model"
+
+
+def test_a_wrong_value_is_shown_on_one_line(poise: Any) -> None:
+    assert refused(poise, lambda: poise.RewardConfig(model=Anything()).check()) == "--model must be text, got one two"
+
+
+def double() -> Any:
+    """A program's own default dtype, as a context."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, before)
+        return stack.pop_all()
+
+
+MODES = {
+    "no_grad": torch.no_grad, "inference": torch.inference_mode, "double": double,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16), "device": lambda: torch.device("meta"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_trainers_find_torch_as_commands_do(poise: Any, rm: Any, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from poise.api import trainers
+
+    def found() -> tuple[Any, ...]:
+        plain = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
+        return *plain, torch.zeros(1).dtype, torch.zeros(1).device.type
+
+    seen: list[tuple[Any, ...]] = []
+
+    def run(*_: Any) -> None:
+        seen.append(found())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainers.reward_training, "run", run)
+    monkeypatch.setattr(trainers.policy_training, "run", run)
+    with MODES[mode]():
+        before = found()
+        for trainer in (poise.RewardTrainer("m", PAIRS), poise.PolicyTrainer("m", rm, ["a"])):
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train()
+        assert found() == before
+    assert seen == [(True, False, False, torch.float32, "cpu")] * 2
+
+
+@pytest.mark.parametrize("mode", ["no_grad", "inference", "double", "autocast"])
+def test_a_score_is_the_same_in_any_mode_of_torch(rm: Any, mode: str) -> None:
+    """Under autocast it was rounded to bfloat16; in double precision it failed."""
+    wanted = rm.score(PROMPT, ["a", "bb"])
+    with MODES[mode]():
+        found = rm.score(PROMPT, ["a", "bb"])
+    assert torch.equal(found.mean, wanted.mean)
+    assert torch.equal(found.std, wanted.std)

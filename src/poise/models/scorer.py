@@ -69,16 +69,18 @@ class FeatureExtractor(Encoder):
     @torch.no_grad()
     def forward(self, tokens: Sequence[Tokens], progress: Progress | None = None) -> Float[Tensor, "samples hidden"]:
         """Features of encoded samples. The same text twice is computed once; a shared prompt is, too."""
-        features = torch.empty(len(tokens), feature_size(self.classifier), device=self.classifier.device)
+        device = self.classifier.device
+        features = torch.empty(len(tokens), feature_size(self.classifier), dtype=torch.float32, device=device)
         prompts: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
         for i, (prompt, completion) in enumerate(tokens):
             prompts.setdefault(prompt, {}).setdefault(completion, []).append(i)
         families = [Family(list(prompt), [list(text) for text in texts]) for prompt, texts in prompts.items()]
-        for part, hidden in self._hidden(families):
-            for (prompt, completion), feature in zip(part, hidden.float(), strict=True):
-                features[prompts[prompt][completion]] = feature
-            if progress:
-                progress(sum(len(prompts[prompt][completion]) for prompt, completion in part))
+        with torch.autocast(device.type, enabled=False):  # a score is the same whatever is trained around it
+            for part, hidden in self._hidden(families):
+                for (prompt, completion), feature in zip(part, hidden.float(), strict=True):
+                    features[prompts[prompt][completion]] = feature
+                if progress:
+                    progress(sum(len(prompts[prompt][completion]) for prompt, completion in part))
         return features
 
     def _hidden(self, families: list[Family]) -> Iterator[tuple[list[Tokens], Float[Tensor, "texts hidden"]]]:
@@ -173,7 +175,9 @@ class Scorer:
 
     def decode(self, features: Float[Tensor, "*batch hidden"]) -> HeadRewards:
         """Heads on features that the same trunk made."""
-        heads = self.layout.decode(features.to(self.weight.device) @ self.weight.T)
+        device = self.weight.device
+        with torch.autocast(device.type, enabled=False):
+            heads = self.layout.decode(features.to(device) @ self.weight.T)
         far = None if self.reference is None else distance(features, self.reference).float().unsqueeze(-1)
         return HeadRewards(heads.mean.cpu(), heads.std.cpu(), far)
 
