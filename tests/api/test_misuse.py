@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -349,3 +350,53 @@ def test_a_score_is_the_same_in_any_mode_of_torch(rm: Any, mode: str) -> None:
         found = rm.score(PROMPT, ["a", "bb"])
     assert torch.equal(found.mean, wanted.mean)
     assert torch.equal(found.std, wanted.std)
+
+
+# ---- alarms and budgets ----
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"limits": {"repitition": 1.0}}, "the monitor has no sign 'repitition'; it has repetition, variety"),
+        ({"limits": {"kl": float("nan")}}, "the monitor's limit of kl must be a finite number, got nan"),
+        ({"threshold": float("nan")}, "the monitor's threshold must be a finite number, got nan"),
+        ({"threshold": 0}, "the monitor's threshold must be above 0, got 0"),
+        ({"window": 1.5}, "the monitor's window must be a whole number, got 1.5"),
+        ({"baseline_steps": 1}, "the monitor's baseline_steps must be at least 2, got 1"),
+    ],
+)
+def test_a_monitor_that_could_never_raise_an_alarm_is_refused(poise: Any, settings: dict[str, Any], said: str) -> None:
+    from poise.functional.monitor import MonitorConfig
+
+    assert refused(poise, lambda: MonitorConfig(**settings)).startswith(said)
+
+
+def test_a_callback_knows_what_it_can_do(poise: Any) -> None:
+    from poise.functional.monitor import Monitor
+
+    callback = poise.MonitorCallback
+    assert refused(poise, lambda: callback(action="halt")) == "action must be one of log, stop, got 'halt'"
+    assert refused(poise, lambda: callback(3)) == "monitor must be a Monitor, not int"
+    assert refused(poise, lambda: Monitor({"threshold": 2})) == "a monitor takes a MonitorConfig, not dict"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"keep_at_kl": 5}, "keep_at_kl must be a list of KLs, got 5"),
+        ({"keep_at_kl": "5"}, "keep_at_kl must be a list of KLs, got '5'"),
+        ({"keep_at_kl": ["5"]}, "a KL must be above 0 and finite, got '5'"),
+        ({"max_kl": "20"}, "a KL must be above 0 and finite, got '20'"),
+        ({"max_kl": True}, "a KL must be above 0 and finite, got True"),
+        ({"updates_per_step": 0}, "updates_per_step must be at least 1, got 0"),
+    ],
+)
+def test_a_budget_is_one_of_nats(poise: Any, settings: dict[str, Any], said: str) -> None:
+    from poise.integrations.trl_kl import KLBudgetCallback
+
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(beta=0.1, save_strategy="steps", save_total_limit=2), is_fsdp_enabled=False,
+        is_deepspeed_enabled=False,
+    )  # fmt: skip
+    assert refused(poise, lambda: KLBudgetCallback(trainer, **settings)) == said

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from numbers import Real
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -318,6 +319,9 @@ class MonitorCallback(transformers.TrainerCallback, ExportableState):
     """
 
     def __init__(self, monitor: Monitor | None = None, action: Literal["log", "stop"] = "log"):
+        if not isinstance(monitor, (Monitor, NoneType)):
+            raise PoiseError(f"monitor must be a Monitor, not {type(monitor).__name__}")
+        check_value("action", action, Literal["log", "stop"])
         self.monitor, self.action = monitor or Monitor(), action
         self.reading = Reading(0.0, False, {})
 
