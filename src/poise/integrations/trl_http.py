@@ -32,6 +32,6 @@ class ServedReward:
             rows += self.client.score(prompt, [completion for _, completion in group])
         if (log_metric := columns.get("log_metric")) and rows:
             numbers = [scalars(row) for row in rows]
-            for name in numbers[0]:
+            for name in filter(lambda name: all(name in row for row in numbers), numbers[0]):
                 log_metric(f"poise/{name}", sum(row[name] for row in numbers) / len(numbers))
         return [row["reward"] for row in rows]

@@ -28,20 +28,30 @@ def as_pair(prompt: Any, completion: Any) -> tuple[Prompt, str]:
     Raises PoiseError, one line, for what is neither text nor turns, turns with something other than text, and an answer
     that does not end in the assistant's.
     """
-    asked = prompt if isinstance(prompt, str) else _turns(prompt, "prompt")
-    try:
-        if isinstance(asked, str):
-            check_text(asked, "prompt")
-        if isinstance(completion, str):
-            check_text(completion, "completion")
-            return asked, completion
-    except ValueError as error:
-        raise PoiseError(str(error)) from None
+    asked = as_prompt(prompt)
+    if isinstance(completion, str):
+        _check_text(completion, "completion")
+        return asked, completion
     *before, last = _turns(completion, "completion")
     if last["role"] != "assistant":
         raise PoiseError(f"a completion must end in text by the assistant, not in a turn of {last['role']}")
     turns = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
     return ([*turns, *before] if before else asked), last.get("content") or ""
+
+
+def as_prompt(prompt: Any) -> Prompt:
+    """A prompt as text or turns; PoiseError as of `as_pair`."""
+    if isinstance(prompt, str):
+        _check_text(prompt, "prompt")
+        return prompt
+    return _turns(prompt, "prompt")
+
+
+def _check_text(text: str, what: str) -> None:
+    try:
+        check_text(text, what)
+    except ValueError as error:
+        raise PoiseError(str(error)) from None
 
 
 def _turns(value: Any, what: str) -> list[dict[str, Any]]:
@@ -63,7 +73,7 @@ def _turn(turn: Mapping[str, Any], number: int, what: str) -> dict[str, Any]:
             content = text_of_parts(list(content), what, number)
         if content is not None and not isinstance(content, str):
             raise ValueError(f"turn {number} of {what!r} must have text, not {type(content).__name__}")
-        check_text(content or "", what)
     except ValueError as error:
         raise PoiseError(str(error)) from None
+    _check_text(content or "", what)
     return {**turn, "content": content}
