@@ -21,6 +21,7 @@ from poise.errors import PoiseError
 from poise.functional.head_rewards import HeadRewards as HeadRewards
 from poise.functional.head_rewards import joined as joined
 from poise.functional.objective_names import PARAMETERS, check_parameter, read_objective
+from poise.functional.shapes import same_shape
 from poise.runtime.settings import above, at_least, read_fields
 
 
@@ -30,6 +31,7 @@ def nominal(heads: HeadRewards) -> Float[Tensor, "*batch"]:
     >>> nominal(HeadRewards(torch.tensor([1.0, 4.0]), torch.tensor([0.5, 0.1]))).item()
     4.0
     """
+    same_shape("nominal", mean=heads.mean, std=heads.std)
     return heads.mean.gather(-1, nominal_head(heads).unsqueeze(-1)).squeeze(-1)
 
 
