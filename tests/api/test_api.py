@@ -390,6 +390,25 @@ def test_a_policy_watches_the_validator_of_its_reward_s_run(
     assert logged == [True, True, True, False] + [False] * 4
 
 
+@pytest.mark.parametrize("other", [None, "elsewhere"])
+def test_the_validator_of_the_settings_is_the_one_that_a_reward_model_is_read_with(
+    other: str | None, watched_reward: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So that no line says that the one of the model's own run is watched."""
+    seen: list[tuple[str | None, str | None]] = []
+
+    def run(config: PolicyConfig, given: Any) -> None:
+        seen.append((config.validator, given.validator))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_policy, "run", run)
+    args = dataclasses.replace(POLICY, validator=other)
+    with pytest.raises(KeyboardInterrupt):
+        PolicyTrainer("m", RewardModel.from_pretrained(watched_reward), ["Hi"], args).train()
+    assert seen == [(other, other)]
+    assert "is watched" not in capsys.readouterr().err
+
+
 def test_a_validator_needs_a_folder_that_is_kept(preferences_file: Path, tiny_model: str, tmp_path: Path) -> None:
     args = dataclasses.replace(SMALL, validator_share=0.4)
     with pytest.raises(PoiseError, match=r"^a validator is kept in the run folder: give args an output"):

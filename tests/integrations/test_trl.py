@@ -28,7 +28,8 @@ from poise.functional.monitor import Monitor, MonitorConfig
 from poise.functional.objectives import HeadRewards, RewardScale
 from poise.integrations import trl_reward as adapter
 from poise.integrations.trl_http import ServedReward
-from poise.integrations.trl_reward import MonitorCallback, RobustReward, as_sample, policy_metrics
+from poise.integrations.trl_logs import policy_metrics
+from poise.integrations.trl_reward import MonitorCallback, RobustReward, as_sample
 from poise.integrations.trl_trainers import TrlSettings, make_trainer, steps_kept, train
 from poise.models.chat_format import encode_prompt
 from poise.models.loading import load_policy
@@ -651,9 +652,15 @@ def test_a_served_reward_is_asked_for_the_last_turn(prompt: Any, completion: Any
     assert logged == {"poise/reward": 0.5, "poise/head_0": 0.75, "poise/head_std_0": 0.25}
 
 
-@pytest.mark.parametrize("last", [{"role": "tool", "content": "4"}, {"role": "assistant", "content": [{"type": "x"}]}])
-def test_a_served_reward_takes_text_of_the_assistant_alone(last: dict[str, Any]) -> None:
-    with pytest.raises(PoiseError, match=f"must end in text by the assistant, not in a turn of {last['role']}"):
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [
+        ({"role": "tool", "content": "4"}, "a completion must end in text by the assistant, not in a turn of tool"),
+        ({"role": "assistant", "content": [{"type": "x"}]}, "turn 2 of 'completion' holds something other than text"),
+    ],
+)
+def test_a_served_reward_takes_text_of_the_assistant_alone(last: dict[str, Any], said: str) -> None:
+    with pytest.raises(PoiseError, match=f"^{said}$"):
         ServedReward("http://127.0.0.1:9")(["p"], [[{"role": "assistant", "content": "call"}, last]])
 
 

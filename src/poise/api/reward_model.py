@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from poise.data.in_memory import Data, as_row
+from poise.data.in_memory import Data, as_row, entries
 from poise.data.preferences import iter_samples
 from poise.data.types import Prompt, Sample
 from poise.errors import PoiseError
@@ -93,7 +93,7 @@ class RewardModel:
 
     def heads(self, kind: str) -> "RewardModel":
         """The same model, read through the heads of one kind. PoiseError if it has none of them."""
-        if kind not in self._scorers:
+        if kind not in self.kinds:
             have = ", ".join(filter(None, self.kinds)) or "one kind, without a name"
             raise PoiseError(f"no heads {kind!r} in this reward model; it has {have}")
         chosen = RewardModel(self._scorers, kind, self._paths, self._cards)
@@ -133,9 +133,10 @@ class RewardModel:
         if completions is None:
             if isinstance(prompt, (str, Path)):
                 return self.scorer(list(iter_samples(prompt)))
-            rows: list[Any] = list(prompt)
+            rows = list(entries(prompt, "samples"))
         else:
-            several = [completions] if isinstance(completions, str) or _is_turns(completions) else list(completions)
+            alone = isinstance(completions, str) or _is_turns(completions)
+            several = [completions] if alone else entries(completions, "completions")
             rows = [{"prompt": prompt, "completion": completion} for completion in several]
         return self.scorer(_samples(rows))
 
@@ -145,9 +146,9 @@ class RewardModel:
         *,
         ceiling: float | int = math.inf,
         floor: float | int = -math.inf,
-        scale: str = "",
+        scale: str | Path = "",
         regret_bonus: float | int = 0.0,
-        validator: str | None = "",
+        validator: str | Path | None = "",
     ) -> RobustReward:
         """One number per completion, for TRL's `reward_funcs` and for `PolicyTrainer`.
 
@@ -166,8 +167,8 @@ class RewardModel:
                 f"reward: {objective} of the {model.kind} heads (.heads(…) takes others: {others})", markup=False
             )
         return RobustReward.of(
-            model.scorer, objective, path=model.path, scale=scale, floor=float(floor), ceiling=float(ceiling),
-            regret_bonus=float(regret_bonus), validator=validator_for(model.path, validator),
+            model.scorer, objective, path=model.path, scale=scale, floor=floor, ceiling=ceiling,
+            regret_bonus=regret_bonus, validator=validator_for(model.path, validator),
         )  # fmt: skip
 
     # ---- keeping it ----

@@ -10,10 +10,13 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any, TypeVar
 
+import torch
+
 from poise.api.reward_model import RewardModel
-from poise.data.in_memory import Data, as_file
+from poise.data.in_memory import Data, as_file, to_read_again
 from poise.errors import PoiseError
 from poise.integrations.trl_reward import IN_MEMORY, RobustReward
 from poise.models.loading import HfModel, HfTokenizer, load_adapters, load_policy
@@ -39,14 +42,14 @@ class RewardTrainer:
     bad_rows: rows that were left out, with line and reason (`args.on_bad_row="skip"`).
     """
 
-    def __init__(self, model: str = "", train_dataset: Data | None = None, args: RewardConfig | None = None):
+    def __init__(self, model: str | Path = "", train_dataset: Data | None = None, args: RewardConfig | None = None):
         """model: folder or hub id of the language model; default `args.model`.
 
         train_dataset: preferences in any form that files have: a `datasets.Dataset`, a list of rows, a file or hub id;
         default `args.preferences`.
         """
-        self.args = _with_model(args or RewardConfig(), model)
-        self.train_dataset = self.args.preferences if train_dataset is None else train_dataset
+        self.args = _settings(RewardConfig, args, model)
+        self.train_dataset = self.args.preferences if train_dataset is None else to_read_again(train_dataset)
         self.results: Json = {}
         self.bad_rows: list[Json] = []
 
@@ -57,7 +60,7 @@ class RewardTrainer:
         """
         if self.args.validator_share and not self.args.output:
             raise PoiseError("a validator is kept in the run folder: give args an output, or no validator_share")
-        with _run_folder(self.args.output) as folder:
+        with _usual_torch(), _run_folder(self.args.output) as folder:
             preferences = as_file(self.train_dataset, folder / "train_dataset.jsonl")
             config = replace(self.args, preferences=preferences, output=str(folder))
             try:
@@ -104,8 +107,8 @@ class PolicyTrainer:
 
     def __init__(
         self,
-        model: str = "",
-        reward: RobustReward | RewardModel | str = "",
+        model: str | Path = "",
+        reward: RobustReward | RewardModel | str | Path = "",
         prompts: Data | None = None,
         args: PolicyConfig | None = None,
     ):
@@ -117,14 +120,17 @@ class PolicyTrainer:
         prompts: a list of texts or conversations, rows with a `prompt`, a `datasets.Dataset`, a file; default
         `args.prompts`.
         """
-        self.args = _with_model(args or PolicyConfig(), model)
+        self.args = _settings(PolicyConfig, args, model)
+        if not isinstance(reward, (RobustReward, RewardModel, str, Path, NoneType)):
+            what = f"a RewardModel, its .reward(…), or the name of one, not {type(reward).__name__}"
+            raise PoiseError(f"reward must be {what}")
         self.reward = reward or self.args.reward
-        self.prompts = self.args.prompts if prompts is None else prompts
+        self.prompts = self.args.prompts if prompts is None else to_read_again(prompts)
 
     def train(self) -> TrainedPolicy:
         """Train, or go on from `args.output`. Raises PoiseError as `poise train-policy` does."""
         given = self._given()
-        with _run_folder(self.args.output) as folder:
+        with _usual_torch(), _run_folder(self.args.output) as folder:
             config = replace(
                 self.args, output=str(folder), prompts=as_file(self.prompts, folder / "prompts.jsonl", "prompt")
             )
@@ -180,11 +186,38 @@ def _trained(config: PolicyConfig, folder: Path) -> tuple[HfModel, HfTokenizer]:
     return load_policy(str(folder))
 
 
-def _with_model(args: Args, model: str) -> Args:
-    """The settings with the model that a trainer was given; PoiseError if the two name different ones."""
-    if model and args.model not in (model, type(args).model):
-        raise PoiseError(f"two models: {model} and args.model {args.model}; give one")
-    return replace(args, model=model or args.model)
+def _settings(kind: type[Args], args: Any, model: Any) -> Args:
+    """The settings with the model that a trainer was given, and names of files as text.
+
+    Raises PoiseError for others than a trainer's own, a model that is no name, and two different names.
+    """
+    names = {RewardConfig: "RewardConfig", PolicyConfig: "PolicyConfig"}
+    given = kind() if args is None else args
+    if not isinstance(given, kind):
+        raise PoiseError(f"args must be a {names[kind]}, not {names.get(type(given), type(given).__name__)}")
+    if not isinstance(model, (str, Path, NoneType)):
+        raise PoiseError(f"model must be the folder or hub id of a language model, not {type(model).__name__}")
+    paths: dict[str, Any] = {name: str(value) for name, value in vars(given).items() if isinstance(value, Path)}
+    given, name = replace(given, **paths), str(model or "")
+    if name and given.model not in (name, kind.model):
+        raise PoiseError(f"two models: {name} and args.model {given.model}; give one")
+    return replace(given, model=name or given.model)
+
+
+@contextlib.contextmanager
+def _usual_torch() -> Iterator[None]:
+    """Torch as a command finds it, whatever the program around has set: gradients, float32, the CPU, no autocast."""
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    with contextlib.ExitStack() as modes:
+        modes.callback(torch.set_default_dtype, dtype)
+        torch.set_default_dtype(torch.float32)
+        modes.enter_context(torch.inference_mode(False))
+        modes.enter_context(torch.enable_grad())
+        for kind in ("cpu", "cuda"):
+            modes.enter_context(torch.autocast(kind, enabled=False))
+        if device.type != "cpu":
+            modes.enter_context(torch.device("cpu"))
+        yield
 
 
 @contextlib.contextmanager

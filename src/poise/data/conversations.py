@@ -263,7 +263,7 @@ def _turn(turn: Any, key: str, number: int) -> dict[str, Any]:
         raise ValueError(f"turn {number} of {key!r} has no role")
     role = _ROLES.get(role.strip().lower(), role)
     if isinstance(content, list):
-        content = _joined_parts(content, key, number)
+        content = text_of_parts(content, key, number)
     if not isinstance(content, str):
         calls = " beside its tool calls" if turn.get("tool_calls") else ""
         raise ValueError(f"turn {number} of {key!r} must have text{calls}, not {type(content).__name__}")
@@ -278,7 +278,7 @@ def _turn(turn: Any, key: str, number: int) -> dict[str, Any]:
     return {"role": role, "content": content, **others}
 
 
-def _joined_parts(parts: list[Any], key: str, number: int) -> str:
+def text_of_parts(parts: list[Any], key: str, number: int) -> str:
     """The text of a turn that is a list of parts."""
     texts = [
         part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None for part in parts

@@ -11,6 +11,8 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from scipy.special import gammaln, xlogy
 
+from poise.errors import PoiseError
+from poise.functional.shapes import same_shape
 from poise.functional.statistics import shared_by_ties
 
 # Of the tilted policies that curves show: from next to no KL to where a pool of a hundred ends.
@@ -25,15 +27,19 @@ def sizes(per_prompt: int) -> Int[ndarray, " sizes"]:
     >>> sizes(24).tolist()
     [1, 2, 3, 5, 7, 11, 16, 24]
     """
+    if per_prompt < 1:
+        raise PoiseError(f"a pool has at least 1 completion of each prompt, not {per_prompt}")
     return np.unique(np.geomspace(1, per_prompt, 9).round().astype(int))
 
 
 def best_of_n_kl(n: Int[ndarray, " sizes"]) -> Float[ndarray, " sizes"]:
-    """KL(best-of-n || initial policy) = log n - (n - 1) / n, in nats (arXiv 2210.10760).
+    """KL(best-of-n || initial policy) = log n - (n - 1) / n, in nats (arXiv 2210.10760). PoiseError for n below 1.
 
     >>> best_of_n_kl(np.array([1, 4])).round(4).tolist()
     [0.0, 0.6363]
     """
+    if not (np.asarray(n) >= 1).all():
+        raise PoiseError("the n of best-of-n must be at least 1")
     return np.log(n) - (n - 1) / n
 
 
@@ -43,11 +49,15 @@ def best_of_n(
     """Expected `score` of the completion of highest `proxy` among n drawn without replacement, per prompt.
 
     Unbiased over the pool, no resampling: the completion of (ascending) rank i of N wins with probability
-    C(i-1, n-1) / C(N, n); ties in `proxy` are broken at random, in expectation. Every n must be in 1..N.
+    C(i-1, n-1) / C(N, n); ties in `proxy` are broken at random, in expectation. Raises
+    PoiseError unless every n is in 1..N, and for a `proxy` that is NaN, which would rank above all others.
 
     >>> best_of_n(np.array([[0.0, 1.0, 1.0]]), np.array([[0.0, 0.0, 1.0]]), np.array([3])).tolist()
     [[0.5]]
     """
+    same_shape("best_of_n", proxy=proxy, score=score)
+    if np.isnan(proxy).any():
+        raise PoiseError("best_of_n: a proxy score is NaN, so there is no best")
     order = np.argsort(proxy, axis=-1, kind="stable")
     proxy, score = (np.take_along_axis(values, order, -1) for values in (proxy, score))
     return shared_by_ties(score, proxy) @ rank_weights(proxy.shape[-1], n)
@@ -59,6 +69,9 @@ def rank_weights(size: int, n: Int[ndarray, " sizes"]) -> Float[ndarray, "{size}
     >>> rank_weights(3, np.array([1, 2])).round(3).tolist()
     [[0.333, 0.0], [0.333, 0.333], [0.333, 0.667]]
     """
+    n = np.asarray(n)
+    if not np.issubdtype(n.dtype, np.integer) or not ((n >= 1) & (n <= size)).all():
+        raise PoiseError(f"the n of best-of-n must be whole numbers in 1..{size}, the completions of a prompt")
     rank = np.arange(1, size + 1)[:, None]
     with np.errstate(invalid="ignore"):
         log_weight = _log_binomial(rank - 1, n[None] - 1) - _log_binomial(np.array(size), n[None])
@@ -75,7 +88,9 @@ def tilted(
     """(expected `score`, KL in nats) per prompt of the optimum pi ~ pi_0 exp(proxy / kl_coef) of the RLHF objective.
 
     Self-normalized over the pool, so the KL cannot exceed log N; read it as exact well below that.
+    Raises PoiseError unless kl_coef is above 0 and every `proxy` finite.
     """
+    same_shape("tilted", proxy=proxy, score=score)
     weight, kl = tilted_weights(proxy, kl_coef)
     return (weight * score).sum(-1), kl
 
@@ -88,6 +103,8 @@ def tilted_weights(
     >>> [part.round(3).tolist() for part in tilted_weights(np.array([[0.0, 0.0]]), 1.0)]
     [[[0.5, 0.5]], [0.0]]
     """
+    if not kl_coef > 0 or not np.isfinite(proxy).all():
+        raise PoiseError(f"tilted: kl_coef must be above 0 and every proxy score finite, got kl_coef {kl_coef:g}")
     logits = proxy / kl_coef
     logits = logits - logits.max(-1, keepdims=True)
     weight = np.exp(logits)

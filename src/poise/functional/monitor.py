@@ -30,10 +30,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
-from typing import Any, NamedTuple
+from types import NoneType
+from typing import Annotated, Any, NamedTuple
 
 from poise.errors import PoiseError
 from poise.runtime.run_folder import Json
+from poise.runtime.settings import above, at_least, check_value
 
 # Direction (0: either way) and least scale of the signs that are drifts from the baseline. A few steps may happen to be
 # equal, and repetition is often exactly 0 at first: the scale is never less than this, nor than RELATIVE of the level.
@@ -43,6 +45,7 @@ DRIFTS: dict[str, tuple[int, float]] = {
 }  # fmt: skip
 RELATIVE = 0.05
 BOUNDS = ("worst_case", "lower_bound")
+SIGNS = (*DRIFTS, "reward", "kl", "transfer", "divergence")
 STATISTICS = (*DRIFTS, "reward", "reward_std", "kl", "transfer", "nominal", *BOUNDS)
 
 # Measured on 32 completions of at most 20 tokens a step. A sign has a limit if, in the calibration runs, it told steps
@@ -65,10 +68,16 @@ class MonitorConfig:
     """Sign -> the value that scores 1; a sign without a limit is reported and does not count."""
 
     def __post_init__(self) -> None:
-        if self.threshold <= 0 or any(limit <= 0 for limit in self.limits.values()):
-            raise PoiseError("the monitor's threshold and limits must be above 0")
-        if self.baseline_steps < 2 or self.window < 1:
-            raise PoiseError("the monitor needs at least 2 baseline steps and a window of at least 1")
+        """Raise PoiseError for a value that can never, or always, raise an alarm, and for a sign that there is not."""
+        if unknown := [name for name in self.limits if name not in SIGNS]:
+            raise PoiseError(f"the monitor has no sign {unknown[0]!r}; it has {', '.join(SIGNS)}")
+        for name, value in {
+            "threshold": self.threshold,
+            **{f"limit of {k}": v for k, v in self.limits.items()},
+        }.items():
+            check_value(f"the monitor's {name}", value, Annotated[float, above(0)])
+        check_value("the monitor's baseline_steps", self.baseline_steps, Annotated[int, at_least(2)])
+        check_value("the monitor's window", self.window, Annotated[int, at_least(1)])
 
 
 class Reading(NamedTuple):
@@ -83,6 +92,8 @@ class Monitor:
     """Fed once per step, in order; `state` and `restore` carry it through a checkpoint bitwise."""
 
     def __init__(self, config: MonitorConfig | None = None):
+        if not isinstance(config, (MonitorConfig, NoneType)):
+            raise PoiseError(f"a monitor takes a MonitorConfig, not {type(config).__name__}")
         self.config = config or MonitorConfig()
         self._steps = 0
         self._first: dict[str, list[float]] = {}

@@ -53,7 +53,7 @@ def read_objective(spec: str) -> tuple[str, float | None]:
     >>> read_objective("lower_confidence(2)"), read_objective("worst_case")
     (('lower_confidence', 2.0), ('worst_case', None))
     """
-    match = _SPEC.match(spec)
+    match = _SPEC.match(spec) if isinstance(spec, str) else None
     if match is None or match[1] not in PARAMETERS:
         raise PoiseError(f"unknown objective {spec!r}; choose from {', '.join(PARAMETERS)}, e.g. tradeoff(0.4)")
     name, argument = match[1], match[2]
@@ -72,6 +72,8 @@ def read_objective(spec: str) -> tuple[str, float | None]:
 def check_parameter(name: str, value: int | float) -> None:
     """Raise PoiseError for a value that the parameter of objective `name` cannot have, NaN and infinity included."""
     parameter = PARAMETERS[name]
+    if parameter is not None and (value is None or isinstance(value, (str, bytes))):
+        raise PoiseError(f"{name}'s {parameter.words} must be a number, got {value!r}")
     if parameter is not None and value not in parameter.allowed:
         wrong = f"{parameter.allowed.violated_by(value)}, got {value:g}"
         raise PoiseError(f"{name}'s {parameter.words} must be {wrong}{parameter.hint}")

@@ -21,6 +21,7 @@ from poise.errors import PoiseError
 from poise.functional.head_rewards import HeadRewards as HeadRewards
 from poise.functional.head_rewards import joined as joined
 from poise.functional.objective_names import PARAMETERS, check_parameter, read_objective
+from poise.functional.shapes import same_shape
 from poise.runtime.settings import above, at_least, read_fields
 
 
@@ -30,6 +31,7 @@ def nominal(heads: HeadRewards) -> Float[Tensor, "*batch"]:
     >>> nominal(HeadRewards(torch.tensor([1.0, 4.0]), torch.tensor([0.5, 0.1]))).item()
     4.0
     """
+    same_shape("nominal", mean=heads.mean, std=heads.std)
     return heads.mean.gather(-1, nominal_head(heads).unsqueeze(-1)).squeeze(-1)
 
 
@@ -254,7 +256,21 @@ class RewardScale:
 
     def combine(self, heads: HeadRewards, objective: Objective) -> Tensor:
         """The reward PPO maximizes, of any shape of heads (…, K)."""
-        return self._scaled(objective(self.centered(heads)))
+        return self._scaled(self.combined(heads, objective))
+
+    def combined(self, heads: HeadRewards, objective: Objective) -> Tensor:
+        """What the objective makes of centered heads (…, K), a copy: (…), before it is scaled.
+
+        Raises PoiseError for an objective that does not return one real number for each; others would be broadcast.
+        """
+        found, wanted = objective(self.centered(heads.each(torch.clone))), heads.mean.shape[:-1]
+        if not isinstance(found, Tensor) or found.shape != wanted or found.is_complex():
+            got = f"one of {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            got = "complex numbers" if isinstance(found, Tensor) and found.is_complex() else got
+            raise PoiseError(
+                f"an objective must return one number per completion, a tensor of shape {tuple(wanted)}; it gave {got}"
+            )
+        return found if found.is_floating_point() else found.to(heads.mean.dtype)
 
     def _scaled(self, combined: Tensor) -> Tensor:
         return ((combined - self.mean) / self.std).clamp(self.floor, self.ceiling)
@@ -263,7 +279,10 @@ class RewardScale:
         """Each head less its own mean on the initial policy: the heads then agree where training starts.
 
         Preferences identify differences of rewards only: a head's constant must not decide which is the worst case.
+        Raises PoiseError for another number of heads.
         """
+        if len(self.head_baseline) != heads.mean.shape[-1]:
+            raise PoiseError(f"{heads.mean.shape[-1]} heads on a scale of {len(self.head_baseline)}")
         return heads._replace(mean=heads.mean - torch.tensor(self.head_baseline, dtype=heads.mean.dtype))
 
     @classmethod
@@ -277,15 +296,17 @@ class RewardScale:
     def fit_and_combine(
         cls, heads: HeadRewards, objective: Objective, floor: float = -math.inf, ceiling: float = math.inf
     ) -> "tuple[RewardScale, Tensor]":
-        """The scale of heads (N, K), and their rewards (N,) on it."""
+        """The scale of heads (N, K), and their rewards (N,) on it. PoiseError for no completion at all."""
+        if heads.mean.dim() != 2 or not len(heads.mean):
+            raise PoiseError(f"a scale is fitted to heads (N, K) of some completions, not to {tuple(heads.mean.shape)}")
         start = cls(tuple(heads.mean.mean(0).tolist()), 0.0, 1.0, floor, ceiling)
-        combined = objective(start.centered(heads))
+        combined = start.combined(heads, objective)
         scale = start._of(combined)
         return scale, scale._scaled(combined)
 
     def refitted(self, heads: HeadRewards, objective: Objective) -> "RewardScale":
         """Mean and std of this batch of heads (N, K) alone; the heads' baselines stay."""
-        return self._of(objective(self.centered(heads)))
+        return self._of(self.combined(heads, objective))
 
     def _of(self, combined: Tensor) -> "RewardScale":
         std = combined.std().item()

@@ -7,7 +7,7 @@ The losses of Gaussian heads share one signature, `loss(mean, std, noise, target
     target     (batch,)        the standardized stage-1 reward
     mask       (batch, heads)  1 where a head is trained on a sample, else 0
 
-and all return the sum over heads of the mean over each head's own samples.
+and all return the sum over heads of the mean over each head's own samples. Other shapes are a PoiseError.
 """
 
 import math
@@ -17,6 +17,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+from poise.errors import PoiseError
+from poise.functional.shapes import fits, same_shape
 
 CENTERING = 0.01  # weight of (r+ + r-)^2, arXiv 2312.09244
 
@@ -38,12 +41,17 @@ def bradley_terry(
     >>> round(bradley_terry(torch.tensor([1.0]), torch.tensor([0.0]), centering=0.0).item(), 4)
     0.3133
     """
+    same_shape("bradley_terry", chosen=chosen, rejected=rejected)
+    if isinstance(margin, Tensor) and margin.dim():
+        same_shape("bradley_terry", chosen=chosen, margin=margin)
     return _bradley_terry(chosen, rejected, margin, centering, label_smoothing).mean()
 
 
 def _bradley_terry(
     chosen: Tensor, rejected: Tensor, margin: Tensor | float, centering: float, label_smoothing: float
 ) -> Tensor:
+    if not 0 <= label_smoothing < 0.5:
+        raise PoiseError(f"bradley_terry: label_smoothing must be in [0, 0.5), got {label_smoothing}")
     lead = chosen - rejected - margin
     loss = -(1 - label_smoothing) * F.logsigmoid(lead) - label_smoothing * F.logsigmoid(-lead)
     return loss + centering * (chosen + rejected).square()
@@ -60,11 +68,13 @@ def sampled_mse(mean: BatchHeads, std: BatchHeads, noise: BatchHeads, target: Ba
     Its expectation is (mean - target)^2 + std^2, so std shrinks wherever there is data. The std measures coverage by
     training data; it is not an error bar.
     """
+    _check("sampled_mse", mean, std, noise, target, mask)
     return _over_heads((mean + std * noise - target.unsqueeze(-1)).square(), mask)
 
 
 def gaussian_nll(mean: BatchHeads, std: BatchHeads, noise: BatchHeads, target: Batch, mask: BatchHeads) -> Scalar:
     """-log N(target; mean, std^2): a proper score, minimal at the true mean and std."""
+    _check("gaussian_nll", mean, std, noise, target, mask)
     return _over_heads(_nll(mean, std, target), mask)
 
 
@@ -75,6 +85,7 @@ def beta_nll(
 
     beta: 0 is `gaussian_nll`, 1 gives the mean the gradient of plain squared error. Same minimum for constant noise.
     """
+    _check("beta_nll", mean, std, noise, target, mask)
     return _over_heads(std.detach() ** (2 * beta) * _nll(mean, std, target), mask)
 
 
@@ -83,6 +94,7 @@ def crps(mean: BatchHeads, std: BatchHeads, noise: BatchHeads, target: Batch, ma
 
     std * (z (2 Phi(z) - 1) + 2 phi(z) - 1 / sqrt(pi)),  z = (target - mean) / std
     """
+    _check("crps", mean, std, noise, target, mask)
     z = (target.unsqueeze(-1) - mean) / std
     density = torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
     return _over_heads(std * (z * torch.erf(z / math.sqrt(2)) + 2 * density - 1 / math.sqrt(math.pi)), mask)
@@ -107,6 +119,10 @@ def probit_pairs(
     Pairs identify only this ratio, not its numerator and denominator (arXiv 2605.11865). The learned std measures how
     decided a preference is, not the error of a reward.
     """
+    same_shape(
+        "probit_pairs", chosen_mean=chosen_mean, chosen_std=chosen_std, rejected_mean=rejected_mean,
+        rejected_std=rejected_std, mask=mask,
+    )  # fmt: skip
     ratio = (chosen_mean - rejected_mean) / (1 + chosen_std.square() + rejected_std.square()).sqrt()
     return _over_heads(-torch.special.log_ndtr(ratio), mask)
 
@@ -127,6 +143,8 @@ def bradley_terry_heads(
     >>> round(bradley_terry_heads(one, 0 * one, torch.zeros(1), mask, centering=0.0).item(), 4)
     0.3133
     """
+    same_shape("bradley_terry_heads", chosen=chosen, rejected=rejected, mask=mask)
+    fits("bradley_terry_heads", "margin", margin, tuple(chosen.shape[:1]))
     loss = _bradley_terry(chosen, rejected, margin.unsqueeze(-1), centering, label_smoothing)
     return _over_heads(loss, mask)
 
@@ -144,6 +162,11 @@ def adapter_diversity(down: Float[Tensor, "heads rank inputs"]) -> Scalar:
     """
     values = torch.linalg.svdvals(down.flatten(0, 1))
     return values.sum() / values.square().sum().sqrt()
+
+
+def _check(name: str, mean: Tensor, std: Tensor, noise: Tensor, target: Tensor, mask: Tensor) -> None:
+    same_shape(name, mean=mean, std=std, noise=noise, mask=mask)
+    fits(name, "target", target, tuple(mean.shape[:1]))
 
 
 def _nll(mean: Tensor, std: Tensor, target: Tensor) -> Tensor:

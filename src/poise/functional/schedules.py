@@ -28,6 +28,8 @@ def headroom(reward: float, ceiling: float) -> float:
     >>> headroom(1.5, ceiling=2.0)
     0.25
     """
+    if not ceiling > 0.0:
+        raise PoiseError(f"there is headroom below a ceiling > 0 only, got {ceiling}")
     return min(max((ceiling - reward) / ceiling, 0.0), 1.0)
 
 
@@ -41,9 +43,9 @@ def adaptive_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, n
     >>> round(adaptive_kl_coef(0.1, kl=9.0, target=6.0, horizon=1000.0, num_samples=100), 6)
     0.102
     """
-    if target <= 0.0:
+    if not target > 0.0:
         raise PoiseError(f"an adaptive KL coefficient needs a target KL > 0, got {target}")
-    if horizon < num_samples:
+    if not horizon >= max(num_samples, 1):
         raise PoiseError(f"the horizon of the KL coefficient, {horizon}, must hold a step's {num_samples} completions")
     error = min(max(kl / target - 1.0, -0.2), 0.2)
     return kl_coef * (1.0 + error * num_samples / horizon)

@@ -13,8 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from poise.errors import PoiseError
 from poise.functional.head_rewards import HeadRewards
 from poise.functional.objective_names import Shaping as Shaping
+from poise.functional.shapes import same_shape
 
 
 def contrastive(heads: HeadRewards, baseline: HeadRewards) -> HeadRewards:
@@ -27,6 +29,7 @@ def contrastive(heads: HeadRewards, baseline: HeadRewards) -> HeadRewards:
     >>> contrastive(one, HeadRewards(torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1))).mean.item()
     1.5
     """
+    _check(heads, baseline)
     return heads._replace(mean=heads.mean - baseline.mean.mean(-2))
 
 
@@ -40,7 +43,15 @@ def preference_as_reward(heads: HeadRewards, baseline: HeadRewards) -> HeadRewar
     >>> preference_as_reward(one, HeadRewards(torch.tensor([[2.0]]), torch.zeros(1, 1))).mean.item()
     0.5
     """
+    _check(heads, baseline)
     return heads._replace(mean=torch.sigmoid(heads.mean.unsqueeze(-2) - baseline.mean).mean(-2))
+
+
+def _check(heads: HeadRewards, baseline: HeadRewards) -> None:
+    """PoiseError unless the baselines have an axis of their own, and the same heads."""
+    mine, theirs = tuple(heads.mean.shape), tuple(baseline.mean.shape)
+    if len(theirs) != len(mine) + 1 or theirs[-1] != mine[-1]:
+        raise PoiseError(f"heads {mine} are compared with baselines (…, baselines, {mine[-1]}), not with {theirs}")
 
 
 SHAPINGS: dict[str, Callable[[HeadRewards, HeadRewards], HeadRewards]] = {
@@ -79,6 +90,7 @@ def regret_bonus(
     >>> regret_bonus(torch.tensor([[1.0, 0.4]]), torch.tensor([[0.9, 0.1]]), 1.0)
     tensor([[0., 1.]])
     """
+    same_shape("regret_bonus", reward=reward, share=share)
     water = reward - radius * share
     return radius * (water == water.amax(-1, keepdim=True)).to(reward.dtype)
 
@@ -96,6 +108,8 @@ def with_regret_bonus(
     """
     if radius == 0.0:
         return reward
+    if not len(reward) == len(prompts) == len(texts):
+        raise PoiseError(f"{len(reward)} rewards of {len(prompts)} prompts and {len(texts)} texts; give one of each")
     groups: dict[str, list[int]] = {}
     for number, prompt in enumerate(prompts):
         groups.setdefault(json.dumps(prompt), []).append(number)

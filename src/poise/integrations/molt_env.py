@@ -20,8 +20,8 @@ class PoiseEnv(Env):
 
     async def step(self, state: dict[str, Any], **_: Any) -> Result:
         """The reward of the answer. Raises PoiseError if there is none."""
-        answer = await _client().apost("/remote_rm", {"prompt": self.prompt, "response": state["action_text"]})
-        return Result(reward=answer.pop("reward"), info={k: v for k, v in answer.items() if k != "request"})
+        answer = await _client().aone(self.prompt, state["action_text"])
+        return Result(reward=answer.pop("reward"), info=answer)
 
 
 class AgentRunner(StepEnvRunner):

@@ -14,9 +14,8 @@ def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence
     """Rewards of rendered prompts and answers. OpenRLHF passes one at a time, and takes scalars only."""
     import torch
 
-    asked = {"query": list(queries), "prompts": list(prompts)}
-    answer = _client().post("/get_reward", asked)
-    rewards = torch.tensor(answer["rewards"])
-    rewards = rewards[0] if len(queries) == 1 else rewards
-    logs = {name: torch.tensor(value) for name, value in answer["extra_logs"].items()}
-    return {"rewards": rewards, "scores": rewards, "extra_logs": logs}
+    found, logs = _client().of_queries(queries, prompts)
+    rewards = torch.tensor(found[0] if len(found) == 1 else found)
+    return {
+        "rewards": rewards, "scores": rewards, "extra_logs": {name: torch.tensor(value) for name, value in logs.items()}
+    }  # fmt: skip

@@ -27,10 +27,7 @@ class PoiseEnv(BaseTextEnv):
 
     def step(self, action: str) -> BaseTextEnvStepOutput:
         """The reward of the answer, without the end token that it may carry."""
-        asked = {"prompt": self.prompt, "response": action}
-        self.metrics = {
-            name: value for name, value in self.client.post("/remote_rm", asked).items() if name != "request"
-        }
+        self.metrics = self.client.one(self.prompt, action)
         reward = self.metrics["reward"]
         return BaseTextEnvStepOutput(observations=[], reward=reward, done=True, metadata=dict(self.metrics))
 

@@ -11,8 +11,6 @@ from poise.serve.client import own_client as _client
 
 async def custom_rm(args: Any, sample: Any, **_: Any) -> Any:
     """The reward with every head, as a dict of scalars; a list of them for a list of samples."""
-    if isinstance(sample, list):
+    if isinstance(sample, (list, tuple)):
         return list(await asyncio.gather(*(custom_rm(args, one) for one in sample)))
-    asked = {"prompt": sample.prompt, "response": sample.response}
-    answer = await _client().apost("/remote_rm", asked)
-    return {name: value for name, value in answer.items() if name != "request"}
+    return await _client().aone(sample.prompt, sample.response)

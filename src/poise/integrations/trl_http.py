@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from poise.errors import PoiseError
+from poise.integrations.trl_turns import as_lists, as_pair
 from poise.serve.client import Client, scalars
 
 
@@ -26,24 +26,12 @@ class ServedReward:
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
         """Text and conversations both. Raises PoiseError if there is no reward."""
-        rows = []
-        pairs = [_turns(*pair) for pair in zip(prompts, completions, strict=True)]
+        rows: list[dict[str, Any]] = []
+        pairs = [as_pair(*pair) for pair in zip(*as_lists(prompts, completions), strict=True)]
         for prompt, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
             rows += self.client.score(prompt, [completion for _, completion in group])
-        if log_metric := columns.get("log_metric"):
+        if (log_metric := columns.get("log_metric")) and rows:
             numbers = [scalars(row) for row in rows]
-            for name in numbers[0]:
+            for name in filter(lambda name: all(name in row for row in numbers), numbers[0]):
                 log_metric(f"poise/{name}", sum(row[name] for row in numbers) / len(numbers))
         return [row["reward"] for row in rows]
-
-
-def _turns(prompt: Any, completion: Any) -> tuple[Any, str]:
-    """Of an answer in several turns (tools), the last one is judged after the others."""
-    if isinstance(completion, str):
-        return prompt, completion
-    *before, last = completion
-    text = last.get("content") or ""
-    if last.get("role") != "assistant" or not isinstance(text, str):
-        raise PoiseError(f"a completion must end in text by the assistant, not in a turn of {last.get('role')}")
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    return ([*turns, *before] if before else prompt), text

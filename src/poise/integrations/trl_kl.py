@@ -26,6 +26,7 @@ from poise.runtime.folders import write_folder_atomic
 from poise.runtime.ladder import Best, Ladder, above_budget
 from poise.runtime.progress import console
 from poise.runtime.run_folder import Json, is_main_process
+from poise.runtime.settings import Count, check_value, shown
 
 START = "start"  # the policy before training, beside the checkpoints
 
@@ -73,11 +74,14 @@ class KLBudgetCallback(transformers.TrainerCallback, ExportableState):
                 "max_kl and keep_at_kl cannot save or load weights that FSDP or DeepSpeed has spread; "
                 "`poise train-policy --shard` can"
             )
+        check_value("updates_per_step", updates_per_step, Count)
+        if isinstance(keep_at_kl, str) or not isinstance(keep_at_kl, Sequence):
+            raise PoiseError(f"keep_at_kl must be a list of KLs, got {shown(keep_at_kl)}")
+        for nats in (*keep_at_kl, *(() if max_kl is None else (max_kl,))):
+            if not isinstance(nats, (int, float)) or isinstance(nats, bool) or not 0 < nats < math.inf:
+                raise PoiseError(f"a KL must be above 0 and finite, got {shown(nats)}")
         if max_kl is not None:
             _check_saving(args)
-        for nats in (*keep_at_kl, *(() if max_kl is None else (max_kl,))):
-            if not 0 < nats < math.inf:
-                raise PoiseError(f"a KL must be above 0 and finite, got {nats:g}")
         self.max_kl, self.ended = max_kl, False
         self.kl: Tensor = torch.zeros(0)
         self.ladder = Ladder(Path(folder or args.output_dir), keep_at_kl)

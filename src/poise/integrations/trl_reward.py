@@ -10,12 +10,12 @@ Pass this callable, never the reward model itself. Of a classifier with several 
 """
 
 import hashlib
-import json
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from numbers import Real
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -24,21 +24,19 @@ from transformers.trainer_callback import ExportableState
 
 from poise.data.types import Prompt, Sample
 from poise.errors import PoiseError
-from poise.functional.monitor import Monitor, MonitorConfig, Reading, text_signs
+from poise.functional.monitor import Monitor, MonitorConfig, Reading
 from poise.functional.objectives import (
     HeadRewards,
     Objective,
     RewardScale,
-    disagreement,
     joined,
     mean,
-    nominal,
     nominal_head,
     parse_objective,
-    routing_std,
-    worst_case,
 )
 from poise.functional.shaping import with_regret_bonus
+from poise.integrations.trl_logs import policy_metrics, statistics
+from poise.integrations.trl_turns import Completion, as_lists, as_pair
 from poise.models.chat_format import decode_completions, encode_prompt
 from poise.models.loading import HfTokenizer
 from poise.models.reward_model import heads_fingerprint, read_layout
@@ -48,9 +46,9 @@ from poise.models.validator import Validator, validator_for
 from poise.runtime.distributed import gathered_rows, process_index
 from poise.runtime.progress import console
 from poise.runtime.run_folder import Json, is_main_process
+from poise.runtime.settings import LengthOrAll, check_value, shown
 
 IN_MEMORY = "in memory"  # what settings call a reward model that no folder holds
-Completion = str | list[dict[str, Any]]  # text, or the turns that answered a conversation
 
 
 # ---- the reward ----
@@ -89,25 +87,37 @@ class RobustReward:
         self,
         path: str,
         objective: str | Objective,
-        scale: str,
+        scale: str | Path,
         max_length: int,
-        floor: float,
-        ceiling: float,
-        regret_bonus: float = 0.0,
+        floor: float | int,
+        ceiling: float | int,
+        regret_bonus: float | int = 0.0,
         validator: str | None = "",
     ):
+        if not isinstance(objective, str) and not callable(objective):
+            raise PoiseError(f"an objective is a name or a function of HeadRewards, not {type(objective).__name__}")
+        for name, bound in (("floor", floor), ("ceiling", ceiling), ("regret_bonus", regret_bonus)):
+            if not isinstance(bound, Real) or isinstance(bound, bool):
+                raise PoiseError(f"{name} must be a number, got {shown(bound)}; without a bound leave it out")
+        if not floor < ceiling:  # also where one of them is NaN
+            raise PoiseError(f"the reward's floor must be below its ceiling, got {floor:g} and {ceiling:g}")
         if not 0.0 <= regret_bonus < math.inf:
             raise PoiseError(f"a regret bonus must be at least 0 and finite, got {regret_bonus:g}")
-        self.path, self.scale, self.max_length, self.given = path, scale, max_length, objective
-        self.objective = objective if isinstance(objective, str) else name_of(objective)
+        self.path, self.scale, self.max_length, self.given = path, str(scale or ""), max_length, objective
         self.combine = parse_objective(objective) if isinstance(objective, str) else objective
-        self.floor, self.ceiling, self.regret_bonus = floor, ceiling, regret_bonus
+        self.floor, self.ceiling, self.regret_bonus = float(floor), float(ceiling), float(regret_bonus)
         self.fitted: RewardScale | None = None
         self.last: Scored | None = None
         self.validator = validator
         self._scorer: Scorer | None = None
         self.watched: RewardScale | None = None  # the validator's scale
         self._watching: Validator | None = None
+        self._by_hand = False  # was the scale fitted by a call that no trainer made?
+
+    @property
+    def objective(self) -> str:
+        """Its name; that of a function is where it is defined."""
+        return self.given if isinstance(self.given, str) else name_of(self.given)
 
     @staticmethod
     def of(
@@ -115,10 +125,10 @@ class RobustReward:
         objective: str | Objective,
         *,
         path: str = "",
-        scale: str = "",
-        floor: float = -math.inf,
-        ceiling: float = math.inf,
-        regret_bonus: float = 0.0,
+        scale: str | Path = "",
+        floor: float | int = -math.inf,
+        ceiling: float | int = math.inf,
+        regret_bonus: float | int = 0.0,
         validator: str | None = "",
     ) -> "RobustReward":
         """From a model in memory; the others as of `load`.
@@ -134,14 +144,14 @@ class RobustReward:
 
     @staticmethod
     def load(
-        path: str,
+        path: str | Path,
         objective: str | Objective = "tradeoff(0.4)",
         *,
-        scale: str = "",
+        scale: str | Path = "",
         max_length: int = 0,
-        floor: float = -math.inf,
-        ceiling: float = math.inf,
-        regret_bonus: float = 0.0,
+        floor: float | int = -math.inf,
+        ceiling: float | int = math.inf,
+        regret_bonus: float | int = 0.0,
         validator: str | None = "",
     ) -> "RobustReward":
         """From a checkpoint folder, a hub id, a `poise train-reward` run or an ensemble.
@@ -159,10 +169,12 @@ class RobustReward:
         labels without a `poise` block, or a validator that is the reward model. The weights are read on the first call,
         when the process knows its device, those of the validator on the first call that logs.
         """
+        path = str(path)
+        check_value("max_length", max_length or 0, LengthOrAll)
         if isinstance(objective, str) and not (Path(path) / ENSEMBLE_FILE).exists():
             read_layout(path).check_objective(objective)
         validator = validator_for(path, validator)
-        return RobustReward(path, objective, scale, max_length, floor, ceiling, regret_bonus, validator)
+        return RobustReward(path, objective, scale, max_length or 0, floor, ceiling, regret_bonus, validator)
 
     @property
     def scorer(self) -> Scorer:
@@ -175,7 +187,8 @@ class RobustReward:
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], **columns: Any) -> list[float]:
         """One reward per completion. Text and conversations both; of `columns`, only TRL's own four are used."""
-        if ids := columns.get("completion_ids"):
+        prompts, completions = as_lists(prompts, completions)
+        if (ids := columns.get("completion_ids")) is not None and len(ids):
             completions = _as_written(self.scorer.extract.tokenizer, prompts, completions, ids)
         own = [as_sample(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         before = self.scorer.num_truncated
@@ -183,9 +196,17 @@ class RobustReward:
         parts = gathered_rows([part])
         samples = [sample for there, _, _ in parts for sample in there]
         heads = joined([scored for _, scored, _ in parts])
-        step = getattr(columns.get("trainer_state"), "global_step", 0)
+        trainer = columns.get("trainer_state")
+        step = getattr(trainer, "global_step", 0)
         if self.fitted is None:  # one process that can read the file is enough: folders may not be shared
-            self.fitted = next((saved for _, _, saved in parts if saved), None) or self._fit(heads, step)
+            saved = next((saved for _, _, saved in parts if saved), None)
+            self.fitted, self._by_hand = saved or self._fit(heads, step), saved is None and trainer is None
+        elif self._by_hand and trainer is not None:
+            self._by_hand = False
+            console.print(
+                f"reward: its scale is that of the {self.fitted.count} completions of an earlier call, not of the "
+                f"policy that is trained; give the trainer a reward that was not called before", markup=False,
+            )  # fmt: skip
         log_metric = columns.get("log_metric")
         watched = self._watch(self.validator, own, heads, step) if self.validator and log_metric else {}
         reward = self.fitted.combine(heads, self.combine)
@@ -259,8 +280,8 @@ def _at_start(
 def name_of(objective: Objective) -> str:
     """What logs and files call a function of HeadRewards.
 
-    >>> name_of(worst_case)
-    'poise.functional.objectives.worst_case'
+    >>> name_of(mean)
+    'poise.functional.objectives.mean'
     """
     kind = objective if hasattr(objective, "__qualname__") else type(objective)
     return f"{kind.__module__}.{kind.__qualname__}"
@@ -284,77 +305,10 @@ def _as_written(
 
 def as_sample(prompt: Prompt, completion: Completion) -> Sample:
     """What TRL passes, as a sample: of an answer in several turns (tools), its last one is judged after the others."""
-    if isinstance(completion, str):
-        return generated(prompt, completion)
-    before, last = completion[:-1], completion[-1]
-    text = last.get("content") or ""
-    if last.get("role") != "assistant" or not isinstance(text, str):
-        raise PoiseError(f"a completion must end in text by the assistant, not in {last}")
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return generated([*turns, *before] if before else prompt, text)
+    return generated(*as_pair(prompt, completion))
 
 
-def statistics(samples: Sequence[Sample], centered: HeadRewards) -> dict[str, float]:
-    """Means over a batch of centered heads (N, K), under the names of a policy run's metrics."""
-    signals = {
-        "nominal": nominal(centered),
-        "worst_case": worst_case(centered),
-        "gap": nominal(centered) - worst_case(centered),
-        "disagreement": disagreement(centered),
-        "routing_std": routing_std(centered),
-    } | ({} if centered.distance is None else {"distance": centered.distance})
-    return {
-        **{name: signal.mean().item() for name, signal in signals.items()},
-        "switches": switches([sample.prompt for sample in samples], nominal_head(centered).tolist()),
-        **text_signs([sample.completion for sample in samples]),
-        **{f"head_{k}": value for k, value in enumerate(centered.mean.mean(0).tolist())},
-    }
-
-
-def switches(prompts: Sequence[Prompt], heads: Sequence[int]) -> float:
-    """Share of completions whose nominal head is not the most frequent one among their prompt's completions.
-
-    RLOO and GRPO compare a prompt's completions with one another; where the nominal head switches among them, part of
-    the difference is that of two heads.
-
-    >>> switches(["a", "a", "a", "b", "b"], [0, 0, 1, 2, 2])
-    0.2
-    """
-    groups: dict[str, Counter[int]] = {}
-    for prompt, head in zip(prompts, heads, strict=True):
-        groups.setdefault(json.dumps(prompt), Counter())[head] += 1
-    return (len(heads) - sum(max(counts.values()) for counts in groups.values())) / len(heads)
-
-
-# ---- what TRL logs ----
-
-_PLAIN = {
-    "reward": "reward", "reward_std": "reward_std", "entropy": "entropy", "tokens": "completions/mean_length",
-    "policy_loss": "loss", "grad_norm": "grad_norm", "clipped": "clip_ratio/region_mean",
-    **{
-        name: f"poise/{name}"
-        for name in (
-            "nominal", "worst_case", "gap", "disagreement", "routing_std", "switches", "repetition", "variety",
-            "truncated", "distance", "validator", "transfer", "kl", "kl_k3",
-        )
-    },
-}  # fmt: skip
-
-
-def policy_metrics(logs: Mapping[str, Any]) -> Json:
-    """What TRL logged, under the names of a policy run's metrics; what it did not log is left out.
-
-    kl: nats per completion, as in PPO, where a `KLBudgetCallback` measures it. Without one: TRL's mean per token times
-    the mean length. RLOO estimates that when it samples, by log π − log π_ref; GRPO over its updates, by the estimator
-    that is never negative.
-    """
-    found: Json = {ours: logs[theirs] for ours, theirs in _PLAIN.items() if logs.get(theirs) is not None}
-    if "kl" not in found and logs.get("kl") is not None and "tokens" in found:
-        found["kl"] = logs["kl"] * found["tokens"]
-    if logs.get("completions/clipped_ratio") is not None:
-        found["ended"] = 1 - logs["completions/clipped_ratio"]
-    num_heads = sum(name.startswith("poise/head_") for name in logs)
-    return found | ({"heads": [logs[f"poise/head_{k}"] for k in range(num_heads)]} if num_heads else {})
+# ---- the alarm ----
 
 
 class MonitorCallback(transformers.TrainerCallback, ExportableState):
@@ -365,6 +319,9 @@ class MonitorCallback(transformers.TrainerCallback, ExportableState):
     """
 
     def __init__(self, monitor: Monitor | None = None, action: Literal["log", "stop"] = "log"):
+        if not isinstance(monitor, (Monitor, NoneType)):
+            raise PoiseError(f"monitor must be a Monitor, not {type(monitor).__name__}")
+        check_value("action", action, Literal["log", "stop"])
         self.monitor, self.action = monitor or Monitor(), action
         self.reading = Reading(0.0, False, {})
 

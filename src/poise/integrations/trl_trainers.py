@@ -21,8 +21,9 @@ from poise.data.types import Prompt
 from poise.errors import PoiseError
 from poise.functional.memory import sampled_at_once
 from poise.integrations.trl_kl import KLBudgetCallback
+from poise.integrations.trl_logs import policy_metrics
 from poise.integrations.trl_needs import check_trl
-from poise.integrations.trl_reward import RobustReward, Scored, policy_metrics
+from poise.integrations.trl_reward import RobustReward, Scored
 from poise.models.adapted_maps import has_conv1d, linear_maps
 from poise.models.chat_format import decode_completions, encode_prompt, generation_prompt
 from poise.models.context import room_or_raise

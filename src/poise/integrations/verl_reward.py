@@ -9,9 +9,12 @@ every sample, which verl demands. Do not switch on `reward.reward_model.enable`:
 last raw std at the wrong token.
 """
 
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from poise.errors import PoiseError
+from poise.integrations.trl_turns import as_prompt
+from poise.runtime.settings import shown
 from poise.serve.client import own_client as _client
 from poise.serve.client import scalars
 
@@ -44,7 +47,11 @@ def refuse_own_model() -> NoReturn:
 
 def check_turns(number: Any) -> None:
     """Raise PoiseError for an answer in several turns. number: of all turns, as verl counts them; None if not told."""
-    if number is not None and int(number) > 2:
+    try:
+        several = number is not None and int(number) > 2
+    except (TypeError, ValueError):
+        raise PoiseError(f"the number of an answer's turns must be a whole number, got {shown(number)}") from None
+    if several:
         raise PoiseError(
             "verl gives the turns of an agent and its tools as one text, which no reward model has seen in training: "
             "use a single-turn agent loop"
@@ -54,7 +61,9 @@ def check_turns(number: Any) -> None:
 def _prompt(extra_info: dict[str, Any] | None, options: dict[str, Any]) -> Any:
     if options.get("reward_router_address"):
         refuse_own_model()
-    given = extra_info or {}
+    given = {} if extra_info is None else extra_info
+    if not isinstance(given, Mapping):
+        raise PoiseError(f"extra_info must have columns, among them prompt; it is of type {type(given).__name__}")
     check_turns(given.get("num_turns"))
     prompt = given.get("prompt")
     if prompt is None:
@@ -62,4 +71,4 @@ def _prompt(extra_info: dict[str, Any] | None, options: dict[str, Any]) -> Any:
             "verl gives no prompt to a reward function: put it into extra_info.prompt of the data, or use the reward "
             "manager, poise.integrations.verl_manager"
         )
-    return prompt if isinstance(prompt, str) else list(prompt)  # an array, where it comes from Parquet
+    return as_prompt(prompt)  # an array, where it comes from Parquet

@@ -28,7 +28,7 @@ from poise.models.prompt_trials import padded_or_raise, shares_prompts
 from poise.models.reward_model import HeadLayout, LastLayer, load_last_layer, load_reference, load_reward_model
 from poise.models.shared_prompt import Family, cached_hidden, num_tokens, pack, separate_hidden
 from poise.runtime.run_folder import Json, write_json
-from poise.runtime.settings import finite_or_raise
+from poise.runtime.settings import LengthOrAll, check_value, finite_or_raise
 
 TOKENS_PER_BATCH = 4096
 
@@ -43,6 +43,7 @@ class FeatureExtractor(Encoder):
 
         cached: keep features on disk, for whoever asks for the same texts through the same trunk.
         """
+        check_value("max_length", max_length or 0, LengthOrAll)
         config = classifier.config.get_text_config()
         context = context_length(config)
         longest = min(max_length or context, context)
@@ -68,16 +69,18 @@ class FeatureExtractor(Encoder):
     @torch.no_grad()
     def forward(self, tokens: Sequence[Tokens], progress: Progress | None = None) -> Float[Tensor, "samples hidden"]:
         """Features of encoded samples. The same text twice is computed once; a shared prompt is, too."""
-        features = torch.empty(len(tokens), feature_size(self.classifier), device=self.classifier.device)
+        device = self.classifier.device
+        features = torch.empty(len(tokens), feature_size(self.classifier), dtype=torch.float32, device=device)
         prompts: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
         for i, (prompt, completion) in enumerate(tokens):
             prompts.setdefault(prompt, {}).setdefault(completion, []).append(i)
         families = [Family(list(prompt), [list(text) for text in texts]) for prompt, texts in prompts.items()]
-        for part, hidden in self._hidden(families):
-            for (prompt, completion), feature in zip(part, hidden.float(), strict=True):
-                features[prompts[prompt][completion]] = feature
-            if progress:
-                progress(sum(len(prompts[prompt][completion]) for prompt, completion in part))
+        with torch.autocast(device.type, enabled=False):  # a score is the same whatever is trained around it
+            for part, hidden in self._hidden(families):
+                for (prompt, completion), feature in zip(part, hidden.float(), strict=True):
+                    features[prompts[prompt][completion]] = feature
+                if progress:
+                    progress(sum(len(prompts[prompt][completion]) for prompt, completion in part))
         return features
 
     def _hidden(self, families: list[Family]) -> Iterator[tuple[list[Tokens], Float[Tensor, "texts hidden"]]]:
@@ -172,7 +175,9 @@ class Scorer:
 
     def decode(self, features: Float[Tensor, "*batch hidden"]) -> HeadRewards:
         """Heads on features that the same trunk made."""
-        heads = self.layout.decode(features.to(self.weight.device) @ self.weight.T)
+        device = self.weight.device
+        with torch.autocast(device.type, enabled=False):
+            heads = self.layout.decode(features.to(device) @ self.weight.T)
         far = None if self.reference is None else distance(features, self.reference).float().unsqueeze(-1)
         return HeadRewards(heads.mean.cpu(), heads.std.cpu(), far)
 

@@ -1,6 +1,7 @@
 """A validator: another reward model that watches a run (--validator). Nothing is trained on what it says."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from poise.data.types import Prompt
 from poise.errors import PoiseError
@@ -20,18 +21,22 @@ def say_validator(path: str, off: str) -> None:
     )  # fmt: skip
 
 
-def validator_for(path: str, validator: str | None) -> str | None:
+def validator_for(path: str, validator: str | Path | None) -> str | None:
     """The validator of the reward at `path`: the one that is given, or where that is "" the run's own, said in a line.
 
-    Raises PoiseError for the reward model itself.
+    Raises PoiseError for the reward model itself, and for what is no name.
     """
+    if validator is not None and not isinstance(validator, (str, Path)):
+        raise PoiseError(f"a validator is the name of a reward model, not {type(validator).__name__}")
+    if validator is None:
+        return None
     if validator:
-        refuse_itself(validator, path)
-    elif validator is not None and (found := validator_of(path)):
+        refuse_itself(str(validator), path)
+    elif found := validator_of(path):
         if is_main_process():
             say_validator(found, "validator=None")
         return found
-    return validator
+    return str(validator)
 
 
 class Validator:

@@ -341,7 +341,7 @@ class Training:
         )
         objective = self._objective()
         self.reward.scale = scale = RewardScale.fit(heads, objective, floor, ceiling)
-        combined = objective(scale.centered(heads))
+        combined = scale.combined(heads, objective)
         self.scale_interval = std_interval(combined.view(-1, config.completions_per_prompt))
         if is_main_process() and math.isfinite(self.scale_interval[0]):
             low, high = self.scale_interval

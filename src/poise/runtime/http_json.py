@@ -9,8 +9,21 @@ from typing import Any
 from poise.errors import PoiseError
 from poise.runtime.records import parse_json
 
+
+class _Stays(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: urllib would ask again without the body, and give the key to whatever host is named."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def make_opener(*handlers: urllib.request.BaseHandler) -> urllib.request.OpenerDirector:
+    """An opener that goes nowhere but to the address that it is given."""
+    return urllib.request.build_opener(_Stays, *handlers)
+
+
 # Not through a proxy that the environment names for the internet.
-OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+OPENER = make_opener(urllib.request.ProxyHandler({}))
 AGAIN = frozenset({408, 429, *range(500, 600)})  # statuses after which another try may be answered
 
 
@@ -32,7 +45,7 @@ def ask(
     opener: urllib.request.OpenerDirector = OPENER,
     parse_constant: Callable[[str], Any] | None = None,
 ) -> Any:
-    """The JSON answer to a POST of `body`, or to a GET.
+    """The JSON answer to a POST of `body`, or to a GET. Redirects are refused.
 
     key: bearer token. timeout: in seconds. parse_constant: as of `json.loads`; what it raises is passed on.
     Raises AgainError where nothing was answered, or one of the statuses `again`; PoiseError for any other refusal, and
@@ -45,6 +58,8 @@ def ask(
     except urllib.error.HTTPError as error:
         with error:
             said = f"{error.code} {_message(error.read) or error.reason}"
+            if place := error.headers.get("Location") if 300 <= error.code < 400 else None:
+                said = f"{error.code}, the answer is at {place[:300]}; give that address, if you trust it"
             if error.code in again:
                 raise AgainError(said, error.code, error.headers.get("Retry-After", "")) from None
         raise PoiseError(f"{url}: {said}") from None

@@ -194,6 +194,12 @@ def _first_again(items: Any) -> Any:
     return next((one for i, one in enumerate(items) if same[i] in same[:i]), None)
 
 
+def check_value(name: str, value: Any, kind: Any) -> None:
+    """Raise PoiseError, naming range and value, for an argument of a Python program that `kind` does not allow."""
+    if wrong := problem(value, kind):
+        raise PoiseError(f"{name} must be {wrong}, got {shown(value)}")
+
+
 def typed_fields(config: Any) -> dict[str, tuple[Any, Any]]:
     """Of a dataclass object: by name, each field's annotation, with its ranges and marks, and its value."""
     kinds = hints(type(config))
@@ -266,7 +272,7 @@ def shown(value: Any) -> str:
     """A wrong value for a message: short, and on one line."""
     if isinstance(value, float):
         return f"{value:g}"
-    text = repr(value) if isinstance(value, (str, list, tuple, dict)) else str(value)
+    text = " ".join((repr(value) if isinstance(value, (str, list, tuple, dict)) else str(value)).split())
     return text if len(text) <= 80 else f"{text[:77]}…"
 
 

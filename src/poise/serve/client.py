@@ -13,7 +13,6 @@ import asyncio
 import functools
 import hashlib
 import json
-import math
 import os
 import random
 import time
@@ -23,12 +22,14 @@ from typing import Any, TypeVar
 
 from poise.errors import PoiseError
 from poise.runtime.http_json import AgainError, ask
+from poise.runtime.settings import NotNegative, Positive, check_address, check_value
 
 URL_VARIABLE, TOKEN_VARIABLE = "POISE_URL", "POISE_TOKEN"
 DEFAULT_URL = "http://127.0.0.1:8400"
 _AGAIN = {408, 429, 502, 503, 504}  # not 500: the reward model is broken
 _LONGEST_WAIT = 10.0
 _CONCURRENT = 64
+_LARGEST = 3e38
 T = TypeVar("T")
 
 
@@ -38,11 +39,20 @@ class Client:
     url, token: by default from POISE_URL and POISE_TOKEN.
     timeout: seconds for one answer. patience: seconds over which a request is sent again, for a server that is
     restarted, slow or full.
+    Raises PoiseError for what is no address, token or number of seconds.
     """
 
     def __init__(self, url: str = "", token: str = "", timeout: float = 120.0, patience: float = 600.0):
-        self.url = (url or os.environ.get(URL_VARIABLE, "") or DEFAULT_URL).rstrip("/")
-        self.token = token or os.environ.get(TOKEN_VARIABLE, "")
+        address, key = (
+            url or os.environ.get(URL_VARIABLE, "") or DEFAULT_URL,
+            token or os.environ.get(TOKEN_VARIABLE, ""),
+        )
+        check_address("reward server", str(address))
+        check_value("timeout", timeout, Positive)
+        check_value("patience", patience, NotNegative)
+        if not isinstance(key, str) or not key.isascii() or not key.isprintable():
+            raise PoiseError("the token of the reward server must be one line of plain characters")
+        self.url, self.token = str(address).rstrip("/"), key
         self.timeout, self.patience = timeout, patience
         self._threads: ThreadPoolExecutor | None = None
 
@@ -51,11 +61,23 @@ class Client:
 
         Raises PoiseError for what the server refuses, and if it gave no answer within `patience`.
         """
-        answer = self.post("/score", {"prompt": prompt, "completions": list(completions)})
-        rows: list[dict[str, Any]] = answer["scores"]
-        if len(rows) != len(completions) or not all(_is_reward(row.get("reward")) for row in rows):
+        _refuse_text("completions", completions)
+        rows = self.post("/score", {"prompt": prompt, "completions": list(completions)}).get("scores")
+        if not isinstance(rows, list) or len(rows) != len(completions) or not all(map(_is_row, rows)):
             raise PoiseError(f"{self.url} gave no reward for each completion")
         return rows
+
+    def one(self, prompt: str | Sequence[Any], response: str) -> dict[str, Any]:
+        """Reward and every number of one answer, by name; its prompt and end token may be as rendered."""
+        answer = self.post("/remote_rm", {"prompt": prompt, "response": response})
+        found = {name: value for name, value in answer.items() if name != "request"}
+        if "reward" not in found or not all(map(_is_reward, found.values())):
+            raise PoiseError(f"{self.url} gave no reward, or what is no number beside it")
+        return found
+
+    async def aone(self, prompt: str | Sequence[Any], response: str) -> dict[str, Any]:
+        """As `one`, without blocking the event loop."""
+        return await self._in_thread(self.one, prompt, response)
 
     async def ascore(self, prompt: str | Sequence[Any], completions: Sequence[str]) -> list[dict[str, Any]]:
         """As `score`, without blocking the event loop; up to 64 at once."""
@@ -63,7 +85,10 @@ class Client:
 
     def post(self, path: str, value: dict[str, Any]) -> dict[str, Any]:
         """The JSON answer to a JSON request. Raises as `score` does."""
-        body = json.dumps(value).encode()
+        try:
+            body = json.dumps(value, allow_nan=False).encode()
+        except (TypeError, ValueError) as error:
+            raise PoiseError(f"{self.url}{path} cannot be asked: {error}") from None
         end, wait = time.monotonic() + self.patience, 0.25
         while True:
             try:
@@ -79,6 +104,17 @@ class Client:
     async def apost(self, path: str, value: dict[str, Any]) -> dict[str, Any]:
         """As `post`, without blocking the event loop."""
         return await self._in_thread(self.post, path, value)
+
+    def of_queries(self, queries: Sequence[str], prompts: Sequence[str]) -> tuple[list[float], dict[str, float]]:
+        """Rewards of prompts with their answers, as rendered, and the means of every other number by name."""
+        _refuse_text("queries", queries)
+        answer = self.post("/get_reward", {"query": list(queries), "prompts": list(prompts)})
+        rewards, logs = answer.get("rewards"), answer.get("extra_logs")
+        if not isinstance(rewards, list) or len(rewards) != len(queries) or not all(map(_is_reward, rewards)):
+            raise PoiseError(f"{self.url} gave no reward for each query")
+        if not isinstance(logs, dict) or not all(map(_is_reward, logs.values())):
+            raise PoiseError(f"{self.url} gave what is no number beside the rewards")
+        return rewards, logs
 
     async def _in_thread(self, call: Callable[..., T], *arguments: Any) -> T:
         if self._threads is None:
@@ -105,17 +141,32 @@ def _refuse(constant: str) -> None:
     raise _NoNumberError(constant)
 
 
+def _refuse_text(what: str, given: Sequence[str]) -> None:
+    """Its letters would be asked for one by one."""
+    if isinstance(given, str):
+        raise PoiseError(f"{what} are a list of texts, not one text")
+
+
 def _is_reward(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """A number that float32 holds, too."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST
+
+
+def _is_row(value: Any) -> bool:
+    """A reward with the means of its heads and as many stds."""
+    if not isinstance(value, dict) or not _is_reward(value.get("reward")):
+        return False
+    mean, std = value.get("mean"), value.get("std")
+    return isinstance(mean, list) and isinstance(std, list) and all(map(_is_reward, (*mean, *std)))
 
 
 def scalars(row: dict[str, Any]) -> dict[str, float]:
-    """A row as numbers only, the same names for every row: `head_0` … and `head_std_0` … for the lists.
+    """A row as numbers only: `head_0` … and `head_std_0` … for the lists; what is no number is left out.
 
     >>> scalars({"reward": 1.0, "gap": 0.5, "mean": [1.0, 2.0], "std": [0.1, 0.2], "truncated": False})
     {'reward': 1.0, 'gap': 0.5, 'truncated': 0.0, 'head_0': 1.0, 'head_1': 2.0, 'head_std_0': 0.1, 'head_std_1': 0.2}
     """
-    plain = {name: float(value) for name, value in row.items() if name not in ("mean", "std")}
+    plain = {name: float(value) for name, value in row.items() if isinstance(value, (int, float))}
     means = {f"head_{k}": value for k, value in enumerate(row["mean"])}
     return plain | means | {f"head_std_{k}": value for k, value in enumerate(row["std"])}
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from poise.errors import PoiseError
-from poise.runtime.http_json import AgainError, ask
+from poise.runtime.http_json import AgainError, ask, make_opener
 from poise.runtime.run_folder import Json
 from poise.serve.config import is_loopback
 
@@ -67,7 +67,7 @@ class ChatJudge:
             )
         # No proxy between this machine and itself.
         handlers = [urllib.request.ProxyHandler({})] if local else []
-        self._opener = urllib.request.build_opener(*handlers)
+        self._opener = make_opener(*handlers)
         self.model = model or self._only_model()
 
     def judge(self, comparisons: Sequence[Json]) -> Iterator[Judged]:

@@ -1,0 +1,185 @@
+"""The client and the adapters that ask it, given what is wrong: a line that says so, at once, and never a number."""
+
+import asyncio
+import email
+import importlib
+import io
+import math
+import urllib.request
+import urllib.response
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from as_installed import poise_as_installed
+
+URL = "http://127.0.0.1:9"
+ROW = {"reward": 1.0, "mean": [1.0, 2.0], "std": [0.1, 0.2], "gap": 0.5}
+
+
+@pytest.fixture(scope="module")
+def poise() -> Iterator[Any]:
+    with poise_as_installed() as package:
+        yield package
+
+
+@pytest.fixture
+def answers(poise: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+    """Sets what every client gets as the answer to anything."""
+    client = importlib.import_module(f"{poise.__name__}.serve.client")
+    return lambda answer: monkeypatch.setattr(client.Client, "post", lambda *_: answer)
+
+
+def refused(poise: Any, call: Callable[[], Any]) -> str:
+    with pytest.raises(poise.PoiseError, match=r"^[^\n]+$") as caught:
+        call()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"url": "localhost:8400"}, "reward server 'localhost:8400': an address was expected, e.g. http://"),
+        ({"url": "ftp://x"}, "reward server 'ftp://x': an address was expected"),
+        ({"url": "http://[::1"}, "reward server 'http://[::1': an address was expected"),
+        ({"url": "http://a:99999"}, "reward server 'http://a:99999': an address was expected"),
+        ({"url": 8400}, "reward server '8400': an address was expected"),
+        ({"timeout": "5"}, "timeout must be a finite number, got '5'"),
+        ({"timeout": 0}, "timeout must be above 0, got 0"),
+        ({"patience": math.nan}, "patience must be a finite number, got nan"),
+        ({"patience": -1}, "patience must be at least 0, got -1"),
+        ({"token": "secret\nline"}, "the token of the reward server must be one line of plain characters"),
+    ],
+)
+def test_a_client_that_could_ask_nobody_is_not_made(poise: Any, arguments: dict[str, Any], said: str) -> None:
+    """An address without http was asked for ten minutes; patience that is no number had no end."""
+    from poise.serve import client
+
+    found = refused(poise, lambda: client.Client(**arguments))
+    assert found.startswith(said)
+    assert "secret" not in found
+
+
+@pytest.mark.parametrize("prompt", [b"text", {1, 2}, math.nan])
+def test_what_json_does_not_hold_is_not_sent(poise: Any, prompt: Any) -> None:
+    from poise.serve import client
+
+    assert f"{URL}/score cannot be asked: " in refused(poise, lambda: client.Client(URL).score(prompt, ["a"]))
+
+
+def test_one_text_is_no_list_of_texts(poise: Any) -> None:
+    from poise.serve import client
+
+    asking = client.Client(URL)
+    assert refused(poise, lambda: asking.score("p", "ab")) == "completions are a list of texts, not one text"
+    assert refused(poise, lambda: asking.of_queries("ab", "ab")) == "queries are a list of texts, not one text"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {}, {"scores": None}, {"scores": {"a": 1}}, {"scores": []}, {"scores": [None]}, {"scores": [1.0]},
+        *({"scores": [ROW | wrong]} for wrong in (
+            {"reward": None}, {"reward": "1"}, {"reward": True}, {"reward": 1e39}, {"mean": None}, {"mean": ["a"]},
+            {"mean": 1.0}, {"std": None},
+        )),
+    ],
+)  # fmt: skip
+def test_rows_without_a_reward_are_refused(poise: Any, answers: Any, answer: Any) -> None:
+    from poise.serve import client
+
+    answers(answer)
+    said = refused(poise, lambda: client.Client(URL).score("p", ["a"]))
+    assert said == f"{URL} gave no reward for each completion"
+
+
+WRONG = [{}, {"reward": None}, {"reward": "nan"}, {"reward": [1.0]}, {"reward": 1.0, "gap": None}]
+
+
+@pytest.mark.parametrize("answer", WRONG)
+def test_an_engine_gets_numbers_or_nothing(poise: Any, answers: Any, answer: Any) -> None:
+    from poise.integrations.slime_reward import custom_rm
+
+    answers({**answer, "request": "x"})
+    sample = SimpleNamespace(prompt="p", response="a")
+    said = refused(poise, lambda: asyncio.run(custom_rm(None, sample)))
+    assert said.endswith(" gave no reward, or what is no number beside it")
+
+
+def test_an_engine_gets_every_number(answers: Any) -> None:
+    from poise.integrations.slime_reward import custom_rm
+
+    answers({"reward": 1.0, "gap": 0.5, "request": "x"})
+    found, sample = {"reward": 1.0, "gap": 0.5}, SimpleNamespace(prompt="p", response="a")
+    assert asyncio.run(custom_rm(None, sample)) == found
+    assert asyncio.run(custom_rm(None, (sample, sample))) == [found, found]
+
+
+NONE: dict[str, Any] = {"extra_logs": {}}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {}, NONE, NONE | {"rewards": None}, NONE | {"rewards": [1.0]}, NONE | {"rewards": 1.0},
+        NONE | {"rewards": [1.0, None]}, NONE | {"rewards": [[1.0], [1.0]]}, NONE | {"rewards": ["1", "1"]},
+        {"rewards": [1.0, 1.0]}, {"rewards": [1.0, 1.0], "extra_logs": {"a": None}},
+    ],
+)  # fmt: skip
+def test_openrlhf_gets_a_reward_for_each_query(poise: Any, answers: Any, answer: Any) -> None:
+    """Of two queries one reward was spread over both."""
+    from poise.integrations.openrlhf_reward import reward_func
+
+    answers(answer)
+    said = refused(poise, lambda: reward_func(["pq", "pr"], ["p", "p"], [None, None]))
+    assert said.partition(" gave ")[2] in ("no reward for each query", "what is no number beside the rewards")
+
+
+@pytest.mark.parametrize("rewards", [[1.0], [1.0, 2.0]])
+def test_openrlhf_gets_scalars(answers: Any, rewards: list[float]) -> None:
+    from poise.integrations.openrlhf_reward import reward_func
+
+    answers({"rewards": rewards, "extra_logs": {"gap": 0.5}})
+    found = reward_func(["q"] * len(rewards), ["p"] * len(rewards), [None] * len(rewards))
+    assert found["rewards"].tolist() == found["scores"].tolist() == (rewards if len(rewards) > 1 else 1.0)
+    assert found["extra_logs"]["gap"].item() == 0.5
+
+
+@pytest.mark.parametrize(
+    ("extra_info", "said"),
+    [
+        ("abc", "extra_info must have columns, among them prompt; it is of type str"),
+        ({"prompt": 3}, "a prompt must be text or a list of turns, not int"),
+        ({"prompt": math.nan}, "a prompt must be text or a list of turns, not float"),
+        ({"prompt": "p", "num_turns": "x"}, "the number of an answer's turns must be a whole number, got 'x'"),
+    ],
+)
+def test_verl_s_columns_are_checked(poise: Any, extra_info: Any, said: str) -> None:
+    from poise.integrations.verl_reward import compute_score_sync
+
+    assert refused(poise, lambda: compute_score_sync("d", "a", None, extra_info)) == said
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("body", [b"{}", None], ids=["post", "get"])
+def test_a_redirect_is_not_followed(poise: Any, status: int, body: bytes | None) -> None:
+    """urllib follows 301 to 303 without the body, and takes the token along to whatever host is named."""
+    from poise.runtime.http_json import ask, make_opener
+
+    asked: list[str] = []
+
+    class Redirects(urllib.request.HTTPHandler):
+        def http_open(self, request: urllib.request.Request) -> Any:
+            asked.append(request.full_url)
+            headers = email.message_from_string("Location: http://elsewhere.invalid/score\n\n")
+            answer = urllib.response.addinfourl(io.BytesIO(b""), headers, request.full_url, status)
+            answer.msg = "Moved"  # type: ignore[attr-defined]
+            return answer
+
+    opener = make_opener(Redirects())
+    said = refused(poise, lambda: ask(f"{URL}/score", body, key="secret", timeout=1.0, opener=opener))
+    place = "http://elsewhere.invalid/score"
+    assert said == f"{URL}/score: {status}, the answer is at {place}; give that address, if you trust it"
+    assert asked == [f"{URL}/score"]
