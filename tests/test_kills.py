@@ -118,7 +118,7 @@ def test_a_command_killed_at_every_boundary_ends_as_an_undisturbed_one(
             "export": [f"{reward}/brme", "--scalar", "mean"],
             "export again": [f"{reward}/brme", "--scalar", "head", "--head", "1"],
             "merge": [str(policy)],
-            "ensemble": [f"{reward}/brme", f"{reward}/brme", "--reference", str(preferences_file)],
+            "ensemble": [f"{reward}/single", f"{reward}/ensemble", "--reference", str(preferences_file)],
             "score": [f"{reward}/brme", str(samples)],
             "score as parquet": [f"{reward}/brme", str(samples)],
             "train-reward": [

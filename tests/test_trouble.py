@@ -80,7 +80,7 @@ def commands(
         ],
         "score": [f"{reward}/brme", str(samples)],
         "export": [f"{reward}/brme", "--scalar", "mean"],
-        "ensemble": [f"{reward}/brme", f"{reward}/brme", "--reference", str(preferences_file)],
+        "ensemble": [f"{reward}/single", f"{reward}/ensemble", "--reference", str(preferences_file)],
     }  # fmt: skip
 
     def make(name: str, folder: str) -> Command:

@@ -16,7 +16,7 @@ from poise.functional.memory import (
     reward_memory,
     trl_memory,
 )
-from poise.integrations.trl_needs import check_trl
+from poise.integrations.trl_needs import check_group
 from poise.models.choices import DEFAULT_MODEL, Tune, ValueTrunk
 from poise.models.model_folder import check_layers, check_shape
 from poise.policy.config import Config as Policy
@@ -103,7 +103,7 @@ class Config(Settings):
                 f"--prompts-per-step {-(-self.prompts_per_step // shares) * shares} would do"
             )
         if self.algorithm != "ppo":
-            check_trl(self.algorithm, self.completions_per_prompt)
+            check_group(self.algorithm, self.completions_per_prompt)
         for name in dict.fromkeys((self.model, self.reward or self.model, self.validator or self.model)):
             check_shape(name)
         if self.adapted_layers != Config.adapted_layers:  # more than a small model has are planned for by default

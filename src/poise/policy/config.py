@@ -249,7 +249,8 @@ class Config(PpoConfig):
         if missing := [name for name in ("prompts", "reward") if not getattr(self, name)]:
             what = {"prompts": "name a file of prompts", "reward": "name a reward model"}[missing[0]]
             raise PoiseError(f"--{missing[0]} is missing: {what}")
-        if self.adapted_layers != Config.adapted_layers:  # more than a small model has are asked for by default
+        # More than a small model has are asked for by default. A finished run needs no model, so the hub is not asked.
+        if self.adapted_layers != Config.adapted_layers and Path(self.model).is_dir():
             check_layers(self.model, "--adapted-layers", self.adapted_layers)
         validator = validator_of(self.reward) if self.validator == "" else self.validator
         return replace(self, output=self.output or "runs/policy", validator=validator)

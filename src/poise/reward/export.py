@@ -202,7 +202,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _write_adapter(source: Path, target: Path, layout: HeadLayout, config: Config) -> HeadLayout:
     """The adapters of the run that `source` is part of, with the heads of `source` in place of stage 1's."""
-    adapter = adapters_of(source)
+    adapter = adapters_of(source.resolve())
     if not (adapter / "adapter_config.json").exists():
         raise PoiseError(f"{config.reward} has no adapters beside it: train it with `--trunk lora`")
     tensors = _read_tensors(own_file(adapter, "adapter_model.safetensors"))

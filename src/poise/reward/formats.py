@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from poise.errors import PoiseError
 from poise.models.formats import ENSEMBLE_FILE, checkpoint_folder
-from poise.models.run_heads import VALIDATOR
+from poise.models.run_heads import adapters_of
 from poise.runtime.folders import is_leftover
 from poise.runtime.records import read_object
 from poise.runtime.settings import Count, NotNegative, WholeNumber
@@ -87,10 +87,8 @@ def check_exported(reward: str, head: int | None, *, adapter: bool) -> None:
         raise PoiseError(f"--head {head}: the reward model has heads 0 to {heads - 1}")
     if isinstance(block, dict) and block.get("adapters"):
         return  # each head has its own, which are exported in another way
-    if adapter and not (folder.parent / "adapter" / "adapter_config.json").exists():
+    if adapter and not (adapters_of(folder.resolve()) / "adapter_config.json").exists():
         raise PoiseError(f"{reward} has no adapters beside it: train it with `--trunk lora`")
-    if adapter and folder.resolve().name == VALIDATOR:
-        raise PoiseError(f"{reward}: the adapters beside it are the reward model's; export it without --adapter")
 
 
 def check_ensemble(target: Path) -> None:
