@@ -289,7 +289,8 @@ def stopping(found: Json) -> str:
 def answer(found: Json) -> str:
     words = [verdict(found, arm) for arm in tested(found)]
     word = "Yes" if "yes" in words else "Open" if "open" in words or not words else "No"
-    return f"**{word}**, {of_design(found)}: {in_words(found)}"
+    looks = "provisional, " if unfinished(found) else ""
+    return f"**{word}**, {looks}{of_design(found)}: {in_words(found)}"
 
 
 def page_verdict(found: Json) -> str:
