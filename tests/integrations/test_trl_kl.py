@@ -21,7 +21,6 @@ from poise.integrations import trl_trainers
 from poise.integrations.trl_kl import KLBudgetCallback
 from poise.integrations.trl_reward import RobustReward
 from poise.models.loading import load_policy
-from poise.models.validator import Validator
 from poise.policy import train as train_policy
 from poise.policy.config import Config
 from poise.runtime import ladder
@@ -31,6 +30,7 @@ from poise.runtime.run_folder import Run
 from poise.studies import choose
 from poise.studies.choose_config import Config as ChooseConfig
 from trl_runs import PROMPTS, TRL_SETS_A_DEPRECATED_DEFAULT, own_script, settings
+from validated_runs import validated_run
 
 pytestmark = [pytest.mark.usefixtures("undrawn"), TRL_SETS_A_DEPRECATED_DEFAULT]
 
@@ -225,23 +225,19 @@ def test_the_policy_that_the_validator_likes_best_is_kept(
     how = dataclasses.replace(
         config, algorithm=algorithm, heads="brme", validator=reward, num_steps=5, num_epochs=2, save_every=1
     )  # fmt: skip
-    gains = (0.0, 1.0, 3.0, 0.5, 1.0)
-
-    def run(config: Config, first: int = 0) -> Run:
-        left = iter(gains[first:])
-        monkeypatch.setattr(Validator, "metrics", lambda *_: {"validator": next(left)})
-        return train_policy.run(config)
-
-    out = run(how)
+    out = validated_run(how, monkeypatch)
     told = {"step": 2, "kl": out.metrics()[2]["kl"], "validator": 2.0}
     assert (out.results or {})["best"] == best_of(out.folder) == told
     short = train_policy.run(dataclasses.replace(how, validator=None, num_steps=2, output=f"{config.output}-short"))
     assert same_weights(out.folder / "best", short.folder / "policy")
     assert (short.results or {})["best"] is None
     parted = dataclasses.replace(how, output=f"{config.output}-again")
-    run(dataclasses.replace(parted, num_steps=2))
-    assert best_of(run(parted, first=2).folder) == told  # its mark takes the step before, which only a checkpoint knows
-    tight = run(dataclasses.replace(how, max_kl=told["kl"] * 0.99, output=f"{config.output}-tight"))
+    validated_run(dataclasses.replace(parted, num_steps=2), monkeypatch)
+    again = validated_run(parted, monkeypatch, first=2)
+    assert best_of(again.folder) == told  # its mark takes the step before, which only a checkpoint knows
+    tight = validated_run(
+        dataclasses.replace(how, max_kl=told["kl"] * 0.99, output=f"{config.output}-tight"), monkeypatch
+    )
     assert ((tight.results or {})["best"] or {"step": 1})["step"] < 2
 
 

@@ -24,7 +24,8 @@ from poise.policy import train as train_policy
 from poise.policy.config import Config
 from poise.runtime.ladder import best_of
 from poise.runtime.records import read_rows
-from poise.runtime.run_folder import Run, load_config_file
+from poise.runtime.run_folder import load_config_file
+from validated_runs import validated_run
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +91,7 @@ def test_a_run_keeps_the_policy_that_its_validator_likes_best(
         completions_per_prompt=4, max_tokens=8, adapted_layers=1, lora_rank=2, baseline_completions=16, save_every=1,
         eval_completions=1, learning_rate=3e-2, keep_at_kl=(),
     )  # fmt: skip
-    gains = (0.0, 1.0, 3.0, 0.5, 1.0)
-
-    def run(config: Config, first: int = 0) -> Run:
-        left = iter(gains[first:])
-        monkeypatch.setattr(Validator, "metrics", lambda *_: {"validator": next(left)})
-        return train_policy.run(config)
-
-    out = run(config)
+    out = validated_run(config, monkeypatch)
     told = {"step": 2, "kl": out.metrics()[2]["kl"], "validator": 2.0}
     assert (out.results or {})["best"] == best_of(out.folder) == told
     short = train_policy.run(replace(config, validator="", num_steps=2, output=str(tmp_path / "short")))
@@ -107,10 +101,10 @@ def test_a_run_keeps_the_policy_that_its_validator_likes_best(
     assert all(torch.equal(ended[name], kept[name]) for name in ended)
 
     parts = replace(config, output=str(tmp_path / "parts"))
-    run(replace(parts, num_steps=2))
-    again = run(parts, first=2)
+    validated_run(replace(parts, num_steps=2), monkeypatch)
+    again = validated_run(parts, monkeypatch, first=2)
     assert best_of(again.folder) == told
-    tight = run(replace(config, max_kl=told["kl"] * 0.99, output=str(tmp_path / "tight")))
+    tight = validated_run(replace(config, max_kl=told["kl"] * 0.99, output=str(tmp_path / "tight")), monkeypatch)
     assert ((tight.results or {})["best"] or {"step": 1})["step"] < 2
 
 

@@ -116,8 +116,8 @@ def _refuse_halves(text: str, what: str) -> None:
 
 
 def _load(policy: str) -> tuple[Any, Any]:
-    from poise.models.loading import load_adapters, load_policy, load_tokenizer
-    from poise.policy.merge import base_of
+    from poise.models.loading import load_policy
+    from poise.policy.merge import unfolded
 
     folders = (Path(policy) / "policy", Path(policy))
     adapters = next((folder for folder in folders if (folder / "adapter_config.json").exists()), None)
@@ -126,8 +126,7 @@ def _load(policy: str) -> tuple[Any, Any]:
         if not (inner / "config.json").exists() and (Path(policy) / "config.yaml").exists():
             raise PoiseError(f"{policy} has no policy yet: the run is not finished")
         return load_policy(str(inner) if (inner / "config.json").exists() else policy)
-    model, _ = load_policy(base_of(adapters))
-    return load_adapters(model, str(adapters)).eval(), load_tokenizer(str(adapters))
+    return unfolded(adapters)
 
 
 def _lines(terminal: bool) -> Iterator[str]:

@@ -36,15 +36,13 @@ from poise.models.loading import (
     HfModel,
     HfTokenizer,
     frozen_dtype,
-    load_adapters,
     load_policy,
-    load_tokenizer,
     resolve_model,
 )
 from poise.models.policy import Policy
 from poise.policy.config import EvaluateConfig as Config
 from poise.policy.formats import BenchmarkRow, ModelSettings
-from poise.policy.merge import base_of
+from poise.policy.merge import base_of, unfolded
 from poise.runtime.downloads import cache_folder
 from poise.runtime.progress import console, progress
 from poise.runtime.records import checked, read_object, read_rows, undefined_as_none
@@ -208,11 +206,11 @@ class _Source:
 
     def load(self) -> tuple[HfModel, HfTokenizer]:
         """(language model, tokenizer), as in training."""
+        if self.adapters and not self.rank:  # of no run's config.yaml
+            return unfolded(self.adapters)
         model, tokenizer = load_policy(self.model)
         if self.adapters is None:
             return model, tokenizer
-        if not self.rank:
-            return load_adapters(model, str(self.adapters)).eval(), load_tokenizer(str(self.adapters))
         policy = Policy(model, tokenizer, adapted_layers=self.adapted_layers, rank=self.rank)
         try:
             policy.load_adapters(str(self.adapters))

@@ -19,6 +19,7 @@ from poise.models.loading import (
     HfModel,
     HfTokenizer,
     load_adapters,
+    load_policy,
     load_tokenizer,
     load_weights,
     resolve_model,
@@ -77,6 +78,12 @@ def folded(base: str, adapters: Path) -> tuple[HfModel, HfTokenizer]:
         return merged.to(dtype), tokenizer
     except (PoiseError, ValueError, RuntimeError) as error:
         raise PoiseError(f"cannot fold {adapters} into {base}: {first_line(error)}") from None
+
+
+def unfolded(adapters: Path) -> tuple[HfModel, HfTokenizer]:
+    """(model, tokenizer) with a policy's adapters beside the weights that they belong to, as in training."""
+    model, _ = load_policy(base_of(adapters))
+    return load_adapters(model, str(adapters)).eval(), load_tokenizer(str(adapters))
 
 
 def base_of(adapters: Path) -> str:
