@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,16 +28,15 @@ PROMPTS = ["Review the film.", "Review the phone."]
 GROUP, TOKENS = 8, 16
 
 
-@pytest.fixture(scope="module")
-def engine(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The url of a Tinker server with the tiny model: uv starts its process, and that one the engine's."""
-    folder = tmp_path_factory.mktemp("tinker")
+@contextmanager
+def tinker_server(model: str, folder: Path) -> Iterator[str]:
+    """The url of a Tinker server of a model: uv starts its process, and that one the engine's."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
         "uv", "run", "--no-project", "-m", "skyrl.tinker.api", "--host", "127.0.0.1", "--port", str(port),
-        "--backend", "jax", "--base-model", tiny_model,
+        "--backend", "jax", "--base-model", model,
         "--backend-config", json.dumps({"max_lora_adapters": 4, "max_lora_rank": 8}),
         "--database-url", f"sqlite:///{folder}/tinker.db", "--checkpoints-base", str(folder / "checkpoints"),
     ]  # fmt: skip
@@ -65,6 +65,12 @@ def engine(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         os.killpg(process.pid, signal.SIGKILL)
 
 
+@pytest.fixture(scope="module")
+def engine(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with tinker_server(tiny_model, tmp_path_factory.mktemp("tinker")) as url:
+        yield url
+
+
 @pytest.fixture
 def loop(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
@@ -72,27 +78,35 @@ def loop(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("tinker_ppo")
 
 
-@pytest.fixture
-def policy(engine: str, tiny_model: str) -> Any:
+def lora_of(model: str, url: str) -> Any:
     import tinker
 
-    service = tinker.ServiceClient(base_url=engine, api_key="tml-none")
-    return service.create_lora_training_client(tiny_model, rank=8, seed=1)
+    return tinker.ServiceClient(base_url=url, api_key="tml-none").create_lora_training_client(model, rank=8, seed=1)
+
+
+@pytest.fixture
+def policy(engine: str, tiny_model: str) -> Any:
+    return lora_of(tiny_model, engine)
+
+
+def tokenizer_of(model: str) -> Any:
+    import transformers
+
+    return transformers.AutoTokenizer.from_pretrained(model)
 
 
 @pytest.fixture
 def tokenizer(tiny_model: str) -> Any:
-    import transformers
-
-    return transformers.AutoTokenizer.from_pretrained(tiny_model)
+    return tokenizer_of(tiny_model)
 
 
-def test_three_steps_have_the_scorers_rewards(loop: Any, policy: Any, tokenizer: Any, brme: str, wire: Wire) -> None:
+def check_three_steps(loop: Any, policy: Any, tokenizer: Any, model: str, brme: str, wire: Wire, rate: float) -> None:
+    """Rewards are the scorer's, and weights move; what was measured goes into the result, under the model's name."""
     from poise.data.types import Sample
     from poise.functional.objectives import tradeoff
     from poise.models.scorer import Scorer
 
-    steps = list(loop.train(policy, tokenizer, PROMPTS, 3, group=GROUP, max_tokens=TOKENS, learning_rate=0.01))
+    steps = list(loop.train(policy, tokenizer, PROMPTS, 3, group=GROUP, max_tokens=TOKENS, learning_rate=rate))
     texts = [text for step in steps for text in step.texts]
     rewards = [reward for step in steps for reward in step.rewards]
     assert len(texts) == len(rewards) == 3 * len(PROMPTS) * GROUP == GROUP * len(wire.calls)
@@ -114,7 +128,20 @@ def test_three_steps_have_the_scorers_rewards(loop: Any, policy: Any, tokenizer:
             "seconds of each step": [round(step.seconds, 1) for step in steps],
             "metrics": [step.metrics for step in steps],
         }  # fmt: skip
-        Path(path).write_text(json.dumps(content, indent=1) + "\n")
+        results = json.loads(Path(path).read_text()) if Path(path).exists() else {}
+        Path(path).write_text(json.dumps(results | {model: content}, indent=1) + "\n")
+
+
+def test_three_steps_have_the_scorers_rewards(loop: Any, policy: Any, tokenizer: Any, brme: str, wire: Wire) -> None:
+    check_three_steps(loop, policy, tokenizer, "tiny model", brme, wire, rate=0.01)
+
+
+def test_three_steps_of_the_default_model(loop: Any, brme: str, wire: Wire, tmp_path: Path) -> None:
+    from poise.models.loading import DEFAULT_MODEL, resolve_model
+
+    model = resolve_model(DEFAULT_MODEL)
+    with tinker_server(model, tmp_path) as url:
+        check_three_steps(loop, lora_of(model, url), tokenizer_of(model), DEFAULT_MODEL, brme, wire, rate=1e-4)
 
 
 def test_steps_raise_a_known_reward(loop: Any, policy: Any, tokenizer: Any) -> None:
