@@ -233,13 +233,13 @@ def unlabeled(folder: Path, seed: int) -> list[tuple[Sample, Sample]]:
     return pairs
 
 
-def labeled(pairs: list[tuple[Sample, Sample]], seed: int) -> list[Preference]:
-    """Preferences by G2, of which FLIPPED are turned round."""
+def labeled(pairs: list[tuple[Sample, Sample]], seed: int, flipped: float = FLIPPED) -> list[Preference]:
+    """Preferences by G2, of which a share is turned round."""
     scorer, rng = Scorer.load(str(G2)), random.Random(seed + 1)
     one, two = (mean(scorer([pair[side] for pair in pairs])) for side in (0, 1))
     found = []
     for (a, b), first in zip(pairs, (one > two).tolist(), strict=True):
-        chosen, rejected = (a, b) if first != (rng.random() < FLIPPED) else (b, a)
+        chosen, rejected = (a, b) if first != (rng.random() < flipped) else (b, a)
         if chosen.completion != rejected.completion:
             found.append(Preference(a.prompt, chosen.completion, rejected.completion))
     return found

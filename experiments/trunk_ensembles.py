@@ -50,10 +50,16 @@ def train_and_score(options: argparse.Namespace, seed: int, member: int, rows: l
     return heads.mean[:, 0].double().numpy(), results["models"]["single"]["validation_accuracy"]
 
 
-def frozen(options: argparse.Namespace, seed: int) -> ndarray:
-    """Rewards of the whole pool by the study's one Bradley–Terry head of that seed, on the frozen trunk."""
-    folder = options.study / "pool" / "heads" / f"noise-{options.noise}" / f"reward-{seed}"
-    return load_file(folder / "single.safetensors")["mean"][:, 0].double().numpy()
+def frozen(options: argparse.Namespace) -> ndarray | None:
+    """Rewards (S, R) of the whole pool by the study's one Bradley–Terry head of each seed, on the frozen trunk.
+
+    None if the study has no such heads.
+    """
+    folder = options.study / "pool" / "heads" / f"noise-{options.noise}"
+    files = [folder / f"reward-{seed}" / "single.safetensors" for seed in options.seeds]
+    if not folder.exists():
+        return None
+    return np.stack([load_file(file)["mean"][:, 0].double().numpy() for file in files])
 
 
 def curves_of(heads_SRK: ndarray, objective: str, gold_PN: ndarray) -> Curves:
@@ -64,8 +70,8 @@ def curves_of(heads_SRK: ndarray, objective: str, gold_PN: ndarray) -> Curves:
     return Curves.of(np.stack(proxies), gold_PN)
 
 
-def judged(rewards_SRK: ndarray, frozen_SR: ndarray, gold_PN: ndarray) -> Json:
-    """Curves and measures of one member, the ensembles, and one head on the frozen trunk; all less `single`."""
+def judged(rewards_SRK: ndarray, frozen_SR: ndarray | None, gold_PN: ndarray) -> Json:
+    """Curves and measures of one member, the ensembles, and one head on a frozen trunk; all less `single`."""
     scaled = (rewards_SRK - rewards_SRK.mean(1, keepdims=True)) / rewards_SRK.std(1, ddof=1, keepdims=True)
     resamples = Resamples.draw(len(gold_PN), len(scaled))
     members = [curves_of(scaled[..., [k]], "nominal", gold_PN) for k in range(scaled.shape[-1])]
@@ -73,7 +79,8 @@ def judged(rewards_SRK: ndarray, frozen_SR: ndarray, gold_PN: ndarray) -> Json:
     single = summarize(Curves(members[0].n, *expected), resamples)
     found = {"single": single.json}
     others = {name: curves_of(scaled, objective, gold_PN) for name, objective in ENSEMBLES.items()}
-    others["single, frozen trunk"] = curves_of(frozen_SR[..., None], "nominal", gold_PN)
+    if frozen_SR is not None:
+        others["single, frozen trunk"] = curves_of(frozen_SR[..., None], "nominal", gold_PN)
     for name, curves in others.items():
         one = summarize(curves, resamples)
         found[name] = one.json | {"measures": differences_from(one, single)}
@@ -114,8 +121,8 @@ def main() -> None:
             advance()
     shape = (len(options.seeds), options.members, len(rows))
     rewards_SRK = np.moveaxis(np.array([rewards for rewards, _ in scored]).reshape(shape), 1, 2)
-    frozen_SR = np.stack([frozen(options, seed)[kept] for seed in options.seeds])
-    found = judged(rewards_SRK, frozen_SR, gold_PN)
+    frozen_SR = frozen(options)
+    found = judged(rewards_SRK, None if frozen_SR is None else frozen_SR[:, kept], gold_PN)
     for name, one in found.items():
         gain, accuracy = (one["measures"][key] for key in ("gain", "accuracy"))
         relative = one["measures"].get("relative_gain")
