@@ -15,6 +15,7 @@ from pathlib import Path
 from frontier import G2, labeled
 
 from poise.data.preferences import write_preferences
+from poise.data.types import Prompt
 from poise.runtime.run_folder import write_json, write_jsonl
 from poise.studies import quickstart as recipes
 from poise.studies.config import LAPTOP_POLICY
@@ -22,7 +23,7 @@ from poise.studies.gold import label_with_gold
 from poise.studies.pool import FILE, kept_pool, sample_pool, samples_of
 
 
-def prompts_of(path: Path) -> list[str]:
+def prompts_of(path: Path) -> list[Prompt]:
     return [json.loads(line)["prompt"] for line in path.read_text().splitlines()]
 
 
