@@ -17,9 +17,13 @@ import pytest
 import torch
 import transformers
 import trl
+from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file
+from trl.cli.accelerate_config import resolve_accelerate_config_argument
+from trl.scripts import grpo
 
 from conftest import WORDS, rest_slow
+from documented_commands import documented
 from forked import launched
 from poise.data.types import Sample
 from poise.errors import PoiseError
@@ -27,7 +31,7 @@ from poise.functional import memory
 from poise.functional.monitor import Monitor, MonitorConfig
 from poise.functional.objectives import HeadRewards, RewardScale
 from poise.integrations import trl_reward as adapter
-from poise.integrations.trl_http import ServedReward
+from poise.integrations.trl_http import ServedReward, served_reward
 from poise.integrations.trl_logs import policy_metrics
 from poise.integrations.trl_reward import MonitorCallback, RobustReward, as_sample
 from poise.integrations.trl_trainers import TrlSettings, make_trainer, steps_kept, train
@@ -650,6 +654,16 @@ def test_a_served_reward_is_asked_for_the_last_turn(prompt: Any, completion: Any
     assert asked == [(turns, [text])]
     assert reward([prompt], [completion], log_metric=logged.__setitem__) == [0.5]
     assert logged == {"poise/reward": 0.5, "poise/head_0": 0.75, "poise/head_std_0": 0.25}
+
+
+def test_the_documented_command_is_read_by_trls_and_accelerates_parsers() -> None:
+    words = documented("TRL")
+    assert words[:2] == ["trl", "grpo"]
+    given, of_launcher = grpo.make_parser().parse_known_args(words[2:])
+    launch = launch_command_parser().parse_args([*resolve_accelerate_config_argument(of_launcher), "grpo.py"])
+    assert (given.vllm_mode, launch.num_processes, Path(launch.config_file).name) == ("colocate", 8, "fsdp2.yaml")
+    [path] = given.reward_funcs
+    assert path == f"{served_reward.__module__}.{served_reward.__name__}"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -289,6 +290,28 @@ def test_the_first_completions_give_the_scale_and_replicas_share_it(scorer: Scor
         ScaleFile(file.path, OBJECTIVE, "others", scorer.layout.num_heads).read()
 
 
+def test_a_bounded_reward_never_passes_its_bounds_and_its_file_keeps_them(scorer: Scorer, tmp_path: Path) -> None:
+    samples = [Sample("Review a film.", f"A good film, {i}.") for i in range(8)]
+    plain, bounded = (
+        ScaleFile(tmp_path / name, OBJECTIVE, "heads", scorer.layout.num_heads, *bounds)
+        for name, bounds in (("plain", ()), ("bounded", (-0.5, 0.25)))
+    )
+
+    async def together(app: Any, _: Rewards) -> list[float]:
+        answers = await asyncio.gather(*(post(app, "/score", asked(sample)) for sample in samples))
+        return [answer.json["scores"][0]["reward"] for answer in answers]
+
+    free = serve(scorer, together, scale_file=plain, scale_count=8)
+    found = serve(scorer, together, scale_file=bounded, scale_count=8)
+    assert min(free) < -0.5
+    assert max(free) > 0.25
+    assert found == pytest.approx([min(max(reward, -0.5), 0.25) for reward in free], abs=1e-6)
+    assert (saved := bounded.read()) is not None
+    assert (saved.floor, saved.ceiling) == (-0.5, 0.25)
+    with pytest.raises(PoiseError, match=r"from -0\.5 to 0\.25, not of"):
+        replace(bounded, ceiling=2.0).read()  # a restart with another bound
+
+
 def test_too_few_completions_are_told_to_come_again(
     scorer: Scorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -460,6 +483,11 @@ def test_anything_but_loopback_needs_a_token(tmp_path: Path, monkeypatch: pytest
         ServeConfig(("rm", "rm2")).check()
     with pytest.raises(PoiseError, match="scored together"):
         ServeConfig(("rm",), objective="expected_tradeoff(0.4)").check()
+    with pytest.raises(PoiseError, match="give --scale"):
+        ServeConfig(("rm",), reward_ceiling=2.0).check()
+    with pytest.raises(PoiseError, match="--reward-floor must be below --reward-ceiling, got 2 and 1"):
+        ServeConfig(("rm",), scale="scale.json", reward_ceiling=1.0, reward_floor=2.0).check()
+    ServeConfig(("rm",), scale="scale.json", reward_ceiling=2.0).check()
 
 
 def test_metrics_and_log_show_every_head(scorer: Scorer, tmp_path: Path) -> None:

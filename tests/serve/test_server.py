@@ -29,7 +29,7 @@ from poise.cli.main import main
 from poise.data.types import Sample
 from poise.errors import PoiseError
 from poise.functional.objectives import tradeoff
-from poise.integrations import openrlhf_reward, slime_reward, verl_reward
+from poise.integrations import openrlhf_reward, slime_reward, trl_http, verl_reward
 from poise.integrations.trl_http import ServedReward
 from poise.models.scorer import Scorer
 from poise.serve.app import make_app
@@ -247,6 +247,8 @@ def test_trl_gets_the_rewards(expected: float, url: str) -> None:
     assert found[1] != found[0]
     assert logged["poise/reward"] == pytest.approx(sum(found) / 3)
     assert "poise/head_0" in logged
+    trl_http._at_poise_url.cache_clear()
+    assert trl_http.served_reward([PROMPT], [ANSWER]) == pytest.approx([expected], abs=1e-5)
 
 
 # ---- the command ----

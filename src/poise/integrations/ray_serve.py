@@ -17,7 +17,7 @@ from poise.serve.metrics import Metrics
 from poise.serve.server import rewards_of
 
 ONGOING = 256  # requests in one replica: Ray's default of 5 would be the largest batch
-_NUMBERS = ("scale_count", "max_length")
+_NUMBERS = {"scale_count": int, "max_length": int, "reward_ceiling": float, "reward_floor": float}
 _TEXTS = ("objective", "scale", "reference")
 
 
@@ -41,8 +41,8 @@ class Replica:
 def app(given: dict[str, Any]) -> Any:
     """The application for `serve run` and config files.
 
-    given: rewards (folders or hub ids, with commas between), and objective, scale, scale_count, reference, max_length
-    as for `poise serve`; num_replicas (a number, or auto) and num_gpus of each.
+    given: rewards (folders or hub ids, with commas between), and objective, scale, scale_count, reward_ceiling,
+    reward_floor, reference, max_length as for `poise serve`; num_replicas (a number, or auto) and num_gpus of each.
     Raises PoiseError for another name or a value that is none.
     """
     rest = dict(given)
@@ -53,9 +53,9 @@ def app(given: dict[str, Any]) -> Any:
     options |= {name: str(rest.pop(name)) for name in _TEXTS if name in rest}
     replicas, gpus = str(rest.pop("num_replicas", 1)), rest.pop("num_gpus", 0)
     try:
-        options |= {name: int(rest.pop(name)) for name in _NUMBERS if name in rest}
+        options |= {name: number(rest.pop(name)) for name, number in _NUMBERS.items() if name in rest}
         actor = {"num_gpus": float(gpus)}
-        number: Any = replicas if replicas == "auto" else int(replicas)
+        count: Any = replicas if replicas == "auto" else int(replicas)
     except ValueError as error:
         _refuse(str(error))
     if rest:
@@ -63,7 +63,7 @@ def app(given: dict[str, Any]) -> Any:
                 f"num_replicas, num_gpus")  # fmt: skip
     ServeConfig(**options).check()
     placed = serve.deployment(Replica).options(
-        num_replicas=number, ray_actor_options=actor, max_ongoing_requests=ONGOING
+        num_replicas=count, ray_actor_options=actor, max_ongoing_requests=ONGOING
     )
     return placed.bind(options)
 

@@ -4,9 +4,11 @@
 
     trainer = GRPOTrainer(model, reward_funcs=[ServedReward("http://127.0.0.1:8400")], …)
 
+TRL's commands take that of POISE_URL by its name: `trl grpo --reward_funcs poise.integrations.trl_http.served_reward`.
 For a reward model in the training process itself, see poise.integrations.trl_reward.
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -35,3 +37,13 @@ class ServedReward:
             for name in filter(lambda name: all(name in row for row in numbers), numbers[0]):
                 log_metric(f"poise/{name}", sum(row[name] for row in numbers) / len(numbers))
         return [row["reward"] for row in rows]
+
+
+@functools.cache
+def _at_poise_url() -> ServedReward:
+    return ServedReward()
+
+
+def served_reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+    """`ServedReward` of the server that POISE_URL names when it is first asked."""
+    return _at_poise_url()(prompts, completions, **columns)

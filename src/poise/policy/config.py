@@ -37,6 +37,7 @@ from poise.runtime.settings import (
     Settings,
     Share,
     WholeNumber,
+    check_bounds,
 )
 from poise.runtime.trackers import check_trackers
 
@@ -276,9 +277,7 @@ class Config(PpoConfig):
             raise PoiseError("--kl-target needs --kl-target, --kl-horizon and --kl-coef above 0")
         if adapts and self.kl_horizon < self.prompts_per_step * self.completions_per_prompt:
             raise PoiseError(f"--kl-horizon {self.kl_horizon:g} must hold the completions of a step")
-        floor, ceiling = self.reward_floor, self.reward_ceiling
-        if floor is not None and ceiling is not None and floor >= ceiling:
-            raise PoiseError(f"--reward-floor must be below --reward-ceiling, got {floor:g} and {ceiling:g}")
+        check_bounds(self.reward_floor, self.reward_ceiling)
         if self.settle and (self.reward_ceiling is None or self.reward_ceiling <= 0):
             raise PoiseError("--settle needs a --reward-ceiling above 0, the initial policy's mean reward")
         if self.final_parameter is not None:

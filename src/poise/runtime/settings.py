@@ -123,6 +123,12 @@ Preferences = Annotated[str, Rows("preferences")]
 Prompts = Annotated[str, Rows("prompts")]
 
 
+def check_bounds(floor: float | None, ceiling: float | None) -> None:
+    """Raise PoiseError unless a reward's floor, if there is one, is below its ceiling: every reward would be equal."""
+    if floor is not None and ceiling is not None and floor >= ceiling:
+        raise PoiseError(f"--reward-floor must be below --reward-ceiling, got {floor:g} and {ceiling:g}")
+
+
 class Settings:
     """What the settings of every command are: a frozen dataclass whose fields say their ranges.
 

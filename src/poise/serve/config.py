@@ -14,6 +14,7 @@ from poise.errors import PoiseError
 from poise.functional.objective_names import read_objective
 from poise.models.run_heads import refuse_itself
 from poise.runtime.settings import (
+    Bounded,
     Count,
     EachOnce,
     LengthOrAll,
@@ -23,6 +24,7 @@ from poise.runtime.settings import (
     at_least,
     between,
     check_address,
+    check_bounds,
 )
 from poise.serve.client import TOKEN_VARIABLE
 
@@ -56,6 +58,11 @@ class ServeConfig(Settings):
     `--scale-count` completions and written there. Replicas share one file. Empty: as `poise score` gives them."""
     scale_count: Annotated[int, at_least(2)] = 64
     """Different completions of the initial policy that a new scale is fitted to. Answers wait until all are there."""
+    reward_ceiling: Bounded | None = None
+    """The most that a reward can be, in stds of the initial policy's rewards; needs `--scale`. 2 is what `poise
+    train-policy` takes. Default: no bound."""
+    reward_floor: Bounded | None = None
+    """The least that a reward can be, likewise."""
     host: str = "127.0.0.1"
     """Address to listen at. Anything but loopback needs a token."""
     port: Annotated[int, between(0, 65535)] = 8400
@@ -90,6 +97,12 @@ class ServeConfig(Settings):
             raise PoiseError(
                 f"objective {name} depends on which completions are scored together, and a server cannot know that; "
                 f"take tradeoff or worst_case"
+            )
+        check_bounds(self.reward_floor, self.reward_ceiling)
+        if not self.scale and (self.reward_floor, self.reward_ceiling) != (None, None):
+            raise PoiseError(
+                "--reward-ceiling and --reward-floor are in stds of the initial policy's rewards; give --scale, the "
+                "file that keeps those"
             )
         if not self.rewards:
             raise PoiseError("name at least one reward model to serve")

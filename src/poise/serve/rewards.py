@@ -49,8 +49,9 @@ class Rewards:
     """The reward that is served: reward models, an objective and a scale.
 
     Without a scale file, rewards and heads are as `poise score` gives them. With one, every head is less its mean on
-    the initial policy, and the reward has mean 0 and std 1 there. A scale that the file does not hold yet is fitted
-    to the first `scale_count` different completions; answers wait for it, so that all of them are on one scale.
+    the initial policy, and the reward has mean 0 and std 1 there before the file's bounds apply. A scale that the file
+    does not hold yet is fitted to the first `scale_count` different completions; answers wait for it, so that all of
+    them are on one scale.
     """
 
     def __init__(
@@ -136,7 +137,8 @@ class Rewards:
         for sample, one in zip(samples, scored, strict=True):
             self._first[json.dumps([sample.prompt, sample.completion])] = one
         if self._scale is None and len(self._first) >= self._count:
-            self._scale = self._file.keep(RewardScale.fit(_stacked(list(self._first.values())), self._combine))
+            first, bounds = _stacked(list(self._first.values())), (self._file.floor, self._file.ceiling)
+            self._scale = self._file.keep(RewardScale.fit(first, self._combine, *bounds))
         if self._scale is not None:
             self._first.clear()
             self._fitted.set()

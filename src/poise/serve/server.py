@@ -4,6 +4,7 @@ A stop answers every request that was accepted, refuses new ones, and exits with
 """
 
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -51,7 +52,11 @@ def rewards_of(config: Config, models: RewardModels) -> Rewards:
     """The reward that the settings describe, of loaded reward models."""
     file = None
     if config.scale:
-        file = ScaleFile(Path(config.scale), config.objective, models.fingerprint, models.layout.num_heads)
+        bounds = (
+            -math.inf if config.reward_floor is None else config.reward_floor,
+            math.inf if config.reward_ceiling is None else config.reward_ceiling,
+        )
+        file = ScaleFile(Path(config.scale), config.objective, models.fingerprint, models.layout.num_heads, *bounds)
     return Rewards(models, config.objective, file, config.scale_count, config.max_queue, validator(config))
 
 

@@ -1,14 +1,20 @@
 """Molt's loader of agents and its runner of episodes with Poise's environment. A stand-in for vLLM gives answers."""
 
+import argparse
 import asyncio
+import copy
+import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import molt
 import pytest
 from molt.agents.base import load_agent_runner
 from transformers import AutoTokenizer
 
+from documented_commands import documented, run_main
 from engines_kit import BROKEN, CONVERSATIONS, Reference, Wire, answering, remember
 from poise.errors import PoiseError
 
@@ -56,3 +62,12 @@ def test_what_is_no_number_ends_the_episode(runner: Any, tiny_model: str, wire: 
         wire.fault = fault
         with pytest.raises(PoiseError, match=r"gave no reward|not finite"):
             trajectories(runner, tiny_model, CONVERSATIONS[:1])
+
+
+def test_the_documented_command_is_read_by_its_parser_and_passes_its_checks() -> None:
+    source = Path(str(molt.__file__)).parent / "cli" / "train_rl_ray.py"
+    names = {"argparse": argparse, "os": os, "math": math, "copy": copy}
+    alone = {"get_model_parallel_size": lambda args: args.fsdp.tp_size * args.fsdp.cp_size}  # Molt's own imports Ray
+    args = run_main(source, documented("Molt")[3:], "train", **names, **alone)
+    assert args.train.agent_path == "agent.py"
+    assert args.algo.kl.ref == "model"  # not the policy that sampled

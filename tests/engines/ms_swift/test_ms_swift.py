@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from swift.arguments import RLHFArguments
 from swift.rewards import orms
 from swift.rl_core.data import GRPOSample
 from swift.rl_core.grpo_algorithm import score_completions
 from swift.rlhf_trainers.utils import resolve_reward_funcs
 from swift.utils import import_external_file
+from transformers import HfArgumentParser
 
 import poise.integrations
+from documented_commands import documented
 from engines_kit import BROKEN, CONVERSATIONS, Reference, Wire, answering, remember
 from poise.errors import PoiseError
 
@@ -66,3 +69,12 @@ def test_what_is_no_number_ends_the_step(rewards: tuple[list[Any], list[str]], w
         wire.fault = fault
         with pytest.raises(PoiseError, match=r"gave no reward|not finite"):
             scored(functions, samples()[:1])
+
+
+def test_the_documented_command_is_read_by_its_parser() -> None:
+    """Its own checks load the model: they are not reached."""
+    words = documented("ms-swift")
+    assert words[:3] == ["NPROC_PER_NODE=8", "swift", "rlhf"]
+    given, unknown = HfArgumentParser([RLHFArguments]).parse_known_args(words[3:])
+    assert unknown == []
+    assert (given.reward_funcs, given.external_plugins, given.beta) == (["poise"], ["plugin.py"], 0.01)

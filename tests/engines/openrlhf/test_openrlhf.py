@@ -4,11 +4,14 @@ Real: what sends, retries, parses, batches, clips and shapes rewards. As in Open
 stand-in gives the answers' tokens), no Ray and no DeepSpeed.
 """
 
+import argparse
 import asyncio
 import importlib
 import math
+import os
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -18,6 +21,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from documented_commands import documented, run_main
 from engines_kit import BROKEN, CONVERSATIONS, Reference, Server, Wire, answering, remember
 from poise.integrations import openrlhf_reward
 
@@ -186,3 +190,14 @@ def test_no_number_is_made_of_nan(openrlhf: OpenRLHF, wire: Wire) -> None:
     wire.fault = answering("NaN", rewards=[0.5], scores=[0.1], extra_logs={})
     assert openrlhf.responses(by_file, 0)[0]["reward"] is None
     assert math.isnan(openrlhf.responses(by_url, 0)[0]["reward"][0])
+
+
+def test_the_documented_command_is_read_by_its_parser_and_passes_its_checks(openrlhf: OpenRLHF) -> None:
+    source = Path(str(openrlhf.modules["utils.agent"].__file__)).parents[1] / "cli" / "train_ppo_ray.py"
+    names = {"argparse": argparse, "os": os, "datetime": datetime}
+    options = documented("OpenRLHF")[3:]
+    args = run_main(source, options, "train", **names)
+    assert args.reward.remote_url == ["inserted.py"]
+    assert args.vllm.num_engines * args.vllm.tensor_parallel_size == args.actor.num_gpus_per_node == 8
+    with pytest.raises(SystemExit):  # what its own messages call the option
+        run_main(source, [*options, "--remote_rm_url", "x"], "train", **names)

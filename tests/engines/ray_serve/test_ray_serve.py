@@ -66,6 +66,8 @@ def test_callers_on_other_machines_need_a_token(brme: str, monkeypatch: pytest.M
         ({}, "name at least one reward model"),
         ({"rewards": "a", "num_replicas": "many"}, "many"),
         ({"rewards": "a", "port": "8400"}, "port is no option"),
+        ({"rewards": "a", "reward_ceiling": "2"}, "give --scale"),
+        ({"rewards": "a", "scale": "s", "reward_ceiling": "high"}, "high"),
     ],
 )
 def test_what_cannot_be_served_is_one_line(given: dict[str, str], line: str) -> None:

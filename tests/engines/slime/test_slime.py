@@ -10,6 +10,7 @@ import importlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -25,6 +26,7 @@ import aiohttp
 import pytest
 from transformers import AutoTokenizer
 
+from documented_commands import documented
 from engines_kit import BROKEN, CONVERSATIONS, Reference, Server, Wire, answering, place, remember
 from poise.errors import PoiseError
 
@@ -324,3 +326,15 @@ def test_what_is_no_number_is_refused_by_poises_client_alone(engine: Engine, brm
     assert math.isnan(run(engine, lambda: engine.hub.async_rm(arguments(wire), one))["reward"])
     with pytest.raises(PoiseError, match="gave no reward"):
         run(engine, lambda: engine.hub.async_rm(arguments(wire, custom=True), one))
+
+
+def test_the_documented_command_has_options_that_slime_names(slime: Engine) -> None:
+    """Its parser imports Megatron and SGLang: here stand the options that it adds, and those of its own scripts."""
+    root = Path(str(slime.hub.__file__)).parents[3]
+    added = re.findall(r'"(--[a-z0-9-]+)"', (root / "slime" / "utils" / "arguments.py").read_text())
+    used = [
+        word for script in root.glob("scripts/run-*.sh") for word in re.findall(r"--[a-z0-9-]+", script.read_text())
+    ]
+    options = {word for word in documented("slime") if word.startswith("--")}
+    assert options <= {*added, *used}
+    assert {"--custom-rm-path", "--group-rm", "--reward-key"} <= options & {*added}

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from documented_commands import documented
 from engines_kit import ROOT, Wire
 
 pytestmark = [
@@ -156,3 +157,16 @@ def test_steps_raise_a_known_reward(loop: Any, policy: Any, tokenizer: Any) -> N
     mean = sum(first) / len(first)
     error = math.sqrt(sum((reward - mean) ** 2 for reward in first)) / len(first)
     assert sum(last) / len(last) > mean + 5 * error
+
+
+def test_the_documented_command_is_read_by_skyrls_parser_and_passes_its_checks() -> None:
+    from skyrl.train.config import SkyRLTrainConfig
+    from skyrl.train.utils import validate_cfg
+
+    words = documented("SkyRL")
+    assert words[:2] == ["python", "examples/skyrl_poise.py"]
+    config = SkyRLTrainConfig.from_cli_overrides(words[2:])
+    validate_cfg(config)
+    assert config.environment.env_class == "poise"
+    engines = config.generator.inference_engine
+    assert engines.num_engines * engines.tensor_parallel_size == config.trainer.placement.policy_num_gpus_per_node == 8

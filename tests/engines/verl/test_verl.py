@@ -26,7 +26,9 @@ from transformers import AutoTokenizer
 from verl import DataProto
 from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopOutput, AgentLoopWorker
 from verl.experimental.reward_loop import RewardLoopManager, RewardLoopWorker, migrate_legacy_reward_impl
+from verl.utils.config import validate_config
 
+from documented_commands import documented
 from engines_kit import BROKEN, CONVERSATIONS, ROOT, Reference, Server, Wire, answering, remember
 from poise.errors import PoiseError
 from poise.serve.client import own_client
@@ -260,3 +262,14 @@ def test_verls_own_reward_model_is_refused(tiny_model: str, tokenizer: Any) -> N
     worker = RewardLoopWorker(configured(tiny_model, *FUNCTION, *own), "127.0.0.1:1")
     with pytest.raises(PoiseError, match=r"switch off reward\.reward_model\.enable"):
         by_worker(worker, batch(tokenizer)[:1])
+
+
+def test_the_documented_command_is_read_by_its_parser_and_passes_its_checks() -> None:
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", documented("verl")[3:])
+    validate_config(config, use_reference_policy=True, use_critic=False)
+    manager = config.reward.reward_manager
+    assert [f"reward.reward_manager.{name}" for name in (
+        f"source={manager.source}", f"name={manager.name}", f"module.path={manager.module.path}"
+    )] == MANAGER  # fmt: skip
+    assert not config.reward.reward_model.enable
