@@ -3,9 +3,13 @@
 import ast
 import importlib
 import importlib.util
+import json
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
+from datasets import load_dataset
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(
@@ -34,3 +38,15 @@ def test_a_script_imports_names_that_exist(script: Path) -> None:
             ):
                 missing.append(whole)
     assert missing == []
+
+
+def test_prompts_become_rows_that_other_engines_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = tmp_path / "mine.jsonl", tmp_path / "data" / "prompts.jsonl"
+    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi — “you”."}]
+    source.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in ("Is tea hot?", turns)))
+    monkeypatch.setattr(sys, "argv", ["engine_prompts.py", str(source), str(target)])
+    runpy.run_path(str(ROOT / "examples" / "engine_prompts.py"), run_name="__main__")
+    rows = load_dataset("json", data_files=str(target), cache_dir=str(tmp_path / "cache"))["train"].to_list()
+    asked = [[{"role": "user", "content": "Is tea hot?"}], turns]
+    assert [row["prompt"] for row in rows] == [row["messages"] for row in rows] == asked
+    assert {row["data_source"] for row in rows} == {"mine"}
