@@ -203,6 +203,32 @@ def test_ms_swift_s_rows_of_any_form(swift: Any, answers: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        (None, "a prompt must be text or a list of turns, not NoneType"),
+        ({"role": "user"}, "a prompt must be text or a list of turns, not dict"),
+        (["p"], "a prompt that is a list must hold turns"),
+    ],
+)
+def test_skyrl_s_prompts_are_checked(
+    poise: Any, answers: Any, monkeypatch: pytest.MonkeyPatch, prompt: Any, said: str
+) -> None:
+    """Of a mapping the names were the conversation."""
+    base = SimpleNamespace(BaseTextEnv=object, BaseTextEnvStepOutput=dict)
+    for name in ("skyrl_gym", "skyrl_gym.envs"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "skyrl_gym.envs.base_text_env", base)
+    monkeypatch.delitem(sys.modules, "poise.integrations.skyrl_env", raising=False)
+    env = importlib.import_module(f"{poise.__name__}.integrations.skyrl_env").PoiseEnv(None)
+    assert refused(poise, lambda: env.init(prompt)).startswith(said)
+    answers({"reward": 1.0, "gap": 0.5, "request": "x"})
+    env.init(np.array(TURNS, dtype=object))
+    assert env.step("a")["reward"] == 1.0
+    assert refused(poise, lambda: env.step(None)) == "responses are a list of texts, and number 1 is NoneType"
+    sys.modules.pop("poise.integrations.skyrl_env", None)
+
+
+@pytest.mark.parametrize(
     ("sample", "said"),
     [
         ({"prompt": "p", "response": "a"}, "a sample has a prompt and a response; one of type dict has not"),

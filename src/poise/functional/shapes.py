@@ -18,7 +18,8 @@ from typing import Annotated, Any, ParamSpec, TypeVar, Union, get_args, get_orig
 from poise.errors import PoiseError
 from poise.runtime.settings import Range, shown
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 # Ranges of NumPy arrays: a NaN among values that are ranked would take any place, and silently.
 KNOWN = Range()
 FINITE = Range(-sys.float_info.max, sys.float_info.max)
@@ -88,7 +89,7 @@ class _Axes:
 
     def _items(self, name: str, value: Any, origin: Any, kind: Any) -> None:
         named = issubclass(origin, Mapping)
-        listed = isinstance(value, (Iterable, Sequence)) and hasattr(value, "__len__") and getattr(value, "ndim", 1)
+        listed = isinstance(value, Iterable) and hasattr(value, "__len__") and getattr(value, "ndim", 1) != 0
         if isinstance(value, (str, bytes)) or named != isinstance(value, Mapping) or not listed:
             raise self._error(name, "a mapping" if named else "a list", f"not {type(value).__name__}")
         for place, one in value.items() if isinstance(value, Mapping) else enumerate(value):
