@@ -52,6 +52,8 @@ def refused(poise: Any, call: Callable[[], Any]) -> str:
         ({"url": "ftp://x"}, "reward server 'ftp://x': an address was expected"),
         ({"url": "http://[::1"}, "reward server 'http://[::1': an address was expected"),
         ({"url": "http://a:99999"}, "reward server 'http://a:99999': an address was expected"),
+        ({"url": "http://a..b"}, "reward server 'http://a..b': an address was expected"),
+        ({"url": "http://a/ü"}, "reward server 'http://a/ü': an address was expected"),
         ({"url": 8400}, "reward server '8400': an address was expected"),
         ({"timeout": "5"}, "timeout must be a finite number, got '5'"),
         ({"timeout": 0}, "timeout must be above 0, got 0"),
@@ -89,6 +91,7 @@ def test_what_json_does_not_hold_is_not_sent(poise: Any, prompt: Any) -> None:
         (b"p", ["a"], "a prompt is text or a list of turns, not bytes"),
         ({"role": "user"}, ["a"], "a prompt is text or a list of turns, not dict"),
         ("p", None, "completions are a list of texts, not NoneType"),
+        ("p", np.array("a"), "completions are a list of texts, not ndarray"),
         ("p", b"ab", "completions are a list of texts, not one text"),
         ("p", {"a": 1}, "completions are a list of texts, not dict"),
         ("p", ["a", None], "completions are a list of texts, and number 2 is NoneType"),
@@ -104,6 +107,7 @@ def test_what_is_no_prompt_and_no_text_is_not_sent(poise: Any, prompt: Any, comp
     assert refused(poise, lambda: asking.score(prompt, completions)) == said
     if prompt == "p" and isinstance(completions, list):
         assert refused(poise, lambda: asking.one(prompt, completions[-1])).startswith("responses are a list of texts")
+        assert refused(poise, lambda: asking.of_queries(["q"], ["p"] * 2)).startswith("1 queries and 2 prompts")
         assert refused(poise, lambda: asking.of_queries(["q"] * 2, completions)) == said.replace(
             "completions", "prompts"
         )

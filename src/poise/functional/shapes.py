@@ -42,7 +42,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         axes = _Axes(function.__name__)
         placed = [axes.fit(name, one, kinds.get(name)) for name, one in zip(names, args, strict=False)]
         named = {name: axes.fit(name, one, kinds.get(name)) for name, one in kwargs.items()}
-        return function(*placed, *args[len(placed) :], **named)
+        return function(*placed, *args[len(placed) :], **named)  # type: ignore[arg-type]
 
     return call
 

@@ -281,6 +281,7 @@ def check_address(option: str, text: str) -> None:
     try:
         parts = urlsplit(text)
         plain = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        plain = plain and bool((parts.hostname or "").encode("idna")) and parts.path.isascii()
         secret = parts.username is not None or parts.password is not None
     except ValueError:
         plain = secret = False

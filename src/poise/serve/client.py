@@ -120,6 +120,8 @@ class Client:
     def of_queries(self, queries: Sequence[str], prompts: Sequence[str]) -> tuple[list[float], dict[str, float]]:
         """Rewards of prompts with their answers, as rendered, and the means of every other number by name."""
         asked, given = _texts("queries", queries), _texts("prompts", prompts)
+        if len(asked) != len(given):
+            raise PoiseError(f"{len(asked)} queries and {len(given)} prompts; there must be one for each")
         answer = self.post("/get_reward", {"query": asked, "prompts": given})
         rewards, logs = answer.get("rewards"), answer.get("extra_logs")
         if not isinstance(rewards, list) or len(rewards) != len(asked) or not all(map(_is_reward, rewards)):
@@ -157,7 +159,7 @@ def _texts(what: str, given: Any) -> list[str]:
     """A list of texts. PoiseError for one text, whose letters would be asked for one by one, and for other types."""
     if isinstance(given, (str, bytes)):
         raise PoiseError(f"{what} are a list of texts, not one text")
-    if isinstance(given, Mapping) or not hasattr(given, "__iter__"):
+    if isinstance(given, Mapping) or not hasattr(given, "__iter__") or not getattr(given, "ndim", 1):
         raise PoiseError(f"{what} are a list of texts, not {type(given).__name__}")
     texts = list(given)
     if wrong := next(
