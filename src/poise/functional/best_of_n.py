@@ -4,6 +4,7 @@ A *pool* is N completions sampled independently from one policy for each of P pr
 scores, shape (P, N).
 """
 
+import sys
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -122,7 +123,7 @@ def tilted_weights(
 
 
 # sqrt(KL) of the points of a curve
-RootKl = Annotated[Float[ndarray, " n"], at_least(0, 1e6)]
+RootKl = Annotated[Float[ndarray, " n"], at_least(0, sys.float_info.max)]
 
 
 class Law(NamedTuple):

@@ -11,21 +11,23 @@ the whole: the parts' losses then add up to the loss of the whole, and so do the
 """
 
 from collections.abc import Callable
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from poise.functional.shapes import checked
-from poise.runtime.settings import Bounded, NotNegative, Share
+from poise.functional.shapes import Finite, checked
+from poise.runtime.settings import Share, at_least
 
 Tokens = Float[Tensor, "rows tokens"]
 Rows = Float[Tensor, " rows"]
 Scalar = Float[Tensor, ""]
+Clip = Annotated[float, at_least(0)]
 
 
 @checked
-def token_rewards(score: Rows, logprob: Tokens, reference_logprob: Tokens, mask: Tokens, kl_coef: Bounded) -> Tokens:
+def token_rewards(score: Rows, logprob: Tokens, reference_logprob: Tokens, mask: Tokens, kl_coef: Finite) -> Tokens:
     """-beta (log pi - log pi_ref) at every token, plus the sequence's score at its last one, where it has any."""
     rewards = -kl_coef * (logprob - reference_logprob) * mask
     last = (mask > 0).sum(-1) - 1
@@ -74,7 +76,7 @@ def policy_loss(
     old_logprob: Tokens,
     advantages: Tokens,
     mask: Tokens,
-    clip: NotNegative,
+    clip: Clip,
     count: Scalar | None = None,
 ) -> tuple[Scalar, Scalar]:
     """(loss, clipped share): mean of -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A) over tokens."""
@@ -86,7 +88,7 @@ def policy_loss(
 
 @checked
 def value_loss(
-    values: Tokens, old_values: Tokens, returns: Tokens, mask: Tokens, clip: NotNegative, count: Scalar | None = None
+    values: Tokens, old_values: Tokens, returns: Tokens, mask: Tokens, clip: Clip, count: Scalar | None = None
 ) -> Scalar:
     """Half the mean of the larger of the plain and the clipped squared error (values move by at most `clip`)."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)

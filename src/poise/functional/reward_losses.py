@@ -20,8 +20,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from poise.errors import PoiseError
-from poise.functional.shapes import checked
-from poise.runtime.settings import Bounded, between
+from poise.functional.shapes import Finite, checked
+from poise.runtime.settings import between
 
 CENTERING = 0.01  # weight of (r+ + r-)^2, arXiv 2312.09244
 
@@ -32,7 +32,7 @@ def bradley_terry(
     rejected: Float[Tensor, " pairs"],
     margin: Float[Tensor, " pairs"] | float = 0.0,
     *,
-    centering: Bounded = CENTERING,
+    centering: Finite = CENTERING,
     label_smoothing: Annotated[float, between(0, 0.5, open_high=True)] = 0.0,
 ) -> Float[Tensor, ""]:
     """Mean of -(1 - e) log sigmoid(x) - e log sigmoid(-x) + centering * (r+ + r-)^2,  x = r+ - r- - margin.
@@ -78,7 +78,7 @@ def gaussian_nll(mean: BatchHeads, std: BatchHeads, noise: BatchHeads, target: B
 
 @checked
 def beta_nll(
-    mean: BatchHeads, std: BatchHeads, noise: BatchHeads, target: Batch, mask: BatchHeads, beta: Bounded = 0.5
+    mean: BatchHeads, std: BatchHeads, noise: BatchHeads, target: Batch, mask: BatchHeads, beta: Finite = 0.5
 ) -> Scalar:
     """Negative log-likelihood weighted by std^(2 beta), held constant (arXiv 2203.09168).
 
@@ -129,7 +129,7 @@ def bradley_terry_heads(
     margin: Batch,
     mask: BatchHeads,
     *,
-    centering: Bounded = CENTERING,
+    centering: Finite = CENTERING,
     label_smoothing: Annotated[float, between(0, 0.5, open_high=True)] = 0.0,
 ) -> Scalar:
     """`bradley_terry` of every head alone, on the pairs of its mask; heads without a std.

@@ -7,12 +7,12 @@ kl_coef is beta, the reward units that one nat of KL to the initial policy costs
 from typing import Annotated
 
 from poise.errors import PoiseError
-from poise.functional.shapes import checked
-from poise.runtime.settings import Bounded, Positive, WholeNumber, above
+from poise.functional.shapes import Finite, checked
+from poise.runtime.settings import WholeNumber, above
 
 
 @checked
-def linear(start: Bounded, end: Bounded, progress: Bounded) -> float:
+def linear(start: Finite, end: Finite, progress: Finite) -> float:
     """start + (end - start) * progress, progress being the share of training done, clipped to [0, 1].
 
     >>> linear(1.0, 0.4, 0.5)
@@ -22,7 +22,7 @@ def linear(start: Bounded, end: Bounded, progress: Bounded) -> float:
 
 
 @checked
-def headroom(reward: Bounded, ceiling: Annotated[float, above(0)]) -> float:
+def headroom(reward: Finite, ceiling: Annotated[float, above(0)]) -> float:
     """(ceiling - reward) / ceiling, clipped to [0, 1]: the share of the reachable reward that is still to be gained.
 
     reward: mean of a step's completions, on the scale on which the initial policy has 0.
@@ -39,7 +39,11 @@ def headroom(reward: Bounded, ceiling: Annotated[float, above(0)]) -> float:
 
 @checked
 def adaptive_kl_coef(
-    kl_coef: Bounded, kl: Bounded, target: Positive, horizon: Annotated[float, above(0)], num_samples: WholeNumber
+    kl_coef: Finite,
+    kl: Finite,
+    target: Annotated[float, above(0)],
+    horizon: Annotated[float, above(0)],
+    num_samples: WholeNumber,
 ) -> float:
     """beta * (1 + clip(kl / target - 1, -.2, .2) * num_samples / horizon) (arXiv 1909.08593, section 2.2).
 

@@ -23,6 +23,7 @@ R = TypeVar("R")
 # Ranges of NumPy arrays: a NaN among values that are ranked would take any place, and silently.
 KNOWN = Range()
 FINITE = Range(-sys.float_info.max, sys.float_info.max)
+Finite = Annotated[float, FINITE]
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
@@ -106,12 +107,13 @@ class _Axes:
         return value._replace(**fitted)
 
     def _array(self, name: str, value: Any, kind: Any) -> Any:
-        is_tensor = hasattr(kind.array_type, "requires_grad")
+        is_tensor, numbers, axes, rest = _parts_of(kind)
         if not isinstance(value, kind.array_type) or type(value).__name__ == "MaskedArray":
             library = "a torch tensor" if is_tensor else "a NumPy array"
             raise self._error(name, library, f"not {type(value).__name__}")
-        value = self._numbers(name, value if is_tensor else value.view(kind.array_type), kind.dtype.__name__)
-        self._shape(name, tuple(value.shape), kind.dim_str.split())
+        if not (is_tensor and numbers == "Float" and value.is_floating_point()):
+            value = self._numbers(name, value if is_tensor else value.view(kind.array_type), numbers)
+        self._shape(name, tuple(value.shape), axes, rest)
         if is_tensor and value.dim():
             first, device = self.device
             if first and device != value.device:
@@ -131,9 +133,8 @@ class _Axes:
         words = {"Float": "real numbers", "Bool": "booleans"}.get(kind, "whole numbers")
         raise PoiseError(f"{self.function}: {name} must hold {words}, not {given}")
 
-    def _shape(self, name: str, shape: tuple[int, ...], axes: list[str]) -> None:
-        """Every axis as long as that of its name in other arguments; `*batch` and `...` are any number of axes."""
-        rest = next((place for place, axis in enumerate(axes) if axis.startswith(("*", "..."))), None)
+    def _shape(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], rest: int | None) -> None:
+        """Every axis as long as that of its name in other arguments; that at `rest` is any number of axes."""
         if (len(shape) != len(axes)) if rest is None else (len(shape) < len(axes) - 1):
             raise self._error(name, f"of shape ({', '.join(axes)})", f"not {shape}")
         many = 0 if rest is None else len(shape) - len(axes) + 1
@@ -153,6 +154,14 @@ class _Axes:
 
     def _error(self, name: str, wanted: str, got: str) -> PoiseError:
         return PoiseError(f"{self.function}: {name} must be {wanted}, {got}")
+
+
+@functools.cache
+def _parts_of(kind: Any) -> tuple[bool, str, tuple[str, ...], int | None]:
+    """(of torch?, kind of numbers, names of axes, which of them is any number of axes) of an array's annotation."""
+    axes = tuple(kind.dim_str.split())
+    rest = next((place for place, axis in enumerate(axes) if axis.startswith(("*", "..."))), None)
+    return hasattr(kind.array_type, "requires_grad"), kind.dtype.__name__, axes, rest
 
 
 @functools.cache

@@ -7,7 +7,7 @@ the group that is trained on.
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float
@@ -17,7 +17,7 @@ from poise.errors import PoiseError
 from poise.functional.head_rewards import HeadRewards
 from poise.functional.objective_names import Shaping as Shaping
 from poise.functional.shapes import checked
-from poise.runtime.settings import NotNegative
+from poise.runtime.settings import at_least
 
 
 @checked
@@ -68,7 +68,7 @@ SHAPINGS: dict[str, Callable[[HeadRewards, HeadRewards], HeadRewards]] = {
 
 @checked
 def worst_case_regret(
-    reward: Float[Tensor, " choices"], policy: Float[Tensor, " choices"], radius: NotNegative
+    reward: Float[Tensor, " choices"], policy: Float[Tensor, " choices"], radius: Annotated[float, at_least(0)]
 ) -> Float[Tensor, ""]:
     """The most that a policy over few choices can fall short of the best policy if its reward is wrong (2605.00155).
 
@@ -85,7 +85,9 @@ def worst_case_regret(
 
 @checked
 def regret_bonus(
-    reward: Float[Tensor, "prompts completions"], share: Float[Tensor, "prompts completions"], radius: NotNegative
+    reward: Float[Tensor, "prompts completions"],
+    share: Float[Tensor, "prompts completions"],
+    radius: Annotated[float, at_least(0)],
 ) -> Float[Tensor, "prompts completions"]:
     """What to add to each reward so that a policy gradient lowers `worst_case_regret`, prompt by prompt.
 
@@ -102,7 +104,10 @@ def regret_bonus(
 
 @checked
 def with_regret_bonus(
-    reward: Float[Tensor, " samples"], prompts: Sequence[Any], texts: Sequence[str], radius: NotNegative
+    reward: Float[Tensor, " samples"],
+    prompts: Sequence[Any],
+    texts: Sequence[str],
+    radius: Annotated[float, at_least(0)],
 ) -> Float[Tensor, " samples"]:
     """Rewards with `regret_bonus`, of all completions of a prompt together; radius 0: as they are.
 

@@ -12,8 +12,8 @@ from scipy.stats import mannwhitneyu, sem, spearmanr
 from scipy.stats import t as t_distribution
 
 from poise.errors import PoiseError
-from poise.functional.shapes import FINITE, checked
-from poise.runtime.settings import Bounded, Count, Seed, Share, at_least, between
+from poise.functional.shapes import FINITE, Finite, checked
+from poise.runtime.settings import Count, Seed, Share, at_least, between
 
 Level = Annotated[float, between(0, 1, open_low=True, open_high=True)]
 
@@ -204,7 +204,7 @@ def exact_at_ends(interval: Sequence[float], share: Share, units: Count) -> list
 
 @checked
 def mean_between(
-    x: Annotated[Float[ndarray, " steps"], FINITE], y: Float[ndarray, " steps"], low: Bounded, high: Bounded
+    x: Annotated[Float[ndarray, " steps"], FINITE], y: Float[ndarray, " steps"], low: Finite, high: Finite
 ) -> float:
     """Mean over x in [low, high] of the line through the points (x, y), in order of x: gold at equal KL, for instance.
 
