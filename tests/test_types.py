@@ -4,7 +4,9 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
+from poise.errors import PoiseError
 from poise.functional import objectives, ppo
+from poise.reward.pairs import FeaturePairs
 from poise.runtime import run_folder
 
 
@@ -17,7 +19,11 @@ def test_a_wrong_type_is_refused() -> None:
 
 def test_a_wrong_shape_is_refused() -> None:
     assert ppo.whiten(torch.randn(2, 3), torch.ones(2, 3)).shape == (2, 3)
-    with pytest.raises(TypeCheckError):
+    with pytest.raises(PoiseError, match="mask must be of shape"):  # that one is checked wherever it is called
         ppo.whiten(torch.randn(2, 3), torch.ones(2, 4))
+    pairs = FeaturePairs(torch.ones(2, 3), torch.ones(2, 3), torch.zeros(2))
+    assert pairs.standardized(torch.zeros(3), torch.ones(3)).margin_N.shape == (2,)
+    with pytest.raises(TypeCheckError):
+        pairs.standardized(torch.zeros(3), torch.ones(4))
     heads = objectives.HeadRewards(torch.zeros(2, 3), torch.ones(2, 3))
     assert objectives.parse_objective("mean")(heads).shape == (2,)

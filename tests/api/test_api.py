@@ -110,7 +110,7 @@ def test_score_takes_prompts_rows_data_sets_and_files(rm: RewardModel, tmp_path:
     answer = [{"role": "assistant", "content": "awful"}]
     assert equal(rm.score(turns, [answer]), rm.score(turns, "awful"))
     assert equal(rm.score(turns, answer), rm.score(turns, "awful"))
-    with pytest.raises(PoiseError, match="samples:2: 'completion' is empty"):
+    with pytest.raises(PoiseError, match=r"^samples, row 2: 'completion' is empty$"):
         rm.score("Say.", ["a", " "])
     with pytest.raises(PoiseError, match="row 1 of samples is of type int"):
         rm.score([3])
@@ -234,7 +234,7 @@ def test_a_kept_run_is_the_command_s(preferences_file: Path, tiny_model: str, tm
 def test_a_bad_row_is_named_by_its_number(preferences_file: Path, tiny_model: str) -> None:
     rows = rows_of(preferences_file)
     rows[2] = {"prompt": "Say.", "chosen": "", "rejected": "a"}
-    with pytest.raises(PoiseError, match=r"train_dataset.jsonl:3: 'chosen' is empty"):
+    with pytest.raises(PoiseError, match=r"^train_dataset, row 3: 'chosen' is empty"):
         RewardTrainer(tiny_model, rows, SMALL).train()
 
 

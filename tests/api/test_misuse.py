@@ -107,6 +107,22 @@ def test_rows_of_an_iterator_are_there_for_a_second_training(poise: Any) -> None
     assert list(prompts) == list(prompts) == ["a", "b"]
 
 
+def test_rows_in_memory_are_named_as_the_program_names_them(
+    poise: Any, rm: Any, tiny_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not by the temporary file that they are written to, and with settings that the program has."""
+    hint = ' (args.on_bad_row="skip" leaves bad rows out)'
+    bad = {"prompt": "", "chosen": "a", "rejected": "b", "completion": "c"}
+    skip = poise.RewardConfig(on_bad_row="skip")
+    said = refused(poise, poise.RewardTrainer(tiny_model, [*PAIRS, bad]).train)
+    assert said == f"train_dataset, row 5: 'prompt' is empty{hint}"
+    assert refused(poise, poise.RewardTrainer(tiny_model, [bad], skip).train) == "train_dataset has no usable row"
+    assert "train_dataset: 1 bad rows of 1 left out, e.g. row 1: 'prompt' is empty" in "".join(capsys.readouterr())
+    said = refused(poise, poise.PolicyTrainer(tiny_model, rm.heads("brme").reward("mean"), ["Say.", ""]).train)
+    assert said == f"prompts, row 2: 'prompt' is empty{hint}"
+    assert refused(poise, lambda: rm.score([bad])) == "samples, row 1: 'prompt' is empty"
+
+
 # ---- objectives ----
 
 FOUR = ([PROMPT] * 4, ["one", "two", "three", "four"])

@@ -85,6 +85,16 @@ def test_rows_as_the_model_reads_them(file: Path, tiny_model: str, capsys: pytes
     assert "good" in report["examples"][0]["chosen"]
 
 
+def test_pairs_that_the_model_reads_as_one_text_are_counted(
+    tmp_path: Path, tiny_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x.jsonl"
+    rows = [{"prompt": "Say.", "chosen": f"One {end}", "rejected": f"Two {end}"} for end in ("a" * 40, "b")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["data", str(path), "--model", tiny_model, "--max-length", "32"]) == 0
+    assert "1 rows are left out in training: their texts are then the same" in capsys.readouterr().out
+
+
 def test_a_look_without_a_model_imports_no_torch(file: Path) -> None:
     program = (
         "import sys; from poise.cli.main import main; main(['data', sys.argv[1]])\n"

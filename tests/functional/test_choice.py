@@ -205,10 +205,10 @@ def test_a_ladder_may_lie_below_one_nat() -> None:
 @pytest.mark.parametrize(
     ("ladder", "said"),
     [
-        (ladder_of([], kl=np.array([])), "at least one rung"),
+        (ladder_of([], kl=np.array([])), "give at least one of rungs"),
         (Ladder(KL[:1], np.array([1]), np.array([1]), np.ones(1), np.ones(1)), "of a lower one"),
         (Ladder(KL[:1], np.array([2]), np.array([0]), np.ones(1), np.ones(1)), "of a lower one"),
-        (Ladder(KL[:1], *(np.array([], dtype=int),) * 2, *(np.array([]),) * 2), "needs comparisons"),
+        (Ladder(KL[:1], *(np.array([], dtype=int),) * 2, *(np.array([]),) * 2), "give at least one of comparisons"),
         (ladder_of([1, 2], kl=np.array([5.0, 5.0])), "larger KL"),
         (ladder_of([1, 2], kl=np.array([0.0, 5.0])), "above 0"),
         (ladder_of([41], kl=KL[:1]), "that many wins"),

@@ -43,7 +43,7 @@ def test_adaptive_kl_coef_brings_the_kl_to_its_target() -> None:
 
 
 def test_adaptive_kl_coef_refuses_what_it_cannot_do() -> None:
-    with pytest.raises(PoiseError, match="target KL > 0, got 0"):
+    with pytest.raises(PoiseError, match="target must be above 0, got 0"):
         adaptive_kl_coef(0.1, 1.0, target=0.0, horizon=100.0, num_samples=10)
     with pytest.raises(PoiseError, match="must hold a step's 64"):
         adaptive_kl_coef(0.1, 1.0, target=6.0, horizon=10.0, num_samples=64)

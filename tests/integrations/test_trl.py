@@ -212,6 +212,14 @@ def test_completions_of_several_turns_end_in_text() -> None:
         as_sample(asked, called)
 
 
+def test_a_batch_of_no_completion_has_no_reward(reward_run: str) -> None:
+    reward, logged = RobustReward.load(reward_run), dict[str, float]()
+    for _ in range(2):  # before the scale is known, and after
+        assert reward([], [], log_metric=logged.__setitem__) == []
+        reward(PROMPTS[:4], TEXTS)
+    assert logged == {}
+
+
 def test_a_pickled_copy_gives_the_same_rewards(reward_run: str) -> None:
     reward = RobustReward.load(reward_run, "lower_confidence(1)")
     expected = reward(PROMPTS, TEXTS)

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from conftest import make_tokenizer
 from poise.data.types import Preference, Prompt
 from poise.errors import PoiseError
-from poise.reward.pairs import FEW_PROMPTS, PreferenceSplit
+from poise.reward.pairs import FEW_PROMPTS, PreferenceSplit, told_apart
 
 SHARE = 0.2
 
@@ -150,3 +151,33 @@ def test_texts_that_all_hang_together_under_one_prompt_end_in_one_line() -> None
     assert "\n" not in str(caught.value)
     with pytest.raises(PoiseError, match="2 preferences are too few to train on"):
         PreferenceSplit.draw(votes(2, 1), SHARE, 0)
+
+
+# ---- pairs that say nothing ----
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "max_length", "kept"),
+    [
+        ("One. " + "a" * 40, "Two. " + "a" * 40, 32, False),  # cut from the left, they end alike
+        ("One. " + "a" * 40, "Two. " + "a" * 40, 500, True),
+        ("good", "bad", 32, True),
+        ("It is good", "It is  good", 500, True),
+        ("One. !!!", "Two. !!!", 500, True),
+    ],
+)
+def test_pairs_that_the_model_reads_as_one_text_are_left_out(
+    capsys: pytest.CaptureFixture[str], chosen: str, rejected: str, max_length: int, kept: bool
+) -> None:
+    preferences = [Preference("Say.", "yes", "no"), Preference("Say.", chosen, rejected)]
+    found = told_apart(preferences, make_tokenizer(), max_length, "pairs.jsonl")
+    assert found == preferences[: 1 + kept]
+    said = " ".join("".join(capsys.readouterr()).split())
+    line = f"pairs.jsonl: 1 of 2 pairs left out, whose two texts are the same cut to their last {max_length} tokens"
+    assert said == ("" if kept else line)
+
+
+def test_pairs_that_all_say_nothing_are_refused() -> None:
+    preferences = [Preference("Say.", "One. " + "a" * 40, "Two. " + "a" * 40)]
+    with pytest.raises(PoiseError, match=r"^pairs: 1 of 1 pairs left out, .* last 32 tokens; raise --max-length"):
+        told_apart(preferences, make_tokenizer(), 32, "pairs")

@@ -1,16 +1,23 @@
 """The client and the adapters that ask it, given what is wrong: a line that says so, at once, and never a number."""
 
 import asyncio
+import copy
 import email
 import importlib
 import io
+import logging
 import math
+import os
+import pickle
+import sys
 import urllib.request
 import urllib.response
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from as_installed import poise_as_installed
@@ -45,11 +52,19 @@ def refused(poise: Any, call: Callable[[], Any]) -> str:
         ({"url": "ftp://x"}, "reward server 'ftp://x': an address was expected"),
         ({"url": "http://[::1"}, "reward server 'http://[::1': an address was expected"),
         ({"url": "http://a:99999"}, "reward server 'http://a:99999': an address was expected"),
+        ({"url": "http://a..b"}, "reward server 'http://a..b': an address was expected"),
+        ({"url": "http://a/ü"}, "reward server 'http://a/ü': an address was expected"),
         ({"url": 8400}, "reward server '8400': an address was expected"),
         ({"timeout": "5"}, "timeout must be a finite number, got '5'"),
         ({"timeout": 0}, "timeout must be above 0, got 0"),
         ({"patience": math.nan}, "patience must be a finite number, got nan"),
         ({"patience": -1}, "patience must be at least 0, got -1"),
+        ({"url": "http://a:8400/score"}, "reward server http://a:8400/score: give the address without /score"),
+        (
+            {"url": "http://a:8400/get_reward/"},
+            "reward server http://a:8400/get_reward/: give the address without /get",
+        ),
+        ({"token": " secret"}, "the token of the reward server must be one line of plain characters"),
         ({"token": "secret\nline"}, "the token of the reward server must be one line of plain characters"),
     ],
 )
@@ -62,11 +77,177 @@ def test_a_client_that_could_ask_nobody_is_not_made(poise: Any, arguments: dict[
     assert "secret" not in found
 
 
-@pytest.mark.parametrize("prompt", [b"text", {1, 2}, math.nan])
+@pytest.mark.parametrize("prompt", [[b"text"], [{"role": "user", "content": {1, 2}}], [math.nan]])
 def test_what_json_does_not_hold_is_not_sent(poise: Any, prompt: Any) -> None:
     from poise.serve import client
 
     assert f"{URL}/score cannot be asked: " in refused(poise, lambda: client.Client(URL).score(prompt, ["a"]))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completions", "said"),
+    [
+        (None, ["a"], "a prompt is text or a list of turns, not NoneType"),
+        (b"p", ["a"], "a prompt is text or a list of turns, not bytes"),
+        ({"role": "user"}, ["a"], "a prompt is text or a list of turns, not dict"),
+        ("p", None, "completions are a list of texts, not NoneType"),
+        ("p", np.array("a"), "completions are a list of texts, not ndarray"),
+        ("p", b"ab", "completions are a list of texts, not one text"),
+        ("p", {"a": 1}, "completions are a list of texts, not dict"),
+        ("p", ["a", None], "completions are a list of texts, and number 2 is NoneType"),
+        ("p", [b"a"], "completions are a list of texts, and number 1 is bytes"),
+        ("p", [[{"role": "assistant", "content": "a"}]], "completions are a list of texts, and number 1 is list"),
+    ],
+)
+def test_what_is_no_prompt_and_no_text_is_not_sent(poise: Any, prompt: Any, completions: Any, said: str) -> None:
+    """The keys of a mapping were scored."""
+    from poise.serve import client
+
+    asking = client.Client(URL)
+    assert refused(poise, lambda: asking.score(prompt, completions)) == said
+    if prompt == "p" and isinstance(completions, list):
+        assert refused(poise, lambda: asking.one(prompt, completions[-1])).startswith("responses are a list of texts")
+        assert refused(poise, lambda: asking.of_queries(["q"], ["p"] * 2)).startswith("1 queries and 2 prompts")
+        assert refused(poise, lambda: asking.of_queries(["q"] * 2, completions)) == said.replace(
+            "completions", "prompts"
+        )
+
+
+@pytest.mark.parametrize("completions", [np.array(["a", "b"]), ("a", "b"), iter(["a", "b"])])
+def test_any_list_of_texts_is_one(answers: Any, completions: Any) -> None:
+    from poise.serve import client
+
+    answers({"scores": [ROW, ROW]})
+    turns = np.array([{"role": "user", "content": "p"}], dtype=object)  # as Parquet gives them
+    assert client.Client(URL).score(turns, completions) == [ROW, ROW]
+
+
+@pytest.mark.parametrize(
+    ("url", "token"), [("", ""), (" \n", "\n"), (f"{URL}\n", "secret\n"), (f"  {URL}/", " secret ")]
+)
+def test_variables_as_shells_set_them(poise: Any, monkeypatch: pytest.MonkeyPatch, url: str, token: str) -> None:
+    """Files that variables are read from end in a newline; an empty variable is none."""
+    client = importlib.import_module(f"{poise.__name__}.serve.client")
+    monkeypatch.setenv("POISE_URL", url)
+    monkeypatch.setenv("POISE_TOKEN", token)
+    made = client.Client()
+    assert (made.url, made.token) == ((URL, "secret") if url.strip() else (client.DEFAULT_URL, ""))
+
+
+def test_a_client_is_copied_and_sent_to_workers_after_it_was_used(answers: Any) -> None:
+    """Its threads are its process's own: a pickle was refused, and a fork waited for them for ever."""
+    from poise.integrations.trl_http import ServedReward
+
+    answers({"scores": [ROW]})
+    reward = ServedReward(URL)
+    for one in (reward, copy.deepcopy(reward), pickle.loads(pickle.dumps(reward))):
+        assert asyncio.run(one.client.ascore("p", ["a"])) == [ROW]
+        assert pickle.loads(pickle.dumps(one))(["p"], ["a"]) == [1.0]
+    gone = ThreadPoolExecutor(1)
+    gone.shutdown()
+    reward.client._threads = os.getpid() + 1, gone  # as a fork finds it
+    assert asyncio.run(reward.client.ascore("p", ["a"])) == [ROW]
+
+
+def test_that_nobody_answers_is_said_while_it_waits(
+    poise: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong address was asked for ten minutes without a word."""
+    from poise.serve import client
+
+    monkeypatch.setattr(client.time, "sleep", lambda _: None)
+    with caplog.at_level(logging.WARNING, "poise"):
+        refused(poise, lambda: client.Client(URL, patience=0.6).score("p", ["a"]))
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith(f"{URL}: ")
+    assert caplog.messages[0].endswith("asking again for 0.6 s")
+
+
+# ---- engines ----
+
+TURNS = [{"role": "user", "content": "p"}]
+
+
+@pytest.fixture
+def swift(monkeypatch: pytest.MonkeyPatch, poise: Any) -> Any:
+    """ms-swift's base class, stood in for."""
+    orm = SimpleNamespace(AsyncORM=type("AsyncORM", (), {"__init__": lambda *_, **__: None}), orms={})
+    for name in ("swift", "swift.rewards"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "swift.rewards.orm", orm)
+    monkeypatch.delitem(sys.modules, "poise.integrations.ms_swift_reward", raising=False)
+    importlib.import_module(f"{poise.__name__}.integrations.ms_swift_reward")
+    yield orm.orms["poise"]()
+    sys.modules.pop("poise.integrations.ms_swift_reward", None)
+
+
+@pytest.mark.parametrize(
+    ("completions", "messages", "said"),
+    [
+        (["a"], [[]], "a prompt that is a list must hold turns"),
+        (["a"], [None], "a prompt must be text or a list of turns, not NoneType"),
+        (["a"], [[{"content": "p"}]], "a prompt that is a list must hold turns"),
+        (["a", "b"], [TURNS], "1 prompts and 2 completions; there must be one for each"),
+        (None, [TURNS], "a reward takes a list of completions, not NoneType"),
+        ([None], [TURNS], "a completion must be text or a list of turns, not NoneType"),
+    ],
+)
+def test_ms_swift_s_rows_are_checked(poise: Any, swift: Any, completions: Any, messages: Any, said: str) -> None:
+    assert refused(poise, lambda: asyncio.run(swift(completions, messages))).startswith(said)
+
+
+def test_ms_swift_s_rows_of_any_form(swift: Any, answers: Any) -> None:
+    answers({"scores": [ROW]})
+    answered = [*TURNS, {"role": "assistant", "content": "a"}]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "p"}]}]
+    texts = ["a", answered[-1:], "a", "a"]
+    found = asyncio.run(swift(texts, [TURNS, answered, np.array(answered, dtype=object), parts]))
+    assert found == [1.0] * 4
+    assert asyncio.run(swift([], [])) == []
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        (None, "a prompt must be text or a list of turns, not NoneType"),
+        ({"role": "user"}, "a prompt must be text or a list of turns, not dict"),
+        (["p"], "a prompt that is a list must hold turns"),
+    ],
+)
+def test_skyrl_s_prompts_are_checked(
+    poise: Any, answers: Any, monkeypatch: pytest.MonkeyPatch, prompt: Any, said: str
+) -> None:
+    """Of a mapping the names were the conversation."""
+    base = SimpleNamespace(BaseTextEnv=object, BaseTextEnvStepOutput=dict)
+    for name in ("skyrl_gym", "skyrl_gym.envs"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "skyrl_gym.envs.base_text_env", base)
+    monkeypatch.delitem(sys.modules, "poise.integrations.skyrl_env", raising=False)
+    env = importlib.import_module(f"{poise.__name__}.integrations.skyrl_env").PoiseEnv(None)
+    assert refused(poise, lambda: env.init(prompt)).startswith(said)
+    answers({"reward": 1.0, "gap": 0.5, "request": "x"})
+    env.init(np.array(TURNS, dtype=object))
+    assert env.step("a")["reward"] == 1.0
+    assert refused(poise, lambda: env.step(None)) == "responses are a list of texts, and number 1 is NoneType"
+    sys.modules.pop("poise.integrations.skyrl_env", None)
+
+
+@pytest.mark.parametrize(
+    ("sample", "said"),
+    [
+        ({"prompt": "p", "response": "a"}, "a sample has a prompt and a response; one of type dict has not"),
+        (SimpleNamespace(prompt=None, response="a"), "a prompt must be text or a list of turns, not NoneType"),
+        (SimpleNamespace(prompt="p", response=None), "responses are a list of texts, and number 1 is NoneType"),
+        (
+            SimpleNamespace(prompt=[{"role": "user", "content": [{"type": "image"}]}], response="a"),
+            "turn 1 of 'prompt'",
+        ),
+    ],
+)
+def test_slime_s_samples_are_checked(poise: Any, sample: Any, said: str) -> None:
+    from poise.integrations.slime_reward import custom_rm
+
+    assert refused(poise, lambda: asyncio.run(custom_rm(None, sample))).startswith(said)
 
 
 def test_one_text_is_no_list_of_texts(poise: Any) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from poise.data.in_memory import Data, as_row, entries
 from poise.data.preferences import iter_samples
+from poise.data.rows import Understood
 from poise.data.types import Prompt, Sample
 from poise.errors import PoiseError
 from poise.functional.objectives import HeadRewards, Objective
@@ -251,4 +252,4 @@ def _is_turns(value: Any) -> bool:
 
 def _samples(rows: Sequence[Any]) -> list[Sample]:
     numbered = ((number, as_row(row, number, "samples")) for number, row in enumerate(rows, 1))
-    return list(iter_samples("samples", rows=numbered))
+    return list(iter_samples("samples", understood=Understood("samples", in_memory=True), rows=numbered))

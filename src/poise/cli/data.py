@@ -111,6 +111,7 @@ def read_report(config: Config, reader: "_ModelReader | None" = None) -> dict[st
     }  # fmt: skip
     if reader:
         report["truncated"] = {"max_length": reader.max_length, "texts": reader.texts, "truncated": reader.truncated}
+        report["truncated"]["same"] = reader.alike if kind == "preferences" else 0
     return report
 
 
@@ -131,6 +132,8 @@ def as_text(report: dict[str, Any]) -> str:
         lines.append(f"  refused   … and {rows['refused'] - _BAD_ROWS_SHOWN} more")
     if cut := report.get("truncated"):
         lines.append(f"  tokens    {cut['truncated']} of {cut['texts']} texts are longer than {cut['max_length']}")
+        if cut["same"]:
+            lines.append(f"  tokens    {cut['same']} rows are left out in training: their texts are then the same")
     for number, example in enumerate(report["examples"], 1):
         lines += ["", f"row {number}"]
         for name, value in example.items():
@@ -201,13 +204,15 @@ class _ModelReader:
         self.tokenizer = load_tokenizer(resolve_model(checkpoint_folder(model)))
         self.check = row_check(self.tokenizer)
         self.max_length = max_length
-        self.texts = self.truncated = 0
+        self.texts = self.truncated = self.alike = 0
 
     def count(self, row: Shown) -> None:
-        """Count the row's texts, and those that are too long."""
-        for _, ids in self._encoded(row):
-            self.texts += 1
-            self.truncated += len(ids) > self.max_length
+        """Count the row's texts, those that are too long, and rows of several texts that are then the same."""
+        encoded = [ids for _, ids in self._encoded(row)]
+        self.texts += len(encoded)
+        self.truncated += sum(len(ids) > self.max_length for ids in encoded)
+        read = {tuple(ids[-self.max_length :]) for ids in encoded}
+        self.alike += len(row[1]) > 1 and len(read) == 1
 
     def shown(self, row: Shown) -> dict[str, Any]:
         """{name of a text: what the model reads of it}: the decoded tokens after truncation."""

@@ -21,6 +21,8 @@ from poise.runtime.run_folder import write_atomic
 # A file's name or hub id, or rows: a `datasets.Dataset`, a list of mappings, of prompts.
 Data = str | Path | Iterable[Any]
 
+_GIVEN: dict[str, str] = {}  # file written by `as_file` -> what the program calls its rows
+
 
 def as_file(data: Data, path: Path, column: str = "") -> str:
     """The name of a file that holds `data`: its own, or `path`, to which rows in memory are written.
@@ -36,7 +38,13 @@ def as_file(data: Data, path: Path, column: str = "") -> str:
         raise PoiseError(f"{path.parent} was begun with another {path.stem}; choose another output")
     own(path.parent)
     write_atomic(path, text)
+    _GIVEN[str(path)] = path.stem
     return str(path)
+
+
+def called(path: str | Path) -> str:
+    """What messages call a file: by its name, or as the program does that gave its rows in memory: `train_dataset`."""
+    return _GIVEN.get(str(path), str(path))
 
 
 def to_read_again(data: Data) -> Data:

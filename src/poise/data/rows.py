@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from poise.data.files import RawRow, as_object, raw_rows
+from poise.data.in_memory import called
 from poise.data.types import Prompt
 from poise.errors import PoiseError
 from poise.runtime.folders import write_file_atomic
@@ -60,6 +61,7 @@ class Understood:
     used + ties + repeats + refused is the number of rows read so far.
     forms: rows by form.   notes: what was assumed of rows that say it only implicitly: (rows, an example).
     bad: the refused rows, for the file beside the data.   silent: nothing is printed or written.
+    in_memory: the rows are a program's own, which messages name as the program does.
     """
 
     path: str
@@ -71,6 +73,21 @@ class Understood:
     notes: dict[str, tuple[int, str]] = field(default_factory=dict)
     bad: BadRows = field(default_factory=BadRows)
     silent: bool = False
+    in_memory: bool = False
+
+    def __post_init__(self) -> None:
+        self.in_memory |= called(self.path) != self.path
+
+    def place(self, number: int) -> str:
+        """A row as messages name it: `pairs.jsonl:3`, or `train_dataset, row 3` of a program's own rows."""
+        return f"{called(self.path)}{', row ' if self.in_memory else ':'}{number}"
+
+    @property
+    def hint(self) -> str:
+        """How bad rows are left out, for the end of a message."""
+        if not self.in_memory:
+            return " (--on-bad-row skip sets bad rows aside)"
+        return ' (args.on_bad_row="skip" leaves bad rows out)' if called(self.path) != self.path else ""
 
     @property
     def num_rows(self) -> int:
@@ -100,10 +117,14 @@ class Understood:
             file.writelines(json.dumps(row) + "\n" for row in self.bad)
             file.flush()
             os.fsync(file.fileno())
-        self._print(f"{self.refused} bad rows of {self.num_rows} set aside in {aside}")
+        first = next(iter(self.bad))
+        where = f"set aside in {aside}"
+        if self.in_memory:  # the program's own rows: the file may be gone soon
+            where = f"left out, e.g. row {first['line']}: {first['reason']}"
+        self._print(f"{self.refused} bad rows of {self.num_rows} {where}")
 
     def _print(self, text: str) -> None:
-        console.print(f"{self.path}: {text}", markup=False)
+        console.print(f"{called(self.path)}: {text}", markup=False)
 
 
 def _refuse_other_rows(path: Path) -> None:
@@ -137,9 +158,7 @@ def parsed_rows(
         except (ValueError, TypeError, OverflowError, RecursionError, AttributeError, KeyError) as error:
             reason = str(error) if isinstance(error, ValueError) else f"cannot be read ({type(error).__name__})"
             if on_bad_row == "error":
-                raise PoiseError(
-                    f"{understood.path}:{number}: {reason} (--on-bad-row skip sets bad rows aside)"
-                ) from None
+                raise PoiseError(f"{understood.place(number)}: {reason}{understood.hint}") from None
             understood.refused += 1
             understood.bad.append({"line": number, "reason": reason, "row": str(raw)})
         else:
@@ -174,7 +193,7 @@ def finish(understood: Understood) -> None:
         understood.set_aside()
         understood.say()
     if not understood.used:
-        raise PoiseError(f"{understood.path} has no usable row")
+        raise PoiseError(f"{called(understood.path)} has no usable row")
 
 
 def short(value: Any, length: int = 60) -> str:

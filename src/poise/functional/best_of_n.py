@@ -4,7 +4,8 @@ A *pool* is N completions sampled independently from one policy for each of P pr
 scores, shape (P, N).
 """
 
-from typing import NamedTuple
+import sys
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -12,8 +13,9 @@ from numpy import ndarray
 from scipy.special import gammaln, xlogy
 
 from poise.errors import PoiseError
-from poise.functional.shapes import same_shape
+from poise.functional.shapes import FINITE, checked
 from poise.functional.statistics import shared_by_ties
+from poise.runtime.settings import Count, above, at_least
 
 # Of the tilted policies that curves show: from next to no KL to where a pool of a hundred ends.
 KL_COEFS = (2.0, 1.0, 0.7, 0.5, 0.35, 0.25, 0.17, 0.12)
@@ -21,6 +23,7 @@ KL_COEFS = (2.0, 1.0, 0.7, 0.5, 0.35, 0.25, 0.17, 0.12)
 MIN_SAMPLES = 10.0
 
 
+@checked
 def sizes(per_prompt: int) -> Int[ndarray, " sizes"]:
     """The n of best-of-n that curves show, 1 to all.
 
@@ -32,6 +35,7 @@ def sizes(per_prompt: int) -> Int[ndarray, " sizes"]:
     return np.unique(np.geomspace(1, per_prompt, 9).round().astype(int))
 
 
+@checked
 def best_of_n_kl(n: Int[ndarray, " sizes"]) -> Float[ndarray, " sizes"]:
     """KL(best-of-n || initial policy) = log n - (n - 1) / n, in nats (arXiv 2210.10760). PoiseError for n below 1.
 
@@ -43,6 +47,7 @@ def best_of_n_kl(n: Int[ndarray, " sizes"]) -> Float[ndarray, " sizes"]:
     return np.log(n) - (n - 1) / n
 
 
+@checked
 def best_of_n(
     proxy: Float[ndarray, "prompts pool"], score: Float[ndarray, "prompts pool"], n: Int[ndarray, " sizes"]
 ) -> Float[ndarray, "prompts sizes"]:
@@ -55,7 +60,6 @@ def best_of_n(
     >>> best_of_n(np.array([[0.0, 1.0, 1.0]]), np.array([[0.0, 0.0, 1.0]]), np.array([3])).tolist()
     [[0.5]]
     """
-    same_shape("best_of_n", proxy=proxy, score=score)
     if np.isnan(proxy).any():
         raise PoiseError("best_of_n: a proxy score is NaN, so there is no best")
     order = np.argsort(proxy, axis=-1, kind="stable")
@@ -63,7 +67,8 @@ def best_of_n(
     return shared_by_ties(score, proxy) @ rank_weights(proxy.shape[-1], n)
 
 
-def rank_weights(size: int, n: Int[ndarray, " sizes"]) -> Float[ndarray, "{size} sizes"]:
+@checked
+def rank_weights(size: Count, n: Int[ndarray, " sizes"]) -> Float[ndarray, "{size} sizes"]:
     """[i - 1, j]: probability that the completion of rank i among `size` is the best of n_j drawn without replacement.
 
     >>> rank_weights(3, np.array([1, 2])).round(3).tolist()
@@ -82,29 +87,30 @@ def _log_binomial(total: ndarray, chosen: ndarray) -> ndarray:
     return gammaln(total + 1.0) - gammaln(chosen + 1.0) - gammaln(np.maximum(total - chosen, 0) + 1.0)
 
 
+@checked
 def tilted(
-    proxy: Float[ndarray, "prompts pool"], score: Float[ndarray, "prompts pool"], kl_coef: float
+    proxy: Annotated[Float[ndarray, "prompts pool"], FINITE],
+    score: Float[ndarray, "prompts pool"],
+    kl_coef: Annotated[float, above(0)],
 ) -> tuple[Float[ndarray, " prompts"], Float[ndarray, " prompts"]]:
     """(expected `score`, KL in nats) per prompt of the optimum pi ~ pi_0 exp(proxy / kl_coef) of the RLHF objective.
 
     Self-normalized over the pool, so the KL cannot exceed log N; read it as exact well below that.
     Raises PoiseError unless kl_coef is above 0 and every `proxy` finite.
     """
-    same_shape("tilted", proxy=proxy, score=score)
     weight, kl = tilted_weights(proxy, kl_coef)
     return (weight * score).sum(-1), kl
 
 
+@checked
 def tilted_weights(
-    proxy: Float[ndarray, "prompts pool"], kl_coef: float
+    proxy: Annotated[Float[ndarray, "prompts pool"], FINITE], kl_coef: Annotated[float, above(0)]
 ) -> tuple[Float[ndarray, "prompts pool"], Float[ndarray, " prompts"]]:
     """(weights, KL in nats) of `tilted`: w = exp(proxy / kl_coef) / sum, KL = sum w log(N w).
 
     >>> [part.round(3).tolist() for part in tilted_weights(np.array([[0.0, 0.0]]), 1.0)]
     [[[0.5, 0.5]], [0.0]]
     """
-    if not kl_coef > 0 or not np.isfinite(proxy).all():
-        raise PoiseError(f"tilted: kl_coef must be above 0 and every proxy score finite, got kl_coef {kl_coef:g}")
     logits = proxy / kl_coef
     logits = logits - logits.max(-1, keepdims=True)
     weight = np.exp(logits)
@@ -116,6 +122,10 @@ def tilted_weights(
 # ---- laws of over-optimization ----
 
 
+# sqrt(KL) of the points of a curve
+RootKl = Annotated[Float[ndarray, " n"], at_least(0, sys.float_info.max)]
+
+
 class Law(NamedTuple):
     """A fitted law of the gain in gold over d = sqrt(KL), and the share of its variance it explains."""
 
@@ -124,7 +134,8 @@ class Law(NamedTuple):
     r2: float
 
 
-def fit_best_of_n(root_kl: Float[ndarray, " n"], gain: Float[ndarray, " n"]) -> Law:
+@checked
+def fit_best_of_n(root_kl: RootKl, gain: Annotated[Float[ndarray, " n"], FINITE]) -> Law:
     """gain = d (alpha - beta d), by least squares (arXiv 2210.10760, for best-of-n).
 
     >>> fit_best_of_n(np.array([0.0, 1.0, 2.0]), np.array([0.0, 1.5, 2.0]))
@@ -133,7 +144,8 @@ def fit_best_of_n(root_kl: Float[ndarray, " n"], gain: Float[ndarray, " n"]) -> 
     return _fit_law(best_of_n_terms(root_kl), gain)
 
 
-def fit_rl(root_kl: Float[ndarray, " n"], gain: Float[ndarray, " n"]) -> Law:
+@checked
+def fit_rl(root_kl: RootKl, gain: Annotated[Float[ndarray, " n"], FINITE]) -> Law:
     """gain = d (alpha - beta log d), by least squares (arXiv 2210.10760, for reinforcement learning); 0 at d = 0.
 
     >>> fit_rl(np.array([0.0, 1.0, np.e]), np.array([0.0, 2.0, np.e]))
@@ -142,11 +154,13 @@ def fit_rl(root_kl: Float[ndarray, " n"], gain: Float[ndarray, " n"]) -> Law:
     return _fit_law(rl_terms(root_kl), gain)
 
 
+@checked
 def best_of_n_terms(root_kl: Float[ndarray, " n"]) -> Float[ndarray, "n 2"]:
     """What alpha and beta of the law of best-of-n multiply: `terms @ [alpha, beta]` is its gain."""
     return np.stack([root_kl, -np.square(root_kl)], -1)
 
 
+@checked
 def rl_terms(root_kl: Float[ndarray, " n"]) -> Float[ndarray, "n 2"]:
     """The same of the law of reinforcement learning."""
     return np.stack([root_kl, -xlogy(root_kl, root_kl)], -1)

@@ -1,18 +1,23 @@
 """Calibration of probabilities, and whether an uncertainty tells wrong from right. NumPy in, NumPy out; no models."""
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
 from scipy.special import entr
 
+from poise.functional.shapes import FINITE, checked
 from poise.functional.statistics import Counts, shared_by_ties
+from poise.runtime.settings import Count, Share, at_least, between
 
 # ---- probabilities of pairs ----
 
+Probability = Annotated[Float[ndarray, " n"], between(0, 1)]
 
-def brier(probability: Float[ndarray, " n"]) -> float:
+
+@checked
+def brier(probability: Probability) -> float:
     """Mean of (1 - p)^2, p being the probability given to what came about; 1/4 for a coin (Brier 1950).
 
     >>> brier(np.array([0.5, 1.0]))
@@ -21,7 +26,8 @@ def brier(probability: Float[ndarray, " n"]) -> float:
     return float(np.square(1 - probability).mean())
 
 
-def log_loss(probability: Float[ndarray, " n"]) -> float:
+@checked
+def log_loss(probability: Probability) -> float:
     """Mean of -log p in nats, p being the probability given to what came about; log 2 for a coin.
 
     >>> round(log_loss(np.array([0.5, 0.25])), 4)
@@ -31,7 +37,8 @@ def log_loss(probability: Float[ndarray, " n"]) -> float:
         return float(-np.log(probability).mean())
 
 
-def constant_log_loss(accuracy: float) -> float:
+@checked
+def constant_log_loss(accuracy: Share) -> float:
     """Log loss of the best constant confidence: -a log a - (1 - a) log(1 - a) at confidence a, the accuracy itself.
 
     What a model reaches that orders pairs as well but says the same probability of each.
@@ -42,7 +49,8 @@ def constant_log_loss(accuracy: float) -> float:
     return float(entr(accuracy) + entr(1 - accuracy))
 
 
-def folded(probability: Float[ndarray, " n"]) -> tuple[Float[ndarray, " n"], Float[ndarray, " n"]]:
+@checked
+def folded(probability: Probability) -> tuple[Float[ndarray, " n"], Float[ndarray, " n"]]:
     """(confidence, correct) of pairs: max(p, 1 - p), and 1 where p > 1/2, p being that of what came about. Ties 1/2.
 
     Which text of a pair comes first is arbitrary, so a pair says nothing about calibration below 1/2.
@@ -58,10 +66,11 @@ class Reliability(NamedTuple):
 
     confidence: Float[ndarray, " bins"]
     accuracy: Float[ndarray, " bins"]
-    size: Int[ndarray, " bins"]
+    size: Annotated[Int[ndarray, " bins"], at_least(1)]
 
 
-def reliability(confidence: Float[ndarray, " n"], correct: Float[ndarray, " n"], num_bins: int = 10) -> Reliability:
+@checked
+def reliability(confidence: Probability, correct: Probability, num_bins: Count = 10) -> Reliability:
     """Bins of equal count (within one), fewer than `num_bins` if there are fewer values.
 
     Equal confidences that a bin's edge parts share their mean accuracy, so the order of rows does not matter.
@@ -77,6 +86,7 @@ def reliability(confidence: Float[ndarray, " n"], correct: Float[ndarray, " n"],
     )
 
 
+@checked
 def expected_calibration_error(bins: Reliability) -> float:
     """Sum over bins of count/n * |accuracy - confidence| (arXiv 1706.04599), here with bins of equal count.
 
@@ -91,8 +101,9 @@ def expected_calibration_error(bins: Reliability) -> float:
 # ---- does an uncertainty tell wrong from right? ----
 
 
+@checked
 def risk_coverage(
-    correct: Float[ndarray, " n"], uncertainty: Float[ndarray, " n"]
+    correct: Probability, uncertainty: Annotated[Float[ndarray, " n"], FINITE]
 ) -> tuple[Float[ndarray, " n"], Float[ndarray, " n"]]:
     """(coverage k/n, error rate among the k least uncertain) for k = 1..n; ties in expectation (arXiv 1705.08500).
 
@@ -105,7 +116,10 @@ def risk_coverage(
     return kept / len(order), np.cumsum(wrong) / kept
 
 
-def aurc(correct: Float[ndarray, " n"], uncertainty: Float[ndarray, " n"], counts: Counts) -> Float[ndarray, " draws"]:
+@checked
+def aurc(
+    correct: Probability, uncertainty: Annotated[Float[ndarray, " n"], FINITE], counts: Counts
+) -> Float[ndarray, " draws"]:
     """Area under risk–coverage, the mean of its n risks, of every resample; ties in expectation.
 
     An uncertainty that knows nothing has the error rate as its area; what it gains is that less the area. Of m
@@ -121,8 +135,9 @@ def aurc(correct: Float[ndarray, " n"], uncertainty: Float[ndarray, " n"], count
     return (errors + (errors_before - rows_before * rate) * stretch).sum(-1) / total
 
 
+@checked
 def weighted_auroc(
-    positive: Float[ndarray, " n"], score: Float[ndarray, " n"], counts: Counts
+    positive: Probability, score: Annotated[Float[ndarray, " n"], FINITE], counts: Counts
 ) -> Float[ndarray, " draws"]:
     """`auroc` of every resample; positive: 1 for a positive row, 0 for a negative one, 1/2 for half of each.
 

@@ -21,6 +21,7 @@ from scipy.special import log_ndtr, ndtr
 from scipy.stats import chi2, norm
 
 from poise.errors import PoiseError
+from poise.functional.shapes import checked
 
 PRIOR_STD = 3.0
 LEVEL = 0.9  # of the one-sided bounds
@@ -78,6 +79,7 @@ class Decision(NamedTuple):
     misfit: float | None
 
 
+@checked
 def choose(ladder: Ladder, delta: float = 0.05) -> Decision:
     """The rung of the largest KL against which the best one wins at most 1/2 + `delta`, at level LEVEL.
 
@@ -106,6 +108,7 @@ def choose(ladder: Ladder, delta: float = 0.05) -> Decision:
     )
 
 
+@checked
 def log_posterior(ladder: Ladder, ab: Float[ndarray, "*batch 2"]) -> Float[ndarray, "*batch"]:
     """Of the law's two numbers, up to a constant: binomial likelihood times the prior."""
     eta = ab @ _slopes(ladder).T
@@ -113,8 +116,10 @@ def log_posterior(ladder: Ladder, ab: Float[ndarray, "*batch 2"]) -> Float[ndarr
     return np.asarray(likelihood.sum(-1) - (ab**2).sum(-1) / (2 * PRIOR_STD**2))
 
 
+@checked
 def misfit(ladder: Ladder) -> float | None:
     """p-value of the likelihood ratio between the law, at its best, and a free rate for each kind of comparison."""
+    _check(ladder)
     if len(ladder.labels_C) < 3:
         return None
     best = minimize(lambda ab: -_likelihood(ladder, ab), _mode(ladder), method="Nelder-Mead").fun
@@ -129,15 +134,15 @@ def _likelihood(ladder: Ladder, ab: ndarray) -> float:
     return float(log_posterior(ladder, ab) + (ab**2).sum() / (2 * PRIOR_STD**2))
 
 
-def _check(ladder: Ladder, delta: float) -> None:
+def _check(ladder: Ladder, delta: float = 0.05) -> None:
     kl, rung, beside, wins, labels = ladder
-    if not (len(kl) >= 1 and (kl > 0).all() and (np.diff(kl) > 0).all()):
+    if not (len(kl) >= 1 and (kl > 0).all() and (np.diff(kl) > 0).all() and kl[-1] < np.inf):
         raise PoiseError("a ladder needs at least one rung, each of a larger KL than the one before, above 0")
     if not (len(rung) == len(beside) == len(wins) == len(labels) >= 1):
         raise PoiseError("a ladder needs comparisons, each kind with its rung, what it stood beside, wins and labels")
     if not ((beside >= 0).all() and (beside < rung).all() and (rung <= len(kl)).all()):
         raise PoiseError("every comparison must be of a rung of the ladder and of a lower one, or the start")
-    if not ((labels > 0).all() and (wins >= 0).all() and (wins <= labels).all()):
+    if not ((labels > 0).all() and (labels < np.inf).all() and (wins >= 0).all() and (wins <= labels).all()):
         raise PoiseError("every comparison of the ladder needs labels, and from 0 to that many wins")
     if not 0 < delta < 0.5:
         raise PoiseError(f"delta is a win rate above one half, between 0 and 0.5, got {delta:g}")

@@ -7,6 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from poise.errors import PoiseError
+from poise.functional.shapes import checked
+
 
 class HeadRewards(NamedTuple):
     """What K heads say of some texts, in units of the standardized training reward.
@@ -31,11 +34,18 @@ class HeadRewards(NamedTuple):
         return self._replace(mean=unit * self.mean, std=unit * self.std)
 
 
+@checked
 def joined(parts: Sequence[HeadRewards]) -> HeadRewards:
     """Rewards of several batches as one, along the first axis; with distances only if every part has them."""
+    if len({part.mean.shape[1:] for part in parts}) != 1:
+        raise PoiseError("joined: parts must be at least one, and of the same heads")
     distances = [part.distance for part in parts if part.distance is not None]
     return HeadRewards(
         torch.cat([part.mean for part in parts]),
         torch.cat([part.std for part in parts]),
         torch.cat(distances) if len(distances) == len(parts) else None,
     )
+
+
+# What makes one reward (...) of heads (..., K).
+Objective = Callable[[HeadRewards], Tensor]

@@ -12,6 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from poise.functional.shapes import checked
+from poise.runtime.settings import Count
+
 FULL = 4  # bytes of float32
 GIB = 2**30
 SAMPLED_AT_ONCE = 8 * GIB  # bytes of keys and values: completions that would have more are sampled in turns
@@ -127,7 +130,8 @@ class PolicyRun(_Rollout):
         return sampled_at_once(self.prompts, self.completions, self.row)
 
 
-def sampled_at_once(prompts: int, completions: int, row: int) -> tuple[int, int]:
+@checked
+def sampled_at_once(prompts: Count, completions: Count, row: Count) -> tuple[int, int]:
     """(prompts, completions of each) that are sampled in one turn: of turns about equally large, as few as will do.
 
     row: bytes of the keys and values of one completion and its prompt. One completion is sampled however large it is.

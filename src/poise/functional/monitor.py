@@ -34,8 +34,9 @@ from types import NoneType
 from typing import Annotated, Any, NamedTuple
 
 from poise.errors import PoiseError
+from poise.functional.shapes import checked
 from poise.runtime.run_folder import Json
-from poise.runtime.settings import above, at_least, check_value
+from poise.runtime.settings import Count, above, at_least, check_value, shown
 
 # Direction (0: either way) and least scale of the signs that are drifts from the baseline. A few steps may happen to be
 # equal, and repetition is often exactly 0 at first: the scale is never less than this, nor than RELATIVE of the level.
@@ -99,9 +100,10 @@ class Monitor:
         self._first: dict[str, list[float]] = {}
         self._recent: dict[str, list[float]] = {}
 
+    @checked
     def update(self, stats: Mapping[str, Any]) -> Reading:
         """Read one step; of `stats` those named in STATISTICS count, whichever there are."""
-        present = [name for name in STATISTICS if stats.get(name) is not None and math.isfinite(stats[name])]
+        present = [name for name in STATISTICS if _is_there(name, stats.get(name))]
         for name in present:
             value = float(stats[name])
             if self._steps < self.config.baseline_steps:
@@ -135,10 +137,20 @@ class Monitor:
         return monitor
 
 
+def _is_there(name: str, value: Any) -> bool:
+    try:
+        return value is not None and math.isfinite(value)
+    except (TypeError, ValueError):
+        raise PoiseError(f"the monitor's {name} must be a number, got {shown(value)}") from None
+
+
 # ---- formulae ----
 
 
-def signs(first: Mapping[str, Sequence[float]], recent: Mapping[str, Sequence[float]], window: int) -> dict[str, float]:
+@checked
+def signs(
+    first: Mapping[str, Sequence[float]], recent: Mapping[str, Sequence[float]], window: Count
+) -> dict[str, float]:
     """The signs of the module's docstring, from per-step statistics of the baseline and of the last 2 * window steps.
 
     >>> signs({"kl": [0.0, 0.1]}, {"kl": [1.0, 7.0, 9.0]}, window=2)
@@ -159,19 +171,25 @@ def signs(first: Mapping[str, Sequence[float]], recent: Mapping[str, Sequence[fl
     return found | ({"divergence": max(apart)} if apart else {})
 
 
+@checked
 def scale(values: Sequence[float], floor: float) -> float:
     """sqrt(std^2 + floor^2 + (RELATIVE * mean)^2) of a statistic's baseline, std with n - 1; 0 if it is always 0.
 
     >>> round(scale([20.0, 22.0], 0.0), 4) == round((2 + 1.05**2) ** 0.5, 4)
     True
     """
+    if len(values) < 2:
+        raise PoiseError("scale: values must be of at least two steps; one says nothing of its own noise")
     return math.hypot(stdev(values), floor, RELATIVE * fmean(values))
 
 
+@checked
 def divergence(
-    first: Mapping[str, Sequence[float]], recent: Mapping[str, Sequence[float]], bound: str, window: int
+    first: Mapping[str, Sequence[float]], recent: Mapping[str, Sequence[float]], bound: str, window: Count
 ) -> float:
     """How far nominal rose while `bound` fell, over their scales, between the last two windows; 0 if they did not."""
+    if missing := sorted({"nominal", bound} - (first.keys() & recent.keys())):
+        raise PoiseError(f"divergence: {missing[0]!r} must be in first and in recent")
     moves = []
     for name, direction in (("nominal", 1), (bound, -1)):
         unit, values = scale(first[name], 0.0), recent[name]
@@ -181,7 +199,8 @@ def divergence(
     return max(0.0, min(moves))
 
 
-def transfer_ratio(proxy_gain: float, validator_gain: float, count: int) -> float | None:
+@checked
+def transfer_ratio(proxy_gain: float, validator_gain: float, count: Count) -> float | None:
     """validator_gain / proxy_gain: how much of what a reward gained another reward model sees, too.
 
     Gains since the start of means over `count` completions, each in stds of the initial policy's completions. 1: all of
@@ -196,7 +215,8 @@ def transfer_ratio(proxy_gain: float, validator_gain: float, count: int) -> floa
     return validator_gain / proxy_gain
 
 
-def suspicion(found: Mapping[str, float], limits: Mapping[str, float]) -> float:
+@checked
+def suspicion(found: Mapping[str, float], limits: Mapping[str, Annotated[float, above(0)]]) -> float:
     """The largest sign over its limit, at least 0; signs that are missing are left out.
 
     >>> suspicion({"kl": 4.0, "variety": 3.0, "gap": 99.0}, {"kl": 8.0, "variety": 2.0, "repetition": 1.0})
@@ -205,6 +225,7 @@ def suspicion(found: Mapping[str, float], limits: Mapping[str, float]) -> float:
     return max([0.0, *(found[name] / limit for name, limit in limits.items() if name in found)])
 
 
+@checked
 def highest(runs: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, float]:
     """The highest value of each sign in any reading of any run: limits, if the runs are healthy.
 
@@ -218,6 +239,7 @@ def highest(runs: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, float]:
     return found
 
 
+@checked
 def text_signs(completions: Sequence[str]) -> dict[str, float]:
     """Statistics of the texts of one step, from pairs of neighboring words, lower-cased, split at white space.
 

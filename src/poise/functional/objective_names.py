@@ -5,6 +5,7 @@ The formulas are in `poise.functional.objectives`, which checks its parameters h
 
 import math
 import re
+from numbers import Real
 from typing import Literal, NamedTuple
 
 from poise.errors import PoiseError
@@ -72,7 +73,7 @@ def read_objective(spec: str) -> tuple[str, float | None]:
 def check_parameter(name: str, value: int | float) -> None:
     """Raise PoiseError for a value that the parameter of objective `name` cannot have, NaN and infinity included."""
     parameter = PARAMETERS[name]
-    if parameter is not None and (value is None or isinstance(value, (str, bytes))):
+    if parameter is not None and not isinstance(value, Real):
         raise PoiseError(f"{name}'s {parameter.words} must be a number, got {value!r}")
     if parameter is not None and value not in parameter.allowed:
         wrong = f"{parameter.allowed.violated_by(value)}, got {value:g}"

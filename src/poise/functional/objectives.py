@@ -9,9 +9,7 @@ Variance is always the population variance (divided by K).
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float
@@ -19,27 +17,30 @@ from torch import Tensor
 
 from poise.errors import PoiseError
 from poise.functional.head_rewards import HeadRewards as HeadRewards
+from poise.functional.head_rewards import Objective as Objective
 from poise.functional.head_rewards import joined as joined
 from poise.functional.objective_names import PARAMETERS, check_parameter, read_objective
-from poise.functional.shapes import same_shape
-from poise.runtime.settings import above, at_least, read_fields
+from poise.functional.reward_scale import RewardScale as RewardScale
+from poise.functional.shapes import checked
 
 
+@checked
 def nominal(heads: HeadRewards) -> Float[Tensor, "*batch"]:
     """Mean of the head with the lowest std, chosen per sample (arXiv 2409.15360). Ties: the first head.
 
     >>> nominal(HeadRewards(torch.tensor([1.0, 4.0]), torch.tensor([0.5, 0.1]))).item()
     4.0
     """
-    same_shape("nominal", mean=heads.mean, std=heads.std)
-    return heads.mean.gather(-1, nominal_head(heads).unsqueeze(-1)).squeeze(-1)
+    return _known(heads.std, heads.mean.gather(-1, nominal_head(heads).unsqueeze(-1)).squeeze(-1))
 
 
+@checked
 def nominal_head(heads: HeadRewards) -> Tensor:
     """Index of the head `nominal` reads, (...) integers."""
     return heads.std.argmin(-1)
 
 
+@checked
 def worst_case(heads: HeadRewards) -> Float[Tensor, "*batch"]:
     """min_k mean_k; "worst-case optimization" of arXiv 2310.02743.
 
@@ -49,6 +50,7 @@ def worst_case(heads: HeadRewards) -> Float[Tensor, "*batch"]:
     return heads.mean.amin(-1)
 
 
+@checked
 def tradeoff(heads: HeadRewards, nominal_weight: float = 0.4) -> Float[Tensor, "*batch"]:
     """lambda * nominal + (1 - lambda) * worst case, per sample (arXiv 2409.15360).
 
@@ -62,6 +64,7 @@ def tradeoff(heads: HeadRewards, nominal_weight: float = 0.4) -> Float[Tensor, "
     return nominal_weight * nominal(heads) + (1.0 - nominal_weight) * worst_case(heads)
 
 
+@checked
 def mean(heads: HeadRewards) -> Float[Tensor, "*batch"]:
     """Plain average of the heads.
 
@@ -71,6 +74,7 @@ def mean(heads: HeadRewards) -> Float[Tensor, "*batch"]:
     return heads.mean.mean(-1)
 
 
+@checked
 def random_head(heads: HeadRewards) -> Float[Tensor, "*batch"]:
     """Mean of one head, picked per sample as if at random: the control for `nominal`, which picks by the lowest std.
 
@@ -82,10 +86,11 @@ def random_head(heads: HeadRewards) -> Float[Tensor, "*batch"]:
     """
     num_heads = heads.mean.shape[-1]
     # The remainder of a float can round up to K itself.
-    picked = (1000.0 * heads.mean.double().sum(-1)).remainder(num_heads).floor().long().clamp_max(num_heads - 1)
-    return heads.mean.gather(-1, picked.unsqueeze(-1)).squeeze(-1)
+    picked = (1000.0 * heads.mean.double().sum(-1)).remainder(num_heads).floor().long().clamp(0, num_heads - 1)
+    return _known(heads.mean, heads.mean.gather(-1, picked.unsqueeze(-1)).squeeze(-1))
 
 
+@checked
 def uncertainty_weighted(heads: HeadRewards, coefficient: float = 0.5) -> Float[Tensor, "*batch"]:
     """mean - c * Var_k mean_k; "uncertainty-weighted optimization" of arXiv 2310.02743.
 
@@ -98,6 +103,7 @@ def uncertainty_weighted(heads: HeadRewards, coefficient: float = 0.5) -> Float[
     return mean(heads) - coefficient * disagreement(heads).square()
 
 
+@checked
 def lower_confidence(heads: HeadRewards, coefficient: float = 1.0) -> Float[Tensor, "*batch"]:
     """mean - c * Std_k mean_k: a lower confidence bound if the heads are posterior draws.
 
@@ -108,6 +114,7 @@ def lower_confidence(heads: HeadRewards, coefficient: float = 1.0) -> Float[Tens
     return mean(heads) - coefficient * disagreement(heads)
 
 
+@checked
 def typical(heads: HeadRewards, coefficient: float = 1.0) -> Float[Tensor, "*batch"]:
     """mean - c * d: less for a text, the further it lies from the reference texts (`poise.functional.typicality`).
 
@@ -124,6 +131,7 @@ def typical(heads: HeadRewards, coefficient: float = 1.0) -> Float[Tensor, "*bat
     return mean(heads) - coefficient * heads.distance.squeeze(-1).to(heads.mean.dtype)
 
 
+@checked
 def reliable(heads: HeadRewards, coefficient: float = 1.0) -> Float[Tensor, "*batch"]:
     """mean / (1 + c * Var_k mean_k): an uncertain reward counts for less, whether it is high or low.
 
@@ -138,6 +146,7 @@ def reliable(heads: HeadRewards, coefficient: float = 1.0) -> Float[Tensor, "*ba
     return mean(heads) / (1.0 + coefficient * disagreement(heads).square())
 
 
+@checked
 def soft_min(heads: HeadRewards, temperature: float = 1.0) -> Float[Tensor, "*batch"]:
     """-t log mean_k exp(-mean_k / t): `mean` as t -> infinity, `worst_case` as t -> 0 (arXiv 2606.09073).
 
@@ -151,6 +160,7 @@ def soft_min(heads: HeadRewards, temperature: float = 1.0) -> Float[Tensor, "*ba
     return -temperature * (torch.logsumexp(-heads.mean / temperature, dim=-1) - math.log(num_heads))
 
 
+@checked
 def quantile(heads: HeadRewards, level: float = 0.25) -> Float[Tensor, "*batch"]:
     """The `level` quantile of the head means, linear between them: 0 is `worst_case`, .5 is `median`.
 
@@ -158,9 +168,13 @@ def quantile(heads: HeadRewards, level: float = 0.25) -> Float[Tensor, "*batch"]
     1.5
     """
     check_parameter("quantile", level)
-    return heads.mean.quantile(level, dim=-1)
+    if not heads.mean.numel():
+        return heads.mean[..., 0]
+    least = torch.promote_types(heads.mean.dtype, torch.float32)  # torch has no quantiles of halves
+    return heads.mean.to(least).quantile(level, dim=-1).to(heads.mean.dtype)
 
 
+@checked
 def median(heads: HeadRewards) -> Float[Tensor, "*batch"]:
     """Middle head; the mean of the middle two if their number is even.
 
@@ -170,6 +184,7 @@ def median(heads: HeadRewards) -> Float[Tensor, "*batch"]:
     return quantile(heads, 0.5)
 
 
+@checked
 def expected_tradeoff(heads: HeadRewards, nominal_weight: float = 0.4) -> Float[Tensor, "*batch"]:
     """As `tradeoff`, the worst case being one head for the whole batch: the one whose *mean over the batch* is lowest.
 
@@ -184,9 +199,11 @@ def expected_tradeoff(heads: HeadRewards, nominal_weight: float = 0.4) -> Float[
     expected = heads.mean.flatten(0, -2).mean(0) if heads.mean.dim() > 1 else heads.mean
     # Centered heads are equal on the batch they were centered on, but for rounding: ties go to the first head.
     least_favorable = (expected <= expected.min() + 1e-5).int().argmax()
-    return nominal_weight * nominal(heads) + (1.0 - nominal_weight) * heads.mean[..., least_favorable]
+    worst = _known(heads.mean, heads.mean[..., least_favorable])
+    return nominal_weight * nominal(heads) + (1.0 - nominal_weight) * worst
 
 
+@checked
 def expected_worst_case(heads: HeadRewards) -> Float[Tensor, "*batch"]:
     """`expected_tradeoff` with lambda = 0: the head whose mean over the batch is lowest, min_k E[mean_k].
 
@@ -196,6 +213,7 @@ def expected_worst_case(heads: HeadRewards) -> Float[Tensor, "*batch"]:
     return expected_tradeoff(heads, 0.0)
 
 
+@checked
 def constant(heads: HeadRewards, value: float = 0.0) -> Float[Tensor, "*batch"]:
     """The control: the same reward for everything. Its expected policy gradient is zero.
 
@@ -206,131 +224,22 @@ def constant(heads: HeadRewards, value: float = 0.0) -> Float[Tensor, "*batch"]:
     return torch.full_like(heads.mean[..., 0], value)
 
 
+@checked
 def disagreement(heads: HeadRewards) -> Float[Tensor, "*batch"]:
     """Std_k mean_k, population: how far apart the heads are. Zero for a single head."""
     return heads.mean.std(-1, correction=0)
 
 
+@checked
 def routing_std(heads: HeadRewards) -> Float[Tensor, "*batch"]:
     """min_k std_k: the std of the head `nominal` reads. Under the MSE loss it counts coverage; it is no error bar."""
     return heads.std.amin(-1)
 
 
+@checked
 def total_std(heads: HeadRewards) -> Float[Tensor, "*batch"]:
     """sqrt(mean_k std_k^2 + Var_k mean_k): the std of the equal mixture of the K Gaussians."""
     return (heads.std.square().mean(-1) + disagreement(heads).square()).sqrt()
-
-
-Objective = Callable[[HeadRewards], Tensor]
-
-
-# ---- from heads to the number PPO maximizes ----
-
-
-@dataclass(frozen=True)
-class RewardScale:
-    """Constants that put the combined reward on a scale, recorded with the run.
-
-    By default fixed on completions of the initial policy, so that the KL coefficient keeps its meaning over a run.
-    `mean` and `std` are those of the combined reward before the bounds apply.
-
-    floor, ceiling: bounds that the scaled reward is clipped to. A ceiling of 2 is reached by about the best fortieth of
-    the initial policy's completions.
-    count: completions that `mean` and `std` come from.
-
-    Raises PoiseError for NaN bounds, and where the floor is not below the ceiling: every reward would be equal.
-    """
-
-    head_baseline: tuple[float, ...]
-    mean: float
-    std: Annotated[float, above(0)]
-    floor: float = -math.inf
-    ceiling: float = math.inf
-    count: Annotated[int, at_least(0)] = 0
-
-    def __post_init__(self) -> None:
-        if not self.floor < self.ceiling:  # also where one of them is NaN
-            raise PoiseError(f"the reward's floor must be below its ceiling, got {self.floor:g} and {self.ceiling:g}")
-        if not (math.isfinite(self.mean) and math.isfinite(self.std) and self.std > 0):
-            raise PoiseError(f"the reward's scale needs a finite mean and a std > 0, got {self.mean} and {self.std}")
-
-    def combine(self, heads: HeadRewards, objective: Objective) -> Tensor:
-        """The reward PPO maximizes, of any shape of heads (…, K)."""
-        return self._scaled(self.combined(heads, objective))
-
-    def combined(self, heads: HeadRewards, objective: Objective) -> Tensor:
-        """What the objective makes of centered heads (…, K), a copy: (…), before it is scaled.
-
-        Raises PoiseError for an objective that does not return one real number for each; others would be broadcast.
-        """
-        found, wanted = objective(self.centered(heads.each(torch.clone))), heads.mean.shape[:-1]
-        if not isinstance(found, Tensor) or found.shape != wanted or found.is_complex():
-            got = f"one of {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-            got = "complex numbers" if isinstance(found, Tensor) and found.is_complex() else got
-            raise PoiseError(
-                f"an objective must return one number per completion, a tensor of shape {tuple(wanted)}; it gave {got}"
-            )
-        return found if found.is_floating_point() else found.to(heads.mean.dtype)
-
-    def _scaled(self, combined: Tensor) -> Tensor:
-        return ((combined - self.mean) / self.std).clamp(self.floor, self.ceiling)
-
-    def centered(self, heads: HeadRewards) -> HeadRewards:
-        """Each head less its own mean on the initial policy: the heads then agree where training starts.
-
-        Preferences identify differences of rewards only: a head's constant must not decide which is the worst case.
-        Raises PoiseError for another number of heads.
-        """
-        if len(self.head_baseline) != heads.mean.shape[-1]:
-            raise PoiseError(f"{heads.mean.shape[-1]} heads on a scale of {len(self.head_baseline)}")
-        return heads._replace(mean=heads.mean - torch.tensor(self.head_baseline, dtype=heads.mean.dtype))
-
-    @classmethod
-    def fit(
-        cls, heads: HeadRewards, objective: Objective, floor: float = -math.inf, ceiling: float = math.inf
-    ) -> "RewardScale":
-        """From heads (N, K). A constant reward keeps scale 1."""
-        return cls.fit_and_combine(heads, objective, floor, ceiling)[0]
-
-    @classmethod
-    def fit_and_combine(
-        cls, heads: HeadRewards, objective: Objective, floor: float = -math.inf, ceiling: float = math.inf
-    ) -> "tuple[RewardScale, Tensor]":
-        """The scale of heads (N, K), and their rewards (N,) on it. PoiseError for no completion at all."""
-        if heads.mean.dim() != 2 or not len(heads.mean):
-            raise PoiseError(f"a scale is fitted to heads (N, K) of some completions, not to {tuple(heads.mean.shape)}")
-        start = cls(tuple(heads.mean.mean(0).tolist()), 0.0, 1.0, floor, ceiling)
-        combined = start.combined(heads, objective)
-        scale = start._of(combined)
-        return scale, scale._scaled(combined)
-
-    def refitted(self, heads: HeadRewards, objective: Objective) -> "RewardScale":
-        """Mean and std of this batch of heads (N, K) alone; the heads' baselines stay."""
-        return self._of(self.combined(heads, objective))
-
-    def _of(self, combined: Tensor) -> "RewardScale":
-        std = combined.std().item()
-        std = std if std > 1e-6 else 1.0
-        return replace(self, mean=combined.mean().item(), std=std, count=combined.numel())
-
-    def updated(self, heads: HeadRewards, objective: Objective) -> "RewardScale":
-        """Mean and std of every completion so far, this batch of heads (N, K) included."""
-        new = self.refitted(heads, objective)
-        count, shift = self.count + new.count, new.mean - self.mean
-        squares = self.std**2 * max(self.count - 1, 0) + new.std**2 * (new.count - 1)
-        squares += shift**2 * self.count * new.count / count
-        return replace(
-            self, mean=self.mean + shift * new.count / count, std=math.sqrt(squares / (count - 1)), count=count
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """Without infinities, which JSON cannot hold."""
-        return {name: value for name, value in vars(self).items() if value not in (math.inf, -math.inf)}
-
-    @classmethod
-    def from_json(cls, saved: dict[str, Any]) -> "RewardScale":
-        """Inverse of `to_json`. Raises PoiseError, one line, for a field that is missing or cannot be."""
-        return read_fields(saved, cls, "the saved scale of the reward")
 
 
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {
@@ -355,6 +264,7 @@ def parse_objective(spec: str) -> Objective:
     return function if value is None else partial(function, **{_parameter_name(function): value})
 
 
+@checked
 def with_parameter(objective: Objective, value: float) -> Objective:
     """The same objective with another parameter: tradeoff(0.4) -> tradeoff(0.2).
 
@@ -392,6 +302,11 @@ def parameter(objective: Objective) -> float | None:
         return None
     given = objective.keywords if isinstance(objective, partial) else {}
     return float(given.get(names[0], inspect.signature(function).parameters[names[0]].default))
+
+
+def _known(heads: Tensor, reward: Tensor) -> Tensor:
+    """The reward (...) that was chosen by comparing heads (..., K); NaN where one of them is NaN, as minima are."""
+    return torch.where(heads.isnan().any(-1), math.nan, reward)
 
 
 def _parameter_name(function: Callable[..., Tensor]) -> str:

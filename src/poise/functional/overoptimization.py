@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -35,9 +35,11 @@ from poise.functional.objectives import (
     expected_worst_case,
     parse_objective,
 )
+from poise.functional.shapes import checked
 from poise.functional.shaping import SHAPINGS, Shaping
 from poise.functional.statistics import resampled_counts, shared_by_ties, student_shares
 from poise.runtime.records import Json, undefined_as_none
+from poise.runtime.settings import Count, above
 
 DRAWS = 1000
 
@@ -60,12 +62,17 @@ class Choice:
         _refuse_coupled(parse_objective(spec), spec)
         return cls(reward, spec)
 
-    def proxy(self, heads: HeadRewards, per_prompt: int, unit: float = 1.0) -> Float[ndarray, "prompts pool"]:
+    @checked
+    def proxy(
+        self, heads: HeadRewards, per_prompt: Count, unit: Annotated[float, above(0)] = 1.0
+    ) -> Float[ndarray, "prompts pool"]:
         """The reward PPO would be given, of heads (P * N, K): centered, combined, scaled on the pool itself.
 
         unit: Bradley-Terry log odds per unit of the heads, which the shapings want. A completion is compared with all
         of its prompt's, which are the initial policy's.
         """
+        if len(heads.mean) % per_prompt:
+            raise PoiseError(f"{len(heads.mean)} completions are no whole number of prompts with {per_prompt} of each")
         if self.shaping != "none":
             by_prompt = heads.in_unit(unit).each(lambda part: part.unflatten(0, (-1, per_prompt)))
             others = by_prompt.each(lambda part: part.unsqueeze(1))
@@ -99,7 +106,8 @@ class Curves(NamedTuple):
     accuracy_SP: ndarray  # share of pairs of completions that the proxy orders as gold does; ties count half
 
     @classmethod
-    def of(cls, proxy_SPN: ndarray, gold_PN: ndarray) -> "Curves":
+    @checked
+    def of(cls, proxy_SPN: Float[ndarray, "seeds prompts pool"], gold_PN: Float[ndarray, "prompts pool"]) -> "Curves":
         """Best-of-n over `sizes` and tilted policies over KL_COEFS."""
         shape = proxy_SPN.shape
         proxy = proxy_SPN.reshape(-1, shape[-1])
@@ -121,7 +129,10 @@ class Curves(NamedTuple):
         return cls(n, best_gold, best_proxy, gold, proxy, kl, samples, pair_accuracy(proxy_SPN, gold_PN))
 
 
-def pair_accuracy(proxy_SPN: ndarray, gold_PN: ndarray) -> Float[ndarray, "seeds prompts"]:
+@checked
+def pair_accuracy(
+    proxy_SPN: Float[ndarray, "seeds prompts pool"], gold_PN: Float[ndarray, "prompts pool"]
+) -> Float[ndarray, "seeds prompts"]:
     """How often the proxy orders a prompt's first and second, third and fourth … completion as gold does.
 
     Ties of the proxy count half; pairs that gold ties are left out (NaN for a prompt of nothing else).
@@ -170,6 +181,7 @@ class CurveSummary(NamedTuple):
     draws: dict[str, Float[ndarray, " draws"]]
 
 
+@checked
 def summarize(curves: Curves, resamples: Resamples) -> CurveSummary:
     """Points with 95 % intervals over prompts and reward models, fitted laws, peak, final and drawdown of gold."""
     gold_DSM = resamples.by_seed(curves.best_of_n_gold_SPM)
@@ -228,6 +240,7 @@ def _tilted(curves: Curves, resamples: Resamples) -> tuple[list[Json], str]:
     )
 
 
+@checked
 def differences_from(own: CurveSummary, first: CurveSummary) -> Json:
     """The measures of `own` and what they are less those of `first`, paired; its gain also as a share of theirs."""
     measures: Json = {}
@@ -261,12 +274,14 @@ def _measures(gold_DSM: ndarray, peak: int) -> dict[str, ndarray]:
     return {"final_gold": final, "peak_gold": highest, "drawdown": highest - final, "gain": final - gold_DSM[..., 0]}
 
 
+@checked
 def interval(draws: Float[ndarray, " draws"]) -> tuple[float, float]:
     """The middle 95 % of bootstrap draws that are there (not NaN)."""
     low, high = np.nanquantile(draws, [0.025, 0.975])
     return float(low), float(high)
 
 
+@checked
 def stacked(choice: Choice, models: Sequence[tuple[HeadRewards, float]], per_prompt: int) -> ndarray:
     """Proxies (S, P, N) of one choice under several reward models, each (heads, Bradley-Terry unit)."""
     return np.stack([choice.proxy(heads, per_prompt, unit) for heads, unit in models])

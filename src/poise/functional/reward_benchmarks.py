@@ -1,10 +1,15 @@
 """Scores of the public benchmarks of reward models: RewardBench, RM-Bench, best-of-n sets. NumPy in, NumPy out."""
 
 from collections.abc import Mapping
+from typing import Annotated
 
 import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
+
+from poise.errors import PoiseError
+from poise.functional.shapes import KNOWN, checked
+from poise.runtime.settings import Count, Share
 
 _CODE = ("hep-cpp", "hep-go", "hep-java", "hep-js", "hep-python", "hep-rust")
 
@@ -21,12 +26,15 @@ REWARD_BENCH = {
 }  # fmt: skip
 
 
-def reward_bench(accuracy: Mapping[str, float], count: Mapping[str, int]) -> dict[str, float]:
+@checked
+def reward_bench(accuracy: Mapping[str, Share], count: Mapping[str, Count]) -> dict[str, float]:
     """Score of every section of RewardBench (arXiv 2403.13787) that is present, from its subsets.
 
     The mean over a section's pairs, but in Reasoning math-prm counts half and the code subsets together the other
     half. The benchmark's own score is the mean of the four sections.
     """
+    if missing := sorted(accuracy.keys() - count.keys()):
+        raise PoiseError(f"reward_bench: no count of pairs for {missing[0]!r}; give one for each subset")
     scores = {}
     for section, members in REWARD_BENCH.items():
         parts = [("math-prm",), _CODE] if section == "Reasoning" else [members]
@@ -41,6 +49,7 @@ def reward_bench(accuracy: Mapping[str, float], count: Mapping[str, int]) -> dic
     return scores
 
 
+@checked
 def style_matrix(
     chosen: Float[ndarray, "sets styles"], rejected: Float[ndarray, "sets styles"]
 ) -> Float[ndarray, "styles styles"]:
@@ -51,6 +60,7 @@ def style_matrix(
     return ((np.sign(chosen[:, :, None] - rejected[:, None, :]) + 1) / 2).mean(0)
 
 
+@checked
 def style_scores(matrix: Float[ndarray, "styles styles"]) -> dict[str, float]:
     """Easy, normal, hard and their mean over a style matrix whose styles go from plain to fancy.
 
@@ -69,7 +79,10 @@ def style_scores(matrix: Float[ndarray, "styles styles"]) -> dict[str, float]:
     }
 
 
-def picks_chosen(chosen: Float[ndarray, " m"], rejected: Float[ndarray, " n"]) -> float:
+@checked
+def picks_chosen(
+    chosen: Annotated[Float[ndarray, " m"], KNOWN], rejected: Annotated[Float[ndarray, " n"], KNOWN]
+) -> float:
     """1 if the best of a set is a chosen text; where several are best, the share of chosen ones among them.
 
     By chance: m / (m + n).

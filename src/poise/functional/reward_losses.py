@@ -12,6 +12,7 @@ and all return the sum over heads of the mean over each head's own samples. Othe
 
 import math
 from collections.abc import Callable
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -19,18 +20,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from poise.errors import PoiseError
-from poise.functional.shapes import fits, same_shape
+from poise.functional.shapes import Finite, checked
+from poise.runtime.settings import between
 
 CENTERING = 0.01  # weight of (r+ + r-)^2, arXiv 2312.09244
 
 
+@checked
 def bradley_terry(
     chosen: Float[Tensor, " pairs"],
     rejected: Float[Tensor, " pairs"],
     margin: Float[Tensor, " pairs"] | float = 0.0,
     *,
-    centering: float = CENTERING,
-    label_smoothing: float = 0.0,
+    centering: Finite = CENTERING,
+    label_smoothing: Annotated[float, between(0, 0.5, open_high=True)] = 0.0,
 ) -> Float[Tensor, ""]:
     """Mean of -(1 - e) log sigmoid(x) - e log sigmoid(-x) + centering * (r+ + r-)^2,  x = r+ - r- - margin.
 
@@ -41,17 +44,12 @@ def bradley_terry(
     >>> round(bradley_terry(torch.tensor([1.0]), torch.tensor([0.0]), centering=0.0).item(), 4)
     0.3133
     """
-    same_shape("bradley_terry", chosen=chosen, rejected=rejected)
-    if isinstance(margin, Tensor) and margin.dim():
-        same_shape("bradley_terry", chosen=chosen, margin=margin)
     return _bradley_terry(chosen, rejected, margin, centering, label_smoothing).mean()
 
 
 def _bradley_terry(
     chosen: Tensor, rejected: Tensor, margin: Tensor | float, centering: float, label_smoothing: float
 ) -> Tensor:
-    if not 0 <= label_smoothing < 0.5:
-        raise PoiseError(f"bradley_terry: label_smoothing must be in [0, 0.5), got {label_smoothing}")
     lead = chosen - rejected - margin
     loss = -(1 - label_smoothing) * F.logsigmoid(lead) - label_smoothing * F.logsigmoid(-lead)
     return loss + centering * (chosen + rejected).square()
@@ -62,39 +60,39 @@ Batch = Float[Tensor, " batch"]
 Scalar = Float[Tensor, ""]
 
 
+@checked
 def sampled_mse(mean: BatchHeads, std: BatchHeads, noise: BatchHeads, target: Batch, mask: BatchHeads) -> Scalar:
     """(mean + std * noise - target)^2, the squared error of the sampled reward (arXiv 2409.15360, stage 2).
 
     Its expectation is (mean - target)^2 + std^2, so std shrinks wherever there is data. The std measures coverage by
     training data; it is not an error bar.
     """
-    _check("sampled_mse", mean, std, noise, target, mask)
     return _over_heads((mean + std * noise - target.unsqueeze(-1)).square(), mask)
 
 
+@checked
 def gaussian_nll(mean: BatchHeads, std: BatchHeads, noise: BatchHeads, target: Batch, mask: BatchHeads) -> Scalar:
     """-log N(target; mean, std^2): a proper score, minimal at the true mean and std."""
-    _check("gaussian_nll", mean, std, noise, target, mask)
     return _over_heads(_nll(mean, std, target), mask)
 
 
+@checked
 def beta_nll(
-    mean: BatchHeads, std: BatchHeads, noise: BatchHeads, target: Batch, mask: BatchHeads, beta: float = 0.5
+    mean: BatchHeads, std: BatchHeads, noise: BatchHeads, target: Batch, mask: BatchHeads, beta: Finite = 0.5
 ) -> Scalar:
     """Negative log-likelihood weighted by std^(2 beta), held constant (arXiv 2203.09168).
 
     beta: 0 is `gaussian_nll`, 1 gives the mean the gradient of plain squared error. Same minimum for constant noise.
     """
-    _check("beta_nll", mean, std, noise, target, mask)
     return _over_heads(std.detach() ** (2 * beta) * _nll(mean, std, target), mask)
 
 
+@checked
 def crps(mean: BatchHeads, std: BatchHeads, noise: BatchHeads, target: Batch, mask: BatchHeads) -> Scalar:
     """Continuous ranked probability score of a Gaussian (Gneiting et al. 2005): proper, in units of the reward.
 
     std * (z (2 Phi(z) - 1) + 2 phi(z) - 1 / sqrt(pi)),  z = (target - mean) / std
     """
-    _check("crps", mean, std, noise, target, mask)
     z = (target.unsqueeze(-1) - mean) / std
     density = torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
     return _over_heads(std * (z * torch.erf(z / math.sqrt(2)) + 2 * density - 1 / math.sqrt(math.pi)), mask)
@@ -107,6 +105,7 @@ HEAD_LOSSES: dict[str, HeadLoss] = {
 }
 
 
+@checked
 def probit_pairs(
     chosen_mean: BatchHeads,
     chosen_std: BatchHeads,
@@ -119,22 +118,19 @@ def probit_pairs(
     Pairs identify only this ratio, not its numerator and denominator (arXiv 2605.11865). The learned std measures how
     decided a preference is, not the error of a reward.
     """
-    same_shape(
-        "probit_pairs", chosen_mean=chosen_mean, chosen_std=chosen_std, rejected_mean=rejected_mean,
-        rejected_std=rejected_std, mask=mask,
-    )  # fmt: skip
     ratio = (chosen_mean - rejected_mean) / (1 + chosen_std.square() + rejected_std.square()).sqrt()
     return _over_heads(-torch.special.log_ndtr(ratio), mask)
 
 
+@checked
 def bradley_terry_heads(
     chosen: BatchHeads,
     rejected: BatchHeads,
     margin: Batch,
     mask: BatchHeads,
     *,
-    centering: float = CENTERING,
-    label_smoothing: float = 0.0,
+    centering: Finite = CENTERING,
+    label_smoothing: Annotated[float, between(0, 0.5, open_high=True)] = 0.0,
 ) -> Scalar:
     """`bradley_terry` of every head alone, on the pairs of its mask; heads without a std.
 
@@ -143,12 +139,11 @@ def bradley_terry_heads(
     >>> round(bradley_terry_heads(one, 0 * one, torch.zeros(1), mask, centering=0.0).item(), 4)
     0.3133
     """
-    same_shape("bradley_terry_heads", chosen=chosen, rejected=rejected, mask=mask)
-    fits("bradley_terry_heads", "margin", margin, tuple(chosen.shape[:1]))
     loss = _bradley_terry(chosen, rejected, margin.unsqueeze(-1), centering, label_smoothing)
     return _over_heads(loss, mask)
 
 
+@checked
 def adapter_diversity(down: Float[Tensor, "heads rank inputs"]) -> Scalar:
     """|A|_* / |A|_F of the heads' LoRA matrices A_k (rank, inputs), one below the other: A is (heads rank, inputs).
 
@@ -160,13 +155,10 @@ def adapter_diversity(down: Float[Tensor, "heads rank inputs"]) -> Scalar:
     >>> round(adapter_diversity(torch.eye(4).unflatten(0, (2, 2))).item(), 4)
     2.0
     """
-    values = torch.linalg.svdvals(down.flatten(0, 1))
+    if not down.isfinite().all():
+        raise PoiseError("adapter_diversity: the adapters hold what is no number; lower the learning rate")
+    values = torch.linalg.svdvals(down.flatten(0, 1).to(torch.promote_types(down.dtype, torch.float32)))
     return values.sum() / values.square().sum().sqrt()
-
-
-def _check(name: str, mean: Tensor, std: Tensor, noise: Tensor, target: Tensor, mask: Tensor) -> None:
-    same_shape(name, mean=mean, std=std, noise=noise, mask=mask)
-    fits(name, "target", target, tuple(mean.shape[:1]))
 
 
 def _nll(mean: Tensor, std: Tensor, target: Tensor) -> Tensor:

@@ -4,10 +4,15 @@ kl_coef is beta, the reward units that one nat of KL to the initial policy costs
 `objectives.tradeoff` to the policy: of 44 rules tried, none beat a constant (experiments/adaptive_weight.py, LOG.md).
 """
 
+from typing import Annotated
+
 from poise.errors import PoiseError
+from poise.functional.shapes import Finite, checked
+from poise.runtime.settings import WholeNumber, above
 
 
-def linear(start: float, end: float, progress: float) -> float:
+@checked
+def linear(start: Finite, end: Finite, progress: Finite) -> float:
     """start + (end - start) * progress, progress being the share of training done, clipped to [0, 1].
 
     >>> linear(1.0, 0.4, 0.5)
@@ -16,7 +21,8 @@ def linear(start: float, end: float, progress: float) -> float:
     return start + (end - start) * min(max(progress, 0.0), 1.0)
 
 
-def headroom(reward: float, ceiling: float) -> float:
+@checked
+def headroom(reward: Finite, ceiling: Annotated[float, above(0)]) -> float:
     """(ceiling - reward) / ceiling, clipped to [0, 1]: the share of the reachable reward that is still to be gained.
 
     reward: mean of a step's completions, on the scale on which the initial policy has 0.
@@ -28,12 +34,17 @@ def headroom(reward: float, ceiling: float) -> float:
     >>> headroom(1.5, ceiling=2.0)
     0.25
     """
-    if not ceiling > 0.0:
-        raise PoiseError(f"there is headroom below a ceiling > 0 only, got {ceiling}")
     return min(max((ceiling - reward) / ceiling, 0.0), 1.0)
 
 
-def adaptive_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, num_samples: int) -> float:
+@checked
+def adaptive_kl_coef(
+    kl_coef: Finite,
+    kl: Finite,
+    target: Annotated[float, above(0)],
+    horizon: Annotated[float, above(0)],
+    num_samples: WholeNumber,
+) -> float:
     """beta * (1 + clip(kl / target - 1, -.2, .2) * num_samples / horizon) (arXiv 1909.08593, section 2.2).
 
     kl, target: KL of the policy to the reference now and as wanted, nats per completion.
@@ -43,8 +54,6 @@ def adaptive_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, n
     >>> round(adaptive_kl_coef(0.1, kl=9.0, target=6.0, horizon=1000.0, num_samples=100), 6)
     0.102
     """
-    if not target > 0.0:
-        raise PoiseError(f"an adaptive KL coefficient needs a target KL > 0, got {target}")
     if not horizon >= max(num_samples, 1):
         raise PoiseError(f"the horizon of the KL coefficient, {horizon}, must hold a step's {num_samples} completions")
     error = min(max(kl / target - 1.0, -0.2), 0.2)

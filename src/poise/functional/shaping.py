@@ -7,7 +7,7 @@ the group that is trained on.
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float
@@ -16,9 +16,11 @@ from torch import Tensor
 from poise.errors import PoiseError
 from poise.functional.head_rewards import HeadRewards
 from poise.functional.objective_names import Shaping as Shaping
-from poise.functional.shapes import same_shape
+from poise.functional.shapes import checked
+from poise.runtime.settings import at_least
 
 
+@checked
 def contrastive(heads: HeadRewards, baseline: HeadRewards) -> HeadRewards:
     """Each head less its mean over baseline completions of the same prompt (arXiv 2403.07708).
 
@@ -33,6 +35,7 @@ def contrastive(heads: HeadRewards, baseline: HeadRewards) -> HeadRewards:
     return heads._replace(mean=heads.mean - baseline.mean.mean(-2))
 
 
+@checked
 def preference_as_reward(heads: HeadRewards, baseline: HeadRewards) -> HeadRewards:
     """mean over baselines m of sigmoid(r - r_m), per head: the probability of being preferred (arXiv 2502.18770).
 
@@ -50,7 +53,8 @@ def preference_as_reward(heads: HeadRewards, baseline: HeadRewards) -> HeadRewar
 def _check(heads: HeadRewards, baseline: HeadRewards) -> None:
     """PoiseError unless the baselines have an axis of their own, and the same heads."""
     mine, theirs = tuple(heads.mean.shape), tuple(baseline.mean.shape)
-    if len(theirs) != len(mine) + 1 or theirs[-1] != mine[-1]:
+    fit = len(theirs) == len(mine) + 1 and theirs[-1] == mine[-1] and theirs[-2] > 0
+    if not fit or any(size not in (1, own) for size, own in zip(theirs[:-2], mine[:-1], strict=True)):
         raise PoiseError(f"heads {mine} are compared with baselines (…, baselines, {mine[-1]}), not with {theirs}")
 
 
@@ -62,8 +66,9 @@ SHAPINGS: dict[str, Callable[[HeadRewards, HeadRewards], HeadRewards]] = {
 # ---- worst-case regret ----
 
 
+@checked
 def worst_case_regret(
-    reward: Float[Tensor, " choices"], policy: Float[Tensor, " choices"], radius: float
+    reward: Float[Tensor, " choices"], policy: Float[Tensor, " choices"], radius: Annotated[float, at_least(0)]
 ) -> Float[Tensor, ""]:
     """The most that a policy over few choices can fall short of the best policy if its reward is wrong (2605.00155).
 
@@ -75,11 +80,14 @@ def worst_case_regret(
     >>> worst_case_regret(torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5]), 1.0).item()
     1.0
     """
-    return (reward + radius * (1.0 - policy)).amax() - policy @ reward
+    return (reward + radius * (1.0 - policy)).amax() - (policy * reward).sum()
 
 
+@checked
 def regret_bonus(
-    reward: Float[Tensor, "prompts completions"], share: Float[Tensor, "prompts completions"], radius: float
+    reward: Float[Tensor, "prompts completions"],
+    share: Float[Tensor, "prompts completions"],
+    radius: Annotated[float, at_least(0)],
 ) -> Float[Tensor, "prompts completions"]:
     """What to add to each reward so that a policy gradient lowers `worst_case_regret`, prompt by prompt.
 
@@ -90,13 +98,16 @@ def regret_bonus(
     >>> regret_bonus(torch.tensor([[1.0, 0.4]]), torch.tensor([[0.9, 0.1]]), 1.0)
     tensor([[0., 1.]])
     """
-    same_shape("regret_bonus", reward=reward, share=share)
     water = reward - radius * share
     return radius * (water == water.amax(-1, keepdim=True)).to(reward.dtype)
 
 
+@checked
 def with_regret_bonus(
-    reward: Float[Tensor, " samples"], prompts: Sequence[Any], texts: Sequence[str], radius: float
+    reward: Float[Tensor, " samples"],
+    prompts: Sequence[Any],
+    texts: Sequence[str],
+    radius: Annotated[float, at_least(0)],
 ) -> Float[Tensor, " samples"]:
     """Rewards with `regret_bonus`, of all completions of a prompt together; radius 0: as they are.
 
@@ -112,7 +123,7 @@ def with_regret_bonus(
         raise PoiseError(f"{len(reward)} rewards of {len(prompts)} prompts and {len(texts)} texts; give one of each")
     groups: dict[str, list[int]] = {}
     for number, prompt in enumerate(prompts):
-        groups.setdefault(json.dumps(prompt), []).append(number)
+        groups.setdefault(json.dumps(prompt, default=repr), []).append(number)
     paid = reward.clone()
     for rows in groups.values():
         count = Counter(texts[row] for row in rows)

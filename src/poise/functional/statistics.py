@@ -1,7 +1,9 @@
 """Intervals, resamples, ranks and movement over steps. NumPy in, NumPy out; no models."""
 
 import math
+import sys
 from collections.abc import Callable, Sequence
+from typing import Annotated
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -10,9 +12,14 @@ from scipy.stats import mannwhitneyu, sem, spearmanr
 from scipy.stats import t as t_distribution
 
 from poise.errors import PoiseError
+from poise.functional.shapes import FINITE, Finite, checked
+from poise.runtime.settings import Count, Seed, Share, at_least, between
+
+Level = Annotated[float, between(0, 1, open_low=True, open_high=True)]
 
 
-def shared_by_ties(values: ndarray, key: ndarray) -> ndarray:
+@checked
+def shared_by_ties(values: Float[ndarray, "*batch n"], key: Float[ndarray, "*batch n"]) -> Float[ndarray, "*batch n"]:
     """Each value replaced by the mean of those of equal key: the expectation over a random order of ties.
 
     Along the last axis, in which `key` must rise.
@@ -32,6 +39,7 @@ def shared_by_ties(values: ndarray, key: ndarray) -> ndarray:
 # ---- steps ----
 
 
+@checked
 def movement(means: Float[ndarray, " checkpoints"]) -> dict[str, float]:
     """How much something moves over checkpoints: std (n - 1; NaN for one); range, highest less lowest; largest_drop,
     from a checkpoint to any later one, 0 if it never falls.
@@ -44,7 +52,8 @@ def movement(means: Float[ndarray, " checkpoints"]) -> dict[str, float]:
     return {"std": std, "range": float(np.ptp(means)), "largest_drop": drop}
 
 
-def smoothed(values: Float[ndarray, " steps"], width: int = 3) -> Float[ndarray, " steps"]:
+@checked
+def smoothed(values: Float[ndarray, " steps"], width: Count = 3) -> Float[ndarray, " steps"]:
     """Centered moving average of the values that are there (not NaN); over fewer at the ends and beside gaps.
 
     >>> smoothed(np.array([0.0, 3.0, np.nan, 1.0])).tolist()
@@ -60,8 +69,9 @@ def smoothed(values: Float[ndarray, " steps"], width: int = 3) -> Float[ndarray,
 # ---- intervals ----
 
 
+@checked
 def bootstrap_interval(
-    values: Float[ndarray, " samples"], level: float = 0.95, draws: int = 10_000, seed: int = 0
+    values: Float[ndarray, " samples"], level: Level = 0.95, draws: Count = 10_000, seed: Seed = 0
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean; each value is one independent unit (a prompt, a seed)."""
     generator = np.random.default_rng(seed)
@@ -70,6 +80,7 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+@checked
 def t_interval(values: Float[ndarray, "samples ..."]) -> Float[ndarray, "2 ..."]:
     """Student's 95 % interval of the mean over the first axis; NaN for a single value.
 
@@ -85,14 +96,16 @@ def t_interval(values: Float[ndarray, "samples ..."]) -> Float[ndarray, "2 ..."]
     return np.stack([mean + end * sem(values) for end in t_distribution.interval(0.95, count - 1)])
 
 
-def resampled_counts(num_units: int, draws: int, seed: int) -> Float[ndarray, "draws {num_units}"]:
+@checked
+def resampled_counts(num_units: Count, draws: Count, seed: Seed) -> Float[ndarray, "draws {num_units}"]:
     """Bootstrap resamples of units as shares that sum to 1: `counts @ values` are their means."""
     drawn = np.random.default_rng(seed).integers(num_units, size=(draws, num_units))
     drawn += num_units * np.arange(draws)[:, None]
     return np.bincount(drawn.ravel(), minlength=draws * num_units).reshape(draws, num_units) / num_units
 
 
-def student_shares(num_units: int, draws: int, seed: int) -> Float[ndarray, "draws {num_units}"]:
+@checked
+def student_shares(num_units: Count, draws: Count, seed: Seed) -> Float[ndarray, "draws {num_units}"]:
     """Random shares that sum to 1, some of them negative: `shares @ values` are draws of the mean of few units.
 
     For every `values` they are distributed as mean + t * std / sqrt(n), with t of n - 1 degrees of freedom and std of
@@ -108,6 +121,7 @@ def student_shares(num_units: int, draws: int, seed: int) -> Float[ndarray, "dra
     return 1 / num_units + normal / width
 
 
+@checked
 def auroc(positive: Float[ndarray, " n"], negative: Float[ndarray, " m"]) -> float:
     """P(a random positive scores above a random negative), ties counted half."""
     wins = mannwhitneyu(positive, negative, method="asymptotic").statistic  # the p-value is not used
@@ -117,9 +131,10 @@ def auroc(positive: Float[ndarray, " n"], negative: Float[ndarray, " m"]) -> flo
 # ---- resamples of rows ----
 
 # how often each of n rows is in each of several resamples; ones: the rows themselves
-Counts = Float[ndarray, "draws n"]
+Counts = Annotated[Float[ndarray, "draws n"], at_least(0, sys.float_info.max)]
 
 
+@checked
 def spearman(one: Float[ndarray, " n"], other: Float[ndarray, " n"]) -> float:
     """Rank correlation, in [-1, 1]; NaN if either is constant.
 
@@ -131,12 +146,13 @@ def spearman(one: Float[ndarray, " n"], other: Float[ndarray, " n"]) -> float:
     return float(spearmanr(one, other).statistic)
 
 
+@checked
 def bootstrap_intervals(
     statistics: Callable[[Counts], Float[ndarray, "draws statistics"]],
-    unit: Int[ndarray, " n"],
-    level: float = 0.95,
-    draws: int = 1000,
-    seed: int = 0,
+    unit: Annotated[Int[ndarray, " n"], at_least(0)],
+    level: Level = 0.95,
+    draws: Count = 1000,
+    seed: Seed = 0,
 ) -> Float[ndarray, "statistics 2"]:
     """Percentile intervals of statistics of resampled rows.
 
@@ -159,8 +175,9 @@ def bootstrap_intervals(
     return np.where(unknown[:, None], np.nan, np.stack([low, high], -1))
 
 
+@checked
 def intervals_of_means(
-    values: Float[ndarray, "rows columns"], unit: Int[ndarray, " rows"], seed: int
+    values: Float[ndarray, "rows columns"], unit: Annotated[Int[ndarray, " rows"], at_least(0)], seed: Seed
 ) -> list[list[float]]:
     """95 % bootstrap intervals of each column's mean; rows of equal `unit` are drawn together."""
 
@@ -170,7 +187,8 @@ def intervals_of_means(
     return bootstrap_intervals(means, unit, seed=seed).tolist()
 
 
-def exact_at_ends(interval: Sequence[float], share: float, units: int) -> list[float]:
+@checked
+def exact_at_ends(interval: Sequence[float], share: Share, units: Count) -> list[float]:
     """The interval of a share, exact (Clopper–Pearson, 95 %) where it is 0 or 1: there a bootstrap has no width.
 
     With all of n right, shares below p are refuted once pⁿ < 2.5 %.
@@ -184,7 +202,10 @@ def exact_at_ends(interval: Sequence[float], share: float, units: int) -> list[f
     return [0.0, room] if share == 0.0 else list(interval)
 
 
-def mean_between(x: Float[ndarray, " steps"], y: Float[ndarray, " steps"], low: float, high: float) -> float:
+@checked
+def mean_between(
+    x: Annotated[Float[ndarray, " steps"], FINITE], y: Float[ndarray, " steps"], low: Finite, high: Finite
+) -> float:
     """Mean over x in [low, high] of the line through the points (x, y), in order of x: gold at equal KL, for instance.
 
     Points of equal x are averaged. Beyond the points the line is flat. Raises PoiseError unless low < high.
@@ -200,7 +221,8 @@ def mean_between(x: Float[ndarray, " steps"], y: Float[ndarray, " steps"], low: 
     return float(np.trapezoid(np.interp(inside, places, values), inside) / (high - low))
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
+@checked
+def holm(p_values: Sequence[Share]) -> list[float]:
     """p-values corrected for there being several (Holm 1979): the k-th smallest of m times m - k + 1, never decreasing.
 
     >>> holm([0.01, 0.04, 0.03])

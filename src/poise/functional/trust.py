@@ -3,23 +3,27 @@
 Shapes: _P prompts, _N completions of each, _F folds.
 """
 
+from typing import Annotated
+
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 from scipy.stats import binomtest
 from scipy.stats import t as t_distribution
 
+from poise.errors import PoiseError
 from poise.functional.best_of_n import best_of_n, best_of_n_kl, sizes
 from poise.functional.monitor import transfer_ratio
+from poise.functional.shapes import FINITE, checked
 from poise.functional.statistics import t_interval
 from poise.runtime.records import Json, undefined_as_none
 
 DRAWS = 2000
+Pool = Annotated[Float[ndarray, "prompts pool"], FINITE]
 
 
-def gains(
-    proxy_PN: Float[ndarray, "prompts pool"], score_PN: Float[ndarray, "prompts pool"], n: Int[ndarray, " sizes"]
-) -> Float[ndarray, "prompts sizes"]:
+@checked
+def gains(proxy_PN: Pool, score_PN: Pool, n: Int[ndarray, " sizes"]) -> Float[ndarray, "prompts sizes"]:
     """How much best-of-n by `proxy` raises `score` above its mean of the prompt, in stds of the whole pool's scores.
 
     >>> pool = np.array([[0.0, 2.0], [1.0, 3.0]])
@@ -31,6 +35,7 @@ def gains(
     return chosen / std if std > 0 else np.zeros_like(chosen)
 
 
+@checked
 def reach(per_prompt: int) -> float:
     """KL of the best of all completions of a prompt, in nats: nothing that a pool says goes further.
 
@@ -40,7 +45,8 @@ def reach(per_prompt: int) -> float:
     return float(best_of_n_kl(np.array([per_prompt]))[0])
 
 
-def transfer(proxy_PN: Float[ndarray, "prompts pool"], validator_PN: Float[ndarray, "prompts pool"]) -> list[Json]:
+@checked
+def transfer(proxy_PN: Pool, validator_PN: Pool) -> list[Json]:
     """For growing n: the KL of best-of-n, what the proxy gains, what the validator gains with it, and their ratio.
 
     `transfer` has a 95 % percentile interval over prompts. It is None where the proxy's gain is too small to divide by
@@ -65,20 +71,22 @@ def transfer(proxy_PN: Float[ndarray, "prompts pool"], validator_PN: Float[ndarr
     return rows
 
 
-def agreement(same: Bool[ndarray, " judged"]) -> Json:
+@checked
+def agreement(same: Bool[ndarray, "*judged"]) -> Json:
     """Share of judged pairs that two judges order alike, with Wilson's 95 % interval.
 
     >>> found = agreement(np.array([True, True, True, False]))
     >>> found["share"], [round(end, 2) for end in found["interval"]]
     (0.75, [0.3, 0.95])
     """
-    count, total = int(same.sum()), len(same)
+    count, total = int(same.sum()), same.size
     if not total:
         return {"share": None, "interval": None, "pairs": 0}
     interval = binomtest(count, total).proportion_ci(0.95, "wilson")
     return {"share": count / total, "interval": [float(interval.low), float(interval.high)], "pairs": total}
 
 
+@checked
 def doubling(
     gain_F: Float[ndarray, " folds"], gain_P: Float[ndarray, " prompts"] | None = None
 ) -> tuple[float, float, float]:
@@ -95,6 +103,8 @@ def doubling(
     [1.0, -2.93, 4.93]
     """
     folds = len(gain_F)
+    if folds < 2:
+        raise PoiseError("doubling: gain_F must be of at least two folds; one says nothing of its own error")
     variance = gain_F.var(ddof=1) * (1 / folds + 1 / (folds - 1))
     if gain_P is not None and len(gain_P) > 1:
         variance += gain_P.var(ddof=1) / len(gain_P)

@@ -21,6 +21,7 @@ from sklearn.covariance import ledoit_wolf_shrinkage
 from torch import Tensor
 
 from poise.errors import PoiseError
+from poise.functional.shapes import checked
 
 LEAST_SHRINKAGE = 1e-4
 
@@ -37,6 +38,7 @@ class Reference(NamedTuple):
     shrinkage: float
 
 
+@checked
 def fit_reference(features_TH: Float[Tensor, "texts hidden"]) -> Reference:
     """Fit the reference to texts' features, in float64 on the CPU.
 
@@ -64,7 +66,10 @@ def fit_reference(features_TH: Float[Tensor, "texts hidden"]) -> Reference:
     return Reference(center, factor / unit.sqrt(), len(x), shrinkage)
 
 
+@checked
 def distance(features: Float[Tensor, "*batch hidden"], reference: Reference) -> Float[Tensor, "*batch"]:
     """d(x) >= 0 of each text, float64 on the CPU; 1 on average over the reference texts, 0 at their mean."""
+    if features.shape[-1] != len(reference.center_H):
+        raise PoiseError(f"distance: {features.shape[-1]} features, but the reference has {len(reference.center_H)}")
     centered = features.detach().cpu().double() - reference.center_H.double()
     return (centered @ reference.factor_HH.double()).square().sum(-1)

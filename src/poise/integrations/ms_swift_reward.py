@@ -9,6 +9,7 @@ from typing import Any
 
 from swift.rewards.orm import AsyncORM, orms
 
+from poise.integrations.trl_turns import as_lists, as_pair, as_prompt
 from poise.serve.client import Client
 
 
@@ -22,11 +23,15 @@ class PoiseReward(AsyncORM):
     async def __call__(
         self, completions: Sequence[str], messages: Sequence[Sequence[dict[str, Any]]], **_: Any
     ) -> list[float]:
-        asked = [
-            self.client.ascore(list(turns[:-1] if turns[-1]["role"] == "assistant" else turns), [completion])
-            for turns, completion in zip(messages, completions, strict=True)
-        ]
+        asked = []
+        for conversation, completion in zip(*as_lists(messages, completions), strict=True):
+            prompt, answer = as_pair(_before_answer(as_prompt(conversation)), completion)
+            asked.append(self.client.ascore(prompt, [answer]))
         return [rows[0]["reward"] for rows in await asyncio.gather(*asked)]
+
+
+def _before_answer(turns: Any) -> Any:
+    return turns[:-1] if isinstance(turns, list) and turns[-1]["role"] == "assistant" else turns
 
 
 orms["poise"] = PoiseReward

@@ -8,6 +8,8 @@ from typing import Any
 
 from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
 
+from poise.data.types import Prompt
+from poise.integrations.trl_turns import as_prompt
 from poise.serve.client import Client
 
 
@@ -17,12 +19,12 @@ class PoiseEnv(BaseTextEnv):
     def __init__(self, env_config: Any = None, extras: dict[str, Any] | None = None):
         super().__init__()
         self.client = Client()
-        self.prompt: list[dict[str, str]] = []
+        self.prompt: Prompt = []
         self.metrics: dict[str, Any] = {}
 
     def init(self, prompt: list[dict[str, str]]) -> tuple[list[dict[str, str]], dict[str, Any]]:
         """Keep the conversation that is answered."""
-        self.prompt = list(prompt)
+        self.prompt = as_prompt(prompt)
         return prompt, {}
 
     def step(self, action: str) -> BaseTextEnvStepOutput:

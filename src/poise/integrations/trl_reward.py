@@ -195,6 +195,8 @@ class RobustReward:
         part = (own, self.scorer(own), self.saved_scale() if self.fitted is None else None)
         parts = gathered_rows([part])
         samples = [sample for there, _, _ in parts for sample in there]
+        if not samples:
+            return []
         heads = joined([scored for _, scored, _ in parts])
         trainer = columns.get("trainer_state")
         step = getattr(trainer, "global_step", 0)
@@ -216,7 +218,7 @@ class RobustReward:
         if log_metric:
             logged = statistics(samples, self.fitted.centered(heads))
             logged |= watched
-            logged["truncated"] = (self.scorer.num_truncated - before) / len(own)
+            logged["truncated"] = (self.scorer.num_truncated - before) / max(len(own), 1)
             for name, value in logged.items():
                 log_metric(f"poise/{name}", value)
         start = sum(len(there) for there, _, _ in parts[: process_index()])

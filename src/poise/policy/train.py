@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from poise.data.in_memory import called
 from poise.data.preferences import read_prompts
 from poise.data.types import Prompt
 from poise.errors import PoiseError
@@ -131,11 +132,13 @@ def _with_prompts_to_take(config: Config, count: int) -> Config:
     fewer = count - count % least
     if not fewer:
         raise PoiseError(
-            f"{config.prompts} has {count} prompts, and a step takes at least {least}, one for each minibatch of each "
-            f"process; give more prompts, or fewer --num-minibatches"
+            f"{called(config.prompts)} has {count} prompts, and a step takes at least {least}, one for each minibatch "
+            f"of each process; give more prompts, or fewer --num-minibatches"
         )
     if config.prompts_per_step != Config.prompts_per_step:
-        raise PoiseError(f"{config.prompts} has {count} prompts, --prompts-per-step is {config.prompts_per_step}")
+        raise PoiseError(
+            f"{called(config.prompts)} has {count} prompts, --prompts-per-step is {config.prompts_per_step}"
+        )
     if is_main_process():
         console.print(
             f"{count} prompts are fewer than --prompts-per-step {config.prompts_per_step}: a step takes {fewer}"

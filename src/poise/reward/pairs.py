@@ -11,6 +11,7 @@ The split. Nothing that is trained may have seen what validation asks, so whole 
 Shapes: _N pairs, _H hidden.
 """
 
+import sys
 from collections.abc import Hashable, Iterable
 from typing import Literal, NamedTuple
 
@@ -24,8 +25,10 @@ from torch import Tensor
 
 from poise.data.types import Preference, Prompt, Sample
 from poise.errors import PoiseError
+from poise.models.chat_format import encode_conversation
+from poise.models.loading import HfTokenizer
 from poise.models.scorer import FeatureExtractor
-from poise.runtime.progress import progress
+from poise.runtime.progress import console, progress
 
 # With fewer prompts, a held-out fifth would be one or two of them: its accuracy would tell how hard those two are, and
 # training would lose all that the file says about them.
@@ -167,6 +170,37 @@ def _hold_out(groups: Int[ndarray, " rows"], size: int) -> ndarray:
     smallest = others[np.argmin(rows_of[others])]
     held[smallest] = rows_of[smallest] < 2 * (size - num_held)
     return held[groups]
+
+
+# ---- pairs that say nothing ----
+
+
+def told_apart(preferences: list[Preference], tokenizer: HfTokenizer, max_length: int, name: str) -> list[Preference]:
+    """Without the pairs whose two texts are the same tokens to the model: how many, a line says.
+
+    Texts lose their oldest tokens beyond `max_length`, so that two long ones may end alike; and a tokenizer may read
+    two spellings as one. Such a pair has no gradient, and is a tie whatever is trained. name: what messages call the
+    preferences. Raises PoiseError if no pair is left.
+    """
+    kept = [one for one in preferences if _end(one.chosen) != _end(one.rejected) or _differ(one, tokenizer, max_length)]
+    if left_out := len(preferences) - len(kept):
+        longest = f"cut to their last {max_length} tokens" if max_length < sys.maxsize else "as tokens"
+        line = f"{name}: {left_out} of {len(preferences)} pairs left out, whose two texts are the same {longest}"
+        if not kept:
+            raise PoiseError(f"{line}; raise --max-length, or give other pairs")
+        console.print(line, markup=False)
+    return kept
+
+
+def _differ(preference: Preference, tokenizer: HfTokenizer, max_length: int) -> bool:
+    texts = (encode_conversation(tokenizer, preference.prompt, text) for text in _texts(preference))
+    chosen, rejected = ([*prompt, *completion][-max_length:] for prompt, completion in texts)
+    return chosen != rejected
+
+
+def _end(text: str) -> str:
+    """The last letters: where they differ, so do the last tokens, and no tokenizer need be asked."""
+    return "".join(letter for letter in text[-64:].casefold() if letter.isalnum())[-4:]
 
 
 # ---- features ----

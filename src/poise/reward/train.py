@@ -24,16 +24,26 @@ import torch
 from torch import Tensor
 
 from poise.data.evaluation_sets import Item, Questions
+from poise.data.in_memory import called
 from poise.data.preferences import read_preferences
 from poise.data.types import Preference
 from poise.errors import PoiseError
 from poise.functional.objectives import mean
 from poise.models.chat_format import encode_conversation
+from poise.models.context import context_length
 from poise.models.head_adapters import apart
-from poise.models.loading import HfModel, HfTokenizer, device, frozen_dtype, load_config, resolve_model
+from poise.models.loading import (
+    HfModel,
+    HfTokenizer,
+    device,
+    frozen_dtype,
+    load_config,
+    load_tokenizer,
+    resolve_model,
+)
 from poise.models.prompt_trials import padded_or_raise, takes_packed_rows
 from poise.models.reward_model import HeadLayout, load_trunk, save_reward_model, with_heads
-from poise.models.row_check import row_check_of
+from poise.models.row_check import row_check
 from poise.models.run_heads import VALIDATOR, VALIDATOR_TRAINING
 from poise.models.scorer import FeatureExtractor, Scorer
 from poise.reward.config import Config, Stage2Trunk
@@ -45,7 +55,7 @@ from poise.reward.head_training import (
     train_on_features,
 )
 from poise.reward.heads import std_collapsed
-from poise.reward.pairs import FeaturePairs, PreferenceSplit, pair_features
+from poise.reward.pairs import FeaturePairs, PreferenceSplit, pair_features, told_apart
 from poise.reward.quality import TextScores, judge_pairs, pairs_of
 from poise.reward.trunk_training import (
     Loss,
@@ -119,19 +129,27 @@ def read(config: Config) -> tuple[PreferenceSplit, PreferenceSplit | None]:
     """The preferences, split into training and validation: the reward models', and with --validator-share its own.
 
     The two share no prompt, or no text, as the two sides of each do not. Rows that the model's template refuses are bad
-    rows.
+    rows; pairs whose two texts the model reads as one are left out.
     """
     share, seed = config.validation_share, config.seed
-    preferences = read_preferences(config.preferences, config.on_bad_row, row_check_of(config.model))
+    tokenizer = load_tokenizer(resolve_model(config.model))
+    preferences = read_preferences(config.preferences, config.on_bad_row, row_check(tokenizer))
+    context = context_length(load_config(resolve_model(config.model)).get_text_config())
+    longest = min(config.max_length or context, context)
+    preferences = told_apart(preferences, tokenizer, longest, called(config.preferences))
     if config.shards == "source" and not any(one.source for one in preferences):
-        raise PoiseError(f"--shards source: no row of {config.preferences} names its `source`; choose other --shards")
+        raise PoiseError(
+            f"--shards source: no row of {called(config.preferences)} names its `source`; choose other --shards"
+        )
     if not config.validator_share:
         return PreferenceSplit.draw(preferences, share, seed), None
     try:
         parts = PreferenceSplit.draw(preferences, config.validator_share, seed)
         return PreferenceSplit.draw(parts.fit_on, share, seed), PreferenceSplit.draw(parts.held_out, share, seed)
     except PoiseError as error:
-        raise PoiseError(f"--validator-share {config.validator_share:g} of {config.preferences}: {error}") from None
+        raise PoiseError(
+            f"--validator-share {config.validator_share:g} of {called(config.preferences)}: {error}"
+        ) from None
 
 
 # ---- the validator ----

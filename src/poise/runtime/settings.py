@@ -48,7 +48,7 @@ class Range:
         """What a value outside must be, in words; of a range up to a very large number only the end it missed."""
         if self.high < HUGE or self.low == -math.inf:
             return str(self)
-        return str(replace(self, high=math.inf) if value < self.high else Range(high=self.high))
+        return str(Range(high=self.high) if value >= self.high else replace(self, high=math.inf))
 
     def __str__(self) -> str:
         """In words: `at least 1`, `above 0`, `in [0, 0.5)`, `0, or at least 8`."""
@@ -287,6 +287,7 @@ def check_address(option: str, text: str) -> None:
     try:
         parts = urlsplit(text)
         plain = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        plain = plain and bool((parts.hostname or "").encode("idna")) and parts.path.isascii()
         secret = parts.username is not None or parts.password is not None
     except ValueError:
         plain = secret = False

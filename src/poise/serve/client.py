@@ -13,10 +13,11 @@ import asyncio
 import functools
 import hashlib
 import json
+import logging
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -30,6 +31,8 @@ _AGAIN = {408, 429, 502, 503, 504}  # not 500: the reward model is broken
 _LONGEST_WAIT = 10.0
 _CONCURRENT = 64
 _LARGEST = 3e38
+_ENDPOINTS = ("score", "get_reward", "remote_rm")
+_LOG = logging.getLogger("poise")
 T = TypeVar("T")
 
 
@@ -43,33 +46,39 @@ class Client:
     """
 
     def __init__(self, url: str = "", token: str = "", timeout: float = 120.0, patience: float = 600.0):
-        address, key = (
-            url or os.environ.get(URL_VARIABLE, "") or DEFAULT_URL,
-            token or os.environ.get(TOKEN_VARIABLE, ""),
-        )
+        # A variable that a shell read from a file may end in a newline, or be empty.
+        address = url or os.environ.get(URL_VARIABLE, "").strip() or DEFAULT_URL
+        key = token or os.environ.get(TOKEN_VARIABLE, "").strip()
         check_address("reward server", str(address))
+        if (last := str(address).rstrip("/").rpartition("/")[2]) in _ENDPOINTS:
+            raise PoiseError(f"reward server {address}: give the address without /{last}")
         check_value("timeout", timeout, Positive)
         check_value("patience", patience, NotNegative)
-        if not isinstance(key, str) or not key.isascii() or not key.isprintable():
+        if not isinstance(key, str) or not key.isascii() or not key.isprintable() or key != key.strip():
             raise PoiseError("the token of the reward server must be one line of plain characters")
         self.url, self.token = str(address).rstrip("/"), key
         self.timeout, self.patience = timeout, patience
-        self._threads: ThreadPoolExecutor | None = None
+        self._threads: tuple[int, ThreadPoolExecutor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without threads: a copy, or the client of a worker process, starts its own."""
+        return {**self.__dict__, "_threads": None}
 
     def score(self, prompt: str | Sequence[Any], completions: Sequence[str]) -> list[dict[str, Any]]:
         """One row per completion of a prompt (text, or turns): reward, mean and std of every head, uncertainties.
 
         Raises PoiseError for what the server refuses, and if it gave no answer within `patience`.
         """
-        _refuse_text("completions", completions)
-        rows = self.post("/score", {"prompt": prompt, "completions": list(completions)}).get("scores")
-        if not isinstance(rows, list) or len(rows) != len(completions) or not all(map(_is_row, rows)):
+        texts = _texts("completions", completions)
+        rows = self.post("/score", {"prompt": _prompt(prompt), "completions": texts}).get("scores")
+        if not isinstance(rows, list) or len(rows) != len(texts) or not all(map(_is_row, rows)):
             raise PoiseError(f"{self.url} gave no reward for each completion")
         return rows
 
     def one(self, prompt: str | Sequence[Any], response: str) -> dict[str, Any]:
         """Reward and every number of one answer, by name; its prompt and end token may be as rendered."""
-        answer = self.post("/remote_rm", {"prompt": prompt, "response": response})
+        [text] = _texts("responses", [response])
+        answer = self.post("/remote_rm", {"prompt": _prompt(prompt), "response": text})
         found = {name: value for name, value in answer.items() if name != "request"}
         if "reward" not in found or not all(map(_is_reward, found.values())):
             raise PoiseError(f"{self.url} gave no reward, or what is no number beside it")
@@ -89,7 +98,7 @@ class Client:
             body = json.dumps(value, allow_nan=False).encode()
         except (TypeError, ValueError) as error:
             raise PoiseError(f"{self.url}{path} cannot be asked: {error}") from None
-        end, wait = time.monotonic() + self.patience, 0.25
+        end, wait, said = time.monotonic() + self.patience, 0.25, False
         while True:
             try:
                 return self._once(path, body)
@@ -98,6 +107,9 @@ class Client:
                 if time.monotonic() + pause > end:
                     line = f"{self.url}{path} gave no answer in {self.patience:g} s: {error}"
                     raise PoiseError(line) from None
+                if not error.status and not said:  # nobody there: perhaps the address is wrong
+                    said = True
+                    _LOG.warning("%s: %s; asking again for %g s", self.url, error, self.patience)
                 time.sleep(pause)
                 wait = min(2 * wait, _LONGEST_WAIT)
 
@@ -107,19 +119,21 @@ class Client:
 
     def of_queries(self, queries: Sequence[str], prompts: Sequence[str]) -> tuple[list[float], dict[str, float]]:
         """Rewards of prompts with their answers, as rendered, and the means of every other number by name."""
-        _refuse_text("queries", queries)
-        answer = self.post("/get_reward", {"query": list(queries), "prompts": list(prompts)})
+        asked, given = _texts("queries", queries), _texts("prompts", prompts)
+        if len(asked) != len(given):
+            raise PoiseError(f"{len(asked)} queries and {len(given)} prompts; there must be one for each")
+        answer = self.post("/get_reward", {"query": asked, "prompts": given})
         rewards, logs = answer.get("rewards"), answer.get("extra_logs")
-        if not isinstance(rewards, list) or len(rewards) != len(queries) or not all(map(_is_reward, rewards)):
+        if not isinstance(rewards, list) or len(rewards) != len(asked) or not all(map(_is_reward, rewards)):
             raise PoiseError(f"{self.url} gave no reward for each query")
         if not isinstance(logs, dict) or not all(map(_is_reward, logs.values())):
             raise PoiseError(f"{self.url} gave what is no number beside the rewards")
         return rewards, logs
 
     async def _in_thread(self, call: Callable[..., T], *arguments: Any) -> T:
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(_CONCURRENT, "poise-client")
-        return await asyncio.get_running_loop().run_in_executor(self._threads, call, *arguments)
+        if self._threads is None or self._threads[0] != os.getpid():  # a fork has its parent's pool without its threads
+            self._threads = os.getpid(), ThreadPoolExecutor(_CONCURRENT, "poise-client")
+        return await asyncio.get_running_loop().run_in_executor(self._threads[1], call, *arguments)
 
     def _once(self, path: str, body: bytes) -> dict[str, Any]:
         try:
@@ -141,10 +155,26 @@ def _refuse(constant: str) -> None:
     raise _NoNumberError(constant)
 
 
-def _refuse_text(what: str, given: Sequence[str]) -> None:
-    """Its letters would be asked for one by one."""
-    if isinstance(given, str):
+def _texts(what: str, given: Any) -> list[str]:
+    """A list of texts. PoiseError for one text, whose letters would be asked for one by one, and for other types."""
+    if isinstance(given, (str, bytes)):
         raise PoiseError(f"{what} are a list of texts, not one text")
+    if isinstance(given, Mapping) or not hasattr(given, "__iter__") or not getattr(given, "ndim", 1):
+        raise PoiseError(f"{what} are a list of texts, not {type(given).__name__}")
+    texts = list(given)
+    if wrong := next(
+        (f"number {i} is {type(text).__name__}" for i, text in enumerate(texts, 1) if not isinstance(text, str)), ""
+    ):
+        raise PoiseError(f"{what} are a list of texts, and {wrong}")
+    return texts
+
+
+def _prompt(given: Any) -> Any:
+    """Text, or turns as a list. PoiseError for another type; what the turns hold is for the server to say."""
+    prompt = given.tolist() if hasattr(given, "tolist") else given
+    if not isinstance(prompt, (str, list, tuple)):
+        raise PoiseError(f"a prompt is text or a list of turns, not {type(given).__name__}")
+    return prompt
 
 
 def _is_reward(value: Any) -> bool:
