@@ -179,6 +179,22 @@ def test_rows_after_the_checkpoint_are_dropped_and_a_cut_line_ignored(tmp_path: 
     assert path.read_text() == '{"step": 0}\n{"step": 1}\n'
 
 
+@pytest.mark.parametrize(
+    ("steps", "first", "gone"),
+    [([0, 1, 1, 2], 0, 0), ([1, 2], 1, 0), ([2], 0, 2), ([0, 2], 0, 1), (None, 0, 3), (None, 1, 2), (None, None, 0)],
+)
+def test_steps_that_are_gone_are_said(
+    steps: list[int] | None, first: int | None, gone: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    if steps is not None:
+        runs.write_jsonl(path, [{"step": step} for step in steps])
+    runs.keep_rows_before(path, 3, first)
+    said = capsys.readouterr().err
+    of = f"{3 - (first or 0)} steps that were made, and so will the page; bring the file back to have them"
+    assert said == (f"warning: {path} lacks {gone} of the {of}\n" if gone else "")
+
+
 def test_unreachable_registry_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")  # the registry cannot be reached
     monkeypatch.setenv("PIP_FIND_LINKS", "")

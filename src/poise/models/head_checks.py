@@ -47,9 +47,12 @@ def check_reward_run(run: str, names: Mapping[str, Sequence[str]]) -> None:
     for name, objectives in sorted(names.items()):
         folder = str(Path(run) / name)
         if not Path(folder).is_dir():
-            told = told_of(run)
+            told = "a file" if Path(run).is_file() else told_of(run)
             why = f"is {told}, and " if told and "train-reward" not in told else ""
-            raise PoiseError(f"--reward {run} {why}holds no reward model {name!r}; name `poise train-reward` runs")
+            missing = "" if Path(run).exists() else " (there is no such folder)"
+            raise PoiseError(
+                f"--reward {run} {why}holds no reward model {name!r}; name `poise train-reward` runs{missing}"
+            )
         check_reward_model(folder)
         for objective in objectives:
             check_heads([folder], objective)

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from poise.errors import PoiseError
-from poise.runtime.run_kinds import told_of
+from poise.runtime.run_kinds import told_of, why_without
 from poise.runtime.settings import Bounded, Count, NotNegative, Share, WholeNumber, at_least
 
 Prompt = str | list[dict[str, Any]]
+_OF_A_POLICY = ("adapter_config.json", "config.json")
 
 
 @dataclass(frozen=True)
@@ -138,13 +139,19 @@ class Checkpoint:
     best: tuple[float | None, ...] = ()  # the same
 
 
+def policy_in(path: str) -> str:
+    """What is read of a path that names a policy: the policy in a run, or the path itself."""
+    inside = Path(path) / "policy"
+    return str(inside) if any((inside / name).exists() for name in _OF_A_POLICY) else path
+
+
 def policy_folder(path: str) -> Path:
     """The folder of a policy, adapters or a whole model: as given, or in a run. PoiseError if there is none."""
-    for folder in (Path(path) / "policy", Path(path)):
-        if (folder / "adapter_config.json").exists() or (folder / "config.json").exists():
-            return folder
+    folder = Path(policy_in(path))
+    if any((folder / name).exists() for name in _OF_A_POLICY):
+        return folder
     told, place = told_of(path), Path(path)
-    why = "the run is not finished" if "train-policy" in told else f"it is {told}" if told else ""
+    why = why_without(place, "policy") if "train-policy" in told else f"it is {told}" if told else ""
     why = f" ({why})" if why else ""
     missing = "" if place.is_dir() else " (it is a file)" if place.exists() else " (there is no such folder)"
     raise PoiseError(

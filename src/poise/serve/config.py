@@ -12,6 +12,7 @@ import tyro
 
 from poise.errors import PoiseError
 from poise.functional.objective_names import read_objective
+from poise.models.formats import checkpoint_folder
 from poise.models.run_heads import refuse_itself
 from poise.runtime.settings import (
     Count,
@@ -35,7 +36,9 @@ class ServeConfig(Settings):
     """Serve reward models to training engines over HTTP."""
 
     rewards: Annotated[
-        tyro.conf.Positional[tuple[Reward, ...]], EachOnce(), tyro.conf.arg(metavar="REWARD [REWARD …]")
+        tyro.conf.Positional[tuple[Reward, ...]],
+        EachOnce(checkpoint_folder),
+        tyro.conf.arg(metavar="REWARD [REWARD …]"),
     ] = ()
     """The rewards: checkpoint folders, hub ids, `poise train-reward` runs or an ensemble. Several act as one."""
     backend: Literal["local", "vllm"] = "local"
