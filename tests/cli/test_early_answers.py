@@ -82,6 +82,8 @@ REFUSED = [
     ("compare --arms done done2 --labels x x", "--labels names x twice"),
     ("evaluate-reward --rewards run run/brme --file pairs", "--rewards names run/brme, which is run, twice"),
     ("ensemble run/brme/ ./run --reference pairs --output out", "--members names ./run, which is run/brme/, twice"),
+    ("report done ./done", "--folders names ./done twice"),
+    ("watch done done/", "--folders names done/ twice"),
     ("serve run run/brme --reference pairs", "--rewards names run/brme, which is run, twice"),
     ("evaluate-policy --policies tuned tuned/policy --model lm", "names tuned/policy, which is tuned, twice"),
     # outputs that cannot be
@@ -95,15 +97,22 @@ REFUSED = [
     ("reference done --preferences pairs", "done is a folder without config.json, not a reward model"),
     ("best-of-n --prompts prompts --reward bon", "--reward bon is a run of `poise best-of-n`, and holds no reward"),
     ("reference tuned/policy --preferences pairs", "tuned/policy is a folder of adapters, not a reward model"),
-    ("reference pairs --preferences pairs", "pairs is a file, not a folder; a reference is written into"),
+    ("reference pairs --preferences pairs", "pairs is a file; a reference is written into"),
     ("best-of-n --prompts prompts --reward lm", "--reward lm is the folder of one model, and holds no reward model"),
     ("choose bon", "bon is no `poise train-policy` run: it is a run of `poise best-of-n`"),
     ("compare --arms bon done", "bon is not a finished policy run: it is a run of `poise best-of-n`"),
+    (
+        "best-of-n --prompts prompts --reward run --objectives brme:mean --gold run",
+        "--gold is the reward model itself, which agrees with itself; name another one",
+    ),
+    ("compare --arms done paid --gold ./run", "--gold is the reward model itself, which agrees with itself"),
+    ("compare --arms pairs done", "pairs is not a finished policy run: it is a file"),
+    ("compare --arms done done2 --pool pairs", "--pool pairs is no `poise best-of-n` run: it is a file"),
     ("compare --arms nope done", "nope is not a finished policy run: there is no such folder"),
     ("compare --arms done done2 --pool mine", "--pool mine is no `poise best-of-n` run: it is an ensemble of reward"),
     ("data lm", "lm is a folder that `datasets` did not save; name a file"),
     ("train-reward --preferences lm --model lm", "lm is a folder that `datasets` did not save; name a file"),
-    ("merge prompts --output out", "or the policy folder in it (it is a file)"),
+    ("merge prompts --output out", "prompts holds no policy (it is a file); name a finished"),
     ("merge nope --output out", "or the policy folder in it (there is no such folder)"),
     ("report .", ". is not a run folder: it has no config.yaml"),
     ("report prompts", "prompts is not a run folder: it is a file"),
@@ -162,6 +171,9 @@ def found(tmp_path_factory: pytest.TempPathFactory, tiny_model: str) -> dict[str
         (place / name).mkdir()
     for name in ("done/final.jsonl", "done2/final.jsonl", "bon/selected.jsonl"):
         (place / name).write_text("")
+    (place / "paid").mkdir()
+    (place / "paid" / "final.jsonl").write_text("")
+    (place / "paid" / "config.yaml").write_text("prompts: p\nreward: run/brme\nobjective: mean\nkl_coef: 0.1\n")
     (place / "bon" / "config.yaml").write_text("objectives: [brme:mean]\nper_prompt: 4\n")
     (place / "comparison" / "results.json").write_text("{}")
     adapters = {"peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": "lm"}

@@ -42,6 +42,17 @@ def test_another_config_is_refused_but_a_moved_folder_is_not(tmp_path: Path) -> 
         Run.open(tmp_path, Config(size=4))
 
 
+def test_a_file_by_another_of_its_names_is_no_other_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    Run.open("run", Config())
+    (tmp_path / "run" / "checkpoint.safetensors").touch()
+    assert Run(Path("run")).differs(Config(names=("./a/", str(tmp_path / "b")))) == []
+    for names in (("b", "a"), ("a",), ("a", "c"), ("a", "b\0")):
+        assert Run(Path("run")).differs(Config(names=names)) == ["names"]
+
+
 def test_a_folder_without_results_or_checkpoints_is_taken_over(tmp_path: Path) -> None:
     run = Run.open(tmp_path, Config())
     run.log(step=0)

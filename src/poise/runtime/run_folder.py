@@ -40,7 +40,7 @@ from poise.runtime.folders import (
 from poise.runtime.inputs import Inputs
 from poise.runtime.records import Json, as_lines, as_text, mend_last_line, read_object, read_rows
 from poise.runtime.run_kinds import command_of, made_by
-from poise.runtime.settings import at_least
+from poise.runtime.settings import at_least, same_value
 
 __all__ = ["Inputs", "Json", "Run", "load_config_file", "write_folder_atomic"]
 
@@ -207,7 +207,9 @@ def _defaults(config: Any) -> Json:
 
 def _changed_fields(old: Json, new: Json) -> list[str]:
     # Where a run lives is not what it computes: a moved folder is still the same run.
-    return sorted(key for key in old.keys() | new.keys() if key != "output" and old.get(key) != new.get(key))
+    return sorted(
+        key for key in old.keys() | new.keys() if key != "output" and not same_value(old.get(key), new.get(key))
+    )
 
 
 def environment() -> Json:

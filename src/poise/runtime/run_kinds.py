@@ -66,7 +66,7 @@ def why_without(run: Path, name: str) -> str:
 
 
 def told_of(folder: str | Path) -> str:
-    """The same in words, to tell somebody who took the folder for something else, and of a model's or adapters' folder.
+    """The same in words, to tell somebody who took it for something else; also of a file, a model and adapters.
 
     An empty text for other folders.
     """
@@ -74,6 +74,7 @@ def told_of(folder: str | Path) -> str:
     try:
         if kind := made_by(folder):
             return f"a run of `poise {kind}`"
-        return next((words for name, words in _OTHERS.items() if (folder / name).exists()), "")
+        found = next((words for name, words in _OTHERS.items() if (folder / name).exists()), "")
+        return "a file" if folder.is_file() else found
     except (PoiseError, OSError, ValueError):
         return ""

@@ -207,6 +207,16 @@ def _first_again(items: Any, means: Callable[[str], str]) -> str:
     return ""
 
 
+def same_value(one: Any, other: Any) -> bool:
+    """Are two plain values of a setting the same, or names of one file or folder in two spellings?"""
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same_value, one, other))
+    try:
+        return one == other or (isinstance(one, str) and isinstance(other, str) and os.path.samefile(one, other))
+    except (OSError, ValueError):
+        return False  # there is no such file
+
+
 def check_value(name: str, value: Any, kind: Any) -> None:
     """Raise PoiseError, naming range and value, for an argument of a Python program that `kind` does not allow."""
     if wrong := problem(value, kind):

@@ -10,7 +10,7 @@ from poise.data.files import no_such_file
 from poise.errors import PoiseError
 from poise.runtime.records import Json, read_object
 from poise.runtime.run_kinds import told_of
-from poise.runtime.settings import Count, Positive, Seed, between, shown, sized
+from poise.runtime.settings import Count, Positive, Seed, between, same_value, shown, sized
 from poise.studies.judge_settings import JudgeSettings
 
 
@@ -63,7 +63,7 @@ def read_key(config: Config) -> Json:
     """OUTPUT/key.json. Raises PoiseError for comparisons of another source, or that were drawn in another way."""
     out = Path(config.output)
     key = read_object(out / "key.json")
-    if key.get("source") != config.source:
+    if not same_value(key.get("source"), config.source):
         raise PoiseError(f"--output {out} holds comparisons of {key.get('source')}; choose another folder")
     for name, value in config.how_drawn().items():
         if key.get(name, value) != value:  # earlier versions did not write it down

@@ -34,12 +34,15 @@ def run(config: Config) -> Run:
     by_prompt = [_gold_by_prompt(rows) for rows in finals]
     if any(golds.keys() != by_prompt[0].keys() for golds in by_prompt):
         raise PoiseError("the arms were not evaluated on the same prompts")
+    sampled = list(read_rows(Path(config.pool) / "pool.jsonl", PoolRow)) if config.pool else []
+    if sampled and _by_prompt(sampled).keys() != by_prompt[0].keys():
+        raise PoiseError(f"--pool {config.pool} is of other prompts than those that the arms were evaluated on")
     out = Run.open(config.output, config)
     arms = [
         _arm(Path(arm), label, rows, config.gold) for arm, label, rows in zip(config.arms, labels, finals, strict=True)
     ]
     per_prompt = len(finals[0]) // len(by_prompt[0])
-    initial = _initial(Path(config.pool), per_prompt, config.gold) if config.pool else {}
+    initial = _initial(sampled, per_prompt, config.gold) if sampled else {}
     for arm in arms if "gold" in initial else []:
         arm |= {"initial_gold": initial["gold"], "initial_gold_std": initial["gold_std"]}
     differences = []
@@ -60,9 +63,8 @@ def _without_gold(found: Any) -> Any:
     return [_without_gold(value) for value in found] if isinstance(found, list) else found
 
 
-def _initial(pool: Path, per_prompt: int, gold: str) -> Json:
+def _initial(rows: list[Json], per_prompt: int, gold: str) -> Json:
     """The initial policy on the same prompts; variety is counted on as many completions as the arms have."""
-    rows = list(read_rows(pool / "pool.jsonl", PoolRow))
     texts = [row["completion"] for part in _by_prompt(rows).values() for row in part[:per_prompt]]
     if not gold:
         return {"distinct_bigrams": distinct_bigrams(texts)}
@@ -105,6 +107,8 @@ def _arm(folder: Path, label: str, final: list[Json], gold: str) -> Json:
     samples = list(read_rows(folder / "samples.jsonl", SampleRow))
     if not metrics or {step["step"] for step in metrics} != {row["step"] for row in samples}:
         raise PoiseError(f"{folder}: metrics.jsonl and samples.jsonl are not of the same steps; it cannot be compared")
+    if metrics[0]["step"] != 0:
+        raise PoiseError(f"{folder}: metrics.jsonl and samples.jsonl lack the first steps; it cannot be compared")
     golds: dict[int, list[float]] = {}
     for row, value in zip(samples, _gold_of(samples, gold), strict=True):
         golds.setdefault(row["step"], []).append(float(value))

@@ -212,7 +212,7 @@ class BestOfNConfig(Settings):
         for reward, _, objective in (text.partition(":") for text in self.objectives):
             by_folder.setdefault(reward, []).append(objective)
         for run in self.reward:
-            check_reward_run(run, by_folder)
+            check_reward_run(run, by_folder, self.gold)
         return self
 
 
@@ -247,7 +247,7 @@ class CompareConfig(Settings):
         """As `Settings.for_command`: the arms are there."""
         self.check()
         for arm in self.arms:
-            refuse_unfinished(Path(arm))
+            refuse_unfinished(Path(arm), self.gold)
         if self.pool and not (Path(self.pool) / "pool.jsonl").exists():
             told = told_of(self.pool)
             why = f"it is {told}" if told and "best-of-n" not in told else "it has no pool.jsonl"
