@@ -225,7 +225,7 @@ def test_a_folder_of_any_name_has_a_page_whose_figures_are_whole(tmp_path: Path)
         attributes["id"] for tag, attributes in page.tags if tag in ("g", "clippath", "path") and "id" in attributes
     }
     assert used
-    assert all(re.fullmatch(r"[\w-]+", one) for one in used)
+    assert all(re.fullmatch(r"[\w.-]+", one) for one in used)
 
 
 def test_what_has_no_page_is_one_line(tmp_path: Path) -> None:
