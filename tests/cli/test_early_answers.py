@@ -99,6 +99,7 @@ REFUSED = [
     ("reference tuned/policy --preferences pairs", "tuned/policy is a folder of adapters, not a reward model"),
     ("reference pairs --preferences pairs", "pairs is a file; a reference is written into"),
     ("best-of-n --prompts prompts --reward lm", "--reward lm is the folder of one model, and holds no reward model"),
+    ("choose samples --output done", "--output done holds other files; choose another folder or delete it"),
     ("choose bon", "bon is no `poise train-policy` run: it is a run of `poise best-of-n`"),
     ("compare --arms bon done", "bon is not a finished policy run: it is a run of `poise best-of-n`"),
     (
@@ -135,6 +136,10 @@ REFUSED = [
     ("export run/brme --output out --adapter", "run/brme has no adapters beside it"),
     ("export plain --output out --scalar mean", "plain has no `poise` block in its config.json"),
     ("report bon --png x.png", "--png is of one quickstart"),
+    ("serve reward --log mine", "--log mine is a folder; name a file"),
+    ("serve reward --log drawn", "--log drawn exists and holds no log of `poise serve`; choose another name"),
+    ("score reward samples --output drawn", "--output drawn exists and holds no scores; choose another name"),
+    ("score reward samples --output ./samples", "--output ./samples is the file that is scored; choose another name"),
     ("serve reward --log pairs", "--log pairs exists and holds no log of `poise serve`; choose another name"),
     (f"{POLICY} --settle false", "a switch takes no value: --settle turns it on, --no-settle off"),
     (f"{POLICY} --settle=False", "a switch takes no value: --settle turns it on, --no-settle off"),
@@ -193,6 +198,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, tiny_model: str) -> dict[str
     (place / "mine").mkdir()
     (place / "mine" / "ensemble.json").write_text('{"mine": 1}')
     write_files(place)
+    (place / "drawn").write_text('{"step": 0, "prompt": "p", "completion": "c", "reward": 0.5, "mean": [1.0]}\n')
     (place / "yes.yaml").write_text("yes: 1\n")
     (place / "twice.yaml").write_text("seed: 1\nseed: 2\n")
     before = {path: path.lstat().st_mtime_ns for path in place.rglob("*")}

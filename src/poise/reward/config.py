@@ -31,6 +31,7 @@ from poise.runtime.settings import (
     WholeNumber,
     at_least,
     between,
+    same_value,
 )
 
 Trunk = Literal["frozen", "lora", "full"]
@@ -247,6 +248,8 @@ class ScoreConfig(Settings):
         if suffix in _NOT_WRITTEN:
             raise PoiseError(f"--output {self.output}: scores are written as .jsonl or .parquet, not as {suffix}")
         if self.output:
+            if same_value(self.output, self.file):
+                raise PoiseError(f"--output {self.output} is the file that is scored; choose another name")
             check_scores(Path(self.output))
 
 

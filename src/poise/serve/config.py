@@ -135,11 +135,13 @@ class ServeConfig(Settings):
 
 def _refuse_other_log(path: Path) -> None:
     """Raise PoiseError for a file that holds something else than the rows of a log: they would be added to it."""
+    if path.is_dir():
+        raise PoiseError(f"--log {path} is a folder; name a file")
     if not path.is_file() or not path.stat().st_size:
         return
     with path.open("rb") as file:
         first = file.readline(_LONGEST_ROW)
-    if b'"completion": ' not in first or b'"mean": ' not in first:
+    if not first.startswith(b'{"time": ') or b'"mean": ' not in first:  # others, such as a run's samples, have it too
         raise PoiseError(f"--log {path} exists and holds no log of `poise serve`; choose another name")
 
 
