@@ -217,6 +217,17 @@ def test_several_runs_make_one_page_with_contents(tmp_path: Path) -> None:
     assert run_pages.build(folders, tmp_path / "elsewhere.html") == tmp_path / "elsewhere.html"
 
 
+@pytest.mark.usefixtures("undrawn_here")
+def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        policy(tmp_path / name / "one")
+    said = page_of(Path("a/one"), Path("b/one")).text
+    assert "a/one" in said
+    assert "b/one" in said
+
+
 def test_a_folder_of_any_name_has_a_page_whose_figures_are_whole(tmp_path: Path) -> None:
     name = 'a "b"><i>#\\d'
     page = page_of(policy(tmp_path / name))

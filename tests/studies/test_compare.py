@@ -96,6 +96,17 @@ def test_a_pool_of_other_prompts_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_arms_of_one_name_keep_their_whole_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number, path in enumerate(("0/policy-a", "1/policy-a", "policy-b")):
+        make_arm(Path(path), [(9.0, 9.0)], {"gold": float(number), "proxy": 2.0})
+    found = compare.run(with_gold(arms=("0/policy-a", "1/policy-a", "policy-b"), output="out")).results or {}
+    assert [arm["name"] for arm in found["arms"]] == ["0/policy-a", "1/policy-a", "b"]
+    assert [arm["label"] for arm in found["arms"]] == ["0/policy-a", "1/policy-a", "policy-b"]
+    assert [(one["arm"], one["gold"]) for one in found["differences"]] == [("1/policy-a", 1.0), ("b", 2.0)]
+    assert [arm["gold"] for arm in found["completions"][0]["arms"].values()] == [0.0, 1.0, 2.0]
+
+
 def test_a_run_that_lost_its_first_steps_is_not_compared(tmp_path: Path) -> None:
     arms = tuple(make_arm(tmp_path / name, [(9.0, 9.0)] * 3, {"gold": 0.0, "proxy": 2.0}) for name in ("a", "b"))
     for name in ("metrics.jsonl", "samples.jsonl"):

@@ -14,7 +14,7 @@ from poise.cli.boundary import leave_stdout
 from poise.errors import PoiseError
 from poise.models.card_warnings import card_warnings
 from poise.models.run_heads import VALIDATOR, reward_folder
-from poise.runtime.display import on_one_line, say
+from poise.runtime.display import on_one_line, say, short_names
 from poise.runtime.run_folder import Json, Run, is_main_process
 from poise.runtime.run_kinds import why_without
 from poise.runtime.settings import ModelPath, marks, typed_fields, unread
@@ -253,13 +253,15 @@ def _evaluate_reward(config: Any, done: Run) -> Ending:
     from poise.reward.evaluate import in_short
 
     results = done.results or {}
-    rows = [(Path(one["reward"]).name or one["reward"], in_short(one)) for one in results["rewards"]]
+    paths = [one["reward"] for one in results["rewards"]]
+    names = dict(zip(paths, short_names(paths), strict=True))
+    rows = [(names[one["reward"]], in_short(one)) for one in results["rewards"]]
     for one in results["differences"]:
         for name, value in one.items():
             if isinstance(value, dict) and "accuracy" in name:
                 low, high = value["interval"]
                 text = f"{name} {value['mean']:+.3f} ({low:+.3f} to {high:+.3f})"
-                rows.append((f"{Path(one['reward']).name} − {Path(one['versus']).name}", text))
+                rows.append((f"{names[one['reward']]} − {names.get(one['versus'], one['versus'])}", text))
     warnings = [f"{path}: {text}" for path in config.rewards for text in card_warnings(path)]
     best = max(results["rewards"], key=lambda one: (one.get("pairs") or one.get("sets") or {}).get("accuracy") or 0.0)
     return Ending(rows, (_command("inspect", best["reward"]),), tuple(warnings))

@@ -14,6 +14,7 @@ from poise.errors import PoiseError
 from poise.functional.monitor import text_signs
 from poise.functional.statistics import bootstrap_interval
 from poise.policy.formats import FinalRow, RewardSettings, SampleRow, StepRow, refuse_unfinished
+from poise.runtime.display import short_names
 from poise.runtime.records import read_rows
 from poise.runtime.run_folder import Json, Run, load_config_file
 from poise.studies.config import CompareConfig as Config
@@ -29,7 +30,7 @@ _OF_GOLD = {"gold", "peak_gold", "drawdown", "initial_gold", "initial_gold_std"}
 def run(config: Config) -> Run:
     """Read the arms' completions, score them by gold, compare. Takes seconds; always done anew."""
     config.check()
-    labels = config.labels or tuple(Path(arm).name for arm in config.arms)
+    labels = config.labels or short_names(config.arms)
     finals = [_final(Path(arm), config.gold) for arm in config.arms]
     by_prompt = [_gold_by_prompt(rows) for rows in finals]
     if any(golds.keys() != by_prompt[0].keys() for golds in by_prompt):
@@ -41,6 +42,9 @@ def run(config: Config) -> Run:
     arms = [
         _arm(Path(arm), label, rows, config.gold) for arm, label, rows in zip(config.arms, labels, finals, strict=True)
     ]
+    names = [arm["name"] for arm in arms]
+    names = [name if names.count(name) == 1 else path for name, path in zip(names, config.arms, strict=True)]
+    arms = [arm | {"name": name} for arm, name in zip(arms, names, strict=True)]
     per_prompt = len(finals[0]) // len(by_prompt[0])
     initial = _initial(sampled, per_prompt, config.gold) if sampled else {}
     for arm in arms if "gold" in initial else []:
@@ -50,7 +54,6 @@ def run(config: Config) -> Run:
         paired = np.array([golds[prompt] - by_prompt[0][prompt] for prompt in golds])
         difference: Json = {"arm": arm["name"], "against": arms[0]["name"], "num_prompts": len(paired)}
         differences.append(difference | {"gold": float(paired.mean()), "interval": bootstrap_interval(paired)})
-    names = [arm["name"] for arm in arms]
     found = {"initial": initial, "arms": arms, "differences": differences, "completions": _side_by_side(names, finals)}
     out.finish(found if config.gold else _without_gold(found))
     return out
