@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 
@@ -54,7 +55,8 @@ def page(folder: Path) -> Page:
     unfinished = "" if run.results else f"This run is not finished: {done} of {total} steps."
     sections = [Section("What happened", [_facts(run)])]
     if run.steps:
-        sections.append(Section("Over training", [Charts(charts([run], run.name), _caption(run))]))
+        own = f"{run.name}-{crc32(bytes(folder)):x}"  # others on the page may have the name
+        sections.append(Section("Over training", [Charts(charts([run], own), _caption(run))]))
     if samples := _samples(run):
         sections.append(Section("What it wrote, first and last", [samples]))
     sections.append(Section("How it was made", [Made.of(folder)]))
