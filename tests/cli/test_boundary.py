@@ -39,6 +39,7 @@ def foreign_error() -> Exception:
     [
         (PoiseError("a\nb"), "a\\nb"),
         (OSError(errno.ENOSPC, "No space left on device", "/x/y"), "/x/y: No space left on device; make room"),
+        (PermissionError(errno.EACCES, "Permission denied", "r/.a.html.poise-host-7"), "r/a.html: Permission denied"),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/x"), "/x: Not a directory"),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), "what read this output has ended"),
         (json.JSONDecodeError("Expecting value", "", 0), "a file is not JSON"),

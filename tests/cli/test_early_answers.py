@@ -13,9 +13,9 @@ from early import run_early, write_files
 POLICY = "train-policy --prompts prompts --reward reward --model lm"
 REFUSED = [
     ("best-of-n --prompts prompts --reward run --objectives zzz:mean", "--reward run holds no reward model 'zzz'"),
-    ("best-of-n --prompts prompts --reward nope", "--reward nope holds no reward model 'brme'"),
-    ("best-of-n --prompts prompts --reward prompts", "--reward prompts holds no reward model 'brme'"),
-    ("compare --arms mine run", "mine is not a finished policy run: it has no final.jsonl"),
+    ("best-of-n --prompts prompts --reward nope", "'brme'; name `poise train-reward` runs (there is no such folder)"),
+    ("best-of-n --prompts prompts --reward prompts", "--reward prompts is a file, and holds no reward model 'brme'"),
+    ("compare --arms mine run", "mine is not a finished policy run: it is an ensemble of reward models"),
     ("choose nope", "no such file: nope"),
     ("choose mine", "mine is no `poise train-policy` run"),
     ("export reward --output out", "vLLM serves the checkpoint as it is"),
@@ -80,6 +80,12 @@ REFUSED = [
     ("ensemble reward ./reward --reference pairs --output out", "--members names ./reward twice"),
     ("serve reward run/../reward --reference pairs", "--rewards names run/../reward twice"),
     ("compare --arms done done2 --labels x x", "--labels names x twice"),
+    ("evaluate-reward --rewards run run/brme --file pairs", "--rewards names run/brme, which is run, twice"),
+    ("ensemble run/brme/ ./run --reference pairs --output out", "--members names ./run, which is run/brme/, twice"),
+    ("report done ./done", "--folders names ./done twice"),
+    ("watch done done/", "--folders names done/ twice"),
+    ("serve run run/brme --reference pairs", "--rewards names run/brme, which is run, twice"),
+    ("evaluate-policy --policies tuned tuned/policy --model lm", "names tuned/policy, which is tuned, twice"),
     # outputs that cannot be
     ("toy --output prompts/x", "prompts/x cannot be made: prompts is no folder"),
     ("toy --output nothing", "nothing is a link to nothing"),
@@ -90,13 +96,24 @@ REFUSED = [
     ("reference bon --preferences pairs", "bon is a run of `poise best-of-n`, not a reward model"),
     ("reference done --preferences pairs", "done is a folder without config.json, not a reward model"),
     ("best-of-n --prompts prompts --reward bon", "--reward bon is a run of `poise best-of-n`, and holds no reward"),
+    ("reference tuned/policy --preferences pairs", "tuned/policy is a folder of adapters, not a reward model"),
+    ("reference pairs --preferences pairs", "pairs is a file; a reference is written into"),
+    ("best-of-n --prompts prompts --reward lm", "--reward lm is the folder of one model, and holds no reward model"),
+    ("choose samples --output done", "--output done holds other files; choose another folder or delete it"),
     ("choose bon", "bon is no `poise train-policy` run: it is a run of `poise best-of-n`"),
     ("compare --arms bon done", "bon is not a finished policy run: it is a run of `poise best-of-n`"),
+    (
+        "best-of-n --prompts prompts --reward run --objectives brme:mean --gold run",
+        "--gold is the reward model itself, which agrees with itself; name another one",
+    ),
+    ("compare --arms done paid --gold ./run", "--gold is the reward model itself, which agrees with itself"),
+    ("compare --arms pairs done", "pairs is not a finished policy run: it is a file"),
+    ("compare --arms done done2 --pool pairs", "--pool pairs is no `poise best-of-n` run: it is a file"),
     ("compare --arms nope done", "nope is not a finished policy run: there is no such folder"),
-    ("compare --arms done done2 --pool mine", "--pool mine is no `poise best-of-n` run: it has no pool.jsonl"),
+    ("compare --arms done done2 --pool mine", "--pool mine is no `poise best-of-n` run: it is an ensemble of reward"),
     ("data lm", "lm is a folder that `datasets` did not save; name a file"),
     ("train-reward --preferences lm --model lm", "lm is a folder that `datasets` did not save; name a file"),
-    ("merge prompts --output out", "or the policy folder in it (it is a file)"),
+    ("merge prompts --output out", "prompts holds no policy (it is a file); name a finished"),
     ("merge nope --output out", "or the policy folder in it (there is no such folder)"),
     ("report .", ". is not a run folder: it has no config.yaml"),
     ("report prompts", "prompts is not a run folder: it is a file"),
@@ -104,12 +121,25 @@ REFUSED = [
     (f"{POLICY} --model adapters", "adapters holds no LoRA adapters of a language model"),
     ("merge adapters --output out", "adapters holds no LoRA adapters of a language model"),
     ("score adapters samples", "they are a reward model's: of a `poise train-reward` run name the run"),
+    # what was deleted from a run
+    ("chat gone", "gone has no policy: policy was deleted since it finished; delete gone/results.json and start its"),
+    ("evaluate-policy --policies gone --model lm", "gone has no policy: policy was deleted since it finished; delete"),
+    ("merge gone --output out", "gone holds no policy (policy was deleted since it finished; delete gone/results.json"),
+    ("score half samples", "half/brme has no weights in safetensors form: a part of brme was deleted since it"),
+    ("score half/single samples", "half/single has no config.json: a part of single was deleted since it finished"),
+    ("score bare samples", "bare holds no reward model: brme was deleted since it finished; delete bare/results.json"),
+    ("score bare/single samples", "bare/single has no config.json: a part of single was deleted since it finished"),
     # slips on the command line
+    (f"{POLICY} --kl-target 0", "--kl-target, --kl-horizon and --kl-coef must be above 0 for β to adapt; --kl-target"),
     ("toy --num-seeds=5 --config=nope", "cannot read config 'nope': No such file"),
     ("export reward --output out --adapter", "reward has no adapters beside it: train it with `--trunk lora`"),
     ("export run/brme --output out --adapter", "run/brme has no adapters beside it"),
     ("export plain --output out --scalar mean", "plain has no `poise` block in its config.json"),
     ("report bon --png x.png", "--png is of one quickstart"),
+    ("serve reward --log mine", "--log mine is a folder; name a file"),
+    ("serve reward --log drawn", "--log drawn exists and holds no log of `poise serve`; choose another name"),
+    ("score reward samples --output drawn", "--output drawn exists and holds no scores; choose another name"),
+    ("score reward samples --output ./samples", "--output ./samples is the file that is scored; choose another name"),
     ("serve reward --log pairs", "--log pairs exists and holds no log of `poise serve`; choose another name"),
     (f"{POLICY} --settle false", "a switch takes no value: --settle turns it on, --no-settle off"),
     (f"{POLICY} --settle=False", "a switch takes no value: --settle turns it on, --no-settle off"),
@@ -146,10 +176,21 @@ def found(tmp_path_factory: pytest.TempPathFactory, tiny_model: str) -> dict[str
         (place / name).mkdir()
     for name in ("done/final.jsonl", "done2/final.jsonl", "bon/selected.jsonl"):
         (place / name).write_text("")
+    (place / "paid").mkdir()
+    (place / "paid" / "final.jsonl").write_text("")
+    (place / "paid" / "config.yaml").write_text("prompts: p\nreward: run/brme\nobjective: mean\nkl_coef: 0.1\n")
     (place / "bon" / "config.yaml").write_text("objectives: [brme:mean]\nper_prompt: 4\n")
     (place / "comparison" / "results.json").write_text("{}")
     adapters = {"peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": "lm"}
     (place / "adapters" / "adapter_config.json").write_text(json.dumps(adapters))
+    (place / "tuned" / "policy").mkdir(parents=True)
+    (place / "tuned" / "policy" / "adapter_config.json").write_text(json.dumps(adapters | {"task_type": "CAUSAL_LM"}))
+    of_reward, of_policy = "preferences: p\nhead_loss: crps\nnum_heads: 1\n", "prompts: p\nreward: r\nkl_coef: 0\n"
+    for name, settings in (("half", of_reward), ("bare", of_reward), ("gone", f"{of_policy}objective: mean\n")):
+        (place / name / "single").mkdir(parents=True)
+        (place / name / "config.yaml").write_text(settings)
+        (place / name / "results.json").write_text("{}")
+    shutil.copytree(place / "reward", place / "half" / "brme", ignore=shutil.ignore_patterns("*.safetensors"))
     shutil.copytree(place / "reward", place / "plain")
     settings = json.dumps({name: value for name, value in config.items() if name != "poise"})
     (place / "plain" / "config.json").write_text(settings)
@@ -157,6 +198,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, tiny_model: str) -> dict[str
     (place / "mine").mkdir()
     (place / "mine" / "ensemble.json").write_text('{"mine": 1}')
     write_files(place)
+    (place / "drawn").write_text('{"step": 0, "prompt": "p", "completion": "c", "reward": 0.5, "mean": [1.0]}\n')
     (place / "yes.yaml").write_text("yes: 1\n")
     (place / "twice.yaml").write_text("seed: 1\nseed: 2\n")
     before = {path: path.lstat().st_mtime_ns for path in place.rglob("*")}

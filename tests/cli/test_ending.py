@@ -86,6 +86,11 @@ def test_train_policy_repeats_the_warnings_of_its_reward_model(
     write_jsonl(run.folder / "metrics.jsonl", [{"step": 0, "reward": 0.5, "kl": 1.0, "tokens": 9, "ended": 0.25}])
     ending.say_ending("train-policy", config, run)
     assert "warning: 75% of the completions were cut at --max-tokens" in capsys.readouterr().out
+    (run.folder / "metrics.jsonl").unlink()
+    ending.say_ending("train-policy", config, run)
+    said = capsys.readouterr().out
+    assert f"reward       not known: {run.folder}/metrics.jsonl lacks steps" in said
+    assert "nan" not in said
 
 
 def test_the_warnings_of_a_run_are_those_of_the_heads_that_are_taken(
@@ -120,10 +125,31 @@ def test_compare_without_gold_says_so(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_a_finished_run_says_so_at_once(reward: Run, capsys: pytest.CaptureFixture[str]) -> None:
     config = RewardConfig(preferences="my pairs.jsonl", output=str(reward.folder), model="m")
+    for name in ("single", "brme"):
+        (reward.folder / name / "model.safetensors").touch()
     ending.say_finished("train-reward", config)
     assert "is finished; nothing is computed again" in capsys.readouterr().out
     with pytest.raises(PoiseError, match="holds a run of another config"):
         ending.say_finished("train-reward", RewardConfig(preferences="others", output=str(reward.folder), model="m"))
+
+
+def test_a_finished_run_that_lost_what_it_made_says_what_to_do(reward: Run, tmp_path: Path) -> None:
+    config = RewardConfig(preferences="my pairs.jsonl", output=str(reward.folder), model="m")
+    (reward.folder / "single" / "model.safetensors").touch()
+    again = f"was deleted since it finished; delete {reward.folder}/results.json and start its command again to have it"
+    with pytest.raises(PoiseError, match=f"{reward.folder} is finished and not whole: brme {again}"):
+        ending.say_finished("train-reward", config)
+    (reward.folder / "brme" / "model.safetensors").touch()
+    write_json(reward.folder / "results.json", (reward.results or {}) | {"validator": {"models": {}}})
+    with pytest.raises(PoiseError, match=f"not whole: validator {again}"):
+        ending.say_finished("train-reward", config)
+    policy = PolicyConfig(prompts="p", reward="r", output=str(tmp_path / "policy"))
+    run = finished(tmp_path / "policy", policy, {"validator": None})
+    with pytest.raises(PoiseError, match="not whole: policy was deleted"):
+        ending.say_finished("train-policy", policy)
+    (run.folder / "policy").mkdir()
+    (run.folder / "policy" / "adapter_model.safetensors").touch()
+    ending.say_finished("train-policy", policy)
 
 
 def test_every_command_that_makes_something_has_an_ending() -> None:

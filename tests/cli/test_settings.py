@@ -255,6 +255,12 @@ def test_the_same_thing_twice_is_refused_before_anything_is_trained(
             "--reward.epochs 3 --policy.tune full --policy.lora-rank 3",
             ["--reward.epochs", "--policy.lora-rank"],
         ),
+        (
+            "study",
+            "--raters p --pool-size 0 --pool-seeds 3 --policy-seeds 0 --reward-seeds 2",
+            ["--raters is not read: it needs --label-noise raters", "--pool-seeds is not", "--reward-seeds is not"],
+        ),
+        ("study", "--raters p --label-noise raters --policy-noise raters", []),
         ("study", "", []),
     ],
 )

@@ -293,6 +293,7 @@ def test_what_is_assumed_is_said_once_with_an_example(tmp_path: Path, capsys: py
         {"chosen": "the film was dull", "rejected": "the film was fun"},
         {"prompt": "Is tea hot?", "chosen": "Is tea hot? Yes.", "rejected": "Is tea hot? No."},
         {"prompt": "User: hi", "chosen": "a", "rejected": "b"},
+        {"prompt": "5 + 5?", "chosen": "a", "rejected": "b", "tools": [{"type": "function"}], "images": []},
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     understood = Understood(str(path))
@@ -301,7 +302,9 @@ def test_what_is_assumed_is_said_once_with_an_example(tmp_path: Path, capsys: py
     assert "2 rows have no 'prompt'; it is what chosen and rejected share, e.g. line 1: 'the film was '" in said
     assert "1 rows repeat the prompt in both texts; it is read once, e.g. line 3: 'Is tea hot?', then ' Yes.'" in said
     assert "read as plain text of one user turn, e.g. line 4: 'User: hi'" in said
-    assert understood.forms == {"chosen, rejected": 2, "prompt, chosen, rejected": 2}
+    assert "1 rows have 'tools' beside the text, which no model is shown, e.g. line 5" in said
+    assert "'images'" not in said
+    assert understood.forms == {"chosen, rejected": 2, "prompt, chosen, rejected": 3}
 
 
 def test_rows_that_a_check_refuses_are_named_and_can_be_skipped(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from poise.data.files import as_object, can_be_read_twice, is_hub_id, raw_rows
 from poise.data.in_memory import as_file, as_row
+from poise.data.preferences import read_row
 from poise.data.ratings import number_of
 from poise.errors import PoiseError
 
@@ -71,14 +72,49 @@ def test_a_saved_data_set_is_read_and_of_several_splits_the_training_one(tmp_pat
         list(raw_rows(tmp_path / "mine"))
 
 
+CLASSES = [
+    {"prompt": "p", "response_a": "A", "response_b": "B", "winner": "model_b", "votes": [{"by": "x"}]},
+    {"prompt": "q", "response_a": "A", "response_b": "B", "winner": None, "votes": [{"by": "y"}]},
+]
+
+
+@pytest.mark.parametrize("form", ["folder", "formatted", "parquet", "arrow", "memory"])
+def test_a_class_is_read_by_its_name(form: str, tmp_path: Path) -> None:
+    """Its number is the place of the name in a list: 1 is no answer A here."""
+    kinds = {name: datasets.Value("string") for name in ("prompt", "response_a", "response_b")}
+    kinds["winner"] = datasets.ClassLabel(names=["tie", "model_b", "model_a"])
+    kinds["votes"] = datasets.List({"by": datasets.ClassLabel(names=["y", "x"])})
+    rows = datasets.Dataset.from_list(CLASSES, features=datasets.Features(kinds))
+    path = tmp_path / "rows"
+    if form == "parquet":
+        rows.to_parquet(path)
+    elif form == "memory":
+        as_file(rows, tmp_path / "out" / "rows.jsonl")
+        path = tmp_path / "out" / "rows.jsonl"
+    else:
+        (rows.with_format("numpy") if form == "formatted" else rows).save_to_disk(path)
+        path = next(path.glob("*.arrow")) if form == "arrow" else path
+    found = [as_object(row) for _, row in raw_rows(path)]
+    assert found == CLASSES
+    assert type(found[0]["prompt"]) is str
+    assert read_row(found[0]).found[0].chosen == "B"  # type: ignore[index]
+
+
+def test_a_saved_data_set_that_lost_a_part_says_which(tmp_path: Path) -> None:
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "one", num_shards=2)
+    (tmp_path / "one" / "data-00001-of-00002.arrow").unlink()
+    with pytest.raises(PoiseError, match=r"one is not whole, as `datasets` saved it: .*data-00001-of-00002"):
+        list(raw_rows(tmp_path / "one"))
+
+
 def test_a_name_on_the_hub_is_loaded_and_what_goes_wrong_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str]] = []
 
-    def load(name: str, split: str) -> list[dict[str, Any]]:
+    def load(name: str, split: str) -> datasets.Dataset:
         asked.append((name, split))
         if name.startswith("nobody"):
             raise ConnectionError("two\nlines")
-        return ROWS
+        return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert list(raw_rows("somebody/pairs")) == READ

@@ -323,7 +323,8 @@ def test_a_whole_model_run_is_that_model(training: train_policy.Config, config: 
         training, tune="full", learning_rate=1e-3, output=str(tmp_path / "full"), num_steps=1, eval_every=0
     )
     out = train_policy.run(full)
-    wanted = dataclasses.replace(config, policies=(str(out.folder), str(out.folder / "policy")), tasks=("piqa",))
+    copy = shutil.copytree(out.folder / "policy", tmp_path / "policy")
+    wanted = dataclasses.replace(config, policies=(str(out.folder), str(copy)), tasks=("piqa",))
     results = evaluate_policy.run(wanted).results
     assert results is not None
     assert results["policies"][1]["tasks"] == results["policies"][2]["tasks"]

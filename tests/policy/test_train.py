@@ -421,7 +421,7 @@ BAD = {
     r"--trace must be in \[0, 1\]": {"trace": 1.5},
     "--entropy-coef must be at least 0": {"entropy_coef": -1.0},
     "--max-step-kl must be above 0": {"max_step_kl": 0.0},
-    "--kl-target needs": {"kl_target": 0.0},
+    "--kl-target, --kl-horizon and --kl-coef must be above 0": {"kl_target": 0.0},
     "--kl-horizon 7 must hold": {"kl_target": 6.0, "kl_horizon": 7.0},
     "--settle needs a --reward-ceiling": {"settle": True},
     "--reward-floor must be below": {"reward_floor": 1.0, "reward_ceiling": 1.0},

@@ -217,6 +217,28 @@ def test_several_runs_make_one_page_with_contents(tmp_path: Path) -> None:
     assert run_pages.build(folders, tmp_path / "elsewhere.html") == tmp_path / "elsewhere.html"
 
 
+@pytest.mark.usefixtures("undrawn_here")
+def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        policy(tmp_path / name / "one")
+    said = page_of(Path("a/one"), Path("b/one")).text
+    assert "a/one" in said
+    assert "b/one" in said
+
+
+def test_a_folder_of_any_name_has_a_page_whose_figures_are_whole(tmp_path: Path) -> None:
+    name = 'a "b"><i>#\\d'
+    page = page_of(policy(tmp_path / name))
+    assert not any(tag == "i" for tag, _ in page.tags)
+    used = {
+        attributes["id"] for tag, attributes in page.tags if tag in ("g", "clippath", "path") and "id" in attributes
+    }
+    assert used
+    assert all(re.fullmatch(r"[\w.-]+", one) for one in used)
+
+
 def test_what_has_no_page_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(PoiseError, match=r"is not a run folder: it has no config\.yaml; its run is"):
         run_pages.build([reward(tmp_path / "one") / "single"])

@@ -122,7 +122,7 @@ def test_without_a_reference_one_line_says_what_to_do(copy: Path, texts_file: st
 def test_what_cannot_be_a_reference_is_refused(copy: Path, texts_file: str, tmp_path: Path) -> None:
     with pytest.raises(PoiseError, match="either --preferences FILE or --completions FILE"):
         reference.run(ReferenceConfig(str(copy)))
-    with pytest.raises(PoiseError, match="is no local checkpoint"):
+    with pytest.raises(PoiseError, match="is no folder of this machine"):
         reference.run(ReferenceConfig("somebody/model", completions=texts_file))
     (tmp_path / "ensemble.json").write_text("{}")
     with pytest.raises(PoiseError, match="is an ensemble"):

@@ -325,8 +325,12 @@ def test_a_partial_file_of_somebody_else_and_devices_are_left_alone(reward: str,
 
 
 def test_earlier_scores_are_known_by_their_content_whatever_the_case_of_their_name(tmp_path: Path) -> None:
-    (tmp_path / "scores.PARQUET").write_bytes(b"PAR1...")
+    ours = {"prompt": ["p"], "completion": ["c"], "reward": [0.5], "mean_0": [0.5], "std_0": [0.0]}
+    pyarrow.parquet.write_table(pyarrow.table(ours), tmp_path / "scores.PARQUET")
     check_scores(tmp_path / "scores.PARQUET")
-    (tmp_path / "other.PARQUET").write_bytes(b"mine")
-    with pytest.raises(PoiseError, match="exists and holds no scores"):
-        check_scores(tmp_path / "other.PARQUET")
+    (tmp_path / "other.PARQUET").write_bytes(b"PAR1...")
+    mine = {"prompt": ["p"], "completion": ["c"], "reward": [0.5]}
+    pyarrow.parquet.write_table(pyarrow.table(mine), tmp_path / "mine.parquet")
+    for name in ("other.PARQUET", "mine.parquet"):
+        with pytest.raises(PoiseError, match="exists and holds no scores"):
+            check_scores(tmp_path / name)

@@ -1,5 +1,6 @@
 """`poise train-reward`: the three models of a run, what they are worth, and what is refused."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,16 @@ def test_models_with_a_trunk_of_their_own_are_not_trained_in_memory(
     extract = Scorer.load(str(finished.folder / "single")).extract
     with pytest.raises(PoiseError, match=r"^reward models with a trunk of their own are trained as runs$"):
         train_reward.heads_in_memory(Config(str(preferences_file), "x", tiny_model, **tuned), extract)
+
+
+def test_a_trunk_that_lost_a_part_says_how_to_have_it_again(
+    preferences_file: Path, tiny_model: str, tmp_path: Path
+) -> None:
+    config = Config(preferences=str(preferences_file), model=tiny_model, trunk="lora", output=str(tmp_path / "run"))
+    shutil.copytree(tiny_model, tmp_path / "run" / "trunk", ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "run" / ".poise").touch()
+    with pytest.raises(PoiseError, match=r"; delete .*/run/trunk and start again: it is trained anew$"):
+        train_reward.run(config)
 
 
 def test_shards_by_a_source_that_no_row_names_are_refused(

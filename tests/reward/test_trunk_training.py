@@ -157,7 +157,7 @@ def test_the_tuned_trunk_is_part_of_every_checkpoint(
 @pytest.mark.slow
 @pytest.mark.parametrize("trunk", ["lora", "full"])
 def test_a_training_killed_at_any_moment_ends_in_the_same_weights(
-    trunk: str, tiny_model: str, preferences_file: Path, tmp_path: Path
+    trunk: str, tiny_model: str, preferences_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = train_reward.run(config(tiny_model, preferences_file, tmp_path / "whole", trunk=trunk))
     again = config(tiny_model, preferences_file, tmp_path / "killed", trunk=trunk)
@@ -183,6 +183,7 @@ def test_a_training_killed_at_any_moment_ends_in_the_same_weights(
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one), name
     assert result.metrics() == whole.metrics()
+    assert " lacks " not in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -42,6 +42,17 @@ def test_another_config_is_refused_but_a_moved_folder_is_not(tmp_path: Path) -> 
         Run.open(tmp_path, Config(size=4))
 
 
+def test_a_file_by_another_of_its_names_is_no_other_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    Run.open("run", Config())
+    (tmp_path / "run" / "checkpoint.safetensors").touch()
+    assert Run(Path("run")).differs(Config(names=("./a/", str(tmp_path / "b")))) == []
+    for names in (("b", "a"), ("a",), ("a", "c"), ("a", "b\0")):
+        assert Run(Path("run")).differs(Config(names=names)) == ["names"]
+
+
 def test_a_folder_without_results_or_checkpoints_is_taken_over(tmp_path: Path) -> None:
     run = Run.open(tmp_path, Config())
     run.log(step=0)
@@ -177,6 +188,22 @@ def test_rows_after_the_checkpoint_are_dropped_and_a_cut_line_ignored(tmp_path: 
     path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"st')
     runs.keep_rows_before(path, 2)
     assert path.read_text() == '{"step": 0}\n{"step": 1}\n'
+
+
+@pytest.mark.parametrize(
+    ("steps", "first", "gone"),
+    [([0, 1, 1, 2], 0, 0), ([1, 2], 1, 0), ([2], 0, 2), ([0, 2], 0, 1), (None, 0, 3), (None, 1, 2), (None, None, 0)],
+)
+def test_steps_that_are_gone_are_said(
+    steps: list[int] | None, first: int | None, gone: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    if steps is not None:
+        runs.write_jsonl(path, [{"step": step} for step in steps])
+    runs.keep_rows_before(path, 3, first)
+    said = capsys.readouterr().err
+    of = f"{3 - (first or 0)} steps that were made, and so will the page; bring the file back to have them"
+    assert said == (f"warning: {path} lacks {gone} of the {of}\n" if gone else "")
 
 
 def test_unreachable_registry_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

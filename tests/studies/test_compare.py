@@ -13,6 +13,7 @@ from poise.errors import PoiseError
 from poise.runtime.records import read_rows
 from poise.runtime.run_folder import Json
 from poise.studies import compare, gold
+from poise.studies.pool import prompt_label
 
 PROMPTS = ("a film", "a phone")
 
@@ -81,6 +82,43 @@ def test_the_pool_says_where_the_policy_began(tmp_path: Path) -> None:
     assert [arm["initial_gold_std"] for arm in found["arms"]] == [pytest.approx(1 / 3**0.5)] * 2
     alone = compare.run(with_gold(arms=arms, output=str(tmp_path / "alone"))).results or {}
     assert {(arm["initial_gold"], arm["initial_gold_std"]) for arm in alone["arms"]} == {(9.0, 1.0)}  # a constant
+
+
+def test_a_pool_of_other_prompts_is_refused(tmp_path: Path) -> None:
+    arms = tuple(make_arm(tmp_path / name, [(9.0, 9.0)], {"gold": 0.0, "proxy": 2.0}) for name in ("a", "b"))
+    (tmp_path / "pool").mkdir()
+    for prompts in (PROMPTS[1:], ("x", *PROMPTS)):
+        write_rows(tmp_path / "pool" / "pool.jsonl", [{"prompt": p, "completion": "1.0"} for p in prompts])
+        for of_gold in ("reviews", ""):
+            settings = compare.Config(arms, pool=str(tmp_path / "pool"), gold=of_gold, output=str(tmp_path / "out"))
+            with pytest.raises(PoiseError, match="is of other prompts than those that the arms were evaluated on"):
+                compare.run(settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_arms_of_one_name_keep_their_whole_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number, path in enumerate(("0/policy-a", "1/policy-a", "policy-b")):
+        make_arm(Path(path), [(9.0, 9.0)], {"gold": float(number), "proxy": 2.0})
+    found = compare.run(with_gold(arms=("0/policy-a", "1/policy-a", "policy-b"), output="out")).results or {}
+    assert [arm["name"] for arm in found["arms"]] == ["0/policy-a", "1/policy-a", "b"]
+    assert [arm["label"] for arm in found["arms"]] == ["0/policy-a", "1/policy-a", "policy-b"]
+    assert [(one["arm"], one["gold"]) for one in found["differences"]] == [("1/policy-a", 1.0), ("b", 2.0)]
+    assert [arm["gold"] for arm in found["completions"][0]["arms"].values()] == [0.0, 1.0, 2.0]
+
+
+def test_a_run_that_lost_its_first_steps_is_not_compared(tmp_path: Path) -> None:
+    arms = tuple(make_arm(tmp_path / name, [(9.0, 9.0)] * 3, {"gold": 0.0, "proxy": 2.0}) for name in ("a", "b"))
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        lines = (tmp_path / "b" / name).read_text().splitlines(keepends=True)
+        (tmp_path / "b" / name).write_text("".join(line for line in lines if '"step": 0' not in line))
+    with pytest.raises(PoiseError, match=r"b: metrics\.jsonl and samples\.jsonl lack the first steps"):
+        compare.run(with_gold(arms=arms, output=str(tmp_path / "out")))
+
+
+def test_a_prompt_without_a_turn_of_the_user_has_a_label() -> None:
+    assert prompt_label([{"role": "system", "content": "Be brief."}]) == "Be brief."
+    assert prompt_label([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]) == "Hi"
 
 
 def test_conversations_that_share_their_last_turn_are_prompts_of_their_own(tmp_path: Path) -> None:

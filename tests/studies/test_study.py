@@ -424,6 +424,13 @@ def test_bad_settings_are_one_line(tmp_path: Path, changes: dict[str, Any], mess
     assert not (tmp_path / "study").exists()  # nothing is written for a study that cannot be
 
 
+def test_levels_of_noise_for_policies_are_only_checked_where_policies_are_trained(tmp_path: Path) -> None:
+    wanted = replace(config(tmp_path, tmp_path / "p", tmp_path / "q", "model"), label_noise=("0.25",), pool_size=8)
+    replace(wanted, policy_seeds=0).check()
+    with pytest.raises(PoiseError, match=r"--policy-noise 0 is not among --label-noise 0\.25"):
+        wanted.check()
+
+
 def test_dotted_options_reach_every_job() -> None:
     options = ["--reward.trunk", "lora", "--policy.learning-rate", "3e-4", "--pool-size", "0", "--model", "mine"]
     wanted = parse_config(study.Config, "poise study", [*options, "--policy.model", "theirs"])

@@ -19,6 +19,7 @@ from types import TracebackType
 
 from poise.errors import PoiseError, first_line
 from poise.runtime.display import say
+from poise.runtime.folders import without_leftovers
 from poise.runtime.processes import several
 
 DONE, FAULT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -89,7 +90,7 @@ def _of_input(error: BaseException) -> str:
 
 
 def _of_the_system(error: OSError) -> str:
-    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    names = [without_leftovers(str(name)) for name in (error.filename, error.filename2) if name is not None]
     hint = {errno.ENOSPC: "; make room and start again, what was saved is kept", errno.EACCES: ""}.get(
         error.errno or 0, ""
     )

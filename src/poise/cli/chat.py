@@ -11,6 +11,7 @@ import tyro
 from poise.data.conversations import check_text
 from poise.errors import PoiseError
 from poise.runtime.display import visible
+from poise.runtime.run_kinds import why_without
 from poise.runtime.settings import Count, PolicyModel, Seed, Settings, between
 
 
@@ -124,7 +125,7 @@ def _load(policy: str) -> tuple[Any, Any]:
     if adapters is None:
         inner = Path(policy) / "policy"
         if not (inner / "config.json").exists() and (Path(policy) / "config.yaml").exists():
-            raise PoiseError(f"{policy} has no policy yet: the run is not finished")
+            raise PoiseError(f"{policy} has no policy: {why_without(Path(policy), 'policy')}")
         return load_policy(str(inner) if (inner / "config.json").exists() else policy)
     return unfolded(adapters)
 

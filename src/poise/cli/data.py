@@ -137,7 +137,7 @@ def as_text(report: dict[str, Any]) -> str:
     for number, example in enumerate(report["examples"], 1):
         lines += ["", f"row {number}"]
         for name, value in example.items():
-            lines += [f"  {name:<10}{line}" for line in _shown_value(value)]
+            lines += [f"  {name:<9} {line}" for line in _shown_value(value)]
     return "\n".join(lines)
 
 

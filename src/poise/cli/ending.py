@@ -14,8 +14,9 @@ from poise.cli.boundary import leave_stdout
 from poise.errors import PoiseError
 from poise.models.card_warnings import card_warnings
 from poise.models.run_heads import VALIDATOR, reward_folder
-from poise.runtime.display import on_one_line, say
+from poise.runtime.display import on_one_line, say, short_names
 from poise.runtime.run_folder import Json, Run, is_main_process
+from poise.runtime.run_kinds import why_without
 from poise.runtime.settings import ModelPath, marks, typed_fields, unread
 
 MOST_ROWS = 7
@@ -50,7 +51,16 @@ def say_finished(command: str, config: Any) -> None:
     if command in _KEPT:
         run.check_config(config)
         if run.results is not None and not run.differs(config):
+            _refuse_incomplete(command, run.folder, run.results)
             _say(f"{on_one_line(output)} is finished; nothing is computed again (another --output makes a new run)")
+
+
+def _refuse_incomplete(command: str, folder: Path, results: Json) -> None:
+    """Raise PoiseError for a finished run of which a model that it ended with was deleted."""
+    made = {"train-policy": ["policy"], "train-reward": [*(results.get("models") or {})]}.get(command, [])
+    for name in [*made, *([VALIDATOR] if made and results.get(VALIDATOR) else [])]:
+        if not any((folder / name).glob("*.safetensors")):
+            raise PoiseError(f"{folder} is finished and not whole: {why_without(folder, name)}")
 
 
 def warn_of_models(config: Any) -> None:
@@ -166,10 +176,13 @@ def _train_policy(config: Any, done: Run) -> Ending:
 
     results, steps = done.results or {}, done.metrics()
     start, end = steps[:3], steps[-3:]
+    changed = f"{_mean(start, 'reward'):+.2f} in the first steps, {_mean(end, 'reward'):+.2f} in the last"
+    texts = f"{_mean(end, 'tokens'):.0f} tokens, {_mean(end, 'ended'):.0%} ended by themselves"
+    gone = "" if steps and steps[0]["step"] == 0 else f"not known: {done.folder}/metrics.jsonl lacks steps"
     rows = [
-        ("reward", f"{_mean(start, 'reward'):+.2f} in the first steps, {_mean(end, 'reward'):+.2f} in the last"),
+        ("reward", gone or changed),
         ("evaluation", f"reward {results['reward']:+.2f}, KL {results['kl']:.1f} nats a completion"),
-        ("completions", f"{_mean(end, 'tokens'):.0f} tokens, {_mean(end, 'ended'):.0%} ended by themselves"),
+        ("completions", gone or texts),
         ("alarms", str(len(results["alarms"])) if results["alarms"] else "none (which proves nothing)"),
         ("gold", "not read: whether people like the texts is not known"),
     ]
@@ -240,13 +253,15 @@ def _evaluate_reward(config: Any, done: Run) -> Ending:
     from poise.reward.evaluate import in_short
 
     results = done.results or {}
-    rows = [(Path(one["reward"]).name or one["reward"], in_short(one)) for one in results["rewards"]]
+    paths = [one["reward"] for one in results["rewards"]]
+    names = dict(zip(paths, short_names(paths), strict=True))
+    rows = [(names[one["reward"]], in_short(one)) for one in results["rewards"]]
     for one in results["differences"]:
         for name, value in one.items():
             if isinstance(value, dict) and "accuracy" in name:
                 low, high = value["interval"]
                 text = f"{name} {value['mean']:+.3f} ({low:+.3f} to {high:+.3f})"
-                rows.append((f"{Path(one['reward']).name} − {Path(one['versus']).name}", text))
+                rows.append((f"{names[one['reward']]} − {names.get(one['versus'], one['versus'])}", text))
     warnings = [f"{path}: {text}" for path in config.rewards for text in card_warnings(path)]
     best = max(results["rewards"], key=lambda one: (one.get("pairs") or one.get("sets") or {}).get("accuracy") or 0.0)
     return Ending(rows, (_command("inspect", best["reward"]),), tuple(warnings))

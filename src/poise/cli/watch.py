@@ -12,7 +12,7 @@ import tyro
 from poise.errors import PoiseError, first_line
 from poise.runtime.progress import console
 from poise.runtime.run_kinds import kind_of
-from poise.runtime.settings import Settings, between
+from poise.runtime.settings import EachOnce, Settings, between
 
 _HOST = "127.0.0.1"
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
@@ -22,7 +22,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inl
 class Config(Settings):
     """Serve the page of run folders on this machine; it loads itself anew while a run goes on. Ctrl-C ends."""
 
-    folders: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN [RUN …]")]
+    folders: Annotated[tyro.conf.Positional[tuple[str, ...]], EachOnce(), tyro.conf.arg(metavar="RUN [RUN …]")]
     """Run folders, in progress or finished."""
     port: Annotated[int, between(0, 65535)] = 8765
     """Port on 127.0.0.1; 0 takes a free one."""

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from poise.data.class_labels import with_class_names
 from poise.data.csv_rows import csv_rows
 from poise.data.json_rows import json_rows
 from poise.data.raw import Numbered, RawRow, Unreadable, as_object, parsed_json
@@ -174,7 +175,7 @@ def _parquet(file: Any) -> Iterator[dict[str, Any]]:
     table = pyarrow.parquet.ParquetFile(file, buffer_size=_PARQUET_BUFFER, pre_buffer=False)
     _named_once(table.schema_arrow.names)
     for batch in table.iter_batches(_ROWS_AT_ONCE):
-        yield from batch.to_pylist()
+        yield from with_class_names(batch.to_pylist(), table.schema_arrow.metadata)
 
 
 def _arrow(file: Any, is_file: bool) -> Iterator[dict[str, Any]]:
@@ -185,7 +186,7 @@ def _arrow(file: Any, is_file: bool) -> Iterator[dict[str, Any]]:
     batches = (table.get_batch(i) for i in range(table.num_record_batches)) if is_file else table
     for batch in batches:
         for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
-            yield from batch.slice(start, _ROWS_AT_ONCE).to_pylist()
+            yield from with_class_names(batch.slice(start, _ROWS_AT_ONCE).to_pylist(), table.schema.metadata)
 
 
 def _named_once(names: list[str]) -> None:
@@ -206,15 +207,20 @@ def _saved_data_set(folder: Path) -> Iterator[dict[str, Any]]:
 
     try:
         loaded = datasets.load_from_disk(str(folder))
-    except FileNotFoundError:
-        raise PoiseError(f"{folder} is a folder that `datasets` did not save; name a file") from None
+    except FileNotFoundError as error:
+        raise PoiseError(f"{folder} is not whole, as `datasets` saved it: {first_line(error)}") from None
     if isinstance(loaded, datasets.DatasetDict):
         if "train" not in loaded:
             raise PoiseError(
                 f"{folder} has the splits {', '.join(loaded)} and no `train`; give the folder of one split"
             )
         loaded = loaded["train"]
-    yield from loaded
+    yield from _plain_rows(loaded)
+
+
+def _plain_rows(loaded: Any) -> Iterator[dict[str, Any]]:
+    """Rows of a data set as Python's own values, in whatever format it was saved, with the names of its classes."""
+    return with_class_names(loaded.with_format(None), loaded.features.arrow_schema.metadata)
 
 
 def _hub_data_set(name: str) -> Iterator[dict[str, Any]]:
@@ -227,4 +233,4 @@ def _hub_data_set(name: str) -> Iterator[dict[str, Any]]:
             loaded = datasets.load_dataset(name, split="train")
         except Exception as error:  # noqa: BLE001  the hub client raises a dozen kinds
             raise PoiseError(f"no such file, and no data set of the hub: {name} ({type(error).__name__})") from None
-    yield from loaded
+    yield from _plain_rows(loaded)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+from poise.data.class_labels import with_class_names
 from poise.data.types import Preference, Sample
 from poise.errors import PoiseError
 from poise.runtime.folders import own
@@ -32,7 +33,10 @@ def as_file(data: Data, path: Path, column: str = "") -> str:
     """
     if isinstance(data, (str, Path)):
         return str(data)
-    rows = enumerate(entries(data, path.stem), 1)
+    given = entries(data, path.stem)
+    if schema := getattr(getattr(data, "features", None), "arrow_schema", None):  # of `datasets`
+        given = with_class_names(given, schema.metadata)
+    rows = enumerate(given, 1)
     text = "".join(f"{json.dumps(as_row(row, number, path.stem, column))}\n" for number, row in rows)
     if path.exists() and path.read_text(encoding="utf-8") != text:
         raise PoiseError(f"{path.parent} was begun with another {path.stem}; choose another output")

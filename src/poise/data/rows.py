@@ -25,6 +25,11 @@ Check = Callable[[Prompt, Sequence[str]], None]
 # Texts that are scored at a time: the tokens of all texts of a file would need many times the memory of the texts.
 TEXTS_PER_PART = 1024
 _BAD_ROWS_IN_MEMORY = 1 << 20  # characters
+# Columns of which a chat template or a processor would make a part of the prompt.
+_NOT_SHOWN = (
+    "tools", "functions", "documents", "chat_template_kwargs", "image", "images", "video", "videos", "audio", "audios",
+)  # fmt: skip
+_AS_TEXT_NOTHING = ("[]", "{}", "null", "None")
 _SHORT = 100  # characters at the beginning of a file of bad rows
 
 
@@ -154,7 +159,8 @@ def parsed_rows(
     """
     for number, raw in raw_rows(understood.path) if rows is None else rows:
         try:
-            row = parse(as_object(raw))
+            given = as_object(raw)
+            row = parse(given)
         except (ValueError, TypeError, OverflowError, RecursionError, AttributeError, KeyError) as error:
             reason = str(error) if isinstance(error, ValueError) else f"cannot be read ({type(error).__name__})"
             if on_bad_row == "error":
@@ -162,6 +168,9 @@ def parsed_rows(
             understood.refused += 1
             understood.bad.append({"line": number, "reason": reason, "row": str(raw)})
         else:
+            for name in _NOT_SHOWN:
+                if given.get(name) and given[name] not in _AS_TEXT_NOTHING:
+                    understood.note(f"have {name!r} beside the text, which no model is shown", f"line {number}")
             yield number, row
 
 

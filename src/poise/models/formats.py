@@ -126,7 +126,8 @@ def local_checkpoint(path: str) -> Path:
     if (folder / ENSEMBLE_FILE).exists():
         raise PoiseError(f"{path} is an ensemble, whose members have features of their own; it takes no reference")
     if not folder.is_dir():
-        raise PoiseError(f"{path} is no local checkpoint; a reference is written into its folder, so copy it first")
+        what = told_of(folder) or "no folder of this machine"
+        raise PoiseError(f"{path} is {what}; a reference is written into a reward model's folder, so copy it first")
     if not (folder / "config.json").exists():
         why = told_of(folder) or "a folder without config.json"
         raise PoiseError(f"{path} is {why}, not a reward model; a reference is written into a reward model's folder")

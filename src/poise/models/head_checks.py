@@ -14,6 +14,7 @@ from poise.models.formats import (
     read_head_block,
 )
 from poise.models.model_folder import check_reward_model, config_of
+from poise.models.run_heads import refuse_itself
 from poise.runtime.run_kinds import told_of
 
 
@@ -39,17 +40,21 @@ def _block(path: str) -> HeadBlock | None:
     return read_head_block(config.get("poise"), num_labels_of(config, path), path) if config else None
 
 
-def check_reward_run(run: str, names: Mapping[str, Sequence[str]]) -> None:
+def check_reward_run(run: str, names: Mapping[str, Sequence[str]], gold: str = "") -> None:
     """Raise PoiseError, one line, unless a `poise train-reward` run holds reward models of these names.
 
-    names: with the objectives that each is to be read by.
+    names: with the objectives that each is to be read by. gold: what judges them, which must be none of them.
     """
     for name, objectives in sorted(names.items()):
         folder = str(Path(run) / name)
         if not Path(folder).is_dir():
             told = told_of(run)
             why = f"is {told}, and " if told and "train-reward" not in told else ""
-            raise PoiseError(f"--reward {run} {why}holds no reward model {name!r}; name `poise train-reward` runs")
+            missing = "" if Path(run).exists() else " (there is no such folder)"
+            raise PoiseError(
+                f"--reward {run} {why}holds no reward model {name!r}; name `poise train-reward` runs{missing}"
+            )
         check_reward_model(folder)
+        refuse_itself(gold, folder, option="--gold")
         for objective in objectives:
             check_heads([folder], objective)

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from poise.errors import PoiseError, first_line
-from poise.models.choices import DEFAULT_MODEL
+from poise.models.choices import DEFAULT_MODEL, HEAD_KINDS
 from poise.models.formats import ENSEMBLE_FILE, checkpoint_folder, num_labels_of, read_ensemble, read_head_block
+from poise.models.run_heads import VALIDATOR
 from poise.models.template_trial import try_template
 from poise.runtime.hub import on_hub
 from poise.runtime.records import parse_json, read_object
-from poise.runtime.run_kinds import told_of
+from poise.runtime.run_kinds import told_of, why_without
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # how the classes of language models end
@@ -77,7 +78,7 @@ def check_policy(path: str) -> None:
     """As `check_language_model`; of a policy's adapters, or of a run that holds them, the model they belong to."""
     folder = Path(path)
     if not (folder / "policy").exists() and "train-policy" in told_of(path):
-        raise PoiseError(f"{path} has no policy yet: the run is not finished")
+        raise PoiseError(f"{path} has no policy: {why_without(folder, 'policy')}")
     adapters = next((place for place in (folder / "policy", folder) if (place / _ADAPTERS).exists()), None)
     if adapters is None:
         check_language_model(str(folder / "policy") if (folder / "policy" / _CONFIG).exists() else path)
@@ -207,7 +208,11 @@ def why_no_model(path: str, wanted: str = "a model folder") -> str:
             f"({how}){which}"
         )
     if told := told_of(path):
+        if "train-reward" in told and wanted == "a reward model":
+            return f"{path} holds no reward model: {why_without(Path(path), 'brme')}"
         return f"{path} is {told}, not {wanted}"
+    if made := _of_run(Path(path)):
+        return f"{path} has no config.json{made}"
     return f"{path} is not a model folder: it has no config.json"
 
 
@@ -331,14 +336,20 @@ def _check_files(folder: Path) -> None:
     if not any(name.endswith(".safetensors") for name in names):
         pickled = any(name.endswith((".bin", ".pt", ".pth")) for name in names)
         why = "; weights in pickle form are not read, save them as safetensors" if pickled else ""
-        raise PoiseError(f"{folder} has no weights in safetensors form{why}")
+        raise PoiseError(f"{folder} has no weights in safetensors form{why}{_of_run(folder)}")
     _check_tokenizer(names, folder)
 
 
 def _check_tokenizer(names: list[str], folder: Path) -> None:
     tokenizers = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
     if not any(name in names for name in tokenizers):
-        raise PoiseError(f"{folder} has no tokenizer: no tokenizer.json")
+        raise PoiseError(f"{folder} has no tokenizer: no tokenizer.json{_of_run(folder)}")
+
+
+def _of_run(folder: Path) -> str:
+    """What to do about a model folder that is not whole, where a run made it."""
+    made = folder.name in (*HEAD_KINDS, VALIDATOR) and "train-reward" in told_of(folder.parent)
+    return f": {why_without(folder.parent, f'a part of {folder.name}')}" if made else ""
 
 
 def _check_template(folder: Path) -> None:

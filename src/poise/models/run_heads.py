@@ -69,15 +69,15 @@ def validator_of(reward: str) -> str:
     return str(run / VALIDATOR) if found else ""
 
 
-def refuse_itself(validator: str, reward: str, taken: str = "") -> None:
-    """Raise PoiseError for a validator that is the reward model: transfer would be 1 at every step.
+def refuse_itself(judge: str, reward: str, taken: str = "", option: str = "--validator") -> None:
+    """Raise PoiseError for a judge that is the reward model: a validator's transfer would be 1 at every step.
 
-    taken: the checkpoint that the reward means, where an objective chooses among those of a run.
+    taken: the checkpoint that the reward means, where an objective chooses among those of a run. option: the judge's.
     """
     try:
-        same = Path(validator).resolve() == Path(reward).resolve()
-        same |= Path(checkpoint_folder(validator)).resolve() == Path(taken or checkpoint_folder(reward)).resolve()
+        same = Path(judge).resolve() == Path(reward).resolve()
+        same |= Path(checkpoint_folder(judge)).resolve() == Path(taken or checkpoint_folder(reward)).resolve()
     except (OSError, ValueError):
         return  # no name of a folder, which whoever reads it says
-    if reward and same:
-        raise PoiseError("--validator is the reward model itself, which agrees with itself; name another one")
+    if judge and reward and same:
+        raise PoiseError(f"{option} is the reward model itself, which agrees with itself; name another one")

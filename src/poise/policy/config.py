@@ -20,7 +20,7 @@ from poise.integrations.trl_needs import check_trl
 from poise.models.choices import DEFAULT_MODEL, HeadKind, Tune, ValueTrunk
 from poise.models.model_folder import check_layers
 from poise.models.run_heads import refuse_itself, reward_folder, validator_of
-from poise.policy.formats import policy_folder
+from poise.policy.formats import policy_folder, policy_in
 from poise.runtime.settings import (
     Bounded,
     Count,
@@ -274,7 +274,9 @@ class Config(PpoConfig):
             check_tasks(self.eval_tasks, self.eval_data)
         adapts = self.kl_target is not None and self.algorithm == "ppo"
         if adapts and not (self.kl_target and self.kl_horizon and self.kl_coef):
-            raise PoiseError("--kl-target needs --kl-target, --kl-horizon and --kl-coef above 0")
+            raise PoiseError(
+                "--kl-target, --kl-horizon and --kl-coef must be above 0 for β to adapt; --kl-target None keeps it"
+            )
         if adapts and self.kl_horizon < self.prompts_per_step * self.completions_per_prompt:
             raise PoiseError(f"--kl-horizon {self.kl_horizon:g} must hold the completions of a step")
         check_bounds(self.reward_floor, self.reward_ceiling)
@@ -311,7 +313,7 @@ class EvaluateConfig(Settings):
 
     RUN_FOLDER = True
 
-    policies: Annotated[tuple[PolicyModel, ...], EachOnce()] = ()
+    policies: Annotated[tuple[PolicyModel, ...], EachOnce(policy_in)] = ()
     """`poise train-policy` runs, model folders or hub ids."""
     model: PolicyModel = DEFAULT_MODEL
     """The model before training, folder or hub id: differences are taken against it."""

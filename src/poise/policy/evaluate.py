@@ -43,6 +43,7 @@ from poise.models.policy import Policy
 from poise.policy.config import EvaluateConfig as Config
 from poise.policy.formats import BenchmarkRow, ModelSettings
 from poise.policy.merge import base_of, unfolded
+from poise.runtime.display import short_names
 from poise.runtime.downloads import cache_folder
 from poise.runtime.progress import console, progress
 from poise.runtime.records import checked, read_object, read_rows, undefined_as_none
@@ -64,9 +65,10 @@ def run(config: Config) -> Run:
     out = Run.open(config.output, config, lambda: _inputs(sources))
     if not finished:
         found = [_evaluate_source(source, tasks, config) for source in sources]
+        names = short_names([source.path for source in sources])
         policies = [
             {"name": name, "path": source.path, **_compared(answers, found[0] if number else None)}
-            for number, (name, source, answers) in enumerate(zip(_names(sources), sources, found, strict=True))
+            for number, (name, source, answers) in enumerate(zip(names, sources, found, strict=True))
         ]
         fluctuations = {
             policy["name"]: fluctuation(logged[policy["path"]]) for policy in policies if logged[policy["path"]]
@@ -254,12 +256,6 @@ def _source(path: str) -> _Source:
 def _inputs(sources: Sequence[_Source]) -> Inputs:
     """What the run reads, by the setting that names it, policies counted from 1."""
     return {f"--policies {number}" if number else "--model": one.folders() for number, one in enumerate(sources)}
-
-
-def _names(sources: Sequence[_Source]) -> list[str]:
-    """The last part of each path; the whole path where two would be called the same."""
-    short = [Path(source.path).name for source in sources]
-    return [name if short.count(name) == 1 else source.path for name, source in zip(short, sources, strict=True)]
 
 
 def _logged(folder: Path) -> list[Json]:

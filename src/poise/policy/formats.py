@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from poise.errors import PoiseError
-from poise.runtime.run_kinds import told_of
+from poise.models.run_heads import refuse_itself, reward_folder
+from poise.runtime.config_files import load_config_file
+from poise.runtime.records import checked
+from poise.runtime.run_kinds import told_of, why_without
 from poise.runtime.settings import Bounded, Count, NotNegative, Share, WholeNumber, at_least
 
 Prompt = str | list[dict[str, Any]]
+_OF_A_POLICY = ("adapter_config.json", "config.json")
 
 
 @dataclass(frozen=True)
@@ -138,23 +142,36 @@ class Checkpoint:
     best: tuple[float | None, ...] = ()  # the same
 
 
+def policy_in(path: str) -> str:
+    """What is read of a path that names a policy: the policy in a run, or the path itself."""
+    inside = Path(path) / "policy"
+    return str(inside) if any((inside / name).exists() for name in _OF_A_POLICY) else path
+
+
 def policy_folder(path: str) -> Path:
     """The folder of a policy, adapters or a whole model: as given, or in a run. PoiseError if there is none."""
-    for folder in (Path(path) / "policy", Path(path)):
-        if (folder / "adapter_config.json").exists() or (folder / "config.json").exists():
-            return folder
+    folder = Path(policy_in(path))
+    if any((folder / name).exists() for name in _OF_A_POLICY):
+        return folder
     told, place = told_of(path), Path(path)
-    why = "the run is not finished" if "train-policy" in told else f"it is {told}" if told else ""
+    why = why_without(place, "policy") if "train-policy" in told else f"it is {told}" if told else ""
     why = f" ({why})" if why else ""
-    missing = "" if place.is_dir() else " (it is a file)" if place.exists() else " (there is no such folder)"
+    missing = "" if place.exists() else " (there is no such folder)"
     raise PoiseError(
         f"{path} holds no policy{why}; name a finished `poise train-policy` run, or the policy folder in it{missing}"
     )
 
 
-def refuse_unfinished(run: Path) -> None:
-    """Raise PoiseError for a folder that is no finished policy run."""
+def refuse_unfinished(run: Path, gold: str = "") -> None:
+    """Raise PoiseError for a folder that is no finished policy run, and for one whose reward is the gold itself."""
     if not (run / "final.jsonl").exists():
         told = told_of(run)
         why = f"it is {told}" if told and "train-policy" not in told else "it has no final.jsonl"
         raise PoiseError(f"{run} is not a finished policy run: {why if run.exists() else 'there is no such folder'}")
+    if gold and (run / "config.yaml").exists():
+        saved = checked(load_config_file(run / "config.yaml"), RewardSettings, str(run / "config.yaml"))
+        try:
+            taken = reward_folder(saved["reward"], saved["objective"], saved.get("heads"))
+        except PoiseError:
+            taken = ""  # it lies elsewhere now
+        refuse_itself(gold, saved["reward"], taken, option="--gold")

@@ -297,8 +297,9 @@ class Training:
             self.reward.objective = with_parameter(self._first_objective, value)
 
     def _drop_later_rows(self) -> None:
-        for name in ("metrics.jsonl", "samples.jsonl", "benchmarks.jsonl"):
-            keep_rows_before(self.out.folder / name, self.step)
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            keep_rows_before(self.out.folder / name, self.step, first=0)
+        keep_rows_before(self.out.folder / "benchmarks.jsonl", self.step)
         self.ladder.drop_from(self.step)
 
     def _resume_or_start(self) -> None:

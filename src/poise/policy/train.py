@@ -285,7 +285,7 @@ def _by_trl(
     ]
     stopped = "stop" if alarms and config.on_alarm == "stop" else "num_steps"
     results = {
-        "steps": len(rows),
+        "steps": rows[-1]["step"] + 1 if rows else 0,
         "ended_by": "max_kl" if above else stopped,
         "alarms": alarms,
         "best": best_of(out.folder) if config.validator else None,
@@ -296,7 +296,7 @@ def _by_trl(
 def _drop_from(out: Run, step: int) -> None:
     """Drop what a run of RLOO or GRPO wrote in a step and after it."""
     for name in ("metrics.jsonl", "samples.jsonl"):
-        keep_rows_before(out.folder / name, step)
+        keep_rows_before(out.folder / name, step, first=0)
     Ladder(out.folder, ()).drop_from(step)
 
 

@@ -8,7 +8,7 @@ import tyro
 
 from poise.errors import PoiseError
 from poise.runtime.run_kinds import kind_of
-from poise.runtime.settings import Settings
+from poise.runtime.settings import EachOnce, Settings
 
 _DEFAULT = ("runs/quickstart",)
 
@@ -17,7 +17,9 @@ _DEFAULT = ("runs/quickstart",)
 class ReportConfig(Settings):
     """Write the page of run folders: of any command that makes one, finished or not; several make one page."""
 
-    folders: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN [RUN …]")] = _DEFAULT
+    folders: Annotated[tyro.conf.Positional[tuple[str, ...]], EachOnce(), tyro.conf.arg(metavar="RUN [RUN …]")] = (
+        _DEFAULT
+    )
     """Run folders, e.g. runs/reward, or runs/policy runs/policy-2. Default: runs/quickstart."""
     output: str = ""
     """File to write. Default: report.html in the run folder; of several runs, in the folder that the first is in."""

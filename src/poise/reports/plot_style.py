@@ -72,7 +72,11 @@ def look(identifier: str) -> Iterator[None]:
 
 
 def svg(figure: Figure, identifier: str) -> str:
-    """The <svg> element alone, undated, every id made unique on the page by `identifier`, in the page's colors."""
+    """The <svg> element alone, undated, every id made unique on the page by `identifier`, in the page's colors.
+
+    identifier: may be the name of a folder; of characters that no id may have, the numbers are taken.
+    """
+    identifier = re.sub(r"[^A-Za-z0-9_-]", lambda found: f"-{ord(found[0]):x}-", identifier)
     buffer = io.StringIO()
     FigureCanvasSVG(figure).print_svg(buffer, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = buffer.getvalue()

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from poise.reports import run_plots
 from poise.reports.blocks import Answer, Answers, Cell, Chart, Charts, Made, Page, Part, Section, Table, Text
 from poise.reports.plot_style import column_of
 from poise.reports.quickstart_page import Verdict, duration, number, percent, read_json, signed
-from poise.runtime.display import visible_values
+from poise.runtime.display import short_names, visible_values
 from poise.runtime.records import read_rows
 from poise.runtime.run_folder import Json, load_config_file
 
@@ -25,17 +26,13 @@ _GLOSSARY = ("reward", "KL", "gap", "disagreement", "routing std", "ended", "val
 class PolicyRun:
     """A run folder's files, read once."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, name: str = ""):
+        self.folder, self.name = folder, name or folder.resolve().name
         self.settings: Json = visible_values(load_config_file(folder / "config.yaml"))
         metrics = folder / "metrics.jsonl"
         self.steps = list(read_rows(metrics)) if metrics.exists() else []
         self.results = read_json(folder / "results.json")
         self.alarms = [row["step"] for row in self.steps if row.get("alarm")]
-
-    @property
-    def name(self) -> str:
-        return self.folder.resolve().name
 
     @property
     def algorithm(self) -> str:
@@ -58,7 +55,8 @@ def page(folder: Path) -> Page:
     unfinished = "" if run.results else f"This run is not finished: {done} of {total} steps."
     sections = [Section("What happened", [_facts(run)])]
     if run.steps:
-        sections.append(Section("Over training", [Charts(charts([run], run.name), _caption(run))]))
+        own = f"{run.name}-{crc32(bytes(folder)):x}"  # others on the page may have the name
+        sections.append(Section("Over training", [Charts(charts([run], own), _caption(run))]))
     if samples := _samples(run):
         sections.append(Section("What it wrote, first and last", [samples]))
     sections.append(Section("How it was made", [Made.of(folder)]))
@@ -70,7 +68,8 @@ def page(folder: Path) -> Page:
 
 def together(folders: Sequence[Path]) -> Page:
     """Several policy runs in the same charts."""
-    runs = [PolicyRun(folder) for folder in folders]
+    names = short_names([str(folder if folder.name else folder.resolve().name) for folder in folders])
+    runs = [PolicyRun(folder, name) for folder, name in zip(folders, names, strict=True)]
     rows = [[run.name, *(value for _, value in _numbers(run))] for run in runs]
     table = Table("Policies", ["Policy", *(name for name, _ in _numbers(runs[0]))], rows)
     note = Text("Rewards of different reward models or objectives have different units: compare shapes.", "note")

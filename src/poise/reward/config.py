@@ -31,6 +31,7 @@ from poise.runtime.settings import (
     WholeNumber,
     at_least,
     between,
+    same_value,
 )
 
 Trunk = Literal["frozen", "lora", "full"]
@@ -186,7 +187,7 @@ class EvaluateConfig(Settings):
 
     RUN_FOLDER = True
 
-    rewards: Annotated[tuple[Reward, ...], EachOnce()]
+    rewards: Annotated[tuple[Reward, ...], EachOnce(checkpoint_folder)]
     """Reward models, e.g. one training from several seeds: checkpoint folders, hub ids of one-label classifiers,
     ensembles, or `poise train-reward` runs."""
     file: Annotated[str, Rows("questions")]
@@ -247,6 +248,8 @@ class ScoreConfig(Settings):
         if suffix in _NOT_WRITTEN:
             raise PoiseError(f"--output {self.output}: scores are written as .jsonl or .parquet, not as {suffix}")
         if self.output:
+            if same_value(self.output, self.file):
+                raise PoiseError(f"--output {self.output} is the file that is scored; choose another name")
             check_scores(Path(self.output))
 
 
@@ -254,7 +257,10 @@ class ScoreConfig(Settings):
 class EnsembleConfig(Settings):
     """Combine reward models, the members, into a folder that every command reads as one with all their heads."""
 
-    members: Annotated[tyro.conf.Positional[tuple[Reward, ...]], EachOnce(), tyro.conf.arg(metavar="REWARD [REWARD …]")]
+    members: Annotated[
+        tyro.conf.Positional[tuple[Reward, ...]], EachOnce(checkpoint_folder),
+        tyro.conf.arg(metavar="REWARD [REWARD …]"),
+    ]  # fmt: skip
     """Reward models: checkpoint folders, hub ids or `poise train-reward` runs."""
     reference: Preferences
     """Preferences. Each member's reward is scaled to mean 0 and std 1 over their texts, so that none dominates."""

@@ -53,6 +53,7 @@ class Evaluated:
 # ---- folders that may be written again ----
 
 _LONGEST_ROW = 1 << 24  # bytes of a row of scores that are looked at
+_SCORED = {"prompt", "completion", "reward", "mean_0"}  # columns of scores in Parquet
 EXPORT_MARK = "poise_export"  # key of config.json by which an earlier export is known
 
 
@@ -110,12 +111,22 @@ def check_scores(target: Path) -> None:
         raise PoiseError(f"--output {target} is a folder; name a file")
     if not target.is_file() or not target.stat().st_size:
         return
-    with target.open("rb") as file:
-        first = file.readline(_LONGEST_ROW)
-    ours = (
-        first.startswith(b"PAR1")
-        if target.suffix.lower() == ".parquet"
-        else b'"reward": ' in first and b'"mean": ' in first
-    )
+    if target.suffix.lower() == ".parquet":
+        ours = _columns(target) >= _SCORED
+    else:
+        with target.open("rb") as file:
+            first = file.readline(_LONGEST_ROW)
+        # A run's samples and a server's log have these, too, after a step or a time.
+        ours = first.startswith(b'{"prompt": ') and b'"reward": ' in first and b'"mean": ' in first
     if not ours:
         raise PoiseError(f"--output {target} exists and holds no scores; choose another name")
+
+
+def _columns(path: Path) -> set[str]:
+    """Names of a Parquet file's columns; none of another file."""
+    import pyarrow.parquet
+
+    try:
+        return set(pyarrow.parquet.read_schema(path).names)
+    except (OSError, pyarrow.ArrowException):
+        return set()

@@ -18,6 +18,7 @@ feature cache. The validator is made before them, in the same way and on a trunk
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -192,7 +193,7 @@ def _train_validator(config: Config, folder: Path, split: PreferenceSplit) -> Js
 def make_trunk(config: Config, folder: Path, split: PreferenceSplit) -> FeatureExtractor:
     """The trunk whose features the heads read: the model's own, or FOLDER/trunk, which stage 1 tunes on the split."""
     if config.trunk == "frozen" or (folder / "trunk").exists():
-        classifier, tokenizer = load_trunk(*trunk_source(config, folder))
+        classifier, tokenizer = _load_trunk(config, folder)
     else:
         # Weights that are trained need more digits than bfloat16 has, also where it does the arithmetic.
         classifier, tokenizer = load_trunk(config.model, config.num_layers, dtype=torch.float32, place=_place(config))
@@ -219,6 +220,16 @@ def _place(config: Config) -> torch.device | None:
 def trunk_source(config: Config, folder: Path) -> tuple[str, int]:
     """(model, layers of it to keep) that stage 1 leaves a run in `folder` with, as `load_trunk` takes them."""
     return (config.model, config.num_layers) if config.trunk == "frozen" else (str(folder / "trunk"), 0)
+
+
+def _load_trunk(config: Config, folder: Path, **how: Any) -> tuple[HfModel, HfTokenizer]:
+    """What stage 1 left, by `load_trunk`; of a trunk that it trained a PoiseError says how to have it again."""
+    source, layers = trunk_source(config, folder)
+    try:
+        return load_trunk(source, layers, **how)
+    except PoiseError as error:
+        again = "" if config.trunk == "frozen" else f"; delete {source} and start again: it is trained anew"
+        raise PoiseError(f"{error}{again}") from None
 
 
 def _tune(
@@ -265,7 +276,7 @@ def _tune_brme(config: Config, folder: Path, trained: HeadTraining, split: Prefe
     """
     per_head = config.stage2_trunk == "lora_per_head"
     start = trained.models["brme"]
-    classifier, tokenizer = load_trunk(*trunk_source(config, folder), dtype=torch.float32, place=_place(config))
+    classifier, tokenizer = _load_trunk(config, folder, dtype=torch.float32, place=_place(config))
     with_heads(classifier, start.weight)
     extract = FeatureExtractor(classifier, tokenizer, config.max_length)
     point = config.head_loss == "bradley_terry"

@@ -322,7 +322,7 @@ def fine_tune(
     spare = copy.deepcopy((classifier, adapters)) if trainer.sharded else None
     checkpoint = latest_checkpoint(folder / "trainer")
     if is_main_process():
-        keep_rows_before(metrics, 1 + (int(checkpoint.name.split("-")[-1]) if checkpoint else 0))
+        keep_rows_before(metrics, 1 + (int(checkpoint.name.split("-")[-1]) if checkpoint else 0), first=1)
     with quiet_loading(), without_noise(classifier):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if spare is not None:

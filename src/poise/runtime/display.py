@@ -2,6 +2,8 @@
 
 import re
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 # Control characters but tab and line feed; marks that reorder or hide text; line separators; lone surrogates.
@@ -27,6 +29,16 @@ def on_one_line(text: str) -> str:
     'a\\\\nb'
     """
     return visible(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """The last part of each path; the whole path where two would be called the same.
+
+    >>> short_names(["runs/a/single", "runs/b/single", "runs/b/brme"])
+    ['runs/a/single', 'runs/b/single', 'brme']
+    """
+    short = [Path(path).name for path in paths]
+    return [name if name and short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
 
 
 def markdown_code(text: str) -> str:

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -228,6 +229,15 @@ def _leftover_prefix(name: str) -> str:
 def is_leftover(name: str) -> bool:
     """Is it the name of what a process prepares, or prepared when it was killed?"""
     return name.startswith(".") and ".poise-" in name
+
+
+def without_leftovers(path: str) -> str:
+    """A path as its user knows it, with the names of what it becomes in place of what a process prepares.
+
+    >>> without_leftovers("runs/.out.poise-host-12/config.json")
+    'runs/out/config.json'
+    """
+    return re.sub(r"(^|/)\.([^/]+)\.poise-[^/]+", r"\1\2", path)
 
 
 def _escaped(name: str) -> str:

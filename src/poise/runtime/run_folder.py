@@ -25,6 +25,7 @@ import yaml
 from poise.errors import PoiseError
 from poise.runtime import inputs as run_inputs
 from poise.runtime.config_files import load_config_file
+from poise.runtime.display import say
 from poise.runtime.folders import (
     MARK,
     is_leftover,
@@ -39,7 +40,7 @@ from poise.runtime.folders import (
 from poise.runtime.inputs import Inputs
 from poise.runtime.records import Json, as_lines, as_text, mend_last_line, read_object, read_rows
 from poise.runtime.run_kinds import command_of, made_by
-from poise.runtime.settings import at_least
+from poise.runtime.settings import at_least, same_value
 
 __all__ = ["Inputs", "Json", "Run", "load_config_file", "write_folder_atomic"]
 
@@ -206,7 +207,9 @@ def _defaults(config: Any) -> Json:
 
 def _changed_fields(old: Json, new: Json) -> list[str]:
     # Where a run lives is not what it computes: a moved folder is still the same run.
-    return sorted(key for key in old.keys() | new.keys() if key != "output" and old.get(key) != new.get(key))
+    return sorted(
+        key for key in old.keys() | new.keys() if key != "output" and not same_value(old.get(key), new.get(key))
+    )
 
 
 def environment() -> Json:
@@ -296,13 +299,20 @@ def _is_more(now: Any, before: Any) -> bool:
     return type(before) in (int, float) and bool(now > before)
 
 
-def keep_rows_before(path: Path, step: int) -> None:
+def keep_rows_before(path: Path, step: int, first: int | None = None) -> None:
     """Drop rows logged at or after `step`: the part of a killed run that its last checkpoint does not know.
 
+    first: of a file with rows of every step, the number of its first; where rows are gone, a line says so.
     Raises PoiseError for rows that are out of order, as a run never leaves them.
     """
+    kept = [row for row in _in_order(path) if row["step"] < step] if path.exists() else []
     if path.exists():
-        write_jsonl(path, [row for row in _in_order(path) if row["step"] < step])
+        write_jsonl(path, kept)
+    if first is not None and (gone := step - first - len({row["step"] for row in kept})) > 0:
+        say(
+            f"warning: {path} lacks {gone} of the {step - first} steps that were made, and so will the page; bring the "
+            f"file back to have them"
+        )
 
 
 def _in_order(path: Path) -> Iterator[Json]:

@@ -20,6 +20,10 @@ _SETTINGS = {
     "toy": {"num_seeds", "heads_kl_coef"},
 }
 _WITHOUT_PAGE = {"toy"}
+_OTHERS = {
+    "ensemble.json": "an ensemble of reward models", "adapter_config.json": "a folder of adapters",
+    "config.json": "the folder of one model",
+}  # fmt: skip
 
 
 def command_of(settings: Collection[str]) -> str:
@@ -54,10 +58,23 @@ def kind_of(folder: str | Path) -> str:
     raise PoiseError(f"{folder} is a run of a command that has no page ({have} have one)")
 
 
+def why_without(run: Path, name: str) -> str:
+    """Why a run lacks a folder that it ends with, and what to do: it is not finished, or the folder was deleted."""
+    if not (run / "results.json").exists():
+        return "the run is not finished"
+    return f"{name} was deleted since it finished; delete {run}/results.json and start its command again to have it"
+
+
 def told_of(folder: str | Path) -> str:
-    """The same in words, to tell somebody who took the folder for something else; an empty text for other folders."""
+    """The same in words, to tell somebody who took it for something else; also of a file, a model and adapters.
+
+    An empty text for other folders.
+    """
+    folder = Path(folder)
     try:
-        kind = made_by(folder)
+        if kind := made_by(folder):
+            return f"a run of `poise {kind}`"
+        found = next((words for name, words in _OTHERS.items() if (folder / name).exists()), "")
+        return "a file" if folder.is_file() else found
     except (PoiseError, OSError, ValueError):
         return ""
-    return f"a run of `poise {kind}`" if kind else ""

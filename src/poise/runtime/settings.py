@@ -91,7 +91,12 @@ class Rows:
 
 @dataclass(frozen=True)
 class EachOnce:
-    """Marks a list in which nothing may stand twice: a model or an arm beside itself says nothing."""
+    """Marks a list in which nothing may stand twice: a model or an arm beside itself says nothing.
+
+    means: of a name the folder that is read, where several names have the same: a run, and the checkpoint in it.
+    """
+
+    means: Callable[[str], str] = str
 
 
 @dataclass(frozen=True)
@@ -173,8 +178,9 @@ def check_settings(config: Any, inside: str = "", default: Any = None) -> None:
         texts = value if isinstance(value, (tuple, list)) else [value] if getattr(default, name, None) != value else []
         if any(isinstance(text, str) and not text.strip() for text in texts):
             raise PoiseError(f"{option} is empty; name something, or leave it out")
-        if any(isinstance(mark, EachOnce) for mark in marks(kind)) and (again := _first_again(value)) is not None:
-            raise PoiseError(f"{option} names {again} twice")
+        for mark in marks(kind):
+            if isinstance(mark, EachOnce) and (again := _first_again(value, mark.means)):
+                raise PoiseError(f"{option} names {again} twice")
 
 
 def unread(config: Settings, inside: str = "", default: Any = None) -> Iterator[str]:
@@ -194,10 +200,27 @@ def unread(config: Settings, inside: str = "", default: Any = None) -> Iterator[
                 yield f"{option} is not read: it needs {words}"
 
 
-def _first_again(items: Any) -> Any:
-    """The first item of a list that has stood before, of names of files also in another spelling; None if none has."""
-    same = [os.path.realpath(one.strip()) if isinstance(one, str) and "\0" not in one else one for one in items]
-    return next((one for i, one in enumerate(items) if same[i] in same[:i]), None)
+def _first_again(items: Any, means: Callable[[str], str]) -> str:
+    """The first item of a list that has stood before, also by another name, which is said then; "" if none has."""
+    found: dict[Any, Any] = {}
+    for one in items:
+        plain = isinstance(one, str) and "\0" not in one
+        same = os.path.realpath(means(one.strip())) if plain else one
+        if same in found:
+            other = plain and os.path.realpath(one.strip()) != os.path.realpath(found[same].strip())
+            return f"{one}, which is {found[same]}," if other else str(one)
+        found[same] = one
+    return ""
+
+
+def same_value(one: Any, other: Any) -> bool:
+    """Are two plain values of a setting the same, or names of one file or folder in two spellings?"""
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same_value, one, other))
+    try:
+        return one == other or (isinstance(one, str) and isinstance(other, str) and os.path.samefile(one, other))
+    except (OSError, ValueError):
+        return False  # there is no such file
 
 
 def check_value(name: str, value: Any, kind: Any) -> None:

@@ -12,6 +12,7 @@ import tyro
 
 from poise.errors import PoiseError
 from poise.functional.objective_names import read_objective
+from poise.models.formats import checkpoint_folder
 from poise.models.run_heads import refuse_itself
 from poise.runtime.settings import (
     Bounded,
@@ -37,7 +38,9 @@ class ServeConfig(Settings):
     """Serve reward models to training engines over HTTP."""
 
     rewards: Annotated[
-        tyro.conf.Positional[tuple[Reward, ...]], EachOnce(), tyro.conf.arg(metavar="REWARD [REWARD …]")
+        tyro.conf.Positional[tuple[Reward, ...]],
+        EachOnce(checkpoint_folder),
+        tyro.conf.arg(metavar="REWARD [REWARD …]"),
     ] = ()
     """The rewards: checkpoint folders, hub ids, `poise train-reward` runs or an ensemble. Several act as one."""
     backend: Literal["local", "vllm"] = "local"
@@ -145,11 +148,13 @@ class ServeConfig(Settings):
 
 def _refuse_other_log(path: Path) -> None:
     """Raise PoiseError for a file that holds something else than the rows of a log: they would be added to it."""
+    if path.is_dir():
+        raise PoiseError(f"--log {path} is a folder; name a file")
     if not path.is_file() or not path.stat().st_size:
         return
     with path.open("rb") as file:
         first = file.readline(_LONGEST_ROW)
-    if b'"completion": ' not in first or b'"mean": ' not in first:
+    if not first.startswith(b'{"time": ') or b'"mean": ' not in first:  # others, such as a run's samples, have it too
         raise PoiseError(f"--log {path} exists and holds no log of `poise serve`; choose another name")
 
 

@@ -24,11 +24,11 @@ from poise.functional.choice import LEVEL, Decision, Ladder, choose
 from poise.models.loading import load_policy
 from poise.models.policy import Policy
 from poise.runtime import records
-from poise.runtime.folders import MARK, is_leftover, own
+from poise.runtime.folders import own
 from poise.runtime.ladder import kept_policies
 from poise.runtime.progress import console
 from poise.runtime.run_folder import Json, load_config_file, write_json, write_jsonl
-from poise.studies.choose_config import Config, read_key, refuse_other_run
+from poise.studies.choose_config import Config, read_key, refuse_other_files, refuse_other_run
 from poise.studies.judgments import judgments_of
 from poise.studies.pool import prompt_key, sample
 
@@ -56,9 +56,7 @@ def run(config: Config) -> Json | None:
 
 
 def _prepare(config: Config, out: Path) -> None:
-    mine = {MARK, "ladder.jsonl", "comparisons.jsonl"}  # a killed process may have left them
-    if out.is_dir() and any(path.name not in mine and not is_leftover(path.name) for path in out.iterdir()):
-        raise PoiseError(f"--output {out} holds other files; choose another folder or delete it")
+    refuse_other_files(out)
     rows = from_run(config) if Path(config.source).is_dir() else read_ladder(config.source)
     comparisons, key = draw(rows, config.per_rung, config.seed)
     own(out)

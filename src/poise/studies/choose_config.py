@@ -8,9 +8,10 @@ import tyro
 
 from poise.data.files import no_such_file
 from poise.errors import PoiseError
+from poise.runtime.folders import MARK, is_leftover
 from poise.runtime.records import Json, read_object
 from poise.runtime.run_kinds import told_of
-from poise.runtime.settings import Count, Positive, Seed, between, shown, sized
+from poise.runtime.settings import Count, Positive, Seed, between, same_value, shown, sized
 from poise.studies.judge_settings import JudgeSettings
 
 
@@ -56,6 +57,7 @@ class Config(JudgeSettings):
             refuse_other_run(source)
         elif self.rungs != Config.rungs:
             raise PoiseError(f"--rungs is only read with a run; {source} is a file, which has its own")
+        refuse_other_files(Path(self.output))
         return self
 
 
@@ -63,7 +65,7 @@ def read_key(config: Config) -> Json:
     """OUTPUT/key.json. Raises PoiseError for comparisons of another source, or that were drawn in another way."""
     out = Path(config.output)
     key = read_object(out / "key.json")
-    if key.get("source") != config.source:
+    if not same_value(key.get("source"), config.source):
         raise PoiseError(f"--output {out} holds comparisons of {key.get('source')}; choose another folder")
     for name, value in config.how_drawn().items():
         if key.get(name, value) != value:  # earlier versions did not write it down
@@ -72,6 +74,13 @@ def read_key(config: Config) -> Json:
                 f"({shown(key[name])}); choose another folder"
             )
     return key
+
+
+def refuse_other_files(out: Path) -> None:
+    """Raise PoiseError for a folder that holds something else than comparisons that are not drawn to the end."""
+    mine = {MARK, "ladder.jsonl", "comparisons.jsonl"}  # a killed process may have left them
+    if out.is_dir() and any(path.name not in mine and not is_leftover(path.name) for path in out.iterdir()):
+        raise PoiseError(f"--output {out} holds other files; choose another folder or delete it")
 
 
 def refuse_other_run(run: Path) -> None:

@@ -14,6 +14,7 @@ from poise.errors import PoiseError
 from poise.functional.monitor import text_signs
 from poise.functional.statistics import bootstrap_interval
 from poise.policy.formats import FinalRow, RewardSettings, SampleRow, StepRow, refuse_unfinished
+from poise.runtime.display import short_names
 from poise.runtime.records import read_rows
 from poise.runtime.run_folder import Json, Run, load_config_file
 from poise.studies.config import CompareConfig as Config
@@ -29,17 +30,23 @@ _OF_GOLD = {"gold", "peak_gold", "drawdown", "initial_gold", "initial_gold_std"}
 def run(config: Config) -> Run:
     """Read the arms' completions, score them by gold, compare. Takes seconds; always done anew."""
     config.check()
-    labels = config.labels or tuple(Path(arm).name for arm in config.arms)
+    labels = config.labels or short_names(config.arms)
     finals = [_final(Path(arm), config.gold) for arm in config.arms]
     by_prompt = [_gold_by_prompt(rows) for rows in finals]
     if any(golds.keys() != by_prompt[0].keys() for golds in by_prompt):
         raise PoiseError("the arms were not evaluated on the same prompts")
+    sampled = list(read_rows(Path(config.pool) / "pool.jsonl", PoolRow)) if config.pool else []
+    if sampled and _by_prompt(sampled).keys() != by_prompt[0].keys():
+        raise PoiseError(f"--pool {config.pool} is of other prompts than those that the arms were evaluated on")
     out = Run.open(config.output, config)
     arms = [
         _arm(Path(arm), label, rows, config.gold) for arm, label, rows in zip(config.arms, labels, finals, strict=True)
     ]
+    names = [arm["name"] for arm in arms]
+    names = [name if names.count(name) == 1 else path for name, path in zip(names, config.arms, strict=True)]
+    arms = [arm | {"name": name} for arm, name in zip(arms, names, strict=True)]
     per_prompt = len(finals[0]) // len(by_prompt[0])
-    initial = _initial(Path(config.pool), per_prompt, config.gold) if config.pool else {}
+    initial = _initial(sampled, per_prompt, config.gold) if sampled else {}
     for arm in arms if "gold" in initial else []:
         arm |= {"initial_gold": initial["gold"], "initial_gold_std": initial["gold_std"]}
     differences = []
@@ -47,7 +54,6 @@ def run(config: Config) -> Run:
         paired = np.array([golds[prompt] - by_prompt[0][prompt] for prompt in golds])
         difference: Json = {"arm": arm["name"], "against": arms[0]["name"], "num_prompts": len(paired)}
         differences.append(difference | {"gold": float(paired.mean()), "interval": bootstrap_interval(paired)})
-    names = [arm["name"] for arm in arms]
     found = {"initial": initial, "arms": arms, "differences": differences, "completions": _side_by_side(names, finals)}
     out.finish(found if config.gold else _without_gold(found))
     return out
@@ -60,9 +66,8 @@ def _without_gold(found: Any) -> Any:
     return [_without_gold(value) for value in found] if isinstance(found, list) else found
 
 
-def _initial(pool: Path, per_prompt: int, gold: str) -> Json:
+def _initial(rows: list[Json], per_prompt: int, gold: str) -> Json:
     """The initial policy on the same prompts; variety is counted on as many completions as the arms have."""
-    rows = list(read_rows(pool / "pool.jsonl", PoolRow))
     texts = [row["completion"] for part in _by_prompt(rows).values() for row in part[:per_prompt]]
     if not gold:
         return {"distinct_bigrams": distinct_bigrams(texts)}
@@ -105,6 +110,8 @@ def _arm(folder: Path, label: str, final: list[Json], gold: str) -> Json:
     samples = list(read_rows(folder / "samples.jsonl", SampleRow))
     if not metrics or {step["step"] for step in metrics} != {row["step"] for row in samples}:
         raise PoiseError(f"{folder}: metrics.jsonl and samples.jsonl are not of the same steps; it cannot be compared")
+    if metrics[0]["step"] != 0:
+        raise PoiseError(f"{folder}: metrics.jsonl and samples.jsonl lack the first steps; it cannot be compared")
     golds: dict[int, list[float]] = {}
     for row, value in zip(samples, _gold_of(samples, gold), strict=True):
         golds.setdefault(row["step"], []).append(float(value))

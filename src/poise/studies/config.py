@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 from poise.data.preferences import OnBadRow
@@ -126,6 +127,11 @@ class Config(Settings):
     multiply kl_coef by twenty. An empty model means --model. The study sets prompts, eval-prompts, reward, objective,
     output and seed."""
 
+    READ_WITH = MappingProxyType({
+        "raters": (lambda one: "raters" in one.label_noise, "--label-noise raters"),
+        "pool_seeds": (lambda one: one.pool_size, "--pool-size"),
+    } | dict.fromkeys(("policy_noise", "reward_seeds"), (lambda one: one.policy_seeds, "--policy-seeds")))  # fmt: skip
+
     def check(self) -> None:
         """Raise PoiseError, one line, for settings that no study can have."""
         check(completed(self))
@@ -206,7 +212,7 @@ class BestOfNConfig(Settings):
         for reward, _, objective in (text.partition(":") for text in self.objectives):
             by_folder.setdefault(reward, []).append(objective)
         for run in self.reward:
-            check_reward_run(run, by_folder)
+            check_reward_run(run, by_folder, self.gold)
         return self
 
 
@@ -241,7 +247,7 @@ class CompareConfig(Settings):
         """As `Settings.for_command`: the arms are there."""
         self.check()
         for arm in self.arms:
-            refuse_unfinished(Path(arm))
+            refuse_unfinished(Path(arm), self.gold)
         if self.pool and not (Path(self.pool) / "pool.jsonl").exists():
             told = told_of(self.pool)
             why = f"it is {told}" if told and "best-of-n" not in told else "it has no pool.jsonl"
@@ -308,7 +314,7 @@ def _check_arms_and_noise(config: Config) -> None:
         raise PoiseError("--arms needs at least two, each once")
     if len(set(config.label_noise)) < len(config.label_noise) or not all(map(_is_noise, config.label_noise)):
         raise PoiseError("--label-noise takes shares in [0, 0.5] or `raters`, each once")
-    if unknown := [noise for noise in config.policy_noise if noise not in config.label_noise]:
+    if unknown := [noise for noise in config.policy_noise if config.policy_seeds and noise not in config.label_noise]:
         raise PoiseError(f"--policy-noise {unknown[0]} is not among --label-noise {' '.join(config.label_noise)}")
     if "raters" in config.label_noise and not config.raters:
         raise PoiseError("--label-noise raters needs --raters: the same pairs with the labels of single raters")
@@ -320,11 +326,11 @@ def _check_nested(config: Config) -> None:
     for name, own in SET_BY_STUDY.items():
         group, key = name.split(".")
         if given[group][key] != default[group][key]:
-            raise PoiseError(f"--{_option(name)} is set by the study; leave it out and see {own}")
+            raise PoiseError(f"--{name.replace('_', '-')} is set by the study; leave it out and see {own}")
     tuned = next((name for name in ("trunk", "stage2_trunk") if given["reward"][name] != "frozen"), None)
     if tuned and config.pool_size:
         raise PoiseError(
-            f"--{_option(f'reward.{tuned}')} {given['reward'][tuned]} needs --pool-size 0: "
+            f"--reward.{tuned.replace('_', '-')} {given['reward'][tuned]} needs --pool-size 0: "
             "best-of-n trains its reward models on one frozen trunk"
         )
     with _options_of("reward"):
@@ -341,10 +347,6 @@ def _options_of(group: str, before: str = "") -> Iterator[None]:
         yield
     except PoiseError as error:
         raise PoiseError(before + re.sub(r"--(?=[a-z])", f"--{group}.", str(error))) from None
-
-
-def _option(name: str) -> str:
-    return name.replace("_", "-")
 
 
 def _is_noise(label: str) -> bool:

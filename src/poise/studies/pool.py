@@ -156,8 +156,10 @@ def prompt_key(prompt: Prompt) -> str:
 
 
 def prompt_label(prompt: Prompt) -> str:
-    """A prompt as one line for display: its last user turn, which several conversations may share."""
-    return prompt if isinstance(prompt, str) else next(t["content"] for t in reversed(prompt) if t["role"] == "user")
+    """A prompt as one line for display: its last user turn, which several conversations may share, or its last turn."""
+    if isinstance(prompt, str):
+        return prompt
+    return next((turn["content"] for turn in reversed(prompt) if turn["role"] == "user"), prompt[-1]["content"])
 
 
 def samples_of(rows: Sequence[Json]) -> list[Sample]:

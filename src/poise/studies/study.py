@@ -52,6 +52,7 @@ from poise.runtime.run_folder import (
     write_atomic,
     write_json,
 )
+from poise.runtime.settings import same_value
 from poise.studies import best_of_n, compare
 from poise.studies import pool_study as study_pool
 from poise.studies import quickstart as recipes
@@ -240,7 +241,7 @@ def _open(config: Config) -> Run:
         # An earlier version may have written it: some settings had other names, and a missing one had its default.
         before = settings(Config()) | {RENAMED.get(key, key): value for key, value in _kept(path).items()}
         known = before.get("digests", {})
-        changed = sorted(key for key in fixed if before.get(key) != fixed[key])
+        changed = sorted(key for key in fixed if not same_value(before.get(key), fixed[key]))
         changed += [f"what {key} holds" for key in digests if known.get(key, digests[key]) != digests[key]]
         if changed:
             raise PoiseError(
