@@ -67,6 +67,9 @@ def test_a_saved_data_set_is_read_and_of_several_splits_the_training_one(tmp_pat
     assert list(raw_rows(tmp_path / "both")) == READ
     with pytest.raises(PoiseError, match="has the splits dev, test and no `train`; give the folder of one split"):
         list(raw_rows(tmp_path / "neither"))
+    datasets.DatasetDict({"train": rows.select([]), "test": rows}).save_to_disk(tmp_path / "empty")
+    with pytest.raises(PoiseError, match="has no row, or a split without one"):
+        list(raw_rows(tmp_path / "empty"))
     (tmp_path / "mine").mkdir()
     with pytest.raises(PoiseError, match="is a folder that `datasets` did not save; name a file"):
         list(raw_rows(tmp_path / "mine"))

@@ -209,6 +209,8 @@ def _saved_data_set(folder: Path) -> Iterator[dict[str, Any]]:
         loaded = datasets.load_from_disk(str(folder))
     except FileNotFoundError as error:
         raise PoiseError(f"{folder} is not whole, as `datasets` saved it: {first_line(error)}") from None
+    except IndexError:  # what `datasets` makes of a data set without a shard
+        raise PoiseError(f"{folder} has no row, or a split without one; give the folder of a split with rows") from None
     if isinstance(loaded, datasets.DatasetDict):
         if "train" not in loaded:
             raise PoiseError(
