@@ -54,7 +54,7 @@ def device() -> torch.device:
 
 
 def frozen_dtype() -> torch.dtype:
-    """bfloat16 on a GPU; float32 on a CPU, where bfloat16 is emulated and many times slower."""
+    """bfloat16 on a GPU; float32 on a CPU, where bfloat16 is emulated, or (with AMX) not worth what it rounds away."""
     return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
