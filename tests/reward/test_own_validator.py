@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -71,7 +72,10 @@ def prompts_and_texts(rows: Sequence[Preference]) -> tuple[set[str], set[str]]:
 def test_no_prompt_or_text_is_of_both(drawn: list[tuple[int, int, int]], share: float, seed: int) -> None:
     rows = [Preference(f"prompt {p}", f"text {a}", f"text {b}") for p, a, b in drawn if a != b]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_reward, "row_check_of", lambda _: None)
+        for name in ("load_tokenizer", "resolve_model", "row_check", "load_config"):
+            patch.setattr(train_reward, name, MagicMock())
+        patch.setattr(train_reward, "context_length", lambda _: 256)
+        patch.setattr(train_reward, "told_apart", lambda preferences, *_: preferences)
         patch.setattr(train_reward, "read_preferences", lambda *_: rows)
         try:
             own, back = train_reward.read(Config("p", validator_share=share, seed=seed))

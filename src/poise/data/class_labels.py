@@ -4,7 +4,7 @@ The names stand in the schema of the table, also in Parquet and Arrow files that
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 _LISTS = ("List", "LargeList", "Sequence")
@@ -13,14 +13,15 @@ _NO_CLASS = -1
 
 def with_class_names(
     rows: Iterable[dict[str, Any]], metadata: Mapping[bytes, bytes] | None
-) -> Iterator[dict[str, Any]]:
+) -> Iterable[dict[str, Any]]:
     """Rows with the name of each class in place of its number; None where `datasets` writes that there is none.
 
     metadata: of the table's schema.
     """
     of_classes = {name: kind for name, kind in _features(metadata).items() if '"ClassLabel"' in json.dumps(kind)}
-    for row in rows:
-        yield row | {name: _named(row[name], kind) for name, kind in of_classes.items() if name in row}
+    if not of_classes:
+        return rows
+    return (row | {name: _named(row[name], kind) for name, kind in of_classes.items() if name in row} for row in rows)
 
 
 def _features(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ come.
 import io
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -173,9 +173,10 @@ def _parquet(file: Any) -> Iterator[dict[str, Any]]:
 
     # Without buffers of whole columns: a row group may be the whole file.
     table = pyarrow.parquet.ParquetFile(file, buffer_size=_PARQUET_BUFFER, pre_buffer=False)
-    _named_once(table.schema_arrow.names)
+    schema = table.schema_arrow
+    _named_once(schema.names)
     for batch in table.iter_batches(_ROWS_AT_ONCE):
-        yield from with_class_names(batch.to_pylist(), table.schema_arrow.metadata)
+        yield from with_class_names(batch.to_pylist(), schema.metadata)
 
 
 def _arrow(file: Any, is_file: bool) -> Iterator[dict[str, Any]]:
@@ -220,7 +221,7 @@ def _saved_data_set(folder: Path) -> Iterator[dict[str, Any]]:
     yield from _plain_rows(loaded)
 
 
-def _plain_rows(loaded: Any) -> Iterator[dict[str, Any]]:
+def _plain_rows(loaded: Any) -> Iterable[dict[str, Any]]:
     """Rows of a data set as Python's own values, in whatever format it was saved, with the names of its classes."""
     return with_class_names(loaded.with_format(None), loaded.features.arrow_schema.metadata)
 

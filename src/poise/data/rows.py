@@ -122,9 +122,9 @@ class Understood:
             file.writelines(json.dumps(row) + "\n" for row in self.bad)
             file.flush()
             os.fsync(file.fileno())
-        first = next(iter(self.bad))
         where = f"set aside in {aside}"
         if self.in_memory:  # the program's own rows: the file may be gone soon
+            first = next(iter(self.bad))
             where = f"left out, e.g. row {first['line']}: {first['reason']}"
         self._print(f"{self.refused} bad rows of {self.num_rows} {where}")
 

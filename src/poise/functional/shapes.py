@@ -104,7 +104,8 @@ class _Axes:
         own.device = self.device
         fitted = {field: own.fit(field, one, kinds[field]) for field, one in zip(value._fields, value, strict=True)}
         self.device = own.device
-        return value._replace(**fitted)
+        fits = all(fitted[field] is one for field, one in zip(value._fields, value, strict=True))
+        return value if fits else value._replace(**fitted)
 
     def _array(self, name: str, value: Any, kind: Any) -> Any:
         is_tensor, numbers, axes, rest = _parts_of(kind)
