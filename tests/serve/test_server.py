@@ -247,7 +247,6 @@ def test_trl_gets_the_rewards(expected: float, url: str) -> None:
     assert found[1] != found[0]
     assert logged["poise/reward"] == pytest.approx(sum(found) / 3)
     assert "poise/head_0" in logged
-    trl_http._at_poise_url.cache_clear()
     assert trl_http.served_reward([PROMPT], [ANSWER]) == pytest.approx([expected], abs=1e-5)
 
 

@@ -8,13 +8,12 @@ TRL's commands take that of POISE_URL by its name: `trl grpo --reward_funcs pois
 For a reward model in the training process itself, see poise.integrations.trl_reward.
 """
 
-import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
 
 from poise.integrations.trl_turns import as_lists, as_pair
-from poise.serve.client import Client, scalars
+from poise.serve.client import Client, own_client, scalars
 
 
 class ServedReward:
@@ -28,22 +27,21 @@ class ServedReward:
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
         """Text and conversations both. Raises PoiseError if there is no reward."""
-        rows: list[dict[str, Any]] = []
-        pairs = [as_pair(*pair) for pair in zip(*as_lists(prompts, completions), strict=True)]
-        for prompt, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
-            rows += self.client.score(prompt, [completion for _, completion in group])
-        if (log_metric := columns.get("log_metric")) and rows:
-            numbers = [scalars(row) for row in rows]
-            for name in filter(lambda name: all(name in row for row in numbers), numbers[0]):
-                log_metric(f"poise/{name}", sum(row[name] for row in numbers) / len(numbers))
-        return [row["reward"] for row in rows]
-
-
-@functools.cache
-def _at_poise_url() -> ServedReward:
-    return ServedReward()
+        return _rewards(self.client, prompts, completions, columns.get("log_metric"))
 
 
 def served_reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
     """`ServedReward` of the server that POISE_URL names when it is first asked."""
-    return _at_poise_url()(prompts, completions, **columns)
+    return _rewards(own_client(), prompts, completions, columns.get("log_metric"))
+
+
+def _rewards(client: Client, prompts: Sequence[Any], completions: Sequence[Any], log_metric: Any) -> list[float]:
+    rows: list[dict[str, Any]] = []
+    pairs = [as_pair(*pair) for pair in zip(*as_lists(prompts, completions), strict=True)]
+    for prompt, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
+        rows += client.score(prompt, [completion for _, completion in group])
+    if log_metric and rows:
+        numbers = [scalars(row) for row in rows]
+        for name in filter(lambda name: all(name in row for row in numbers), numbers[0]):
+            log_metric(f"poise/{name}", sum(row[name] for row in numbers) / len(numbers))
+    return [row["reward"] for row in rows]

@@ -37,7 +37,7 @@ from poise.runtime.settings import (
     Settings,
     Share,
     WholeNumber,
-    check_bounds,
+    bounds,
 )
 from poise.runtime.trackers import check_trackers
 
@@ -279,7 +279,7 @@ class Config(PpoConfig):
             )
         if adapts and self.kl_horizon < self.prompts_per_step * self.completions_per_prompt:
             raise PoiseError(f"--kl-horizon {self.kl_horizon:g} must hold the completions of a step")
-        check_bounds(self.reward_floor, self.reward_ceiling)
+        bounds(self.reward_floor, self.reward_ceiling)
         if self.settle and (self.reward_ceiling is None or self.reward_ceiling <= 0):
             raise PoiseError("--settle needs a --reward-ceiling above 0, the initial policy's mean reward")
         if self.final_parameter is not None:

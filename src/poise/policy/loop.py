@@ -50,6 +50,7 @@ from poise.runtime.ladder import Best, Ladder, above_budget
 from poise.runtime.progress import Clock, console
 from poise.runtime.records import checked, undefined_as_none
 from poise.runtime.run_folder import Json, Run, append_jsonl, is_main_process, keep_rows_before
+from poise.runtime.settings import bounds
 
 
 class Training:
@@ -336,12 +337,8 @@ class Training:
         heads = joined(found)
         if self.validator:
             self.validator.fit(joined(watched), heads)
-        bounds = (config.reward_floor, config.reward_ceiling)
-        floor, ceiling = (
-            limit if bound is None else bound for bound, limit in zip(bounds, (-math.inf, math.inf), strict=True)
-        )
-        objective = self._objective()
-        self.reward.scale = scale = RewardScale.fit(heads, objective, floor, ceiling)
+        objective, within = self._objective(), bounds(config.reward_floor, config.reward_ceiling)
+        self.reward.scale = scale = RewardScale.fit(heads, objective, *within)
         combined = scale.combined(heads, objective)
         self.scale_interval = std_interval(combined.view(-1, config.completions_per_prompt))
         if is_main_process() and math.isfinite(self.scale_interval[0]):

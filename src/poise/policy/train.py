@@ -18,7 +18,6 @@ process would.
 """
 
 import dataclasses
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -59,6 +58,7 @@ from poise.runtime.run_folder import (
     write_folder_atomic,
     write_jsonl,
 )
+from poise.runtime.settings import bounds
 from poise.runtime.trackers import Track, tracked
 
 __all__ = ["Config", "run"]
@@ -234,10 +234,11 @@ def _by_trl(
         )  # fmt: skip
     names = {field.name for field in dataclasses.fields(trl_train.TrlSettings)}
     settings = trl_train.TrlSettings(**{name: getattr(config, name) for name in names})
+    floor, ceiling = bounds(config.reward_floor, config.reward_ceiling)
     of: dict[str, Any] = {
         "scale": str(out.folder / "scale.json"),
-        "floor": -math.inf if config.reward_floor is None else config.reward_floor,
-        "ceiling": math.inf if config.reward_ceiling is None else config.reward_ceiling,
+        "floor": floor,
+        "ceiling": ceiling,
         "regret_bonus": config.regret_bonus,
         "validator": config.validator,
     }

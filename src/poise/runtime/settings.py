@@ -128,10 +128,15 @@ Preferences = Annotated[str, Rows("preferences")]
 Prompts = Annotated[str, Rows("prompts")]
 
 
-def check_bounds(floor: float | None, ceiling: float | None) -> None:
-    """Raise PoiseError unless a reward's floor, if there is one, is below its ceiling: every reward would be equal."""
-    if floor is not None and ceiling is not None and floor >= ceiling:
-        raise PoiseError(f"--reward-floor must be below --reward-ceiling, got {floor:g} and {ceiling:g}")
+def bounds(floor: float | None, ceiling: float | None) -> tuple[float, float]:
+    """A reward's floor and ceiling, infinite where there is none.
+
+    Raises PoiseError unless the floor is below the ceiling: every reward would be equal.
+    """
+    low, high = -math.inf if floor is None else floor, math.inf if ceiling is None else ceiling
+    if low >= high:
+        raise PoiseError(f"--reward-floor must be below --reward-ceiling, got {low:g} and {high:g}")
+    return low, high
 
 
 class Settings:

@@ -24,8 +24,8 @@ from poise.runtime.settings import (
     Settings,
     at_least,
     between,
+    bounds,
     check_address,
-    check_bounds,
 )
 from poise.serve.client import TOKEN_VARIABLE
 
@@ -101,7 +101,7 @@ class ServeConfig(Settings):
                 f"objective {name} depends on which completions are scored together, and a server cannot know that; "
                 f"take tradeoff or worst_case"
             )
-        check_bounds(self.reward_floor, self.reward_ceiling)
+        bounds(self.reward_floor, self.reward_ceiling)
         if not self.scale and (self.reward_floor, self.reward_ceiling) != (None, None):
             raise PoiseError(
                 "--reward-ceiling and --reward-floor are in stds of the initial policy's rewards; give --scale, the "

@@ -4,7 +4,6 @@ A stop answers every request that was accepted, refuses new ones, and exits with
 """
 
 import contextlib
-import math
 import os
 import signal
 import socket
@@ -16,6 +15,7 @@ import uvicorn
 from poise.errors import PoiseError
 from poise.models.scale_file import ScaleFile
 from poise.runtime.progress import console
+from poise.runtime.settings import bounds
 from poise.serve import vllm
 from poise.serve.app import Limits, make_app
 from poise.serve.backend import RewardModels, local, validator
@@ -52,11 +52,8 @@ def rewards_of(config: Config, models: RewardModels) -> Rewards:
     """The reward that the settings describe, of loaded reward models."""
     file = None
     if config.scale:
-        bounds = (
-            -math.inf if config.reward_floor is None else config.reward_floor,
-            math.inf if config.reward_ceiling is None else config.reward_ceiling,
-        )
-        file = ScaleFile(Path(config.scale), config.objective, models.fingerprint, models.layout.num_heads, *bounds)
+        within = bounds(config.reward_floor, config.reward_ceiling)
+        file = ScaleFile(Path(config.scale), config.objective, models.fingerprint, models.layout.num_heads, *within)
     return Rewards(models, config.objective, file, config.scale_count, config.max_queue, validator(config))
 
 

@@ -1,11 +1,11 @@
 """The arms of a study: which reward model, which objective, and what differs from the study's policy settings."""
 
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from poise.policy.config import Config as PolicySettings
 from poise.runtime.run_folder import Json
+from poise.runtime.settings import bounds
 
 if TYPE_CHECKING:
     from poise.functional.overoptimization import Choice
@@ -38,7 +38,7 @@ class Arm(NamedTuple):
         from poise.functional.overoptimization import Choice  # only here: it imports torch
 
         settings = self.applied(policy)
-        ceiling = math.inf if settings.reward_ceiling is None else settings.reward_ceiling
+        _, ceiling = bounds(settings.reward_floor, settings.reward_ceiling)
         # arXiv 2310.02743 uses another coefficient for best-of-n than for PPO.
         objective = "uncertainty_weighted(0.5)" if self.objective.startswith("uncertainty") else self.objective
         return Choice(self.reward, objective, settings.shaping, ceiling)
