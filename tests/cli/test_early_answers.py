@@ -73,10 +73,16 @@ REFUSED = [
     ("export reward --output out --scalar head --head 9", "--head 9: the reward model has heads 0 to 0"),
     ("serve reward --max-length 1", "--max-length must be 0, or at least 8"),
     ("inspect reward --max-length 7", "--max-length must be 0, or at least 8"),
+    ("choose samples", "samples:1: 'kl' must be the rung's KL to the start in nats, and 0 for the start's own texts\n"),
+    ("serve reward run --reference samples", "one of the other forms in docs/data.md\n"),
     ("choose samples --rungs 3", "--rungs is only read with a run; samples is a file"),
     # the same thing twice
     ("evaluate-reward --rewards reward ./reward --file pairs", "--rewards names ./reward twice"),
     ("best-of-n --prompts prompts --reward run run/", "--reward names run/ twice"),
+    (
+        "best-of-n --prompts prompts --reward run --objectives brme:tradeoff(0.4) brme:tradeoff(.40)",
+        "--objectives names brme:tradeoff(.40), which is brme:tradeoff(0.4), twice",
+    ),
     ("ensemble reward ./reward --reference pairs --output out", "--members names ./reward twice"),
     ("serve reward run/../reward --reference pairs", "--rewards names run/../reward twice"),
     ("compare --arms done done2 --labels x x", "--labels names x twice"),
@@ -86,6 +92,7 @@ REFUSED = [
     ("watch done done/", "--folders names done/ twice"),
     ("serve run run/brme --reference pairs", "--rewards names run/brme, which is run, twice"),
     ("evaluate-policy --policies tuned tuned/policy --model lm", "names tuned/policy, which is tuned, twice"),
+    ("evaluate-policy --policies ./lm --model lm", "--policies ./lm is --model, which every policy is compared with"),
     # outputs that cannot be
     ("toy --output prompts/x", "prompts/x cannot be made: prompts is no folder"),
     ("toy --output nothing", "nothing is a link to nothing"),

@@ -431,7 +431,7 @@ BAD = {
     "--shaping is for --algorithm ppo, not grpo": {"algorithm": "grpo", "shaping": "par"},
     "--tune is for --algorithm ppo, not rloo": {"algorithm": "rloo", "tune": "full"},
     "--on-alarm rollback is for --algorithm ppo": {"algorithm": "rloo", "on_alarm": "rollback"},
-    "tokens and 300 new ones exceed the model's context of 256": {"max_tokens": 300},
+    r"prompts.jsonl:1: a prompt of \d+ tokens and 300 new ones exceed the model's context of 256": {"max_tokens": 300},
 }
 
 

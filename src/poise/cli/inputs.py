@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from poise.data.files import no_such_file, refuse_unsaved
-from poise.data.preferences import read_preferences, read_prompts, read_samples
+from poise.data.preferences import iter_samples, read_preferences, read_prompts
+from poise.data.rows import OnBadRow, Understood
 from poise.errors import PoiseError, first_line
 from poise.models.head_checks import check_heads
 from poise.models.model_folder import check_language_model, check_model, check_policy, check_reward_model
@@ -51,7 +52,7 @@ def check_inputs(config: Any) -> None:
             files += [(mark.kind, name) for name in named if isinstance(mark, Rows)]
             models += [(mark.kind, name) for name in named if isinstance(mark, ModelPath)]
     for kind, name in files:
-        _check_rows(kind, name, getattr(config, "on_bad_row", "error"))
+        _check_rows(kind, name, getattr(config, "on_bad_row", None))
     for kind, name in models:
         _CHECKS[kind](name)
     if objective := getattr(config, "objective", ""):
@@ -71,8 +72,11 @@ def _heads_together(config: Any) -> list[list[str]]:
     return [[reward_folder(reward, config.objective, config.heads) if hasattr(config, "heads") else reward]]
 
 
-def _check_rows(kind: str, name: str, on_bad_row: str) -> None:
-    """Read a small local text file as the command will; of others, make sure that they are there."""
+def _check_rows(kind: str, name: str, on_bad_row: OnBadRow | None) -> None:
+    """Read a small local text file as the command will; of others, make sure that they are there.
+
+    on_bad_row: None for a command that has no such setting.
+    """
     path = Path(name)
     try:
         exists, is_file = path.exists(), path.is_file()
@@ -85,24 +89,25 @@ def _check_rows(kind: str, name: str, on_bad_row: str) -> None:
         raise PoiseError(no_such_file(name))
     if path.is_dir():
         refuse_unsaved(path)
-    if not is_file or on_bad_row != "error" or path.suffix == ".parquet" or path.stat().st_size > _SMALL:
+    if not is_file or on_bad_row == "skip" or path.suffix == ".parquet" or path.stat().st_size > _SMALL:
         return
     said = console.quiet
     console.quiet = True  # the command itself will say what there is to say
     try:
-        _read(kind, name)
+        _read(kind, name, Understood(name, can_skip=on_bad_row is not None))
     finally:
         console.quiet = said
 
 
-def _read(kind: str, name: str) -> None:
+def _read(kind: str, name: str, understood: Understood) -> None:
     if kind == "questions":
         from poise.data.evaluation_sets import read_questions  # imports NumPy
 
         read_questions(name, "error")
     elif kind == "preferences":
-        read_preferences(name)
+        read_preferences(name, understood=understood)
     elif kind == "prompts":
-        read_prompts(name)
+        read_prompts(name, understood=understood)
     else:
-        read_samples(name)
+        for _ in iter_samples(name, understood=understood):
+            pass

@@ -67,6 +67,7 @@ class Understood:
     forms: rows by form.   notes: what was assumed of rows that say it only implicitly: (rows, an example).
     bad: the refused rows, for the file beside the data.   silent: nothing is printed or written.
     in_memory: the rows are a program's own, which messages name as the program does.
+    can_skip: whoever reads can be told to leave bad rows out, which messages say.
     """
 
     path: str
@@ -79,6 +80,7 @@ class Understood:
     bad: BadRows = field(default_factory=BadRows)
     silent: bool = False
     in_memory: bool = False
+    can_skip: bool = True
 
     def __post_init__(self) -> None:
         self.in_memory |= called(self.path) != self.path
@@ -90,6 +92,8 @@ class Understood:
     @property
     def hint(self) -> str:
         """How bad rows are left out, for the end of a message."""
+        if not self.can_skip:
+            return ""
         if not self.in_memory:
             return " (--on-bad-row skip sets bad rows aside)"
         return ' (args.on_bad_row="skip" leaves bad rows out)' if called(self.path) != self.path else ""
@@ -174,11 +178,11 @@ def parsed_rows(
             yield number, row
 
 
-def read_rows(path: str | Path, parse: Callable[[dict[str, Any]], Row], on_bad_row: OnBadRow) -> list[Row]:
-    """Every row, parsed. Bad rows are treated as `parsed_rows` does, and set aside; PoiseError if no row is left."""
-    understood = Understood(str(path))
+def read_rows(path: str | Path, parse: Callable[[dict[str, Any]], Row]) -> list[Row]:
+    """Every row, parsed. A bad one raises PoiseError, as `parsed_rows` says; so does a file without rows."""
+    understood = Understood(str(path), can_skip=False)
     rows = []
-    for _, row in parsed_rows(understood, parse, on_bad_row):
+    for _, row in parsed_rows(understood, parse, "error"):
         understood.used += 1
         rows.append(row)
     finish(understood)

@@ -70,6 +70,19 @@ def read_objective(spec: str) -> tuple[str, float | None]:
     return name, value
 
 
+def in_one_spelling(choice: str) -> str:
+    """REWARD:OBJECTIVE with its number in one form, so that `brme:tradeoff(.40)` is known as `brme:tradeoff(0.4)`.
+
+    What is no objective stays as it is.
+    """
+    reward, colon, spec = choice.partition(":")
+    try:
+        name, value = read_objective(spec)
+    except PoiseError:
+        return choice
+    return f"{reward.strip()}{colon}{name}{'' if value is None else f'({value!r})'}"
+
+
 def check_parameter(name: str, value: int | float) -> None:
     """Raise PoiseError for a value that the parameter of objective `name` cannot have, NaN and infinity included."""
     parameter = PARAMETERS[name]

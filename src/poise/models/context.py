@@ -30,7 +30,7 @@ def steady_context_length(config: Any) -> int:
 
 
 def room_or_raise(longest: int, max_tokens: int, config: Any) -> None:
-    """The one line that `loading.check_room` raises, for a longest prompt whose length in tokens is known."""
+    """Raise PoiseError if a prompt of `longest` tokens leaves no room for `max_tokens` new ones."""
     steady = steady_context_length(config)
     if longest + max_tokens > steady:
         limit = f"the model's context of {steady}"

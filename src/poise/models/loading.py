@@ -20,11 +20,8 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from poise.data.types import Prompt
 from poise.errors import PoiseError, first_line
-from poise.models.chat_format import encode_prompt
 from poise.models.choices import DEFAULT_MODEL
-from poise.models.context import room_or_raise
 from poise.models.end_tokens import agree_on_ends
 from poise.models.model_folder import check_precision, stored_tensor, why_no_model
 from poise.models.padding import pad_apart
@@ -344,17 +341,6 @@ def load_policy(model: str, place: torch.device | None = None) -> tuple[HfModel,
     agree_on_ends(policy, tokenizer)
     remember(policy)
     return policy.to(place or device()).eval(), tokenizer
-
-
-def check_room(model: str, prompts: list[Prompt], max_tokens: int) -> None:
-    """Raise PoiseError if a prompt leaves no room for `max_tokens` in a model's context; reads no weights."""
-    folder = resolve_model(model)
-    tokenizer = load_tokenizer(folder)
-    config = load_config(folder)
-    texts = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    for ids in texts:
-        embedded_or_raise(ids, config.get_text_config().vocab_size, tokenizer)
-    room_or_raise(max(map(len, texts)), max_tokens, config)
 
 
 def embedded_or_raise(ids: Sequence[int], num_embeddings: int, tokenizer: HfTokenizer) -> None:

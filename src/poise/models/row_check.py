@@ -1,12 +1,13 @@
-"""Rows that a model's chat template refuses, found while a file is read, so that they are named by line."""
+"""Rows that a model cannot be given, found while a file is read, so that they are named by line."""
 
 from collections.abc import Sequence
 
 from poise.data.rows import Check
 from poise.data.types import Prompt
-from poise.models.chat_format import HfTokenizer, completion_text, generation_prompt, prompt_text
+from poise.models.chat_format import HfTokenizer, completion_text, encode_prompt, generation_prompt, prompt_text
+from poise.models.context import room_or_raise
 from poise.models.formats import checkpoint_folder
-from poise.models.loading import load_tokenizer, resolve_model
+from poise.models.loading import embedded_or_raise, load_config, load_tokenizer, resolve_model
 from poise.models.reward_model import members_of
 
 
@@ -28,9 +29,27 @@ def row_check(*tokenizers: HfTokenizer) -> Check:
     return check
 
 
-def row_check_of(model: str) -> Check:
-    """The same by the name of a language model; only its tokenizer is loaded."""
-    return row_check(load_tokenizer(resolve_model(model)))
+def row_check_of(model: str, max_tokens: int = 0) -> Check:
+    """The same by the name of a language model, of which no weights are read.
+
+    max_tokens: where it is given, a prompt without answers must also leave room for a completion of so many tokens.
+    """
+    folder = resolve_model(model)
+    tokenizer = load_tokenizer(folder)
+    check = row_check(tokenizer)
+    if not max_tokens:
+        return check
+    config = load_config(folder)
+
+    def check_with_room(prompt: Prompt, answers: Sequence[str]) -> None:
+        if answers:
+            check(prompt, answers)
+            return
+        ids = encode_prompt(tokenizer, prompt)
+        embedded_or_raise(ids, config.get_text_config().vocab_size, tokenizer)
+        room_or_raise(len(ids), max_tokens, config)
+
+    return check_with_room
 
 
 def row_check_of_rewards(paths: Sequence[str]) -> Check:

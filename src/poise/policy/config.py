@@ -3,6 +3,7 @@
 Torch is not imported to read them.
 """
 
+import os
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -336,6 +337,9 @@ class EvaluateConfig(Settings):
         """As `Settings.check`, and that there are such benchmarks."""
         super().check()
         check_tasks(self.tasks, self.data)
+        start = os.path.realpath(policy_in(self.model))
+        if again := [policy for policy in self.policies if os.path.realpath(policy_in(policy)) == start]:
+            raise PoiseError(f"--policies {again[0]} is --model, which every policy is compared with")
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from poise.errors import PoiseError
 from poise.functional.monitor import Monitor, MonitorConfig
 from poise.integrations.lm_eval import Task, evaluate, read_tasks
 from poise.integrations.trl_reward import IN_MEMORY, MonitorCallback, RobustReward
-from poise.models.loading import check_room, load_policy, resolve_model
+from poise.models.loading import load_policy, resolve_model
 from poise.models.policy import Policy
 from poise.models.reward_model import files_of
 from poise.models.row_check import row_check_of
@@ -81,11 +81,10 @@ def run(config: Config, given: RobustReward | None = None) -> Run:
     out.check_config(config)
     if out.results is not None and not out.differs(config):
         return out
-    check = row_check_of(config.model)
+    check = row_check_of(config.model, config.max_tokens)
     prompts = read_prompts(config.prompts, config.on_bad_row, check)
     eval_prompts = read_prompts(config.eval_prompts, config.on_bad_row, check) if config.eval_prompts else prompts
     asked, config = config, _with_prompts_to_take(config, len(prompts))
-    check_room(config.model, [*prompts, *eval_prompts], config.max_tokens)
     if given is None:
         _say_which_heads(config)
     if out.results is not None:

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from poise.data.preferences import read_preferences
+from poise.data.rows import Understood
 from poise.data.types import Sample
 from poise.errors import PoiseError
 from poise.functional.objectives import HeadRewards
@@ -103,7 +104,7 @@ def local(config: ServeConfig) -> RewardModels:
         scorer = Scorer.load(config.rewards[0], config.max_length)
         fingerprint = heads_fingerprint(config.rewards[0])
     else:
-        pairs = read_preferences(config.reference)
+        pairs = read_preferences(config.reference, understood=Understood(config.reference, can_skip=False))
         reference = [Sample(pair.prompt, text) for pair in pairs for text in (pair.chosen, pair.rejected)]
         scorer = Ensemble.fit(config.rewards, reference, config.max_length)
         parts = [*map(heads_fingerprint, config.rewards), *(f"{x:.5g}" for x in (*scorer.means, *scorer.stds))]

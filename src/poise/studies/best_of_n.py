@@ -17,10 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
+from poise.data.types import Prompt
 from poise.functional.objectives import RewardScale, disagreement, mean, routing_std
 from poise.functional.overoptimization import Choice
 from poise.models.loading import resolve_model
 from poise.models.reward_model import files_of
+from poise.models.row_check import row_check_of
 from poise.runtime.run_folder import Inputs, Json, Run, write_jsonl
 from poise.studies.config import REVIEWS
 from poise.studies.config import BestOfNConfig as Config
@@ -44,7 +46,7 @@ def run(config: Config) -> Run:
     out.check_config(config)
     if out.results is not None:
         return out
-    pool_prompts(config.prompts, config.on_bad_row)  # what is wrong with them comes before the folder
+    prompts_of(config)  # what is wrong with them comes before the folder
     out = Run.open(config.output, config, lambda: inputs_of(config))
     pool = make_pool(out.folder, config)
     heads = []
@@ -70,12 +72,16 @@ def inputs_of(config: Config) -> Inputs:
     return {"--prompts": [Path(config.prompts)], "--model": model, **rewards, **gold}
 
 
+def prompts_of(config: Config) -> list[Prompt]:
+    """What is sampled for; each prompt leaves the model room for a completion."""
+    return pool_prompts(config.prompts, config.on_bad_row, row_check_of(config.model, config.max_tokens))
+
+
 def make_pool(folder: Path, config: Config) -> list[Json]:
     """Rows of the pool in `folder`; sampled if the file is missing, and relabeled if the gold is another."""
     rows = kept_pool(
-        folder, config.model, lambda: pool_prompts(config.prompts, config.on_bad_row), config.per_prompt,
-        config.max_tokens, config.seed,
-    )  # fmt: skip
+        folder, config.model, lambda: prompts_of(config), config.per_prompt, config.max_tokens, config.seed
+    )
     if config.gold and label_with_gold(rows, config.gold):
         write_jsonl(folder / FILE, rows)
     return rows

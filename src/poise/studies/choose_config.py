@@ -12,6 +12,7 @@ from poise.runtime.folders import MARK, is_leftover
 from poise.runtime.records import Json, read_object
 from poise.runtime.run_kinds import told_of
 from poise.runtime.settings import Count, Positive, Seed, between, same_value, shown, sized
+from poise.studies.comparisons import draw, read_ladder
 from poise.studies.judge_settings import JudgeSettings
 
 
@@ -46,7 +47,7 @@ class Config(JudgeSettings):
         return {"rungs": list(self.rungs), "per_rung": self.per_rung, "seed": self.seed}
 
     def for_command(self) -> "Config":
-        """As `Settings.for_command`: before the comparisons are drawn, the source is a policy run or a file."""
+        """As `Settings.for_command`: before the comparisons are drawn, the source is a run or a file of completions."""
         source = Path(self.source)
         if (Path(self.output) / "key.json").exists():
             read_key(self)
@@ -58,6 +59,8 @@ class Config(JudgeSettings):
         elif self.rungs != Config.rungs:
             raise PoiseError(f"--rungs is only read with a run; {source} is a file, which has its own")
         refuse_other_files(Path(self.output))
+        if not source.is_dir():
+            draw(read_ladder(self.source), self.per_rung, self.seed)
         return self
 
 

@@ -17,9 +17,10 @@ from poise.policy.formats import FinalRow, RewardSettings, SampleRow, StepRow, r
 from poise.runtime.display import short_names
 from poise.runtime.records import read_rows
 from poise.runtime.run_folder import Json, Run, load_config_file
+from poise.studies.comparisons import prompt_key
 from poise.studies.config import CompareConfig as Config
 from poise.studies.gold import gold_of, label_with_gold
-from poise.studies.pool import PoolRow, prompt_key, prompt_label
+from poise.studies.pool import PoolRow, prompt_label
 
 NUM_SHOWN = 24
 

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 from poise.data.preferences import OnBadRow
 from poise.errors import PoiseError
-from poise.functional.objective_names import read_objective
+from poise.functional.objective_names import in_one_spelling, read_objective
 from poise.models.choices import DEFAULT_MODEL
 from poise.models.head_checks import check_reward_run
 from poise.policy.config import Config as PolicySettings
@@ -177,7 +177,7 @@ class BestOfNConfig(Settings):
     """Run folder to write."""
     model: Language = DEFAULT_MODEL
     """Local folder or hub id of the policy to sample."""
-    objectives: Annotated[tuple[str, ...], sized(1), EachOnce()] = (
+    objectives: Annotated[tuple[str, ...], sized(1), EachOnce(in_one_spelling)] = (
         "single:nominal", "brme:tradeoff(0.4)", "brme:worst_case", "posterior:lower_confidence(1)",
     )  # fmt: skip
     """What to select by: REWARD:OBJECTIVE, the reward model being a folder of the reward runs. Differences are taken

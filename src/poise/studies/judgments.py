@@ -53,7 +53,7 @@ def read_judgments(path: Path, num: int) -> dict[int, str]:
             raise ValueError(f"comparison {number} is judged twice")
         found[number] = better
 
-    read_rows(path, parse, "error")
+    read_rows(path, parse)
     return found
 
 

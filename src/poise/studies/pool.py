@@ -4,7 +4,6 @@ FOLDER/pool.jsonl               prompt, completion; rows grouped by prompt, equa
 FOLDER/heads/NAME.safetensors   every head's mean and std of each row, by one reward model
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +39,7 @@ from poise.runtime.folders import write_file_atomic
 from poise.runtime.progress import progress
 from poise.runtime.records import checked, read_rows
 from poise.runtime.run_folder import Json, write_jsonl
+from poise.studies.comparisons import prompt_key
 
 FILE = "pool.jsonl"
 ROWS_PER_BATCH = 256
@@ -148,11 +148,6 @@ def kept_pool(
     if not path.exists():
         write_jsonl(path, sample_pool(model, prompts(), per_prompt, max_tokens, seed))
     return list(read_rows(path, PoolRow))
-
-
-def prompt_key(prompt: Prompt) -> str:
-    """The whole prompt as text, as a key."""
-    return json.dumps(prompt, sort_keys=True)
 
 
 def prompt_label(prompt: Prompt) -> str:

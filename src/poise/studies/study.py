@@ -33,6 +33,7 @@ from poise.data.types import Preference, Prompt
 from poise.errors import PoiseError
 from poise.models.loading import resolve_model
 from poise.models.reward_model import files_of
+from poise.models.row_check import row_check_of
 from poise.policy.evaluate import fluctuation
 from poise.policy.formats import BenchmarkRow
 from poise.reports import published as claims
@@ -57,6 +58,7 @@ from poise.studies import best_of_n, compare
 from poise.studies import pool_study as study_pool
 from poise.studies import quickstart as recipes
 from poise.studies.arms import ARMS
+from poise.studies.comparisons import prompt_key
 from poise.studies.config import (
     GROWS,
     RENAMED,
@@ -73,7 +75,7 @@ from poise.studies.config import (
     world_folder,
     worlds,
 )
-from poise.studies.pool import compare_choices, pool_prompts, prompt_key, prompt_label
+from poise.studies.pool import compare_choices, pool_prompts, prompt_label
 
 VERSION = 2  # of results.json
 
@@ -298,8 +300,9 @@ def _read(config: Config) -> dict[str, list[Preference]]:
     """Preferences by file, if some are to be written; a bad file is refused before anything is made of any."""
     if not any(_unwritten(config)):
         return {}
-    read_prompts(config.prompts, config.policy.on_bad_row)
-    (pool_prompts if config.pool_size else read_prompts)(config.eval_prompts, config.policy.on_bad_row)
+    check = row_check_of(config.policy.model, config.policy.max_tokens)
+    read_prompts(config.prompts, config.policy.on_bad_row, check)
+    (pool_prompts if config.pool_size else read_prompts)(config.eval_prompts, config.policy.on_bad_row, check)
     pairs = read_preferences(config.preferences, config.reward.on_bad_row)
     part(pairs, config.num_preferences, 0)
     if "raters" not in config.label_noise:

@@ -22,7 +22,7 @@ from poise.data.types import Preference, Prompt
 from poise.errors import PoiseError
 from poise.functional import trust
 from poise.functional.objectives import mean, parse_objective
-from poise.models.loading import check_room, resolve_model
+from poise.models.loading import resolve_model
 from poise.models.reward_model import files_of
 from poise.models.row_check import row_check_of
 from poise.models.run_heads import reward_folder, validator_of
@@ -50,9 +50,8 @@ def run(config: Config) -> Run:
     out.check_config(kept)
     found = out.results
     if found is None:
-        check = row_check_of(config.model)
+        check = row_check_of(config.model, config.max_tokens)
         prompts = pool_prompts(config.prompts, config.on_bad_row, check)
-        check_room(config.model, prompts, config.max_tokens)
         grouped = _groups(config, check) if config.preferences else None
         out = Run.open(config.output, kept, lambda: _inputs(config))
         found = _measure(config, out, prompts, grouped)
