@@ -118,16 +118,15 @@ def _refuse_halves(text: str, what: str) -> None:
 
 def _load(policy: str) -> tuple[Any, Any]:
     from poise.models.loading import load_policy
+    from poise.policy.formats import policy_in
     from poise.policy.merge import unfolded
 
-    folders = (Path(policy) / "policy", Path(policy))
-    adapters = next((folder for folder in folders if (folder / "adapter_config.json").exists()), None)
-    if adapters is None:
-        inner = Path(policy) / "policy"
-        if not (inner / "config.json").exists() and (Path(policy) / "config.yaml").exists():
-            raise PoiseError(f"{policy} has no policy: {why_without(Path(policy), 'policy')}")
-        return load_policy(str(inner) if (inner / "config.json").exists() else policy)
-    return unfolded(adapters)
+    folder = Path(policy_in(policy))
+    if (folder / "adapter_config.json").exists():
+        return unfolded(folder)
+    if not (folder / "config.json").exists() and (folder / "config.yaml").exists():
+        raise PoiseError(f"{policy} has no policy: {why_without(folder, 'policy')}")
+    return load_policy(str(folder))
 
 
 def _lines(terminal: bool) -> Iterator[str]:
