@@ -105,3 +105,24 @@ def test_too_little_data_and_bad_settings_are_refused(tmp_path: Path, tiny_model
         train_reward.run(Config(str(path), str(tmp_path / "y"), model=tiny_model, num_layers=9))
     with pytest.raises(PoiseError, match="num-heads"):
         train_reward.run(Config(preferences=str(path), num_heads=0))
+
+
+@pytest.mark.parametrize(("asked", "place"), [("", None), ("FSDP", "cpu"), ("DEEPSPEED", "cpu")])
+def test_weights_that_the_launcher_spreads_are_loaded_on_the_cpu(
+    asked: str, place: str | None, tiny_model: str, preferences_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A GPU need not hold all of them, nor the copy into which they are gathered."""
+    places = []
+
+    def load_trunk(*_: Any, place: torch.device | None, **__: Any) -> None:
+        places.append(place)
+        raise PoiseError("loaded")
+
+    monkeypatch.setattr(train_reward, "load_trunk", load_trunk)
+    if asked:
+        monkeypatch.setenv(f"ACCELERATE_USE_{asked}", "true")
+    config = Config(str(preferences_file), str(tmp_path / "run"), model=tiny_model, num_layers=3, trunk="full")
+    with pytest.raises(PoiseError, match="loaded"):
+        train_reward.run(config)
+    assert places == [place and torch.device(place)]

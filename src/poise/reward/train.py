@@ -68,7 +68,7 @@ from poise.reward.trunk_training import (
     preference_loss,
     token_pairs,
 )
-from poise.runtime.distributed import join, launched_processes, refuse_sharding
+from poise.runtime.distributed import join, launched_processes, refuse_sharding, spread_by_launcher
 from poise.runtime.folders import refuse_deleted
 from poise.runtime.progress import console
 from poise.runtime.run_folder import Inputs, Json, Run, is_main_process
@@ -214,7 +214,7 @@ def _extractor(config: Config, classifier: HfModel, tokenizer: HfTokenizer) -> F
 
 def _place(config: Config) -> torch.device | None:
     """Where weights that will be spread are loaded: a GPU need not hold all of them."""
-    return torch.device("cpu") if config.shard else None
+    return torch.device("cpu") if config.shard or spread_by_launcher() else None
 
 
 def trunk_source(config: Config, folder: Path) -> tuple[str, int]:

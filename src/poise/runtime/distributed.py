@@ -17,7 +17,7 @@ from poise.runtime.processes import num_processes, process_index, several
 
 __all__ = [
     "add_up_gradients", "gathered", "gathered_rows", "group_devices", "join", "launched_processes", "leave",
-    "num_processes", "process_index", "refuse_sharding", "share", "total", "wait",
+    "num_processes", "process_index", "refuse_sharding", "share", "spread_by_launcher", "total", "wait",
 ]  # fmt: skip
 
 Row = TypeVar("Row")
@@ -88,9 +88,16 @@ def refuse_sharding(instead: str) -> None:
 
     instead: what to do. Reads the environment only: to be called first, before `join` and before a model is loaded.
     """
-    for name in ("FSDP", "DeepSpeed"):
-        if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true":
-            raise PoiseError(f"{name} was asked for in accelerate's settings: {instead}")
+    if name := spread_by_launcher():
+        raise PoiseError(f"{name} was asked for in accelerate's settings: {instead}")
+
+
+def spread_by_launcher() -> str:
+    """What `accelerate launch` was asked to spread weights over processes with, FSDP or DeepSpeed; "" if neither."""
+    asked = (
+        name for name in ("FSDP", "DeepSpeed") if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true"
+    )
+    return next(asked, "")
 
 
 def share(count: int) -> slice:
