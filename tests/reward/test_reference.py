@@ -1,6 +1,7 @@
 """Reference texts beside a checkpoint: who writes them, what reads them, and what is said where they are missing."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -127,6 +128,14 @@ def test_what_cannot_be_a_reference_is_refused(copy: Path, texts_file: str, tmp_
     (tmp_path / "ensemble.json").write_text("{}")
     with pytest.raises(PoiseError, match="is an ensemble"):
         reference.run(ReferenceConfig(str(tmp_path), completions=texts_file))
+
+
+def test_a_checkpoint_that_cannot_be_written_to_is_refused_before_the_work(
+    copy: Path, texts_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, how: Path(path) != copy or how != os.W_OK)
+    with pytest.raises(PoiseError, match=r"the reference is written into .*, which may not be written to; copy"):
+        reference.run(ReferenceConfig(str(copy), completions=texts_file))
 
 
 def test_a_reference_that_was_left_behind_is_missed(copy: Path, texts_file: str) -> None:

@@ -349,6 +349,17 @@ def test_devices_and_streams_are_never_replaced(tmp_path: Path) -> None:
         folders.refuse_device(Path("a\0b"))
 
 
+def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "there").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, how: Path(path) != tmp_path or how != os.W_OK)
+    with pytest.raises(PoiseError, match="new/run cannot be made: nothing may be written into"):
+        folders.refuse_device(tmp_path / "new" / "run")
+    folders.refuse_device(tmp_path / "there")  # as a finished run that is only shown
+    folders.refuse_device(tmp_path / "there" / "new")
+
+
 def test_whatever_is_written_whole_leaves_a_fifo_alone(tmp_path: Path) -> None:
     fifo, link = tmp_path / "fifo", tmp_path / "link"
     os.mkfifo(fifo)

@@ -1,5 +1,6 @@
 """The settings of all commands about reward models; torch is not imported to read them."""
 
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -306,7 +307,8 @@ class ReferenceConfig(Settings):
         super().check()
         if bool(self.preferences) == bool(self.completions):
             raise PoiseError("give the reference texts: either --preferences FILE or --completions FILE")
-        local_checkpoint(self.reward)
+        if not os.access(folder := local_checkpoint(self.reward), os.W_OK):
+            raise PoiseError(f"the reference is written into {folder}, which may not be written to; copy the folder")
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def refuse_deleted(folder: Path) -> None:
 
 
 def refuse_device(path: Path) -> None:
-    """Raise PoiseError where a file or folder would take the place of a device, a FIFO or a stream of the process.
+    """Raise PoiseError where a file or folder cannot be made, or would take the place of a device, FIFO or stream.
 
     A rename onto /dev/null or /dev/stdout replaces it, for every process of the machine, if the user may do so.
     """
@@ -140,6 +140,8 @@ def refuse_device(path: Path) -> None:
     there = next((one for one in (path, *path.parents) if os.path.lexists(one)), path)
     if there != path and not there.is_dir():
         raise PoiseError(f"{path} cannot be made: {there} is no folder")
+    if there != path and not os.access(there, os.W_OK):
+        raise PoiseError(f"{path} cannot be made: nothing may be written into {there}")
     if path.is_symlink() and not path.exists():
         raise PoiseError(f"{path} is a link to nothing; delete it, or choose another name")
     try:
