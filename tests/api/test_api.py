@@ -249,10 +249,12 @@ def test_rows_set_aside_are_kept(preferences_file: Path, tiny_model: str) -> Non
 
 
 def test_what_a_trainer_lacks_is_said(tiny_model: str) -> None:
-    with pytest.raises(PoiseError, match="--preferences is missing"):
+    with pytest.raises(PoiseError, match=r"^train_dataset is missing"):
         RewardTrainer(tiny_model).train()
-    with pytest.raises(PoiseError, match="--reward is missing"):
+    with pytest.raises(PoiseError, match=r"^reward is missing"):
         PolicyTrainer(tiny_model, prompts=["Say."]).train()
+    with pytest.raises(PoiseError, match=r"^args\.batch_size 3 is no multiple of args\.device_batch_size"):
+        RewardTrainer(tiny_model, [], RewardConfig(trunk="lora", batch_size=3)).train()
     with pytest.raises(PoiseError, match=r"two models: a and args\.model b"):
         RewardTrainer("a", [], RewardConfig(model="b"))
 

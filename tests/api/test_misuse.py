@@ -118,7 +118,8 @@ def test_rows_in_memory_are_named_as_the_program_names_them(
     assert said == f"train_dataset, row 5: 'prompt' is empty{hint}"
     assert refused(poise, poise.RewardTrainer(tiny_model, [bad], skip).train) == "train_dataset has no usable row"
     assert "train_dataset: 1 bad rows of 1 left out, e.g. row 1: 'prompt' is empty" in "".join(capsys.readouterr())
-    said = refused(poise, poise.PolicyTrainer(tiny_model, rm.heads("brme").reward("mean"), ["Say.", ""]).train)
+    reward, short = rm.heads("brme").reward("mean"), poise.PolicyConfig(max_tokens=8)
+    said = refused(poise, poise.PolicyTrainer(tiny_model, reward, ["Say.", ""], short).train)
     assert said == f"prompts, row 2: 'prompt' is empty{hint}"
     assert refused(poise, lambda: rm.score([bad])) == "samples, row 1: 'prompt' is empty"
 

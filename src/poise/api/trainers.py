@@ -6,6 +6,7 @@ one. The folder is that of `args.output`; without one it is temporary and remove
 
 import contextlib
 import math
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -34,6 +35,9 @@ from poise.runtime.run_folder import Json, config_dict, is_main_process
 
 Args = TypeVar("Args", RewardConfig, PolicyConfig)
 
+# Settings that a trainer takes by themselves: what they are called there.
+_GIVEN_TO_TRAINERS = {"preferences": "train_dataset", "prompts": "prompts", "reward": "reward", "model": "model"}
+
 
 class RewardTrainer:
     """Trains reward models from preferences: one trunk, and every kind of heads on it.
@@ -60,7 +64,7 @@ class RewardTrainer:
         """
         if self.args.validator_share and not self.args.output:
             raise PoiseError("a validator is kept in the run folder: give args an output, or no validator_share")
-        with _usual_torch(), _run_folder(self.args.output) as folder:
+        with _own_names(self.args), _usual_torch(), _run_folder(self.args.output) as folder:
             preferences = as_file(self.train_dataset, folder / "train_dataset.jsonl")
             config = replace(self.args, preferences=preferences, output=str(folder))
             try:
@@ -130,7 +134,7 @@ class PolicyTrainer:
     def train(self) -> TrainedPolicy:
         """Train, or go on from `args.output`. Raises PoiseError as `poise train-policy` does."""
         given = self._given()
-        with _usual_torch(), _run_folder(self.args.output) as folder:
+        with _own_names(self.args), _usual_torch(), _run_folder(self.args.output) as folder:
             config = replace(
                 self.args, output=str(folder), prompts=as_file(self.prompts, folder / "prompts.jsonl", "prompt")
             )
@@ -202,6 +206,21 @@ def _settings(kind: type[Args], args: Any, model: Any) -> Args:
     if name and given.model not in (name, kind.model):
         raise PoiseError(f"two models: {name} and args.model {given.model}; give one")
     return replace(given, model=name or given.model)
+
+
+@contextlib.contextmanager
+def _own_names(args: RewardConfig | PolicyConfig) -> Iterator[None]:
+    """Errors name settings as the program does: `args.batch_size`, where a command says `--batch-size`."""
+    known = {name: f"args.{name}" for name in vars(args)} | _GIVEN_TO_TRAINERS
+
+    def as_argument(option: re.Match[str]) -> str:
+        return known.get(option[1].replace("-", "_"), option[0])
+
+    try:
+        yield
+    except PoiseError as error:
+        error.args = (re.sub(r"--([a-z][a-z-]*[a-z])", as_argument, str(error)),)
+        raise
 
 
 @contextlib.contextmanager
