@@ -49,6 +49,7 @@ EXTRA_TESTS = {  # besides tests/ROOM/test_NAME.py
     "functional/best_of_n.py": ["tests/functional/test_overoptimization.py"],
     "functional/head_rewards.py": ["tests/functional/test_typicality.py", "tests/functional/test_objectives.py"],
     "functional/objective_names.py": ["tests/functional/test_objectives.py"],
+    "functional/reward_scale.py": ["tests/functional/test_objectives.py", "tests/functional/test_typicality.py"],
     "models/drawing.py": ["tests/models/test_policy.py"],
 }
 # A reward model is trained for each of three architectures; one of them shows nearly every fault.
@@ -56,7 +57,7 @@ NARROWED = {f"models/{name}.py": ["-k", "not qwen3 and not gpt2"] for name in ("
 TARGETS = (
     *("objectives", "objective_names", "head_rewards", "reward_losses", "ppo", "best_of_n", "overoptimization"),
     *("statistics", "calibration", "reward_benchmarks", "monitor", "schedules", "typicality", "choice", "trust"),
-    "shaping",
+    *("shaping", "shapes", "reward_scale", "memory"),
 )
 FILES = (*(f"functional/{name}.py" for name in TARGETS), "reward/heads.py", "policy/update.py")
 FILES += ("models/scorer.py", "models/encoding.py", "models/padding.py", "models/drawing.py")
@@ -219,7 +220,7 @@ NOT_SERVED = 99  # exit status of tests that never imported the changed source
 class Quickest:
     """A plugin: tests in the order of the time that they took before, so that most faults are found at once.
 
-    It also has jaxtyping load Poise, as with `--jaxtyping-packages`, not pytest's rewriting of assertions.
+    It also keeps pytest from rewriting assertions in Poise: pytest would read the file itself, and not what is served.
     """
 
     seconds: ClassVar[dict[str, float]] = {}  # by test; empty before the first run
@@ -228,7 +229,9 @@ class Quickest:
         self.kept = kept
 
     def pytest_configure(self) -> None:
-        sys.meta_path.sort(key=lambda finder: type(finder).__module__ != "jaxtyping._import_hook")
+        rewriting: Any = next(one for one in sys.meta_path if type(one).__name__ == "AssertionRewritingHook")
+        find = rewriting.find_spec
+        rewriting.find_spec = lambda name, *rest: None if name.split(".")[0] == "poise" else find(name, *rest)
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         items.sort(key=lambda item: self.seconds.get(item.nodeid, 0.0))

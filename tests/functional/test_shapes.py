@@ -1,12 +1,13 @@
 """Functions of arrays as users call them: what does not fit, or cannot be, is refused and not made into a number."""
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any
 
 import numpy as np
 import pytest
 import torch
+from jaxtyping import Bool, Float, Int
 
 from as_installed import poise_as_installed
 
@@ -253,3 +254,126 @@ def test_a_mask_of_what_is_no_number_pays_at_no_place_beyond_the_row(of: Any) ->
 @pytest.mark.parametrize("stats", [{"kl": "high"}, {"kl": [1.0]}])
 def test_the_monitor_reads_numbers(of: Any, stats: dict[str, Any]) -> None:
     assert refused(lambda: of("monitor.Monitor")().update(stats)).startswith("the monitor's kl must be a number, got")
+
+
+# ---- the check itself ----
+
+
+@pytest.fixture(scope="module")
+def taken(of: Any) -> Callable[[Any, Any], Any]:
+    """What a checked function of one argument, `it`, gets; the annotation comes first."""
+
+    def give(kind: Any, value: Any) -> Any:
+        def got(it: Any) -> Any:
+            return it
+
+        got.__annotations__ = {"it": kind}
+        return of("shapes.checked")(got)(value)
+
+    return give
+
+
+def test_numbers_are_numbers_and_whole_ones_whole(taken: Any) -> None:
+    assert taken(int, 3) == 3
+    assert taken(int, np.int64(3)) == 3
+    assert taken(float, 2) == 2
+    assert taken(float | None, None) is None
+    for kind, words in ((int, "a whole number"), (float, "a number")):
+        for wrong in (True, "1", [1]):
+            assert refused(lambda kind=kind, wrong=wrong: taken(kind, wrong)).startswith(
+                f"got: it must be {words}, got"
+            )
+    assert refused(lambda: taken(int, 1.5)) == "got: it must be a whole number, got 1.5"
+    assert refused(lambda: taken(float | None, "1")).startswith("got: it must be a number")
+    assert refused(lambda: taken(float, None)).startswith("got: it must be a number")
+
+
+def test_the_ends_of_arrays_are_in_the_range(of: Any, taken: Any) -> None:
+    finite = Annotated[Float[np.ndarray, " n"], of("shapes.FINITE")]
+    known = Annotated[Float[np.ndarray, " n"], of("shapes.KNOWN")]
+    large = np.array([-1e308, 0.0, 1e308])
+    assert taken(finite, large).tolist() == large.tolist()
+    assert taken(known, np.array([-np.inf, np.inf])).tolist() == [-np.inf, np.inf]
+    for end in (-np.inf, np.inf, np.nan):
+        said = refused(lambda end=end: taken(finite, np.array([0.0, end, 0.0])))
+        assert said == f"got: it must be finite, got {end}"
+    assert refused(lambda: taken(known, np.array([0.0, np.nan]))) == "got: it must be no NaN, got nan"
+    share = Annotated[Float[np.ndarray, " n"], of("shapes.Range")(0, 1)]
+    assert refused(lambda: taken(share, np.array([0.5, 1.5]))) == "got: it must be in [0, 1], got 1.5"
+    assert refused(lambda: taken(share, np.array([-0.5, 0.5]))) == "got: it must be in [0, 1], got -0.5"
+
+
+def test_lists_are_read_item_by_item(taken: Any) -> None:
+    numbers = Sequence[float]
+    for right in ([1.0], (1, 2), np.ones(2), np.ones((1, 2))[0]):
+        assert taken(numbers, right) is right
+    for wrong in (1.0, "ab", b"ab", iter([1.0]), np.array(1.0), {"a": 1.0}, {1.0}.__iter__()):
+        assert refused(lambda wrong=wrong: taken(numbers, wrong)).startswith("got: it must be a list, not ")
+    assert refused(lambda: taken(numbers, [1.0, "b"])) == "got: it[1] must be a number, got 'b'"
+    assert taken(Mapping[str, float], {"a": 1}) == {"a": 1}
+    assert refused(lambda: taken(Mapping[str, float], [1.0])) == "got: it must be a mapping, not list"
+    assert refused(lambda: taken(Mapping[str, float], {"a": "b"})) == "got: it['a'] must be a number, got 'b'"
+    assert refused(lambda: taken(Callable[[], int], 3)) == "got: it must be a function, not int"
+
+
+def test_arrays_are_of_the_library_and_hold_the_numbers_that_are_meant(taken: Any) -> None:
+    array, tensor = Float[np.ndarray, " n"], Float[torch.Tensor, " n"]
+    assert refused(lambda: taken(array, ROWS)) == "got: it must be a NumPy array, not Tensor"
+    assert refused(lambda: taken(tensor, np.ones(3))) == "got: it must be a torch tensor, not ndarray"
+    assert taken(tensor, ROWS) is ROWS
+    assert taken(tensor, torch.tensor([1, 0])).dtype == torch.float32
+    assert taken(tensor, torch.tensor([True, False])).tolist() == [1.0, 0.0]
+    assert taken(array, np.array([1, 0])).dtype == float
+    assert taken(array, np.ones(2, np.float16)).dtype == float  # NumPy solves nothing in halves
+    half = torch.ones(2, dtype=torch.float16)
+    assert taken(tensor, half) is half
+    assert refused(lambda: taken(array, np.ones(2, complex))) == "got: it must hold real numbers, not complex128"
+    flags, whole = Bool[np.ndarray, " n"], Int[torch.Tensor, " n"]
+    assert taken(flags, np.array([True])).tolist() == [True]
+    assert refused(lambda: taken(flags, np.array([1]))) == "got: it must hold booleans, not int64"
+    assert taken(whole, torch.tensor([1])).tolist() == [1]
+    assert refused(lambda: taken(whole, torch.tensor([1.0]))) == "got: it must hold whole numbers, not float32"
+    assert refused(lambda: taken(whole, torch.tensor([True]))) == "got: it must hold whole numbers, not bool"
+
+
+def test_a_named_tuple_is_replaced_only_where_a_part_was(of: Any, taken: Any) -> None:
+    heads = of("head_rewards.HeadRewards")
+    given = heads(torch.ones(2, 3), torch.ones(2, 3))
+    assert taken(heads, given) is given
+    for mean, std in ((torch.ones(2, 3).int(), WIDE[:2]), (WIDE[:2], torch.ones(2, 3).int())):
+        found = taken(heads, heads(mean, std))
+        assert (found.mean.dtype, found.std.dtype) == (torch.float32, torch.float32)
+    assert refused(lambda: taken(heads, (WIDE, WIDE))) == "got: it must be HeadRewards, not tuple"
+    assert refused(lambda: taken(heads, heads(WIDE, ONE))).startswith("got: std must be of shape (3, 3), as mean")
+
+
+def test_axes_of_one_name_are_of_one_length(of: Any) -> None:
+    def two(a: Float[np.ndarray, "*batch n"], b: Float[np.ndarray, "*batch n"], c: Float[np.ndarray, "n 2"]) -> None:
+        pass
+
+    check = of("shapes.checked")(two)
+    check(np.ones((4, 5, 3)), np.ones((4, 5, 3)), np.ones((3, 2)))
+    check(np.ones(3), np.ones(3), np.ones((3, 2)))
+    check(np.ones((0, 3)), np.ones((0, 3)), np.ones((3, 2)))
+    said = refused(lambda: check(np.ones((4, 5, 3)), np.ones((4, 6, 3)), np.ones((3, 2))))
+    assert said == "two: b must be of shape (4, 5, 3), as a, not (4, 6, 3)"
+    said = refused(lambda: check(np.ones((4, 3)), np.ones((4, 3)), np.ones((2, 2))))
+    assert said == "two: c must be of shape (3, 2), as a, not (2, 2)"
+    said = refused(lambda: check(np.ones(3), np.ones(3), np.ones((3, 4))))
+    assert said == "two: c must be of shape (3, 2), not (3, 4)"
+    said = refused(lambda: check(np.ones(3), np.ones(3), np.ones(3)))
+    assert said == "two: c must be of shape (n, 2), not (3,)"
+    said = refused(lambda: check(np.array(1.0), np.ones(3), np.ones((3, 2))))
+    assert said == "two: a must be of shape (*batch, n), not ()"
+    said = refused(lambda: check(np.ones((2, 0)), np.ones((2, 0)), np.ones((0, 2))))
+    assert said == "two: a is empty, of shape (2, 0); give at least one of n"
+    check(a=np.ones(3), b=np.ones(3), c=np.ones((3, 2)))
+    assert "as a" in refused(lambda: check(np.ones(3), b=np.ones(4), c=np.ones((3, 2))))
+    with pytest.raises(TypeError, match="4 were given"):
+        check(np.ones(3), np.ones(3), np.ones((3, 2)), 1)
+
+
+def test_tensors_of_one_call_are_on_one_device(of: Any) -> None:
+    far = torch.ones(3, device="meta")
+    said = refused(lambda: of("reward_losses.bradley_terry")(ROWS, far))
+    assert said.endswith("must be on cpu, as chosen, not on meta")
