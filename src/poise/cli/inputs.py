@@ -1,12 +1,11 @@
 """What can be wrong with the files and models that settings name, before anything heavy is imported."""
 
-import re
 from collections.abc import Callable
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
-from poise.data.files import no_such_file, refuse_unsaved
+from poise.data.files import is_hub_id, no_such_file, refuse_unsaved
 from poise.data.preferences import iter_samples, read_preferences, read_prompts
 from poise.data.rows import OnBadRow, Understood
 from poise.errors import PoiseError, first_line
@@ -83,7 +82,7 @@ def _check_rows(kind: str, name: str, on_bad_row: OnBadRow | None) -> None:
     except (OSError, ValueError) as error:
         raise PoiseError(f"{name!r} cannot be the name of a file: {first_line(error)}") from None
     if not exists:
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.suffix:
+        if is_hub_id(path):
             on_hub(name, "dataset")
             return
         raise PoiseError(no_such_file(name))
