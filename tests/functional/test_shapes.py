@@ -332,6 +332,8 @@ def test_arrays_are_of_the_library_and_hold_the_numbers_that_are_meant(taken: An
     assert taken(flags, np.array([True])).tolist() == [True]
     assert refused(lambda: taken(flags, np.array([1]))) == "got: it must hold booleans, not int64"
     assert taken(whole, torch.tensor([1])).tolist() == [1]
+    assert taken(whole, torch.tensor([1], dtype=torch.uint8)).dtype == torch.uint8
+    assert taken(tensor, torch.tensor([1], dtype=torch.uint8)).dtype == torch.float32
     assert refused(lambda: taken(whole, torch.tensor([1.0]))) == "got: it must hold whole numbers, not float32"
     assert refused(lambda: taken(whole, torch.tensor([True]))) == "got: it must hold whole numbers, not bool"
 

@@ -125,7 +125,7 @@ class _Axes:
     def _numbers(self, name: str, value: Any, kind: str) -> Any:
         """The array with numbers of the kind: floats may be given as whole numbers or booleans, others as they are."""
         given = str(value.dtype).removeprefix("torch.")
-        wanted = {"Float": ("float", "bfloat"), "Bool": ("bool",)}.get(kind, ("int", "uint"))
+        wanted = {"Float": ("float",), "Bool": ("bool",)}.get(kind, ("int", "uint"))
         is_tensor = hasattr(value, "requires_grad")
         if given.startswith(wanted) and (is_tensor or given != "float16"):  # NumPy solves nothing in halves
             return value
@@ -138,14 +138,14 @@ class _Axes:
         """Every axis as long as that of its name in other arguments; that at `rest` is any number of axes."""
         if (len(shape) != len(axes)) if rest is None else (len(shape) < len(axes) - 1):
             raise self._error(name, f"of shape ({', '.join(axes)})", f"not {shape}")
-        many = 0 if rest is None else len(shape) - len(axes) + 1
+        many = len(shape) - len(axes) + 1  # axes that the one at `rest` stands for
         expected, why = list[int](), ""
         for place, axis in enumerate(axes):
             start = place if rest is None or place <= rest else place + many - 1
             there = shape[start : start + many] if place == rest else shape[start : start + 1]
             if place != rest and there == (0,):
                 raise PoiseError(f"{self.function}: {name} is empty, of shape {shape}; give at least one of {axis}")
-            sizes, first = self.sizes.setdefault(axis, (there, name)) if axis != "..." else (there, name)
+            sizes, first = self.sizes.setdefault(axis, (there, name))
             if axis.isdigit():
                 sizes, first = (int(axis),), ""
             why = first if sizes != there and not why else why
@@ -161,7 +161,7 @@ class _Axes:
 def _parts_of(kind: Any) -> tuple[bool, str, tuple[str, ...], int | None]:
     """(of torch?, kind of numbers, names of axes, which of them is any number of axes) of an array's annotation."""
     axes = tuple(kind.dim_str.split())
-    rest = next((place for place, axis in enumerate(axes) if axis.startswith(("*", "..."))), None)
+    rest = next((place for place, axis in enumerate(axes) if axis.startswith("*")), None)
     return hasattr(kind.array_type, "requires_grad"), kind.dtype.__name__, axes, rest
 
 
