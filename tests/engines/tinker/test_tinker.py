@@ -152,7 +152,7 @@ def test_steps_raise_a_known_reward(loop: Any, policy: Any, tokenizer: Any) -> N
     def plain(_: str, completions: list[str]) -> list[float]:
         return [sum(map(str.isascii, text)) / max(len(text), 1) for text in completions]
 
-    options = {"score": plain, "group": GROUP, "max_tokens": TOKENS, "learning_rate": 0.05}
+    options = {"score": plain, "group": 4 * GROUP, "max_tokens": TOKENS, "learning_rate": 0.01}
     steps = list(loop.train(policy, tokenizer, PROMPTS, 12, **options))
     first, last = ([reward for step in part for reward in step.rewards] for part in (steps[:3], steps[-3:]))
     mean = sum(first) / len(first)
