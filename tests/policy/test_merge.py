@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from conftest import make_model
 from poise.cli import main as cli
+from poise.models.end_tokens import end_token_ids
 from poise.models.loading import load_policy
 from poise.models.policy import Policy, Tune
 from poise.policy import merge
@@ -64,6 +65,30 @@ def test_the_tokenizer_is_that_of_the_adapters(tiny_model: str, tmp_path: Path) 
     tokenizer.save_pretrained(policy)
     folder = merge.run(Config(str(policy), str(tmp_path / "merged")))
     assert transformers.AutoTokenizer.from_pretrained(folder).chat_template == tokenizer.chat_template
+
+
+def test_the_merged_model_ends_where_the_policy_does(tiny_model: str, tmp_path: Path) -> None:
+    """The token that ends a turn need not be among those that the base model's generation config lists."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    model, (end,) = stock(tiny_model), end_token_ids(*load_policy(tiny_model))
+    model.generation_config.eos_token_id = end + 1
+    model.save_pretrained(base)
+    folder = merge.run(Config(str(make_policy(str(base), tmp_path / "run")), str(tmp_path / "merged")))
+    assert stock(folder).generation_config.eos_token_id == [end, end + 1]
+
+
+def test_adapters_need_not_say_for_what_task_they_are(tiny_model: str, tmp_path: Path) -> None:
+    """peft asks nobody for a task_type, and many scripts give none."""
+    adapted = peft.get_peft_model(stock(tiny_model), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    for name, parameter in adapted.named_parameters():
+        parameter.data += "lora_B" in name
+    adapted.save_pretrained(tmp_path / "adapters")
+    folder = merge.run(Config(str(tmp_path / "adapters"), str(tmp_path / "merged")))
+    torch.testing.assert_close(logits(stock(folder)), logits(adapted), rtol=0, atol=1e-5)
+    model, tokenizer = merge.unfolded(tmp_path / "adapters")  # with them lies no tokenizer either
+    torch.testing.assert_close(logits(model), logits(adapted), rtol=0, atol=1e-5)
+    assert tokenizer.get_vocab() == load_policy(tiny_model)[1].get_vocab()
 
 
 def test_a_weight_is_rounded_once(tiny_model: str, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from poise.errors import PoiseError, first_line
+from poise.models.end_tokens import agree_on_ends
 from poise.models.families import alike, probe_tokens
 from poise.models.loading import (
     HfModel,
@@ -56,17 +57,16 @@ def run(config: Config) -> Path:
 
 
 def folded(base: str, adapters: Path) -> tuple[HfModel, HfTokenizer]:
-    """(model, tokenizer): the model in folder `base` with the adapters in its weights, and its padding as in training.
+    """(model, tokenizer): the model in folder `base` with the adapters in its weights, padding and ends as in training.
 
     Summed in float32 and rounded once, to the dtype that the base model is saved in.
     """
-    # Beside adapters lies the tokenizer of their training, whose chat template may be another.
-    own = any((adapters / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
-    tokenizer = load_tokenizer(str(adapters) if own else base)
+    tokenizer = load_tokenizer(str(adapters) if _has_tokenizer(adapters) else base)
     try:
         model = load_weights(transformers.AutoModelForCausalLM, base, "language model", dtype="auto")
         dtype = model.dtype
         pad_apart(tokenizer, model)
+        agree_on_ends(model, tokenizer)  # others stop where the policy learned to
         ids = torch.tensor([probe_tokens(model, range(1, 10))])
         with quiet_loading(), torch.no_grad():
             adapted = load_adapters(model.float(), str(adapters)).eval()
@@ -82,8 +82,17 @@ def folded(base: str, adapters: Path) -> tuple[HfModel, HfTokenizer]:
 
 def unfolded(adapters: Path) -> tuple[HfModel, HfTokenizer]:
     """(model, tokenizer) with a policy's adapters beside the weights that they belong to, as in training."""
-    model, _ = load_policy(base_of(adapters))
-    return load_adapters(model, str(adapters)).eval(), load_tokenizer(str(adapters))
+    model, tokenizer = load_policy(base_of(adapters))
+    if _has_tokenizer(adapters):
+        tokenizer = load_tokenizer(str(adapters))
+        pad_apart(tokenizer, model)
+        agree_on_ends(model, tokenizer)
+    return load_adapters(model, str(adapters)).eval(), tokenizer
+
+
+def _has_tokenizer(adapters: Path) -> bool:
+    """Is the tokenizer of their training beside adapters? Its chat template may be another than the model's."""
+    return any((adapters / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
 
 
 def base_of(adapters: Path) -> str:
