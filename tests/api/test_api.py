@@ -323,6 +323,21 @@ def test_a_policy_may_be_trained_on_a_function_of_heads(
     assert row["reward"] == pytest.approx(min(wanted, scale.get("ceiling", wanted)), abs=1e-4)
 
 
+def test_a_function_of_heads_may_have_weights_of_its_own(rm: RewardModel, tiny_model: str, prompts_file: Path) -> None:
+    """Its gradients are nobody's business here: they would be asked for in every update of a step again."""
+    weight = torch.ones(1, requires_grad=True)
+
+    def weighed(heads: HeadRewards) -> torch.Tensor:
+        return first_head(heads) * weight
+
+    plain, found = (
+        PolicyTrainer(tiny_model, rm.reward(how), prompts_file, POLICY).train() for how in (first_head, weighed)
+    )
+    rewards = [[row["reward"] for row in trained.completions] for trained in (plain, found)]
+    assert rewards[0] == pytest.approx(rewards[1], abs=1e-4)
+    assert weight.grad is None
+
+
 def test_an_ensemble_is_one_model_that_is_not_saved(run_folder: Path, tmp_path: Path) -> None:
     members = [os.path.relpath(run_folder / kind, tmp_path / "both") for kind in ("single", "posterior")]
     (tmp_path / "both").mkdir()
