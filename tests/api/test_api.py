@@ -290,6 +290,7 @@ def test_a_policy_trained_in_memory_is_the_command_s(
     written = trained.model.generate(**ids, max_new_tokens=4, do_sample=False)
     assert written.shape[1] > ids["input_ids"].shape[1]
     trained.save_pretrained(tmp_path / "mine")
+    assert (tmp_path / "mine" / "base.json").read_text() == (out.folder / "policy" / "base.json").read_text()
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
     loaded.load_adapter(str(tmp_path / "mine"))
     with torch.no_grad():

@@ -108,6 +108,30 @@ def test_a_weight_is_rounded_once(tiny_model: str, tmp_path: Path) -> None:
     assert torch.equal(merged[untouched], before[untouched])
 
 
+@pytest.mark.parametrize(("size", "said"), [(1e-4, True), (0.1, False), (0.0, False)])
+def test_changes_that_rounding_takes_are_said(
+    tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], size: float, said: bool
+) -> None:
+    """What RL changes in a weight is often less than the distance of two numbers in bfloat16."""
+    base = tmp_path / "half"
+    shutil.copytree(tiny_model, base)
+    stock(tiny_model).bfloat16().save_pretrained(base)
+    policy = Policy(*load_policy(str(base)), adapted_layers=2, rank=4)
+    for name, parameter in policy.trained_parameters().items():
+        parameter.data += (
+            size * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * ("lora_B" in name)
+        )
+    policy.save(str(tmp_path / "policy"))
+    capsys.readouterr()
+    folder = merge.run(Config(str(tmp_path / "policy"), str(tmp_path / "merged")))
+    line = capsys.readouterr().err
+    assert ("rounded to bfloat16" in line) is said
+    if said:
+        start, merged = (logits(stock(place).float()) for place in (base, folder))
+        wanted = logits(peft.PeftModel.from_pretrained(stock(base).float(), str(tmp_path / "policy")))
+        assert (merged - wanted).norm() > 0.1 * (wanted - start).norm()
+
+
 def test_a_policy_without_adapters_is_copied(
     tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

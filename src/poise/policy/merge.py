@@ -34,6 +34,7 @@ from poise.runtime.progress import console
 from poise.runtime.quiet import quiet_loading
 
 _SETTINGS = "adapter_config.json"
+NOTICED_LOSS = 0.1  # share of a policy's changes that rounding may take without a word
 
 
 def run(config: Config) -> Path:
@@ -69,15 +70,37 @@ def folded(base: str, adapters: Path) -> tuple[HfModel, HfTokenizer]:
         agree_on_ends(model, tokenizer)  # others stop where the policy learned to
         ids = torch.tensor([probe_tokens(model, range(1, 10))])
         with quiet_loading(), torch.no_grad():
-            adapted = load_adapters(model.float(), str(adapters)).eval()
-            wanted = adapted(input_ids=ids, use_cache=False).logits
+            start = _logits(model.float(), ids)
+            adapted = load_adapters(model, str(adapters)).eval()
+            wanted = _logits(adapted, ids)
             merged = adapted.merge_and_unload(safe_merge=True)
-            found = merged(input_ids=ids, use_cache=False).logits
-        if not alike(merged, found, wanted):
-            raise PoiseError("the folded model has other logits than base and adapters; use the adapters as they are")
+            if not alike(merged, _logits(merged, ids), wanted):
+                raise PoiseError(
+                    "the folded model has other logits than base and adapters; use the adapters as they are"
+                )
+            rounded = _logits(merged.to(dtype).float(), ids)
+        _say_lost(dtype, start, wanted, rounded)
         return merged.to(dtype), tokenizer
     except (PoiseError, ValueError, RuntimeError) as error:
         raise PoiseError(f"cannot fold {adapters} into {base}: {first_line(error)}") from None
+
+
+def _logits(model: HfModel, ids: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=ids, use_cache=False).logits
+
+
+def _say_lost(dtype: torch.dtype, start: torch.Tensor, wanted: torch.Tensor, rounded: torch.Tensor) -> None:
+    """Say how much of what training changed is rounded away: changes by RL are often less than bfloat16's spacing.
+
+    All logits are of one text: of the base model, of the policy, and of the folded model after rounding.
+    """
+    moved, lost = (wanted - start).norm().item(), (rounded - wanted).norm().item()
+    if lost > NOTICED_LOSS * moved > 0:
+        console.print(
+            f"rounded to {str(dtype).removeprefix('torch.')}, as the base model is, the folded one is off by "
+            f"{lost / moved:.0%} of what training has changed in the logits of a trial text; base and adapters keep "
+            f"all of it, and so does a base model saved in float32", soft_wrap=True,
+        )  # fmt: skip
 
 
 def unfolded(adapters: Path) -> tuple[HfModel, HfTokenizer]:
