@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -89,6 +90,42 @@ def test_adapters_need_not_say_for_what_task_they_are(tiny_model: str, tmp_path:
     model, tokenizer = merge.unfolded(tmp_path / "adapters")  # with them lies no tokenizer either
     torch.testing.assert_close(logits(model), logits(adapted), rtol=0, atol=1e-5)
     assert tokenizer.get_vocab() == load_policy(tiny_model)[1].get_vocab()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")  # that it saves them, and that layers are tied
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"modules_to_save": ["embed_tokens", "lm_head"]}, {"trainable_token_indices": {"embed_tokens": [-2, -1]}}],
+    ids=["beside", "in modules", "in rows"],
+)
+def test_adapters_may_bring_rows_for_tokens_that_were_added(
+    tiny_model: str, tmp_path: Path, how: dict[str, Any], tied: bool
+) -> None:
+    """Scripts give the base model tokens for a chat template, and peft saves the grown embeddings with the adapters."""
+    base, adapters = str(tmp_path / "base"), tmp_path / "adapters"
+    shutil.copytree(tiny_model, base)
+    model, tokenizer = stock(base), transformers.AutoTokenizer.from_pretrained(base)
+    if tied:
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+    model.save_pretrained(base)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    model = stock(base)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if "trainable_token_indices" in how:
+        how = {"trainable_token_indices": {"embed_tokens": [len(tokenizer) - 2, len(tokenizer) - 1]}}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **how))
+    for name, parameter in adapted.named_parameters():
+        parameter.data += 0.1 * ("lora_B" in name)
+    adapted.save_pretrained(adapters)
+    tokenizer.save_pretrained(adapters)
+    merged = stock(merge.run(Config(str(adapters), str(tmp_path / "merged"))))
+    ids = torch.tensor([[5, len(tokenizer) - 1, 60, len(tokenizer) - 2]])
+    with torch.no_grad():
+        wanted = adapted.eval()(ids).logits
+        for found in (merged, merge.unfolded(adapters)[0]):
+            torch.testing.assert_close(found(ids).logits, wanted, rtol=0, atol=1e-5)
 
 
 def test_a_weight_is_rounded_once(tiny_model: str, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from poise.models.loading import (
     load_policy,
     load_tokenizer,
     load_weights,
+    make_room_for,
     resolve_model,
 )
 from poise.models.model_folder import adapted_model
@@ -66,13 +67,15 @@ def folded(base: str, adapters: Path) -> tuple[HfModel, HfTokenizer]:
     try:
         model = load_weights(transformers.AutoModelForCausalLM, base, "language model", dtype="auto")
         dtype = model.dtype
+        make_room_for(model, str(adapters))
         pad_apart(tokenizer, model)
         agree_on_ends(model, tokenizer)  # others stop where the policy learned to
         ids = torch.tensor([probe_tokens(model, range(1, 10))])
         with quiet_loading(), torch.no_grad():
-            start = _logits(model.float(), ids)
-            adapted = load_adapters(model, str(adapters)).eval()
+            adapted = load_adapters(model.float(), str(adapters)).eval()
             wanted = _logits(adapted, ids)
+            with adapted.disable_adapter():
+                start = _logits(adapted, ids)
             merged = adapted.merge_and_unload(safe_merge=True)
             if not alike(merged, _logits(merged, ids), wanted):
                 raise PoiseError(
@@ -108,6 +111,7 @@ def unfolded(adapters: Path) -> tuple[HfModel, HfTokenizer]:
     model, tokenizer = load_policy(base_of(adapters))
     if _has_tokenizer(adapters):
         tokenizer = load_tokenizer(str(adapters))
+        make_room_for(model, str(adapters))
         pad_apart(tokenizer, model)
         agree_on_ends(model, tokenizer)
     return load_adapters(model, str(adapters)).eval(), tokenizer
