@@ -292,6 +292,7 @@ def test_a_policy_trained_in_memory_is_the_command_s(
     written = trained.model.generate(**ids, max_new_tokens=4, do_sample=False)
     assert written.shape[1] > ids["input_ids"].shape[1]
     trained.save_pretrained(tmp_path / "mine")
+    assert (tmp_path / "mine" / "base.json").read_text() == (out.folder / "policy" / "base.json").read_text()
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
     loaded.load_adapter(str(tmp_path / "mine"))
     with torch.no_grad():
@@ -323,6 +324,21 @@ def test_a_policy_may_be_trained_on_a_function_of_heads(
     row = trained.completions[0]
     wanted = (row["mean"][0] - scale["head_baseline"][0] - scale["mean"]) / scale["std"]
     assert row["reward"] == pytest.approx(min(wanted, scale.get("ceiling", wanted)), abs=1e-4)
+
+
+def test_a_function_of_heads_may_have_weights_of_its_own(rm: RewardModel, tiny_model: str, prompts_file: Path) -> None:
+    """Its gradients are nobody's business here: they would be asked for in every update of a step again."""
+    weight = torch.ones(1, requires_grad=True)
+
+    def weighed(heads: HeadRewards) -> torch.Tensor:
+        return first_head(heads) * weight
+
+    plain, found = (
+        PolicyTrainer(tiny_model, rm.reward(how), prompts_file, POLICY).train() for how in (first_head, weighed)
+    )
+    rewards = [[row["reward"] for row in trained.completions] for trained in (plain, found)]
+    assert rewards[0] == pytest.approx(rewards[1], abs=1e-4)
+    assert weight.grad is None
 
 
 def test_an_ensemble_is_one_model_that_is_not_saved(run_folder: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from poise.errors import PoiseError
 from poise.integrations import lm_eval as harness
 from poise.integrations import lm_eval_tasks as benchmarks
 from poise.models.loading import HfModel, HfTokenizer, load_policy
+from poise.models.trained_parts import with_adapters
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "benchmarks"
 
@@ -166,6 +167,35 @@ def test_numbers_are_written_and_compared(bigram: tuple[HfModel, HfTokenizer], t
     found = harness.evaluate(*bigram, task, max_tokens=8, advance=lambda: advanced.append(1))
     assert (found.metric, found.outcomes) == ("exact_match", "10")
     assert len(advanced) == len(task.requests()) == 2
+
+
+def test_what_is_written_is_the_greedy_text_whatever_the_generation_config_says(
+    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models bring penalties and beams along, and a policy would be compared with its start under different ones."""
+    from lm_eval.models.huggingface import HFLM
+
+    model, tokenizer = load_policy(tiny_model)
+    adapted = with_adapters(load_policy(tiny_model)[0], 0, 4)
+    written: list[list[str]] = []
+    generate = HFLM.generate_until
+    monkeypatch.setattr(HFLM, "generate_until", lambda *args: written.append(generate(*args)) or written[-1])
+    rows = [{"question": f"How many {i}?", "answer": "#### 3"} for i in range(3)]
+    [task] = harness.read_tasks(("gsm8k",), write(tmp_path, "gsm8k", rows), 0)
+    harness.evaluate(model, tokenizer, task, max_tokens=12)
+    said = {
+        "repetition_penalty": 5.0,
+        "num_beams": 3,
+        "min_new_tokens": 12,
+        "suppress_tokens": [tokenizer.pad_token_id],
+    }
+    for asked in (model, adapted.get_base_model()):
+        asked.generation_config.update(**said)
+    kept = adapted.generation_config.to_dict()
+    harness.evaluate(model, tokenizer, task, max_tokens=12)
+    harness.evaluate(adapted, tokenizer, task, max_tokens=12)
+    assert written[0] == written[1] == written[2]
+    assert kept == adapted.generation_config.to_dict() == adapted.get_base_model().generation_config.to_dict()
 
 
 SAID = {

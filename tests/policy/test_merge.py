@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from conftest import make_model
 from poise.cli import main as cli
+from poise.models.end_tokens import end_token_ids
 from poise.models.loading import load_policy
 from poise.models.policy import Policy, Tune
 from poise.policy import merge
@@ -66,6 +68,66 @@ def test_the_tokenizer_is_that_of_the_adapters(tiny_model: str, tmp_path: Path) 
     assert transformers.AutoTokenizer.from_pretrained(folder).chat_template == tokenizer.chat_template
 
 
+def test_the_merged_model_ends_where_the_policy_does(tiny_model: str, tmp_path: Path) -> None:
+    """The token that ends a turn need not be among those that the base model's generation config lists."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    model, (end,) = stock(tiny_model), end_token_ids(*load_policy(tiny_model))
+    model.generation_config.eos_token_id = end + 1
+    model.save_pretrained(base)
+    folder = merge.run(Config(str(make_policy(str(base), tmp_path / "run")), str(tmp_path / "merged")))
+    assert stock(folder).generation_config.eos_token_id == [end, end + 1]
+
+
+def test_adapters_need_not_say_for_what_task_they_are(tiny_model: str, tmp_path: Path) -> None:
+    """peft asks nobody for a task_type, and many scripts give none."""
+    adapted = peft.get_peft_model(stock(tiny_model), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    for name, parameter in adapted.named_parameters():
+        parameter.data += "lora_B" in name
+    adapted.save_pretrained(tmp_path / "adapters")
+    folder = merge.run(Config(str(tmp_path / "adapters"), str(tmp_path / "merged")))
+    torch.testing.assert_close(logits(stock(folder)), logits(adapted), rtol=0, atol=1e-5)
+    model, tokenizer = merge.unfolded(tmp_path / "adapters")  # with them lies no tokenizer either
+    torch.testing.assert_close(logits(model), logits(adapted), rtol=0, atol=1e-5)
+    assert tokenizer.get_vocab() == load_policy(tiny_model)[1].get_vocab()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")  # that it saves them, and that layers are tied
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"modules_to_save": ["embed_tokens", "lm_head"]}, {"trainable_token_indices": {"embed_tokens": [-2, -1]}}],
+    ids=["beside", "in modules", "in rows"],
+)
+def test_adapters_may_bring_rows_for_tokens_that_were_added(
+    tiny_model: str, tmp_path: Path, how: dict[str, Any], tied: bool
+) -> None:
+    """Scripts give the base model tokens for a chat template, and peft saves the grown embeddings with the adapters."""
+    base, adapters = str(tmp_path / "base"), tmp_path / "adapters"
+    shutil.copytree(tiny_model, base)
+    model, tokenizer = stock(base), transformers.AutoTokenizer.from_pretrained(base)
+    if tied:
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+    model.save_pretrained(base)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    model = stock(base)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if "trainable_token_indices" in how:
+        how = {"trainable_token_indices": {"embed_tokens": [len(tokenizer) - 2, len(tokenizer) - 1]}}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **how))
+    for name, parameter in adapted.named_parameters():
+        parameter.data += 0.1 * ("lora_B" in name)
+    adapted.save_pretrained(adapters)
+    tokenizer.save_pretrained(adapters)
+    merged = stock(merge.run(Config(str(adapters), str(tmp_path / "merged"))))
+    ids = torch.tensor([[5, len(tokenizer) - 1, 60, len(tokenizer) - 2]])
+    with torch.no_grad():
+        wanted = adapted.eval()(ids).logits
+        for found in (merged, merge.unfolded(adapters)[0]):
+            torch.testing.assert_close(found(ids).logits, wanted, rtol=0, atol=1e-5)
+
+
 def test_a_weight_is_rounded_once(tiny_model: str, tmp_path: Path) -> None:
     """bfloat16 stays bfloat16, and W + (alpha / r) B A is summed before it is rounded; alpha is 2 r."""
     base = tmp_path / "half"
@@ -81,6 +143,30 @@ def test_a_weight_is_rounded_once(tiny_model: str, tmp_path: Path) -> None:
     torch.testing.assert_close(merged[f"{name}.weight"], expected, rtol=0, atol=0)
     untouched = "model.layers.0.mlp.up_proj.weight"  # below the adapted layers
     assert torch.equal(merged[untouched], before[untouched])
+
+
+@pytest.mark.parametrize(("size", "said"), [(1e-4, True), (0.1, False), (0.0, False)])
+def test_changes_that_rounding_takes_are_said(
+    tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], size: float, said: bool
+) -> None:
+    """What RL changes in a weight is often less than the distance of two numbers in bfloat16."""
+    base = tmp_path / "half"
+    shutil.copytree(tiny_model, base)
+    stock(tiny_model).bfloat16().save_pretrained(base)
+    policy = Policy(*load_policy(str(base)), adapted_layers=2, rank=4)
+    for name, parameter in policy.trained_parameters().items():
+        parameter.data += (
+            size * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * ("lora_B" in name)
+        )
+    policy.save(str(tmp_path / "policy"))
+    capsys.readouterr()
+    folder = merge.run(Config(str(tmp_path / "policy"), str(tmp_path / "merged")))
+    line = capsys.readouterr().err
+    assert ("rounded to bfloat16" in line) is said
+    if said:
+        start, merged = (logits(stock(place).float()) for place in (base, folder))
+        wanted = logits(peft.PeftModel.from_pretrained(stock(base).float(), str(tmp_path / "policy")))
+        assert (merged - wanted).norm() > 0.1 * (wanted - start).norm()
 
 
 def test_a_policy_without_adapters_is_copied(

@@ -21,6 +21,7 @@ from poise.data.in_memory import Data, as_file, to_read_again
 from poise.errors import PoiseError
 from poise.integrations.trl_reward import IN_MEMORY, RobustReward
 from poise.models.loading import HfModel, HfTokenizer, load_adapters, load_policy
+from poise.models.trained_on import write_base
 from poise.policy import train as policy_training
 from poise.policy.config import Config as PolicyConfig
 from poise.policy.config import unread_settings
@@ -104,6 +105,8 @@ class TrainedPolicy:
         with quiet_loading():
             self.model.save_pretrained(str(folder), **about)
             self.tokenizer.save_pretrained(str(folder))
+        if about:
+            write_base(self.model.get_base_model(), Path(folder))
 
 
 class PolicyTrainer:

@@ -26,6 +26,7 @@ from tokenizers.processors import TemplateProcessing
 from poise.errors import PoiseError, first_line
 from poise.integrations.lm_eval_tasks import BENCHMARKS, MAX_TOKENS, Benchmark, check_tasks, read_docs, settings_of
 from poise.models.chat_format import added_tokens
+from poise.models.end_tokens import plain_generation
 from poise.models.loading import HfModel, HfTokenizer
 from poise.runtime.progress import console
 from poise.runtime.quiet import quiet_loading
@@ -94,6 +95,8 @@ class Task:
     def identity(self, max_tokens: int) -> str:
         """Digest of everything but the model that determines the outcomes: rows, settings, the harness's version."""
         parts: Json = {"lm_eval": _version(), "name": self.name, "tokens": max_tokens if self.generates else 0}
+        if self.generates:
+            parts["generation"] = "plain"  # as `_plain` has it
         if self.docs:
             parts |= {"settings": settings_of(self.name), "docs": self.docs}
         else:
@@ -168,12 +171,14 @@ def evaluate(
 ) -> Answers:  # fmt: skip
     """Evaluate a causal language model, with its PEFT adapters, on its device and in its dtype; it is not changed.
 
+    What is generated is the model's own greedy text, whatever its generation config says of penalties or beams.
+
     batch_size: requests at a time; fewer where they are so long that their logits would exceed LOGIT_BYTES.
     max_tokens: longest completion of a generative task. advance: called once per request.
     Raises PoiseError if the model's context has no room for a completion, or the tokenizer has no eos token.
     """
     _require()
-    with _quiet() as cut, _undisturbed(model):
+    with _quiet() as cut, _undisturbed(model), _plain(model, tokenizer):
         from lm_eval.evaluator import evaluate as harness_evaluate
         from lm_eval.models.huggingface import HFLM
 
@@ -313,6 +318,23 @@ def _quiet() -> Iterator[_Cut]:
 
 def _hidden(bar: Any) -> Callable[..., Any]:
     return lambda *args, **options: bar(*args, **options | {"disable": True})
+
+
+@contextlib.contextmanager
+def _plain(model: HfModel, tokenizer: HfTokenizer) -> Iterator[None]:
+    """Within it nothing of the generation config but the end tokens counts; peft leaves a copy at its base model."""
+    base = getattr(model, "get_base_model", lambda: model)()
+    places = [model] if base is model else [model, base]
+    before = [vars(place).get("generation_config") for place in places]
+    for place in places:
+        place.generation_config = plain_generation(base, tokenizer)
+    try:
+        yield
+    finally:
+        for place, kept in zip(places, before, strict=True):
+            del place.generation_config
+            if kept is not None:
+                place.generation_config = kept
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from poise.errors import PoiseError, first_line
 from poise.models.choices import DEFAULT_MODEL
 from poise.models.end_tokens import agree_on_ends
 from poise.models.model_folder import check_precision, stored_tensor, why_no_model
-from poise.models.padding import pad_apart
+from poise.models.padding import pad_apart, with_rows
 from poise.models.trained_on import check_base, remember
 from poise.runtime.downloads import cache_folder, cached, package_file
 from poise.runtime.hub import has_weights, reachable
@@ -216,6 +216,7 @@ def load_adapters(model: HfModel, folder: str, *, needs: str = "") -> HfModel:
 
     there = _adapter_tensors(folder)
     check_base(model, Path(folder))
+    _make_room(model, there)
     if needs and not any(name.endswith(f"{needs}.weight") for name in there):
         raise PoiseError(f"cannot load the adapter {folder}: it lacks {needs}.weight")
     try:
@@ -228,13 +229,29 @@ def load_adapters(model: HfModel, folder: str, *, needs: str = "") -> HfModel:
             adapted: HfModel = peft.PeftModel.from_pretrained(model, folder, torch_device="cpu")
     except KeyError as error:
         raise PoiseError(f"cannot load the adapter {folder}: it lacks {error.args[0]}") from None
-    except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError, AttributeError, IndexError) as error:
         why = first_line(error)
         if why.startswith("Error(s) in loading state_dict"):  # and which, in the lines after it
             why = str(error).splitlines()[-1].strip()
         raise PoiseError(f"cannot load the adapter {folder}: {why}") from None
     _check_adapters(adapted, there, folder)
     return adapted.to(model.device)
+
+
+def make_room_for(model: HfModel, folder: str) -> None:
+    """Give a model the rows for added tokens that come with the adapters in a folder, if some do."""
+    _make_room(model, _adapter_tensors(folder))
+
+
+def _make_room(model: HfModel, there: dict[str, torch.Tensor]) -> None:
+    """peft saves grown embeddings beside the adapters, and loads them into embeddings of as many rows only."""
+    layer = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is layer)
+    parts = ("", "modules_to_save.", "token_adapter.base_layer.")
+    saved = [there.get(f"base_model.model.{name}.{part}weight") for part in parts]
+    rows = max((len(tensor) for tensor in saved if tensor is not None), default=0)
+    if rows > layer.num_embeddings:
+        with_rows(model, rows)
 
 
 def load_into_adapters(adapted: HfModel, folder: str) -> None:
@@ -278,7 +295,8 @@ def _check_adapters(adapted: HfModel, there: dict[str, torch.Tensor], folder: st
     import peft
 
     expected = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    _check_tensors(expected, there, folder, also=adapted.state_dict().keys())
+    held = adapted.state_dict().keys()  # peft may also write what an adapter stands beside, in two places
+    _check_tensors(expected, there, folder, also={*held, *(name.replace(".default", "") for name in held)})
 
 
 def read_adapter(folder: str, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -105,7 +105,8 @@ def adapted_model(adapters: Path) -> str:
     """The model that a policy's adapters were trained on, as their folder names it; PoiseError for other adapters."""
     refuse_reward_adapters(adapters)
     settings = read_object(adapters / _ADAPTERS, strict=False)
-    if (settings.get("peft_type"), settings.get("task_type")) != ("LORA", "CAUSAL_LM"):
+    # Many scripts give peft no task_type; adapters of a classifier are then refused for its head, or for their base.
+    if settings.get("peft_type") != "LORA" or settings.get("task_type") not in ("CAUSAL_LM", None):
         raise PoiseError(f"{adapters} holds no LoRA adapters of a language model; reward models are for `poise export`")
     if not (adapters / "adapter_model.safetensors").exists():
         raise PoiseError(f"{adapters} has no adapter_model.safetensors")

@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from poise.errors import PoiseError, first_line
+from poise.models.end_tokens import agree_on_ends
 from poise.models.families import alike, probe_tokens
 from poise.models.loading import (
     HfModel,
@@ -22,6 +23,7 @@ from poise.models.loading import (
     load_policy,
     load_tokenizer,
     load_weights,
+    make_room_for,
     resolve_model,
 )
 from poise.models.model_folder import adapted_model
@@ -33,6 +35,7 @@ from poise.runtime.progress import console
 from poise.runtime.quiet import quiet_loading
 
 _SETTINGS = "adapter_config.json"
+NOTICED_LOSS = 0.1  # share of a policy's changes that rounding may take without a word
 
 
 def run(config: Config) -> Path:
@@ -56,34 +59,67 @@ def run(config: Config) -> Path:
 
 
 def folded(base: str, adapters: Path) -> tuple[HfModel, HfTokenizer]:
-    """(model, tokenizer): the model in folder `base` with the adapters in its weights, and its padding as in training.
+    """(model, tokenizer): the model in folder `base` with the adapters in its weights, padding and ends as in training.
 
     Summed in float32 and rounded once, to the dtype that the base model is saved in.
     """
-    # Beside adapters lies the tokenizer of their training, whose chat template may be another.
-    own = any((adapters / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
-    tokenizer = load_tokenizer(str(adapters) if own else base)
+    tokenizer = load_tokenizer(str(adapters) if _has_tokenizer(adapters) else base)
     try:
         model = load_weights(transformers.AutoModelForCausalLM, base, "language model", dtype="auto")
         dtype = model.dtype
+        make_room_for(model, str(adapters))
         pad_apart(tokenizer, model)
+        agree_on_ends(model, tokenizer)  # others stop where the policy learned to
         ids = torch.tensor([probe_tokens(model, range(1, 10))])
         with quiet_loading(), torch.no_grad():
             adapted = load_adapters(model.float(), str(adapters)).eval()
-            wanted = adapted(input_ids=ids, use_cache=False).logits
+            wanted = _logits(adapted, ids)
+            with adapted.disable_adapter():
+                start = _logits(adapted, ids)
             merged = adapted.merge_and_unload(safe_merge=True)
-            found = merged(input_ids=ids, use_cache=False).logits
-        if not alike(merged, found, wanted):
-            raise PoiseError("the folded model has other logits than base and adapters; use the adapters as they are")
+            if not alike(merged, _logits(merged, ids), wanted):
+                raise PoiseError(
+                    "the folded model has other logits than base and adapters; use the adapters as they are"
+                )
+            rounded = _logits(merged.to(dtype).float(), ids)
+        _say_lost(dtype, start, wanted, rounded)
         return merged.to(dtype), tokenizer
     except (PoiseError, ValueError, RuntimeError) as error:
         raise PoiseError(f"cannot fold {adapters} into {base}: {first_line(error)}") from None
 
 
+def _logits(model: HfModel, ids: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=ids, use_cache=False).logits
+
+
+def _say_lost(dtype: torch.dtype, start: torch.Tensor, wanted: torch.Tensor, rounded: torch.Tensor) -> None:
+    """Say how much of what training changed is rounded away: changes by RL are often less than bfloat16's spacing.
+
+    All logits are of one text: of the base model, of the policy, and of the folded model after rounding.
+    """
+    moved, lost = (wanted - start).norm().item(), (rounded - wanted).norm().item()
+    if lost > NOTICED_LOSS * moved > 0:
+        console.print(
+            f"rounded to {str(dtype).removeprefix('torch.')}, as the base model is, the folded one is off by "
+            f"{lost / moved:.0%} of what training has changed in the logits of a trial text; base and adapters keep "
+            f"all of it, and so does a base model saved in float32", soft_wrap=True,
+        )  # fmt: skip
+
+
 def unfolded(adapters: Path) -> tuple[HfModel, HfTokenizer]:
     """(model, tokenizer) with a policy's adapters beside the weights that they belong to, as in training."""
-    model, _ = load_policy(base_of(adapters))
-    return load_adapters(model, str(adapters)).eval(), load_tokenizer(str(adapters))
+    model, tokenizer = load_policy(base_of(adapters))
+    if _has_tokenizer(adapters):
+        tokenizer = load_tokenizer(str(adapters))
+        make_room_for(model, str(adapters))
+        pad_apart(tokenizer, model)
+        agree_on_ends(model, tokenizer)
+    return load_adapters(model, str(adapters)).eval(), tokenizer
+
+
+def _has_tokenizer(adapters: Path) -> bool:
+    """Is the tokenizer of their training beside adapters? Its chat template may be another than the model's."""
+    return any((adapters / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
 
 
 def base_of(adapters: Path) -> str:

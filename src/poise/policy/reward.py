@@ -133,8 +133,8 @@ class PolicyReward:
         return SHAPINGS[self.shaping](by_prompt, others).each(lambda part: part.flatten(0, 1))
 
     def combine(self, heads: HeadRewards) -> Tensor:
-        """Rewards of whole batches of heads (…, K)."""
-        return self.scale.combine(heads, self.objective)
+        """Rewards of whole batches of heads (…, K), constants to what is trained; an objective may have weights."""
+        return self.scale.combine(heads, self.objective).detach()
 
     def with_bonus(self, score: Tensor, prompts: list[Prompt], texts: list[list[str]]) -> Tensor:
         """Rewards (P * M,) of this process's completions as the policy is paid them, with --regret-bonus."""
