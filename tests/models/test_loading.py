@@ -21,7 +21,7 @@ from poise.errors import PoiseError
 from poise.models import loading, reward_model
 from poise.models.context import room_or_raise, steady_context_length
 from poise.models.loading import load_policy, load_tokenizer, resolve_model
-from poise.models.model_folder import check_model
+from poise.models.model_folder import check_model, check_precision
 from poise.models.padding import pad_apart
 from poise.models.policy import Policy
 from poise.models.reward_model import HeadLayout, load_reward_model, load_trunk, save_reward_model
@@ -158,6 +158,24 @@ def test_a_bias_of_the_head_that_is_not_read_is_named(
 ) -> None:
     load_reward_model(damaged(classifier, tmp_path / "x", lambda t: {**t, "score.bias": torch.ones(1)}))
     assert "score.bias" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_weights_of_any_precision_are_no_quantized_ones(classifier: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    """F64 is no kind of F6."""
+    sample = Sample("Is tea hot?", "Mostly.")
+    expected = Scorer.load(str(classifier))([sample]).mean
+    rm = damaged(classifier, tmp_path / "rm", lambda tensors: {n: v.to(dtype) for n, v in tensors.items()})
+    torch.testing.assert_close(Scorer.load(rm)([sample]).mean, expected, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["F4", "F6_E2M3", "F8_E8M0", "I8", "U4"])
+def test_kinds_of_few_bits_are_known_by_their_names(tmp_path: Path, kind: str) -> None:
+    header = json.dumps({"a.weight": {"dtype": kind, "shape": [0], "data_offsets": [0, 0]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(PoiseError, match=f"a.weight is quantized .{kind}."):
+        check_precision(str(tmp_path))
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
