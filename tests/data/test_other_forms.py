@@ -22,6 +22,7 @@ from poise.errors import PoiseError
         ("B", "No."),
         ("tie", ""),
         ("tie (bothbad)", ""),
+        ("both_bad", ""),
     ],
 )
 def test_a_winner_of_two_responses_makes_a_pair(winner: object, chosen: str) -> None:
@@ -142,6 +143,24 @@ PUBLISHED: dict[str, dict] = {
     "tatsu-lab/alpaca_farm": {
         "instruction": "Tea?", "input": "", "output_1": "No.", "output_2": "Yes.", "preference": 2,
     },
+    "lmarena-ai/arena-human-preference-140k": {
+        "winner": "model_a", "conversation_a": [
+            turn | {"content": [{"type": "text", "text": turn["content"], "image": None, "mimeType": None}]}
+            for turn in talk("Yes.")
+        ], "conversation_b": talk("No."),
+    },
+    "ms-swift": {"messages": [SYSTEM, *talk("Yes.")], "rejected_response": "No."},
+    "ms-swift, two conversations": {"messages": talk("Yes."), "rejected_messages": talk("No.")},
+    "ms-swift, ShareGPT turns": {
+        "messages": [{"from": "human", "value": "Tea?"}, {"from": "gpt", "value": "Yes."}], "rejected_response": "No.",
+    },
+    "ms-swift, older": {
+        "query": "Tea?", "response": "Yes.", "rejected_response": "No.", "history": [["Hm?", "So?"]],
+    },
+    "LLaMA-Factory": {
+        "instruction": "Tea?", "input": "", "chosen": "Yes.", "rejected": "No.", "history": [["Hm?", "So?"]],
+    },
+    "LLaMA-Factory, renamed": {"prompt": "Tea?", "chosen": "Yes.", "rejected": "No.", "history": talk("So?")},
     "scores as text": {"prompt": "Tea?", "responses": '["No.", "Yes."]', "scores": "[-1, 0.5]"},
     "scores and ranks": {"prompt": "Tea?", "completions": ["No.", "Yes."], "scores": [1, 2], "ranks": [2, 1]},
     "capitals": {"prompt": "Tea?", "response_A": "Yes.", "response_B": "No.", "winner": "A"},
@@ -221,9 +240,61 @@ def test_a_conversation_may_repeat_the_prompt_with_its_answer(prompt: object) ->
     assert (pair.prompt, pair.chosen) == (talk("Yes.")[:1], "Yes.")
 
 
+@pytest.mark.parametrize("history", [[["Hm?", "So?"]], talk("So?")])
+def test_turns_before_the_prompt_are_read(history: list) -> None:
+    """Where they are a column of their own, they were shown to whoever chose."""
+    earlier = [history[0][0], history[0][1]] if isinstance(history[0], list) else [turn["content"] for turn in history]
+    expected = [
+        {"role": role, "content": text}
+        for role, text in zip(("user", "assistant", "user"), [*earlier, "And milk?"], strict=True)
+    ]
+    row = {"prompt": "And milk?", "history": history}
+    assert preferences_of({**row, "chosen": "Yes.", "rejected": "No."}) == [Preference(expected, "Yes.", "No.")]
+    rated = {**row, "responses": ["Yes.", "No."], "ratings": [2, 1]}
+    assert preferences_of(rated) == [Preference(expected, "Yes.", "No.")]
+    assert preferences_of({**row, "history": [], "chosen": "Yes.", "rejected": "No."})[0].prompt == "And milk?"
+
+
+def test_turns_before_the_prompt_that_cannot_be_joined_with_it_are_refused() -> None:
+    answers = {"chosen": "Yes.", "rejected": "No."}
+    with pytest.raises(ValueError, match="'history' must be pairs"):
+        preferences_of({"prompt": "x", "history": ["a", "b"], **answers})
+    with pytest.raises(ValueError, match="'prompt' is not text to follow them"):
+        preferences_of({"prompt": talk("a")[:1], "history": [["a", "b"]], **answers})
+    with pytest.raises(ValueError, match="ends in a turn of the user"):
+        preferences_of({"messages": talk("a")[:1], "rejected_response": "b"})
+    with pytest.raises(ValueError, match="a conversation that ends in the chosen answer"):
+        preferences_of({"messages": "a", "rejected_response": "b"})
+
+
+def test_text_beside_the_prompt_is_said(tmp_path: Path) -> None:
+    row = {"prompt": "Tea?", "chosen": "Yes.", "rejected": "No."}
+    path = write(tmp_path / "x.jsonl", row | {"context": "It is hot."}, row | {"input": "Tea?", "chosen": "So."})
+    understood = Understood(str(path), silent=True)
+    read_preferences(path, understood=understood)
+    assert understood.notes == {"have 'context' beside the text, which no model is shown": (1, "line 1")}
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason"),
+    [
+        ({"Prompt": "Tea?"}, "no 'prompt', but 'Prompt'; rename"),
+        ({"prompt ": "Tea?"}, "no 'prompt', but 'prompt '; rename"),
+        ({"question": "Tea?", "context": "Hot."}, "but 'question'; rename"),
+        ({"instruction": "Answer.", "query": "Tea?"}, "but 'instruction' and 'query'; join in 'prompt' what is asked"),
+        ({"trajectory": [{"from": "user", "value": "Tea?"}]}, "but the turns in 'trajectory'; rename"),
+    ],
+)
+def test_a_prompt_under_another_name_is_not_what_two_texts_share(columns: dict, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        preferences_of({**columns, "chosen": "The film was good.", "rejected": "The film was gory."})
+
+
 def test_a_row_without_a_prompt_is_told_by_its_columns() -> None:
-    with pytest.raises(ValueError, match="no 'prompt'; the row has 'Prompt', 'Chosen'"):
+    with pytest.raises(ValueError, match="no 'prompt', but 'Prompt'; rename it to 'prompt'"):
         prompt_of({"Prompt": "p", "Chosen": "a"})
+    with pytest.raises(ValueError, match="no 'prompt'; the row has 'Ask', 'Chosen'"):
+        prompt_of({"Ask": "p", "Chosen": "a"})
 
 
 def test_a_summary_is_asked_for_as_its_models_were() -> None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import peft
 import pytest
@@ -20,10 +21,10 @@ from poise.errors import PoiseError
 from poise.models import loading, reward_model
 from poise.models.context import room_or_raise, steady_context_length
 from poise.models.loading import load_policy, load_tokenizer, resolve_model
-from poise.models.model_folder import check_model
+from poise.models.model_folder import check_model, check_precision
 from poise.models.padding import pad_apart
 from poise.models.policy import Policy
-from poise.models.reward_model import load_reward_model, load_trunk
+from poise.models.reward_model import HeadLayout, load_reward_model, load_trunk, save_reward_model
 from poise.models.scorer import Scorer
 from poise.policy.merge import folded
 
@@ -159,6 +160,24 @@ def test_a_bias_of_the_head_that_is_not_read_is_named(
     assert "score.bias" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_weights_of_any_precision_are_no_quantized_ones(classifier: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    """F64 is no kind of F6."""
+    sample = Sample("Is tea hot?", "Mostly.")
+    expected = Scorer.load(str(classifier))([sample]).mean
+    rm = damaged(classifier, tmp_path / "rm", lambda tensors: {n: v.to(dtype) for n, v in tensors.items()})
+    torch.testing.assert_close(Scorer.load(rm)([sample]).mean, expected, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["F4", "F6_E2M3", "F8_E8M0", "I8", "U4"])
+def test_kinds_of_few_bits_are_known_by_their_names(tmp_path: Path, kind: str) -> None:
+    header = json.dumps({"a.weight": {"dtype": kind, "shape": [0], "data_offsets": [0, 0]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(PoiseError, match=f"a.weight is quantized .{kind}."):
+        check_precision(str(tmp_path))
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 def test_quantized_weights_that_nothing_says_how_to_read_are_one_line(
     language_model: Path, classifier: Path, tmp_path: Path, dtype: torch.dtype
@@ -204,6 +223,31 @@ def test_a_config_whose_padding_is_no_token_is_loaded(language_model: Path, clas
         edit_json(tmp_path / name / "config.json", pad_token_id=999)
     assert load_policy(str(tmp_path / "lm"))[0].config.pad_token_id == 0
     assert load_reward_model(str(tmp_path / "rm"))[0].config.pad_token_id == 0
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"_attn_implementation": "flash_attention_2"}, {"attn_implementation": "flex_attention"},
+        {"attn_implementation": "paged|eager"}, {"return_dict": False},
+        {"output_attentions": True, "output_hidden_states": True},
+    ],
+    ids=lambda said: ", ".join(f"{name} {value}" for name, value in said.items()),
+)  # fmt: skip
+def test_how_a_model_was_run_elsewhere_does_not_decide_how_it_is_run_here(
+    language_model: Path, classifier: Path, tmp_path: Path, said: dict[str, Any]
+) -> None:
+    """Kernels that are not installed, or take no mask for each token; tuples; what a forward pass returns beside."""
+    samples = [Sample("Is tea hot?", "Mostly."), Sample("Is tea hot?", "Blue, I think."), Sample("Why?", "So.")]
+    expected = Scorer.load(str(classifier))(samples).mean
+    for name, source in (("lm", language_model), ("rm", classifier)):
+        shutil.copytree(source, tmp_path / name)
+        edit_json(tmp_path / name / "config.json", **said)
+    torch.testing.assert_close(Scorer.load(str(tmp_path / "rm"))(samples).mean, expected)
+    trunk, tokenizer = load_trunk(str(tmp_path / "lm"), 2)
+    save_reward_model(tmp_path / "made", trunk, tokenizer, torch.ones(1, 32), HeadLayout(1, "point", (0.0,)))
+    assert Scorer.load(str(tmp_path / "made"))(samples).mean.isfinite().all()
+    assert load_policy(str(tmp_path / "lm"))[0].config._attn_implementation == "sdpa"
 
 
 def test_padding_is_not_the_end_that_the_template_writes(language_model: Path, tmp_path: Path) -> None:
@@ -537,6 +581,27 @@ def test_an_adapter_that_was_made_without_a_head(language_model: Path, reward_ad
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
     peft.get_peft_model(model, config).save_pretrained(tmp_path / "x")
     with pytest.raises(PoiseError, match="lacks score"):
+        load_reward_model(str(tmp_path / "x"))
+
+
+@pytest.mark.filterwarnings("ignore:.*lora_bias=True")
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"init_lora_weights": "pissa_niter_2"}, "drawn at random .init_lora_weights pissa_niter_2.*plain LoRA"),
+        ({"lora_bias": True}, "cannot fold the adapter .*lora_bias"),
+    ],
+)
+def test_adapters_that_are_no_sum_with_their_base_are_one_line(
+    language_model: Path, tmp_path: Path, options: dict[str, Any], line: str
+) -> None:
+    """What a random decomposition took from the base, loading would take out anew, and score something else."""
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(language_model, num_labels=1)
+    model.config.save_pretrained(tmp_path / "x")
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"], **options)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "x")
+    transformers.AutoTokenizer.from_pretrained(language_model).save_pretrained(tmp_path / "x")
+    with pytest.raises(PoiseError, match=line):
         load_reward_model(str(tmp_path / "x"))
 
 

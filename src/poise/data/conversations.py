@@ -22,6 +22,7 @@ _ROLES = {
     "bot": "assistant", "bard": "assistant", "assistant": "assistant", "model": "assistant", "system": "system",
     "developer": "developer", "tool": "tool", "observation": "tool", "function": "function", "ipython": "ipython",
 }  # fmt: skip
+_SAID = {"role", "from"}
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _PROMPT_KEYS = ("prompt", "messages", "conversations")
 _NAMES_OF_PROMPTS = ("instruction", "question", "query", "input")
@@ -75,9 +76,8 @@ def prompt_alone(row: dict[str, Any]) -> Prompt:
     """As `prompt_of`, without the column `system`."""
     key = prompt_key(row)
     if key is None:
-        other = next((name for name in OTHER_PROMPTS if row.get(name)), None)
         there = "; the row has " + ", ".join(repr(name)[:40] for name in list(row)[:6]) if row else "; the row is empty"
-        raise ValueError("no 'prompt'" + (f", but {other!r}; rename it to 'prompt'" if other else there))
+        raise ValueError("no 'prompt'" + (but_other_names(row, OTHER_PROMPTS) or there))
     prompt = turns_of(row[key], key) or text_of(row, key)
     for name in _PROMPT_KEYS:
         if name != key and row.get(name) is not None:
@@ -134,9 +134,32 @@ def prompt_key(row: dict[str, Any]) -> str | None:
     return "prompt" if found is None and "prompt" in row and "chosen" not in row else found
 
 
-def other_prompt_name(row: dict[str, Any]) -> str | None:
-    """A column that may hold the prompt under a name that is not read, such as `question`."""
-    return next((name for name in _NAMES_OF_PROMPTS if row.get(name)), None)
+def but_other_names(row: dict[str, Any], known: tuple[str, ...] = _NAMES_OF_PROMPTS) -> str:
+    """What to do about columns that may hold the prompt under names that are not read; "" if there are none.
+
+    >>> but_other_names({"Prompt": "Tea?"})
+    ", but 'Prompt'; rename it to 'prompt'"
+    """
+    names = [name for name in row if row[name] and name.strip().lower() in (*_PROMPT_KEYS, *known)]
+    if not names:
+        return ""
+    what = "rename it to 'prompt'" if len(names) == 1 else "join in 'prompt' what is asked"
+    return f", but {' and '.join(map(repr, names))}; {what}"
+
+
+def holds_turns(row: dict[str, Any]) -> str | None:
+    """A column that is a list of turns; None if there is none."""
+    return next(
+        (
+            name
+            for name, value in row.items()
+            if isinstance(value, list)
+            and value
+            and isinstance(value[0], dict)
+            and not value[0].keys().isdisjoint(_SAID)
+        ),
+        None,
+    )
 
 
 def answered(row: dict[str, Any]) -> tuple[Prompt, str] | None:

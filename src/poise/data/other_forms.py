@@ -15,7 +15,7 @@ Rows that say one thing twice must say the same.
 from typing import Any
 
 from poise.data.conversations import OTHER_PROMPTS, SYSTEM_COLUMNS, answered, prompt_key
-from poise.data.nested_rows import unpacked
+from poise.data.nested_rows import after_history, unpacked
 from poise.data.ratings import number_of
 from poise.data.raw import parsed_json
 from poise.data.verdicts import Compared, check_pair, compared
@@ -66,12 +66,14 @@ def in_our_columns_with_verdict(row: dict[str, Any]) -> tuple[dict[str, Any], Co
 def with_prompt(row: dict[str, Any]) -> dict[str, Any]:
     """A row of a public form as one with `prompt`: there the prompt has a name of its own. Other rows as they are."""
     row = unpacked(row)
-    if prompt_key(row) is not None or not _is_public(row):
+    if prompt_key(row) is not None:
+        return after_history(row)
+    if not _is_public(row):
         return row
-    names = [name for name in OTHER_PROMPTS if row.get(name)]
+    names = [name for name in OTHER_PROMPTS if row.get(name) and not (name == "history" and "instruction" in row)]
     if len(names) > 1:
         raise ValueError(f"{' and '.join(map(repr, names))} may all be the prompt; join them in 'prompt'")
-    return {**row, "prompt": row[names[0]]} if names else row
+    return after_history({**row, "prompt": row[names[0]]}) if names else row
 
 
 def one_by_one(row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -96,7 +98,7 @@ def _is_public(row: dict[str, Any]) -> bool:
         return True
     if {"human_ref_A", "human_ref_B"} <= row.keys() or {"output_1", "output_2"} <= row.keys():
         return True
-    return "chosen" in row and not row.keys().isdisjoint(SYSTEM_COLUMNS)
+    return "chosen" in row and ({"instruction", "input"} <= row.keys() or not row.keys().isdisjoint(SYSTEM_COLUMNS))
 
 
 def _listed_names(row: dict[str, Any]) -> list[str]:

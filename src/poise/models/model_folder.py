@@ -35,7 +35,7 @@ _SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
     "max_position_embeddings", "head_dim", "n_embd", "n_layer", "n_head", "n_positions", "ffn_dim", "num_labels",
 )  # fmt: skip
-_FEW_BITS = re.compile(r"F8\w*|F[46]\w*|[IU][48]")  # of a number, as safetensors calls its kind
+_FEW_BITS = re.compile(r"F8\w*|F[46](_\w+)?|[IU][48]")  # of a number, as safetensors calls its kind
 _LONGEST_HEADER = 10**8  # bytes; safetensors has the same limit
 _OTHER_SENSES = ("vision_config", "audio_config", "vision_tower", "speech_config", "image_token_id")
 
