@@ -375,6 +375,20 @@ def test_axes_of_one_name_are_of_one_length(of: Any) -> None:
         check(np.ones(3), np.ones(3), np.ones((3, 2)), 1)
 
 
+def test_axes_without_a_name_are_any(of: Any) -> None:
+    """Those of two arguments need not be the same."""
+
+    def two(a: Float[np.ndarray, "n ..."], b: Float[np.ndarray, "n ..."]) -> None:
+        pass
+
+    check = of("shapes.checked")(two)
+    check(np.ones(3), np.ones((3, 4, 5)))
+    check(np.ones((3, 4)), np.ones((3, 5)))
+    assert (
+        refused(lambda: check(np.ones((3, 4)), np.ones((2, 4)))) == "two: b must be of shape (3, 4), as a, not (2, 4)"
+    )
+
+
 def test_tensors_of_one_call_are_on_one_device(of: Any) -> None:
     far = torch.ones(3, device="meta")
     said = refused(lambda: of("reward_losses.bradley_terry")(ROWS, far))

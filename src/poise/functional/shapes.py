@@ -145,7 +145,7 @@ class _Axes:
             there = shape[start : start + many] if place == rest else shape[start : start + 1]
             if place != rest and there == (0,):
                 raise PoiseError(f"{self.function}: {name} is empty, of shape {shape}; give at least one of {axis}")
-            sizes, first = self.sizes.setdefault(axis, (there, name))
+            sizes, first = self.sizes.setdefault(axis, (there, name)) if axis != "..." else (there, name)
             if axis.isdigit():
                 sizes, first = (int(axis),), ""
             why = first if sizes != there and not why else why
@@ -161,7 +161,7 @@ class _Axes:
 def _parts_of(kind: Any) -> tuple[bool, str, tuple[str, ...], int | None]:
     """(of torch?, kind of numbers, names of axes, which of them is any number of axes) of an array's annotation."""
     axes = tuple(kind.dim_str.split())
-    rest = next((place for place, axis in enumerate(axes) if axis.startswith("*")), None)
+    rest = next((place for place, axis in enumerate(axes) if axis.startswith(("*", "..."))), None)
     return hasattr(kind.array_type, "requires_grad"), kind.dtype.__name__, axes, rest
 
 
