@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -435,3 +437,31 @@ def test_lower_confidence_and_uncertainty_weighted_go_down_with_disagreement() -
     assert parse_objective("uncertainty_weighted(0.25)")(apart).item() == 1.0
     assert parse_objective("lower_confidence")(apart).item() == 0.0  # c = 1
     assert parse_objective("uncertainty_weighted")(apart).item() == 0.0  # c = .5
+
+
+def test_a_scale_is_of_some_completions() -> None:
+    for shape in ((2, 3, 5), (0, 5), (5,)):
+        heads = HeadRewards(torch.zeros(shape), torch.ones(shape))
+        with pytest.raises(PoiseError, match=rf"fitted to heads \(N, K\) of some completions, not to \({shape[0]},"):
+            RewardScale.fit(heads, mean)
+
+
+@pytest.mark.parametrize(
+    ("objective", "got"),
+    [
+        (lambda heads: heads.mean, r"one of \(4, 5\)"),
+        (lambda heads: heads.mean.sum(), r"one of \(\)"),
+        (lambda heads: heads.mean.mean(-1).tolist(), "list"),
+        (lambda heads: heads.mean.mean(-1).to(torch.complex64), "complex numbers"),
+    ],
+)
+def test_an_objective_of_another_form_is_refused(objective: Callable[[HeadRewards], Any], got: str) -> None:
+    heads = HeadRewards(torch.randn(4, 5), torch.ones(4, 5))
+    with pytest.raises(PoiseError, match=rf"one number per completion, a tensor of shape \(4,\); it gave {got}$"):
+        RewardScale.fit(heads, objective)
+
+
+def test_whole_numbers_of_an_objective_are_a_reward() -> None:
+    heads = HeadRewards(torch.randn(4, 5), torch.ones(4, 5))
+    scale = RewardScale.fit(heads, lambda heads: heads.mean.argmax(-1))
+    assert scale.combine(heads, lambda heads: heads.mean.argmax(-1)).dtype == torch.float32
