@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import peft
 import pytest
@@ -204,6 +205,25 @@ def test_a_config_whose_padding_is_no_token_is_loaded(language_model: Path, clas
         edit_json(tmp_path / name / "config.json", pad_token_id=999)
     assert load_policy(str(tmp_path / "lm"))[0].config.pad_token_id == 0
     assert load_reward_model(str(tmp_path / "rm"))[0].config.pad_token_id == 0
+
+
+@pytest.mark.parametrize(
+    "called", [{"attn_implementation": "flash_attention_2"}, {"attn_implementation": "flex"}, {"return_dict": False}]
+)
+def test_how_others_called_a_model_is_no_part_of_it(
+    language_model: Path, classifier: Path, tmp_path: Path, called: dict[str, Any]
+) -> None:
+    """Training scripts save it in config.json, and another machine need not have the kernels that it names."""
+    for source in (language_model, classifier):
+        config = json.loads((shutil.copytree(source, tmp_path / source.name) / "config.json").read_text())
+        (tmp_path / source.name / "config.json").write_text(json.dumps(config | called))
+    texts = [Sample("Hi", "Yes."), Sample("Hi", "No.")]
+    found, wanted = (Scorer.load(str(place))(texts).mean for place in (tmp_path / classifier.name, classifier))
+    assert torch.equal(found, wanted)
+    ids = torch.arange(5, 12)[None]
+    with torch.no_grad():
+        logits = [load_policy(str(at))[0](ids).logits for at in (tmp_path / language_model.name, language_model)]
+    assert torch.equal(*logits)
 
 
 def test_padding_is_not_the_end_that_the_template_writes(language_model: Path, tmp_path: Path) -> None:

@@ -149,6 +149,10 @@ def load_config(folder: str) -> Any:
     asked = getattr(config, "_attn_implementation", None)
     if isinstance(asked, str) and "/" in asked:
         raise PoiseError(f"{folder}/config.json asks for attention code from {asked}, which Poise never runs")
+    # How others last called the model is no part of it, and what is read here is masked as these two do it.
+    config.return_dict = True
+    if asked not in ("eager", "sdpa"):
+        config._attn_implementation = None
     for part in (config, config.get_text_config()):  # the embedding layer of a model refuses such a number
         if (getattr(part, "pad_token_id", None) or 0) >= (getattr(part, "vocab_size", None) or sys.maxsize):
             part.pad_token_id = None
