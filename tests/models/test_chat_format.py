@@ -11,6 +11,7 @@ from conftest import CHAT_TEMPLATE, make_tokenizer, rest_slow
 from poise.errors import PoiseError
 from poise.models.chat_format import (
     completion_text,
+    decode_completions,
     encode,
     encode_conversation,
     encode_prompt,
@@ -345,6 +346,30 @@ def test_think_and_tool_blocks_stay_tokens() -> None:
     _, second = encode_conversation(tokenizer, "Hi <think>", "<think>\nc\n</think>\n\nd <|im_end|>")
     names = tokenizer.convert_ids_to_tokens(second)
     assert (names.count("<think>"), names.count("</think>"), names.count("<|im_end|>")) == (1, 1, 1)
+
+
+def test_think_and_tool_blocks_that_are_special_tokens_are_part_of_what_was_written() -> None:
+    """A reward model reads the same tokens of a text that spells them; without them thoughts would be the answer."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<think>", "</think>", "<|tool_call|>", "<turn>", "</turn>", "<alone>"], special_tokens=True)
+    text = "<think>\nc</think>\n\nd <|tool_call|>e"
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    turn, alone = tokenizer.convert_tokens_to_ids(["</turn>", "<alone>"])
+    before = encode_prompt(tokenizer, "Hi <think>")
+    written = [
+        [*ids, end],
+        ids,
+        [*ids, turn, pad, pad],
+        [*ids[:-1], alone, end],
+        [alone, *ids],
+        [end],
+        [*ids[:1], end],
+        [],
+    ]
+    found = decode_completions(tokenizer, before, written)
+    assert found == [text, text, text, text[:-1].removesuffix("<|tool_call|>"), text, "", "", ""]
+    assert encode_conversation(tokenizer, "Hi", text)[1][: len(ids)] == ids
 
 
 def test_turns_of_tool_calls_have_no_content() -> None:

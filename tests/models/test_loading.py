@@ -250,6 +250,25 @@ def test_how_a_model_was_run_elsewhere_does_not_decide_how_it_is_run_here(
     assert load_policy(str(tmp_path / "lm"))[0].config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"eos_token_id": "2"}, "'eos_token_id' with value '2' doesn't match any type"),
+        ({"bos_token_id": [1]}, "'bos_token_id' with value .1. doesn't match any type"),
+        ({"num_attention_heads": 3}, "not a multiple of the number of attention heads"),
+    ],
+)
+def test_a_value_that_no_config_has_is_one_line(
+    language_model: Path, tmp_path: Path, wrong: dict[str, Any], said: str
+) -> None:
+    path = shutil.copytree(language_model, tmp_path / "model") / "config.json"
+    kind = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}  # checks its sizes itself
+    path.write_text(json.dumps(json.loads(path.read_text()) | kind | wrong))
+    with pytest.raises(PoiseError, match=f"^cannot read {path}: .*{said}") as caught:
+        load_policy(str(path.parent))
+    assert "\n" not in str(caught.value)
+
+
 def test_padding_is_not_the_end_that_the_template_writes(language_model: Path, tmp_path: Path) -> None:
     """A fresh head would read its score before the end of turn."""
     shutil.copytree(language_model, tmp_path / "x")

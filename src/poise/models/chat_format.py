@@ -11,13 +11,13 @@ import contextlib
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
 from poise.data.types import Prompt
 from poise.errors import PoiseError, first_line
-from poise.models.markers import Markers
+from poise.models.markers import Markers, tokens_of_answers
 from poise.runtime.progress import console
 
 # Hugging Face objects resolve their attributes at run time; a type checker could only guess at them.
@@ -136,14 +136,24 @@ def decode_completions(
 ) -> list[str]:
     """The text that each completion's tokens add to the prompt's, without special tokens.
 
-    Decoded alone, a completion would lose the space that it begins with where the tokenizer begins every text so.
+    Think and tool blocks stay, also where their tokens are special: a reward model that was trained on such texts reads
+    them as tokens. Decoded alone, a completion would lose the space that it begins with where the tokenizer begins
+    every text so.
     """
-    before: str = tokenizer.decode(prompt_ids, skip_special_tokens=True)
-    wholes = tokenizer.batch_decode([[*prompt_ids, *ids] for ids in completions], skip_special_tokens=True)
+    special, inside = tokens_of_answers(tokenizer)
+    prompt, kept = _without(special, prompt_ids), [_without(special, ids, inside) for ids in completions]
+    before: str = tokenizer.decode(prompt)
+    wholes = tokenizer.batch_decode([[*prompt, *ids] for ids in kept])
     return [
-        whole[len(before) :] if whole.startswith(before) else tokenizer.decode(ids, skip_special_tokens=True)
-        for ids, whole in zip(completions, wholes, strict=True)
+        whole[len(before) :] if whole.startswith(before) else tokenizer.decode(ids)
+        for ids, whole in zip(kept, wholes, strict=True)
     ]
+
+
+def _without(special: set[int], ids: Sequence[int], inside: Collection[int] = ()) -> list[int]:
+    """Ids less special tokens; those `inside` an answer stay, but for the ones that end it."""
+    length = next((i for i in range(len(ids), 0, -1) if ids[i - 1] not in special), 0)
+    return [token for token in ids[:length] if token not in special or token in inside]
 
 
 def _divided(whole: list[int], prompt: list[int]) -> tuple[list[int], list[int]]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -131,6 +132,8 @@ def load_tokenizer(folder: str) -> HfTokenizer:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, clean_up_tokenization_spaces=False
             )
+    except StrictDataclassError as error:
+        raise PoiseError(_wrong_value(folder, error)) from None
     except (OSError, ValueError, ImportError) as error:
         if "custom code" in str(error):
             raise PoiseError(f"the tokenizer in {folder} has code of its own, which Poise never runs") from None
@@ -141,6 +144,12 @@ def load_tokenizer(folder: str) -> HfTokenizer:
     # The model says how long a text may be; transformers would warn by model_max_length.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
+
+
+def _wrong_value(folder: str, error: StrictDataclassError) -> str:
+    """One line for a config.json with a value of another type or size; the error's second line says which."""
+    why = str(error).splitlines()[-1].partition(". Errors:")[0]
+    return f"cannot read {folder}/config.json: {why.partition('Error: ')[2] or why.strip()}"
 
 
 def load_config(folder: str) -> Any:
@@ -154,6 +163,8 @@ def load_config(folder: str) -> Any:
         if "custom code" in str(error):
             raise PoiseError(f"{folder} is a model with code of its own (auto_map), which Poise never runs") from None
         raise PoiseError(f"cannot read {folder}/config.json: {first_line(error)}") from None
+    except StrictDataclassError as error:
+        raise PoiseError(_wrong_value(folder, error)) from None
     # transformers reads a name with a slash as a repository of kernels, downloads its code and runs it.
     asked = getattr(config, "_attn_implementation", None)
     if isinstance(asked, str) and "/" in asked:

@@ -8,7 +8,7 @@ template's own. What the model reads is unchanged for texts without markers.
 import functools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
@@ -36,7 +36,7 @@ class Markers:
         named = {tokenizer.bos_token, tokenizer.eos_token} - {None}
         written = {text for text in added if text in tokenizer.chat_template or text in rendered} | named
         # Think and tool blocks are parts of an answer: the model is to read them as the tokens that they are.
-        inside = {text for text in written - named if _twin(text) in added or _OF_AN_ANSWER.search(text)}
+        inside = {text for text in written - named if _inside(text, added)}
         self.ids = {text: added.get(text, tokenizer.convert_tokens_to_ids(text)) for text in sorted(written - inside)}
         longest_first = sorted(self.ids, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
@@ -104,6 +104,21 @@ class Markers:
         """Token of a private character -> token of the marker that it stands for."""
         found = {self._backend.token_to_id(chr(_OWN + self._number[text])): i for text, i in self.ids.items()}
         return {alias: i for alias, i in found.items() if alias is not None}
+
+
+def tokens_of_answers(tokenizer: HfTokenizer) -> tuple[set[int], set[int]]:
+    """(special tokens, those of them that are parts of an answer: think and tool blocks)."""
+    special = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    named = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
+    names = set(tokenizer.get_added_vocab())
+    return {*special, *tokenizer.all_special_ids}, {
+        i for i, text in special.items() if text not in named and _inside(text, names)
+    }
+
+
+def _inside(text: str, added: Collection[str]) -> bool:
+    """Is an added token a part of an answer: one of a pair of tags, or of the call of a tool?"""
+    return _twin(text) in added or _OF_AN_ANSWER.search(text) is not None
 
 
 def _twin(text: str) -> str:
