@@ -584,6 +584,27 @@ def test_an_adapter_that_was_made_without_a_head(language_model: Path, reward_ad
         load_reward_model(str(tmp_path / "x"))
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of peft, that such adapters cannot be merged
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"init_lora_weights": "pissa_niter_2"}, "drawn at random .init_lora_weights pissa_niter_2.*plain LoRA"),
+        ({"lora_bias": True}, "cannot fold the adapter .*lora_bias"),
+    ],
+)
+def test_adapters_that_are_no_sum_with_their_base_are_one_line(
+    language_model: Path, tmp_path: Path, options: dict[str, Any], line: str
+) -> None:
+    """What a random decomposition took from the base, loading would take out anew, and score something else."""
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(language_model, num_labels=1)
+    model.config.save_pretrained(tmp_path / "x")
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"], **options)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "x")
+    transformers.AutoTokenizer.from_pretrained(language_model).save_pretrained(tmp_path / "x")
+    with pytest.raises(PoiseError, match=line):
+        load_reward_model(str(tmp_path / "x"))
+
+
 def test_pickled_adapters_are_refused(
     language_model: Path, policy_adapter: Path, reward_adapter: Path, tmp_path: Path
 ) -> None:

@@ -39,6 +39,7 @@ HfTokenizer = Any
 # classifier was made of, and the bias that SGLang wants, if it is zero.
 _OFTEN_UNREAD, _BIAS = re.compile(r"(^|\.)(lm_head|embed_out)\."), "score.bias"
 _ADAPTERS = "adapter_model.safetensors"
+_DRAWN = "pissa_niter_"  # adapters that begin as a random decomposition of the base
 # Ways to attend that take a mask for each token, and what a forward pass returns beside hidden states.
 _ATTENTION = (None, "eager", "sdpa")
 _OUTPUTS = {
@@ -244,6 +245,12 @@ def load_adapters(model: HfModel, folder: str, *, needs: str = "") -> HfModel:
         settings = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
         if not isinstance(settings, dict) or settings.get("peft_type") != "LORA" or settings.get("megatron_config"):
             raise PoiseError("adapter_config.json is not of plain LoRA adapters")
+        if str(settings.get("init_lora_weights")).startswith(_DRAWN):
+            raise PoiseError(
+                f"it belongs to a base less a part that was drawn at random (init_lora_weights "
+                f"{settings['init_lora_weights']}), which cannot be drawn again; save it as plain LoRA (in peft, "
+                f"save_pretrained with path_initial_model_for_weight_conversion)"
+            )
         with quiet_loading(), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of missing keys; they are counted below
             adapted: HfModel = peft.PeftModel.from_pretrained(model, folder, torch_device="cpu")

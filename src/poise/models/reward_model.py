@@ -381,4 +381,8 @@ def _load_adapted(folder: str, config: Any, place: torch.device | None) -> HfMod
     if pad is not None:
         with_rows(classifier, pad + 1)
         classifier.config.get_text_config().pad_token_id = pad
-    return load_adapters(classifier, folder, needs="score").merge_and_unload().eval()
+    adapted = load_adapters(classifier, folder, needs="score")
+    try:
+        return adapted.merge_and_unload().eval()
+    except (RuntimeError, ValueError) as error:  # a bias of LoRA where the layer has none, for instance
+        raise PoiseError(f"cannot fold the adapter {folder} into {base}: {first_line(error)}") from None
