@@ -239,8 +239,8 @@ def _hub_data_set(name: str) -> Iterator[dict[str, Any]]:
         except Exception as error:  # noqa: BLE001  the hub client raises a dozen kinds
             if isinstance(error, ValueError) and _OTHER_PARTS.match(str(error)):
                 raise PoiseError(
-                    f"the hub's {name} has no plain `train` split ({' '.join(str(error).split())[:300]}); save the part "
-                    f"that is meant, with `datasets`, and give the folder"
+                    f"the hub's {name} has no plain `train` split ({' '.join(str(error).split())[:300]}); save the "
+                    f"part that is meant, with `datasets`, and give the folder"
                 ) from None
             raise PoiseError(f"no such file, and no data set of the hub: {name} ({type(error).__name__})") from None
     yield from _plain_rows(loaded)
