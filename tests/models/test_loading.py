@@ -327,6 +327,25 @@ def test_a_tokenizer_that_cannot_be_read_is_one_line(message: str, said: str, mo
         load_tokenizer("x")
 
 
+@pytest.mark.parametrize(
+    ("file", "changes", "said"),
+    [
+        ("tokenizer_config.json", {"pad_token": {"content": "<|endoftext|>"}}, "pad_token has to be either str"),
+        ("tokenizer.json", {"model": {"type": "Newer"}}, "data did not match any variant of untagged enum"),
+        ("tokenizer.json", {"added_tokens": 5}, "no usable tokenizer"),
+    ],
+)
+def test_files_of_a_tokenizer_that_say_what_cannot_be_are_one_line(
+    language_model: Path, tmp_path: Path, file: str, changes: dict[str, Any], said: str
+) -> None:
+    """Whatever the reader raises, the line names the folder."""
+    shutil.copytree(language_model, tmp_path / "x")
+    edit_json(tmp_path / "x" / file, **changes)
+    with pytest.raises(PoiseError, match=f"no usable tokenizer in {tmp_path / 'x'}: .*") as caught:
+        load_tokenizer(str(tmp_path / "x"))
+    assert said in str(caught.value)
+
+
 @pytest.mark.slow  # transformers imports every configuration for its message
 def test_a_model_of_another_kind_is_named_by_its_type(tmp_path: Path) -> None:
     transformers.ViTConfig().save_pretrained(tmp_path)

@@ -131,10 +131,11 @@ def load_tokenizer(folder: str) -> HfTokenizer:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, clean_up_tokenization_spaces=False
             )
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # noqa: BLE001  the readers of tokenizers raise a dozen kinds, and a bare Exception
         if "custom code" in str(error):
             raise PoiseError(f"the tokenizer in {folder} has code of its own, which Poise never runs") from None
-        why, alone = first_line(error), not (Path(folder) / "tokenizer.json").exists()
+        why = f"it lacks {error.args[0]!r}" if isinstance(error, KeyError) and error.args else first_line(error)
+        alone = not (Path(folder) / "tokenizer.json").exists()
         if alone and any(Path(folder).glob("*.model")) and importlib.util.find_spec("sentencepiece") is None:
             why = "it has no tokenizer.json, and its .model file needs packages: pip install sentencepiece protobuf"
         raise PoiseError(f"no usable tokenizer in {folder}: {why}") from None
