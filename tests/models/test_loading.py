@@ -250,6 +250,25 @@ def test_how_a_model_was_run_elsewhere_does_not_decide_how_it_is_run_here(
     assert load_policy(str(tmp_path / "lm"))[0].config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"rms_norm_eps": "1e-6"}, r"rms_norm_eps.* got str"),
+        ({"layer_types": ["full_attention"]}, r"num_hidden_layers.* must be equal to the number of .layer_types"),
+        ({"hidden_act": "foo"}, "nothing is called 'foo'"),
+        ({"dtype": "auto"}, "no attribute 'auto'"),
+    ],
+)
+def test_settings_of_a_model_that_cannot_be_are_one_line_with_their_reason(
+    classifier: Path, tmp_path: Path, wrong: dict[str, Any], said: str
+) -> None:
+    """Some readers say in a second line what is wrong, and some raise what is no ValueError."""
+    shutil.copytree(classifier, tmp_path / "x")
+    edit_json(tmp_path / "x" / "config.json", **wrong)
+    with pytest.raises(PoiseError, match=f"^cannot (read|load) {tmp_path / 'x'}.*{said}"):
+        load_reward_model(str(tmp_path / "x"))
+
+
 def test_padding_is_not_the_end_that_the_template_writes(language_model: Path, tmp_path: Path) -> None:
     """A fresh head would read its score before the end of turn."""
     shutil.copytree(language_model, tmp_path / "x")

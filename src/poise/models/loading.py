@@ -134,7 +134,7 @@ def load_tokenizer(folder: str) -> HfTokenizer:
     except Exception as error:  # noqa: BLE001  the readers of tokenizers raise a dozen kinds, and a bare Exception
         if "custom code" in str(error):
             raise PoiseError(f"the tokenizer in {folder} has code of its own, which Poise never runs") from None
-        why = f"it lacks {error.args[0]!r}" if isinstance(error, KeyError) and error.args else first_line(error)
+        why = _why(error)
         alone = not (Path(folder) / "tokenizer.json").exists()
         if alone and any(Path(folder).glob("*.model")) and importlib.util.find_spec("sentencepiece") is None:
             why = "it has no tokenizer.json, and its .model file needs packages: pip install sentencepiece protobuf"
@@ -151,10 +151,10 @@ def load_config(folder: str) -> Any:
     """
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # noqa: BLE001  each family checks its settings in its own way
         if "custom code" in str(error):
             raise PoiseError(f"{folder} is a model with code of its own (auto_map), which Poise never runs") from None
-        raise PoiseError(f"cannot read {folder}/config.json: {first_line(error)}") from None
+        raise PoiseError(f"cannot read {folder}/config.json: {_why(error)}") from None
     # transformers reads a name with a slash as a repository of kernels, downloads its code and runs it.
     asked = getattr(config, "_attn_implementation", None)
     if isinstance(asked, str) and "/" in asked:
@@ -176,6 +176,14 @@ def _run_as_here(config: Any) -> None:
     for name, plain in _OUTPUTS.items():
         if hasattr(config, name):
             setattr(config, name, plain)
+
+
+def _why(error: Exception) -> str:
+    """One line of what a reader raised: all that a check of settings says, for instance, whose reason comes last."""
+    if isinstance(error, KeyError):
+        return f"nothing is called {error.args[0]!r}" if error.args else first_line(error)
+    checked = type(error).__name__.startswith("StrictDataclass")
+    return " ".join(str(error).split()) if checked else first_line(error)
 
 
 def load_weights(
@@ -206,8 +214,8 @@ def load_weights(
                 folder, config=config or load_config(folder), dtype=dtype, use_safetensors=True,
                 trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
             )  # fmt: skip
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            why = first_line(error)
+        except (OSError, ValueError, RuntimeError, SafetensorError, KeyError, TypeError, AttributeError) as error:
+            why = _why(error)
             if why.startswith("Unrecognized configuration class"):  # and a hundred names of classes
                 why = f"transformers has none of the type {load_config(folder).model_type}"
             raise PoiseError(f"cannot load {folder} as a {kind}: {why}") from None
