@@ -13,7 +13,8 @@ import pytest
 
 from poise.cli import main as cli
 from poise.errors import PoiseError
-from poise.models.loading import load_adapters, load_config, load_policy
+from poise.models.loading import load_adapters, load_policy
+from poise.models.model_config import load_config
 from poise.models.policy import Policy
 
 SOURCES = Path(__file__).parents[1] / "src" / "poise"

@@ -15,7 +15,7 @@ EXAMPLES = re.findall(r"^\| (preferences|prompts|samples|questions) \| ([^|]+) \
 
 
 def test_every_form_has_an_example() -> None:
-    assert len(EXAMPLES) == 42
+    assert len(EXAMPLES) == 43
 
 
 def test_the_rows_that_help_shows_are_in_the_table() -> None:

@@ -161,6 +161,15 @@ PUBLISHED: dict[str, dict] = {
         "instruction": "Tea?", "input": "", "chosen": "Yes.", "rejected": "No.", "history": [["Hm?", "So?"]],
     },
     "LLaMA-Factory, renamed": {"prompt": "Tea?", "chosen": "Yes.", "rejected": "No.", "history": talk("So?")},
+    "lvwerra/stack-exchange-paired": {
+        "qid": 1, "question": "Tea?", "date": "2011", "metadata": ["x"], "response_j": "Yes.", "response_k": "No.",
+    },
+    "HuggingFaceH4/stack-exchange-preferences": {
+        "qid": 1, "question": "Tea?", "answers": [
+            {"answer_id": 1, "pm_score": 0, "selected": False, "text": "No."},
+            {"answer_id": 2, "pm_score": 3, "selected": True, "text": "Yes."},
+        ],
+    },
     "scores as text": {"prompt": "Tea?", "responses": '["No.", "Yes."]', "scores": "[-1, 0.5]"},
     "scores and ranks": {"prompt": "Tea?", "completions": ["No.", "Yes."], "scores": [1, 2], "ranks": [2, 1]},
     "capitals": {"prompt": "Tea?", "response_A": "Yes.", "response_B": "No.", "winner": "A"},

@@ -128,6 +128,30 @@ def test_a_name_on_the_hub_is_loaded_and_what_goes_wrong_is_one_line(monkeypatch
     assert asked == [("somebody/pairs", "train"), ("nobody/pairs", "train")]
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            "Unknown split \"train\". Should be one of ['train_prefs', 'test_prefs'].",
+            r"\(Unknown split \"train\". Should be one of \['train_prefs', 'test_prefs'\].\); save the part",
+        ),
+        (
+            "Config name is missing.\nPlease pick one among the available configs: ['a', 'b']",
+            r"\(Config name is missing. Please pick one among the available configs: \['a', 'b'\]\); save",
+        ),
+    ],
+)
+def test_a_data_set_on_the_hub_without_a_split_to_train_on_names_those_it_has(
+    monkeypatch: pytest.MonkeyPatch, error: str, said: str
+) -> None:
+    def load(name: str, split: str) -> None:  # noqa: ARG001
+        raise ValueError(error)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(PoiseError, match=f"^the hub's somebody/pairs has no plain `train` split {said}"):
+        list(raw_rows("somebody/pairs"))
+
+
 def test_only_owner_and_name_without_a_suffix_mean_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()

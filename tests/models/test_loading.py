@@ -269,6 +269,25 @@ def test_a_value_that_no_config_has_is_one_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"rms_norm_eps": "1e-6"}, r"rms_norm_eps.* got str"),
+        ({"layer_types": ["full_attention"]}, r"num_hidden_layers.* must be equal to the number of .layer_types"),
+        ({"hidden_act": "foo"}, "nothing is called 'foo'"),
+        ({"dtype": "auto"}, "no attribute 'auto'"),
+    ],
+)
+def test_settings_of_a_model_that_cannot_be_are_one_line_with_their_reason(
+    classifier: Path, tmp_path: Path, wrong: dict[str, Any], said: str
+) -> None:
+    """Some readers say in a second line what is wrong, and some raise what is no ValueError."""
+    shutil.copytree(classifier, tmp_path / "x")
+    edit_json(tmp_path / "x" / "config.json", **wrong)
+    with pytest.raises(PoiseError, match=f"^cannot (read|load) {tmp_path / 'x'}.*{said}"):
+        load_reward_model(str(tmp_path / "x"))
+
+
 def test_padding_is_not_the_end_that_the_template_writes(language_model: Path, tmp_path: Path) -> None:
     """A fresh head would read its score before the end of turn."""
     shutil.copytree(language_model, tmp_path / "x")
@@ -344,6 +363,25 @@ def test_a_tokenizer_that_cannot_be_read_is_one_line(message: str, said: str, mo
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", refused)
     with pytest.raises(PoiseError, match=said):
         load_tokenizer("x")
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "said"),
+    [
+        ("tokenizer_config.json", {"pad_token": {"content": "<|endoftext|>"}}, "pad_token has to be either str"),
+        ("tokenizer.json", {"model": {"type": "Newer"}}, "data did not match any variant of untagged enum"),
+        ("tokenizer.json", {"added_tokens": 5}, "no usable tokenizer"),
+    ],
+)
+def test_files_of_a_tokenizer_that_say_what_cannot_be_are_one_line(
+    language_model: Path, tmp_path: Path, file: str, changes: dict[str, Any], said: str
+) -> None:
+    """Whatever the reader raises, the line names the folder."""
+    shutil.copytree(language_model, tmp_path / "x")
+    edit_json(tmp_path / "x" / file, **changes)
+    with pytest.raises(PoiseError, match=f"no usable tokenizer in {tmp_path / 'x'}: .*") as caught:
+        load_tokenizer(str(tmp_path / "x"))
+    assert said in str(caught.value)
 
 
 @pytest.mark.slow  # transformers imports every configuration for its message
@@ -603,7 +641,7 @@ def test_an_adapter_that_was_made_without_a_head(language_model: Path, reward_ad
         load_reward_model(str(tmp_path / "x"))
 
 
-@pytest.mark.filterwarnings("ignore:.*lora_bias=True")
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of peft, that such adapters cannot be merged
 @pytest.mark.parametrize(
     ("options", "line"),
     [

@@ -43,6 +43,8 @@ _NO_DATA = {
     b"\x80\x04": "a pickle, which is never loaded; save it as JSON lines",
     b"\x80\x05": "a pickle, which is never loaded; save it as JSON lines",
 }  # fmt: skip
+# What `datasets` says of a data set whose parts have other names.
+_OTHER_PARTS = re.compile("Unknown split|Config name is missing|Bad split")
 _HEAD = 64  # bytes by which a file is recognized
 _ROWS_AT_ONCE = 1024  # of Parquet and Arrow
 _PARQUET_BUFFER = 1 << 20  # bytes of a column
@@ -235,5 +237,10 @@ def _hub_data_set(name: str) -> Iterator[dict[str, Any]]:
         try:
             loaded = datasets.load_dataset(name, split="train")
         except Exception as error:  # noqa: BLE001  the hub client raises a dozen kinds
+            if isinstance(error, ValueError) and _OTHER_PARTS.match(str(error)):
+                raise PoiseError(
+                    f"the hub's {name} has no plain `train` split ({' '.join(str(error).split())[:300]}); save the "
+                    f"part that is meant, with `datasets`, and give the folder"
+                ) from None
             raise PoiseError(f"no such file, and no data set of the hub: {name} ({type(error).__name__})") from None
     yield from _plain_rows(loaded)

@@ -3,6 +3,7 @@
 input: {messages}, preferred_output, non_preferred_output     OpenAI's preference fine-tuning
 info: {post or article, …}, summaries, choice                 OpenAI's comparisons of summaries
 question: {full_text}, answer_0, answer_1, score_0, score_1   WebGPT's comparisons
+question, response_j, response_k                              StackExchange, paired: j is better
 prompt, response_a, response_b, winner_model_a                LMSYS arena of Kaggle: lists of turns as JSON text
 messages, rejected_response or rejected_messages              ms-swift: messages end in the chosen answer
 query, response, rejected_response                            ms-swift's older form
@@ -44,6 +45,9 @@ def unpacked(row: Row) -> Row:
         return {**row, "prompt": _to_summarize(row["info"]), **dict(zip(SUMMARIES, texts, strict=True))}
     if isinstance(row.get("question"), dict) and "answer_0" in row:
         return {**row, "prompt": row["question"].get("full_text"), "question": None}
+    if "response_j" in row and "response_k" in row and "chosen" not in row:
+        asked = row.get("prompt") or row.get("question")
+        return {**row, "prompt": asked, "question": None, "chosen": row["response_j"], "rejected": row["response_k"]}
     if "winner_model_a" in row and all(isinstance(row.get(name), str) for name in _ARENA):
         return _arena(row)
     if "chosen" not in row and any(row.get(name) is not None for name in _SWIFT):

@@ -24,7 +24,7 @@ _TEXTS = ("responses", "completions", "generations", "answers")
 _TEXT = ("response", "completion", "text", "answer", "content", "generation")
 # Ranks count from the best, so their sign is turned.
 _NUMBERS = {"ratings": 1, "scores": 1, "ranks": -1, "rewards": 1, "rating": 1, "score": 1, "rank": -1}
-_NUMBER = {"rating": 1, "overall_score": 1, "score": 1, "rank": -1}
+_NUMBER = {"rating": 1, "overall_score": 1, "pm_score": 1, "score": 1, "rank": -1}
 _ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")  # of HelpSteer
 
 FORMS = (

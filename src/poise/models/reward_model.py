@@ -43,11 +43,11 @@ from poise.models.loading import (
     frozen_dtype,
     keep_layers,
     load_adapters,
-    load_config,
     load_tokenizer,
     load_weights,
     resolve_model,
 )
+from poise.models.model_config import load_config
 from poise.models.padding import pad_apart, with_rows
 from poise.models.scoring_template import scoring_template
 from poise.runtime.folders import write_file_atomic

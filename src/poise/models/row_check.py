@@ -7,7 +7,8 @@ from poise.data.types import Prompt
 from poise.models.chat_format import HfTokenizer, completion_text, encode_prompt, generation_prompt, prompt_text
 from poise.models.context import room_or_raise
 from poise.models.formats import checkpoint_folder
-from poise.models.loading import embedded_or_raise, load_config, load_tokenizer, resolve_model
+from poise.models.loading import embedded_or_raise, load_tokenizer, resolve_model
+from poise.models.model_config import load_config
 from poise.models.reward_model import members_of
 
 

@@ -28,7 +28,8 @@ from poise.models.choices import DEFAULT_MODEL
 from poise.models.families import attention_masks
 from poise.models.fused_ops import ChosenLogprob
 from poise.models.head_adapters import add_head_adapters, logits_of
-from poise.models.loading import HfModel, keep_layers, load_config, resolve_model
+from poise.models.loading import HfModel, keep_layers, resolve_model
+from poise.models.model_config import load_config
 from poise.models.rereading import Reading, predict
 from poise.models.reward_model import with_heads
 from poise.models.rollout import Rollout

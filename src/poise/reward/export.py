@@ -28,8 +28,9 @@ from poise.errors import PoiseError, first_line
 from poise.functional.objectives import HeadRewards
 from poise.models.formats import checkpoint_folder
 from poise.models.head_adapters import FOLDER, fold_head
-from poise.models.loading import frozen_dtype, load_config, load_tokenizer, resolve_model
+from poise.models.loading import frozen_dtype, load_tokenizer, resolve_model
 from poise.models.model_card import front_matter_without_results
+from poise.models.model_config import load_config
 from poise.models.reward_model import (
     REFERENCE,
     HeadLayout,

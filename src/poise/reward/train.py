@@ -38,10 +38,10 @@ from poise.models.loading import (
     HfTokenizer,
     device,
     frozen_dtype,
-    load_config,
     load_tokenizer,
     resolve_model,
 )
+from poise.models.model_config import load_config
 from poise.models.prompt_trials import padded_or_raise, takes_packed_rows
 from poise.models.reward_model import HeadLayout, load_trunk, save_reward_model, with_heads
 from poise.models.row_check import row_check
