@@ -320,6 +320,9 @@ def test_arrays_are_of_the_library_and_hold_the_numbers_that_are_meant(taken: An
     array, tensor = Float[np.ndarray, " n"], Float[torch.Tensor, " n"]
     assert refused(lambda: taken(array, ROWS)) == "got: it must be a NumPy array, not Tensor"
     assert refused(lambda: taken(tensor, np.ones(3))) == "got: it must be a torch tensor, not ndarray"
+    assert refused(lambda: taken(tensor | None, [1.0])) == "got: it must be a torch tensor, not list"
+    assert taken(tensor | None, None) is None
+    assert taken(tensor | float, 2.0) == 2.0
     assert taken(tensor, ROWS) is ROWS
     assert taken(tensor, torch.tensor([1, 0])).dtype == torch.float32
     assert taken(tensor, torch.tensor([True, False])).tolist() == [1.0, 0.0]
@@ -373,6 +376,16 @@ def test_axes_of_one_name_are_of_one_length(of: Any) -> None:
     assert "as a" in refused(lambda: check(np.ones(3), b=np.ones(4), c=np.ones((3, 2))))
     with pytest.raises(TypeError, match="4 were given"):
         check(np.ones(3), np.ones(3), np.ones((3, 2)), 1)
+
+
+def test_the_argument_that_said_so_first_is_named(of: Any) -> None:
+    def three(a: Float[np.ndarray, " n"], b: Float[np.ndarray, "n m"], c: Float[np.ndarray, "n m"]) -> None:
+        pass
+
+    check = of("shapes.checked")(three)
+    for shape, first in (((3, 5), "b"), ((2, 4), "a"), ((2, 5), "a")):
+        said = refused(lambda shape=shape: check(np.ones(3), np.ones((3, 4)), np.ones(shape)))
+        assert said == f"three: c must be of shape (3, 4), as {first}, not {shape}"
 
 
 def test_axes_without_a_name_are_any(of: Any) -> None:
