@@ -72,9 +72,11 @@ def test_every_form_has_the_scorers_rewards(scorer: Scorer) -> None:
         turns = [
             [{"role": "user", "content": s.prompt}, {"role": "assistant", "content": s.completion}] for s in SAMPLES
         ]
+        parts = [[{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in t] for t in turns]
         found = [
             [(await post(app, "/score", asked(s))).json["scores"][0]["reward"] for s in SAMPLES],
             [(await post(app, "/score", {"messages": t})).json["scores"][0]["reward"] for t in turns],
+            [(await post(app, "/score", {"messages": t})).json["scores"][0]["reward"] for t in parts],
             [
                 (await post(app, "/score", {"text": tokenizer.apply_chat_template(t, tokenize=False)})).json["scores"][
                     0
@@ -350,6 +352,11 @@ DEEP = b'{"prompt":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
         (b'{"prompt": [], "completion": "x"}', 422), (b'{"messages": []}', 422),
         (b'{"messages": [{"role": "user", "content": "x"}]}', 422), (b'{"text": "x"}', 422),
         (b'{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": null}]}', 422),
+        (
+            b'{"messages": [{"role": "user", "content": "x"},'
+            b' {"role": "assistant", "content": "x", "thinking": "y"}]}', 422,
+        ),
+        (b'{"prompt": [{"role": "user", "content": [{"type": "image"}]}], "completion": "x"}', 422),
         (json.dumps({"prompt": "x", "completions": ["x"] * 65}).encode(), 422),
         (json.dumps({"prompt": "x" * 2**19, "completion": "x"}).encode(), 422), (b"x" * (2**20 + 1), 413),
     ],

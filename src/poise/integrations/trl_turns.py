@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from poise.data.conversations import check_text, text_of_parts
+from poise.data.conversations import check_answer, check_text, ends_in_a_call, text_of_parts
 from poise.data.types import Prompt
 from poise.errors import PoiseError
 
@@ -25,8 +25,8 @@ def as_lists(prompts: Any, completions: Any) -> tuple[list[Prompt], list[Complet
 def as_pair(prompt: Any, completion: Any) -> tuple[Prompt, str]:
     """A prompt with the text to be scored: of an answer in several turns (tools), its last, after the others.
 
-    Raises PoiseError, one line, for what is neither text nor turns, turns with something other than text, and an answer
-    that does not end in the assistant's.
+    Raises PoiseError, one line, for what is neither text nor turns, turns with something other than text, an answer
+    that does not end in the assistant's, and one with reasoning or calls beside its text.
     """
     asked = as_prompt(prompt)
     if isinstance(completion, str):
@@ -35,8 +35,26 @@ def as_pair(prompt: Any, completion: Any) -> tuple[Prompt, str]:
     *before, last = _turns(completion, "completion")
     if last["role"] != "assistant":
         raise PoiseError(f"a completion must end in text by the assistant, not in a turn of {last['role']}")
+    try:
+        check_answer(last, "completion")
+    except ValueError as error:
+        raise PoiseError(str(error)) from None
     turns = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
     return ([*turns, *before] if before else asked), last.get("content") or ""
+
+
+def is_finished(completion: Any) -> bool:
+    """Does an answer end in the assistant's own words? One that was cut among the calls of tools does not."""
+    last = completion[-1] if isinstance(completion, (list, tuple)) and completion else None
+    return not (isinstance(last, Mapping) and ends_in_a_call(last))
+
+
+def unfinished_line(num: int, total: int) -> str:
+    """What is said once of completions without a reward."""
+    return (
+        f"reward: {num} of {total} completions end in a tool's call or result, not in text; they get no reward (None), "
+        f"and TRL does not learn from them; poise/unfinished is their share"
+    )
 
 
 def as_prompt(prompt: Any) -> Prompt:

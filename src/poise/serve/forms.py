@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from poise.data.conversations import check_answer, text_of_parts
 from poise.data.types import Prompt, Sample
 from poise.errors import PoiseError
 from poise.models.chat_format import HfTokenizer
@@ -28,7 +29,7 @@ class Turn(BaseModel):
 
     model_config = ConfigDict(extra="allow")
     role: str
-    content: str | None = None
+    content: str | list[dict[str, Any]] | None = Field(None, description="Text, or parts of type text")
 
 
 class ScoreRequest(BaseModel):
@@ -109,6 +110,10 @@ def _asked(request: ScoreRequest, tokenizer: HfTokenizer) -> list[Sample]:
         *before, last = _turns(request.messages)
         if not before or last["role"] != "assistant" or not isinstance(last.get("content"), str):
             raise PoiseError("messages must end in text by the assistant, after at least one other turn")
+        try:
+            check_answer(last, "messages")
+        except ValueError as error:
+            raise PoiseError(str(error)) from None
         return [generated(before, last["content"])]
     prompt = _prompt(request.prompt)
     completions = request.completions if request.completions is not None else [request.completion or ""]
@@ -126,7 +131,17 @@ def _prompt(given: str | list[Turn] | None) -> Prompt:
 def _turns(turns: list[Turn]) -> list[dict[str, Any]]:
     if not turns:
         raise PoiseError("there are no turns")
-    return [turn.model_dump(exclude_unset=True) for turn in turns]
+    return [_turn(turn, number) for number, turn in enumerate(turns, 1)]
+
+
+def _turn(turn: Turn, number: int) -> dict[str, Any]:
+    found = turn.model_dump(exclude_unset=True)
+    if isinstance(turn.content, list):
+        try:
+            found["content"] = text_of_parts(turn.content, "messages", number)
+        except ValueError as error:
+            raise PoiseError(str(error)) from None
+    return found
 
 
 # ---- other projects' ----
