@@ -208,6 +208,7 @@ def test_completions_of_several_turns_end_in_text() -> None:
     answer = {"role": "assistant", "content": "four"}
     assert as_sample(asked, [*called, answer]) == Sample([*asked, *called], "four")
     assert as_sample("2 + 2?", [answer]) == Sample("2 + 2?", "four")
+    assert as_sample([{"role": "Human", "content": "2 + 2?"}], [answer | {"role": "gpt"}]) == Sample(asked, "four")
     assert as_sample("2 + 2?", "  ") == Sample("2 + 2?", ".")
     with pytest.raises(PoiseError, match="must end in text by the assistant"):
         as_sample(asked, [answer, asked[0]])

@@ -340,6 +340,29 @@ def test_the_first_file_wins(scorer: Scorer, tmp_path: Path) -> None:
 
 # ---- what is wrong ----
 
+
+def test_paths_with_a_slash_and_roles_by_other_names_are_the_usual_ones(scorer: Scorer) -> None:
+    async def scenario(app: Any, _: Rewards) -> list[Answer]:
+        turns = [{"role": "human", "content": "Hi"}, {"role": "gpt", "content": "x"}]
+        usual = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "x"}]
+        zipped = await call(app, "/score", b"x", headers={"content-encoding": "gzip"})
+
+        async def mounted(scope: dict[str, Any], receive: Any, send: Any) -> None:  # as under Ray Serve's route_prefix
+            await app({**scope, "root_path": "/base", "path": f"/base{scope['path']}"}, receive, send)
+
+        found = [await post(app, path, {"messages": turns}) for path in ("/score", "/score/")]
+        return [
+            await post(app, "/score", {"messages": usual}),
+            *found,
+            await post(mounted, "/score", {"messages": usual}),
+            zipped,
+        ]
+
+    *found, zipped = serve(scorer, scenario)
+    assert [answer.json["scores"] for answer in found] == [found[0].json["scores"]] * 4
+    assert (zipped.status, zipped.json["error"]) == (415, "a body in the coding 'gzip'; send it as it is")
+
+
 DEEP = b'{"prompt":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
 
 
@@ -357,6 +380,7 @@ DEEP = b'{"prompt":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
             b' {"role": "assistant", "content": "x", "thinking": "y"}]}', 422,
         ),
         (b'{"prompt": [{"role": "user", "content": [{"type": "image"}]}], "completion": "x"}', 422),
+        (b'{"prompt": "x", "completion": "x", "system": "y"}', 422),
         (json.dumps({"prompt": "x", "completions": ["x"] * 65}).encode(), 422),
         (json.dumps({"prompt": "x" * 2**19, "completion": "x"}).encode(), 422), (b"x" * (2**20 + 1), 413),
     ],
@@ -542,7 +566,7 @@ def test_the_monitor_rings() -> None:
 
 def test_the_document_names_every_endpoint(scorer: Scorer) -> None:
     async def scenario(app: Any, _: Rewards) -> tuple[Answer, set[str]]:
-        return await call(app, "/openapi.json"), {route.path for route in app.routes}
+        return await call(app, "/openapi.json"), {route.path.rstrip("/") for route in app.routes}
 
     answer, paths = serve(scorer, scenario)
     document = answer.json

@@ -267,6 +267,15 @@ def check_answer(turn: Mapping[str, Any], key: str) -> None:
         )
 
 
+def usual_role(name: str) -> str:
+    """A role by its usual name; one that has none stays.
+
+    >>> usual_role("Human"), usual_role("gpt"), usual_role("critic")
+    ('user', 'assistant', 'critic')
+    """
+    return _ROLES.get(name.strip().lower(), name)
+
+
 def ends_in_a_call(turn: Mapping[str, Any]) -> bool:
     """Does a conversation whose last turn this is end in the call of a tool, or in what a tool gave?
 
@@ -302,7 +311,7 @@ def _turn(turn: Any, key: str, number: int) -> dict[str, Any]:
     role, content = turn["role"], turn["content"]
     if not isinstance(role, str) or not role.strip():
         raise ValueError(f"turn {number} of {key!r} has no role")
-    role = _ROLES.get(role.strip().lower(), role)
+    role = usual_role(role)
     if isinstance(content, list):
         content = text_of_parts(content, key, number)
     if not isinstance(content, str):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from poise.data.conversations import check_answer, check_text, ends_in_a_call, text_of_parts
+from poise.data.conversations import check_answer, check_text, ends_in_a_call, text_of_parts, usual_role
 from poise.data.types import Prompt
 from poise.errors import PoiseError
 
@@ -79,7 +79,8 @@ def _turns(value: Any, what: str) -> list[dict[str, Any]]:
     turns = list(value)
     if not turns or not all(isinstance(turn, Mapping) and isinstance(turn.get("role"), str) for turn in turns):
         raise PoiseError(f"a {what} that is a list must hold turns, {{'role': …, 'content': text}}, at least one")
-    return [_turn(turn, number, what) for number, turn in enumerate(turns, 1)]
+    named = [{**turn, "role": usual_role(turn["role"])} for turn in turns]
+    return [_turn(turn, number, what) for number, turn in enumerate(named, 1)]
 
 
 def _turn(turn: Mapping[str, Any], number: int, what: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from poise.data.conversations import check_answer, text_of_parts
+from poise.data.conversations import check_answer, text_of_parts, usual_role
 from poise.data.types import Prompt, Sample
 from poise.errors import PoiseError
 from poise.models.chat_format import HfTokenizer
@@ -35,6 +35,7 @@ class Turn(BaseModel):
 class ScoreRequest(BaseModel):
     """One of: prompt with completion or completions; messages that end in the assistant's; text as rendered."""
 
+    model_config = ConfigDict(extra="forbid")  # a field that nobody reads, such as a system turn, would change nothing
     prompt: str | list[Turn] | None = Field(None, description="Text, or turns")
     completion: str | None = None
     completions: list[str] | None = Field(None, description="Answers to the one prompt, which is read once for all")
@@ -135,7 +136,7 @@ def _turns(turns: list[Turn]) -> list[dict[str, Any]]:
 
 
 def _turn(turn: Turn, number: int) -> dict[str, Any]:
-    found = turn.model_dump(exclude_unset=True)
+    found = turn.model_dump(exclude_unset=True) | {"role": usual_role(turn.role)}
     if isinstance(turn.content, list):
         try:
             found["content"] = text_of_parts(turn.content, "messages", number)
@@ -190,7 +191,7 @@ def openapi(version: str) -> Json:
     schemas: Json = {}
     paths: Json = {}
     error = {"description": "One line, in `error`", "content": {"application/json": {"schema": {"type": "object"}}}}
-    answers = {str(status): error for status in (400, 401, 408, 413, 422, 429, 500, 503)}
+    answers = {str(status): error for status in (400, 401, 408, 413, 415, 422, 429, 500, 503)}
     for path, form in FORMS.items():
         schema = form.request.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas |= schema.pop("$defs", {}) | {form.request.__name__: schema}
