@@ -65,6 +65,12 @@ def test_lists_are_told_by_their_lengths(tmp_path: Path, shapes: list[tuple[int,
     assert [s.completion for s in asked.samples()][: first + 1] == [*(f"c{i}" for i in range(first)), "r0"]
 
 
+def test_turns_before_the_prompt_are_read_beside_lists_too(tmp_path: Path) -> None:
+    row = {"prompt": "And milk?", "history": [["Tea?", "Yes."]], "chosen": ["a"], "rejected": ["b", "c"]}
+    [item] = read_questions(write(tmp_path / "p.jsonl", row), "error").items
+    assert [turn["content"] for turn in item.prompt] == ["Tea?", "Yes.", "And milk?"]
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [

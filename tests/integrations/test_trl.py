@@ -30,6 +30,7 @@ from poise.errors import PoiseError
 from poise.functional import memory
 from poise.functional.monitor import Monitor, MonitorConfig
 from poise.functional.objectives import HeadRewards, RewardScale
+from poise.integrations import trl_http
 from poise.integrations import trl_reward as adapter
 from poise.integrations.trl_http import ServedReward, served_reward
 from poise.integrations.trl_logs import policy_metrics
@@ -207,9 +208,46 @@ def test_completions_of_several_turns_end_in_text() -> None:
     answer = {"role": "assistant", "content": "four"}
     assert as_sample(asked, [*called, answer]) == Sample([*asked, *called], "four")
     assert as_sample("2 + 2?", [answer]) == Sample("2 + 2?", "four")
+    assert as_sample([{"role": "Human", "content": "2 + 2?"}], [answer | {"role": "gpt"}]) == Sample(asked, "four")
     assert as_sample("2 + 2?", "  ") == Sample("2 + 2?", ".")
     with pytest.raises(PoiseError, match="must end in text by the assistant"):
-        as_sample(asked, called)
+        as_sample(asked, [answer, asked[0]])
+
+
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "add"}}]}
+
+
+def test_answers_cut_among_the_calls_of_tools_have_no_reward(
+    reward_run: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reward, logged = RobustReward.load(reward_run), dict[str, float]()
+    told = [[{"role": "assistant", "content": text}] for text in TEXTS]
+    plain = RobustReward.load(reward_run)(PROMPTS, told)
+    cut = [[CALL], [CALL, {"role": "tool", "content": "4"}]]
+    found = reward([*PROMPTS[:1], *PROMPTS], [cut[0], *told], log_metric=logged.__setitem__)
+    assert found[0] is None
+    assert found[1:] == pytest.approx(plain, abs=1e-5)  # they have no part in the scale
+    assert logged["poise/unfinished"] == pytest.approx(1 / (len(told) + 1))
+    assert reward(PROMPTS[:2], cut) == [None, None]
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("end in a tool's call or result, not in text; they get no reward") == 1
+    with pytest.raises(PoiseError, match="no completion of the first batch ends in text"):
+        RobustReward.load(reward_run)(PROMPTS[:2], cut)
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_beside_an_answer_is_said_not_to_be_read(
+    name: str, reward_run: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """TRL takes it out of what a thinking model wrote; a run must not stop at it."""
+    plain = [[{"role": "assistant", "content": text}] for text in TEXTS]
+    told = [[turns[0] | {name: "2 and 2"}] for turns in plain]
+    reward = RobustReward.load(reward_run)
+    found = [reward(PROMPTS, told), reward(PROMPTS, told)]
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count(f"{len(told)} of {len(told)} completions have reasoning beside their text") == 1
+    assert found[0] == RobustReward.load(reward_run)(PROMPTS, plain)
+    assert "reasoning" not in capsys.readouterr().err
 
 
 def test_a_batch_of_no_completion_has_no_reward(reward_run: str) -> None:
@@ -661,7 +699,8 @@ def test_a_served_reward_is_asked_for_the_last_turn(prompt: Any, completion: Any
     assert reward([prompt], [completion]) == [0.5]
     assert asked == [(turns, [text])]
     assert reward([prompt], [completion], log_metric=logged.__setitem__) == [0.5]
-    assert logged == {"poise/reward": 0.5, "poise/head_0": 0.75, "poise/head_std_0": 0.25}
+    unfinished = {} if isinstance(completion, str) else {"poise/unfinished": 0.0}
+    assert logged == {"poise/reward": 0.5, "poise/head_0": 0.75, "poise/head_std_0": 0.25} | unfinished
 
 
 def test_the_documented_command_is_read_by_trls_and_accelerates_parsers() -> None:
@@ -677,13 +716,28 @@ def test_the_documented_command_is_read_by_trls_and_accelerates_parsers() -> Non
 @pytest.mark.parametrize(
     ("last", "said"),
     [
-        ({"role": "tool", "content": "4"}, "a completion must end in text by the assistant, not in a turn of tool"),
+        ({"role": "user", "content": "4"}, "a completion must end in text by the assistant, not in a turn of user"),
         ({"role": "assistant", "content": [{"type": "x"}]}, "turn 2 of 'completion' holds something other than text"),
     ],
 )
 def test_a_served_reward_takes_text_of_the_assistant_alone(last: dict[str, Any], said: str) -> None:
     with pytest.raises(PoiseError, match=f"^{said}$"):
         ServedReward("http://127.0.0.1:9")(["p"], [[{"role": "assistant", "content": "call"}, last]])
+
+
+def test_a_served_reward_is_not_asked_for_answers_without_an_end(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(trl_http, "_said", set())
+    reward, asked, logged = ServedReward("http://127.0.0.1:9"), [], {}
+    reward.client.score = lambda *given: asked.append(given) or [{"reward": 0.5, "mean": [0.75], "std": [0.25]}]  # type: ignore[method-assign]
+    batch = [[CALL], [{"role": "assistant", "content": "c"}], [CALL, {"role": "tool", "content": "4"}]]
+    for _ in range(2):
+        assert reward(["p"] * 3, batch, log_metric=logged.__setitem__) == [None, 0.5, None]
+    assert asked == [("p", ["c"])] * 2
+    assert logged["poise/unfinished"] == pytest.approx(2 / 3)
+    assert [line for line in caplog.messages if "2 of 3 completions end in a tool's call" in line] == caplog.messages
+    assert len(caplog.messages) == 1
 
 
 @TRL_SETS_A_DEPRECATED_DEFAULT

@@ -372,6 +372,15 @@ def test_think_and_tool_blocks_that_are_special_tokens_are_part_of_what_was_writ
     assert encode_conversation(tokenizer, "Hi", text)[1][: len(ids)] == ids
 
 
+def test_mistral_s_blocks_are_part_of_what_was_written_and_its_turns_are_not() -> None:
+    tokenizer = make_tokenizer()
+    special = ["[THINK]", "[/THINK]", "[TOOL_CALLS]", "[ARGS]", "[INST]", "[/INST]", "[SYSTEM_PROMPT]"]
+    tokenizer.add_tokens(special, special_tokens=True)
+    text = "[THINK]c[/THINK]d [TOOL_CALLS]e[ARGS]a"
+    ids = tokenizer(f"{text}[/INST]b[SYSTEM_PROMPT]", add_special_tokens=False).input_ids
+    assert decode_completions(tokenizer, encode_prompt(tokenizer, "Hi"), [ids]) == [f"{text}b"]
+
+
 def test_turns_of_tool_calls_have_no_content() -> None:
     tokenizer = make_tokenizer()
     call = {"type": "function", "function": {"name": "clock", "arguments": {"zone": "<|im_end|>"}}}

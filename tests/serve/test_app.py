@@ -72,9 +72,11 @@ def test_every_form_has_the_scorers_rewards(scorer: Scorer) -> None:
         turns = [
             [{"role": "user", "content": s.prompt}, {"role": "assistant", "content": s.completion}] for s in SAMPLES
         ]
+        parts = [[{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in t] for t in turns]
         found = [
             [(await post(app, "/score", asked(s))).json["scores"][0]["reward"] for s in SAMPLES],
             [(await post(app, "/score", {"messages": t})).json["scores"][0]["reward"] for t in turns],
+            [(await post(app, "/score", {"messages": t})).json["scores"][0]["reward"] for t in parts],
             [
                 (await post(app, "/score", {"text": tokenizer.apply_chat_template(t, tokenize=False)})).json["scores"][
                     0
@@ -338,6 +340,29 @@ def test_the_first_file_wins(scorer: Scorer, tmp_path: Path) -> None:
 
 # ---- what is wrong ----
 
+
+def test_paths_with_a_slash_and_roles_by_other_names_are_the_usual_ones(scorer: Scorer) -> None:
+    async def scenario(app: Any, _: Rewards) -> list[Answer]:
+        turns = [{"role": "human", "content": "Hi"}, {"role": "gpt", "content": "x"}]
+        usual = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "x"}]
+        zipped = await call(app, "/score", b"x", headers={"content-encoding": "gzip"})
+
+        async def mounted(scope: dict[str, Any], receive: Any, send: Any) -> None:  # as under Ray Serve's route_prefix
+            await app({**scope, "root_path": "/base", "path": f"/base{scope['path']}"}, receive, send)
+
+        found = [await post(app, path, {"messages": turns}) for path in ("/score", "/score/")]
+        return [
+            await post(app, "/score", {"messages": usual}),
+            *found,
+            await post(mounted, "/score", {"messages": usual}),
+            zipped,
+        ]
+
+    *found, zipped = serve(scorer, scenario)
+    assert [answer.json["scores"] for answer in found] == [found[0].json["scores"]] * 4
+    assert (zipped.status, zipped.json["error"]) == (415, "a body in the coding 'gzip'; send it as it is")
+
+
 DEEP = b'{"prompt":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
 
 
@@ -350,6 +375,12 @@ DEEP = b'{"prompt":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
         (b'{"prompt": [], "completion": "x"}', 422), (b'{"messages": []}', 422),
         (b'{"messages": [{"role": "user", "content": "x"}]}', 422), (b'{"text": "x"}', 422),
         (b'{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": null}]}', 422),
+        (
+            b'{"messages": [{"role": "user", "content": "x"},'
+            b' {"role": "assistant", "content": "x", "thinking": "y"}]}', 422,
+        ),
+        (b'{"prompt": [{"role": "user", "content": [{"type": "image"}]}], "completion": "x"}', 422),
+        (b'{"prompt": "x", "completion": "x", "system": "y"}', 422),
         (json.dumps({"prompt": "x", "completions": ["x"] * 65}).encode(), 422),
         (json.dumps({"prompt": "x" * 2**19, "completion": "x"}).encode(), 422), (b"x" * (2**20 + 1), 413),
     ],
@@ -535,7 +566,7 @@ def test_the_monitor_rings() -> None:
 
 def test_the_document_names_every_endpoint(scorer: Scorer) -> None:
     async def scenario(app: Any, _: Rewards) -> tuple[Answer, set[str]]:
-        return await call(app, "/openapi.json"), {route.path for route in app.routes}
+        return await call(app, "/openapi.json"), {route.path.rstrip("/") for route in app.routes}
 
     answer, paths = serve(scorer, scenario)
     document = answer.json

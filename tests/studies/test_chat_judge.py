@@ -35,6 +35,8 @@ class Stub(ThreadingHTTPServer):
         self.fail: list[tuple[int, dict[str, str], bytes]] = []
         self.asked: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
+        self.agents: list[str | None] = []
+        self.material: Callable[[dict[str, Any]], str] = lambda body: body["messages"][1]["content"]
 
     @property
     def url(self) -> str:
@@ -49,12 +51,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.agents.append(self.headers.get("User-Agent"))
         self.server.keys.append(self.headers.get("Authorization"))
         if self.server.fail:
             self._send(*self.server.fail.pop())
             return
         self.server.asked.append(body)
-        reply = self.server.reply(json.loads(body["messages"][1]["content"]))
+        reply = self.server.reply(json.loads(self.server.material(body)))
         self._send(200, {}, json.dumps({"choices": [{"message": {"content": reply}}]}).encode())
 
     def _send(self, status: int, headers: dict[str, str], content: bytes) -> None:
@@ -198,6 +201,43 @@ def test_a_busy_server_is_asked_again_and_a_refusal_is_one_line(stub: Stub) -> N
             list(judge.judge(ROWS))
 
 
+def test_a_judge_that_takes_no_temperature_and_no_system_turn_is_asked_without(
+    stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Reasoning models have one temperature, and some chat templates no system turn."""
+    judge = ChatJudge(stub.url)
+    no_temperature = b'{"error": {"message": "Unsupported value: \'temperature\' does not support 0 with this model."}}'
+    stub.fail = [(400, {}, no_temperature)]
+    assert [one.better for one in judge.judge(ROWS)] == ["a", "b"]
+    assert "temperature" not in stub.asked[-1]
+    assert capsys.readouterr().err.count("takes no temperature") == 1
+    stub.fail = [(400, {}, b'{"error": {"message": "System role not supported"}}')]
+    asked = len(stub.asked)
+    stub.material = lambda body: body["messages"][-1]["content"].rpartition("\n\n")[2]
+    assert [one.better for one in judge.judge(ROWS)] == ["a", "b"]
+    [message] = stub.asked[-1]["messages"]
+    assert message["content"].startswith(chat_judge.QUESTION)
+    assert len(stub.asked) == asked + 4
+    stub.fail = [(400, {}, no_temperature)]
+    with pytest.raises(PoiseError, match="Unsupported value"):  # nothing is left to leave out
+        judge._ask("Review.", "good", "bad")
+
+
+def test_an_error_inside_an_answer_is_one(stub: Stub) -> None:
+    judge = ChatJudge(stub.url)
+    stub.fail = [(200, {}, b'{"choices": null, "error": {"code": 429, "message": "Provider returned error"}}')]
+    assert [one.better for one in judge.judge(ROWS)] == ["a", "b"]
+    stub.fail = [(200, {}, b'{"error": {"code": 402, "message": "Insufficient credits"}}')]
+    with pytest.raises(PoiseError, match=r"/chat/completions: 402 Insufficient credits$"):
+        judge._ask("Review.", "good", "bad")
+
+
+def test_the_text_of_a_reply_in_parts_counts(stub: Stub) -> None:
+    thought = {"type": "thinking", "thinking": [{"type": "text", "text": "Hm.\nb"}]}
+    stub.reply = lambda _: [thought, {"type": "text", "text": "a"}]  # type: ignore[assignment,return-value]
+    assert ChatJudge(stub.url)._ask("Review.", "good", "bad") == "a"
+
+
 def test_a_server_without_the_model_is_one_line(stub: Stub) -> None:
     stub.models = ["one", "two"]
     with pytest.raises(PoiseError, match="has the models one, two: --judge-model"):
@@ -207,12 +247,16 @@ def test_a_server_without_the_model_is_one_line(stub: Stub) -> None:
 
 
 def test_a_key_is_sent_but_never_in_the_open(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(chat_judge.KEY_VARIABLE, "secret")
+    monkeypatch.setenv(chat_judge.KEY_VARIABLE, "secret\r\n")  # as a shell reads it from a file
     list(ChatJudge(stub.url).judge(ROWS[:1]))
     assert stub.keys == ["Bearer secret"] * 2
     with pytest.raises(PoiseError, match="unencrypted") as raised:
         ChatJudge("http://judge.example/v1", "m")
     assert "secret" not in str(raised.value)
+    monkeypatch.setenv(chat_judge.KEY_VARIABLE, "secret\nkey")
+    with pytest.raises(PoiseError, match=r"the key must be one line of plain characters$"):
+        ChatJudge(stub.url)
+    assert all(agent and agent.startswith("poise/") for agent in stub.agents)
 
 
 @pytest.mark.parametrize(

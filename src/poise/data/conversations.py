@@ -9,6 +9,7 @@
 import ast
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from poise.data.files import parsed_json
@@ -29,7 +30,10 @@ _NAMES_OF_PROMPTS = ("instruction", "question", "query", "input")
 # Names that published data sets have for it; `context` and `history` are no prompts elsewhere.
 OTHER_PROMPTS = (*_NAMES_OF_PROMPTS, "context", "history", "conversation")
 SYSTEM_COLUMNS = ("system", "system_prompt")  # a system turn beside the prompt
-_PARTS_OF_ANSWERS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+_CALLS = ("tool_calls", "function_call")
+REASONING = ("reasoning_content", "reasoning", "thinking")
+_PARTS_OF_ANSWERS = (*_CALLS, *REASONING)
+_OF_TOOLS = ("tool", "function", "ipython")
 _NAMES_OF_COMPLETIONS = ("response", "answer", "output", "generated_text", "responses", "text")
 _LIKE_TURNS = re.compile(r"(?:^|\n)[ \t]{0,8}(?:(?:Human|User|Assistant|Q|A|### ?\w+):|<\|\w+\|>|\[INST\])")
 
@@ -251,11 +255,35 @@ def split_answer(turns: Turns, key: str) -> tuple[Turns, str]:
     last = turns[-1]
     if last["role"] != "assistant":
         raise ValueError(f"{key!r} ends in a turn of the {last['role']}, not of the assistant")
-    if lost := [name for name in _PARTS_OF_ANSWERS if last.get(name)]:
-        raise ValueError(
-            f"the answer in {key!r} has {', '.join(map(repr, lost))} beside its text, which no model would read"
-        )
+    check_answer(last, key)
     return turns[:-1], last["content"]
+
+
+def check_answer(turn: Mapping[str, Any], key: str) -> None:
+    """ValueError for an answer that has more than its text: reasoning or calls in fields of their own."""
+    if lost := [name for name in _PARTS_OF_ANSWERS if turn.get(name)]:
+        raise ValueError(
+            f"the answer in {key!r} has {', '.join(map(repr, lost))} beside its text, which no model would read; write "
+            f"what counts into the text"
+        )
+
+
+def usual_role(name: str) -> str:
+    """A role by its usual name; one that has none stays.
+
+    >>> usual_role("Human"), usual_role("gpt"), usual_role("critic")
+    ('user', 'assistant', 'critic')
+    """
+    return _ROLES.get(name.strip().lower(), name)
+
+
+def ends_in_a_call(turn: Mapping[str, Any]) -> bool:
+    """Does a conversation whose last turn this is end in the call of a tool, or in what a tool gave?
+
+    >>> ends_in_a_call({"role": "tool", "content": "4"}), ends_in_a_call({"role": "assistant", "content": "4"})
+    (True, False)
+    """
+    return turn.get("role") in _OF_TOOLS or any(turn.get(name) for name in _CALLS)
 
 
 # ---- one turn, one text ----
@@ -284,7 +312,7 @@ def _turn(turn: Any, key: str, number: int) -> dict[str, Any]:
     role, content = turn["role"], turn["content"]
     if not isinstance(role, str) or not role.strip():
         raise ValueError(f"turn {number} of {key!r} has no role")
-    role = _ROLES.get(role.strip().lower(), role)
+    role = usual_role(role)
     if isinstance(content, list):
         content = text_of_parts(content, key, number)
     if not isinstance(content, str):

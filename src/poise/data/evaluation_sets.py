@@ -20,6 +20,7 @@ from numpy import ndarray
 
 from poise.data.conversations import check_text, prompt_of
 from poise.data.files import RawRow, as_object, can_be_read_twice, parsed_json, raw_rows
+from poise.data.nested_rows import after_history
 from poise.data.preferences import iter_preferences, preferences_of
 from poise.data.rows import Check, OnBadRow, Understood, finish, parsed_rows
 from poise.data.types import Prompt, Sample
@@ -204,7 +205,7 @@ def _set(row: Json) -> list[Item]:
         texts.append(tuple(found))
     if len(texts[0]) == len(texts[1]) == 1 and texts[0][0].strip() == texts[1][0].strip():
         raise ValueError("'chosen' and 'rejected' are the same text, but for white space at their ends")
-    return [Item(prompt_of(row), texts[0], texts[1], _subset(row))]
+    return [Item(prompt_of(after_history(row)), texts[0], texts[1], _subset(row))]
 
 
 def _pairs_of_subset(row: Json) -> list[Item]:

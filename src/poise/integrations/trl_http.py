@@ -9,11 +9,15 @@ For a reward model in the training process itself, see poise.integrations.trl_re
 """
 
 import itertools
+import logging
 from collections.abc import Sequence
 from typing import Any
 
-from poise.integrations.trl_turns import as_lists, as_pair
+from poise.integrations.trl_turns import as_lists, as_pair, is_finished, lines_to_say
 from poise.serve.client import Client, own_client, scalars
+
+_LOG = logging.getLogger("poise")
+_said: set[str] = set()  # in this process
 
 
 class ServedReward:
@@ -25,23 +29,36 @@ class ServedReward:
         """url, options: as for `Client`."""
         self.client = Client(url, **options)
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
-        """Text and conversations both. Raises PoiseError if there is no reward."""
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        """Text and conversations both. Raises PoiseError if there is no reward.
+
+        None for a completion that was cut among the calls of tools: there is no answer to score.
+        """
         return _rewards(self.client, prompts, completions, columns.get("log_metric"))
 
 
-def served_reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+def served_reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
     """`ServedReward` of the server that POISE_URL names when it is first asked."""
     return _rewards(own_client(), prompts, completions, columns.get("log_metric"))
 
 
-def _rewards(client: Client, prompts: Sequence[Any], completions: Sequence[Any], log_metric: Any) -> list[float]:
+def _rewards(client: Client, prompts: Sequence[Any], completions: Sequence[Any], log_metric: Any) -> list[float | None]:
     rows: list[dict[str, Any]] = []
-    pairs = [as_pair(*pair) for pair in zip(*as_lists(prompts, completions), strict=True)]
+    prompts, completions = as_lists(prompts, completions)
+    finished = [is_finished(completion) for completion in completions]
+    every = zip(prompts, completions, finished, strict=True)
+    pairs = [as_pair(prompt, completion) for prompt, completion, whole in every if whole]
+    for about, line in lines_to_say(completions).items():
+        if about not in _said:
+            _said.add(about)
+            _LOG.warning(line)
     for prompt, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
         rows += client.score(prompt, [completion for _, completion in group])
     if log_metric and rows:
         numbers = [scalars(row) for row in rows]
         for name in filter(lambda name: all(name in row for row in numbers), numbers[0]):
             log_metric(f"poise/{name}", sum(row[name] for row in numbers) / len(numbers))
-    return [row["reward"] for row in rows]
+    if log_metric and not all(isinstance(completion, str) for completion in completions):
+        log_metric("poise/unfinished", finished.count(False) / len(finished))
+    rewards = iter(rows)
+    return [next(rewards)["reward"] if whole else None for whole in finished]

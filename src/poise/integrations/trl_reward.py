@@ -36,7 +36,7 @@ from poise.functional.objectives import (
 )
 from poise.functional.shaping import with_regret_bonus
 from poise.integrations.trl_logs import policy_metrics, statistics
-from poise.integrations.trl_turns import Completion, as_lists, as_pair
+from poise.integrations.trl_turns import Completion, as_lists, as_pair, is_finished, lines_to_say
 from poise.models.chat_format import decode_completions, encode_prompt
 from poise.models.loading import HfTokenizer
 from poise.models.reward_model import heads_fingerprint, read_layout
@@ -72,8 +72,8 @@ class RobustReward:
 
     Every process must call it at the same time, as TRL does: a batch is that of all of them together. Logged through
     `log_metric`: poise/nominal, worst_case, gap, disagreement, routing_std, switches, repetition, variety, truncated,
-    distance (where the model has reference texts), validator and transfer (with a validator),
-    and poise/head_0 … each head's centered mean; through `log_extra` the nominal head of each completion.
+    unfinished (of conversations), distance (where the model has reference texts), validator and transfer (with a
+    validator), and poise/head_0 … each head's centered mean; through `log_extra` the nominal head of each completion.
 
     Picklable: the copy carries settings and scale, and loads the model where it is first called. A reward of a model
     that is in memory only (`of` without a path) takes the model along.
@@ -112,6 +112,7 @@ class RobustReward:
         self._scorer: Scorer | None = None
         self.watched: RewardScale | None = None  # the validator's scale
         self._watching: Validator | None = None
+        self._said: set[str] = set()
         self._by_hand = False  # was the scale fitted by a call that no trainer made?
 
     @property
@@ -185,18 +186,31 @@ class RobustReward:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_scorer": None if self.path else self._scorer, "last": None, "_watching": None}
 
-    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], **columns: Any) -> list[float]:
-        """One reward per completion. Text and conversations both; of `columns`, only TRL's own four are used."""
+    def __call__(
+        self, prompts: Sequence[Prompt], completions: Sequence[Completion], **columns: Any
+    ) -> list[float | None]:
+        """One reward per completion. Text and conversations both; of `columns`, only TRL's own four are used.
+
+        None for a completion that was cut among the calls of tools: there is no answer to score.
+        """
         prompts, completions = as_lists(prompts, completions)
         if (ids := columns.get("completion_ids")) is not None and len(ids):
             completions = _as_written(self.scorer.extract.tokenizer, prompts, completions, ids)
-        own = [as_sample(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        finished = [is_finished(completion) for completion in completions]
+        pairs = zip(prompts, completions, finished, strict=True)
+        own = [as_sample(prompt, completion) for prompt, completion, whole in pairs if whole]
         before = self.scorer.num_truncated
         part = (own, self.scorer(own), self.saved_scale() if self.fitted is None else None)
         parts = gathered_rows([part])
         samples = [sample for there, _, _ in parts for sample in there]
+        for about, line in lines_to_say(completions).items():
+            if about not in self._said:
+                self._said.add(about)
+                console.print(line, markup=False, soft_wrap=True)
         if not samples:
-            return []
+            if finished and self.fitted is None and not any(saved for _, _, saved in parts):
+                raise PoiseError("no completion of the first batch ends in text, so the reward has no scale")
+            return [None] * len(finished)
         heads = joined([scored for _, scored, _ in parts])
         trainer = columns.get("trainer_state")
         step = getattr(trainer, "global_step", 0)
@@ -219,6 +233,8 @@ class RobustReward:
             logged = statistics(samples, self.fitted.centered(heads))
             logged |= watched
             logged["truncated"] = (self.scorer.num_truncated - before) / max(len(own), 1)
+            if not all(isinstance(completion, str) for completion in completions):
+                logged["unfinished"] = 1 - len(own) / len(finished)
             for name, value in logged.items():
                 log_metric(f"poise/{name}", value)
         start = sum(len(there) for there, _, _ in parts[: process_index()])
@@ -226,7 +242,8 @@ class RobustReward:
         if log_extra := columns.get("log_extra"):
             log_extra("nominal_head", nominal_head(heads)[mine].tolist())
         asked, texts = [sample.prompt for sample in samples], [sample.completion for sample in samples]
-        return with_regret_bonus(reward, asked, texts, self.regret_bonus)[mine].tolist()
+        rewards = iter(with_regret_bonus(reward, asked, texts, self.regret_bonus)[mine].tolist())
+        return [next(rewards) if whole else None for whole in finished]
 
     def _watch(self, validator: str, own: Sequence[Sample], heads: HeadRewards, step: int) -> dict[str, float]:
         """What the validator says of the completions of all processes, of which `heads` are the reward's."""

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from poise.data.conversations import check_text, text_of_parts
+from poise.data.conversations import REASONING, check_text, ends_in_a_call, text_of_parts, usual_role
 from poise.data.types import Prompt
 from poise.errors import PoiseError
 
@@ -25,8 +25,8 @@ def as_lists(prompts: Any, completions: Any) -> tuple[list[Prompt], list[Complet
 def as_pair(prompt: Any, completion: Any) -> tuple[Prompt, str]:
     """A prompt with the text to be scored: of an answer in several turns (tools), its last, after the others.
 
-    Raises PoiseError, one line, for what is neither text nor turns, turns with something other than text, and an answer
-    that does not end in the assistant's.
+    Raises PoiseError, one line, for what is neither text nor turns, turns with something other than text, an answer
+    that does not end in the assistant's. Reasoning beside an answer's text is not scored; see `lines_to_say`.
     """
     asked = as_prompt(prompt)
     if isinstance(completion, str):
@@ -37,6 +37,33 @@ def as_pair(prompt: Any, completion: Any) -> tuple[Prompt, str]:
         raise PoiseError(f"a completion must end in text by the assistant, not in a turn of {last['role']}")
     turns = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
     return ([*turns, *before] if before else asked), last.get("content") or ""
+
+
+def is_finished(completion: Any) -> bool:
+    """Does an answer end in the assistant's own words? One that was cut among the calls of tools does not."""
+    last = completion[-1] if isinstance(completion, (list, tuple)) and completion else None
+    return not (isinstance(last, Mapping) and ends_in_a_call(last))
+
+
+def lines_to_say(completions: Sequence[Any]) -> dict[str, str]:
+    """What a user should know of completions, by what it is about, so that each is said once."""
+    found, total = {}, len(completions)
+    if num := sum(not is_finished(completion) for completion in completions):
+        found["unfinished"] = (
+            f"reward: {num} of {total} completions end in a tool's call or result, not in text; they get no reward "
+            f"(None), and TRL does not learn from them; poise/unfinished is their share"
+        )
+    if num := sum(map(_has_reasoning, completions)):
+        found["reasoning"] = (
+            f"reward: {num} of {total} completions have reasoning beside their text, which the reward model does not "
+            f"read; the text alone is scored"
+        )
+    return found
+
+
+def _has_reasoning(completion: Any) -> bool:
+    last = completion[-1] if isinstance(completion, (list, tuple)) and completion else None
+    return isinstance(last, Mapping) and any(last.get(name) for name in REASONING)
 
 
 def as_prompt(prompt: Any) -> Prompt:
@@ -61,7 +88,8 @@ def _turns(value: Any, what: str) -> list[dict[str, Any]]:
     turns = list(value)
     if not turns or not all(isinstance(turn, Mapping) and isinstance(turn.get("role"), str) for turn in turns):
         raise PoiseError(f"a {what} that is a list must hold turns, {{'role': …, 'content': text}}, at least one")
-    return [_turn(turn, number, what) for number, turn in enumerate(turns, 1)]
+    named = [{**turn, "role": usual_role(turn["role"])} for turn in turns]
+    return [_turn(turn, number, what) for number, turn in enumerate(named, 1)]
 
 
 def _turn(turn: Mapping[str, Any], number: int, what: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ HfTokenizer = Any
 # Private characters (Unicode planes 15 and 16): one for each marker in a turn's text, and one for each of the template.
 _HIDDEN, _OWN = 0xF0000, 0x100000
 _HIDDEN_ONES, _PRIVATE = re.compile("[\U000f0000-\U000fffff]"), re.compile("[\U000f0000-\U0010ffff]")
-_OF_AN_ANSWER = re.compile(r"tool.?call")
+_OF_AN_ANSWER = re.compile(r"tool.?call|^\[(/?THINK|CALL_ID|ARGS)\]$", re.IGNORECASE)  # in brackets: Mistral's
 
 
 class Markers:

@@ -1,11 +1,14 @@
 """JSON over HTTP: one request, which is answered, refused, or worth another try. It needs the standard library only."""
 
+import email.utils
 import http.client
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Container, Mapping
 from typing import Any
 
+from poise import __version__
 from poise.errors import PoiseError
 from poise.runtime.records import parse_json
 
@@ -32,7 +35,7 @@ class AgainError(Exception):
 
     def __init__(self, line: str, status: int = 0, after: str = ""):
         super().__init__(line)
-        self.status, self.after = status, float(after) if after.isdigit() else 0.0
+        self.status, self.after = status, _seconds(after)
 
 
 def ask(
@@ -51,7 +54,12 @@ def ask(
     Raises AgainError where nothing was answered, or one of the statuses `again`; PoiseError for any other refusal, and
     for what is not JSON. Both say what the server said, on one line.
     """
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    if not key.isascii() or not key.isprintable() or key != key.strip():  # http.client would show it in its error
+        raise PoiseError(f"{url}: the key must be one line of plain characters")
+    # Some servers' gateways refuse urllib by its name.
+    headers = {"Content-Type": "application/json", "User-Agent": f"poise/{__version__}"} | (
+        {"Authorization": f"Bearer {key}"} if key else {}
+    )
     try:
         with opener.open(urllib.request.Request(url, body, headers), timeout=timeout) as response:
             return parse_json(response.read(), parse_constant=parse_constant)
@@ -76,8 +84,27 @@ def _message(read: Callable[[], bytes]) -> str:
     except (OSError, http.client.HTTPException):
         return ""
     try:
-        error = parse_json(content)["error"]
-        text = error["message"] if isinstance(error, Mapping) else error
+        return said_of(parse_json(content)["error"])
     except (ValueError, LookupError, TypeError):
-        text = content.decode("utf-8", "replace")
-    return " ".join(str(text).split())[:300]
+        return said_of(content.decode("utf-8", "replace"))
+
+
+def said_of(error: Any) -> str:
+    """What the `error` of an answer says, on one line; LookupError for an object without a message."""
+    return " ".join(str(error["message"] if isinstance(error, Mapping) else error).split())[:300]
+
+
+def _seconds(after: str) -> float:
+    """The seconds of a Retry-After header, which may be a date; 0 for what is neither, and for the past.
+
+    >>> _seconds("7"), _seconds("0.5"), _seconds("Wed, 21 Oct 2015 07:28:00 GMT"), _seconds("soon")
+    (7.0, 0.5, 0.0, 0.0)
+    """
+    try:
+        seconds = float(after)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(after).timestamp() - time.time()
+        except (ValueError, TypeError, OverflowError):
+            return 0.0
+    return seconds if seconds > 0 else 0.0

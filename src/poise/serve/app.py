@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import binascii
+import functools
 import hashlib
 import hmac
 import time
@@ -44,9 +45,13 @@ class _RefusedError(Exception):
 def make_app(rewards: Rewards, metrics: Metrics, limits: Limits = Limits(), token: str = "") -> Starlette:  # noqa: B008
     """All endpoints. token: what requests must carry; "" for none."""
 
-    def guarded(answer: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+    def guarded(
+        path: str, answer: Callable[[Request], Awaitable[Response]]
+    ) -> Callable[[Request], Awaitable[Response]]:
+        """path: ours, whatever prefix the server is behind."""
+
         async def respond(request: Request) -> Response:
-            start, path = time.perf_counter(), request.url.path
+            start = time.perf_counter()
             try:
                 if token and not _carries(request, token):
                     challenge = {"WWW-Authenticate": "Bearer"}
@@ -60,15 +65,15 @@ def make_app(rewards: Rewards, metrics: Metrics, limits: Limits = Limits(), toke
 
         return respond
 
-    async def score(request: Request) -> Response:
-        form = FORMS[request.url.path]
+    async def score(path: str, request: Request) -> Response:
+        form = FORMS[path]
         body = await _body(request, limits.max_bytes)
         hashed = hashlib.sha256(body).hexdigest()
         # Parsing a large body takes a while, too: in a thread, so that others are answered meanwhile.
         asked = (form, body, rewards.models.tokenizer, limits.max_completions, limits.max_characters)
         samples = await asyncio.to_thread(read, *asked) if len(body) > 2**16 else read(*asked)
         rows = await rewards(samples)
-        metrics.scored(request.url.path, hashed, samples, rows)
+        metrics.scored(path, hashed, samples, rows)
         return JSONResponse({**form.answer(rows), "request": hashed}, headers={REQUEST_HASH: hashed})
 
     async def healthz(_: Request) -> Response:
@@ -90,8 +95,12 @@ def make_app(rewards: Rewards, metrics: Metrics, limits: Limits = Limits(), toke
         return JSONResponse(openapi(__version__))
 
     pages = {"/healthz": healthz, "/readyz": readyz, "/metrics": show_metrics, "/openapi.json": document}
-    routes = [Route(path, guarded(score), methods=["POST"]) for path in FORMS]
-    routes += [Route(path, guarded(page), methods=["GET"]) for path, page in pages.items()]
+    answers = {path: functools.partial(score, path) for path in FORMS} | pages
+    # With a slash at the end, too: a redirect would name the scheme that a proxy before this server does not speak.
+    routes = [
+        Route(f"{path}{slash}", guarded(path, answer), methods=["POST" if path in FORMS else "GET"])
+        for path, answer in answers.items() for slash in ("", "/")
+    ]  # fmt: skip
     return Starlette(routes=routes)
 
 
@@ -119,6 +128,8 @@ async def respond(app: Starlette, request: Request) -> Response:
 
 async def _body(request: Request, max_bytes: int) -> bytes:
     """The body, in limited size and time."""
+    if (coding := request.headers.get("content-encoding", "identity")) != "identity":
+        raise _RefusedError(415, f"a body in the coding {coding[:20]!r}; send it as it is")
     said = request.headers.get("content-length", "")
     too_large = _RefusedError(413, f"a body of more than {max_bytes} bytes; send less at once", Connection="close")
     if said.isdigit() and int(said) > max_bytes:

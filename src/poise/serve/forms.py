@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from poise.data.conversations import check_answer, text_of_parts, usual_role
 from poise.data.types import Prompt, Sample
 from poise.errors import PoiseError
 from poise.models.chat_format import HfTokenizer
@@ -28,12 +29,13 @@ class Turn(BaseModel):
 
     model_config = ConfigDict(extra="allow")
     role: str
-    content: str | None = None
+    content: str | list[dict[str, Any]] | None = Field(None, description="Text, or parts of type text")
 
 
 class ScoreRequest(BaseModel):
     """One of: prompt with completion or completions; messages that end in the assistant's; text as rendered."""
 
+    model_config = ConfigDict(extra="forbid")  # a field that nobody reads, such as a system turn, would change nothing
     prompt: str | list[Turn] | None = Field(None, description="Text, or turns")
     completion: str | None = None
     completions: list[str] | None = Field(None, description="Answers to the one prompt, which is read once for all")
@@ -109,6 +111,10 @@ def _asked(request: ScoreRequest, tokenizer: HfTokenizer) -> list[Sample]:
         *before, last = _turns(request.messages)
         if not before or last["role"] != "assistant" or not isinstance(last.get("content"), str):
             raise PoiseError("messages must end in text by the assistant, after at least one other turn")
+        try:
+            check_answer(last, "messages")
+        except ValueError as error:
+            raise PoiseError(str(error)) from None
         return [generated(before, last["content"])]
     prompt = _prompt(request.prompt)
     completions = request.completions if request.completions is not None else [request.completion or ""]
@@ -126,7 +132,17 @@ def _prompt(given: str | list[Turn] | None) -> Prompt:
 def _turns(turns: list[Turn]) -> list[dict[str, Any]]:
     if not turns:
         raise PoiseError("there are no turns")
-    return [turn.model_dump(exclude_unset=True) for turn in turns]
+    return [_turn(turn, number) for number, turn in enumerate(turns, 1)]
+
+
+def _turn(turn: Turn, number: int) -> dict[str, Any]:
+    found = turn.model_dump(exclude_unset=True) | {"role": usual_role(turn.role)}
+    if isinstance(turn.content, list):
+        try:
+            found["content"] = text_of_parts(turn.content, "messages", number)
+        except ValueError as error:
+            raise PoiseError(str(error)) from None
+    return found
 
 
 # ---- other projects' ----
@@ -175,7 +191,7 @@ def openapi(version: str) -> Json:
     schemas: Json = {}
     paths: Json = {}
     error = {"description": "One line, in `error`", "content": {"application/json": {"schema": {"type": "object"}}}}
-    answers = {str(status): error for status in (400, 401, 408, 413, 422, 429, 500, 503)}
+    answers = {str(status): error for status in (400, 401, 408, 413, 415, 422, 429, 500, 503)}
     for path, form in FORMS.items():
         schema = form.request.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas |= schema.pop("$defs", {}) | {form.request.__name__: schema}

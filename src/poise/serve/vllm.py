@@ -210,4 +210,4 @@ class Servers:
 def _get(url: str, path: str, value: Any = None) -> Any:
     """The JSON answer to a GET, or to a POST of a value. Raises AgainError, and PoiseError for a refusal."""
     body = None if value is None else json.dumps(value).encode()
-    return ask(url + path, body, key=os.environ.get(KEY_VARIABLE, ""), timeout=TIMEOUT)
+    return ask(url + path, body, key=os.environ.get(KEY_VARIABLE, "").strip(), timeout=TIMEOUT)

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from poise.errors import PoiseError
-from poise.runtime.http_json import AgainError, ask, make_opener
+from poise.runtime.http_json import AGAIN, AgainError, ask, make_opener, said_of
+from poise.runtime.progress import console
 from poise.runtime.run_folder import Json
 from poise.serve.config import is_loopback
 
@@ -58,7 +59,7 @@ class ChatJudge:
     """
 
     def __init__(self, url: str, model: str = ""):
-        self.url, self._key = url.rstrip("/"), os.environ.get(KEY_VARIABLE, "")
+        self.url, self._key = url.rstrip("/"), os.environ.get(KEY_VARIABLE, "").strip()
         parts = urlsplit(self.url)
         local = is_loopback(parts.hostname or "")
         if self._key and parts.scheme != "https" and not local:
@@ -68,6 +69,8 @@ class ChatJudge:
         # No proxy between this machine and itself.
         handlers = [urllib.request.ProxyHandler({})] if local else []
         self._opener = make_opener(*handlers)
+        self._options: Json = {"temperature": 0}
+        self._system = True
         self.model = model or self._only_model()
 
     def judge(self, comparisons: Sequence[Json]) -> Iterator[Judged]:
@@ -84,13 +87,38 @@ class ChatJudge:
 
     def _ask(self, prompt: Any, a: str, b: str) -> str:
         material = json.dumps({"prompt": prompt, "a": a, "b": b}, ensure_ascii=False)
-        messages = [{"role": "system", "content": QUESTION}, {"role": "user", "content": material}]
-        answer = self._request("/chat/completions", {"model": self.model, "messages": messages, "temperature": 0})
+        while True:
+            messages = [{"role": "system", "content": QUESTION}, {"role": "user", "content": material}]
+            if not self._system:
+                messages = [{"role": "user", "content": f"{QUESTION}\n\n{material}"}]
+            body = {"model": self.model, "messages": messages, **self._options}
+            try:
+                answer = self._request("/chat/completions", body)
+                break
+            except PoiseError as error:
+                if not self._gives_way(body, str(error)):
+                    raise
         try:
             content = answer["choices"][0]["message"]["content"]
         except (KeyError, IndexError, TypeError):
             raise PoiseError(f"--judge {self.url} gave no chat completion") from None
+        if isinstance(content, list):  # in parts, with what it thought beside the text
+            parts = [part for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
+            content = "".join(str(part.get("text", "")) for part in parts)
         return content if isinstance(content, str) else ""
+
+    def _gives_way(self, body: Json, refused: str) -> bool:
+        """Leave out what a model does not take, a temperature or a system turn; False if it refused neither."""
+        if ": 400 " not in refused:
+            return False
+        if "temperature" in body and "temperature" in refused:
+            if self._options.pop("temperature", None) is not None:  # the first of several threads
+                console.print("the judge takes no temperature of 0; another call may judge otherwise")
+            return True
+        if len(body["messages"]) > 1 and re.search(r"\broles?\b", refused):
+            self._system = False
+            return True
+        return False
 
     def _only_model(self) -> str:
         answer = self._request("/models")
@@ -109,6 +137,7 @@ class ChatJudge:
         for left in reversed(range(_TRIES)):
             try:
                 answer = ask(self.url + path, body, key=self._key, timeout=_TIMEOUT, opener=self._opener)
+                _check_no_error(self.url + path, answer)
             except AgainError as error:
                 if left == 0 or (body is None and not error.status):  # at the start, there is no such server
                     raise PoiseError(f"--judge {self.url}{path}: {error}") from None
@@ -121,6 +150,21 @@ class ChatJudge:
         if not isinstance(answer, dict):
             raise PoiseError(f"--judge {self.url}{path} did not answer with a JSON object")
         return answer
+
+
+def _check_no_error(url: str, answer: Any) -> None:
+    """Gateways may answer 200 and say inside what went wrong. Raises as `ask` does."""
+    error = answer.get("error") if isinstance(answer, dict) and not answer.get("choices") else None
+    if not error:
+        return
+    code = error.get("code") if isinstance(error, Mapping) else None
+    try:
+        said = said_of(error)
+    except LookupError:
+        said = said_of(json.dumps(error))
+    if isinstance(code, int) and code in AGAIN:
+        raise AgainError(f"{code} {said}", code)
+    raise PoiseError(f"{url}: {f'{code} ' if code else ''}{said}")
 
 
 def verdict(reply: str) -> str | None:
