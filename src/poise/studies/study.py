@@ -300,7 +300,7 @@ def _read(config: Config) -> dict[str, list[Preference]]:
     """Preferences by file, if some are to be written; a bad file is refused before anything is made of any."""
     if not any(_unwritten(config)):
         return {}
-    check = row_check_of(config.policy.model, config.policy.max_tokens)
+    check = row_check_of(policy_model(config), config.policy.max_tokens)
     read_prompts(config.prompts, config.policy.on_bad_row, check)
     (pool_prompts if config.pool_size else read_prompts)(config.eval_prompts, config.policy.on_bad_row, check)
     pairs = read_preferences(config.preferences, config.reward.on_bad_row)
