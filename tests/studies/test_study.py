@@ -595,11 +595,13 @@ def test_a_study_keeps_to_the_files_it_began_with(tmp_path: Path, prompts_file: 
     study._open(wanted)
 
 
-def test_raters_are_of_the_same_pairs(tmp_path: Path, prompts_file: Path) -> None:
+def test_raters_are_of_the_same_pairs(tmp_path: Path, prompts_file: Path, tiny_model: str) -> None:
     pairs = write_pairs(tmp_path / "pairs.jsonl", ("a", "b"), ("c", "d"), ("e", "f"))
     raters = tmp_path / "raters.jsonl"
     noise = ("0", "raters")
-    wanted = config(tmp_path, pairs, prompts_file, "model", raters=str(raters), label_noise=noise, policy_noise=noise)
+    wanted = config(
+        tmp_path, pairs, prompts_file, tiny_model, raters=str(raters), label_noise=noise, policy_noise=noise
+    )
     write_pairs(raters, ("b", "a"), ("c", "f"), ("e", "d"))
     with pytest.raises(PoiseError, match=r"pair 2 of .*raters\.jsonl is not pair 2 of .*pairs\.jsonl"):
         study.run(wanted)
