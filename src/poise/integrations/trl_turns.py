@@ -41,8 +41,7 @@ def as_pair(prompt: Any, completion: Any) -> tuple[Prompt, str]:
 
 def is_finished(completion: Any) -> bool:
     """Does an answer end in the assistant's own words? One that was cut among the calls of tools does not."""
-    last = completion[-1] if isinstance(completion, (list, tuple)) and completion else None
-    return not (isinstance(last, Mapping) and ends_in_a_call(last))
+    return not ends_in_a_call(_last_turn(completion))
 
 
 def lines_to_say(completions: Sequence[Any]) -> dict[str, str]:
@@ -62,8 +61,13 @@ def lines_to_say(completions: Sequence[Any]) -> dict[str, str]:
 
 
 def _has_reasoning(completion: Any) -> bool:
+    return any(_last_turn(completion).get(name) for name in REASONING)
+
+
+def _last_turn(completion: Any) -> Mapping[str, Any]:
+    """Empty for a completion that is no list of turns."""
     last = completion[-1] if isinstance(completion, (list, tuple)) and completion else None
-    return isinstance(last, Mapping) and any(last.get(name) for name in REASONING)
+    return last if isinstance(last, Mapping) else {}
 
 
 def as_prompt(prompt: Any) -> Prompt:
