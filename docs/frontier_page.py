@@ -26,6 +26,7 @@ ROOT = DOCS.parent
 PASSAGE = re.compile(r"(<!-- frontier ([\w ]+) -->)(\s*).*?(\s*)(<!-- end -->)", re.DOTALL)
 DESIGNED = 12  # seeds
 FEWEST = 3  # seeds from which on an arm is drawn
+TEXTS = 4  # that the page shows of every arm; the others are in the raw data
 FIRST, SETTLED = "single", "bound_settled"
 BAND = (5, 30)  # KL of the endpoint
 LEAST = 10.0  # the KL below which a run stands apart
@@ -361,11 +362,17 @@ def rungs_table(found: Json) -> str:
 
 def written_table(found: Json) -> str:
     """What the policies write at their end."""
-    columns = ("arm", "distinct word pairs", "whole sentences", "on the subject", "the first prompt's answer, by seed")
+    columns = (
+        "arm",
+        "distinct word pairs",
+        "whole sentences",
+        "on the subject",
+        f"the first prompt's answer, first {TEXTS} seeds",
+    )
     rows = [row(list(columns)), row(["---"] * len(columns))]
     for arm in (arm for arm in ARMS if arm in found["arms"] and found["arms"][arm].get("written")):
         shares = [number(share, sign=False) for share in found["arms"][arm]["written"].values()]
-        texts = [run["written"]["first"] for run in runs_of(found, arm) if "written" in run]
+        texts = [run["written"]["first"] for run in runs_of(found, arm) if "written" in run][:TEXTS]
         rows.append(
             row(
                 [
