@@ -430,6 +430,19 @@ def alarm(found: Json) -> str:
     return "With the 16-layer validator of the frontier, " + "; ".join(parts)
 
 
+def monitor(found: Json) -> str:
+    """The monitor's own alarm on all runs of the frontier, none of which had a part in its limits."""
+    parts = []
+    for fall in ("0.5", "0.25"):
+        of = [by_fall[fall]["the monitor alone"] for by_fall in found["alarms"].values()]
+        rang, falls = (sum(one["found"][i] for one in of) for i in (0, 1))
+        false, others = (sum(one["false alarms"][i] for one in of) for i in (0, 1))
+        parts.append(
+            f"{falls} fell by {fall} stds from the best step: an alarm in {rang}, and in {false} of the other {others}"
+        )
+    return f"{len(found['poise choose']['runs'])} runs of the frontier | " + "; ".join(parts)
+
+
 def best(found: Json) -> str:
     """What the policy that a run keeps has beside other stops: means over the arms of a seed, over seeds."""
     of = found["kept as best"]
@@ -457,6 +470,7 @@ PASSAGES: dict[str, Callable[[Json], str]] = {
     "verdict": page_verdict, "summary": summary,
     "differences": differences_table, "stops": stops_table, "rungs": rungs_table, "written": written_table,
     "choice": choice, "alarms": alarms_table, "alarm": alarm, "best": best,
+    "monitor": monitor,
     "sources": lambda _: f"Raw data: [{newest().stem}](../../results/{newest().name}), every step of every run.",
 }  # fmt: skip
 
