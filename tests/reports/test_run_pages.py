@@ -131,7 +131,7 @@ def test_a_policy_run_has_a_page(tmp_path: Path) -> None:
     page = page_of(policy(tmp_path / "one", str(tmp_path / "rm"), ended=0.0))
     text = page.text.replace("\xa0", " ")
     for words in (
-        "signs of over-optimization: step 10", "went from +0.10 to +1.00 in 12 steps", "12 of 12",
+        "signs of over-optimization at step 10.", "went from +0.10 to +1.00 in 12 steps", "12 of 12",
         "Reward model rm: No better than a coin", "was cut at 20 tokens", "text of step 0", "text of step 11",
         "Glossary", SCRIPT,
     ):  # fmt: skip

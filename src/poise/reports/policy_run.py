@@ -92,8 +92,10 @@ def findings(run: PolicyRun) -> list[Verdict]:
     )
     found = [Verdict("unclear", text)]
     if run.alarms:
-        steps = ", ".join(map(str, run.alarms[:5])) + (" …" if len(run.alarms) > 5 else "")
-        found.insert(0, Verdict("worse", f"The monitor saw signs of over-optimization: step {steps}."))
+        when = f"at step {run.alarms[0]}"
+        if len(run.alarms) > 1:
+            when = f"from step {run.alarms[0]} on, at {len(run.alarms)} of {len(run.steps)} steps"
+        found.insert(0, Verdict("worse", f"The monitor saw signs of over-optimization {when}."))
     found += [Verdict("unclear", text) for text in _of_the_validator(run)]
     found.append(
         Verdict("unclear", "A higher reward is what it was trained for, and no evidence of better text: read some.")
@@ -156,7 +158,9 @@ def _facts(run: PolicyRun) -> Table:
 
 def _caption(run: PolicyRun) -> str:
     text = "Over training steps, on training prompts; the band is one std over a step’s completions."
-    return f"{text} Red lines: alarms of the monitor." if run.alarms else text
+    if (size := run_plots.steps_per_point(len(run.steps))) > 1:
+        text += f" Every point is the mean of {size} steps."
+    return f"{text} Red: steps with an alarm of the monitor, the line at the first." if run.alarms else text
 
 
 # ---- figures ----

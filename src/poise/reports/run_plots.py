@@ -13,6 +13,8 @@ from poise.runtime.run_folder import Json
 
 _SIZE = (3.5, 2.2)  # inches; pages show it about 300 px wide, so that 9 pt are 11 px
 _FEW_HEADS = 8
+_MOST_POINTS = 300  # of a line: as many as a panel has pixels
+_NARROWEST = 1 / 150  # of an alarm's mark, as a share of the axis
 
 
 class Line(NamedTuple):
@@ -39,17 +41,22 @@ def panel(
     floor: float | None = None,
     ceiling: float | None = None,
 ) -> str:
-    """Lines in one panel. alarms: marked by vertical lines; level: a dashed line; floor, ceiling: ends of the axis.
+    """Lines in one panel. alarms: steps that are shaded; level: a dashed line; floor, ceiling: ends of the axis.
 
-    identifier: unique on the page.
+    Long lines are drawn as means of as many steps as fit into a pixel (`steps_per_point`). identifier: unique on the
+    page.
     """
     with look(identifier):
         figure = Figure(figsize=_SIZE, layout="constrained")
         ax = figure.subplots()
         for line in lines:
             _draw(ax, line)
-        for step in alarms:
-            ax.axvline(step, color=ALARM, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        if len(alarms):
+            ax.broken_barh(
+                shaded(alarms, max(float(line.x[-1]) for line in lines)), (0, 1), transform=ax.get_xaxis_transform(),
+                color=ALARM, alpha=0.16, linewidth=0, zorder=0.5,
+            )  # fmt: skip
+            ax.axvline(alarms[0], color=ALARM, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
         if level is not None:
             ax.axhline(level, color=GRAY, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
         if floor is not None:
@@ -71,6 +78,37 @@ def over_steps(rows: Sequence[Json], key: str, label: str = "", style: int = 0, 
     return Line(label, column_of(rows, "step"), y, style, low, high)
 
 
+def steps_per_point(steps: int) -> int:
+    """How many steps a drawn point is the mean of."""
+    return -(-steps // _MOST_POINTS)
+
+
+def thinned(line: Line) -> Line:
+    """The line as means of `steps_per_point` steps; NaN where a part has no number. The last part may be shorter."""
+    size = steps_per_point(len(line.x))
+    if size <= 1:
+        return line
+
+    def means(values: ndarray) -> ndarray:
+        parts = [values[start : start + size] for start in range(0, len(values), size)]
+        return np.array([np.nan if np.isnan(part).all() else np.nanmean(part) for part in parts])
+
+    low, high = (None if end is None else means(end) for end in (line.low, line.high))
+    return line._replace(x=means(line.x), y=means(line.y), low=low, high=high)
+
+
+def shaded(steps: Sequence[float], last: float) -> list[tuple[float, float]]:
+    """(start, width) of the stretches of steps, in order, wide enough to be seen on an axis that ends at `last`."""
+    half = max(0.5, last * _NARROWEST / 2)
+    found: list[list[float]] = []
+    for step in steps:
+        if found and step - half <= found[-1][1]:
+            found[-1][1] = step + half
+        else:
+            found.append([step - half, step + half])
+    return [(start, end - start) for start, end in found]
+
+
 def heads(rows: Sequence[Json], identifier: str) -> str:
     """The mean reward of each head over the steps."""
     known = [row for row in rows if row.get("heads")]
@@ -90,6 +128,7 @@ def reliability(bins: Sequence[Json], identifier: str, title: str = "Reliability
 
 
 def _draw(ax: Axes, line: Line) -> None:
+    line = thinned(line)
     known = STYLES[line.style % len(STYLES)] if line.style < len(STYLES) else None
     color, dash = (known.color, known.dash) if known else (GRAY, "--")
     marker = "o" if len(line.x) < 3 else ""
