@@ -5,7 +5,7 @@ import pytest
 from conftest import make_tokenizer
 from poise.data.types import Sample
 from poise.models import encoding
-from poise.models.encoding import Encoder, Tokens
+from poise.models.encoding import Encoder, Tokens, cut_from_the_left
 
 PAD = 7
 
@@ -26,7 +26,40 @@ def test_the_oldest_tokens_are_cut_and_padding_at_the_end_is_none_of_the_text(
     max_length: int, completion: list[int], expected: Tokens, cut: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encoding, "encode_conversation", lambda *_: ([1, 2, 3], list(completion)))
-    encoder = Encoder(make_tokenizer(), max_length, 100, PAD)
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = None
+    encoder = Encoder(tokenizer, max_length, 100, PAD)
     for one in (encoder, encoder.without_weights()):
         found = one.encode(Sample("p", "c"))
         assert (found, one.num_truncated, len(found)) == (expected, cut, sum(map(len, expected)))
+
+
+@pytest.mark.parametrize(
+    ("ids", "length", "expected"),
+    [
+        ([1, 5, 6, 7], 4, ([], [1, 5, 6, 7])),
+        ([1, 5, 6, 7], 3, ([1], [6, 7])),
+        ([1, 5, 6, 7], 2, ([1], [7])),
+        ([1, 5, 6, 7], 1, ([], [7])),  # the last token holds the score
+        ([1, 5, 1, 7], 3, ([], [5, 1, 7])),  # begins every turn, as <|im_start|> does
+        ([4, 5, 6, 7], 3, ([], [5, 6, 7])),
+    ],
+)
+def test_the_token_that_begins_every_text_is_kept(ids: list[int], length: int, expected: object) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token_id = 1
+    assert cut_from_the_left(tokenizer, ids, length) == expected
+
+
+@pytest.mark.parametrize(
+    ("max_length", "expected"),
+    [(5, Tokens((1, 3), (4, 5, 6))), (4, Tokens((1,), (4, 5, 6))), (3, Tokens((1,), (5, 6))), (1, Tokens((), (6,)))],
+)
+def test_a_text_is_cut_behind_the_token_that_begins_it(
+    max_length: int, expected: Tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoding, "encode_conversation", lambda *_: ([1, 2, 3], [4, 5, 6]))
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token_id = 1
+    encoder = Encoder(tokenizer, max_length, 100, PAD)
+    assert (encoder.encode(Sample("p", "c")), encoder.num_truncated) == (expected, 1)

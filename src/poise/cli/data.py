@@ -211,17 +211,23 @@ class _ModelReader:
         encoded = [ids for _, ids in self._encoded(row)]
         self.texts += len(encoded)
         self.truncated += sum(len(ids) > self.max_length for ids in encoded)
-        read = {tuple(ids[-self.max_length :]) for ids in encoded}
+        read = {tuple(self._cut(ids)) for ids in encoded}
         self.alike += len(row[1]) > 1 and len(read) == 1
 
     def shown(self, row: Shown) -> dict[str, Any]:
         """{name of a text: what the model reads of it}: the decoded tokens after truncation."""
         found = {}
         for name, ids in self._encoded(row):
-            lost = max(len(ids) - self.max_length, 0)
-            cut = f", the oldest {lost} left out" if lost else ""
-            found[name] = f"«{len(ids)} tokens{cut}» {self.tokenizer.decode(ids[lost:])!r}"
+            read = self._cut(ids)
+            cut = f", the oldest {len(ids) - len(read)} left out" if len(read) < len(ids) else ""
+            found[name] = f"«{len(ids)} tokens{cut}» {self.tokenizer.decode(read)!r}"
         return found
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        from poise.models.encoding import cut_from_the_left
+
+        first, last = cut_from_the_left(self.tokenizer, ids, self.max_length)
+        return [*first, *last]
 
     def _encoded(self, row: Shown) -> list[tuple[str, list[int]]]:
         from poise.models.chat_format import encode_conversation, encode_prompt

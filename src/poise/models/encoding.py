@@ -8,6 +8,18 @@ from poise.models.chat_format import encode_conversation
 from poise.models.loading import HfTokenizer, embedded_or_raise
 
 
+def cut_from_the_left(tokenizer: HfTokenizer, ids: list[int], length: int) -> tuple[list[int], list[int]]:
+    """(token that is kept at the beginning, last tokens) of a text, together at most `length`.
+
+    A token that begins every text and stands nowhere else (`<bos>`) is kept, as Hugging Face's own truncation keeps it:
+    models that were trained with it may read nothing right without it. The first part is empty for a text that is not
+    too long, and for a tokenizer without such a token.
+    """
+    bos = tokenizer.bos_token_id
+    keeps = 1 < length < len(ids) and ids[0] == bos and bos not in ids[1:]
+    return (ids[:1], ids[1 - length :]) if keeps else ([], ids[-length:])
+
+
 class Tokens(NamedTuple):
     """A sample as its trunk reads it."""
 
@@ -46,6 +58,7 @@ class Encoder:
         embedded_or_raise([*prompt, *completion], self._num_embeddings, self.tokenizer)
         while len(completion) > 1 and completion[-1] == self._pad_id:
             completion.pop()
-        excess = max(len(prompt) + len(completion) - self.max_length, 0)
-        self.num_truncated += excess > 0
-        return Tokens(tuple(prompt[excess:]), tuple(completion[max(excess - len(prompt), 0) :]))
+        first, last = cut_from_the_left(self.tokenizer, [*prompt, *completion], self.max_length)
+        self.num_truncated += len(first) + len(last) < len(prompt) + len(completion)
+        at = max(len(last) - len(completion), 0)
+        return Tokens((*first, *last[:at]), tuple(last[at:]))
