@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import pytest
 
-from poise.data.files import as_object, can_be_read_twice, is_hub_id, raw_rows
+from poise.data.files import as_object, can_be_read_twice, is_hub_id, num_rows, raw_rows
 from poise.data.in_memory import as_file, as_row
 from poise.data.preferences import read_row
 from poise.data.ratings import number_of
@@ -16,6 +16,20 @@ from poise.errors import PoiseError
 
 ROWS = [{"prompt": "a", "score": 1.0}, {"prompt": "b", "score": math.nan}]
 READ = [(1, {"prompt": "a", "score": 1.0}), (2, {"prompt": "b", "score": None})]  # NaN is how a table says "missing"
+
+
+# ---- how many ----
+
+
+def test_rows_are_counted_without_being_read_where_that_is_cheap(tmp_path: Path) -> None:
+    lines, array, table = tmp_path / "a.jsonl", tmp_path / "a.json", tmp_path / "a.parquet"
+    lines.write_text("\n".join(["", '{"prompt": "a"}', "", '{"prompt": "b"}', ""]))
+    array.write_text(json.dumps(ROWS))
+    datasets.Dataset.from_list(ROWS * 50).to_parquet(table)
+    assert [num_rows(path) for path in (lines, array, table, tmp_path, "owner/name", "/dev/stdin")] == [
+        4, None, 100, None, None, None
+    ]  # fmt: skip
+    assert max(number for number, _ in raw_rows(lines)) == num_rows(lines)
 
 
 # ---- in memory ----

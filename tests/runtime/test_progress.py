@@ -1,6 +1,8 @@
 """Progress where no bar is seen, and stopping at the end of a step."""
 
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
@@ -9,7 +11,7 @@ import threading
 import pytest
 
 from poise.runtime import progress as module
-from poise.runtime.progress import finish_the_step, progress
+from poise.runtime.progress import finish_the_step, progress, shown_if_long
 
 
 def test_a_pipe_gets_lines_while_a_stage_goes_on(
@@ -24,6 +26,66 @@ def test_a_pipe_gets_lines_while_a_stage_goes_on(
     with progress("GRPO on mean", 3) as advance:
         advance(1, "reward +0.50")
         assert "reward" not in capsys.readouterr().err
+
+
+def on_a_terminal(script: str) -> str:
+    """What a Python script shows on a terminal, less its control sequences."""
+    leader, follower = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "100", "LINES": "40"}
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=follower, stdout=follower, stderr=follower, env=environment
+    ) as process:
+        os.close(follower)
+        shown = b""
+        try:
+            while part := os.read(leader, 65536):
+                shown += part
+        except OSError:  # what Linux says at the end of a terminal
+            pass
+    os.close(leader)
+    assert process.returncode == 0
+    return re.sub(rb"\x1b\[[0-9;?]*[a-zA-Z]", b"", shown).decode()
+
+
+def test_a_terminal_shows_the_bar_while_it_moves_and_what_is_printed_above_it() -> None:
+    shown = on_a_terminal(
+        "import sys, time\n"
+        "from poise.runtime.progress import console, progress\n"
+        "with progress('PPO', 100) as advance:\n"
+        "    advance(30, 'reward +0.50'); time.sleep(0.4)\n"
+        "    console.print('a sentence of ours'); print('of another', file=sys.stderr)\n"
+        "    advance(30, 'reward +0.75'); time.sleep(0.4)\n"
+    )
+    at = [shown.index(text) for text in ("30/100", "a sentence of ours", "of another", "60/100")]
+    assert at == sorted(at), shown
+    assert "reward +0.50" in shown
+
+
+def test_a_long_loop_gets_a_bar_and_a_short_one_none() -> None:
+    script = (
+        "import time\n"
+        "from poise.runtime import progress as module\n"
+        "module._SECONDS_WITHOUT_BAR = {}\n"
+        "with module.progress('features', 8):\n"
+        "    for item in module.shown_if_long('tokens', 'abcdefgh', lambda: 8): time.sleep(0.1)\n"
+    )
+    long, short = on_a_terminal(script.format(0.2)), on_a_terminal(script.format(60))
+    assert re.search("tokens .*[4-7]/8", long), long
+    assert "tokens" not in short
+    assert "features" in short
+
+
+def test_a_long_loop_yields_everything_once_and_counts_by_number(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "_SECONDS_WITHOUT_BAR", -1.0)
+    monkeypatch.setattr(module, "_SECONDS_BETWEEN_LINES", 0.0)
+    rows = [(1, "a"), (4, "b"), (9, "c")]  # blank lines lie between
+    assert list(shown_if_long("reading", rows, lambda: 12, lambda row: row[0])) == rows
+    assert [line.split()[1] for line in capsys.readouterr().err.splitlines()[:2]] == ["4/12", "9/12"]
+    assert list(shown_if_long("reading", "abc", lambda: None)) == ["a", "b", "c"]
+    assert capsys.readouterr().err.splitlines()[:2] == ["reading 2", "reading 3"]
+    assert not list(shown_if_long("reading", [], lambda: pytest.fail("asked for nothing")))
 
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])

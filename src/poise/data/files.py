@@ -19,8 +19,8 @@ from poise.data.raw import Numbered, RawRow, Unreadable, as_object, parsed_json
 from poise.errors import PoiseError, first_line
 
 __all__ = [
-    "Numbered", "RawRow", "Unreadable", "as_object", "can_be_read_twice", "is_hub_id", "no_such_file", "parsed_json",
-    "raw_rows", "steady_pyarrow",
+    "Numbered", "RawRow", "Unreadable", "as_object", "can_be_read_twice", "is_hub_id", "no_such_file", "num_rows",
+    "parsed_json", "raw_rows", "steady_pyarrow",
 ]  # fmt: skip
 
 _COMPRESSION = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -71,6 +71,22 @@ def raw_rows(path: str | Path) -> Numbered:
         raise
     except Exception as error:  # noqa: BLE001  the one boundary of ten decoders, each with errors of its own
         raise PoiseError(f"cannot read {path}: {first_line(error)}") from None
+
+
+def num_rows(path: str | Path) -> int | None:
+    """The number of the last row of a file of JSON lines or Parquet, without reading rows; None of any other."""
+    path = Path(path)
+    if not can_be_read_twice(path) or path.is_dir():
+        return None
+    with path.open("rb") as file:
+        head = _peek(file)
+        if head.startswith(_PARQUET):
+            import pyarrow.parquet
+
+            return int(pyarrow.parquet.read_metadata(file).num_rows)
+        if not head.lstrip().startswith(b"{"):
+            return None
+        return sum(part.count(b"\n") for part in iter(lambda: file.read(1 << 20), b""))
 
 
 def no_such_file(path: str | Path) -> str:

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from poise.data.files import RawRow, as_object, raw_rows
+from poise.data.files import RawRow, as_object, num_rows, raw_rows
 from poise.data.in_memory import called
 from poise.data.types import Prompt
 from poise.errors import PoiseError
 from poise.runtime.folders import write_file_atomic
-from poise.runtime.progress import console
+from poise.runtime.progress import console, shown_if_long
 
 Row = TypeVar("Row")
 OnBadRow = Literal["error", "skip"]
@@ -181,6 +181,15 @@ def parsed_rows(
             yield number, row
 
 
+def with_bar(path: str | Path, rows: Iterable[tuple[int, RawRow]] | None = None) -> Iterator[tuple[int, RawRow]]:
+    """A file's numbered rows, with a bar where reading them takes long. For readers that read all of them at once.
+
+    rows: of the file, if they have been read already.
+    """
+    given = raw_rows(path) if rows is None else rows
+    return shown_if_long(f"reading {Path(path).name}", given, lambda: num_rows(path), lambda row: row[0])
+
+
 def _is_history(name: str, value: Any) -> bool:
     """Earlier turns, which are read."""
     return name == "history" and isinstance(value, list)
@@ -190,7 +199,7 @@ def read_rows(path: str | Path, parse: Callable[[dict[str, Any]], Row]) -> list[
     """Every row, parsed. A bad one raises PoiseError, as `parsed_rows` says; so does a file without rows."""
     understood = Understood(str(path), can_skip=False)
     rows = []
-    for _, row in parsed_rows(understood, parse, "error"):
+    for _, row in parsed_rows(understood, parse, "error", with_bar(path)):
         understood.used += 1
         rows.append(row)
     finish(understood)

@@ -1,11 +1,13 @@
 """A sample as token ids, as a reward model reads it: chat template, truncation, and no weights."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from poise.data.types import Sample
 from poise.errors import PoiseError
 from poise.models.chat_format import encode_conversation
 from poise.models.loading import HfTokenizer, embedded_or_raise
+from poise.runtime.progress import shown_if_long
 
 
 def cut_from_the_left(tokenizer: HfTokenizer, ids: list[int], length: int) -> tuple[list[int], list[int]]:
@@ -42,6 +44,10 @@ class Encoder:
     def without_weights(self) -> "Encoder":
         """An encoder of the same ids that holds no model."""
         return Encoder(self.tokenizer, self.max_length, self._num_embeddings, self._pad_id)
+
+    def encode_all(self, samples: Sequence[Sample]) -> list[Tokens]:
+        """`encode` of each, with a bar where that takes long."""
+        return [self.encode(sample) for sample in shown_if_long("tokens", samples, lambda: len(samples))]
 
     def encode(self, sample: Sample) -> Tokens:
         """Token ids through the chat template, cut to `max_length` from the left.

@@ -59,7 +59,7 @@ class FeatureExtractor(Encoder):
         Samples that are too long lose their oldest tokens, the prompt's first; `num_truncated` counts them. An empty
         completion is a PoiseError.
         """
-        tokens = [self.encode(sample) for sample in samples]
+        tokens = self.encode_all(samples)
         if self._cache is None:
             return self.forward(tokens, progress)
         keys = row_keys([[*prompt, *completion] for prompt, completion in tokens])

@@ -5,10 +5,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import IO, Any, cast
+from collections.abc import Callable, Iterable, Iterator
+from typing import IO, Any, TypeVar, cast
 
 from rich.console import Console
+from rich.file_proxy import FileProxy
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
@@ -17,26 +18,37 @@ from poise.runtime.processes import process_index
 
 
 class _Stderr:
-    """The stderr of the moment. If nobody reads it any more, what is printed is lost, and the work is not."""
+    """The stderr of the moment. If nobody reads it any more, what is printed is lost, and the work is not.
+
+    While a bar is shown, rich puts a proxy in the place of sys.stderr, which prints above the bar through this very
+    console. The console itself writes to what lies behind it: to the proxy it would print nothing at all.
+    """
 
     encoding = "utf-8"
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            sys.stderr.write(text.encode("utf-8", "backslashreplace").decode("utf-8"))
+            self._file.write(text.encode("utf-8", "backslashreplace").decode("utf-8"))
         return len(text)
 
     def flush(self) -> None:
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            sys.stderr.flush()
+            self._file.flush()
 
     def isatty(self) -> bool:
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            return sys.stderr.isatty()
+            return self._file.isatty()
         return False
 
     def fileno(self) -> int:
-        return sys.stderr.fileno()
+        return self._file.fileno()
+
+    @property
+    def _file(self) -> Any:
+        file: Any = sys.stderr
+        while isinstance(file, FileProxy):
+            file = file.rich_proxied_file
+        return file
 
 
 class PlainConsole(Console):
@@ -55,16 +67,18 @@ class PlainConsole(Console):
         return super().render_str(visible(text), **options)
 
 
+Item = TypeVar("Item")
 console = PlainConsole()
+_SECONDS_WITHOUT_BAR = 3.0
 _SECONDS_BETWEEN_LINES = 60.0  # in a pipe or a file, where no bar is seen
 _parts_of_another = 0
 
 
 @contextlib.contextmanager
-def progress(label: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
+def progress(label: str, total: int | None, done: int = 0) -> Iterator[Callable[..., None]]:
     """Yield `advance(count, note="")`. On a terminal a live bar; in a log file a line a minute, and one at the end.
 
-    Of several processes the first one shows it.
+    total: None where nobody knows it; then no time left is shown. Of several processes the first one shows the bar.
     """
     columns = (  # 80 characters wide with a note, so that nothing is cut off in a plain terminal
         TextColumn("{task.description}", markup=False), BarColumn(bar_width=10), MofNCompleteColumn(),
@@ -81,9 +95,32 @@ def progress(label: str, total: int, done: int = 0) -> Iterator[Callable[..., No
                 bar.update(task, note=note)
             if not console.is_terminal and not bar.disable and time.monotonic() - said >= _SECONDS_BETWEEN_LINES:
                 said = time.monotonic()
-                console.print(f"{label} {bar.tasks[0].completed:.0f}/{total} {note}".rstrip())
+                of = "" if total is None else f"/{total}"
+                console.print(f"{label} {bar.tasks[0].completed:.0f}{of} {note}".rstrip())
 
         yield advance
+
+
+def shown_if_long(
+    label: str, items: Iterable[Item], total: Callable[[], int | None], number: Callable[[Item], int] | None = None
+) -> Iterator[Item]:
+    """The items, with a bar of their own from when they have taken three seconds.
+
+    total: asked for only then. number: an item's place among all of them, from 1; default: they are counted.
+    """
+    began, done, rest = time.monotonic(), 0, iter(items)
+    for item in rest:
+        done = number(item) if number else done + 1
+        yield item
+        if time.monotonic() - began > _SECONDS_WITHOUT_BAR:
+            break
+    else:
+        return
+    with progress(label, total(), done) as advance:
+        for item in rest:
+            before, done = done, number(item) if number else done + 1
+            advance(done - before)
+            yield item
 
 
 @contextlib.contextmanager
