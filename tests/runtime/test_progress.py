@@ -61,6 +61,22 @@ def test_a_terminal_shows_the_bar_while_it_moves_and_what_is_printed_above_it() 
     assert "reward +0.50" in shown
 
 
+def test_a_notebook_gets_a_bar_that_needs_no_cursor(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module.console, "is_jupyter", True)
+    with progress("PPO on mean", 4, 1) as advance:
+        advance(3, "reward +0.50")
+    shown = capsys.readouterr().err
+    assert shown.splitlines()[-1].startswith("PPO on mean: 100%")
+    assert "4/4" in shown
+    assert "reward +0.50" in shown
+    assert "\x1b" not in shown
+    with module.parts_of_another(), progress("features", 4) as advance:
+        advance(4)
+    assert not capsys.readouterr().err
+
+
 def test_a_long_loop_gets_a_bar_and_a_short_one_none() -> None:
     script = (
         "import time\n"

@@ -79,12 +79,26 @@ def progress(label: str, total: int | None, done: int = 0) -> Iterator[Callable[
     """Yield `advance(count, note="")`. On a terminal a live bar; in a log file a line a minute, and one at the end.
 
     total: None where nobody knows it; then no time left is shown. Of several processes the first one shows the bar.
+    In a notebook, which cannot move its cursor up, the bar is one of tqdm's.
     """
+    disable = process_index() > 0 or _parts_of_another > 0
+    if console.is_jupyter:
+        from tqdm import tqdm  # of notebooks alone: a command starts sooner without
+
+        with tqdm(desc=visible(label), total=total, initial=done, disable=disable, file=sys.stderr, ncols=100) as text:
+
+            def advance_text(count: int = 1, note: str = "") -> None:
+                if note:
+                    text.set_postfix_str(note, refresh=False)
+                text.update(count)
+
+            yield advance_text
+        return
     columns = (  # 80 characters wide with a note, so that nothing is cut off in a plain terminal
         TextColumn("{task.description}", markup=False), BarColumn(bar_width=10), MofNCompleteColumn(),
         TimeRemainingColumn(), TextColumn("left"), TextColumn("{task.fields[note]}", markup=False),
     )  # fmt: skip
-    with Progress(*columns, console=console, disable=process_index() > 0 or _parts_of_another > 0) as bar:
+    with Progress(*columns, console=console, disable=disable) as bar:
         task = bar.add_task(visible(label), total=total, completed=done, note="")
         said = time.monotonic()
 
