@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -89,6 +90,26 @@ def test_a_long_loop_gets_a_bar_and_a_short_one_none() -> None:
     assert re.search("tokens .*[4-7]/8", long), long
     assert "tokens" not in short
     assert "features" in short
+
+
+def test_the_bar_of_a_reader_ends_before_its_error_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(f'{{"prompt": "p {i}", "chosen": "a", "rejected": "b"}}\n' for i in range(40)))
+    shown = on_a_terminal(
+        "import time\n"
+        "from poise.data.preferences import read_preferences\n"
+        "from poise.errors import PoiseError\n"
+        "from poise.runtime import progress as module\n"
+        "module._SECONDS_WITHOUT_BAR = 0.1\n"
+        "def check(prompt, answers):\n"
+        "    time.sleep(0.02)\n"
+        "    if prompt == 'p 30': raise ValueError('refused')\n"
+        f"try: read_preferences({str(file)!r}, check=check)\n"
+        "except PoiseError as error: module.console.print(str(error)); time.sleep(0.5)\n"
+    )
+    assert re.search("reading mine.jsonl .*3[01]/40", shown), shown
+    after = shown[shown.index("refused") :]
+    assert "reading" not in after, shown
 
 
 def test_a_long_loop_yields_everything_once_and_counts_by_number(

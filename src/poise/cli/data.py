@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from poise.data.evaluation_sets import read_questions
-from poise.data.files import RawRow, as_object, is_hub_id
+from poise.data.files import RawRow, as_object, is_hub_id, raw_rows
 from poise.data.other_forms import in_our_columns
 from poise.data.preferences import iter_samples, read_preferences, read_prompts
-from poise.data.rows import Check, Understood, with_bar
+from poise.data.rows import Check, Understood
 from poise.data.types import Prompt
 from poise.data.verdicts import two_answers
 from poise.errors import PoiseError
@@ -84,8 +84,8 @@ def _following(kind: str, config: Config) -> list[str]:
 
 def read_report(config: Config, reader: "_ModelReader | None" = None) -> dict[str, Any]:
     """What the file holds, as plain values."""
-    understood = Understood(config.file, silent=True)
-    rows = with_bar(config.file)
+    understood = Understood(config.file, silent=True, bar=True)
+    rows = raw_rows(config.file)
     kind, rows = (config.kind, rows) if config.kind != "auto" else _kind_of(rows)
     shown: list[Shown] = []
     try:

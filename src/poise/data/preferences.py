@@ -43,7 +43,7 @@ from poise.data.conversations import (
 from poise.data.files import RawRow, as_object, raw_rows
 from poise.data.other_forms import FORMS, in_our_columns, in_our_columns_with_verdict, one_by_one, with_prompt
 from poise.data.ratings import Rated, by_prompt, number_of, ranked, rated_list
-from poise.data.rows import Check, OnBadRow, Understood, finish, parsed_rows, read_rows, short, with_bar
+from poise.data.rows import Check, OnBadRow, Understood, finish, parsed_rows, read_rows, short
 from poise.data.types import Preference, Prompt, Sample
 from poise.data.verdicts import check_votes, optional_number, scored_equal, votes_of
 from poise.runtime.run_folder import write_jsonl
@@ -71,7 +71,9 @@ def read_preferences(
     check: is asked about every prompt with its answers; a ValueError of it refuses the row.
     understood: filled with what the rows were.   rows: of the file, if they have been read already.
     """
-    return list(iter_preferences(path, on_bad_row, check, understood, rows=with_bar(path, rows)))
+    understood = understood or Understood(str(path))
+    understood.bar = True
+    return list(iter_preferences(path, on_bad_row, check, understood, rows=rows))
 
 
 def iter_preferences(
@@ -130,8 +132,9 @@ def read_prompts(
         return prompt
 
     understood = understood or Understood(str(path))
+    understood.bar = True
     prompts = []
-    for number, prompt in parsed_rows(understood, parse, on_bad_row, with_bar(path, rows)):
+    for number, prompt in parsed_rows(understood, parse, on_bad_row, rows):
         understood.used += 1
         understood.forms["prompt"] += 1
         _note_prompt(understood, number, prompt)
@@ -142,7 +145,7 @@ def read_prompts(
 
 def read_samples(path: str | Path, on_bad_row: OnBadRow = "error", check: Check | None = None) -> list[Sample]:
     """Rows of `prompt`, `completion`. check: as `read_preferences` takes it."""
-    return list(iter_samples(path, on_bad_row, check, rows=with_bar(path)))
+    return list(iter_samples(path, on_bad_row, check, Understood(str(path), bar=True)))
 
 
 def iter_samples(

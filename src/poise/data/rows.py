@@ -70,6 +70,7 @@ class Understood:
     bad: the refused rows, for the file beside the data.   silent: nothing is printed or written.
     in_memory: the rows are a program's own, which messages name as the program does.
     can_skip: whoever reads can be told to leave bad rows out, which messages say.
+    bar: reading shows one, where it takes long: for readers that read all rows before anything else is done.
     """
 
     path: str
@@ -83,6 +84,7 @@ class Understood:
     silent: bool = False
     in_memory: bool = False
     can_skip: bool = True
+    bar: bool = False
 
     def __post_init__(self) -> None:
         self.in_memory |= called(self.path) != self.path
@@ -163,7 +165,9 @@ def parsed_rows(
     A bad row raises PoiseError with file:line and the reason; with on_bad_row="skip" it is counted as refused.
     rows: of the file, if they have been read already.
     """
-    for number, raw in raw_rows(understood.path) if rows is None else rows:
+    source = raw_rows(understood.path) if rows is None else rows
+    # The bar has no name here, so that it ends with the loop and not with the traceback.
+    for number, raw in _with_bar(understood.path, source) if understood.bar else source:
         try:
             given = as_object(raw)
             row = parse(given)
@@ -181,13 +185,8 @@ def parsed_rows(
             yield number, row
 
 
-def with_bar(path: str | Path, rows: Iterable[tuple[int, RawRow]] | None = None) -> Iterator[tuple[int, RawRow]]:
-    """A file's numbered rows, with a bar where reading them takes long. For readers that read all of them at once.
-
-    rows: of the file, if they have been read already.
-    """
-    given = raw_rows(path) if rows is None else rows
-    return shown_if_long(f"reading {Path(path).name}", given, lambda: num_rows(path), lambda row: row[0])
+def _with_bar(path: str, rows: Iterable[tuple[int, RawRow]]) -> Iterator[tuple[int, RawRow]]:
+    return shown_if_long(f"reading {Path(path).name}", rows, lambda: num_rows(path), lambda row: row[0])
 
 
 def _is_history(name: str, value: Any) -> bool:
@@ -197,9 +196,9 @@ def _is_history(name: str, value: Any) -> bool:
 
 def read_rows(path: str | Path, parse: Callable[[dict[str, Any]], Row]) -> list[Row]:
     """Every row, parsed. A bad one raises PoiseError, as `parsed_rows` says; so does a file without rows."""
-    understood = Understood(str(path), can_skip=False)
+    understood = Understood(str(path), can_skip=False, bar=True)
     rows = []
-    for _, row in parsed_rows(understood, parse, "error", with_bar(path)):
+    for _, row in parsed_rows(understood, parse, "error"):
         understood.used += 1
         rows.append(row)
     finish(understood)
