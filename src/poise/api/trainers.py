@@ -95,7 +95,7 @@ class TrainedPolicy:
     def __repr__(self) -> str:
         """What a notebook shows: the model's class and what the run came to, not its hundreds of modules."""
         reward, kl = self.results.get("reward"), self.results.get("kl")
-        came_to = f", reward {reward:+.2f}, KL {kl:.1f}" if reward is not None and kl is not None else ""
+        came_to = f", reward {reward:+z.2f}, KL {kl:z.1f}" if reward is not None and kl is not None else ""
         return f"TrainedPolicy: {type(self.model).__name__}, {len(self.metrics)} steps{came_to}"
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -358,7 +358,7 @@ def _naming(step: int) -> Iterator[None]:
 def note_of(metrics: Json) -> str:
     """A step in a few words, for the bar; where completions are cut, how many."""
     cut = 1 - metrics.get("ended", 1.0)
-    note = f"reward {metrics['reward']:+.2f}  KL {metrics.get('kl', 0.0):.1f}"
+    note = f"reward {metrics['reward']:+z.2f}  KL {metrics.get('kl', 0.0):z.1f}"
     return f"{note}  {cut:.0%} cut" if cut > 0.5 else note
 
 

@@ -252,10 +252,10 @@ _MISSING = "–"
 def number(value: Any, digits: int = 2) -> str:
     """A number with a proper minus sign.
 
-    >>> number(-0.5), number(None)
-    ('−0.50', '–')
+    >>> number(-0.5), number(-0.001), number(None)
+    ('−0.50', '0.00', '–')
     """
-    return _MISSING if _is_missing(value) else f"{value:.{digits}f}".replace("-", "−")
+    return _MISSING if _is_missing(value) else f"{value:z.{digits}f}".replace("-", "−")
 
 
 def signed(value: Any, digits: int = 2) -> str:
@@ -266,7 +266,7 @@ def signed(value: Any, digits: int = 2) -> str:
     """
     if _is_missing(value):
         return _MISSING
-    return number(value, digits) if value == 0 else f"{value:+.{digits}f}".replace("-", "−")
+    return number(value, digits) if value == 0 else f"{value:+z.{digits}f}".replace("-", "−")
 
 
 def percent(value: Any, digits: int = 1) -> str:
