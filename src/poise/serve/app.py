@@ -128,23 +128,26 @@ async def respond(app: Starlette, request: Request) -> Response:
 
 async def _body(request: Request, max_bytes: int) -> bytes:
     """The body, in limited size and time."""
-    if (coding := request.headers.get("content-encoding", "identity")) != "identity":
+    if (coding := request.headers.get("content-encoding", "identity")).lower() != "identity":
         raise _RefusedError(415, f"a body in the coding {coding[:20]!r}; send it as it is")
+    too_large = f"a body of more than {max_bytes} bytes; send less at once"
     said = request.headers.get("content-length", "")
-    too_large = _RefusedError(413, f"a body of more than {max_bytes} bytes; send less at once", Connection="close")
-    if said.isdigit() and int(said) > max_bytes:
-        raise too_large
+    if "expect" in request.headers and said.isdigit() and int(said) > max_bytes:  # it asks before it sends
+        raise _RefusedError(413, too_large, Connection="close")
     parts, size = [], 0
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for part in request.stream():
-                parts.append(part)
                 size += len(part)
-                if size > max_bytes:
-                    raise too_large
+                if size <= max_bytes:
+                    parts.append(part)
+                else:  # it is read to its end and not kept: a caller that is still sending hears no answer
+                    parts.clear()
     except TimeoutError:
         line = f"the body took more than {BODY_SECONDS:g} s to arrive"
         raise _RefusedError(408, line, Connection="close") from None
+    if size > max_bytes:
+        raise _RefusedError(413, too_large)
     return b"".join(parts)
 
 
