@@ -328,6 +328,23 @@ def test_an_answer_that_never_comes_is_left_out(stub: Stub, monkeypatch: pytest.
     assert len(stub.asked) == 4
 
 
+def test_a_limit_by_the_minute_is_waited_for(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(chat_judge, "_LONGEST_WAIT", 30.0)
+    monkeypatch.setattr(chat_judge.time, "sleep", waits.append)
+    judge = ChatJudge(stub.url)
+    stub.fail = [(429, {}, b"")] * 4
+    assert judge._ask("Review.", "good", "bad") == "a"
+    assert waits == [4.0, 8.0, 16.0, 30.0]
+    stub.fail = [(429, {"Retry-After": "2"}, b"")] + [(503, {}, b"")] * 2
+    assert judge._ask("Review.", "good", "bad") == "a"
+    assert waits[4:] == [0.5, 1.0, 2.0]
+
+
+def test_the_whole_address_of_chat_completions_does_as_well(stub: Stub) -> None:
+    assert [one.better for one in ChatJudge(f"{stub.url}/chat/completions/").judge(ROWS)] == ["a", "b"]
+
+
 def test_servers_that_refuse_settings_with_other_statuses_are_asked_without(stub: Stub) -> None:
     judge = ChatJudge(stub.url)
     stub.fail = [(422, {}, b'{"error": "Input validation error: `temperature` must be strictly positive"}')]

@@ -87,7 +87,8 @@ class ChatJudge:
     """
 
     def __init__(self, url: str, model: str = ""):
-        self.url, self._key = url.rstrip("/"), os.environ.get(KEY_VARIABLE, "").strip()
+        self.url = url.rstrip("/").removesuffix("/chat/completions")
+        self._key = os.environ.get(KEY_VARIABLE, "").strip()
         parts = urlsplit(self.url)
         local = is_loopback(parts.hostname or "")
         if self._key and parts.scheme != "https" and not local:
@@ -203,7 +204,9 @@ class ChatJudge:
                     raise RefusedError(line, error.status) from None
                 if last:
                     raise PoiseError(line) from None
-                time.sleep(min(error.after or wait, _LONGEST_WAIT))
+                # Limits are by the minute, as a rule: the waits of four more tries add up to one.
+                pause = error.after or wait * (8 if error.status == 429 else 1)
+                time.sleep(min(pause, _LONGEST_WAIT))
                 wait *= 2
             except RefusedError as error:
                 raise RefusedError(f"--judge {error}", error.status) from None
