@@ -41,10 +41,16 @@ from poise.serve.rewards import Rewards
 
 @pytest.fixture(scope="module")
 def url(scorer: Scorer) -> Iterator[str]:
+    with serving(scorer) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def serving(scorer: Scorer, token: str = "") -> Iterator[str]:
     """A server in a thread of this process."""
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
-        app = make_app(Rewards(of_scorer(scorer, ""), "tradeoff(0.4)"), Metrics())
+        app = make_app(Rewards(of_scorer(scorer, ""), "tradeoff(0.4)"), Metrics(), token=token)
         server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="error"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [place]})
         thread.start()
@@ -90,6 +96,17 @@ def test_a_body_that_is_too_large_is_said_to_the_caller(url: str) -> None:
     """A server that answers before it has read all resets the connection, and the client asks again for minutes."""
     with pytest.raises(PoiseError, match=r"/score: 413 a body of more than 8388608 bytes; send less at once$"):
         Client(url, patience=5.0).score("x" * 20 * 2**20, ["Good."])
+
+
+def test_a_wrong_token_is_said_to_the_caller_of_a_large_body(scorer: Scorer) -> None:
+    with serving(scorer, "secret") as url:
+        with pytest.raises(PoiseError, match=r"/score: 401 this server needs a bearer token$"):
+            Client(url, "wrong", patience=5.0).score("x" * 20 * 2**20, ["Good."])
+        coded = urllib.request.Request(
+            f"{url}/score", b"x" * 20 * 2**20, {"Authorization": "Bearer secret", "Content-Encoding": "zstd"}
+        )
+        with pytest.raises(urllib.error.HTTPError, match="415"):
+            urllib.request.urlopen(coded, timeout=20)
 
 
 # ---- the client ----

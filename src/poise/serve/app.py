@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import binascii
+import contextlib
 import functools
 import hashlib
 import hmac
@@ -54,6 +55,7 @@ def make_app(rewards: Rewards, metrics: Metrics, limits: Limits = Limits(), toke
             start = time.perf_counter()
             try:
                 if token and not _carries(request, token):
+                    await _drain(request)
                     challenge = {"WWW-Authenticate": "Bearer"}
                     raise _RefusedError(401, "this server needs a bearer token", **challenge)
                 response = await answer(request)
@@ -129,6 +131,7 @@ async def respond(app: Starlette, request: Request) -> Response:
 async def _body(request: Request, max_bytes: int) -> bytes:
     """The body, in limited size and time."""
     if (coding := request.headers.get("content-encoding", "identity")).lower() != "identity":
+        await _drain(request)
         raise _RefusedError(415, f"a body in the coding {coding[:20]!r}; send it as it is")
     too_large = f"a body of more than {max_bytes} bytes; send less at once"
     said = request.headers.get("content-length", "")
@@ -141,7 +144,7 @@ async def _body(request: Request, max_bytes: int) -> bytes:
                 size += len(part)
                 if size <= max_bytes:
                     parts.append(part)
-                else:  # it is read to its end and not kept: a caller that is still sending hears no answer
+                else:  # it is read to its end and not kept, for the reason that `_drain` gives
                     parts.clear()
     except TimeoutError:
         line = f"the body took more than {BODY_SECONDS:g} s to arrive"
@@ -149,6 +152,17 @@ async def _body(request: Request, max_bytes: int) -> bytes:
     if size > max_bytes:
         raise _RefusedError(413, too_large)
     return b"".join(parts)
+
+
+async def _drain(request: Request) -> None:
+    """Read a body to its end before it is refused: the connection of a caller that is still sending would break, and
+    the answer be lost. Whoever asks before it sends has sent nothing."""
+    if "expect" in request.headers:
+        return
+    with contextlib.suppress(TimeoutError, ClientDisconnect):
+        async with asyncio.timeout(BODY_SECONDS):
+            async for _ in request.stream():
+                pass
 
 
 def _carries(request: Request, token: str) -> bool:
