@@ -3,8 +3,10 @@
 python examples/ray_data_score.py REWARD_MODEL IN.parquet OUT_FOLDER [WORKERS]
 """
 
+import json
 import sys
 
+import numpy as np
 import ray
 
 from poise import RewardModel, parse_objective
@@ -21,7 +23,17 @@ class Score:
         pairs = zip(batch["prompt"], batch["completion"], strict=True)
         heads = self.model.score([{"prompt": prompt, "completion": completion} for prompt, completion in pairs])
         columns = score_columns(heads, self.model.layout, self.objective(heads))
-        return {**batch, **{name: column.numpy() for name, column in columns.items()}}
+        texts = {name: as_text(batch[name]) for name in ("prompt", "completion")}
+        return {**batch, **texts, **{name: column.numpy() for name, column in columns.items()}}
+
+
+def as_text(values):
+    """Conversations as their JSON text, as `poise score` writes them: Ray would pickle them into the file."""
+
+    def text(value):
+        return value if isinstance(value, str) else json.dumps(list(value), default=list, ensure_ascii=False)
+
+    return np.array([text(value) for value in values], dtype=object)
 
 
 if __name__ == "__main__":

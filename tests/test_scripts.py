@@ -6,8 +6,10 @@ import importlib.util
 import json
 import runpy
 import sys
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 from datasets import load_dataset
 
@@ -50,3 +52,15 @@ def test_prompts_become_rows_that_other_engines_read(tmp_path: Path, monkeypatch
     asked = [[{"role": "user", "content": "Is tea hot?"}], turns]
     assert [row["prompt"] for row in rows] == [row["messages"] for row in rows] == asked
     assert {row["data_source"] for row in rows} == {"mine"}
+
+
+def test_conversations_leave_ray_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray gives lists as arrays, and would write them as pickled objects, which no other reader of Parquet knows."""
+    monkeypatch.setitem(sys.modules, "ray", types.ModuleType("ray"))
+    as_text = runpy.run_path(str(ROOT / "examples" / "ray_data_score.py"))["as_text"]
+    parts = np.array([{"type": "text", "text": "é"}], dtype=object)
+    prompts = np.array(["plain", None], dtype=object)
+    prompts[1] = np.array([{"role": "user", "content": parts}], dtype=object)
+    assert as_text(prompts).tolist() == [
+        "plain", '[{"role": "user", "content": [{"type": "text", "text": "é"}]}]'
+    ]  # fmt: skip

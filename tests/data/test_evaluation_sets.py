@@ -1,12 +1,13 @@
 """What a file asks: told by the shape of its rows."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from poise.data.evaluation_sets import read_questions
+from poise.data.evaluation_sets import Item, Questions, read_questions
 from poise.errors import PoiseError
 
 
@@ -37,6 +38,23 @@ def test_votes_on_one_pair_are_one_unit_whichever_text_they_chose(tmp_path: Path
     units = asked.unit.tolist()
     assert units[0] == units[1] == units[2] != units[3]
     assert sorted(set(units)) == [0, 1]
+
+
+def test_pairs_of_one_ranking_are_one_unit_unless_all_are_linked() -> None:
+    """Seven ranked answers are 21 pairs, and no 21 independent judgments."""
+
+    def ranked(prompt: str, texts: str) -> list[Item]:
+        return [Item(prompt, (better,), (worse,)) for better, worse in itertools.combinations(texts, 2)]
+
+    rows = [one for n in range(30) for one in ranked(f"Q{n}", "abcd")]
+    asked = Questions.of("pairs", rows)
+    assert asked.unit.tolist() == [n // 6 for n in range(180)]
+    assert not asked.linked
+    sets = Questions.of(None, [Item(f"Q{n // 2}", ("a",), ("b", f"c{n}")) for n in range(60)])
+    assert (sets.kind, sets.unit.tolist()) == ("best_of_n", [n // 2 for n in range(60)])
+    chain = Questions.of("pairs", [Item("Q", (f"{n}",), (f"{n + 1}",)) for n in range(50)] * 2)
+    assert chain.linked  # one unit would have an interval of no width
+    assert chain.unit.tolist() == list(range(50)) * 2
 
 
 def test_subsets_and_their_repeated_rows_are_kept(tmp_path: Path) -> None:

@@ -218,6 +218,17 @@ def test_intervals_over_few_reward_models_are_students(num_seeds: int) -> None:
     np.testing.assert_allclose(found - values[:, 0].mean(0), np.stack([low, high]) - values[:, 0].mean(0), rtol=0.05)
 
 
+@pytest.mark.parametrize("num_prompts", [2, 4, 10])
+def test_intervals_over_few_prompts_cover_as_often_as_they_say(num_prompts: int) -> None:
+    generator, hits = np.random.default_rng(num_prompts), 0
+    resamples = Resamples.draw(num_prompts, 1, 1000)
+    for _ in range(200):
+        values = generator.normal(size=(1, num_prompts, 1))
+        low, high = np.quantile(resamples.over_seeds(resamples.by_seed(values)), [0.025, 0.975])
+        hits += low <= 0 <= high
+    assert hits >= 182
+
+
 @pytest.mark.parametrize("num_seeds", [2, 3, 5])
 def test_where_nothing_differs_few_reward_models_seldom_leave_out_zero(num_seeds: int) -> None:
     """A bootstrap of two, three and five left it out in 51, 22 and 17 % of studies."""

@@ -31,6 +31,7 @@ from poise.functional.statistics import (
     holm,
     intervals_of_means,
     mean_between,
+    mean_interval,
     movement,
     resampled_counts,
     smoothed,
@@ -47,6 +48,18 @@ def test_bootstrap_interval_covers_the_mean_as_often_as_it_says() -> None:
         low, high = bootstrap_interval(generator.normal(size=40), draws=500)
         covered += low <= 0.0 <= high
     assert 0.90 <= covered / 300 <= 0.98
+
+
+@pytest.mark.parametrize("count", [2, 4, 12, 30])
+def test_mean_interval_covers_the_mean_as_often_as_it_says_also_of_few(count: int) -> None:
+    """A bootstrap of two covers it in half of all cases, and of one always says that it is certain."""
+    generator = np.random.default_rng(count)
+    covered = 0
+    for _ in range(300):
+        low, high = mean_interval(generator.normal(size=count))
+        covered += low <= 0.0 <= high
+    assert covered / 300 >= 0.91
+    assert np.isnan(mean_interval(np.array([1.0]))).all()
 
 
 @pytest.mark.parametrize(("right", "share"), [(7, 1.0), (0, 0.0), (60, 1.0)])

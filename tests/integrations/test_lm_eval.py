@@ -3,6 +3,7 @@
 import copy
 import gzip
 import json
+import math
 import random
 import socket
 from collections.abc import Iterator
@@ -98,6 +99,26 @@ def test_contexts_are_scored_as_by_hand(loaded: tuple[HfModel, HfTokenizer], tmp
         expected += str(1 - i % 2)
     [task] = harness.read_tasks(("winogrande",), write(tmp_path, "winogrande", rows), 0)
     assert harness.evaluate(*loaded, task).outcomes == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("arc_easy", {"query": "Question: which?", "choices": ["pear", "stone"], "gold": 0}),
+        ("winogrande", {"context_options": ["a", "b"], "continuation": "c", "gold": 0}),
+        ("lambada", {"context": "This is", "continuation": "it"}),
+    ],
+)
+def test_a_model_that_says_nan_has_no_answers(
+    loaded: tuple[HfModel, HfTokenizer], tmp_path: Path, name: str, row: Any
+) -> None:
+    """Weights may be finite, and what is made of them not. The first choice would be right as often as any."""
+    model = copy.deepcopy(loaded[0])
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(math.nan)
+    [task] = harness.read_tasks((name,), write(tmp_path, name, [row]), 0)
+    with pytest.raises(PoiseError, match=f"^{name}: the model's log-likelihoods are NaN"):
+        harness.evaluate(model, loaded[1], task)
 
 
 def test_an_end_token_that_the_tokenizer_adds_is_not_scored(

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+from forked import started
 from poise.data.types import Sample
 from poise.errors import PoiseError
 from poise.functional.objectives import HeadRewards
@@ -38,6 +39,27 @@ def test_score_is_the_same_alone_and_in_any_batch(reward_run: Path, name: str) -
         for heads in (scorer([sample]), scorer([sample, *SAMPLES[::-1]])):
             torch.testing.assert_close(heads.mean[0], together.mean[i], rtol=0, atol=1e-5)
             torch.testing.assert_close(heads.std[0], together.std[i], rtol=0, atol=1e-5)
+
+
+def test_a_fork_of_a_process_that_has_read_reads(reward_run: Path) -> None:
+    """`datasets.map(num_proc=…)` forks. OpenMP's threads do not come along, and whoever counts on them waits."""
+    scorer = Scorer.load(str(reward_run / "brme"))
+    expected = scorer(SAMPLES).mean
+
+    def reads() -> int:
+        return int(not torch.allclose(scorer(SAMPLES).mean, expected, atol=1e-5))
+
+    def parent() -> int:
+        torch.set_num_threads(2)  # this process may have one
+        if reads():
+            return 1
+        child = started(reads)
+        try:
+            return child.ended(timeout=30)
+        finally:
+            child.killed()
+
+    assert started(parent).ended(timeout=60) == 0
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -1,6 +1,8 @@
 """Judgments of reward models by hand, and against the plain definitions."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,6 +85,18 @@ def test_an_absurd_margin_has_a_finite_cost() -> None:
     heads = HeadRewards(torch.tensor([[-5000.0], [5000.0], [1.0], [0.0]]), torch.zeros(4, 1))
     pairs = pairs_of(TextScores(heads, HeadLayout(1, "point", (0.0,))), TWO, mean, seed=0)
     assert 600 < judge_pairs(pairs, TWO, seed=0)["probability"]["nll"] * 2 < 800
+
+
+@pytest.mark.parametrize("judge", [judge_sets, judge_styles])
+def test_sixteen_copies_of_a_set_are_worth_one(judge: Callable[..., tuple[Any, Any]]) -> None:
+    sets = [Item(f"Q{n}", ("c1", "c2", "c3"), ("r1", "r2", "r3")) for n in range(25)]
+    rewards = np.random.default_rng(0).normal(size=150)
+    once, _ = judge(Questions.of(None, sets), rewards, seed=0)
+    often, _ = judge(Questions.of(None, sets * 16), np.tile(rewards, 16), seed=0)
+    if judge is judge_sets:
+        assert often["accuracy_interval"] == pytest.approx(once["accuracy_interval"])
+    else:
+        assert often["scores"]["hard"]["interval"] == pytest.approx(once["scores"]["hard"]["interval"])
 
 
 def test_point_heads_have_no_stds_and_one_head_no_disagreement() -> None:

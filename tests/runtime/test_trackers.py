@@ -16,6 +16,7 @@ class Accelerator:
 
     def __init__(self, **settings: Any) -> None:
         Accelerator.said = [settings]
+        self.trackers = [self]
 
     def init_trackers(self, project: str, config: dict[str, Any]) -> None:
         self.said.append((project, config))
@@ -23,8 +24,11 @@ class Accelerator:
     def log(self, metrics: dict[str, float], step: int) -> None:
         self.said.append((step, metrics))
 
-    def end_training(self) -> None:
+    def finish(self) -> None:
         self.said.append("end")
+
+    def end_training(self) -> None:
+        pytest.fail("it destroys this process's group, in which the others still gather weights")
 
 
 def test_settings_and_numbers_are_sent_on_and_the_trackers_closed_also_after_an_error(
@@ -41,6 +45,35 @@ def test_settings_and_numbers_are_sent_on_and_the_trackers_closed_also_after_an_
         (7, {"kl": 1.0, "heads/0": 0.5, "heads/1": 2.0}),
         "end",
     ]
+
+
+def test_a_service_that_is_away_costs_rows_and_not_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tried: list[int] = []
+
+    class Away(Accelerator):
+        def log(self, _: dict[str, float], step: int) -> None:
+            tried.append(step)
+            if 2 <= step < 20:
+                raise ConnectionError("503 Service Unavailable\nby far")
+
+        def finish(self) -> None:
+            raise ConnectionError("gone")
+
+    monkeypatch.setattr("accelerate.Accelerator", Away)
+    with trackers.tracked(("mlflow",), tmp_path, {}) as track:
+        for step in range(35):
+            track({"kl": 1.0}, step)
+    assert tried == [0, 1, 2, 4, 8, 16, *range(32, 35)]
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("--trackers mlflow: step 2 is not told, and perhaps later ones: ConnectionError: 503") == 1
+    assert "--trackers mlflow: its end is not told: ConnectionError: gone" in said
+
+    monkeypatch.setattr(Away, "init_trackers", lambda *_, **__: 1 / 0)
+    with pytest.raises(PoiseError, match=r"^--trackers mlflow: ZeroDivisionError: division by zero$"):  # noqa: SIM117
+        with trackers.tracked(("mlflow",), tmp_path, {}):
+            pass
 
 
 @pytest.mark.parametrize(("names", "rank"), [((), "0"), (("tensorboard",), "1")])

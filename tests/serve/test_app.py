@@ -443,9 +443,30 @@ def test_slow_and_broken_off_bodies_are_refused(scorer: Scorer, monkeypatch: pyt
         gone = await call(app, "/score", parts=[body[:5], None])
         large = await call(app, "/score", parts=[b"x" * 2**19] * 4)
         pieces = await call(app, "/score", parts=[body[:5], 0.01, body[5:]])
-        return [slow.status, gone.status, large.status, pieces.status]
+        slow_and_large = await call(app, "/score", parts=[b"x" * 2**21, 5.0, b"x"])
+        asks = {"Expect": "100-continue", "Content-Length": str(2**30)}
+        first = await call(app, "/score", headers=asks, parts=[5.0, b""])
+        plain = await call(app, "/score", body, {"Content-Encoding": "Identity"})
+        return [answer.status for answer in (slow, gone, large, pieces, slow_and_large, first, plain)]
 
-    assert serve(scorer, scenario) == [408, 499, 413, 200]
+    assert serve(scorer, scenario) == [408, 499, 413, 200, 408, 413, 200]
+
+
+def test_a_name_that_is_there_twice_is_refused(scorer: Scorer) -> None:
+    """Which of two completions was meant? Readers differ, and the caller would hear a number."""
+    twice = [
+        b'{"prompt": "Hi.", "completion": "good", "completion": "bad"}',
+        b'{"prompt": [{"role": "user", "content": "a", "content": "b"}], "completion": "good"}',
+    ]
+    same = b'{"prompt": "Hi.", "completion": "good", "completion": "good"}'
+
+    async def scenario(app: Any, _: Rewards) -> list[Answer]:
+        return [await call(app, "/score", body) for body in (*twice, same)]
+
+    *refused, scored = serve(scorer, scenario)
+    assert [answer.status for answer in refused] == [400, 400]
+    assert refused[0].json == {"error": "'completion' is there twice, with different values"}
+    assert scored.status == 200
 
 
 def test_a_full_queue_says_come_again(scorer: Scorer) -> None:
@@ -543,6 +564,14 @@ def test_metrics_and_log_show_every_head(scorer: Scorer, tmp_path: Path) -> None
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     assert [row["completion"] for row in rows] == [sample.completion for sample in SAMPLES]
     assert all(len(row["mean"]) == heads.mean.shape[-1] and len(row["request"]) == 64 for row in rows)
+
+
+def test_the_help_of_sums_that_fall_says_how_to_read_them() -> None:
+    """rate() takes a sum that falls for a restart, and rewards are negative as often as not."""
+    page = Metrics().page().decode()
+    for name in ("reward", "nominal", "worst_case", "validator", "head_mean"):
+        assert f"mean by delta(poise_{name}_sum[5m]) / delta(poise_{name}_count[5m]), not by rate()" in page
+    assert "delta(poise_gap" not in page
 
 
 def test_a_log_that_cannot_be_written_stops_no_training(

@@ -41,10 +41,16 @@ from poise.serve.rewards import Rewards
 
 @pytest.fixture(scope="module")
 def url(scorer: Scorer) -> Iterator[str]:
+    with serving(scorer) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def serving(scorer: Scorer, token: str = "") -> Iterator[str]:
     """A server in a thread of this process."""
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
-        app = make_app(Rewards(of_scorer(scorer, ""), "tradeoff(0.4)"), Metrics())
+        app = make_app(Rewards(of_scorer(scorer, ""), "tradeoff(0.4)"), Metrics(), token=token)
         server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="error"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [place]})
         thread.start()
@@ -84,6 +90,23 @@ def test_half_a_request_blocks_nobody(url: str) -> None:
             half.sendall(part)
         assert Client(url, patience=5.0).score("Hi.", ["Good."])[0]["reward"]
     assert Client(url, patience=5.0).score("Hi.", ["Good."])[0]["reward"]  # they left
+
+
+def test_a_body_that_is_too_large_is_said_to_the_caller(url: str) -> None:
+    """A server that answers before it has read all resets the connection, and the client asks again for minutes."""
+    with pytest.raises(PoiseError, match=r"/score: 413 a body of more than 8388608 bytes; send less at once$"):
+        Client(url, patience=5.0).score("x" * 20 * 2**20, ["Good."])
+
+
+def test_a_wrong_token_is_said_to_the_caller_of_a_large_body(scorer: Scorer) -> None:
+    with serving(scorer, "secret") as url:
+        with pytest.raises(PoiseError, match=r"/score: 401 this server needs a bearer token$"):
+            Client(url, "wrong", patience=5.0).score("x" * 20 * 2**20, ["Good."])
+        coded = urllib.request.Request(
+            f"{url}/score", b"x" * 20 * 2**20, {"Authorization": "Bearer secret", "Content-Encoding": "zstd"}
+        )
+        with pytest.raises(urllib.error.HTTPError, match="415"):
+            urllib.request.urlopen(coded, timeout=20)
 
 
 # ---- the client ----
@@ -278,6 +301,18 @@ def test_a_stop_under_load_answers_what_was_accepted_and_a_restart_loses_nothing
     os.kill(second.pid, signal.SIGTERM)
     assert second.ended() == 0
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_who_waits_for_the_line_may_ask_and_idle_connections_outlive_those_of_proxies(
+    brme: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(self: uvicorn.Server, sockets: list[socket.socket]) -> None:
+        assert "http://127.0.0.1:" in capsys.readouterr().err
+        socket.create_connection(sockets[0].getsockname(), timeout=5.0).close()
+        assert self.config.timeout_keep_alive > 60
+
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    assert main(["serve", brme, "--port", "0"]) == 0
 
 
 def test_a_port_that_is_taken_and_a_missing_token_are_one_line(

@@ -3,6 +3,7 @@
 import http.client
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -33,6 +34,7 @@ class Stub(ThreadingHTTPServer):
         self.models = ["judge-1"]
         self.reply: Callable[[dict[str, Any]], str] = lambda given: "a" if "good" in given["a"] else "b"
         self.fail: list[tuple[int, dict[str, str], bytes]] = []
+        self.refuses: Callable[[dict[str, Any]], tuple[int, dict[str, str], bytes] | None] = lambda _: None
         self.asked: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.agents: list[str | None] = []
@@ -56,8 +58,12 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.fail:
             self._send(*self.server.fail.pop())
             return
+        given = json.loads(self.server.material(body))
+        if refusal := self.server.refuses(given):
+            self._send(*refusal)
+            return
         self.server.asked.append(body)
-        reply = self.server.reply(json.loads(self.server.material(body)))
+        reply = self.server.reply(given)
         self._send(200, {}, json.dumps({"choices": [{"message": {"content": reply}}]}).encode())
 
     def _send(self, status: int, headers: dict[str, str], content: bytes) -> None:
@@ -89,7 +95,9 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
         ("a", "a"), ("B", "b"), ("Tie.", "tie"), ('"a"', "a"), ("**B**\n", "b"), ("Answer: a", "a"), ("Answer b", "b"),
         ("The better answer is A.", "a"), ("<think>b is shorter, so b</think>\n\na", "a"), ("reasons\n\nb", "b"),
         ("", None), ("a or b", None), ("both", None), ("I cannot compare these.", None), ("<think>a", None),
-        ("a\nis what I would say if asked", None),
+        ("a\nis what I would say if asked", None), ("<think>It is b, I think.\nAnswer a", None),
+        ("The worse answer is b", None), ("I would not take answer a.", None), ("So, my final answer: **b**", "b"),
+        ('```json\n{"answer": "a"}\n```', "a"),
     ],
 )  # fmt: skip
 def test_a_reply_is_one_word_or_none(reply: str, found: str | None) -> None:
@@ -149,7 +157,7 @@ def test_where_all_is_judged_nobody_is_asked(stub: Stub, tmp_path: Path, capsys:
 def test_a_judge_of_whom_no_reply_can_be_read_is_said(stub: Stub, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "comparisons.jsonl", ROWS)
     stub.reply = lambda _: "who knows"
-    with pytest.raises(PoiseError, match="no reply of the judge was a, b or tie"):
+    with pytest.raises(PoiseError, match=r"no reply of the judge was a, b or tie, such as 'who knows'$"):
         judgments_of(tmp_path, JudgeSettings(judge=stub.url))
     assert not (tmp_path / "judgments.jsonl").exists()
 
@@ -185,12 +193,16 @@ def test_a_busy_server_is_asked_again_and_a_refusal_is_one_line(stub: Stub) -> N
     assert [one.better for one in judge.judge(ROWS)] == ["a", "b"]
     stub.fail = [(400, {}, b'{"error": {"message": "too long\\nby far"}}')]
     with pytest.raises(PoiseError, match=r"/chat/completions: 400 too long by far$"):
-        list(judge.judge(ROWS))
+        judge._ask("Review.", "good", "bad")
     stub.fail = [(400, {}, b"[" * 100_000)]
     with pytest.raises(PoiseError, match=r"400 \[\[\["):
-        list(judge.judge(ROWS))
+        judge._ask("Review.", "good", "bad")
     stub.fail = [(500, {}, b"")] * 50
     with pytest.raises(PoiseError, match="500"):
+        judge._ask("Review.", "good", "bad")
+    assert len(stub.fail) == 50 - chat_judge._TRIES
+    stub.fail = [(401, {}, b"")] * 50
+    with pytest.raises(PoiseError, match="401"):
         list(judge.judge(ROWS))
     for body, said in {
         b"no json": "not answer in JSON", b"[" * 100_000: "not answer in JSON",
@@ -230,6 +242,134 @@ def test_an_error_inside_an_answer_is_one(stub: Stub) -> None:
     stub.fail = [(200, {}, b'{"error": {"code": 402, "message": "Insufficient credits"}}')]
     with pytest.raises(PoiseError, match=r"/chat/completions: 402 Insufficient credits$"):
         judge._ask("Review.", "good", "bad")
+
+
+FILTER = json.dumps({"error": {"message": "filtered by the content management policy", "code": "content_filter"}})
+
+
+@pytest.mark.parametrize("status", [400, 403, 413, 500])
+def test_a_comparison_that_the_server_refuses_is_left_out_and_said(
+    stub: Stub, tmp_path: Path, capsys: pytest.CaptureFixture[str], status: int
+) -> None:
+    """One prompt that a content filter does not let through must not cost the others' judgments."""
+    write_jsonl(tmp_path / "comparisons.jsonl", [{**ROWS[i % 2], "id": i, "prompt": f"Review {i}."} for i in range(20)])
+    refused = {3, 11, 12}
+    stub.refuses = lambda given: (status, {}, FILTER.encode()) if given["prompt"] in _prompts(refused) else None
+    found = judgments_of(tmp_path, JudgeSettings(judge=stub.url))
+    assert found is not None
+    assert found.keys() == set(range(20)) - refused
+    said = " ".join(capsys.readouterr().err.split())
+    assert "same in both orders for 17 of 17 comparisons" in said
+    assert "3 comparisons are left out; start again" in said
+    assert f" 3: --judge {stub.url}/chat/completions: {status} filtered by the content" in said
+    asked, refused = len(stub.asked), set()
+    assert (judgments_of(tmp_path, JudgeSettings(judge=stub.url)) or {}).keys() == set(range(20))
+    assert len(stub.asked) == asked + 6
+
+
+def _prompts(numbers: set[int]) -> set[str]:
+    return {f"Review {number}." for number in numbers}
+
+
+def test_a_server_that_refuses_most_comparisons_ends_it(stub: Stub, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "comparisons.jsonl", [{**ROWS[0], "id": i, "prompt": f"Review {i}."} for i in range(100)])
+    stub.refuses = lambda given: (400, {}, b"unknown field") if given["prompt"] != "Review 2." else None
+    with pytest.raises(PoiseError, match=r"^most comparisons are refused: --judge http.*: 400 unknown field$"):
+        judgments_of(tmp_path, JudgeSettings(judge=stub.url))
+    assert set(read_judgments(tmp_path / "judgments.jsonl", 100)) == {2}
+
+
+@pytest.mark.parametrize(
+    ("choices", "said"),
+    [
+        ([{"message": {"content": "Answer a"}, "finish_reason": "length"}], "cut off by the server's limit of tokens"),
+        ([{"message": {"content": "a"}, "finish_reason": "content_filter"}], "cut off by a content filter"),
+        ([{"message": {"content": None, "reasoning_content": "Hm.\na"}, "finish_reason": "stop"}], "empty"),
+        ([{"message": {"role": "assistant", "reasoning": "Hm."}, "finish_reason": "stop"}], "empty"),
+        ([{"message": {"content": [{"type": "thinking", "thinking": "a"}]}}], "empty"),
+        ([], "empty"),
+        (None, "empty"),
+    ],
+)
+def test_a_reply_without_its_end_names_no_answer(
+    stub: Stub, tmp_path: Path, capsys: pytest.CaptureFixture[str], choices: object, said: str
+) -> None:
+    write_jsonl(tmp_path / "comparisons.jsonl", ROWS)
+    stub.refuses = lambda given: (
+        (200, {}, json.dumps({"choices": choices}).encode()) if given["a"] == "bad" else None  # the second, at first
+    )
+    with pytest.raises(PoiseError, match=f"no reply of the judge was a, b or tie: a reply was {said}$"):
+        judgments_of(tmp_path, JudgeSettings(judge=stub.url))
+    write_jsonl(tmp_path / "judgments.jsonl", [{"id": 0, "better": "a"}])
+    assert judgments_of(tmp_path, JudgeSettings(judge=stub.url)) == {0: "a"}
+    assert f"1: a reply was {said}" in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_error_inside_a_choice_is_one(stub: Stub) -> None:
+    judge = ChatJudge(stub.url)
+    failed = {"message": {"content": ""}, "finish_reason": "error", "error": {"code": "502", "message": "gone"}}
+    stub.fail = [(200, {}, json.dumps({"choices": [failed]}).encode())]
+    assert [one.better for one in judge.judge(ROWS)] == ["a", "b"]
+
+
+def test_an_answer_that_never_comes_is_left_out(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reasoning model may think for ever about one comparison, and about it again."""
+    monkeypatch.setattr(chat_judge, "_TIMEOUT", 0.2)
+
+    def slow(given: dict[str, Any]) -> str:
+        time.sleep(1.0 if given["prompt"] == "?" else 0.0)
+        return "tie"
+
+    stub.reply = slow
+    first, second = ChatJudge(stub.url).judge([ROWS[0], {**ROWS[1], "prompt": "?"}])
+    assert (first.better, second.better) == ("tie", None)
+    assert second.refused
+    assert second.left_out.endswith("/chat/completions: timed out")
+    assert len(stub.asked) == 4
+
+
+def test_a_limit_by_the_minute_is_waited_for(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(chat_judge, "_LONGEST_WAIT", 30.0)
+    monkeypatch.setattr(chat_judge.time, "sleep", waits.append)
+    judge = ChatJudge(stub.url)
+    stub.fail = [(429, {}, b"")] * 4
+    assert judge._ask("Review.", "good", "bad") == "a"
+    assert waits == [4.0, 8.0, 16.0, 30.0]
+    stub.fail = [(429, {"Retry-After": "2"}, b"")] + [(503, {}, b"")] * 2
+    assert judge._ask("Review.", "good", "bad") == "a"
+    assert waits[4:] == [0.5, 1.0, 2.0]
+
+
+def test_the_whole_address_of_chat_completions_does_as_well(stub: Stub) -> None:
+    assert [one.better for one in ChatJudge(f"{stub.url}/chat/completions/").judge(ROWS)] == ["a", "b"]
+
+
+def test_servers_that_refuse_settings_with_other_statuses_are_asked_without(stub: Stub) -> None:
+    judge = ChatJudge(stub.url)
+    stub.fail = [(422, {}, b'{"error": "Input validation error: `temperature` must be strictly positive"}')]
+    assert judge._ask("Review.", "good", "bad") == "a"
+    stub.material = lambda body: body["messages"][-1]["content"].rpartition("\n\n")[2]
+    stub.fail = [(500, {}, b'{"error": {"code": 500, "message": "System role not supported"}}')]
+    assert judge._ask("Review.", "good", "bad") == "a"
+    assert [len(body["messages"]) for body in stub.asked] == [2, 1]
+
+
+def test_a_judge_of_places_chooses_nothing(stub: Stub, tmp_path: Path) -> None:
+    """All its judgments are ties, by which the largest KL would be as good as any."""
+    rows = [
+        {"prompt": f"Review {n}.", "completion": f"{kl}", "kl": kl} for kl in (0, 5, 40) for n in range(40)
+    ]  # fmt: skip
+    write_jsonl(tmp_path / "ladder.jsonl", rows)
+    out = tmp_path / "out"
+    stub.reply = lambda _: "a"
+    arguments = ["choose", str(tmp_path / "ladder.jsonl"), "--output", str(out)]
+    assert main([*arguments, "--judge", stub.url]) == 2
+    assert not (out / "choice.json").exists()
+    assert main(arguments) == 2
+    rows = [row for row in read_rows(out / "judgments.jsonl") if row["id"] > 1]
+    write_jsonl(out / "judgments.jsonl", [{"id": 0, "better": "tie"}, {**rows[0], "id": 1, "replies": ["a", "b"]}])
+    assert main(arguments) == 0  # people's, and a judge's that agrees with itself
 
 
 def test_the_text_of_a_reply_in_parts_counts(stub: Stub) -> None:

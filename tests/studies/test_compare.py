@@ -10,6 +10,7 @@ import yaml
 
 from poise.cli.main import main
 from poise.errors import PoiseError
+from poise.reports import run_pages
 from poise.runtime.records import read_rows
 from poise.runtime.run_folder import Json
 from poise.studies import compare, gold
@@ -68,6 +69,19 @@ def test_peak_end_and_fall_equal_values_worked_out_by_hand(tmp_path: Path) -> No
     assert (difference["arm"], difference["gold"], difference["interval"]) == ("brme", 1.0, [1.0, 1.0])
     assert [row["prompt"] for row in found["completions"]] == list(PROMPTS)
     assert found["completions"][0]["arms"]["brme"]["proxy"] == 1.0
+
+
+def test_one_prompt_has_no_interval(tmp_path: Path) -> None:
+    arms = []
+    for name, text in (("a", "0"), ("b", "1")):
+        arms.append(make_arm(tmp_path / name, [(9.0, 9.0)], {"gold": 0.0, "proxy": 2.0}))
+        path = Path(arms[-1]) / "final.jsonl"
+        [row, *_] = read_rows(path)
+        write_rows(path, [{**row, "completion": text}] * 3)
+    found = compare.run(with_gold(arms=tuple(arms), output=str(tmp_path / "out"))).results or {}
+    assert [arm["final"]["interval"] for arm in found["arms"]] == [None, None]
+    assert [(one["gold"], one["interval"]) for one in found["differences"]] == [(1.0, None)]
+    assert "a" in run_pages.html([tmp_path / "out"])
 
 
 def test_the_pool_says_where_the_policy_began(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Int
 from numpy import ndarray
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 
 from poise.data.conversations import check_text, prompt_of
 from poise.data.files import RawRow, as_object, can_be_read_twice, parsed_json, raw_rows
@@ -27,6 +29,7 @@ from poise.data.types import Prompt, Sample
 from poise.runtime.run_folder import Json
 
 NUM_STYLES = 3  # of RM-Bench
+LEAST_UNITS = 20  # a bootstrap of fewer is too narrow
 _LISTS = "prompt, chosen: lists, rejected: lists"
 
 
@@ -48,7 +51,9 @@ class Questions:
 
     sizes: how many chosen and how many rejected texts an item has.
     lengths: characters of every text, item by item, the chosen ones first.   subset: of each item.
-    unit: items of the same prompt and texts (votes, repeats) have the same number: they are not independent.
+    unit: items that share a text of one prompt (votes on one pair, pairs of a ranking) have the same number: they are
+    not independent. Where chains of texts link all to fewer than LEAST_UNITS, only those of equal texts have.
+    linked: is that so?
     """
 
     kind: Kind
@@ -57,6 +62,7 @@ class Questions:
     lengths: Int[ndarray, " texts"]
     subset: list[str]
     unit: Int[ndarray, " items"]
+    linked: bool = False
 
     @classmethod
     def of(cls, kind: Kind | None, items: Iterable[Item], first: Iterable[Item] | None = None) -> "Questions":
@@ -64,17 +70,21 @@ class Questions:
 
         kind: None for lists of texts, whose lengths decide.   first: the items, where their first reading is another.
         """
-        sizes, lengths, unit = (array("q") for _ in range(3))
+        sizes, lengths, same, starts, links = (array("q") for _ in range(5))
         subset: list[str] = []
         numbers: dict[bytes, int] = {}
+        texts: dict[bytes, int] = {}
         names: dict[str, str] = {}
         for item in items if first is None else first:
             sizes.extend((len(item.chosen), len(item.rejected)))
             lengths.extend(len(text) for text in (*item.chosen, *item.rejected))
             subset.append(names.setdefault(item.subset, item.subset))
-            texts = json.dumps([item.prompt, sorted((*item.chosen, *item.rejected))])
-            key = hashlib.blake2b(texts.encode(), digest_size=16).digest()
-            unit.append(numbers.setdefault(key, len(numbers)))
+            own = sorted((*item.chosen, *item.rejected))
+            same.append(numbers.setdefault(_digest([item.prompt, own]), len(numbers)))
+            first_text, *others = (texts.setdefault(_digest([item.prompt, text]), len(texts)) for text in own)
+            starts.append(first_text)
+            for other in others:
+                links.extend((first_text, other))
         counts = np.array(sizes, dtype=int).reshape(-1, 2)
         if kind is None:
             found = {(int(chosen), int(rejected)) for chosen, rejected in np.unique(counts, axis=0)}
@@ -82,7 +92,11 @@ class Questions:
                 frozenset({(1, 1)}): "pairs", frozenset({(NUM_STYLES, NUM_STYLES)}): "rm_bench"
             }  # fmt: skip
             kind = alike.get(frozenset(found), "best_of_n")
-        return cls(kind, items, counts, np.array(lengths, dtype=int), subset, np.array(unit, dtype=int))
+        unit = _components(np.array(links, dtype=int).reshape(-1, 2), len(texts))[np.array(starts, dtype=int)]
+        if linked := len(np.unique(unit)) < min(LEAST_UNITS, len(numbers)):
+            unit = np.array(same, dtype=int)
+        unit = np.unique(unit, return_inverse=True)[1]  # without gaps
+        return cls(kind, items, counts, np.array(lengths, dtype=int), subset, unit, linked)
 
     def __len__(self) -> int:
         return len(self.subset)
@@ -97,6 +111,16 @@ class Questions:
         """The items of these numbers, counted from 0."""
         wanted = set(numbers)
         return {number: item for number, item in enumerate(self.items) if number in wanted} if wanted else {}
+
+
+def _digest(value: Any) -> bytes:
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).digest()
+
+
+def _components(links: Int[ndarray, "links 2"], count: int) -> Int[ndarray, " nodes"]:
+    """The number of each node's connected component."""
+    graph = coo_matrix((np.ones(len(links), dtype=bool), (links[:, 0], links[:, 1])), (count, count))
+    return np.asarray(connected_components(graph, directed=False)[1])
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from poise.functional.objectives import (
 )
 from poise.functional.shapes import checked
 from poise.functional.shaping import SHAPINGS, Shaping
-from poise.functional.statistics import resampled_counts, shared_by_ties, student_shares
+from poise.functional.statistics import FEW, resampled_counts, shared_by_ties, student_shares
 from poise.runtime.records import Json, undefined_as_none
 from poise.runtime.settings import Count, above
 
@@ -151,8 +151,9 @@ def pair_accuracy(
 class Resamples(NamedTuple):
     """Draws of the means over prompts and over reward models, the same for every objective: differences are paired.
 
-    Prompts are many and bootstrapped. Reward models are few, and a bootstrap of three leaves out zero in a fifth of the
-    studies in which nothing differs: their mean is drawn from Student's distribution (`student_shares`).
+    Prompts are many, as a rule, and bootstrapped. Reward models are few, and a bootstrap of three leaves out zero in a
+    fifth of the studies in which nothing differs: their mean, and that of few prompts, is drawn from Student's
+    distribution (`student_shares`).
     """
 
     prompts_DP: Float[ndarray, "draws prompts"]
@@ -160,7 +161,8 @@ class Resamples(NamedTuple):
 
     @classmethod
     def draw(cls, num_prompts: int, num_seeds: int, draws: int = DRAWS) -> "Resamples":
-        return cls(resampled_counts(num_prompts, draws, 0), student_shares(num_seeds, draws, 1))
+        shares = student_shares if num_prompts < FEW else resampled_counts
+        return cls(shares(num_prompts, draws, 0), student_shares(num_seeds, draws, 1))
 
     def by_seed(self, values_SPM: ndarray) -> Float[ndarray, "draws seeds points"]:
         """Means over resampled prompts, per reward model."""

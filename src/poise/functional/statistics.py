@@ -16,6 +16,7 @@ from poise.functional.shapes import FINITE, Finite, checked
 from poise.runtime.settings import Count, Seed, Share, at_least, between
 
 Level = Annotated[float, between(0, 1, open_low=True, open_high=True)]
+FEW = 20  # a bootstrap of fewer units is too narrow: of two, its interval is that between them
 
 
 @checked
@@ -94,6 +95,13 @@ def t_interval(values: Float[ndarray, "samples ..."]) -> Float[ndarray, "2 ..."]
         return np.full((2, *mean.shape), np.nan)
     # Not by `loc` and `scale`: scipy gives NaN for equal values, whose interval is their mean.
     return np.stack([mean + end * sem(values) for end in t_distribution.interval(0.95, count - 1)])
+
+
+@checked
+def mean_interval(values: Float[ndarray, " samples"]) -> tuple[float, float]:
+    """95 % interval of the mean of independent units: Student's of few, a bootstrap of many; NaN for a single one."""
+    low, high = t_interval(values) if len(values) < FEW else bootstrap_interval(values)
+    return float(low), float(high)
 
 
 @checked

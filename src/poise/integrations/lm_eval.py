@@ -9,6 +9,7 @@ import copy
 import itertools
 import json
 import logging
+import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -215,6 +216,10 @@ def evaluate(
 def _answers(task: Task, found: Json, num_truncated: int) -> Answers:
     metric, by = task.benchmark.metric, "flexible-extract" if task.generates else "none"
     samples = [row for part in task.parts for row in found["samples"][part] if row["filter"] == by]
+    if not task.generates and any(math.isnan(answer[0]) for row in samples for answer in row["filtered_resps"]):
+        raise PoiseError(  # the harness would take the first choice of each row
+            f"{task.name}: the model's log-likelihoods are NaN, so it has no answers: its weights are broken"
+        )
     also = {}
     if metric == "acc_norm":
         also["acc"] = float(np.mean([row["acc"] for row in samples]))

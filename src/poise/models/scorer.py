@@ -6,6 +6,7 @@ float32).
 """
 
 import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -33,6 +34,26 @@ from poise.runtime.settings import LengthOrAll, check_value, finite_or_raise
 TOKENS_PER_BATCH = 4096
 
 Progress = Callable[[int], None]
+
+
+class _Threads:
+    """Has a model been read here by several threads? A fork of this process has their pool without the threads, and
+    would wait for them for ever: it reads with one, as the workers of a DataLoader do."""
+
+    used = lost = False
+
+    @classmethod
+    def in_child(cls) -> None:
+        cls.lost = cls.used
+
+    @classmethod
+    def before_reading(cls) -> None:
+        if cls.lost and torch.get_num_threads() > 1:
+            torch.set_num_threads(1)
+        cls.used = cls.used or torch.get_num_threads() > 1
+
+
+os.register_at_fork(after_in_child=_Threads.in_child)
 
 
 class FeatureExtractor(Encoder):
@@ -69,6 +90,7 @@ class FeatureExtractor(Encoder):
     @torch.no_grad()
     def forward(self, tokens: Sequence[Tokens], progress: Progress | None = None) -> Float[Tensor, "samples hidden"]:
         """Features of encoded samples. The same text twice is computed once; a shared prompt is, too."""
+        _Threads.before_reading()
         device = self.classifier.device
         features = torch.empty(len(tokens), feature_size(self.classifier), dtype=torch.float32, device=device)
         prompts: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}

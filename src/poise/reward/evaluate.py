@@ -57,6 +57,13 @@ def run(config: Config) -> Run:
     out = Run.open(config.output, config, lambda: _inputs(config))
     if out.results is not None:
         return out
+    for path, asked in ((config.file, questions), (config.ood, ood)):
+        if asked and asked.linked:
+            console.print(
+                f"{path}: nearly all of it is linked by texts that it has several times; intervals take such pairs as "
+                f"independent and are too narrow",
+                markup=False, soft_wrap=True,
+            )  # fmt: skip
     rewards = []
     for number, path in enumerate(config.rewards, 1):
         done = out.folder / f"reward-{number}.json"

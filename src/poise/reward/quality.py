@@ -1,7 +1,8 @@
 """How well a reward model's rewards and uncertainties agree with human labels: numbers in, JSON out.
 
 Every figure stands beside a baseline without knowledge: a coin, the longer text, one confidence for all pairs, a random
-uncertainty. Intervals are 95 % bootstrap intervals over pairs or sets; votes on one pair are drawn together.
+uncertainty. Intervals are 95 % bootstrap intervals over pairs or sets; those that share a text of one prompt are drawn
+together.
 """
 
 from collections.abc import Iterator
@@ -77,7 +78,7 @@ class PairJudgments(NamedTuple):
     heads_probability: the mean over heads of sigmoid(reward_scale * the head's own margin).
     uncertainties: by name; one that is equal for all pairs is left out.
     longer: 1 where the chosen text has more characters, 1/2 where both have equally many, else 0.
-    unit: pairs of equal number depend on each other, e.g. votes on one pair.
+    unit: pairs of equal number depend on each other, e.g. votes on one pair, pairs of one ranking.
     """
 
     margin: Float[ndarray, " pairs"]
@@ -303,7 +304,7 @@ def judge_styles(questions: Questions, rewards: Float[ndarray, " texts"], seed: 
     each = np.array([list(style_scores(style_matrix(s[:1], s[1:])).values()) for s in sets])
     matrix = style_matrix(sets[:, 0], sets[:, 1])
     scores, by_length = style_scores(matrix), style_scores(style_matrix(length[:, 0], length[:, 1]))
-    intervals = intervals_of_means(each, np.arange(len(each)), seed)
+    intervals = intervals_of_means(each, questions.unit, seed)
     results: Json = {
         "num_sets": len(questions), "matrix": matrix.tolist(),
         "scores": {
@@ -329,11 +330,11 @@ def judge_sets(questions: Questions, rewards: Float[ndarray, " texts"], seed: in
     values = np.column_stack([correct, correct - chance, correct - longest])
     (accuracy, over_chance, over_length), intervals = (
         values.mean(0).tolist(),
-        intervals_of_means(values, np.arange(len(values)), seed),
+        intervals_of_means(values, questions.unit, seed),
     )
     results: Json = {
         "num_sets": len(questions), "accuracy": accuracy,
-        "accuracy_interval": exact_at_ends(intervals[0], accuracy, len(questions)),
+        "accuracy_interval": exact_at_ends(intervals[0], accuracy, int(questions.unit.max()) + 1),
         "chance": float(chance.mean()), "over_chance": over_chance, "over_chance_interval": intervals[1],
         "length_accuracy": float(longest.mean()), "over_length": over_length, "over_length_interval": intervals[2],
         "by_subset": by_subset(correct, chance, questions.subset),

@@ -23,6 +23,7 @@ from poise.models.scorer import Scorer
 from poise.reward.config import ScoreConfig as Config
 from poise.reward.score_file import ScoreFile, append
 from poise.runtime import distributed as processes
+from poise.runtime.inputs import sizes_and_times
 from poise.runtime.progress import console, progress
 from poise.runtime.run_folder import Json, config_dict
 from poise.runtime.settings import finite_or_raise
@@ -86,9 +87,8 @@ def _output(config: Config) -> Path:
 
 def _settings(config: Config) -> Json:
     """What the rows are made of. PoiseError if the file is gone."""
-    about = Path(config.file).stat()
     return {
-        **config_dict(config), "file": [config.file, about.st_size, about.st_mtime_ns],
+        **config_dict(config), "file": [config.file, *map(list, sizes_and_times(config.file))],
         "heads": [heads_fingerprint(member) for member in members_of(config.reward)],
     }  # fmt: skip
 

@@ -30,8 +30,17 @@ OPENER = make_opener(urllib.request.ProxyHandler({}))
 AGAIN = frozenset({408, 429, *range(500, 600)})  # statuses after which another try may be answered
 
 
+class RefusedError(PoiseError):
+    """The server answered, and another try would be answered alike. status: what it answered."""
+
+    def __init__(self, line: str, status: int):
+        super().__init__(line)
+        self.status = status
+
+
 class AgainError(Exception):
-    """Worth another try. status: what was answered, 0 if nothing was; after: seconds that the server asks to wait."""
+    """Worth another try. status: what was answered, 408 if an answer took too long, 0 if nobody was reached; after:
+    seconds that the server asks to wait."""
 
     def __init__(self, line: str, status: int = 0, after: str = ""):
         super().__init__(line)
@@ -51,8 +60,8 @@ def ask(
     """The JSON answer to a POST of `body`, or to a GET. Redirects are refused.
 
     key: bearer token. timeout: in seconds. parse_constant: as of `json.loads`; what it raises is passed on.
-    Raises AgainError where nothing was answered, or one of the statuses `again`; PoiseError for any other refusal, and
-    for what is not JSON. Both say what the server said, on one line.
+    Raises AgainError where nothing was answered, or one of the statuses `again`; RefusedError for any other, and
+    PoiseError for what is not JSON. All say what the server said, on one line.
     """
     if not key.isascii() or not key.isprintable() or key != key.strip():  # http.client would show it in its error
         raise PoiseError(f"{url}: the key must be one line of plain characters")
@@ -70,8 +79,10 @@ def ask(
                 said = f"{error.code}, the answer is at {place[:300]}; give that address, if you trust it"
             if error.code in again:
                 raise AgainError(said, error.code, error.headers.get("Retry-After", "")) from None
-        raise PoiseError(f"{url}: {said}") from None
-    except (OSError, http.client.HTTPException) as error:  # also URLError and timeouts
+        raise RefusedError(f"{url}: {said}", error.code) from None
+    except TimeoutError as error:  # of an answer; that of a connection is an URLError
+        raise AgainError(str(error) or "timed out", 408) from None
+    except (OSError, http.client.HTTPException) as error:  # also URLError
         raise AgainError(str(getattr(error, "reason", error)) or type(error).__name__) from None
     except ValueError as error:
         raise PoiseError(f"{url} did not answer in JSON: {error}") from None

@@ -52,9 +52,22 @@ def _files(number: int, path: Path) -> list[tuple[str, Path]]:
     """(label, file) of an input: of a folder its model files, by their names; of a file itself, by its position."""
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES and file.is_file())
-        files += sorted([*path.glob("poise/*.safetensors"), *path.glob("adapters/*/*.safetensors")])
+        inside = ("poise/*.safetensors", "adapters/*/*.safetensors")
+        if (path / "dataset_dict.json").exists():  # `datasets` keeps each split in a folder of its own
+            inside = ("*/*.arrow", "*/*.json")
+        files += sorted(file for pattern in inside for file in path.glob(pattern))
         return [(f"{number}/{file.relative_to(path).as_posix()}", file) for file in files]
     return [(str(number), path)] if path.is_file() else []
+
+
+def sizes_and_times(path: str | Path) -> list[tuple[str, int, int]]:
+    """Of a file, or of those of a folder that decide what is in it: label, size, time of the last change in ns.
+
+    Raises OSError if there is no such file.
+    """
+    place = Path(path)
+    found = _files(0, place) if place.is_dir() else [("0", place)]
+    return [(label, about.st_size, about.st_mtime_ns) for label, about in ((name, file.stat()) for name, file in found)]
 
 
 def _fingerprint(file: Path, known: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import binascii
+import contextlib
 import functools
 import hashlib
 import hmac
@@ -54,6 +55,7 @@ def make_app(rewards: Rewards, metrics: Metrics, limits: Limits = Limits(), toke
             start = time.perf_counter()
             try:
                 if token and not _carries(request, token):
+                    await _drain(request)
                     challenge = {"WWW-Authenticate": "Bearer"}
                     raise _RefusedError(401, "this server needs a bearer token", **challenge)
                 response = await answer(request)
@@ -128,24 +130,39 @@ async def respond(app: Starlette, request: Request) -> Response:
 
 async def _body(request: Request, max_bytes: int) -> bytes:
     """The body, in limited size and time."""
-    if (coding := request.headers.get("content-encoding", "identity")) != "identity":
+    if (coding := request.headers.get("content-encoding", "identity")).lower() != "identity":
+        await _drain(request)
         raise _RefusedError(415, f"a body in the coding {coding[:20]!r}; send it as it is")
+    too_large = f"a body of more than {max_bytes} bytes; send less at once"
     said = request.headers.get("content-length", "")
-    too_large = _RefusedError(413, f"a body of more than {max_bytes} bytes; send less at once", Connection="close")
-    if said.isdigit() and int(said) > max_bytes:
-        raise too_large
+    if "expect" in request.headers and said.isdigit() and int(said) > max_bytes:  # it asks before it sends
+        raise _RefusedError(413, too_large, Connection="close")
     parts, size = [], 0
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for part in request.stream():
-                parts.append(part)
                 size += len(part)
-                if size > max_bytes:
-                    raise too_large
+                if size <= max_bytes:
+                    parts.append(part)
+                else:  # it is read to its end and not kept, for the reason that `_drain` gives
+                    parts.clear()
     except TimeoutError:
         line = f"the body took more than {BODY_SECONDS:g} s to arrive"
         raise _RefusedError(408, line, Connection="close") from None
+    if size > max_bytes:
+        raise _RefusedError(413, too_large)
     return b"".join(parts)
+
+
+async def _drain(request: Request) -> None:
+    """Read a body to its end before it is refused: the connection of a caller that is still sending would break, and
+    the answer be lost. Whoever asks before it sends has sent nothing."""
+    if "expect" in request.headers:
+        return
+    with contextlib.suppress(TimeoutError, ClientDisconnect):
+        async with asyncio.timeout(BODY_SECONDS):
+            async for _ in request.stream():
+                pass
 
 
 def _carries(request: Request, token: str) -> bool:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from poise.data.conversations import check_answer, text_of_parts, usual_role
+from poise.data.raw import TwiceError, parsed_json
 from poise.data.types import Prompt, Sample
 from poise.errors import PoiseError
 from poise.models.chat_format import HfTokenizer
@@ -72,6 +73,9 @@ def read(form: Form, body: bytes, tokenizer: HfTokenizer, max_completions: int, 
     """The samples of a request. Raises BadRequestError, one line that repeats nothing of a long body."""
     try:
         asked = form.request.model_validate_json(body)
+        parsed_json(body.decode())  # pydantic takes the last of two values
+    except TwiceError as error:
+        raise BadRequestError(str(error), 400) from None
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(str(part)[:40] for part in first["loc"])

@@ -30,6 +30,15 @@ _SIGNALS = (
 )
 _READ = ("reward", "nominal", "worst_case", "gap", "disagreement", "routing_std", "distance")  # by the monitor
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+# They may be negative: their sums fall, which Prometheus's rate() and increase() take for a restart.
+_SIGNED = ("reward", "nominal", "worst_case", "validator", "head_mean")
+
+
+def _falls(name: str) -> str:
+    """What the help of a summary says of a sum that falls."""
+    if name not in _SIGNED:
+        return ""
+    return f"; its sum falls, too: mean by delta(poise_{name}_sum[5m]) / delta(poise_{name}_count[5m]), not by rate()"
 
 
 class Metrics:
@@ -44,9 +53,12 @@ class Metrics:
         self.batch = Summary("poise_batch_completions", "Completions scored in one call", registry=registry)
         self._truncated = Counter("poise_truncated", "Completions that lost their oldest tokens", registry=registry)
         self._signals = {
-            name: Summary(f"poise_{name}", f"{name} of completions", registry=registry) for name in _SIGNALS
+            name: Summary(f"poise_{name}", f"{name} of completions{_falls(name)}", registry=registry)
+            for name in _SIGNALS
         }
-        self._head_mean = Summary("poise_head_mean", "Reward by head", ["head"], registry=registry)
+        self._head_mean = Summary(
+            "poise_head_mean", f"Reward by head{_falls('head_mean')}", ["head"], registry=registry
+        )  # fmt: skip
         self._head_std = Summary("poise_head_std", "Std by head", ["head"], registry=registry)
         self._nominal_head = Counter("poise_nominal_head", "Completions by nominal head", ["head"], registry=registry)
         self._suspicion = Gauge("poise_monitor_score", "Signs of over-optimization", registry=registry)

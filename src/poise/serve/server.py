@@ -23,6 +23,11 @@ from poise.serve.config import ServeConfig as Config
 from poise.serve.metrics import Metrics
 from poise.serve.rewards import Rewards
 
+# Seconds that an idle connection stays open: longer than proxies and pools of connections keep theirs (nginx 60,
+# aiohttp 15). Whoever closes first loses the request that the other one is just sending.
+KEEP_ALIVE = 75
+BACKLOG = 2048  # uvicorn's own
+
 
 def run(config: Config) -> None:
     """Serve until told to stop."""
@@ -35,8 +40,12 @@ def run(config: Config) -> None:
         rewards = rewards_of(config, vllm.remote(config) if config.backend == "vllm" else local(config))
         limits = Limits(config.max_body * 2**20, config.max_completions, config.max_characters)
         app = make_app(rewards, Metrics(config.log), limits, token)
-        settings = uvicorn.Config(app, lifespan="off", log_level="warning", access_log=False, server_header=False)
+        settings = uvicorn.Config(
+            app, lifespan="off", log_level="warning", access_log=False, server_header=False,
+            timeout_keep_alive=KEEP_ALIVE,
+        )  # fmt: skip
         host, port = place.getsockname()[:2]
+        place.listen(BACKLOG)  # whoever waits for the line may ask at once
         heads, host = rewards.models.layout.num_heads, f"[{host}]" if ":" in host else host
         console.print(
             f"{heads} head{'s' * (heads > 1)}, {config.objective}: http://{host}:{port}",

@@ -12,7 +12,7 @@ from numpy import ndarray
 
 from poise.errors import PoiseError
 from poise.functional.monitor import text_signs
-from poise.functional.statistics import bootstrap_interval
+from poise.functional.statistics import mean_interval
 from poise.policy.formats import FinalRow, RewardSettings, SampleRow, StepRow, refuse_unfinished
 from poise.runtime.display import short_names
 from poise.runtime.records import read_rows
@@ -54,7 +54,7 @@ def run(config: Config) -> Run:
     for arm, golds in zip(arms[1:], by_prompt[1:], strict=True) if config.gold else []:
         paired = np.array([golds[prompt] - by_prompt[0][prompt] for prompt in golds])
         difference: Json = {"arm": arm["name"], "against": arms[0]["name"], "num_prompts": len(paired)}
-        differences.append(difference | {"gold": float(paired.mean()), "interval": bootstrap_interval(paired)})
+        differences.append(difference | {"gold": float(paired.mean()), "interval": _interval(paired)})
     found = {"initial": initial, "arms": arms, "differences": differences, "completions": _side_by_side(names, finals)}
     out.finish(found if config.gold else _without_gold(found))
     return out
@@ -137,7 +137,7 @@ def _arm(folder: Path, label: str, final: list[Json], gold: str) -> Json:
         "name": folder.name.removeprefix("policy-"), "label": label, "objective": settings["objective"],
         "reward": _reward_of(folder, settings), "kl_coef": settings["kl_coef"], "steps": steps,
         "final": {
-            "gold": final_gold, "interval": bootstrap_interval(by_prompt) if gold else None,
+            "gold": final_gold, "interval": _interval(by_prompt) if gold else None,
             "proxy": float(np.mean([row["reward"] for row in final])),
             "kl": float(np.mean([row["kl"] for row in final])),
             "distinct_bigrams": distinct_bigrams([row["completion"] for row in final]),
@@ -155,6 +155,11 @@ def _reward_of(folder: Path, settings: Json) -> str:
     results = Run(folder).results or {}
     heads = results.get("heads")
     return f"{Path(settings['reward']).name}/{heads}" if heads else Path(settings["reward"]).name
+
+
+def _interval(values: ndarray) -> tuple[float, float] | None:
+    """Of the mean over prompts; None for a single prompt, which says nothing of its own error."""
+    return mean_interval(values) if len(values) > 1 else None
 
 
 def _std(values: ndarray) -> float:

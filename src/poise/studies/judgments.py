@@ -1,16 +1,21 @@
 """Judgments of comparisons, read from FOLDER/judgments.jsonl: written by hand, on the page, or by a chat model."""
 
+from collections import Counter
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from poise.data.rows import read_rows
 from poise.errors import PoiseError
 from poise.runtime import records
+from poise.runtime.display import visible
 from poise.runtime.progress import console, progress
 from poise.runtime.run_folder import append_jsonl
-from poise.studies.chat_judge import ChatJudge
+from poise.studies.chat_judge import NEITHER, ChatJudge, agree
 from poise.studies.judge_settings import JudgeSettings
 from poise.studies.judging import Judging
+
+_REASONS = 5  # kinds that are shown
 
 
 def judgments_of(folder: Path, judge: JudgeSettings) -> dict[int, str] | None:
@@ -35,7 +40,8 @@ def judgments_of(folder: Path, judge: JudgeSettings) -> dict[int, str] | None:
         )
         return None
     if not judged:
-        raise PoiseError("no reply of the judge was a, b or tie")
+        raise PoiseError(f"{path} has no judgments")
+    _refuse_judge_of_places(path)
     return judged
 
 
@@ -70,20 +76,42 @@ def _by_model(
     judge: ChatJudge, comparisons: list[dict[str, Any]], judged: dict[int, str], path: Path
 ) -> dict[int, str]:
     left = [row for row in comparisons if row["id"] not in judged]
-    consistent = unread = 0
-    found = dict(judged)
+    consistent, found, why, unread = 0, dict(judged), Counter[str](), ""
     with progress(f"judged by {judge.model}", len(comparisons), len(judged)) as advance:
         for one in judge.judge(left):
             consistent += one.consistent
             if one.better is None:
-                unread += 1
+                why[one.left_out] += 1
+                unread = unread or one.unread
             else:
                 found[one.number] = one.better
                 row = {"id": one.number, "better": one.better, "judge": judge.model, "replies": list(one.replies)}
                 append_jsonl(path, [row])
             advance()
-    if left:
-        console.print(f"the judge's answer was the same in both orders for {consistent} of {len(left)} comparisons")
-    if unread:
-        console.print(f"{unread} comparisons are left out: a reply was neither a, b nor tie; start again to ask again")
+    such = f", such as {shorten(visible(unread), 80, placeholder='…')!r}" if unread else ""
+    if not found:
+        raise PoiseError(f"no reply of the judge was a, b or tie{such or f': {why.most_common(1)[0][0]}'}")
+    if asked := len(left) - why.total():
+        console.print(f"the judge's answer was the same in both orders for {consistent} of {asked} comparisons")
+    if why:
+        console.print(f"{why.total()} comparisons are left out; start again to ask again")
+        for reason, count in why.most_common(_REASONS):
+            console.print(f"  {count}: {reason}{such if reason == NEITHER else ''}", markup=False, soft_wrap=True)
     return found
+
+
+def _refuse_judge_of_places(path: Path) -> None:
+    """Raise PoiseError for judgments by a chat model that never named the same completion in both orders.
+
+    All of them are ties then, and would say that no completion is better than another.
+    """
+    both: dict[str, list[bool]] = {}
+    for row in records.read_rows(path):
+        if replies := row.get("replies"):
+            both.setdefault(str(row.get("judge")), []).append(agree(replies))
+    for judge, agreed in both.items():
+        if len(agreed) > 1 and not any(agreed):
+            raise PoiseError(
+                f"{path}: {judge} named one completion in one order and the other one in the other, in all "
+                f"{len(agreed)} comparisons: it judges places, not answers; delete its rows, and take another judge"
+            )
