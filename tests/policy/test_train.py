@@ -6,6 +6,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import time
 import traceback
@@ -800,6 +801,16 @@ def test_other_algorithms_leave_the_same_folder(
     assert len(final) == 4 * 2
     assert any(abs(row["kl"]) > 1e-4 for row in final)  # sampled from what was trained, not from where it began
     assert train_policy.run(config).results == out.results  # a finished run is left alone
+    prompts = Path(shutil.copy(config.prompts, out.folder.with_name("copied.jsonl")))
+    elsewhere = dataclasses.replace(config, prompts=str(prompts))
+    assert train_policy.run(elsewhere).results == out.results
+    prompts.write_text(prompts.read_text().replace("film", "book"))
+    with pytest.raises(PoiseError, match="differs in prompts"):
+        train_policy.run(elsewhere)
+    settings = (out.folder / "config.yaml").read_text()
+    (out.folder / "config.yaml").write_text(settings.replace(config.prompts, str(prompts)))
+    with pytest.raises(PoiseError, match="is finished, and of its inputs --prompts changed since"):
+        train_policy.run(elsewhere)
 
 
 # ---- what moves during a run ----

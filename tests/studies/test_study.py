@@ -583,6 +583,9 @@ def test_a_study_keeps_to_the_files_it_began_with(tmp_path: Path, prompts_file: 
         study._open(replace(wanted, label_noise=("0", "raters")))
     study._open(wanted)
     assert "raters" in json.loads(saved.read_text())["digests"]  # not forgotten
+    shutil.copy(pairs, tmp_path / "copied.jsonl")
+    study._open(replace(wanted, preferences=str(tmp_path / "copied.jsonl")))  # what it holds counts, not where it lies
+    study._open(wanted)
     write_pairs(pairs, ("a", "c"))
     with pytest.raises(PoiseError, match=r"differs in what preferences holds"):
         study._open(wanted)

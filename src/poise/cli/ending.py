@@ -50,7 +50,7 @@ def say_finished(command: str, config: Any) -> None:
     run.check_command(config)
     if command in _KEPT:
         run.check_config(config)
-        if run.results is not None and not run.differs(config):
+        if run.results is not None and not run.differs_beside_inputs(config):
             _refuse_incomplete(command, run.folder, run.results)
             _say(f"{on_one_line(output)} is finished; nothing is computed again (another --output makes a new run)")
 

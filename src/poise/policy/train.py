@@ -19,6 +19,7 @@ process would.
 
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from poise.errors import PoiseError
 from poise.functional.monitor import Monitor, MonitorConfig
 from poise.integrations.lm_eval import Task, evaluate, read_tasks
 from poise.integrations.trl_reward import IN_MEMORY, MonitorCallback, RobustReward
-from poise.models.loading import load_policy, resolve_model
+from poise.models.loading import found_here, load_policy, resolve_model
 from poise.models.policy import Policy
 from poise.models.reward_model import files_of
 from poise.models.row_check import row_check_of
@@ -78,13 +79,15 @@ def run(config: Config, given: RobustReward | None = None) -> Run:
     named = given is None or isinstance(given.given, str)
     (config if named else dataclasses.replace(config, objective="mean")).check()  # a function's name says nothing
     out = Run(Path(config.output))
-    out.check_config(config)
-    if out.results is not None and not out.differs(config):
+    asked = config
+    out.check_config(asked, lambda: _inputs(asked, found_here))
+    if out.results is not None and not out.differs(asked, lambda: _inputs(asked, found_here)):
+        out.refuse_edited(lambda: _inputs(asked, found_here))
         return out
     check = row_check_of(config.model, config.max_tokens)
     prompts = read_prompts(config.prompts, config.on_bad_row, check)
     eval_prompts = read_prompts(config.eval_prompts, config.on_bad_row, check) if config.eval_prompts else prompts
-    asked, config = config, _with_prompts_to_take(config, len(prompts))
+    config = _with_prompts_to_take(asked, len(prompts))
     if given is None:
         _say_which_heads(config)
     if out.results is not None:
@@ -323,8 +326,8 @@ def _open(config: Config) -> Run:
     return Run(Path(config.output))
 
 
-def _inputs(config: Config) -> Inputs:
-    """What the run reads, by the setting that names it."""
+def _inputs(config: Config, place: Callable[[str], str] = resolve_model) -> Inputs:
+    """What the run reads, by the setting that names it. place: where a model is."""
     files = {
         "--prompts": config.prompts, "--eval-prompts": config.eval_prompts, "--baselines": config.baselines,
     }  # fmt: skip
@@ -332,7 +335,7 @@ def _inputs(config: Config) -> Inputs:
     if config.eval_every and config.eval_data:
         found["--eval-data"] = sorted(Path(config.eval_data).glob("*.jsonl*"))
     if config.validator:
-        found["--validator"] = files_of(config.validator)
+        found["--validator"] = files_of(config.validator, place)
     if config.reward != IN_MEMORY:
-        found["--reward"] = files_of(reward_folder(config.reward, config.objective, config.heads))
-    return found | {"--model": [Path(resolve_model(config.model))]}
+        found["--reward"] = files_of(reward_folder(config.reward, config.objective, config.heads), place)
+    return found | {"--model": [Path(place(config.model))]}

@@ -56,6 +56,7 @@ def run(config: Config) -> Run:
         raise PoiseError("--ood compares pairs with pairs; a file holds lists of texts")
     out = Run.open(config.output, config, lambda: _inputs(config))
     if out.results is not None:
+        out.refuse_edited(lambda: _inputs(config))
         return out
     rewards = []
     for number, path in enumerate(config.rewards, 1):
