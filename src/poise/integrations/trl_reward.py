@@ -44,6 +44,7 @@ from poise.models.scale_file import ScaleFile
 from poise.models.scorer import ENSEMBLE_FILE, Scorer, generated
 from poise.models.validator import Validator, validator_for
 from poise.runtime.distributed import gathered_rows, process_index
+from poise.runtime.functions import digest_of
 from poise.runtime.progress import console
 from poise.runtime.run_folder import Json, is_main_process
 from poise.runtime.settings import LengthOrAll, check_value, shown
@@ -78,7 +79,8 @@ class RobustReward:
     Picklable: the copy carries settings and scale, and loads the model where it is first called. A reward of a model
     that is in memory only (`of` without a path) takes the model along.
 
-    objective: its name. combine: the function of centered heads (N, K) that it names.
+    objective: its name; that of a function ends in eight characters of what it computes, so that a file or a run of one
+    is never taken for another's. combine: the function of centered heads (N, K) that it names.
     """
 
     __name__ = "RobustReward"  # what TRL calls it in its logs
@@ -104,6 +106,7 @@ class RobustReward:
         if not 0.0 <= regret_bonus < math.inf:
             raise PoiseError(f"a regret bonus must be at least 0 and finite, got {regret_bonus:g}")
         self.path, self.scale, self.max_length, self.given = path, str(scale or ""), max_length, objective
+        self._objective = objective if isinstance(objective, str) else _told_apart(objective)
         self.combine = parse_objective(objective) if isinstance(objective, str) else objective
         self.floor, self.ceiling, self.regret_bonus = float(floor), float(ceiling), float(regret_bonus)
         self.fitted: RewardScale | None = None
@@ -117,8 +120,8 @@ class RobustReward:
 
     @property
     def objective(self) -> str:
-        """Its name; that of a function is where it is defined."""
-        return self.given if isinstance(self.given, str) else name_of(self.given)
+        """Its name; that of a function is where it is defined, and what it computed when it was given."""
+        return self._objective
 
     @staticmethod
     def of(
@@ -304,6 +307,12 @@ def name_of(objective: Objective) -> str:
     """
     kind = objective if hasattr(objective, "__qualname__") else type(objective)
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _told_apart(objective: Objective) -> str:
+    """The name of a function, and what it computes: an edited cell's has the same name. Poise's own are their names."""
+    name = name_of(objective)
+    return name if name.startswith("poise.") else f"{name}#{digest_of(objective)}"
 
 
 def _as_written(
