@@ -128,9 +128,9 @@ def _reward_models(config: Any) -> Iterator[str]:
 
 def _taken(config: Any, reward: str) -> str:
     """Of a `poise train-reward` run the heads that an objective takes, where there is one to choose by."""
-    if hasattr(config, "objective") and hasattr(config, "heads"):
+    if hasattr(config, "objective"):
         with contextlib.suppress(PoiseError):  # the command itself says what is wrong with it
-            return reward_folder(reward, config.objective, config.heads)
+            return reward_folder(reward, config.objective, getattr(config, "heads", None))
     return reward
 
 

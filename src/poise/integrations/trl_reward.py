@@ -40,6 +40,7 @@ from poise.integrations.trl_turns import Completion, as_lists, as_pair, is_finis
 from poise.models.chat_format import decode_completions, encode_prompt
 from poise.models.loading import HfTokenizer
 from poise.models.reward_model import heads_fingerprint, read_layout
+from poise.models.run_heads import taken_heads
 from poise.models.scale_file import ScaleFile
 from poise.models.scorer import ENSEMBLE_FILE, Scorer, generated
 from poise.models.validator import Validator, validator_for
@@ -158,7 +159,10 @@ class RobustReward:
         regret_bonus: float | int = 0.0,
         validator: str | None = "",
     ) -> "RobustReward":
-        """From a checkpoint folder, a hub id, a `poise train-reward` run or an ensemble.
+        """From a checkpoint folder, a hub id, an ensemble, or a `poise train-reward` run.
+
+        Of a run `lower_confidence` reads the posterior heads, as in `poise train-policy`, which a line says; others, and a
+        function, read the BRME's.
 
         objective: a name such as `tradeoff(0.4)`, or a function of HeadRewards (N, K) that returns rewards (N,).
         scale: JSON file with the reward's constants; written on the first call, read where it exists.
@@ -175,10 +179,11 @@ class RobustReward:
         """
         path = str(path)
         check_value("max_length", max_length or 0, LengthOrAll)
-        if isinstance(objective, str) and not (Path(path) / ENSEMBLE_FILE).exists():
-            read_layout(path).check_objective(objective)
+        place = taken_heads(path, objective) if isinstance(objective, str) else path
+        if isinstance(objective, str) and not (Path(place) / ENSEMBLE_FILE).exists():
+            read_layout(place).check_objective(objective)
         validator = validator_for(path, validator)
-        return RobustReward(path, objective, scale, max_length or 0, floor, ceiling, regret_bonus, validator)
+        return RobustReward(place, objective, scale, max_length or 0, floor, ceiling, regret_bonus, validator)
 
     @property
     def scorer(self) -> Scorer:

@@ -36,7 +36,7 @@ from poise.models.loading import found_here, load_policy, resolve_model
 from poise.models.policy import Policy
 from poise.models.reward_model import files_of
 from poise.models.row_check import row_check_of
-from poise.models.run_heads import is_run, kinds_in, reward_folder, validator_of
+from poise.models.run_heads import is_run, reward_folder, say_heads, validator_of
 from poise.models.validator import say_validator
 from poise.policy.config import Config
 from poise.policy.formats import BenchmarkRow, StepRow
@@ -157,12 +157,8 @@ def _heads_taken(config: Config) -> str:
 
 def _say_which_heads(config: Config) -> None:
     """Of a run folder one kind of heads is the reward, and its validator is watched: which, and how to take another."""
-    if (taken := _heads_taken(config)) and is_main_process():
-        others = ", ".join(kind for kind in kinds_in(Path(config.reward)) if kind != taken)
-        console.print(
-            f"reward: {config.objective} of the {taken} heads of {config.reward}; --heads takes others: {others}",
-            markup=False, soft_wrap=True,
-        )  # fmt: skip
+    if taken := _heads_taken(config):
+        say_heads(config.reward, config.objective, taken, "--heads takes others")
     if config.validator and config.validator == validator_of(config.reward) and is_main_process():
         say_validator(config.validator, "--validator None")
 
