@@ -161,7 +161,7 @@ class RobustReward:
     ) -> "RobustReward":
         """From a checkpoint folder, a hub id, an ensemble, or a `poise train-reward` run.
 
-        Of a run `lower_confidence` reads the posterior heads, as in `poise train-policy`, which a line says. Others, and
+        Of a run `lower_confidence` reads the posterior heads, as in `poise train-policy`, which a line says. Others and
         a function, read the BRME's.
 
         objective: a name such as `tradeoff(0.4)`, or a function of HeadRewards (N, K) that returns rewards (N,).
