@@ -69,7 +69,8 @@ def run(config: Config) -> Path:
             console.print(
                 f"{truncated} of {count} samples lost their oldest tokens (longer than {scorer.extract.max_length})"
             )
-        console.print(f"{count} completions scored by {scorer.layout.num_heads} heads: {output.path}", markup=False)
+        heads = scorer.layout.num_heads
+        console.print(f"{count} completions scored by {heads} head{'s' * (heads > 1)}: {output.path}", markup=False)
     processes.wait()
     return output.path
 
