@@ -56,6 +56,26 @@ def config(reward_folder: Path, prompts_file: Path, tiny_model: str, tmp_path: P
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("role", ["reward", "validator"])
+def test_prompts_that_the_reward_model_refuses_are_found_before_the_first_step(
+    role: str, config: Config, reward_folder: Path, tmp_path: Path
+) -> None:
+    """The policy's template takes system turns and the reward model's does not: a later step ended the run."""
+    judge = Path(shutil.copytree(reward_folder / "single", tmp_path / "judge"))
+    template = judge / "chat_template.jinja"
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+    template.write_text(refusing + template.read_text())
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Review the lamp."}]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(Path(config.prompts).read_text() + json.dumps({"prompt": turns}) + "\n")
+    asked = dataclasses.replace(config, prompts=str(prompts), objective="mean", num_steps=1, **{role: str(judge)})
+    with pytest.raises(PoiseError, match=r"prompts\.jsonl:5: for the reward model the chat template refuses"):
+        train_policy.run(asked)
+    assert not Path(config.output).exists()
+    out = train_policy.run(dataclasses.replace(asked, on_bad_row="skip"))
+    assert "Be brief" not in (out.folder / "samples.jsonl").read_text()
+
+
 def test_a_run_leaves_what_it_says(config: Config) -> None:
     out = train_policy.run(config)
     metrics = out.metrics()

@@ -32,11 +32,12 @@ from poise.errors import PoiseError
 from poise.functional.monitor import Monitor, MonitorConfig
 from poise.integrations.lm_eval import Task, evaluate, read_tasks
 from poise.integrations.trl_reward import IN_MEMORY, MonitorCallback, RobustReward
-from poise.models.loading import found_here, load_policy, resolve_model
+from poise.models.loading import HfTokenizer, found_here, load_policy, resolve_model
 from poise.models.policy import Policy
 from poise.models.reward_model import files_of
-from poise.models.row_check import row_check_of
+from poise.models.row_check import row_check_of, tokenizers_of
 from poise.models.run_heads import is_run, reward_folder, say_heads, validator_of
+from poise.models.scorer import Ensemble
 from poise.models.validator import say_validator
 from poise.policy.config import Config
 from poise.policy.formats import BenchmarkRow, StepRow
@@ -84,7 +85,7 @@ def run(config: Config, given: RobustReward | None = None) -> Run:
     if out.results is not None and not out.differs(asked, lambda: _inputs(asked, found_here)):
         out.refuse_edited(lambda: _inputs(asked, found_here))
         return out
-    check = row_check_of(config.model, config.max_tokens)
+    check = row_check_of(config.model, config.max_tokens, _readers(config, given))
     prompts = read_prompts(config.prompts, config.on_bad_row, check)
     eval_prompts = read_prompts(config.eval_prompts, config.on_bad_row, check) if config.eval_prompts else prompts
     config = _with_prompts_to_take(asked, len(prompts))
@@ -121,6 +122,17 @@ def run(config: Config, given: RobustReward | None = None) -> Run:
         )
     processes.wait()
     return out
+
+
+def _readers(config: Config, given: RobustReward | None) -> list[HfTokenizer]:
+    """The tokenizers by which reward model and validator read what the policy writes."""
+    names = [config.validator] if config.validator else []
+    if given is None:
+        names.append(reward_folder(config.reward, config.objective, config.heads))
+        return tokenizers_of(names)
+    scorer = given.scorer
+    members = scorer.members if isinstance(scorer, Ensemble) else [scorer]
+    return [*tokenizers_of(names), *(member.extract.tokenizer for member in members)]
 
 
 def _with_prompts_to_take(config: Config, count: int) -> Config:

@@ -22,7 +22,7 @@ from poise.functional.objectives import RewardScale, disagreement, mean, routing
 from poise.functional.overoptimization import Choice
 from poise.models.loading import found_here, resolve_model
 from poise.models.reward_model import files_of
-from poise.models.row_check import row_check_of
+from poise.models.row_check import row_check_of, tokenizers_of
 from poise.runtime.run_folder import Inputs, Json, Run, write_jsonl
 from poise.studies.config import REVIEWS
 from poise.studies.config import BestOfNConfig as Config
@@ -75,7 +75,9 @@ def inputs_of(config: Config, place: Callable[[str], str] = resolve_model) -> In
 
 def prompts_of(config: Config) -> list[Prompt]:
     """What is sampled for; each prompt leaves the model room for a completion."""
-    return pool_prompts(config.prompts, config.on_bad_row, row_check_of(config.model, config.max_tokens))
+    kinds = dict.fromkeys(Choice.parse(text).reward for text in config.objectives)
+    readers = tokenizers_of([str(Path(folder) / kind) for folder in config.reward for kind in kinds])
+    return pool_prompts(config.prompts, config.on_bad_row, row_check_of(config.model, config.max_tokens, readers))
 
 
 def make_pool(folder: Path, config: Config) -> list[Json]:

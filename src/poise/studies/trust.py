@@ -24,7 +24,7 @@ from poise.functional import trust
 from poise.functional.objectives import mean, parse_objective
 from poise.models.loading import found_here, resolve_model
 from poise.models.reward_model import files_of
-from poise.models.row_check import row_check_of
+from poise.models.row_check import row_check_of, tokenizers_of
 from poise.models.run_heads import reward_folder, validator_of
 from poise.models.scorer import Ensemble, Scorer
 from poise.models.validator import say_validator
@@ -53,7 +53,8 @@ def run(config: Config) -> Run:
     if found is not None:
         out.refuse_edited(lambda: _inputs(config, found_here))
     if found is None:
-        check = row_check_of(config.model, config.max_tokens)
+        judges = filter(None, [reward_folder(config.reward, config.objective, None), config.validator])
+        check = row_check_of(config.model, config.max_tokens, tokenizers_of([*judges]))
         prompts = pool_prompts(config.prompts, config.on_bad_row, check)
         grouped = _groups(config, check) if config.preferences else None
         out = Run.open(config.output, kept, lambda: _inputs(config))
