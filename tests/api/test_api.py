@@ -293,6 +293,12 @@ def test_a_policy_trained_in_memory_is_the_command_s(
     assert written.shape[1] > ids["input_ids"].shape[1]
     trained.save_pretrained(tmp_path / "mine")
     assert (tmp_path / "mine" / "base.json").read_text() == (out.folder / "policy" / "base.json").read_text()
+    trained.save_pretrained(tmp_path / "mine")  # a cell that is run again
+    for other in (run_folder / "brme", run_folder, tiny_model, run_folder / "config.yaml"):
+        before = sorted(Path(other).glob("*"))
+        with pytest.raises(PoiseError, match=r"(reward|one) model|a file|train-reward.*choose another folder"):
+            trained.save_pretrained(other)
+        assert sorted(Path(other).glob("*")) == before
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
     loaded.load_adapter(str(tmp_path / "mine"))
     with torch.no_grad():
@@ -308,6 +314,39 @@ def test_a_kept_policy_run_keeps_its_reward_model(
     assert kept["objective"] == "tradeoff(0.4)"
     assert equal(Scorer.load(kept["reward"])(TEXTS), rm.heads("brme").scorer(TEXTS))
     assert Run(tmp_path / "run").results is not None
+    again = PolicyTrainer(tiny_model, rm.in_memory().heads("brme").reward("tradeoff(0.4)"), str(prompts_file), args)
+    assert again.train().results == Run(tmp_path / "run").results
+
+
+def test_a_kept_policy_run_does_not_go_on_with_another_reward_model(
+    rm: RewardModel, tiny_model: str, prompts_file: Path, tmp_path: Path
+) -> None:
+    """The cell of the reward model was run again with other pairs: its policy was the earlier one's, without a word."""
+    args = dataclasses.replace(POLICY, output=str(tmp_path / "run"))
+    PolicyTrainer(tiny_model, rm.in_memory().heads("brme").reward("tradeoff(0.4)"), str(prompts_file), args).train()
+    other = rm.in_memory().heads("brme")
+    weight = other.scorer.weight.clone()
+    weight[0, 0] += 0.1
+    changed = Scorer(other.scorer.extract, weight, other.layout, other.scorer.last_layer, other.scorer.reference)
+    with pytest.raises(PoiseError, match="run was begun with another reward model; choose another output"):
+        PolicyTrainer(tiny_model, RobustReward.of(changed, "tradeoff(0.4)"), str(prompts_file), args).train()
+
+
+def test_a_kept_run_and_a_scale_are_of_one_function(
+    rm: RewardModel, tiny_model: str, prompts_file: Path, tmp_path: Path
+) -> None:
+    """A lambda that is edited has the name it had."""
+    args = dataclasses.replace(POLICY, output=str(tmp_path / "run"))
+    PolicyTrainer(tiny_model, rm.reward(lambda heads: heads.mean.min(-1).values), str(prompts_file), args).train()
+    edited = rm.reward(lambda heads: heads.mean.max(-1).values)
+    with pytest.raises(PoiseError, match=r"another config \(differs in objective\)"):
+        PolicyTrainer(tiny_model, edited, str(prompts_file), args).train()
+    texts = (["Review a film."] * 2, ["a good film", "awful"])
+    scale = tmp_path / "scale.json"
+    RobustReward.of(rm.scorer, first_head, scale=scale)(*texts)
+    RobustReward.of(rm.scorer, first_head, scale=scale)(*texts)
+    with pytest.raises(PoiseError, match=r"holds the scale of .*first_head#"):
+        RobustReward.of(rm.scorer, lambda heads: -first_head(heads), scale=scale)(*texts)
 
 
 def first_head(heads: HeadRewards) -> torch.Tensor:

@@ -111,6 +111,11 @@ def test_of_many_bad_rows_the_first_are_shown(tmp_path: Path, capsys: pytest.Cap
     out = capsys.readouterr().out
     assert out.count("refused   line ") == 5
     assert "refused   … and 3 more" in out
+    assert f"next:   poise score RUN {path} --on-bad-row skip\n" in out  # without it the command would end at line 1
+    assert "(without the 8 refused rows; or correct them first)" in out
+    path.write_text('{"prompt": "p", "completion": "c"}\n')
+    assert main(["data", str(path)]) == 0
+    assert capsys.readouterr().out.endswith(f"next:   poise score RUN {path}\n")
 
 
 def test_a_conversation_is_shown_turn_by_turn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,6 +91,11 @@ def test_train_policy_repeats_the_warnings_of_its_reward_model(
     said = capsys.readouterr().out
     assert f"reward       not known: {run.folder}/metrics.jsonl lacks steps" in said
     assert "nan" not in said
+    write_json(run.folder / "results.json", {**(run.results or {}), "steps": 0, "ended_by": "max_kl"})
+    ending.say_ending("train-policy", replace(config, max_kl=0.5), run)
+    said = capsys.readouterr().out
+    assert "ended        passed --max-kl 0.5 and went back: the policy is the start's" in said
+    assert "lacks steps" not in said
 
 
 def test_the_warnings_of_a_run_are_those_of_the_heads_that_are_taken(

@@ -35,7 +35,8 @@ def test_a_policy_run_may_stand_for_a_language_model(tmp_path: Path, tiny_model:
     for wrong, reason in (
         ({"task_type": "SEQ_CLS"}, "no LoRA adapters of a language model"),
         ({"base_model_name_or_path": None}, "does not say of which model"),
-        ({"base_model_name_or_path": str(tmp_path)}, "no base model of .* is not a model folder"),
+        ({"base_model_name_or_path": str(tmp_path)}, r"no base model of .* is not a model folder: .*json; write where"),
+        ({"base_model_name_or_path": "../nowhere"}, "start this in the directory in which it was trained, or write"),
     ):
         (policy / "adapter_config.json").write_text(json.dumps(settings | wrong))
         with pytest.raises(PoiseError, match=reason):

@@ -275,7 +275,9 @@ def config(trained: Path, tiny_model: str, data: Path, tmp_path: Path) -> Config
     )  # fmt: skip
 
 
-def test_a_run_leaves_what_it_says(config: Config, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_leaves_what_it_says(
+    config: Config, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     results = evaluate_policy.run(config).results
     assert results is not None
     assert results["tasks"] == ["piqa", "winogrande", "gsm8k"]
@@ -304,6 +306,16 @@ def test_a_run_leaves_what_it_says(config: Config, trained: Path, capsys: pytest
     shown = capsys.readouterr().err
     assert "average" in shown
     assert "winogrande" in shown
+    copied = Path(shutil.copytree(trained, tmp_path / "copied"))
+    elsewhere = dataclasses.replace(config, policies=(str(copied),))
+    assert evaluate_policy.run(elsewhere).results == results
+    (copied / "policy" / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(PoiseError, match="differs in policies"):
+        evaluate_policy.run(elsewhere)
+    settings = (tmp_path / "out" / "config.yaml").read_text()
+    (tmp_path / "out" / "config.yaml").write_text(settings.replace(str(trained), str(copied)))
+    with pytest.raises(PoiseError, match="is finished, and of its inputs --policies 1 changed since"):
+        evaluate_policy.run(elsewhere)
 
 
 def test_adapters_answer_as_the_model_they_are_folded_into(config: Config, trained: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import time
 import traceback
@@ -53,6 +54,26 @@ def config(reward_folder: Path, prompts_file: Path, tiny_model: str, tmp_path: P
         num_steps=4, prompts_per_step=2, completions_per_prompt=4, max_tokens=8, adapted_layers=2, lora_rank=4,
         baseline_completions=16, save_every=2, eval_completions=2,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("role", ["reward", "validator"])
+def test_prompts_that_the_reward_model_refuses_are_found_before_the_first_step(
+    role: str, config: Config, reward_folder: Path, tmp_path: Path
+) -> None:
+    """The policy's template takes system turns and the reward model's does not: a later step ended the run."""
+    judge = Path(shutil.copytree(reward_folder / "single", tmp_path / "judge"))
+    template = judge / "chat_template.jinja"
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+    template.write_text(refusing + template.read_text())
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Review the lamp."}]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(Path(config.prompts).read_text() + json.dumps({"prompt": turns}) + "\n")
+    asked = dataclasses.replace(config, prompts=str(prompts), objective="mean", num_steps=1, **{role: str(judge)})
+    with pytest.raises(PoiseError, match=r"prompts\.jsonl:5: for the reward model the chat template refuses"):
+        train_policy.run(asked)
+    assert not Path(config.output).exists()
+    out = train_policy.run(dataclasses.replace(asked, on_bad_row="skip"))
+    assert "Be brief" not in (out.folder / "samples.jsonl").read_text()
 
 
 def test_a_run_leaves_what_it_says(config: Config) -> None:
@@ -800,6 +821,16 @@ def test_other_algorithms_leave_the_same_folder(
     assert len(final) == 4 * 2
     assert any(abs(row["kl"]) > 1e-4 for row in final)  # sampled from what was trained, not from where it began
     assert train_policy.run(config).results == out.results  # a finished run is left alone
+    prompts = Path(shutil.copy(config.prompts, out.folder.with_name("copied.jsonl")))
+    elsewhere = dataclasses.replace(config, prompts=str(prompts))
+    assert train_policy.run(elsewhere).results == out.results
+    prompts.write_text(prompts.read_text().replace("film", "book"))
+    with pytest.raises(PoiseError, match="differs in prompts"):
+        train_policy.run(elsewhere)
+    settings = (out.folder / "config.yaml").read_text()
+    (out.folder / "config.yaml").write_text(settings.replace(config.prompts, str(prompts)))
+    with pytest.raises(PoiseError, match="is finished, and of its inputs --prompts changed since"):
+        train_policy.run(elsewhere)
 
 
 # ---- what moves during a run ----

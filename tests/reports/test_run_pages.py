@@ -167,6 +167,35 @@ def test_a_page_says_which_heads_were_the_reward_and_that_most_completions_were_
     assert "75 % of the completions were cut at 20 tokens" in text
 
 
+@pytest.mark.usefixtures("undrawn_here")
+def test_a_page_says_how_a_run_ended_before_its_last_step(tmp_path: Path) -> None:
+    for steps, ended, said in (
+        (4, {"ended_by": "max_kl"}, "It passed --max-kl 0.5 and went back: the policy is that of 4 steps."),
+        (0, {"ended_by": "max_kl"}, "It passed --max-kl 0.5 and went back: the policy is the start's."),
+        (4, {"ended_by": "rollback"}, "It was ended by an alarm of the monitor (--on-alarm rollback)."),
+        (4, {"ended_by": "num_steps"}, ""),
+    ):
+        folder = policy(tmp_path / f"{len(list(tmp_path.iterdir()))}", steps=steps)
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        (folder / "config.yaml").write_text(yaml.safe_dump(config | {"max_kl": 0.5}))
+        write_json(folder / "results.json", {"reward": 1.0, "kl": 2.0, "alarms": [], "steps": steps, **ended})
+        text = Page(run_pages.build([folder])).text.replace("’", "'")
+        assert said in text
+        assert said or "It passed" not in text
+        assert "No step has been taken yet" not in text
+        assert ("What it wrote" in text) == bool(steps)
+
+
+@pytest.mark.usefixtures("undrawn_here")
+def test_prompts_that_never_came_twice_are_shown_from_both_ends(tmp_path: Path) -> None:
+    folder = policy(tmp_path / "run")
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    write_jsonl(folder / "samples.jsonl", [row | {"prompt": f"Review film {row['step']}."} for row in rows])
+    text = Page(run_pages.build([folder])).text
+    assert "No prompt came twice" in text
+    assert [number for number in range(12) if f"text of step {number} " in text] == [0, 1, 2, 9, 10, 11]
+
+
 def test_many_heads_are_drawn_faint() -> None:
     drawn = [run_plots.heads([{"step": i, "heads": [0.1] * count} for i in range(3)], "h") for count in (8, 9)]
     assert ["opacity: 0.4" in text for text in drawn] == [False, True]

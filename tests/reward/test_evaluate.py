@@ -103,8 +103,10 @@ def test_an_unfinished_evaluation_does_not_go_on_with_another_file(reward_run: P
     evaluate_reward.run(config)
     (tmp_path / "run" / "results.json").unlink()
     evaluate_reward.run(config)
-    (tmp_path / "run" / "results.json").unlink()
     write(tmp_path / "pairs.jsonl", *rows[:2])
+    with pytest.raises(PoiseError, match=r"run is finished, and of its inputs --file changed since"):
+        evaluate_reward.run(config)
+    (tmp_path / "run" / "results.json").unlink()
     with pytest.raises(PoiseError, match=r"begun with other inputs: --file changed since"):
         evaluate_reward.run(config)
 

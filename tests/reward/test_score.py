@@ -25,12 +25,16 @@ from poise.data import files, rows
 from poise.data.types import Sample
 from poise.errors import PoiseError
 from poise.functional.objectives import HeadRewards
+from poise.integrations.trl_reward import RobustReward
 from poise.models.scorer import Scorer
-from poise.reward import score, score_file
+from poise.reward import evaluate, score, score_file
+from poise.reward.config import EvaluateConfig
 from poise.reward.formats import check_scores
 from poise.reward.score_file import ScoreFile
 from poise.runtime import distributed
 from poise.runtime.inputs import changed, fingerprints
+from poise.serve.backend import local
+from poise.serve.config import ServeConfig
 
 
 def test_total_std_is_calibrated_and_routing_is_not(
@@ -101,6 +105,37 @@ def test_a_stopped_command_goes_on_after_its_last_part(
     partial.write_bytes(partial.read_bytes() + b'{"prompt": "cut o')
     assert score.run(again).read_bytes() == whole
     assert parts == [4, 4, 2, 2]
+
+
+def test_of_a_run_an_objective_reads_the_heads_it_was_made_for_whoever_asks(
+    reward: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A lower bound is of the posterior's heads in training; scores, a server and TRL read the BRME's of that run."""
+    objective, texts = "lower_confidence(1)", [f"good {number}" for number in range(6)]
+    file = texts_in(tmp_path, len(texts))
+    scores: dict[str, Any] = {}
+    for place in (reward, f"{reward}/posterior", f"{reward}/brme"):
+        found = score.run(score.Config(place, str(file), objective, str(tmp_path / "out.jsonl")))
+        scores[place] = [row["reward"] for row in rows_in(found)]
+        said = " ".join(capsys.readouterr().err.split())
+        line = f"reward: {objective} of the posterior heads of {reward}; name {reward}/KIND for others: single,"
+        assert (line in said) == (place == reward)
+    assert scores[reward] == scores[f"{reward}/posterior"] != scores[f"{reward}/brme"]
+    served, one = (local(ServeConfig((place,), objective=objective)) for place in (reward, f"{reward}/posterior"))
+    assert served.fingerprint == one.fingerprint
+    prompts = ["Review a film."] * len(texts)
+    in_trl, posterior = (RobustReward.load(place, objective) for place in (reward, f"{reward}/posterior"))
+    assert in_trl(prompts, texts) == posterior(prompts, texts)
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"prompt": "Review a film.", "chosen": "good", "rejected": "bad"}) + "\n")
+    for place in (reward, f"{reward}/posterior"):
+        asked = EvaluateConfig((place,), str(pairs), objective=objective, output=str(tmp_path / Path(place).name))
+        scores[place] = (evaluate.run(asked).results or {})["rewards"][0]["num_heads"]
+    assert scores[reward] == scores[f"{reward}/posterior"]
+    (tmp_path / "run" / "brme").mkdir(parents=True)
+    (tmp_path / "run" / "brme" / "config.json").write_text("{}")
+    with pytest.raises(PoiseError, match=r"run has no posterior heads, for which .* was made; name one of .*run/brme"):
+        score.run(score.Config(str(tmp_path / "run"), str(file), objective))
 
 
 def test_parquet_has_the_columns_of_the_lines_and_one_per_head(reward: str, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`poise train-reward`: the three models of a run, what they are worth, and what is refused."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -59,12 +60,24 @@ def test_posterior_heads_average_to_the_single_one(finished: train_reward.Run) -
     assert (disagreement(posterior(samples)) > 0).all()
 
 
-def test_a_finished_run_is_not_run_again(finished: train_reward.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_run_is_not_run_again(
+    finished: train_reward.Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     import yaml
 
     monkeypatch.delattr(train_reward, "load_trunk")
     config = Config(**yaml.safe_load((finished.folder / "config.yaml").read_text()))
     assert train_reward.run(config).results == finished.results
+    pairs = Path(shutil.copy(config.preferences, tmp_path / "pairs.jsonl"))
+    elsewhere = dataclasses.replace(config, preferences=str(pairs))
+    assert train_reward.run(elsewhere).results == finished.results
+    shutil.copytree(finished.folder, tmp_path / "run")
+    moved = dataclasses.replace(elsewhere, output=str(tmp_path / "run"))
+    settings = (tmp_path / "run" / "config.yaml").read_text()
+    (tmp_path / "run" / "config.yaml").write_text(settings.replace(config.preferences, str(pairs)))
+    pairs.write_text("".join(pairs.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(PoiseError, match="run is finished, and of its inputs --preferences changed since"):
+        train_reward.run(moved)
 
 
 @pytest.mark.parametrize("tuned", [{"trunk": "lora"}, {"trunk": "frozen", "stage2_trunk": "lora"}], ids=str)

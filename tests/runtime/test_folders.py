@@ -9,10 +9,11 @@ import stat
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from poise.errors import PoiseError
 from poise.runtime import folders
@@ -89,7 +90,7 @@ def test_a_config_that_is_not_ours_is_one_line(tmp_path: Path, text: str) -> Non
 
 HOLD = """
 import sys, time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from poise.runtime.run_folder import Run
 @dataclass
 class Config:
@@ -223,6 +224,84 @@ def test_a_finished_run_does_not_need_its_inputs(tmp_path: Path) -> None:
 
     Run.open(tmp_path, Config()).finish({})
     Run.open(tmp_path, Config(), gone)
+
+
+@dataclass
+class Reads:
+    """Settings that name files."""
+
+    prompts: str = ""
+    rewards: list[str] = field(default_factory=list)
+    size: int = 3
+    output: str = ""
+
+    def inputs(self) -> runs.Inputs:
+        return {
+            "--prompts": [Path(self.prompts)],
+            **{f"--rewards {number}": [Path(name)] for number, name in enumerate(self.rewards, 1)},
+        }
+
+
+def begun(tmp_path: Path) -> tuple[Path, Reads]:
+    """A run that has made a checkpoint, and its settings, with two folders in which the same files lie."""
+    for place in ("here", "there"):
+        for name, text in (("prompts", "one"), ("first", "a"), ("second", "b")):
+            (tmp_path / place).mkdir(exist_ok=True)
+            (tmp_path / place / name).write_text(text)
+    config = Reads(f"{tmp_path}/here/prompts", [f"{tmp_path}/here/first", f"{tmp_path}/here/second"])
+    Run.open(tmp_path / "run", config, config.inputs)
+    (tmp_path / "run" / "checkpoint.safetensors").touch()
+    return tmp_path / "run", config
+
+
+def test_what_an_input_holds_counts_and_not_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, config = begun(tmp_path)
+    monkeypatch.chdir(tmp_path / "there")
+    other = replace(config, prompts="prompts", rewards=["./first", "../there/second"])
+    Run.open(folder, other, other.inputs)
+    assert yaml.safe_load((folder / "config.yaml").read_text())["prompts"] == "prompts"
+    for moved, why in (
+        ({"rewards": ["second", "first"]}, "differs in rewards"),
+        ({"rewards": ["first"]}, "differs in rewards"),
+        ({"prompts": "first"}, "differs in prompts"),
+        ({"prompts": "nowhere"}, "differs in prompts"),
+        ({"prompts": f"{tmp_path}/here/prompts", "size": 4}, r"\(differs in size\)"),
+    ):
+        wrong = replace(other, **moved)
+        with pytest.raises(PoiseError, match=why):
+            Run.open(folder, wrong, wrong.inputs)
+    (folder / "inputs.json").unlink()  # of an earlier version: nothing says what the files held
+    with pytest.raises(PoiseError, match="differs in prompts, rewards"):
+        Run.open(folder, config, config.inputs)
+
+
+def test_a_finished_run_is_that_of_its_inputs_wherever_they_lie(tmp_path: Path) -> None:
+    folder, config = begun(tmp_path)
+    Run(folder).finish({"accuracy": 1.0})
+    other = replace(config, prompts=f"{tmp_path}/there/prompts")
+    Run(folder).check_config(other)  # without the inputs nobody can tell
+    assert Run(folder).differs(other) == ["prompts"]
+    assert Run.open(folder, other, other.inputs).results == {"accuracy": 1.0}
+    assert not Run(folder).differs_beside_inputs(other)
+    with pytest.raises(PoiseError, match="differs in prompts, size"):
+        Run.open(folder, wrong := replace(other, prompts="x", size=2), wrong.inputs)
+
+
+def test_a_finished_run_whose_inputs_were_edited_is_not_shown_as_theirs(tmp_path: Path) -> None:
+    folder, config = begun(tmp_path)
+    Run(folder).finish({})
+    os.utime(config.prompts)
+    Run(folder).refuse_edited(config.inputs)
+    Path(config.rewards[1]).write_text("new")
+    with pytest.raises(PoiseError, match=r"is finished, and of its inputs --rewards 2 changed since"):
+        Run(folder).refuse_edited(config.inputs)
+    Path(config.rewards[1]).unlink()  # gone: nothing to be mistaken for
+    Run(folder).refuse_edited(config.inputs)
+
+    def gone() -> runs.Inputs:
+        raise PoiseError("a model")
+
+    Run(folder).refuse_edited(gone)
 
 
 # ---- rights, leftovers, names of this machine ----

@@ -158,6 +158,17 @@ def test_the_client_asks_again_and_carries_its_token(monkeypatch: pytest.MonkeyP
     assert [headers["Authorization"] for headers in seen] == ["Bearer secret"] * 4
 
 
+def test_the_client_says_why_it_is_put_off(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Two texts to a server that waits for 64: ten minutes without a word."""
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    for refusals, said in ((2, 0), (5, 1)):
+        caplog.clear()
+        with scripted(*[(503, {"error": "2 are here; send more"})] * refusals, (200, good(1.5))) as (url, _):
+            assert Client(url).score("a", ["b"])[0]["reward"] == 1.5
+        assert [line for line in caplog.messages if "send more; asking again for" in line] == caplog.messages
+        assert len(caplog.messages) == said
+
+
 @pytest.mark.parametrize(
     ("answer", "line"),
     [

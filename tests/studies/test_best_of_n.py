@@ -187,12 +187,19 @@ def test_an_unfinished_run_does_not_go_on_with_other_inputs(settings: Config, re
     assert set(json.loads((tmp_path / "run" / "inputs.json").read_text())) == {
         "--prompts", "--model", "--reward 1", "--reward 2", "--gold",
     }  # fmt: skip
+    copied = shutil.copy(prompts, tmp_path / "copied.jsonl")
+    assert best_of_n.run(replace(run, prompts=str(copied))).results  # the same prompts, in another place
+    results = (tmp_path / "run" / "results.json").read_text()
     (tmp_path / "run" / "results.json").unlink()
     [file] = [file for file in (own / "brme").glob("*.safetensors") if "score.weight" in load_file(file)]
     before = file.read_bytes()
     save_file({name: tensor * 2 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
     with pytest.raises(PoiseError, match=r"begun with other inputs: --reward 2 changed since"):
         best_of_n.run(run)
+    (tmp_path / "run" / "results.json").write_text(results)
+    with pytest.raises(PoiseError, match=r"is finished, and of its inputs --reward 2 changed since"):
+        best_of_n.run(run)
+    (tmp_path / "run" / "results.json").unlink()
     file.write_bytes(before)
     prompts.write_text(prompts.read_text() + '{"prompt": "One more."}\n')
     with pytest.raises(PoiseError, match=r"begun with other inputs: --prompts changed since"):

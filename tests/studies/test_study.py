@@ -424,6 +424,12 @@ def test_bad_settings_are_one_line(tmp_path: Path, changes: dict[str, Any], mess
     assert not (tmp_path / "study").exists()  # nothing is written for a study that cannot be
 
 
+def test_more_layers_than_the_model_has_are_refused_before_a_pool_is_sampled(tmp_path: Path, tiny_model: str) -> None:
+    wanted = replace(config(tmp_path, tmp_path / "p", tmp_path / "q", tiny_model), **of_reward(num_layers=8))
+    with pytest.raises(PoiseError, match=r"--reward\.num-layers must be at most \d, the layers of .*, got 8"):
+        wanted.check()
+
+
 def test_levels_of_noise_for_policies_are_only_checked_where_policies_are_trained(tmp_path: Path) -> None:
     wanted = replace(config(tmp_path, tmp_path / "p", tmp_path / "q", "model"), label_noise=("0.25",), pool_size=8)
     replace(wanted, policy_seeds=0).check()
@@ -583,6 +589,9 @@ def test_a_study_keeps_to_the_files_it_began_with(tmp_path: Path, prompts_file: 
         study._open(replace(wanted, label_noise=("0", "raters")))
     study._open(wanted)
     assert "raters" in json.loads(saved.read_text())["digests"]  # not forgotten
+    shutil.copy(pairs, tmp_path / "copied.jsonl")
+    study._open(replace(wanted, preferences=str(tmp_path / "copied.jsonl")))  # what it holds counts, not where it lies
+    study._open(wanted)
     write_pairs(pairs, ("a", "c"))
     with pytest.raises(PoiseError, match=r"differs in what preferences holds"):
         study._open(wanted)

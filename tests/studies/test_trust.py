@@ -81,6 +81,13 @@ def test_the_pool_is_kept_and_other_settings_are_refused(config: TrustConfig) ->
     assert "Not asked" in run_pages.build([out.folder]).read_text()
     with pytest.raises(PoiseError, match="holds a run of another config"):
         trust.run(replace(alone, seed=1))
+    prompts = Path(alone.output).with_name("same.jsonl")
+    shutil.copy(alone.prompts, prompts)
+    elsewhere = replace(alone, prompts=str(prompts))
+    assert trust.run(elsewhere).results == out.results
+    prompts.write_text(prompts.read_text() + '{"prompt": "One more."}\n')
+    with pytest.raises(PoiseError, match="differs in prompts"):
+        trust.run(elsewhere)
 
 
 def test_pairs_that_a_trained_trunk_has_seen_tell_nothing(config: TrustConfig, reward: Path, tmp_path: Path) -> None:
@@ -90,6 +97,12 @@ def test_pairs_that_a_trained_trunk_has_seen_tell_nothing(config: TrustConfig, r
     settings = (reward / "config.yaml").read_text()
     (run / "config.yaml").write_text(settings.replace("trunk: frozen", "trunk: lora"))
     assert trust._has_seen(run / "single", config.preferences) is True
+    shutil.copy(reward / "inputs.json", run)  # which knows what the file held, wherever it lies now
+    copied = Path(shutil.copy(config.preferences, tmp_path / "copied.jsonl"))
+    assert trust._has_seen(run / "single", str(copied)) is True
+    copied.write_text(copied.read_text() + "\n")
+    assert trust._has_seen(run / "single", str(copied)) is False
+    assert trust._has_seen(run / "single", str(tmp_path / "gone.jsonl")) is False
     assert trust._has_seen(run / "single", str(tmp_path / "other.jsonl")) is False
     room = {"accuracy_interval": [0.1, 0.2], "accuracy_doubled": 0.15, "seen": True}
     found = trust_run._said_of_room(room)

@@ -20,7 +20,9 @@ from poise.api.reward_model import RewardModel
 from poise.data.in_memory import Data, as_file, to_read_again
 from poise.errors import PoiseError
 from poise.integrations.trl_reward import IN_MEMORY, RobustReward
+from poise.models.head_kinds import read_head_set
 from poise.models.loading import HfModel, HfTokenizer, load_adapters, load_policy
+from poise.models.scorer import Scorer
 from poise.models.trained_on import write_base
 from poise.policy import train as policy_training
 from poise.policy.config import Config as PolicyConfig
@@ -33,11 +35,15 @@ from poise.runtime.folders import own
 from poise.runtime.quiet import quiet_loading
 from poise.runtime.records import read_rows
 from poise.runtime.run_folder import Json, config_dict, is_main_process
+from poise.runtime.run_kinds import told_of
 
 Args = TypeVar("Args", RewardConfig, PolicyConfig)
 
 # Settings that a trainer takes by themselves: what they are called there.
 _GIVEN_TO_TRAINERS = {"preferences": "train_dataset", "prompts": "prompts", "reward": "reward", "model": "model"}
+
+# What no folder of a policy alone holds: that of a run, of a reward model, of an ensemble.
+_NO_POLICY = ("config.yaml", "poise", "ensemble.json")
 
 
 class RewardTrainer:
@@ -99,9 +105,15 @@ class TrainedPolicy:
         return f"TrainedPolicy: {type(self.model).__name__}, {len(self.metrics)} steps{came_to}"
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the adapters, or the whole model with `tune="full"`, and the tokenizer."""
+        """Write the adapters, or the whole model with `tune="full"`, and the tokenizer.
+
+        A folder in which `save_pretrained` wrote the like is overwritten; one that holds something else is refused.
+        """
         # Embeddings are never adapted: peft need not ask the hub whether the vocabulary has grown.
         about: dict[str, Any] = {"save_embedding_layers": False} if hasattr(self.model, "peft_config") else {}
+        others = {*_NO_POLICY, "config.json" if about else "adapter_config.json"}
+        if Path(folder).is_file() or any((Path(folder) / name).exists() for name in others):
+            raise PoiseError(f"{folder} is {told_of(folder) or 'something else'}; choose another folder")
         with quiet_loading():
             self.model.save_pretrained(str(folder), **about)
             self.tokenizer.save_pretrained(str(folder))
@@ -169,6 +181,8 @@ class PolicyTrainer:
         own(folder)
         if not copy.exists():
             RewardModel({"": given.scorer}, "").save_pretrained(copy)
+        elif not _holds(copy, given.scorer):
+            raise PoiseError(f"{folder} was begun with another reward model; choose another output")
         return str(copy)
 
 
@@ -184,6 +198,13 @@ def _with_reward(config: PolicyConfig, given: RobustReward, place: str) -> Polic
     if config.validator == "":
         bounds["validator"] = given.validator
     return replace(config, reward=place, objective=given.objective, **bounds)
+
+
+def _holds(checkpoint: Path, scorer: Scorer) -> bool:
+    """Are a checkpoint's heads those of a model in memory, as saving it would round them?"""
+    kept, classifier = read_head_set(checkpoint), scorer.extract.classifier
+    weight = scorer.weight.to(classifier.dtype).float().cpu()
+    return kept.layout == scorer.layout and torch.equal(kept.weight.to(classifier.dtype).float(), weight)
 
 
 def _trained(config: PolicyConfig, folder: Path) -> tuple[HfModel, HfTokenizer]:

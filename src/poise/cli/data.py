@@ -69,7 +69,11 @@ def run(config: Config) -> None:
     if not report["rows"]["used"]:
         raise PoiseError(f"{config.file} has no usable row")
     if not config.json:
-        print(f"\nnext:   {shlex.join(_following(report['kind'], config))}")
+        refused = report["rows"]["refused"]
+        skip = ["--on-bad-row", "skip"] if refused else []
+        print(f"\nnext:   {shlex.join([*_following(report['kind'], config), *skip])}")
+        if refused:
+            print(f"        (without the {refused} refused rows; or correct them first)")
 
 
 def _following(kind: str, config: Config) -> list[str]:

@@ -50,7 +50,7 @@ def say_finished(command: str, config: Any) -> None:
     run.check_command(config)
     if command in _KEPT:
         run.check_config(config)
-        if run.results is not None and not run.differs(config):
+        if run.results is not None and not run.differs_beside_inputs(config):
             _refuse_incomplete(command, run.folder, run.results)
             _say(f"{on_one_line(output)} is finished; nothing is computed again (another --output makes a new run)")
 
@@ -128,9 +128,9 @@ def _reward_models(config: Any) -> Iterator[str]:
 
 def _taken(config: Any, reward: str) -> str:
     """Of a `poise train-reward` run the heads that an objective takes, where there is one to choose by."""
-    if hasattr(config, "objective") and hasattr(config, "heads"):
+    if hasattr(config, "objective"):
         with contextlib.suppress(PoiseError):  # the command itself says what is wrong with it
-            return reward_folder(reward, config.objective, config.heads)
+            return reward_folder(reward, config.objective, getattr(config, "heads", None))
     return reward
 
 
@@ -173,12 +173,14 @@ def _warned(folder: Path, names: Any) -> Iterator[str]:
 
 def _train_policy(config: Any, done: Run) -> Ending:
     from poise.models.model_card import judges_warnings
+    from poise.reports.policy_run import ended_early
 
     results, steps = done.results or {}, done.metrics()
     start, end = steps[:3], steps[-3:]
     changed = f"{_mean(start, 'reward'):+.2f} in the first steps, {_mean(end, 'reward'):+.2f} in the last"
     texts = f"{_mean(end, 'tokens'):.0f} tokens, {_mean(end, 'ended'):.0%} ended by themselves"
     gone = "" if steps and steps[0]["step"] == 0 else f"not known: {done.folder}/metrics.jsonl lacks steps"
+    gone = "of no step that was kept" if results.get("steps") == 0 else gone
     rows = [
         ("reward", gone or changed),
         ("evaluation", f"reward {results['reward']:+.2f}, KL {results['kl']:.1f} nats a completion"),
@@ -187,6 +189,8 @@ def _train_policy(config: Any, done: Run) -> Ending:
         ("gold", "not read: whether people like the texts is not known"),
     ]
     folder = str(done.folder)
+    if how := ended_early(results, vars(config)):
+        rows.insert(3, ("ended", how))
     if best := results.get("best"):
         rows.insert(3, ("validator", f"likes step {best['step']} best, at KL {best['kl']:.1f}: {done.folder / 'best'}"))
     warnings = [*judges_warnings(_taken(config, config.reward), config.validator), *card_warnings(done.folder)]

@@ -11,7 +11,7 @@ from poise.data.rows import OnBadRow, Understood
 from poise.errors import PoiseError, first_line
 from poise.models.head_checks import check_heads
 from poise.models.model_folder import check_language_model, check_model, check_policy, check_reward_model
-from poise.models.run_heads import reward_folder
+from poise.models.run_heads import made_for, reward_folder
 from poise.reward.config import EvaluateConfig
 from poise.runtime.folders import refuse_device, refuse_foreign
 from poise.runtime.hub import on_hub
@@ -62,13 +62,15 @@ def check_inputs(config: Any) -> None:
 def _heads_together(config: Any) -> list[list[str]]:
     """The reward models that settings with an `objective` name, those in one list whose heads it reads together."""
     if isinstance(config, EvaluateConfig):
-        return [[name] for name in config.rewards]
+        return [[made_for(name, config.objective)] for name in config.rewards]
     if isinstance(config, ServeConfig):
-        return [list(config.rewards)]
+        return [[made_for(name, config.objective) for name in config.rewards]]
     reward = getattr(config, "reward", "")
     if not isinstance(reward, str) or not reward:
         return []
-    return [[reward_folder(reward, config.objective, config.heads) if hasattr(config, "heads") else reward]]
+    if not hasattr(config, "heads"):
+        return [[made_for(reward, config.objective)]]
+    return [[reward_folder(reward, config.objective, config.heads)]]
 
 
 def _check_rows(kind: str, name: str, on_bad_row: OnBadRow | None) -> None:

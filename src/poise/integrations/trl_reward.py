@@ -40,10 +40,12 @@ from poise.integrations.trl_turns import Completion, as_lists, as_pair, is_finis
 from poise.models.chat_format import decode_completions, encode_prompt
 from poise.models.loading import HfTokenizer
 from poise.models.reward_model import heads_fingerprint, read_layout
+from poise.models.run_heads import taken_heads
 from poise.models.scale_file import ScaleFile
 from poise.models.scorer import ENSEMBLE_FILE, Scorer, generated
 from poise.models.validator import Validator, validator_for
 from poise.runtime.distributed import gathered_rows, process_index
+from poise.runtime.functions import digest_of
 from poise.runtime.progress import console
 from poise.runtime.run_folder import Json, is_main_process
 from poise.runtime.settings import LengthOrAll, check_value, shown
@@ -78,7 +80,8 @@ class RobustReward:
     Picklable: the copy carries settings and scale, and loads the model where it is first called. A reward of a model
     that is in memory only (`of` without a path) takes the model along.
 
-    objective: its name. combine: the function of centered heads (N, K) that it names.
+    objective: its name; that of a function ends in eight characters of what it computes, so that a file or a run of one
+    is never taken for another's. combine: the function of centered heads (N, K) that it names.
     """
 
     __name__ = "RobustReward"  # what TRL calls it in its logs
@@ -104,6 +107,7 @@ class RobustReward:
         if not 0.0 <= regret_bonus < math.inf:
             raise PoiseError(f"a regret bonus must be at least 0 and finite, got {regret_bonus:g}")
         self.path, self.scale, self.max_length, self.given = path, str(scale or ""), max_length, objective
+        self._objective = objective if isinstance(objective, str) else _told_apart(objective)
         self.combine = parse_objective(objective) if isinstance(objective, str) else objective
         self.floor, self.ceiling, self.regret_bonus = float(floor), float(ceiling), float(regret_bonus)
         self.fitted: RewardScale | None = None
@@ -117,8 +121,8 @@ class RobustReward:
 
     @property
     def objective(self) -> str:
-        """Its name; that of a function is where it is defined."""
-        return self.given if isinstance(self.given, str) else name_of(self.given)
+        """Its name; that of a function is where it is defined, and what it computed when it was given."""
+        return self._objective
 
     @staticmethod
     def of(
@@ -155,7 +159,10 @@ class RobustReward:
         regret_bonus: float | int = 0.0,
         validator: str | None = "",
     ) -> "RobustReward":
-        """From a checkpoint folder, a hub id, a `poise train-reward` run or an ensemble.
+        """From a checkpoint folder, a hub id, an ensemble, or a `poise train-reward` run.
+
+        Of a run `lower_confidence` reads the posterior heads, as in `poise train-policy`, which a line says. Others and
+        a function, read the BRME's.
 
         objective: a name such as `tradeoff(0.4)`, or a function of HeadRewards (N, K) that returns rewards (N,).
         scale: JSON file with the reward's constants; written on the first call, read where it exists.
@@ -172,10 +179,11 @@ class RobustReward:
         """
         path = str(path)
         check_value("max_length", max_length or 0, LengthOrAll)
-        if isinstance(objective, str) and not (Path(path) / ENSEMBLE_FILE).exists():
-            read_layout(path).check_objective(objective)
+        place = taken_heads(path, objective) if isinstance(objective, str) else path
+        if isinstance(objective, str) and not (Path(place) / ENSEMBLE_FILE).exists():
+            read_layout(place).check_objective(objective)
         validator = validator_for(path, validator)
-        return RobustReward(path, objective, scale, max_length or 0, floor, ceiling, regret_bonus, validator)
+        return RobustReward(place, objective, scale, max_length or 0, floor, ceiling, regret_bonus, validator)
 
     @property
     def scorer(self) -> Scorer:
@@ -304,6 +312,12 @@ def name_of(objective: Objective) -> str:
     """
     kind = objective if hasattr(objective, "__qualname__") else type(objective)
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _told_apart(objective: Objective) -> str:
+    """The name of a function, and what it computes: an edited cell's has the same name. Poise's own are their names."""
+    name = name_of(objective)
+    return name if name.startswith("poise.") else f"{name}#{digest_of(objective)}"
 
 
 def _as_written(

@@ -67,16 +67,23 @@ def resolve_model(model: str) -> str:
         return model
     if Path(model).exists():
         raise PoiseError(why_no_model(model))
-    if local := _hub_snapshot(model, local_only=True):
-        return local
-    converted = cache_folder() / _CONVERTED
-    if model == DEFAULT_MODEL and converted.exists():
-        return str(converted)
+    if (here := found_here(model)) != model:
+        return here
     if local := _hub_snapshot(model, local_only=False):
         return local
     if model != DEFAULT_MODEL:
         raise PoiseError(f"model {model!r} is neither a local folder nor reachable on the model hub")
     return str(cached(_CONVERTED, _convert_packaged_model))
+
+
+def found_here(model: str) -> str:
+    """The local folder of `model` where this machine has one, else the name as it is; nothing is fetched."""
+    if Path(model).exists():
+        return model
+    if local := _hub_snapshot(model, local_only=True):
+        return local
+    converted = cache_folder() / _CONVERTED
+    return str(converted) if model == DEFAULT_MODEL and converted.exists() else model
 
 
 def _hub_snapshot(model: str, *, local_only: bool) -> str | None:

@@ -84,11 +84,15 @@ def check_policy(path: str) -> None:
         check_language_model(str(folder / "policy") if (folder / "policy" / _CONFIG).exists() else path)
         return
     refuse_reward_adapters(adapters)
+    base = ""
     try:
-        check_language_model(adapted_model(adapters))
+        base = adapted_model(adapters)
+        check_language_model(base)
     except PoiseError as error:
+        # A folder that was named from where the training was started, as far as a name can tell.
+        where = "start this in the directory in which it was trained, or " if base.startswith(".") else ""
         raise PoiseError(
-            f"no base model of {adapters}: {error}; write where it is into {adapters / _ADAPTERS}"
+            f"no base model of {adapters}: {error}; {where}write where it is into {adapters / _ADAPTERS}"
         ) from None
 
 

@@ -11,7 +11,7 @@ place that knows the layout.
 """
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -270,17 +270,17 @@ def members_of(path: str) -> tuple[str, ...]:
     return read_ensemble(path).members if (Path(path) / ENSEMBLE_FILE).exists() else (path,)
 
 
-def files_of(path: str) -> list[Path]:
+def files_of(path: str, place: Callable[[str], str] = resolve_model) -> list[Path]:
     """Folders that decide what a reward model says: its own, those of an ensemble's members, and an adapter's base.
 
-    Raises PoiseError, one line, for one that is not there.
+    place: where a model is. Raises PoiseError, one line, for one that is not there.
     """
     found = [Path(path)] if (Path(path) / ENSEMBLE_FILE).exists() else []
     for member in members_of(path):
-        folder = Path(resolve_model(checkpoint_folder(member)))
+        folder = Path(place(checkpoint_folder(member)))
         found.append(folder)
         if (folder / _ADAPTER).exists():
-            found.append(Path(resolve_model(_adapted_model(folder))))
+            found.append(Path(place(_adapted_model(folder))))
     return found
 
 

@@ -6,6 +6,8 @@ from poise.errors import PoiseError
 from poise.functional.objective_names import read_objective
 from poise.models.choices import HEAD_KINDS, HeadKind
 from poise.models.formats import checkpoint_folder
+from poise.runtime.progress import console
+from poise.runtime.run_folder import is_main_process
 
 VALIDATOR = "validator"  # its folder in a run
 VALIDATOR_TRAINING = "validator-training"  # what its trunk is trained in, beside that
@@ -47,6 +49,35 @@ def reward_folder(path: str, objective: str, heads: HeadKind | None = None) -> s
     if kind not in kinds_in(Path(path)):
         raise PoiseError(f"{path} has no {kind} heads; --heads takes one of {', '.join(kinds_in(Path(path)))}")
     return str(Path(path) / kind)
+
+
+def made_for(path: str, objective: str) -> str:
+    """As `reward_folder`, where no setting chooses the heads: those for which the objective was made.
+
+    The name of a run stays as it is where these are the BRME's, which it means everywhere.
+    """
+    kind = kind_for(objective)
+    if is_run(path) and kind not in kinds_in(Path(path)):
+        have = ", ".join(f"{path}/{other}" for other in kinds_in(Path(path)))
+        raise PoiseError(f"{path} has no {kind} heads, for which {objective} was made; name one of {have}")
+    return path if kind == "brme" else reward_folder(path, objective)
+
+
+def taken_heads(path: str, objective: str) -> str:
+    """The same; a line says which heads of a run these are, if not the BRME's."""
+    folder = made_for(path, objective)
+    if folder != path:
+        say_heads(path, objective, folder, f"name {path}/KIND for others")
+    return folder
+
+
+def say_heads(run: str, objective: str, folder: str, how: str) -> None:
+    """Say which heads of a run are the reward. folder: theirs. how: others are taken."""
+    if is_main_process():
+        taken = Path(folder).name
+        others = ", ".join(kind for kind in kinds_in(Path(run)) if kind != taken)
+        also = f"; {how}: {others}" if others else ""
+        console.print(f"reward: {objective} of the {taken} heads of {run}{also}", markup=False, soft_wrap=True)
 
 
 def adapters_of(checkpoint: Path) -> Path:

@@ -17,7 +17,7 @@ Outcomes are cached in the user's cache folder by weights, rows and the harness'
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +35,7 @@ from poise.integrations.lm_eval import Answers, Task, evaluate, read_tasks
 from poise.models.loading import (
     HfModel,
     HfTokenizer,
+    found_here,
     frozen_dtype,
     load_policy,
     resolve_model,
@@ -60,10 +61,12 @@ def run(config: Config) -> Run:
     finished = Run(Path(config.output)).results is not None
     if not finished:  # all that can be wrong comes before a folder is made or a model loaded
         tasks = read_tasks(config.tasks, config.data, config.rows)
-        sources = [_source(path) for path in (config.model, *config.policies)]
+        sources = _sources(config)
         logged = {source.path: _logged(Path(source.path)) for source in sources}
-    out = Run.open(config.output, config, lambda: _inputs(sources))
-    if not finished:
+    out = Run.open(config.output, config, lambda: _inputs(config, found_here if finished else resolve_model))
+    if finished:
+        out.refuse_edited(lambda: _inputs(config, found_here))
+    else:
         found = [_evaluate_source(source, tasks, config) for source in sources]
         names = short_names([source.path for source in sources])
         policies = [
@@ -220,9 +223,9 @@ class _Source:
             raise PoiseError(f"cannot use the adapters in {self.adapters}: {first_line(error)}") from None
         return policy.model, tokenizer
 
-    def folders(self) -> list[Path]:
-        """The folders that determine the outcomes: the model's and, if it has some, the adapters'."""
-        return [Path(resolve_model(self.model)), *filter(None, [self.adapters])]
+    def folders(self, place: Callable[[str], str] = resolve_model) -> list[Path]:
+        """The folders that determine the outcomes: the model's, and its adapters'. place: where a model is."""
+        return [Path(place(self.model)), *filter(None, [self.adapters])]
 
     def digest(self) -> str:
         """Digest of the files that determine the outcomes, and of the precision of the weights."""
@@ -235,13 +238,18 @@ class _Source:
         return whole.hexdigest()
 
 
-def _source(path: str) -> _Source:
+def _sources(config: Config, place: Callable[[str], str] = resolve_model) -> list[_Source]:
+    """The language model, then the policies. place: where a model is."""
+    return [_source(path, place) for path in (config.model, *config.policies)]
+
+
+def _source(path: str, place: Callable[[str], str]) -> _Source:
     """The policy at `path`. Raises PoiseError if it is neither a finished run nor a model."""
     folder = Path(path)
     if (folder / "adapter_config.json").exists():
         return _Source(path, base_of(folder), folder)
     if not (folder / "config.yaml").exists():
-        resolve_model(path)
+        place(path)
         return _Source(path, path)
     settings, policy = load_config_file(folder / "config.yaml"), folder / "policy"
     if "lora_rank" not in settings or Run(folder).results is None or not policy.exists():
@@ -249,13 +257,15 @@ def _source(path: str) -> _Source:
     settings = checked(settings, ModelSettings, str(folder / "config.yaml"))
     if settings["tune"] == "full":
         return _Source(path, str(policy))
-    resolve_model(settings["model"])
+    place(settings["model"])
     return _Source(path, settings["model"], policy, settings["adapted_layers"], settings["lora_rank"])
 
 
-def _inputs(sources: Sequence[_Source]) -> Inputs:
-    """What the run reads, by the setting that names it, policies counted from 1."""
-    return {f"--policies {number}" if number else "--model": one.folders() for number, one in enumerate(sources)}
+def _inputs(config: Config, place: Callable[[str], str] = resolve_model) -> Inputs:
+    """What the run reads, by the setting that names it, policies counted from 1. place: where a model is."""
+    sources = enumerate(_sources(config, place))
+    found = {f"--policies {number}" if number else "--model": one.folders(place) for number, one in sources}
+    return {**found, "--data": sorted(Path(config.data).glob("*.jsonl*"))} if config.data else found
 
 
 def _logged(folder: Path) -> list[Json]:

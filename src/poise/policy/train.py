@@ -19,6 +19,7 @@ process would.
 
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,12 @@ from poise.errors import PoiseError
 from poise.functional.monitor import Monitor, MonitorConfig
 from poise.integrations.lm_eval import Task, evaluate, read_tasks
 from poise.integrations.trl_reward import IN_MEMORY, MonitorCallback, RobustReward
-from poise.models.loading import load_policy, resolve_model
+from poise.models.loading import HfTokenizer, found_here, load_policy, resolve_model
 from poise.models.policy import Policy
 from poise.models.reward_model import files_of
-from poise.models.row_check import row_check_of
-from poise.models.run_heads import is_run, kinds_in, reward_folder, validator_of
+from poise.models.row_check import row_check_of, tokenizers_of
+from poise.models.run_heads import is_run, reward_folder, say_heads, validator_of
+from poise.models.scorer import Ensemble
 from poise.models.validator import say_validator
 from poise.policy.config import Config
 from poise.policy.formats import BenchmarkRow, StepRow
@@ -78,13 +80,15 @@ def run(config: Config, given: RobustReward | None = None) -> Run:
     named = given is None or isinstance(given.given, str)
     (config if named else dataclasses.replace(config, objective="mean")).check()  # a function's name says nothing
     out = Run(Path(config.output))
-    out.check_config(config)
-    if out.results is not None and not out.differs(config):
+    asked = config
+    out.check_config(asked, lambda: _inputs(asked, found_here))
+    if out.results is not None and not out.differs(asked, lambda: _inputs(asked, found_here)):
+        out.refuse_edited(lambda: _inputs(asked, found_here))
         return out
-    check = row_check_of(config.model, config.max_tokens)
+    check = row_check_of(config.model, config.max_tokens, _readers(config, given))
     prompts = read_prompts(config.prompts, config.on_bad_row, check)
     eval_prompts = read_prompts(config.eval_prompts, config.on_bad_row, check) if config.eval_prompts else prompts
-    asked, config = config, _with_prompts_to_take(config, len(prompts))
+    config = _with_prompts_to_take(asked, len(prompts))
     if given is None:
         _say_which_heads(config)
     if out.results is not None:
@@ -118,6 +122,17 @@ def run(config: Config, given: RobustReward | None = None) -> Run:
         )
     processes.wait()
     return out
+
+
+def _readers(config: Config, given: RobustReward | None) -> list[HfTokenizer]:
+    """The tokenizers by which reward model and validator read what the policy writes."""
+    names = [config.validator] if config.validator else []
+    if given is None:
+        names.append(reward_folder(config.reward, config.objective, config.heads))
+        return tokenizers_of(names)
+    scorer = given.scorer
+    members = scorer.members if isinstance(scorer, Ensemble) else [scorer]
+    return [*tokenizers_of(names), *(member.extract.tokenizer for member in members)]
 
 
 def _with_prompts_to_take(config: Config, count: int) -> Config:
@@ -154,12 +169,8 @@ def _heads_taken(config: Config) -> str:
 
 def _say_which_heads(config: Config) -> None:
     """Of a run folder one kind of heads is the reward, and its validator is watched: which, and how to take another."""
-    if (taken := _heads_taken(config)) and is_main_process():
-        others = ", ".join(kind for kind in kinds_in(Path(config.reward)) if kind != taken)
-        console.print(
-            f"reward: {config.objective} of the {taken} heads of {config.reward}; --heads takes others: {others}",
-            markup=False, soft_wrap=True,
-        )  # fmt: skip
+    if taken := _heads_taken(config):
+        say_heads(config.reward, config.objective, taken, "--heads takes others")
     if config.validator and config.validator == validator_of(config.reward) and is_main_process():
         say_validator(config.validator, "--validator None")
 
@@ -323,8 +334,8 @@ def _open(config: Config) -> Run:
     return Run(Path(config.output))
 
 
-def _inputs(config: Config) -> Inputs:
-    """What the run reads, by the setting that names it."""
+def _inputs(config: Config, place: Callable[[str], str] = resolve_model) -> Inputs:
+    """What the run reads, by the setting that names it. place: where a model is."""
     files = {
         "--prompts": config.prompts, "--eval-prompts": config.eval_prompts, "--baselines": config.baselines,
     }  # fmt: skip
@@ -332,7 +343,7 @@ def _inputs(config: Config) -> Inputs:
     if config.eval_every and config.eval_data:
         found["--eval-data"] = sorted(Path(config.eval_data).glob("*.jsonl*"))
     if config.validator:
-        found["--validator"] = files_of(config.validator)
+        found["--validator"] = files_of(config.validator, place)
     if config.reward != IN_MEMORY:
-        found["--reward"] = files_of(reward_folder(config.reward, config.objective, config.heads))
-    return found | {"--model": [Path(resolve_model(config.model))]}
+        found["--reward"] = files_of(reward_folder(config.reward, config.objective, config.heads), place)
+    return found | {"--model": [Path(place(config.model))]}

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -82,8 +81,9 @@ def together(folders: Sequence[Path]) -> Page:
 
 def findings(run: PolicyRun) -> list[Verdict]:
     """What a run came to, in sentences that claim nothing about gold."""
+    how = ended_early(run.results or {}, run.settings)
     if not run.steps:
-        return [Verdict("unclear", "No step has been taken yet.")]
+        return [Verdict("unclear", f"It {how}." if how else "No step has been taken yet.")]
     first, last = run.mean_of("reward", slice(0, 3)), run.mean_of("reward", slice(-3, None))
     distance = run.mean_of("kl", slice(-3, None))
     text = (
@@ -96,11 +96,20 @@ def findings(run: PolicyRun) -> list[Verdict]:
         if len(run.alarms) > 1:
             when = f"from step {run.alarms[0]} on, at {len(run.alarms)} of {len(run.steps)} steps"
         found.insert(0, Verdict("worse", f"The monitor saw signs of over-optimization {when}."))
-    found += [Verdict("unclear", text) for text in _of_the_validator(run)]
+    found += [Verdict("unclear", text) for text in (*([f"It {how}."] if how else []), *_of_the_validator(run))]
     found.append(
         Verdict("unclear", "A higher reward is what it was trained for, and no evidence of better text: read some.")
     )
     return found
+
+
+def ended_early(results: Json, settings: Json) -> str:
+    """What a finished run did before its last step, in words; empty for one that made them all, or does not say."""
+    by, steps = results.get("ended_by"), results.get("steps")
+    if by == "max_kl":
+        back = f"that of {steps} step{'s' * (steps != 1)}" if steps else "the start's"
+        return f"passed --max-kl {settings.get('max_kl'):g} and went back: the policy is {back}"
+    return f"was ended by an alarm of the monitor (--on-alarm {by})" if by in ("stop", "rollback") else ""
 
 
 def _of_the_validator(run: PolicyRun) -> list[str]:
@@ -224,14 +233,19 @@ def _samples(run: PolicyRun) -> Answers | None:
         if key not in last or row["step"] > last[key]["step"]:
             last[key] = row
     apart = sorted(first, key=lambda key: first[key]["step"] - last[key]["step"])
+    if not apart:
+        return None
+    again = [key for key in apart if first[key]["step"] < last[key]["step"]]
+    half = NUM_PROMPTS // 2  # of as many prompts as there are steps to fill, none may have come twice
     shown = []
-    for key in islice(apart, NUM_PROMPTS):
+    for key in (again or list(dict.fromkeys([*apart[:half], *apart[-half:]])))[:NUM_PROMPTS]:
         rows = [first[key], last[key]] if last[key]["step"] > first[key]["step"] else [first[key]]
         answers = [
             Answer(f"step {row['step']}", row["completion"], f"reward {signed(row.get('reward'))}") for row in rows
         ]
         shown.append((prompt_line(first[key]["prompt"]), answers))
-    return Answers(shown, "The first completion of a prompt in each of the two steps.")
+    alone = "No prompt came twice: one completion of each, of the first and last steps."
+    return Answers(shown, "The first completion of a prompt in each of the two steps." if again else alone)
 
 
 def prompt_line(prompt: Any) -> str:

@@ -233,7 +233,8 @@ class ScoreConfig(Settings):
     file: Annotated[tyro.conf.Positional[Annotated[str, Rows("samples")]], tyro.conf.arg(metavar="FILE")]
     """`prompt`, `completion`: JSON lines, Parquet, CSV, a folder saved by `datasets`, or a hub id."""
     objective: str = "tradeoff(0.4)"
-    """How the heads become the column `reward`, e.g. nominal, worst_case, tradeoff(0.4), lower_confidence(1)."""
+    """How the heads become the column `reward`, e.g. nominal, worst_case, tradeoff(0.4), lower_confidence(1). Of a
+    `poise train-reward` run lower_confidence reads the posterior heads, as in training; others read the BRME's."""
     output: str = ""
     """File to write: JSON lines, or Parquet if its name ends in .parquet. Default: FILE with .scored.jsonl."""
     max_length: LengthOrAll = 0

@@ -26,6 +26,7 @@ from poise.functional.objectives import Objective, RewardScale, mean, parse_obje
 from poise.models.formats import checkpoint_folder
 from poise.models.reward_model import HeadLayout, files_of
 from poise.models.row_check import row_check_of_rewards
+from poise.models.run_heads import made_for, taken_heads
 from poise.models.scorer import Scorer
 from poise.reward.config import EvaluateConfig as Config
 from poise.reward.formats import Evaluated, Learning
@@ -56,6 +57,7 @@ def run(config: Config) -> Run:
         raise PoiseError("--ood compares pairs with pairs; a file holds lists of texts")
     out = Run.open(config.output, config, lambda: _inputs(config))
     if out.results is not None:
+        out.refuse_edited(lambda: _inputs(config))
         return out
     for path, asked in ((config.file, questions), (config.ood, ood)):
         if asked and asked.linked:
@@ -87,7 +89,10 @@ def run(config: Config) -> Run:
 def _inputs(config: Config) -> Inputs:
     """What the run reads, by the setting that names it; reward models are counted from 1."""
     files = {"--file": config.file, "--ood": config.ood}
-    rewards = {f"--rewards {number}": files_of(path) for number, path in enumerate(config.rewards, 1)}
+    rewards = {
+        f"--rewards {number}": files_of(made_for(path, config.objective))
+        for number, path in enumerate(config.rewards, 1)
+    }
     return {name: [Path(path)] for name, path in files.items() if path} | rewards
 
 
@@ -98,12 +103,13 @@ def _evaluate(
     path: str, config: Config, objective: Objective, questions: Questions, ood: Questions | None, seed: int
 ) -> tuple[Json, Iterable[Json]]:
     """(results, rows to keep) of one reward model. seed: its own, so that no two have the same random uncertainty."""
-    scorer = Scorer.load(path, config.max_length, cached=config.feature_cache)
+    place = taken_heads(path, config.objective)
+    scorer = Scorer.load(place, config.max_length, cached=config.feature_cache)
     layout = scorer.layout
     layout.check_objective(config.objective)
     results: Json = {
         "reward": path, "num_heads": layout.num_heads, "kind": layout.kind, "reward_scale": layout.reward_scale,
-        "learning": _learning(path, layout),
+        "learning": _learning(place, layout),
     }  # fmt: skip
     scores = _score_texts(scorer, questions, path)
     rows: Iterable[Json]

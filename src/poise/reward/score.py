@@ -18,6 +18,7 @@ from poise.errors import PoiseError
 from poise.functional.objectives import Objective, parse_objective
 from poise.models.reward_model import heads_fingerprint, members_of
 from poise.models.row_check import row_check_of_rewards
+from poise.models.run_heads import taken_heads
 from poise.models.score_columns import score_columns
 from poise.models.scorer import Scorer
 from poise.reward.config import ScoreConfig as Config
@@ -42,9 +43,10 @@ def run(config: Config) -> Path:
         raise PoiseError(f"several processes cannot share {config.file}, which is no file; start one")
     processes.join()
     first = processes.process_index() == 0
-    scorer = Scorer.load(config.reward, config.max_length)
+    place = taken_heads(config.reward, config.objective)
+    scorer = Scorer.load(place, config.max_length)
     scorer.layout.check_objective(config.objective)
-    check = row_check_of_rewards([config.reward])
+    check = row_check_of_rewards([place])
     total = 0
     if twice:
         understood = Understood(config.file, silent=not first)
@@ -52,7 +54,7 @@ def run(config: Config) -> Path:
     checked = twice and config.on_bad_row == "error"  # by the first reading: no row is left to refuse
     understood = Understood(config.file, silent=twice)
     samples = iter_samples(config.file, config.on_bad_row, None if checked else check, understood)
-    settings = _settings(config) if twice else None
+    settings = _settings(config, place) if twice else None
     with output.open(settings, TEXTS_PER_PART) if first else nullcontext((0, None)) as (done, file):
         done = max(processes.gathered_rows([done]))
         count = len(list(itertools.islice(samples, done)))
@@ -68,7 +70,8 @@ def run(config: Config) -> Path:
             console.print(
                 f"{truncated} of {count} samples lost their oldest tokens (longer than {scorer.extract.max_length})"
             )
-        console.print(f"{count} completions scored by {scorer.layout.num_heads} heads: {output.path}", markup=False)
+        heads = scorer.layout.num_heads
+        console.print(f"{count} completions scored by {heads} head{'s' * (heads > 1)}: {output.path}", markup=False)
     processes.wait()
     return output.path
 
@@ -85,11 +88,11 @@ def _output(config: Config) -> Path:
     return path
 
 
-def _settings(config: Config) -> Json:
-    """What the rows are made of. PoiseError if the file is gone."""
+def _settings(config: Config, place: str) -> Json:
+    """What the rows are made of, by the reward model at `place`. PoiseError if the file is gone."""
     return {
         **config_dict(config), "file": [config.file, *map(list, sizes_and_times(config.file))],
-        "heads": [heads_fingerprint(member) for member in members_of(config.reward)],
+        "heads": [heads_fingerprint(member) for member in members_of(place)],
     }  # fmt: skip
 
 

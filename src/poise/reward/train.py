@@ -16,6 +16,7 @@ feature cache. The validator is made before them, in the same way and on a trunk
 """
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from poise.models.loading import (
     HfModel,
     HfTokenizer,
     device,
+    found_here,
     frozen_dtype,
     load_tokenizer,
     resolve_model,
@@ -86,8 +88,9 @@ def run(config: Config) -> Run:
     if config.shard:
         _meet()
     out = Run(Path(config.output))
-    out.check_config(config)
+    out.check_config(config, lambda: _inputs(config, found_here))
     if out.results is not None:
+        out.refuse_edited(lambda: _inputs(config, found_here))
         _clear(out.folder)  # what a process that was killed right after the results has left
         return out
     split, held_back = read(config)  # what is wrong with the data comes before the folder
@@ -109,9 +112,12 @@ def _meet() -> None:
     join()
 
 
-def _inputs(config: Config) -> Inputs:
-    """What the run reads, by the setting that names it; preferences from the hub are not compared."""
-    return {"--preferences": [Path(config.preferences)], "--model": [Path(resolve_model(config.model))]}
+def _inputs(config: Config, place: Callable[[str], str] = resolve_model) -> Inputs:
+    """What the run reads, by the setting that names it; preferences from the hub are not compared.
+
+    place: where a model is.
+    """
+    return {"--preferences": [Path(config.preferences)], "--model": [Path(place(config.model))]}
 
 
 def heads_in_memory(config: Config, extract: FeatureExtractor) -> dict[str, TrainedModel]:

@@ -38,6 +38,31 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [name for name, files in now.items() if name in before and _digests(before[name]) != _digests(files)]
 
 
+def edited(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Inputs of which a file that both sides have holds something else than before."""
+    pairs = [(name, _digests(before[name]), _digests(files)) for name, files in now.items() if name in before]
+    return [name for name, old, new in pairs if any(old[label] != new[label] for label in old.keys() & new.keys())]
+
+
+def unchanged(before: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
+    """Settings whose inputs are there and hold what they held, wherever they lie now."""
+    named = {setting: [name for name in {**before, **now} if _setting(name) == setting] for setting in settings_of(now)}
+    return {
+        setting
+        for setting, names in named.items()
+        if all(_digests(before.get(name)) and _digests(before.get(name)) == _digests(now.get(name)) for name in names)
+    }
+
+
+def settings_of(found: Mapping[str, Any]) -> set[str]:
+    """The settings, by their names in Python, that name these inputs.
+
+    >>> sorted(settings_of({"--eval-prompts": {}, "--rewards 1": {}, "--rewards 2": {}}))
+    ['eval_prompts', 'rewards']
+    """
+    return {_setting(name) for name in found}
+
+
 def read_fingerprints(path: Path) -> dict[str, Any] | None:
     """What inputs.json holds; None if there is none. Raises PoiseError for a damaged one."""
     if not path.exists():
@@ -77,6 +102,11 @@ def _fingerprint(file: Path, known: Any) -> dict[str, Any]:
         return {"sha256": known["sha256"], "stat": stat}
     with file.open("rb") as content:
         return {"sha256": hashlib.file_digest(content, "sha256").hexdigest(), "stat": stat}
+
+
+def _setting(name: str) -> str:
+    """The setting of an input: several of one setting are counted."""
+    return name.removeprefix("--").split(" ")[0].replace("-", "_")
 
 
 def _digests(files: Any) -> dict[str, Any]:

@@ -75,7 +75,8 @@ class Run:
     ) -> "Run":
         """Open `folder` for `config` (a dataclass), creating it if need be, and be the one process that writes in it.
 
-        inputs: called for the files and model folders that the run reads; not called for a finished run.
+        inputs: called for the files and model folders that the run reads; of a finished run, only where a setting that
+        names one has changed. What an input holds counts, and not where it lies.
         Of the settings that its class names in GROWS a run may take more than it was begun with. A finished run then
         goes on.
         A folder in which a run of another config left neither results nor checkpoints is taken over.
@@ -84,26 +85,31 @@ class Run:
         another process writes in it: results never mix.
         """
         run = cls(Path(folder))
-        run.check_config(config)
-        if run.results is None or run.differs(config):  # a finished run keeps the record of what made it
+        run.check_config(config, inputs)
+        if run.results is None or run.differs(config, inputs):  # a finished run keeps the record of what made it
             own(run.folder)
             if is_main_process():
                 lock(run.folder)
-                run.check_config(config)
+                run.check_config(config, inputs)
                 if run._is_bare:
                     run._begin_anew()
                 record_inputs(run.folder, inputs)
-                if run.differs(config):  # it is extended
+                if run.differs(config, inputs):  # it is extended
                     (run.folder / "results.json").unlink(missing_ok=True)
             run.write_config(config)
         return run
 
-    def check_config(self, config: Any) -> None:
-        """Raise PoiseError if the folder holds work of a run of another config, or something else than a run."""
+    def check_config(self, config: Any, inputs: Callable[[], Inputs] | None = None) -> None:
+        """Raise PoiseError if the folder holds work of a run of another config, or something else than a run.
+
+        inputs: as of `open`. Without them, settings that name inputs are left to whoever knows what these hold.
+        """
         self.check_command(config)
         if not (self.folder / "config.yaml").exists():
             refuse_foreign(self.folder)
-        elif (changed := self.differs(config)) and not self._is_bare and not self._extends(config, changed):
+            return
+        changed = self.differs(config, inputs) if inputs else self.differs_beside_inputs(config)
+        if changed and not self._is_bare and not self._extends(config, changed):
             raise PoiseError(
                 f"{self.folder} holds a run of another config (differs in {', '.join(changed)}); "
                 f"choose another --output or delete the folder"
@@ -115,14 +121,45 @@ class Run:
         if made and made != command_of(config_dict(config)) and not self._is_bare:
             raise PoiseError(f"--output {self.folder} is a run of `poise {made}`; choose another folder")
 
-    def differs(self, config: Any) -> list[str]:
-        """Names of the settings in which the run in the folder differs from `config`; [] if there is no run."""
+    def refuse_edited(self, inputs: Callable[[], Inputs]) -> None:
+        """Raise PoiseError if an input of a finished run holds something else now; one that is gone is not missed."""
+        if not (before := self._inputs_before()):
+            return
+        try:
+            now = run_inputs.fingerprints(inputs(), before)
+        except PoiseError:
+            return  # a model that is gone
+        if edited := run_inputs.edited(before, now):
+            raise PoiseError(
+                f"{self.folder} is finished, and of its inputs {', '.join(edited)} changed since; choose another "
+                f"--output, or bring the old files back"
+            )
+
+    def differs_beside_inputs(self, config: Any) -> list[str]:
+        """Names of the settings in which the run differs, but for those that name inputs."""
+        changed = self.differs(config)
+        kept = run_inputs.settings_of(self._inputs_before()) if changed else ()
+        return [name for name in changed if name not in kept]
+
+    def differs(self, config: Any, inputs: Callable[[], Inputs] | None = None) -> list[str]:
+        """Names of the settings in which the run in the folder differs from `config`; [] if there is no run.
+
+        inputs: as of `open`. A setting that names one does not differ where this holds what it held.
+        """
         path = self.folder / "config.yaml"
         if not path.exists():
             return []
         now = config_dict(config)
         added = {name: now[name] for name in getattr(config, "ADDED", {})}
-        return _changed_fields(_defaults(config) | added | load_config_file(path), now)
+        changed = _changed_fields(_defaults(config) | added | load_config_file(path), now)
+        before = self._inputs_before() if changed and inputs else {}
+        if inputs and run_inputs.settings_of(before) & {*changed}:
+            same = run_inputs.unchanged(before, run_inputs.fingerprints(inputs(), before))
+            changed = [name for name in changed if name not in same]
+        return changed
+
+    def _inputs_before(self) -> Json:
+        return run_inputs.read_fingerprints(self.folder / run_inputs.FILE) or {}
 
     @property
     def _is_bare(self) -> bool:

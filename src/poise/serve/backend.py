@@ -21,7 +21,7 @@ from poise.functional.typicality import Reference, distance
 from poise.models.chat_format import HfTokenizer
 from poise.models.encoding import Encoder, Tokens
 from poise.models.reward_model import HeadLayout, heads_fingerprint
-from poise.models.run_heads import validator_of
+from poise.models.run_heads import taken_heads, validator_of
 from poise.models.scorer import Ensemble, FeatureExtractor, Scorer
 from poise.models.validator import say_validator
 from poise.runtime.progress import console
@@ -100,14 +100,15 @@ class RewardModels:
 
 def local(config: ServeConfig) -> RewardModels:
     """The reward models that the settings name, in this process."""
-    if len(config.rewards) == 1:
-        scorer = Scorer.load(config.rewards[0], config.max_length)
-        fingerprint = heads_fingerprint(config.rewards[0])
+    places = [taken_heads(reward, config.objective) for reward in config.rewards]
+    if len(places) == 1:
+        scorer = Scorer.load(places[0], config.max_length)
+        fingerprint = heads_fingerprint(places[0])
     else:
         pairs = read_preferences(config.reference, understood=Understood(config.reference, can_skip=False))
         reference = [Sample(pair.prompt, text) for pair in pairs for text in (pair.chosen, pair.rejected)]
-        scorer = Ensemble.fit(config.rewards, reference, config.max_length)
-        parts = [*map(heads_fingerprint, config.rewards), *(f"{x:.5g}" for x in (*scorer.means, *scorer.stds))]
+        scorer = Ensemble.fit(places, reference, config.max_length)
+        parts = [*map(heads_fingerprint, places), *(f"{x:.5g}" for x in (*scorer.means, *scorer.stds))]
         fingerprint = hashlib.blake2b(" ".join(parts).encode(), digest_size=16).hexdigest()
     scorer.layout.check_objective(config.objective)
     return of_scorer(scorer, fingerprint)

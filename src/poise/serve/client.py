@@ -27,6 +27,7 @@ from poise.runtime.settings import NotNegative, Positive, check_address, check_v
 
 URL_VARIABLE, TOKEN_VARIABLE = "POISE_URL", "POISE_TOKEN"
 DEFAULT_URL = "http://127.0.0.1:8400"
+_OFTEN = 3  # a server that starts, or waits for the other callers' texts, says "later" once or twice
 _AGAIN = {408, 429, 502, 503, 504}  # not 500: the reward model is broken
 _LONGEST_WAIT = 10.0
 _CONCURRENT = 64
@@ -98,8 +99,9 @@ class Client:
             body = json.dumps(value, allow_nan=False).encode()
         except (TypeError, ValueError) as error:
             raise PoiseError(f"{self.url}{path} cannot be asked: {error}") from None
-        end, wait, said = time.monotonic() + self.patience, 0.25, False
+        end, wait, tries, said = time.monotonic() + self.patience, 0.25, 0, False
         while True:
+            tries += 1
             try:
                 return self._once(path, body)
             except AgainError as error:
@@ -107,7 +109,8 @@ class Client:
                 if time.monotonic() + pause > end:
                     line = f"{self.url}{path} gave no answer in {self.patience:g} s: {error}"
                     raise PoiseError(line) from None
-                if not error.status and not said:  # nobody there: perhaps the address is wrong
+                # Nobody there: perhaps the address is wrong. One who says "later" each time may wait for more texts.
+                if not said and (not error.status or (error.status == 503 and tries == _OFTEN)):
                     said = True
                     _LOG.warning("%s: %s; asking again for %g s", self.url, error, self.patience)
                 time.sleep(pause)

@@ -28,6 +28,7 @@ from poise.models.formats import ENSEMBLE_FILE
 from poise.models.head_adapters import FOLDER
 from poise.models.loading import resolve_model
 from poise.models.reward_model import heads_fingerprint, read_layout
+from poise.models.run_heads import taken_heads
 from poise.models.scorer import Scorer
 from poise.runtime.http_json import AgainError, ask
 from poise.runtime.progress import console
@@ -56,7 +57,7 @@ def remote(config: ServeConfig) -> RewardModels:
 
     Raises PoiseError for one that vLLM cannot read, and as `Servers.check` does.
     """
-    (path,) = config.rewards
+    (path,) = (taken_heads(reward, config.objective) for reward in config.rewards)
     if (Path(path) / ENSEMBLE_FILE).exists():
         raise PoiseError(f"--backend vllm reads one reward model, and {path} is an ensemble; serve it with local")
     layout = read_layout(path)

@@ -12,7 +12,7 @@ milliseconds.
                             without --gold the proxy alone
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +20,9 @@ import numpy as np
 from poise.data.types import Prompt
 from poise.functional.objectives import RewardScale, disagreement, mean, routing_std
 from poise.functional.overoptimization import Choice
-from poise.models.loading import resolve_model
+from poise.models.loading import found_here, resolve_model
 from poise.models.reward_model import files_of
-from poise.models.row_check import row_check_of
+from poise.models.row_check import row_check_of, tokenizers_of
 from poise.runtime.run_folder import Inputs, Json, Run, write_jsonl
 from poise.studies.config import REVIEWS
 from poise.studies.config import BestOfNConfig as Config
@@ -43,8 +43,9 @@ def run(config: Config) -> Run:
     config.check()
     choices = {text: Choice.parse(text) for text in config.objectives}
     out = Run(Path(config.output))
-    out.check_config(config)
+    out.check_config(config, lambda: inputs_of(config, found_here))
     if out.results is not None:
+        out.refuse_edited(lambda: inputs_of(config, found_here))
         return out
     prompts_of(config)  # what is wrong with them comes before the folder
     out = Run.open(config.output, config, lambda: inputs_of(config))
@@ -60,21 +61,23 @@ def run(config: Config) -> Run:
     return out
 
 
-def inputs_of(config: Config) -> Inputs:
-    """What the run reads, by the setting that names it; reward runs are counted from 1."""
+def inputs_of(config: Config, place: Callable[[str], str] = resolve_model) -> Inputs:
+    """What the run reads, by the setting that names it; reward runs are counted from 1. place: where a model is."""
     names = dict.fromkeys(Choice.parse(text).reward for text in config.objectives)
     rewards = {
-        f"--reward {number}": [file for name in names for file in files_of(str(Path(folder) / name))]
+        f"--reward {number}": [file for name in names for file in files_of(str(Path(folder) / name), place)]
         for number, folder in enumerate(config.reward, 1)
     }
-    gold: Inputs = {"--gold": files_of(config.gold)} if config.gold not in ("", REVIEWS) else {}
-    model = [Path(resolve_model(config.model))]
+    gold: Inputs = {"--gold": files_of(config.gold, place)} if config.gold not in ("", REVIEWS) else {}
+    model = [Path(place(config.model))]
     return {"--prompts": [Path(config.prompts)], "--model": model, **rewards, **gold}
 
 
 def prompts_of(config: Config) -> list[Prompt]:
     """What is sampled for; each prompt leaves the model room for a completion."""
-    return pool_prompts(config.prompts, config.on_bad_row, row_check_of(config.model, config.max_tokens))
+    kinds = dict.fromkeys(Choice.parse(text).reward for text in config.objectives)
+    readers = tokenizers_of([str(Path(folder) / kind) for folder in config.reward for kind in kinds])
+    return pool_prompts(config.prompts, config.on_bad_row, row_check_of(config.model, config.max_tokens, readers))
 
 
 def make_pool(folder: Path, config: Config) -> list[Json]:

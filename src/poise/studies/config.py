@@ -18,6 +18,7 @@ from poise.errors import PoiseError
 from poise.functional.objective_names import in_one_spelling, read_objective
 from poise.models.choices import DEFAULT_MODEL
 from poise.models.head_checks import check_reward_run
+from poise.models.model_folder import check_layers
 from poise.policy.config import Config as PolicySettings
 from poise.policy.formats import refuse_unfinished
 from poise.reward.config import Config as RewardSettings
@@ -327,14 +328,15 @@ def _check_nested(config: Config) -> None:
         group, key = name.split(".")
         if given[group][key] != default[group][key]:
             raise PoiseError(f"--{name.replace('_', '-')} is set by the study; leave it out and see {own}")
-    tuned = next((name for name in ("trunk", "stage2_trunk") if given["reward"][name] != "frozen"), None)
-    if tuned and config.pool_size:
+    if config.pool_size and (tuned := [one for one in ("trunk", "stage2_trunk") if given["reward"][one] != "frozen"]):
         raise PoiseError(
-            f"--reward.{tuned.replace('_', '-')} {given['reward'][tuned]} needs --pool-size 0: "
+            f"--reward.{tuned[0].replace('_', '-')} {given['reward'][tuned[0]]} needs --pool-size 0: "
             "best-of-n trains its reward models on one frozen trunk"
         )
     with _options_of("reward"):
-        reward_job(config, "0", 0).config.check()
+        (reward := reward_config(config, "0", 0)).check()
+        if Path(reward.model).is_dir():  # before a pool is sampled; the hub is not asked
+            check_layers(reward.model, "--num-layers", reward.num_layers)
     for arm in config.arms:
         with _options_of("policy", f"arm {arm}: "):
             policy_job(config, arm, 0, "0", 0).config.check()
@@ -350,10 +352,9 @@ def _options_of(group: str, before: str = "") -> Iterator[None]:
 
 
 def _is_noise(label: str) -> bool:
-    try:
+    with contextlib.suppress(ValueError):
         return label == "raters" or 0 <= float(label) <= 0.5
-    except ValueError:
-        return False
+    return False
 
 
 # ---- jobs ----

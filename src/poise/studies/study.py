@@ -243,7 +243,8 @@ def _open(config: Config) -> Run:
         # An earlier version may have written it: some settings had other names, and a missing one had its default.
         before = settings(Config()) | {RENAMED.get(key, key): value for key, value in _kept(path).items()}
         known = before.get("digests", {})
-        changed = sorted(key for key in fixed if not same_value(before.get(key), fixed[key]))
+        same = {key for key in digests if known.get(key) == digests[key]}  # wherever the file lies now
+        changed = sorted(key for key in fixed if key not in same and not same_value(before.get(key), fixed[key]))
         changed += [f"what {key} holds" for key in digests if known.get(key, digests[key]) != digests[key]]
         if changed:
             raise PoiseError(

@@ -10,7 +10,7 @@
 Nothing here is trained to please the validator or the judge.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +22,15 @@ from poise.data.types import Preference, Prompt
 from poise.errors import PoiseError
 from poise.functional import trust
 from poise.functional.objectives import mean, parse_objective
-from poise.models.loading import resolve_model
+from poise.models.loading import found_here, resolve_model
 from poise.models.reward_model import files_of
-from poise.models.row_check import row_check_of
+from poise.models.row_check import row_check_of, tokenizers_of
 from poise.models.run_heads import reward_folder, validator_of
 from poise.models.scorer import Ensemble, Scorer
 from poise.models.validator import say_validator
 from poise.reward.pairs import pair_features, prompt_groups, text_groups
 from poise.reward.room import LEAST_GROUPS, room
+from poise.runtime import inputs as run_inputs
 from poise.runtime import records
 from poise.runtime.progress import progress
 from poise.runtime.run_folder import Inputs, Json, Run, load_config_file, write_json, write_jsonl
@@ -47,10 +48,13 @@ def run(config: Config) -> Run:
     config.check()
     out = Run(Path(config.output))
     kept = without_judge(config)
-    out.check_config(kept)
+    out.check_config(kept, lambda: _inputs(config, found_here))
     found = out.results
+    if found is not None:
+        out.refuse_edited(lambda: _inputs(config, found_here))
     if found is None:
-        check = row_check_of(config.model, config.max_tokens)
+        judges = filter(None, [reward_folder(config.reward, config.objective, None), config.validator])
+        check = row_check_of(config.model, config.max_tokens, tokenizers_of([*judges]))
         prompts = pool_prompts(config.prompts, config.on_bad_row, check)
         grouped = _groups(config, check) if config.preferences else None
         out = Run.open(config.output, kept, lambda: _inputs(config))
@@ -60,12 +64,12 @@ def run(config: Config) -> Run:
     return out
 
 
-def _inputs(config: Config) -> Inputs:
-    """What the run reads, by the setting that names it."""
-    found = {"--prompts": [Path(config.prompts)], "--model": [Path(resolve_model(config.model))]}
-    found["--reward"] = files_of(reward_folder(config.reward, config.objective, None))
+def _inputs(config: Config, place: Callable[[str], str] = resolve_model) -> Inputs:
+    """What the run reads, by the setting that names it. place: where a model is."""
+    found = {"--prompts": [Path(config.prompts)], "--model": [Path(place(config.model))]}
+    found["--reward"] = files_of(reward_folder(config.reward, config.objective, None), place)
     if config.validator:
-        found["--validator"] = files_of(config.validator)
+        found["--validator"] = files_of(config.validator, place)
     if config.preferences:
         found["--preferences"] = [Path(config.preferences)]
     return found
@@ -154,8 +158,13 @@ def _has_seen(checkpoint: Path, preferences: str) -> bool:
     if not settings.exists():
         return False
     of = load_config_file(settings)
-    same = Path(str(of.get("preferences", ""))).resolve() == Path(preferences).resolve()
-    return same and of.get("trunk", "frozen") != "frozen"
+    if of.get("trunk", "frozen") == "frozen":
+        return False
+    before = run_inputs.read_fingerprints(checkpoint.parent / run_inputs.FILE) or {}
+    if not before.get("--preferences"):  # an earlier version's, or pairs from the hub
+        return Path(str(of.get("preferences", ""))).resolve() == Path(preferences).resolve()
+    now = run_inputs.fingerprints({"--preferences": [Path(preferences)]}, before)
+    return "preferences" in run_inputs.unchanged({"--preferences": before["--preferences"]}, now)
 
 
 def _validation_accuracy(checkpoint: Path) -> float | None:
