@@ -17,8 +17,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Int
 from numpy import ndarray
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
 from poise.data.conversations import check_text, prompt_of
 from poise.data.files import RawRow, as_object, can_be_read_twice, parsed_json, raw_rows
@@ -119,6 +117,9 @@ def _digest(value: Any) -> bytes:
 
 def _components(links: Int[ndarray, "links 2"], count: int) -> Int[ndarray, " nodes"]:
     """The number of each node's connected component."""
+    from scipy.sparse import coo_matrix  # slow to import, and bad input is answered without it
+    from scipy.sparse.csgraph import connected_components
+
     graph = coo_matrix((np.ones(len(links), dtype=bool), (links[:, 0], links[:, 1])), (count, count))
     return np.asarray(connected_components(graph, directed=False)[1])
 
