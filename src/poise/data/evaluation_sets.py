@@ -68,7 +68,8 @@ class Questions:
 
         kind: None for lists of texts, whose lengths decide.   first: the items, where their first reading is another.
         """
-        sizes, lengths, same, starts, links = (array("q") for _ in range(5))
+        sizes, lengths, same, starts = (array("q") for _ in range(4))
+        links: list[tuple[int, int]] = []
         subset: list[str] = []
         numbers: dict[bytes, int] = {}
         texts: dict[bytes, int] = {}
@@ -81,8 +82,7 @@ class Questions:
             same.append(numbers.setdefault(_digest([item.prompt, own]), len(numbers)))
             first_text, *others = (texts.setdefault(_digest([item.prompt, text]), len(texts)) for text in own)
             starts.append(first_text)
-            for other in others:
-                links.extend((first_text, other))
+            links += [(first_text, other) for other in others]
         counts = np.array(sizes, dtype=int).reshape(-1, 2)
         if kind is None:
             found = {(int(chosen), int(rejected)) for chosen, rejected in np.unique(counts, axis=0)}
@@ -90,7 +90,7 @@ class Questions:
                 frozenset({(1, 1)}): "pairs", frozenset({(NUM_STYLES, NUM_STYLES)}): "rm_bench"
             }  # fmt: skip
             kind = alike.get(frozenset(found), "best_of_n")
-        unit = _components(np.array(links, dtype=int).reshape(-1, 2), len(texts))[np.array(starts, dtype=int)]
+        unit = _components(links, len(texts))[np.array(starts, dtype=int)]
         if linked := len(np.unique(unit)) < min(LEAST_UNITS, len(numbers)):
             unit = np.array(same, dtype=int)
         unit = np.unique(unit, return_inverse=True)[1]  # without gaps
@@ -115,13 +115,19 @@ def _digest(value: Any) -> bytes:
     return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).digest()
 
 
-def _components(links: Int[ndarray, "links 2"], count: int) -> Int[ndarray, " nodes"]:
-    """The number of each node's connected component."""
-    from scipy.sparse import coo_matrix  # slow to import, and bad input is answered without it
-    from scipy.sparse.csgraph import connected_components
+def _components(links: Iterable[tuple[int, int]], count: int) -> Int[ndarray, " nodes"]:
+    """The first node of each node's connected component. Without scipy, which bad input need not wait for."""
+    above = list(range(count))
 
-    graph = coo_matrix((np.ones(len(links), dtype=bool), (links[:, 0], links[:, 1])), (count, count))
-    return np.asarray(connected_components(graph, directed=False)[1])
+    def first(node: int) -> int:
+        while above[node] != node:
+            above[node] = node = above[above[node]]
+        return node
+
+    for one, other in links:
+        low, high = sorted((first(one), first(other)))
+        above[high] = low
+    return np.array([first(node) for node in range(count)], dtype=int)
 
 
 @dataclass(frozen=True)
