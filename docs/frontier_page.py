@@ -18,13 +18,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from poise.functional.statistics import mean_between
+from poise.functional.statistics import holm, mean_between
 from poise.reports.plot_style import GRAY, STYLES, Style, look, svg
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 PASSAGE = re.compile(r"(<!-- frontier ([\w ]+) -->)(\s*).*?(\s*)(<!-- end -->)", re.DOTALL)
 DESIGNED = 12  # seeds
+DESIGNED_ARMS = 7  # beside one head
 FEWEST = 3  # seeds from which on an arm is drawn
 TEXTS = 4  # that the page shows of every arm; the others are in the raw data
 FIRST, SETTLED = "single", "bound_settled"
@@ -301,8 +302,23 @@ def page_verdict(found: Json) -> str:
     )
     return (
         f"**Verdict.** More gold (G2) than one head at equal KL, in stds of the initial completions: {in_words(found)}."
-        f"{interim * unfinished(found)} {CAUTION} The two golds have the same sign on {same} of {of} arms, and over a "
-        f"run's steps a rank correlation of {number(found[CORRELATION], sign=False)}."
+        f"{interim * unfinished(found)}{with_all_arms(found)} {CAUTION} The two golds have the same sign on {same} of "
+        f"{of} arms, and over a run's steps a rank correlation of {number(found[CORRELATION], sign=False)}."
+    )
+
+
+def with_all_arms(found: Json) -> str:
+    """What the p-values of a yes would be if the arms of the design that have no run had the largest ones."""
+    yes = [arm for arm in tested(found) if verdict(found, arm) == "yes"]
+    left = DESIGNED_ARMS - len(tested(found))
+    if not yes or left <= 0:
+        return ""
+    known = [found["arms"][arm][f"g2, minus {FIRST}"].get("p", 1.0) for arm in tested(found)]
+    p_values = dict(zip(tested(found), holm([*known, *[1.0] * left]), strict=False))
+    most = max(p_values[arm] for arm in yes)
+    return (
+        f" {left} of the {DESIGNED_ARMS} arms of the design have not been run: with the largest p-values, they would "
+        f"raise that of a yes to {number(most, sign=False)} at most."
     )
 
 

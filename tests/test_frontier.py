@@ -154,6 +154,7 @@ def test_the_pages_say_what_the_result_says(modules: tuple[ModuleType, ModuleTyp
     ).read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("modules")
 def test_the_alarm_that_is_shipped_is_shown_on_the_seeds_it_was_chosen_on_and_on_later_ones() -> None:
     """Validators that see 1, .8, .5 and .9 of a reward of 2 stds; gold of the last two falls. Only .5 is below .7."""
     module = importlib.import_module("validator_alarm")
@@ -214,3 +215,20 @@ def test_what_policies_write_is_counted_by_hand() -> None:
         "on the subject": pytest.approx(1 / 3), "first": "A good film.",
     }  # fmt: skip
     assert curves.written(rows[2:] * 3)["distinct word pairs"] == pytest.approx(1 / 3)
+
+
+def test_arms_without_a_run_count_with_the_largest_p(modules: tuple[ModuleType, ModuleType]) -> None:
+    """Of five p-values .005 is the smallest; of the seven of the design Holm multiplies it by 7, and .04 by 5."""
+    _, page = modules
+    arms = ["brme", "typical", "two_depths", "single_settled", "bound_settled"]
+    gaps = [
+        {"p": p, "p after Holm": 0.03, "difference": 0.4, "interval": [0.1, 0.7]} for p in (0.9, 0.5, 0.4, 0.008, 0.005)
+    ]
+    found = {"arms": {arm: {"seeds": [200], "g2, minus single": gap} for arm, gap in zip(arms, gaps, strict=True)}}
+    for gap in gaps[:3]:
+        gap["p after Holm"] = 0.9
+    said = page.with_all_arms(found)
+    assert said.startswith(" 2 of the 7 arms")
+    assert said.endswith("to .05 at most.")  # 6 times .008 is .048
+    gaps[3]["p after Holm"] = gaps[4]["p after Holm"] = 0.9
+    assert page.with_all_arms(found) == ""

@@ -20,6 +20,7 @@ from conftest import rest_slow
 from poise.cli import main as cli
 from poise.errors import PoiseError
 from poise.integrations import lm_eval as harness
+from poise.models.loading import resolve_model
 from poise.policy import evaluate as evaluate_policy
 from poise.policy import train as train_policy
 from poise.policy.evaluate import Config, average, average_difference, fluctuation, paired_difference
@@ -395,13 +396,13 @@ def test_adapters_of_any_folder_are_a_policy(trained: Path, tmp_path: Path) -> N
     ids = torch.tensor([[5, 60, 100, 7]])
     logits = []
     for path in (trained, trained / "policy", tmp_path / "kl-5"):
-        model, tokenizer = evaluate_policy._source(str(path)).load()
+        model, tokenizer = evaluate_policy._source(str(path), resolve_model).load()
         assert tokenizer.chat_template
         with torch.no_grad():
             logits.append(model(input_ids=ids).logits)
     assert torch.equal(logits[0], logits[1])
     assert torch.equal(logits[0], logits[2])
-    start, _ = evaluate_policy._source(load_config_file(trained / "config.yaml")["model"]).load()
+    start, _ = evaluate_policy._source(load_config_file(trained / "config.yaml")["model"], resolve_model).load()
     with torch.no_grad():
         assert not torch.allclose(start(input_ids=ids).logits, logits[0])
 

@@ -335,12 +335,12 @@ def test_parts_of_another_reward_model_are_not_kept(reward: str, tmp_path: Path)
     (tmp_path / "both").mkdir()
     (tmp_path / "both" / "ensemble.json").write_text(json.dumps(both))
     configs = [score.Config(str(tmp_path / name), str(file)) for name in ("rm", "both")]
-    before = [score._settings(config) for config in configs]
-    assert before == [score._settings(config) for config in configs]
+    before = [score._settings(config, config.reward) for config in configs]
+    assert before == [score._settings(config, config.reward) for config in configs]
     [weights] = [path for path in (copy / "brme").glob("*.safetensors") if "score.weight" in load_file(path)]
     save_file({key: value + 1 for key, value in load_file(weights).items()}, weights, {"format": "pt"})
     for config, settings in zip(configs, before, strict=True):
-        assert score._settings(config) != settings
+        assert score._settings(config, config.reward) != settings
     left = ScoreFile(tmp_path / "out.jsonl")
     for settings, kept in ((before[0], 0), (before[0], 4), (before[1], 0)):
         with left.open(settings, 2) as (done, partial):
@@ -369,11 +369,11 @@ def test_parts_of_other_rows_of_a_folder_are_not_kept(reward: str, tmp_path: Pat
     save(["good", "bad", "fine"])
     config = score.Config(reward, str(tmp_path / "data"))
     inputs = {"--file": [tmp_path / "data"]}
-    before, known = score._settings(config), fingerprints(inputs)
-    assert score._settings(config) == before
+    before, known = score._settings(config, config.reward), fingerprints(inputs)
+    assert score._settings(config, config.reward) == before
     assert not changed(known, fingerprints(inputs, known))
     save(["good", "poor", "fine"])
-    assert score._settings(config) != before
+    assert score._settings(config, config.reward) != before
     assert changed(known, fingerprints(inputs, known)) == ["--file"]
 
 
