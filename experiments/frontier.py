@@ -164,8 +164,8 @@ def make_gold(root: Path) -> None:
 # ---- the runs of a seed ----
 
 
-def prepare(folder: Path, seed: int) -> None:
-    """A seed's pairs, labeled by G2 and a quarter of them flipped, and its reward models."""
+def prepare_first(folder: Path, seed: int) -> None:
+    """A seed's pairs, labeled by G2 and a quarter of them flipped, and the reward model of its first arms."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "eval_prompts.jsonl").exists():
         recipes.write_prompts(folder)
@@ -176,6 +176,11 @@ def prepare(folder: Path, seed: int) -> None:
     train_reward.run(
         replace(LAPTOP_REWARD, preferences=str(folder / "low.jsonl"), seed=seed, output=str(folder / "low"))
     )
+
+
+def prepare(folder: Path, seed: int) -> None:
+    """All reward models of a seed's arms and validators, but for those of `prepare_arm`."""
+    prepare_first(folder, seed)
     for output, pairs, layers in (("high", "low", 16), ("other", "other", 8), ("held-back", "held-back", 16)):
         train_reward.run(
             replace(
@@ -245,15 +250,17 @@ def labeled(pairs: list[tuple[Sample, Sample]], seed: int, flipped: float = FLIP
     return found
 
 
-def train(folder: Path, seed: int, name: str) -> None:
+def train(folder: Path, seed: int, name: str, policy_seed: int | None = None) -> Path:
+    """One arm's run, and its folder. policy_seed: another than the reward model's, in a folder of its own."""
     arm = ARMS[name]
+    run = folder / (name if policy_seed is None else f"{name}-{policy_seed}")
     train_policy.run(
         replace(
             LAPTOP_POLICY,
             prompts=str(folder / "prompts.jsonl"),
             eval_prompts=str(folder / "eval_prompts.jsonl"),
             reward=str(folder / arm.reward),
-            output=str(folder / name),
+            output=str(run),
             objective=arm.objective,
             reward_ceiling=2.0 if arm.settled else None,
             settle=arm.settled,
@@ -263,20 +270,21 @@ def train(folder: Path, seed: int, name: str) -> None:
             keep_at_kl=(),
             eval_completions=1,
             save_every=1,
-            seed=seed,
+            seed=seed if policy_seed is None else policy_seed,
         )
     )
+    return run
 
 
-def read_curve(run: Path, scorers: Callable[[str], Scorer]) -> None:
-    """Write RUN/curve.json: KL, reward, both golds and both validators of every step. Gold is read here first."""
+def read_curve(run: Path, scorers: Callable[[str], Scorer], validators: dict[str, str] = VALIDATORS) -> None:
+    """Write RUN/curve.json: KL, reward, both golds and the validators of every step. Gold is read here first."""
     if (run / "curve.json").exists():
         return
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     texts, steps = samples_of(rows), np.array([row["step"] for row in rows])
     scores = {"g1": gold_rewards([row["completion"] for row in rows])}
-    for name, path in {"g2": str(G2), **{k: str(run.parent / v) for k, v in VALIDATORS.items()}}.items():
+    for name, path in {"g2": str(G2), **{k: str(run.parent / v) for k, v in validators.items()}}.items():
         scores[name] = mean(scorers(path)(texts)).double().numpy()
     curve = {
         "step": [step["step"] for step in metrics], "kl": [step["kl"] for step in metrics],
@@ -317,8 +325,7 @@ def main() -> None:
         prepare(folder, seed)
         for arm in options.arms:
             prepare_arm(folder, seed, arm)
-            train(folder, seed, arm)
-            read_curve(folder / arm, scorers)
+            read_curve(train(folder, seed, arm), scorers)
 
 
 if __name__ == "__main__":

@@ -136,6 +136,8 @@ def report(root: Path, arms: list[str], gold: Json) -> Json:
         for seed, runs in json.loads(earlier.read_text())["curves"].items():
             curves.setdefault(int(seed), {}).update(runs)
     for path in sorted(root.glob("seed-*/*/curve.json")):
+        if path.parts[-2] not in arms:
+            continue  # another policy seed: policy_seeds.py
         seed = int(path.parts[-3].removeprefix("seed-"))
         run = curves.setdefault(seed, {})[path.parts[-2]] = json.loads(path.read_text())
         if (final := path.with_name("final.jsonl")).exists():
