@@ -164,8 +164,8 @@ def make_gold(root: Path) -> None:
 # ---- the runs of a seed ----
 
 
-def prepare_first(folder: Path, seed: int) -> None:
-    """A seed's pairs, labeled by G2 and a quarter of them flipped, and the reward model of its first arms."""
+def write_pairs(folder: Path, seed: int) -> None:
+    """A seed's prompts, and three files of pairs labeled by G2, a quarter of them flipped: low, other, held-back."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "eval_prompts.jsonl").exists():
         recipes.write_prompts(folder)
@@ -173,21 +173,31 @@ def prepare_first(folder: Path, seed: int) -> None:
         pairs = labeled(unlabeled(folder, seed), seed)
         for number, name in enumerate(("low", "other", "held-back")):
             write_preferences(folder / f"{name}.jsonl", pairs[number::3])
+
+
+def prepare_low(folder: Path, seed: int) -> None:
+    """The reward model of the arms on 8 layers, with all its kinds of heads."""
     train_reward.run(
         replace(LAPTOP_REWARD, preferences=str(folder / "low.jsonl"), seed=seed, output=str(folder / "low"))
     )
 
 
+def prepare_one_head(folder: Path, seed: int, output: str, pairs: str, layers: int) -> None:
+    """A reward model of which only `single` is read."""
+    train_reward.run(
+        replace(
+            LAPTOP_REWARD, preferences=str(folder / f"{pairs}.jsonl"), num_layers=layers, seed=seed,
+            output=str(folder / output), **ONLY_SINGLE,
+        )
+    )  # fmt: skip
+
+
 def prepare(folder: Path, seed: int) -> None:
-    """All reward models of a seed's arms and validators, but for those of `prepare_arm`."""
-    prepare_first(folder, seed)
+    """A seed's pairs, and all reward models of arms and validators, but for those of `prepare_arm`."""
+    write_pairs(folder, seed)
+    prepare_low(folder, seed)
     for output, pairs, layers in (("high", "low", 16), ("other", "other", 8), ("held-back", "held-back", 16)):
-        train_reward.run(
-            replace(
-                LAPTOP_REWARD, preferences=str(folder / f"{pairs}.jsonl"), num_layers=layers, seed=seed,
-                output=str(folder / output), **ONLY_SINGLE,
-            )
-        )  # fmt: skip
+        prepare_one_head(folder, seed, output, pairs, layers)
     if not (folder / "two-depths").exists():
         members = (str(folder / "low" / "single"), str(folder / "high" / "single"))
         ensemble.run(EnsembleConfig(members, str(folder / "low.jsonl"), str(folder / "two-depths")))
@@ -250,16 +260,14 @@ def labeled(pairs: list[tuple[Sample, Sample]], seed: int, flipped: float = FLIP
     return found
 
 
-def train(folder: Path, seed: int, name: str, policy_seed: int | None = None) -> Path:
-    """One arm's run, and its folder. policy_seed: another than the reward model's, in a folder of its own."""
-    arm = ARMS[name]
-    run = folder / (name if policy_seed is None else f"{name}-{policy_seed}")
+def train(run: Path, arm: Arm, seed: int) -> Path:
+    """PPO against one of the reward models beside the run's folder, which is returned. seed: the policy's."""
     train_policy.run(
         replace(
             LAPTOP_POLICY,
-            prompts=str(folder / "prompts.jsonl"),
-            eval_prompts=str(folder / "eval_prompts.jsonl"),
-            reward=str(folder / arm.reward),
+            prompts=str(run.parent / "prompts.jsonl"),
+            eval_prompts=str(run.parent / "eval_prompts.jsonl"),
+            reward=str(run.parent / arm.reward),
             output=str(run),
             objective=arm.objective,
             reward_ceiling=2.0 if arm.settled else None,
@@ -270,7 +278,7 @@ def train(folder: Path, seed: int, name: str, policy_seed: int | None = None) ->
             keep_at_kl=(),
             eval_completions=1,
             save_every=1,
-            seed=seed if policy_seed is None else policy_seed,
+            seed=seed,
         )
     )
     return run
@@ -325,7 +333,7 @@ def main() -> None:
         prepare(folder, seed)
         for arm in options.arms:
             prepare_arm(folder, seed, arm)
-            read_curve(train(folder, seed, arm), scorers)
+            read_curve(train(folder / arm, ARMS[arm], seed), scorers)
 
 
 if __name__ == "__main__":

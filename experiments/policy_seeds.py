@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from equal_kl import HIGH
-from frontier import G2, prepare_first, read_curve, train
+from frontier import ARMS, prepare_low, read_curve, train, write_pairs
 from frontier_curves import gain, over_three_steps
 from frontier_report import FIRST, RESULTS, endpoint
 from scipy.stats import f
@@ -90,9 +90,11 @@ def main() -> None:
         return
     for seed in options.seeds:
         folder = options.output / f"seed-{seed}"
-        prepare_first(folder, seed)
+        write_pairs(folder, seed)
+        prepare_low(folder, seed)
         for more in LATER:
-            read_curve(train(folder, seed, FIRST, seed + more), lambda path: Scorer.load(path), validators={})
+            run = train(folder / f"{FIRST}-{seed + more}", ARMS[FIRST], seed + more)
+            read_curve(run, Scorer.load, validators={})
 
 
 if __name__ == "__main__":
