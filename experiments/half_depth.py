@@ -1,4 +1,4 @@
-"""What is a validator worth that has half the layers of the reward? `--validator-share` gives one to rewards of all layers.
+"""What is a validator of half the reward's layers worth? `--validator-share` gives one to rewards of all layers.
 
     python experiments/half_depth.py train --seeds 200 201      # 5 minutes to prepare a seed, 8 a run on one core
     python experiments/half_depth.py report --into results/half-depth-DATE.json

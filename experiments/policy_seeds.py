@@ -3,8 +3,8 @@
     python experiments/policy_seeds.py train --seeds 200 201    # 6 minutes to prepare a seed, 6 a run on one core
     python experiments/policy_seeds.py report --into results/policy-seeds-DATE.json
 
-Part of experiments/frontier_design.md: six of its reward models, three policy seeds each, one head. The first policy seed
-is the run of the frontier itself, whose curve is read from its results.
+Part of experiments/frontier_design.md: six of its reward models, three policy seeds each, one head. The first policy
+seed is the run of the frontier itself, whose curve is read from its results.
 """
 
 import argparse
@@ -29,8 +29,8 @@ LATER = 1000, 2000  # a policy's seed: its reward model's, and this much more
 def components(values: np.ndarray, level: float = 0.95) -> Json:
     """Stds of one-way random effects of (M, P) values, P policies on each of M reward models.
 
-    share: of the variance that the reward model holds, with its exact F interval (Searle, 1971); the estimates are those
-    of the analysis of variance, no less than 0.
+    share: of the variance that the reward model holds, with its exact F interval (Searle, 1971); the estimates are
+    those of the analysis of variance, no less than 0.
     """
     models, policies = values.shape
     within = values.var(axis=1, ddof=1).mean()

@@ -232,3 +232,37 @@ def test_arms_without_a_run_count_with_the_largest_p(modules: tuple[ModuleType, 
     assert said.endswith("to .05 at most.")  # 6 times .008 is .048
     gaps[3]["p after Holm"] = gaps[4]["p after Holm"] = 0.9
     assert page.with_all_arms(found) == ""
+
+
+@pytest.mark.usefixtures("modules")
+def test_parts_of_the_variance_by_hand() -> None:
+    found = importlib.import_module("policy_seeds").components(np.array([[1.0, 3.0], [5.0, 7.0]]))
+    # within a model the variance is 2; that of the means 2 and 6 is 8, of which 2 / 2 is the policies'
+    assert found["std of policy seeds"] == pytest.approx(2**0.5)
+    assert found["std of reward models"] == pytest.approx(7**0.5)
+    assert found["share of the reward model"] == pytest.approx(7 / 9)
+
+
+@pytest.mark.usefixtures("modules")
+def test_the_interval_of_the_share_holds_it_as_often_as_it_says() -> None:
+    components = importlib.import_module("policy_seeds").components
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(400):
+        values = rng.normal(size=(6, 1)) + 0.5 * rng.normal(size=(6, 3))  # .8 of the variance is the model's
+        low, high = components(values)["interval of the share"]
+        held += low <= 0.8 <= high
+    assert 0.92 <= held / 400 <= 0.98
+
+
+@pytest.mark.usefixtures("modules")
+def test_a_validator_of_half_the_depth_is_read_as_a_run_keeps_its_best() -> None:
+    read = importlib.import_module("half_depth").read
+    curve = run([0.0, 2.0, 4.0, 4.0, 2.0, 2.0], kl=[0.0, 5.0, 10.0, 15.0, 20.0, 25.0]) | {
+        "half": [0.0, 1.0, 3.0, 2.0, 0.0, 0.0]  # a mean over two steps is largest at the fourth
+    }
+    curve["std_at_start"]["half"] = 1.0
+    # gold in stds, as means over three steps: 1/3, 1, 5/3, 5/3, 4/3, 1
+    assert read(curve, "half")["minus best step"] == pytest.approx(0.0)
+    assert read(curve, "half")["minus KL 20"] == pytest.approx(1 / 3)
+    assert read(curve, "half")["minus end"] == pytest.approx(2 / 3)
