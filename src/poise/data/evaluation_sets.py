@@ -20,6 +20,7 @@ from numpy import ndarray
 
 from poise.data.conversations import check_text, prompt_of
 from poise.data.files import RawRow, as_object, can_be_read_twice, parsed_json, raw_rows
+from poise.data.groups import components
 from poise.data.nested_rows import after_history
 from poise.data.preferences import iter_preferences, preferences_of
 from poise.data.rows import Check, OnBadRow, Understood, finish, parsed_rows
@@ -27,7 +28,7 @@ from poise.data.types import Prompt, Sample
 from poise.runtime.run_folder import Json
 
 NUM_STYLES = 3  # of RM-Bench
-LEAST_UNITS = 20  # a bootstrap of fewer is too narrow
+LEAST_UNITS = 20  # functional.statistics.FEW, whose module imports scipy
 _LISTS = "prompt, chosen: lists, rejected: lists"
 
 
@@ -90,7 +91,7 @@ class Questions:
                 frozenset({(1, 1)}): "pairs", frozenset({(NUM_STYLES, NUM_STYLES)}): "rm_bench"
             }  # fmt: skip
             kind = alike.get(frozenset(found), "best_of_n")
-        unit = _components(links, len(texts))[np.array(starts, dtype=int)]
+        unit = components(links, len(texts))[np.array(starts, dtype=int)]
         if linked := len(np.unique(unit)) < min(LEAST_UNITS, len(numbers)):
             unit = np.array(same, dtype=int)
         unit = np.unique(unit, return_inverse=True)[1]  # without gaps
@@ -113,21 +114,6 @@ class Questions:
 
 def _digest(value: Any) -> bytes:
     return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).digest()
-
-
-def _components(links: Iterable[tuple[int, int]], count: int) -> Int[ndarray, " nodes"]:
-    """The first node of each node's connected component. Without scipy, which bad input need not wait for."""
-    above = list(range(count))
-
-    def first(node: int) -> int:
-        while above[node] != node:
-            above[node] = node = above[above[node]]
-        return node
-
-    for one, other in links:
-        low, high = sorted((first(one), first(other)))
-        above[high] = low
-    return np.array([first(node) for node in range(count)], dtype=int)
 
 
 @dataclass(frozen=True)

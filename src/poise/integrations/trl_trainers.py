@@ -24,7 +24,7 @@ from poise.integrations.trl_kl import KLBudgetCallback
 from poise.integrations.trl_logs import policy_metrics
 from poise.integrations.trl_needs import check_trl
 from poise.integrations.trl_reward import RobustReward, Scored
-from poise.models.adapted_maps import has_conv1d, linear_maps
+from poise.models.adapted_maps import linear_maps, lora_config
 from poise.models.chat_format import decode_completions, encode_prompt, generation_prompt
 from poise.models.context import room_or_raise
 from poise.models.drawing import cached_bytes
@@ -177,7 +177,6 @@ def make_trainer(
 ) -> Any:
     """TRL's trainer for these settings, its checkpoints in `folder`."""
     import datasets
-    import peft
     import trl
 
     kinds: dict[str, tuple[Any, Any]] = {
@@ -189,10 +188,8 @@ def make_trainer(
     specific = {"loss_type": "grpo", "scale_rewards": "group"} if settings.algorithm == "grpo" else {}
     num_layers = model.config.get_text_config().num_hidden_layers
     first_adapted = num_layers - (settings.adapted_layers or num_layers)
-    adapters = peft.LoraConfig(
-        r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, task_type="CAUSAL_LM",
-        target_modules=linear_maps(model, max(first_adapted, 0)), fan_in_fan_out=has_conv1d(model),
-    )  # fmt: skip
+    maps = linear_maps(model, max(first_adapted, 0))
+    adapters = lora_config(model, settings.lora_rank, "CAUSAL_LM", maps)
     rows = [
         {"prompt": _as_seen(tokenizer, prompt), "asked": json.dumps(prompt)} for prompt in _drawn(prompts, settings)
     ]

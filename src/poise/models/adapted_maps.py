@@ -1,6 +1,7 @@
-"""Which linear maps of a decoder LoRA adapters are put on: all in its upper layers, but for those that PEFT moves."""
+"""LoRA as it is used here: on all linear maps of a decoder's upper layers that PEFT leaves where they are."""
 
 import re
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -8,6 +9,11 @@ from transformers.pytorch_utils import Conv1D
 
 from poise.errors import PoiseError
 from poise.models.loading import HfModel
+
+if TYPE_CHECKING:
+    import peft
+
+LORA_SCALE = 2  # of a delta: lora_alpha / r
 
 _OTHER_TOWERS = re.compile(r"vision|visual|audio")
 # For these PEFT raises an error.
@@ -57,3 +63,15 @@ def _is_map(module: nn.Module) -> bool:
 def has_conv1d(model: HfModel) -> bool:
     """Does it keep its linear maps transposed, as GPT-2 does? LoRA must be told."""
     return any(isinstance(module, Conv1D) for module in model.modules())
+
+
+def lora_config(
+    model: HfModel, rank: int, task_type: str | None, maps: list[str] | None = None, **settings: Any
+) -> "peft.LoraConfig":
+    """LoRA of this rank in PEFT's terms. maps: full names; by default all that `linear_maps` finds."""
+    import peft  # takes a second
+
+    return peft.LoraConfig(
+        r=rank, lora_alpha=LORA_SCALE * rank, task_type=task_type,
+        target_modules=linear_maps(model) if maps is None else maps, fan_in_fan_out=has_conv1d(model), **settings,
+    )  # fmt: skip

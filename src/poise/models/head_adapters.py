@@ -30,7 +30,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from poise.errors import PoiseError
-from poise.models.adapted_maps import decoder_layers, has_conv1d, linear_maps
+from poise.models.adapted_maps import LORA_SCALE, decoder_layers, linear_maps, lora_config
 from poise.models.families import REFUSALS, alike, probe_tokens
 from poise.models.loading import HfModel, read_adapter
 from poise.models.shared_prompt import Family, pack, separate_hidden
@@ -38,7 +38,6 @@ from poise.runtime.records import read_object
 from poise.runtime.settings import between, read_fields
 
 FOLDER = "adapters"
-SCALE = 2.0  # of a delta, as of all adapters here: lora_alpha / r
 
 _PROBED = [Family([1, 2, 3], [[4, 5]]), Family([6], [[7]]), Family([8, 9, 1, 2, 3, 4], [[5, 6, 7]])]
 
@@ -63,7 +62,7 @@ class HeadLinear(nn.Module):
         out: Tensor = self.base(x)
         low = torch.bmm(x.reshape(len(self.down_KRI), -1, x.shape[-1]), self.down_KRI.mT.to(x.dtype))
         delta = torch.bmm(low, self.up_KOR.mT.to(low.dtype))
-        return out + SCALE * delta.view(out.shape)
+        return out + LORA_SCALE * delta.view(out.shape)
 
     @property
     def weight(self) -> Tensor:
@@ -80,7 +79,7 @@ class HeadLinear(nn.Module):
     def fold(self, head: int) -> nn.Module:
         """The map with one head's delta added to its weight."""
         base: Any = self.base
-        delta = SCALE * self.up_KOR[head] @ self.down_KRI[head]
+        delta = LORA_SCALE * self.up_KOR[head] @ self.down_KRI[head]
         base.weight.data += (delta.mT if isinstance(base, Conv1D) else delta).to(base.weight.dtype)
         folded: nn.Module = base
         return folded
@@ -203,13 +202,8 @@ class _Settings:
 
 def save_head_adapters(folder: Path, classifier: HfModel) -> None:
     """Write FOLDER/head_k for each head, in PEFT's format."""
-    import peft  # takes a second
-
     adapters: _Adapters = classifier.head_adapters
-    config = peft.LoraConfig(
-        r=adapters.rank, lora_alpha=round(SCALE * adapters.rank), target_modules=sorted(adapters.names),
-        fan_in_fan_out=has_conv1d(classifier), inference_mode=True,
-    )  # fmt: skip
+    config = lora_config(classifier, adapters.rank, None, sorted(adapters.names), inference_mode=True)
     for head in range(num_adapted_heads(classifier)):
         place = folder / f"head_{head}"
         place.mkdir(parents=True)
@@ -248,7 +242,7 @@ def _read_settings(folder: Path) -> _Settings:
     kept = {name: found[name] for name in _Settings.__dataclass_fields__ if name in found}
     kept["target_modules"] = sorted(kept.get("target_modules") or [])
     settings = read_fields(kept, _Settings, str(path))
-    if settings.lora_alpha != SCALE * settings.r or settings.use_rslora or settings.use_dora:
+    if settings.lora_alpha != LORA_SCALE * settings.r or settings.use_rslora or settings.use_dora:
         raise PoiseError(f"{path} is not of plain LoRA with lora_alpha twice r, which is all that is read here")
     return settings
 

@@ -6,7 +6,7 @@ import peft
 import torch
 from torch import nn
 
-from poise.models.adapted_maps import decoder_layers, has_conv1d, linear_maps
+from poise.models.adapted_maps import decoder_layers, linear_maps, lora_config
 from poise.models.fused_ops import AdaptedLinear
 from poise.models.loading import HfModel, device
 from poise.models.rereading import Passing
@@ -20,10 +20,7 @@ def with_adapters(model: HfModel, first: int, rank: int, *, task: str = "CAUSAL_
     task: what kind of model peft is told it is; the adapters of a causal one are run by `AdaptedLinear` where they can.
     """
     model.requires_grad_(False)
-    config = peft.LoraConfig(
-        r=rank, lora_alpha=2 * rank, task_type=task, target_modules=linear_maps(model, first),
-        fan_in_fan_out=has_conv1d(model),
-    )  # fmt: skip
+    config = lora_config(model, rank, task, linear_maps(model, first))
     if task == "CAUSAL_LM":
         config._register_custom_module({nn.Linear: AdaptedLinear})
     with quiet_loading():

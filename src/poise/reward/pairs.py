@@ -19,10 +19,9 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from numpy import ndarray
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from poise.data.groups import components
 from poise.data.types import Preference, Prompt, Sample
 from poise.errors import PoiseError
 from poise.models.chat_format import encode_conversation
@@ -111,7 +110,7 @@ def prompt_groups(preferences: list[Preference]) -> Int[ndarray, " preferences"]
     prompts = [_transcript(p.prompt) for p in preferences]
     number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     links = ((number[start], number[prompt]) for start, prompt in _beginnings(number))
-    return _components(links, len(number))[[number[prompt] for prompt in prompts]]
+    return components(links, len(number))[[number[prompt] for prompt in prompts]]
 
 
 def text_groups(preferences: list[Preference]) -> Int[ndarray, " preferences"]:
@@ -119,7 +118,7 @@ def text_groups(preferences: list[Preference]) -> Int[ndarray, " preferences"]:
     leads from one to the other."""
     number = {text: i for i, text in enumerate(dict.fromkeys(text for p in preferences for text in _texts(p)))}
     links = ((number[p.chosen], number[p.rejected]) for p in preferences)
-    return _components(links, len(number))[[number[p.chosen] for p in preferences]]
+    return components(links, len(number))[[number[p.chosen] for p in preferences]]
 
 
 def _units_of(preferences: list[Preference], unit: SplitUnit) -> set[Hashable]:
@@ -148,13 +147,6 @@ def _beginnings(transcripts: Iterable[str]) -> Iterable[tuple[str, str]]:
             if not (start[-1].isalnum() and transcript[len(start)].isalnum()):
                 yield start, transcript
         above.append(transcript)
-
-
-def _components(links: Iterable[tuple[int, int]], count: int) -> Int[ndarray, " nodes"]:
-    """The number of each node's connected component."""
-    ends = np.array(list(links), dtype=np.int64).reshape(-1, 2)
-    graph = coo_matrix((np.ones(len(ends), dtype=bool), (ends[:, 0], ends[:, 1])), (count, count))
-    return connected_components(graph, directed=False)[1]
 
 
 def _hold_out(groups: Int[ndarray, " rows"], size: int) -> ndarray:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from poise.data.types import Preference, Sample
 from poise.errors import PoiseError
 from poise.functional.reward_losses import CENTERING, adapter_diversity, bradley_terry, bradley_terry_heads
-from poise.models.adapted_maps import decoder_layers, has_conv1d, linear_maps
+from poise.models.adapted_maps import decoder_layers, lora_config
 from poise.models.families import without_noise
 from poise.models.head_adapters import HeadLinear, add_head_adapters, logits_of
 from poise.models.loading import HfModel, frozen_dtype
@@ -300,10 +300,7 @@ def fine_tune(
         add_head_adapters(classifier, how.num_heads, how.lora_rank, how.head_layers)
         loss = diverse(loss, classifier, how.adapter_diversity) if how.adapter_diversity else loss
     elif how.kind == "lora":
-        config = peft.LoraConfig(
-            task_type="SEQ_CLS", r=how.lora_rank, lora_alpha=2 * how.lora_rank, modules_to_save=["score"],
-            target_modules=linear_maps(classifier), fan_in_fan_out=has_conv1d(classifier),
-        )  # fmt: skip
+        config = lora_config(classifier, how.lora_rank, "SEQ_CLS", modules_to_save=["score"])
         remember(classifier)
         with quiet_loading():
             adapters = peft.get_peft_model(classifier, config)
