@@ -1,5 +1,6 @@
 """Tokenizers of other kinds than ours: texts are encoded whole, and decoded after their prompt."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -16,7 +17,7 @@ from poise.errors import PoiseError
 from poise.functional.objectives import HeadRewards
 from poise.integrations.trl_reward import RobustReward
 from poise.integrations.trl_trainers import _Ours
-from poise.models.chat_format import decode_completions, encode, encode_conversation
+from poise.models.chat_format import decode_completions, encode, encode_conversation, encode_conversations
 from poise.models.loading import load_policy
 from poise.models.policy import Policy
 from poise.models.reward_model import load_reward_model, load_trunk
@@ -113,6 +114,25 @@ def test_a_text_is_encoded_as_one(kind: str) -> None:
         text = f"{prompt}:{completion.strip()}"
         assert [*first, *second] == tokenizer(text, add_special_tokens=False).input_ids
         tokenizer.chat_template = None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "template", [None, "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"]
+)
+def test_texts_are_encoded_together_as_alone(kind: str, template: str | None) -> None:
+    tokenizer = KINDS[kind]()
+    tokenizer.chat_template = template
+    texts = [*TEXTS, *TEXTS]
+    for marked in (
+        ("a </s> film", "good"),
+        ("a film", "is </s> good"),
+    ):  # a tokenizer may have no other way to write it
+        with contextlib.suppress(PoiseError):
+            encode_conversation(tokenizer, *marked)
+            texts.insert(len(TEXTS), marked)
+    assert encode_conversations(tokenizer, texts) == [encode_conversation(tokenizer, *one) for one in texts]
+    assert encode_conversations(tokenizer, []) == []
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -118,17 +118,41 @@ def encode_conversation(tokenizer: HfTokenizer, prompt: Prompt, completion: str)
     boundary. Such a token belongs to the completion. Without a chat template the special tokens are the tokenizer's
     own, at the end, too. Markers of the template that the texts of the turns spell are text.
     """
-    before, after = prompt_text(tokenizer, prompt), completion_text(tokenizer, prompt, completion)
-    if tokenizer.chat_template is None:
-        return _divided(tokenizer(before + after).input_ids, encode(tokenizer, before))
-    markers, turns = _markers_of(tokenizer), [*_turns(prompt), _answer(completion.strip())]
-    if markers.first_in(turns) is None:
-        whole, first = encode(tokenizer, before + after), encode(tokenizer, before)
-    else:
-        hidden = _hidden_rendering(tokenizer, turns, before + after)
-        cut = next((i for i in range(len(hidden), 0, -1) if len(markers.show(hidden[:i])) <= len(before)), 0)
-        whole, first = markers.encode(hidden), markers.encode(hidden[:cut])
-    return _divided(whole, first)
+    return encode_conversations(tokenizer, [(prompt, completion)])[0]
+
+
+def encode_conversations(
+    tokenizer: HfTokenizer, conversations: Sequence[tuple[Prompt, str]]
+) -> list[tuple[list[int], list[int]]]:
+    """`encode_conversation` of each (prompt, completion). The tokenizer reads all texts in one call, on all cores, and
+    the prompt of several completions once."""
+    texts = [(prompt_text(tokenizer, p), completion_text(tokenizer, p, answer)) for p, answer in conversations]
+    marked = {} if tokenizer.chat_template is None else _with_markers(tokenizer, conversations, texts)
+    plain = [(before, before + after) for i, (before, after) in enumerate(texts) if i not in marked]
+    befores = list(dict.fromkeys(before for before, _ in plain))
+    firsts = dict(zip(befores, _ids_of(tokenizer, befores), strict=True))
+    added = [] if tokenizer.chat_template is not None else added_tokens(tokenizer)[0]
+    wholes = _ids_of(tokenizer, [whole for _, whole in plain], special=tokenizer.chat_template is None)
+    rest = (_divided(whole, [*added, *firsts[before]]) for (before, _), whole in zip(plain, wholes, strict=True))
+    return [marked[i] if i in marked else next(rest) for i in range(len(texts))]
+
+
+def _ids_of(tokenizer: HfTokenizer, texts: list[str], *, special: bool = False) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=special).input_ids if texts else []
+
+
+def _with_markers(
+    tokenizer: HfTokenizer, conversations: Sequence[tuple[Prompt, str]], texts: Sequence[tuple[str, str]]
+) -> dict[int, tuple[list[int], list[int]]]:
+    """By number, the ids of the conversations whose texts spell a marker of the template."""
+    markers, found = _markers_of(tokenizer), {}
+    for i, ((prompt, completion), (before, after)) in enumerate(zip(conversations, texts, strict=True)):
+        turns = [*_turns(prompt), _answer(completion.strip())]
+        if markers.first_in(turns) is not None:
+            hidden = _hidden_rendering(tokenizer, turns, before + after)
+            cut = next((at for at in range(len(hidden), 0, -1) if len(markers.show(hidden[:at])) <= len(before)), 0)
+            found[i] = _divided(markers.encode(hidden), markers.encode(hidden[:cut]))
+    return found
 
 
 def decode_completions(

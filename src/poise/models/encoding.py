@@ -5,9 +5,11 @@ from typing import NamedTuple
 
 from poise.data.types import Sample
 from poise.errors import PoiseError
-from poise.models.chat_format import encode_conversation
+from poise.models.chat_format import encode_conversations
 from poise.models.loading import HfTokenizer, embedded_or_raise
 from poise.runtime.progress import shown_if_long
+
+_TOGETHER = 256  # texts that the tokenizer is given at once: enough for many cores, few enough for a bar that moves
 
 
 def cut_from_the_left(tokenizer: HfTokenizer, ids: list[int], length: int) -> tuple[list[int], list[int]]:
@@ -45,12 +47,12 @@ class Encoder:
         """An encoder of the same ids that holds no model."""
         return Encoder(self.tokenizer, self.max_length, self._num_embeddings, self._pad_id)
 
-    def encode_all(self, samples: Sequence[Sample]) -> list[Tokens]:
-        """`encode` of each, with a bar where that takes long."""
-        return [self.encode(sample) for sample in shown_if_long("tokens", samples, lambda: len(samples))]
-
     def encode(self, sample: Sample) -> Tokens:
-        """Token ids through the chat template, cut to `max_length` from the left.
+        """`encode_all` of one sample."""
+        return self._encode([sample])[0]
+
+    def encode_all(self, samples: Sequence[Sample]) -> list[Tokens]:
+        """Token ids through the chat template, cut to `max_length` from the left; with a bar where that takes long.
 
         Padding tokens at the end are left out: a classifier reads its score before them. In those that others trained
         with padding that is the end of a turn, that is the last token of the answer.
@@ -58,9 +60,19 @@ class Encoder:
         Raises PoiseError for an empty completion, a conversation that the template refuses, or a token that the trunk
         has no embedding of.
         """
-        if not sample.completion.strip():
+        ends = [*range(_TOGETHER, len(samples), _TOGETHER), len(samples)]
+        found: list[Tokens] = []
+        for end in shown_if_long("tokens", ends, lambda: len(samples), lambda end: end):
+            found += self._encode(samples[len(found) : end])
+        return found
+
+    def _encode(self, samples: Sequence[Sample]) -> list[Tokens]:
+        if any(not sample.completion.strip() for sample in samples):
             raise PoiseError("an empty completion cannot be scored")
-        prompt, completion = encode_conversation(self.tokenizer, sample.prompt, sample.completion)
+        read = encode_conversations(self.tokenizer, [(sample.prompt, sample.completion) for sample in samples])
+        return [self._cut(prompt, completion) for prompt, completion in read]
+
+    def _cut(self, prompt: list[int], completion: list[int]) -> Tokens:
         embedded_or_raise([*prompt, *completion], self._num_embeddings, self.tokenizer)
         while len(completion) > 1 and completion[-1] == self._pad_id:
             completion.pop()

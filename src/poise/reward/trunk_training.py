@@ -37,7 +37,7 @@ from poise.models.trained_on import remember, write_base
 from poise.reward.heads import HeadLossName, head_loss
 from poise.runtime.checkpoints import SafeCheckpoints, latest_checkpoint
 from poise.runtime.distributed import launched_processes
-from poise.runtime.progress import progress, shown_if_long
+from poise.runtime.progress import progress
 from poise.runtime.quiet import quiet_loading
 from poise.runtime.run_folder import Json, append_jsonl, is_main_process, keep_rows_before
 from poise.runtime.sharding import is_part, shard, spread_as, whole, whole_on_main, without_weights
@@ -133,8 +133,8 @@ def token_pairs(
     share: False encodes the prompt twice, for a trunk that cannot take packed rows.
     """
     pairs = []
-    for i, p in enumerate(shown_if_long("tokens of pairs", preferences, lambda: len(preferences))):
-        chosen, rejected = (extract.encode(Sample(p.prompt, text)) for text in (p.chosen, p.rejected))
+    tokens = extract.encode_all([Sample(p.prompt, text) for p in preferences for text in (p.chosen, p.rejected)])
+    for i, (p, chosen, rejected) in enumerate(zip(preferences, tokens[::2], tokens[1::2], strict=True)):
         texts = [list(chosen.completion), list(rejected.completion)]
         if share and chosen.prompt == rejected.prompt:
             families = [Family(list(chosen.prompt), texts)]
