@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,7 +16,7 @@ from poise.functional.objectives import HeadRewards, RewardScale, parse_objectiv
 from poise.models.policy import Policy
 from poise.models.reward_model import HeadLayout
 from poise.models.scorer import Scorer
-from poise.policy.reward import Baselines, PolicyReward, std_interval
+from poise.policy.reward import Baselines, PolicyReward
 
 
 class Lengths(Scorer):
@@ -154,14 +153,3 @@ def test_the_regret_bonus_is_paid_prompt_by_prompt() -> None:
     # One: 1 - 2/3 * .5 is more than 0 - 1/3 * .5. Two: 3 - 2/3 * .5 is less than 2.9 - 1/3 * .5.
     assert reward.with_bonus(score, ["one", "two"], texts).tolist() == pytest.approx([0.0, 1.5, 1.5, 3.0, 3.0, 3.4])
     assert PolicyReward(Lengths(), parse_objective("mean")).with_bonus(score, ["one", "two"], texts) is score
-
-
-def test_the_interval_of_a_std_is_the_jackknife_over_prompts() -> None:
-    values = torch.tensor([[0.0, 1.0], [2.0, 5.0], [1.0, 1.5], [4.0, 0.0]])
-    logs = [math.log(np.std(np.delete(values.numpy(), i, 0), ddof=1)) for i in range(4)]
-    pseudo = [4 * math.log(np.std(values.numpy(), ddof=1)) - 3 * log for log in logs]
-    center, half = np.mean(pseudo), 3.182446 * np.std(pseudo, ddof=1) / 2  # Student's, 3 degrees of freedom
-    assert std_interval(values) == pytest.approx((math.exp(center - half), math.exp(center + half)), rel=1e-5)
-    for unknown in (values[:2], torch.ones(5, 2)):
-        assert all(math.isnan(end) for end in std_interval(unknown))
-    assert all(math.isfinite(end) for end in std_interval(values[:3]))

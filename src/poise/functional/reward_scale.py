@@ -1,16 +1,23 @@
 """From heads to the number that PPO maximizes: centered, combined by an objective, on a fixed scale, within bounds."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
+import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from poise.errors import PoiseError
 from poise.functional.head_rewards import HeadRewards, Objective
 from poise.functional.shapes import checked
+from poise.functional.shaping import rows_by_prompt
+from poise.functional.statistics import t_interval
 from poise.runtime.settings import above, at_least, read_fields
+
+POORLY = 3.0  # an interval whose ends differ by more than this factor says little
 
 
 @dataclass(frozen=True)
@@ -120,3 +127,40 @@ class RewardScale:
     def from_json(cls, saved: dict[str, Any]) -> "RewardScale":
         """Inverse of `to_json`. Raises PoiseError, one line, for a field that is missing or cannot be."""
         return read_fields(saved, cls, "the saved scale of the reward")
+
+
+@checked
+def std_interval(rewards: Float[Tensor, " completions"], prompts: Sequence[Any]) -> tuple[float, float]:
+    """Student's 95 % interval of the std of rewards, by the jackknife over prompts on the log std.
+
+    prompts: of each reward. A prompt's completions resemble one another, so prompts are the independent units. NaN for
+    fewer than three prompts, and where the rewards do not differ.
+    """
+    if len(prompts) != len(rewards):
+        raise PoiseError(f"{len(rewards)} rewards of {len(prompts)} prompts; give one of each")
+    groups = rows_by_prompt(prompts)
+    count = len(groups)
+    if count < 3:
+        return math.nan, math.nan
+    others = torch.ones(count, len(rewards), dtype=torch.bool)
+    for group, rows in enumerate(groups):
+        others[group, rows] = False
+    logs = np.array([part.double().std().log().item() for part in (rewards, *(rewards[kept] for kept in others))])
+    if not np.isfinite(logs).all():
+        return math.nan, math.nan
+    low, high = np.exp(t_interval(count * logs[0] - (count - 1) * logs[1:]))
+    return float(low), float(high)
+
+
+def said_of_unit(std: float, interval: tuple[float, float]) -> str:
+    """A line on the reward's unit, and how well it is known.
+
+    >>> said_of_unit(1.25, (1.0, 1.5))
+    'unit of the reward: 1.25, 95 % interval 1 to 1.5'
+    """
+    low, high = interval
+    known = f"95 % interval {low:.3g} to {high:.3g}" if math.isfinite(low) else "of too few prompts for an interval"
+    line = f"unit of the reward: {std:.3g}, {known}"
+    if low * POORLY >= high:
+        return line
+    return f"{line}; the KL coefficient means as little as this is known: more prompts at the start tell it better"

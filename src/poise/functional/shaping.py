@@ -102,6 +102,18 @@ def regret_bonus(
     return radius * (water == water.amax(-1, keepdim=True)).to(reward.dtype)
 
 
+def rows_by_prompt(prompts: Sequence[Any]) -> list[list[int]]:
+    """The numbers of the rows of each prompt, which is text, or turns.
+
+    >>> rows_by_prompt(["p", "q", "p"])
+    [[0, 2], [1]]
+    """
+    groups: dict[str, list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        groups.setdefault(json.dumps(prompt, default=repr), []).append(number)
+    return list(groups.values())
+
+
 @checked
 def with_regret_bonus(
     reward: Float[Tensor, " samples"],
@@ -121,11 +133,8 @@ def with_regret_bonus(
         return reward
     if not len(reward) == len(prompts) == len(texts):
         raise PoiseError(f"{len(reward)} rewards of {len(prompts)} prompts and {len(texts)} texts; give one of each")
-    groups: dict[str, list[int]] = {}
-    for number, prompt in enumerate(prompts):
-        groups.setdefault(json.dumps(prompt, default=repr), []).append(number)
     paid = reward.clone()
-    for rows in groups.values():
+    for rows in rows_by_prompt(prompts):
         count = Counter(texts[row] for row in rows)
         share = torch.tensor([[count[texts[row]] / len(rows) for row in rows]]).to(reward)
         paid[rows] += regret_bonus(reward[None, rows], share, radius)[0]

@@ -34,6 +34,7 @@ from poise.functional.objectives import (
     nominal_head,
     parse_objective,
 )
+from poise.functional.reward_scale import said_of_unit, std_interval
 from poise.functional.shaping import with_regret_bonus
 from poise.integrations.trl_logs import policy_metrics, statistics
 from poise.integrations.trl_turns import Completion, as_lists, as_pair, is_finished, lines_to_say
@@ -224,7 +225,7 @@ class RobustReward:
         step = getattr(trainer, "global_step", 0)
         if self.fitted is None:  # one process that can read the file is enough: folders may not be shared
             saved = next((saved for _, _, saved in parts if saved), None)
-            self.fitted, self._by_hand = saved or self._fit(heads, step), saved is None and trainer is None
+            self.fitted, self._by_hand = saved or self._fit(heads, samples, step), saved is None and trainer is None
         elif self._by_hand and trainer is not None:
             self._by_hand = False
             console.print(
@@ -267,8 +268,11 @@ class RobustReward:
         watching.own, watching.proxy = self.watched, replace(self.fitted, floor=-math.inf, ceiling=math.inf)
         return watching.metrics(every, heads)
 
-    def _fit(self, heads: HeadRewards, step: int) -> RewardScale:
+    def _fit(self, heads: HeadRewards, samples: Sequence[Sample], step: int) -> RewardScale:
         scale = _at_start(heads, self.combine, step, self.floor, self.ceiling)
+        if is_main_process():
+            interval = std_interval(scale.combined(heads, self.combine), [sample.prompt for sample in samples])
+            console.print(said_of_unit(scale.std, interval), soft_wrap=True)
         return self._file().keep(scale) if self.scale and is_main_process() else scale
 
     def saved_scale(self) -> RewardScale | None:

@@ -28,6 +28,7 @@ from poise.functional.objectives import (
     with_parameter,
     worst_case,
 )
+from poise.functional.reward_scale import said_of_unit, std_interval
 from poise.functional.schedules import adaptive_kl_coef, headroom, linear
 from poise.integrations.trl_reward import RobustReward
 from poise.models.formats import checkpoint_folder
@@ -41,7 +42,7 @@ from poise.models.validator import Validator
 from poise.policy.alarms import Alarms
 from poise.policy.config import Config
 from poise.policy.formats import Checkpoint
-from poise.policy.reward import Baselines, PolicyReward, gather, std_interval
+from poise.policy.reward import Baselines, PolicyReward, gather
 from poise.policy.sampling import sample_rows
 from poise.policy.update import Learner
 from poise.runtime import distributed as processes
@@ -340,10 +341,10 @@ class Training:
         objective, within = self._objective(), bounds(config.reward_floor, config.reward_ceiling)
         self.reward.scale = scale = RewardScale.fit(heads, objective, *within)
         combined = scale.combined(heads, objective)
-        self.scale_interval = std_interval(combined.view(-1, config.completions_per_prompt))
-        if is_main_process() and math.isfinite(self.scale_interval[0]):
-            low, high = self.scale_interval
-            console.print(f"unit of the reward: {scale.std:.3g}, 95 % interval {low:.3g} to {high:.3g}")
+        prompts = [number // config.completions_per_prompt for number in range(len(combined))]
+        self.scale_interval = std_interval(combined, prompts)
+        if is_main_process():
+            console.print(said_of_unit(scale.std, self.scale_interval), soft_wrap=True)
 
 
 @contextlib.contextmanager

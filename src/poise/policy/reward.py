@@ -10,11 +10,9 @@ Heads are gathered from all processes before they are combined: objectives that 
 import contextlib
 import hashlib
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +21,6 @@ from poise.data.types import Prompt, Sample
 from poise.errors import PoiseError
 from poise.functional.objectives import HeadRewards, Objective, RewardScale
 from poise.functional.shaping import SHAPINGS, Shaping, with_regret_bonus
-from poise.functional.statistics import t_interval
 from poise.models.policy import Policy
 from poise.models.rollout import uniforms
 from poise.models.scorer import Scorer, generated
@@ -140,23 +137,6 @@ class PolicyReward:
         """Rewards (P * M,) of this process's completions as the policy is paid them, with --regret-bonus."""
         each = [prompt for prompt, row in zip(prompts, texts, strict=True) for _ in row]
         return with_regret_bonus(score, each, [text for row in texts for text in row], self.regret_bonus)
-
-
-def std_interval(combined_PM: Tensor) -> tuple[float, float]:
-    """Student's 95 % interval of the std of rewards (P, M), by the jackknife over prompts on the log std.
-
-    A prompt's completions resemble one another, so prompts are the independent units. NaN for fewer than three prompts,
-    and where the rewards do not differ.
-    """
-    count = len(combined_PM)
-    if count < 3:
-        return math.nan, math.nan
-    kept = [combined_PM[[j for j in range(count) if j != i]] for i in range(count)]
-    logs = np.array([part.double().std().log().item() for part in (combined_PM, *kept)])
-    if not np.isfinite(logs).all():
-        return math.nan, math.nan
-    low, high = np.exp(t_interval(count * logs[0] - (count - 1) * logs[1:]))
-    return float(low), float(high)
 
 
 def gather(heads: HeadRewards) -> HeadRewards:
