@@ -229,12 +229,12 @@ def test_rows_of_one_unit_are_drawn_together() -> None:
 @pytest.mark.parametrize("count", [3, 8, 19])
 def test_intervals_over_few_units_are_students(count: int) -> None:
     """Of a mean by hand; and as often right as they say, where a bootstrap of three covers in three of four cases."""
-    values, covered = np.random.default_rng(count).normal(size=(200, count, 1)), 0
+    values, covered = np.random.default_rng(count).normal(size=(300, count, 1)), 0
     for one in values:
         (low, high), *_ = intervals_of_means(one, np.arange(count), 0)
         assert [low, high] == pytest.approx(t_interval(one)[:, 0].tolist())
         covered += low <= 0 <= high
-    assert covered / 200 >= 0.91
+    assert covered / 300 >= 0.91
 
 
 def test_a_statistic_that_one_of_few_units_makes_possible_has_percentiles() -> None:
@@ -424,7 +424,7 @@ def test_bootstrap_intervals_are_the_same_in_chunks_and_by_default_of_95_percent
 
 
 def test_units_are_all_drawn_and_their_rows_together() -> None:
-    unit = np.array([0, 0, 1, 2, 2, 2])
+    unit = np.concatenate([[0, 0, 1, 2, 2, 2], np.arange(3, 24)])
     drawn = []
 
     def statistics(counts: np.ndarray) -> np.ndarray:
@@ -432,11 +432,13 @@ def test_units_are_all_drawn_and_their_rows_together() -> None:
         return counts[:, :1]
 
     bootstrap_intervals(statistics, unit, draws=500)
-    counts, *without = drawn  # of the three each is left out once, too: for Student's interval
-    np.testing.assert_array_equal(without[0], [[0, 0, 1, 1, 1, 1], [1, 1, 0, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
+    [counts] = drawn
     assert (counts[:, 0] == counts[:, 1]).all()
-    np.testing.assert_array_equal(counts[:, [0, 2, 3]].sum(-1), 3)  # three units, drawn three times
+    np.testing.assert_array_equal(counts[:, [0, 2, *range(5, 27)]].sum(-1), 24)  # 24 units, drawn 24 times
     assert len(counts) == 500
+    drawn.clear()
+    bootstrap_intervals(statistics, unit[:6])  # of three each is left out once: for Student's interval
+    np.testing.assert_array_equal(drawn[0], [[0, 0, 1, 1, 1, 1], [1, 1, 0, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
 
 
 # ---- at equal x ----

@@ -124,7 +124,7 @@ def ratio_interval(over: Float[ndarray, " units"], under: Float[ndarray, " units
         return math.nan, math.nan
     middle = over.mean() * under.mean() - covariance[0, 1]
     reach = math.sqrt(max(middle**2 - squared * (over.mean() ** 2 - covariance[0, 0]), 0.0))
-    return float(middle - reach) / squared, float(middle + reach) / squared
+    return float((middle - reach) / squared), float((middle + reach) / squared)
 
 
 @checked
@@ -153,7 +153,7 @@ def share_interval(
         quantile = float(t_distribution.ppf(0.975, units - 1))
     each = quantile**2 * effect / rows
     middle, reach = share + each / 2, math.sqrt(each * share * (1 - share) + each**2 / 4)
-    return (middle - reach) / (1 + each), (middle + reach) / (1 + each)
+    return float((middle - reach) / (1 + each)), float((middle + reach) / (1 + each))
 
 
 @checked
@@ -220,6 +220,23 @@ def bootstrap_intervals(
     The same seed draws the same resamples, so differences within `statistics` are paired. NaN draws are left out.
     A statistic that some unit alone makes possible, such as an AUROC by a single error, has percentiles in any case.
     """
+    num_units = int(unit.max()) + 1
+    if not 1 < num_units < FEW:
+        return _percentiles(statistics, unit, level, draws, seed)
+    # Pseudo-values: units times the statistic of all rows, less units - 1 times that of the rows without one unit.
+    without = statistics(1.0 - (np.arange(num_units)[:, None] == unit))
+    pseudo = num_units * statistics(np.ones((1, len(unit)))) - (num_units - 1) * without
+    found, missing = t_interval(pseudo, level).T, np.isnan(pseudo).any(0)
+    return (
+        np.where(missing[:, None], _percentiles(statistics, unit, level, draws, seed), found)
+        if missing.any()
+        else found
+    )
+
+
+def _percentiles(
+    statistics: Callable[[Counts], ndarray], unit: ndarray, level: float, draws: int, seed: int
+) -> Float[ndarray, "statistics 2"]:
     generator = np.random.default_rng(seed)
     num_units = int(unit.max()) + 1
     chunk = max(1, 2_000_000 // len(unit))
@@ -233,14 +250,7 @@ def bootstrap_intervals(
     unknown = np.isnan(stacked).all(0)
     stacked[:, unknown] = 0.0
     low, high = np.nanquantile(stacked, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    percentiles = np.where(unknown[:, None], np.nan, np.stack([low, high], -1))
-    if not 1 < num_units < FEW:
-        return percentiles
-    # Pseudo-values: units times the statistic of all rows, less units - 1 times that of the rows without one unit.
-    without = statistics(1.0 - (np.arange(num_units)[:, None] == unit))
-    pseudo = num_units * statistics(np.ones((1, len(unit)))) - (num_units - 1) * without
-    by_jackknife = t_interval(pseudo, level).T
-    return np.where(np.isnan(by_jackknife), percentiles, by_jackknife)
+    return np.where(unknown[:, None], np.nan, np.stack([low, high], -1))
 
 
 @checked
