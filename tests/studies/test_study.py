@@ -676,9 +676,8 @@ def test_measures_over_pairs_of_reward_models_by_hand() -> None:
     assert found.pseudo_S.tolist() == pytest.approx([3 * 0.5 - 2 * left for left in (0.9, 0.4, 0.2)])
     assert found.interval == pytest.approx(t_interval(found.pseudo_S).tolist())
     other = study_pool.Apart.of_pairs(np.where(np.eye(3) == 1, 1.0, 0.3))
-    assert found.beyond(other) == {
-        "vs_baseline": pytest.approx(0.2), "vs_baseline_interval": pytest.approx(t_interval(found.pseudo_S - 0.3).tolist())
-    }  # fmt: skip
+    gap = t_interval(found.pseudo_S - 0.3).tolist()
+    assert found.beyond(other) == {"vs_baseline": pytest.approx(0.2), "vs_baseline_interval": pytest.approx(gap)}
 
 
 def test_of_two_reward_models_and_of_equal_ones_there_is_no_interval() -> None:

@@ -12,7 +12,6 @@ from poise.functional.head_rewards import HeadRewards, Objective
 from poise.functional.shapes import checked
 from poise.runtime.settings import above, at_least, read_fields
 
-
 _LEAST_STD = 1e-6  # below it rewards are equal, but for rounding
 
 

@@ -286,7 +286,7 @@ def interval_of_share(
     right: Annotated[Float[ndarray, " rows"], between(0, 1)],
     unit: Annotated[Int[ndarray, " rows"], at_least(0)],
 ) -> list[float]:
-    """95 % interval of the mean of `right`: Wilson's of few units (`share_interval`), else the bootstrap's, `drawn`, and
+    """95 % interval of the mean of `right`: Wilson's of few units (`share_interval`), else `drawn`, the bootstrap, or
     at 0 and 1 the exact one."""
     units = len(np.unique(unit))
     if units < FEW:

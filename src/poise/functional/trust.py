@@ -49,9 +49,9 @@ def reach(per_prompt: int) -> float:
 def transfer(proxy_PN: Pool, validator_PN: Pool) -> list[Json]:
     """For growing n: the KL of best-of-n, what the proxy gains, what the validator gains with it, and their ratio.
 
-    Intervals are Student's, 95 %, over prompts; stds are those of this pool. `transfer` is None where the proxy's gain is
-    too small to divide by (`poise.functional.monitor.transfer_ratio`), and its interval, Fieller's, where the prompts are
-    too few to tell the proxy's gain from 0.
+    Intervals are Student's, 95 %, over prompts; stds are those of this pool. `transfer` is None where the proxy's gain
+    is too small to divide by (`poise.functional.monitor.transfer_ratio`). Its interval, Fieller's, is None where the
+    prompts are too few to tell the proxy's gain from 0.
     """
     n = sizes(proxy_PN.shape[1])
     own, other = gains(proxy_PN, proxy_PN, n), gains(proxy_PN, validator_PN, n)
@@ -75,8 +75,8 @@ def agreement(
 ) -> Json:
     """Share of judged pairs that two judges order alike, with Wilson's 95 % interval (`share_interval`).
 
-    right: 1 for a pair that both order alike, 0 for another, 1/2 where one of them has a tie. unit: pairs of one number,
-    such as those of a prompt, depend on each other.
+    right: 1 for a pair that both order alike, 0 for another, 1/2 where one of them has a tie. unit: pairs of one
+    number, such as those of a prompt, depend on each other.
 
     >>> found = agreement(np.array([1.0, 1, 1, 0]), np.arange(4))
     >>> found["share"], [round(end, 2) for end in found["interval"]]
