@@ -28,7 +28,7 @@ from torch import Tensor
 
 from poise.functional import schedules as controllers
 from poise.functional.objectives import HeadRewards, disagreement, mean, nominal, routing_std, tradeoff, worst_case
-from poise.functional.statistics import bootstrap_interval
+from poise.functional.statistics import mean_interval
 from poise.runtime.progress import progress
 from poise.runtime.run_folder import environment
 from poise.toy import bandit
@@ -169,7 +169,7 @@ def study(first_seed: int, num_seeds: int, noise: float) -> dict[str, dict[str, 
 
 
 def interval(values: np.ndarray) -> dict:
-    low, high = bootstrap_interval(values.astype(float))
+    low, high = mean_interval(values.astype(float))
     return {"mean": round(float(values.mean()), 4), "interval": [round(low, 4), round(high, 4)]}
 
 

@@ -24,7 +24,7 @@ from numpy import ndarray
 
 from poise.functional.calibration import weighted_auroc
 from poise.functional.monitor import LIMITS, Monitor, MonitorConfig, suspicion, text_signs
-from poise.functional.statistics import bootstrap_interval, bootstrap_intervals
+from poise.functional.statistics import bootstrap_intervals, mean_interval
 from poise.runtime.records import read_rows
 from poise.runtime.run_folder import Json, environment, load_config_file
 from poise.studies.gold import gold_rewards
@@ -164,9 +164,9 @@ def summary(rule: Rule, threshold: float, runs: list[Trajectory]) -> Json:
         "gold_at_stop": np.mean([one["gold"] for one in judged]),
         "gold_at_end": np.mean([one["gold_end"] for one in judged]),
         "gold_at_peak": np.mean([one["gold_peak"] for one in judged]),
-        "saved": saved.mean(), "saved_interval": bootstrap_interval(saved),
+        "saved": saved.mean(), "saved_interval": mean_interval(saved),
         "saved_against_held_out_end": held_out.mean(),
-        "saved_against_held_out_end_interval": bootstrap_interval(held_out),
+        "saved_against_held_out_end_interval": mean_interval(held_out),
         "saved_where_it_fell": saved[fell].mean() if fell.any() else None,
         "saved_where_it_did_not": saved[~fell].mean() if (~fell).any() else None,
     }  # fmt: skip

@@ -4,7 +4,7 @@
     python experiments/quickstart_seeds.py runs/seed-* > results/quickstart-seeds.json
 
 A seed draws other preference pairs and raters, other heads, other prompts per step and other samples: everything but
-the texts, the model and the settings. Intervals are over seeds (bootstrap); each seed's own are over held-out prompts.
+the texts, the model and the settings. Intervals are over seeds (Student's); each seed's own are over held-out prompts.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from poise.functional.statistics import bootstrap_interval
+from poise.functional.statistics import mean_interval
 from poise.runtime.run_folder import Json, load_config_file
 
 
@@ -46,7 +46,7 @@ def summarize(seeds: list[Json]) -> Json:
         gold = np.array([seed["arms"][name]["final"]["gold"] for seed in seeds])
         against = gold - np.array([seed["arms"][first]["final"]["gold"] for seed in seeds])
         summary[name] = {
-            "final_gold": gold.mean(), "interval": bootstrap_interval(gold),
+            "final_gold": gold.mean(), "interval": mean_interval(gold),
             "worst_seed": gold.min(), "drawdown": np.mean([seed["arms"][name]["drawdown"] for seed in seeds]),
             "proxy": np.mean([seed["arms"][name]["final"]["proxy"] for seed in seeds]),
             "kl": np.mean([seed["arms"][name]["final"]["kl"] for seed in seeds]),
@@ -54,7 +54,7 @@ def summarize(seeds: list[Json]) -> Json:
         }  # fmt: skip
         if name != first:
             summary[name] |= {
-                "difference": against.mean(), "difference_interval": bootstrap_interval(against),
+                "difference": against.mean(), "difference_interval": mean_interval(against),
                 "wins": int((against > 0).sum()), "seeds": len(seeds),
             }  # fmt: skip
     return summary

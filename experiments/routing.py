@@ -21,7 +21,7 @@ from torch import Tensor
 
 from poise.data.preferences import read_preferences
 from poise.functional.objectives import HeadRewards, mean, nominal
-from poise.functional.statistics import bootstrap_interval
+from poise.functional.statistics import mean_interval
 from poise.models.reward_model import HeadLayout, load_trunk
 from poise.models.scorer import FeatureExtractor
 from poise.reward import train as train_reward
@@ -123,7 +123,7 @@ def over_seeds(study: Callable[[int], dict[str, dict[str, float]]], num_seeds: i
     cells = [study(seed) for seed in range(num_seeds)]
 
     def said(values: np.ndarray) -> dict:
-        return {"mean": round(values.mean(), 4), "interval": [round(v, 4) for v in bootstrap_interval(values)]}
+        return {"mean": round(values.mean(), 4), "interval": [round(v, 4) for v in mean_interval(values)]}
 
     table: dict = {}
     for shards in cells[0]:

@@ -165,6 +165,15 @@ def test_ends(values: np.ndarray) -> None:
     torch.testing.assert_close(soft_min(heads, 1e-6), worst_case(heads), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [1e5, 1e7, 1e9])
+def test_soft_min_is_the_mean_at_any_large_temperature(temperature: float, dtype: torch.dtype) -> None:
+    """Log of mean of e^(-r / t): in float32 that mean is 1, and times t the rounding of its log is tens or hundreds."""
+    means = torch.tensor([[0.3, -1.2, 2.5], [7.0, 7.1, 6.9]], dtype=dtype)
+    heads = HeadRewards(means, torch.zeros_like(means))
+    torch.testing.assert_close(soft_min(heads, temperature), mean(heads), rtol=0, atol=1e-4)
+
+
 def test_soft_min_of_many_gaussian_heads_is_mean_minus_half_variance() -> None:
     draws = 0.3 + 0.8 * torch.randn(400_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     value = soft_min(HeadRewards(draws, torch.zeros_like(draws)), 1.7).item()
@@ -392,6 +401,15 @@ def test_a_scale_that_is_updated_is_that_of_all_completions_so_far() -> None:
     assert (alone.mean, alone.std, alone.count) == (
         pytest.approx(own.mean().item()), pytest.approx(own.std().item()), 8,
     )  # fmt: skip
+
+
+def test_equal_rewards_add_no_variance_to_a_scale() -> None:
+    """A policy that writes one text only: its rewards' own unit is 1, which is no variance of theirs."""
+    first = torch.tensor([[0.1], [0.2], [0.4], [0.3]], dtype=torch.float64)
+    scale = RewardScale.fit(HeadRewards(first, torch.ones(4, 1)), mean)
+    equal = torch.full((6, 1), 0.4, dtype=torch.float64)
+    scale = scale.updated(HeadRewards(equal, torch.ones(6, 1)), mean)
+    assert scale.std == pytest.approx(torch.cat([first, equal]).std().item())
 
 
 def test_a_scale_without_a_count_starts_with_its_first_batch() -> None:

@@ -179,6 +179,38 @@ def test_the_kl_of_a_completion_is_that_of_the_tokens_it_wrote() -> None:
     assert ppo.sequence_kl_k3(policy, reference, mask).tolist() == pytest.approx([k3])
 
 
+def test_padding_counts_for_nothing_whatever_its_log_probabilities() -> None:
+    """A pad token that a policy all but rules out: e^100 is infinite in float32, and infinity times 0 is no number."""
+    mask, far = torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, -200.0]])
+    near = torch.tensor([[-1.5, -2.0]])
+    for one, other in ((far, near), (near, far)):
+        assert ppo.sequence_kl_k3(one, other, mask).item() == ppo.sequence_kl_k3(one[:, :1], other[:, :1], mask[:, :1])
+        assert ppo.step_kl(one, other, mask) == ppo.step_kl(one[:, :1], other[:, :1], mask[:, :1])
+        new = one.clone().requires_grad_()
+        loss, clipped = ppo.policy_loss(new, other, torch.ones(1, 2), mask, 0.2)
+        assert (loss, clipped) == ppo.policy_loss(one[:, :1], other[:, :1], torch.ones(1, 1), mask[:, :1], 0.2)
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert new.grad is not None
+        assert new.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("kl", "less"), [(0.5, True), (0.62, True), (0.64, False), (2.0, False)])
+def test_k3_has_less_variance_only_where_the_policies_are_close(kl: float, less: bool) -> None:
+    """Gaussians, by quadrature: e^2KL - 1 - 2KL is below the 2KL of the plain estimate up to a KL of .63."""
+    shift = (2 * kl) ** 0.5
+    x = torch.linspace(-14, 14, 40_001, dtype=torch.float64) + shift
+    weight = torch.exp(-0.5 * (x - shift).square())
+    logprob, reference = -0.5 * (x - shift).square().unsqueeze(-1), -0.5 * x.square().unsqueeze(-1)
+    mask = torch.ones_like(logprob)
+    variance = []
+    for estimate in (ppo.sequence_kl, ppo.sequence_kl_k3):
+        values = estimate(logprob, reference, mask)
+        mean = (weight * values).sum() / weight.sum()
+        assert mean.item() == pytest.approx(kl, rel=1e-4)
+        variance.append(((values - mean).square() * weight).sum() / weight.sum())
+    assert (variance[1] < variance[0]).item() is less
+
+
 def test_equations_learn_the_known_optimum_of_a_bandit() -> None:
     """One prompt, eight one-token responses: PPO must reach pi* ~ pi_ref exp(r / beta)."""
     torch.manual_seed(0)

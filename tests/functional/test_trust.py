@@ -70,15 +70,52 @@ def test_an_interval_may_be_of_small_gains() -> None:
     assert low < row["transfer"] < high
 
 
+@pytest.mark.parametrize("prompts", [4, 6])
+def test_the_interval_of_transfer_covers_it_as_often_as_it_says_also_of_few_prompts(prompts: int) -> None:
+    """A bootstrap of three prompts covers it in 80 % of cases, of five in 86 %."""
+    rng, hits = np.random.default_rng(prompts), []
+    true = 0.5 / (0.25 + 0.0625 + 0.75) ** 0.5  # the mean slope, in stds of the validator
+    for _ in range(150):
+        proxy = rng.normal(size=(prompts, 8))
+        slope = 0.5 + 0.25 * rng.normal(size=(prompts, 1))  # some prompts' gains transfer better
+        row = trust.transfer(proxy, slope * proxy + 0.75**0.5 * rng.normal(size=(prompts, 8)))[-1]
+        if row["transfer_interval"]:
+            low, high = row["transfer_interval"]
+            hits.append(low <= true <= high)
+    assert len(hits) >= 110
+    assert np.mean(hits) >= 0.91
+
+
+def test_two_prompts_say_nothing_of_how_transfer_varies() -> None:
+    """Student's quantile of one degree of freedom is 12.7: gains of 1 and of 3 may be those of no gain at all."""
+    proxy = pool(0, (2, 32)) * [[1.0], [3.0]]
+    row = trust.transfer(proxy, proxy + pool(1, (2, 32)))[-1]
+    assert row["transfer"] is not None
+    assert row["transfer_interval"] is None
+
+
 def test_agreement_by_hand() -> None:
-    found = trust.agreement(np.array([True] * 8 + [False] * 2))
+    found = trust.agreement(np.array([1.0] * 8 + [0.0] * 2), np.arange(10))
     assert found.keys() == {"share", "interval", "pairs"}
     z, p, n = norm.ppf(0.975), 0.8, 10  # Wilson's formula
     middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     assert found["share"] == 0.8
     assert found["interval"] == pytest.approx([middle - half, middle + half])
-    assert trust.agreement(np.array([], dtype=bool)) == {"share": None, "interval": None, "pairs": 0}
+    low, high = trust.agreement(np.repeat([1.0] * 8 + [0.0] * 2, 6), np.repeat(np.arange(10), 6))["interval"]
+    assert high - low >= 2 * half  # six pairs of a prompt that are all alike are one
+
+
+def test_a_share_is_below_another_only_where_both_are_known_well_enough() -> None:
+    """Two samples of 50 with one and the same share: "below" by chance no oftener than an interval of 95 % allows."""
+    rng = np.random.default_rng(0)
+    said = []
+    for own, other in rng.random((800, 2, 50)) < 0.7:
+        one, two = (trust.agreement(part.astype(float), np.arange(50)) for part in (own, other))
+        said.append(trust.fewer_than(one, two["share"], tuple(two["interval"])))
+    assert np.mean(said) <= 0.04
+    sure = trust.agreement(np.repeat([1.0, 0.0], [40, 60]), np.arange(100))
+    assert trust.fewer_than(sure, 0.7, (0.6, 0.79))
 
 
 def test_doubling_by_hand() -> None:

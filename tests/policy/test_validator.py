@@ -63,9 +63,26 @@ def test_units_are_those_of_the_start() -> None:
     again.restore(kept)
     step = torch.full((40, 1), 9.0)
     for one in (watching, again):
-        found = one.metrics(HeadRewards(10 + 4 * torch.full((40, 1), 6.0), step * 0), HeadRewards(step, step * 0))
+        found = one.metrics(HeadRewards(10 + 4 * torch.full((40, 1), 6.0), step * 0), HeadRewards(step, step * 0), 40)
         assert found == pytest.approx({"validator": 1.5, "transfer": 0.5})
-    assert "transfer" not in watching.metrics(HeadRewards(10 + 4 * start, zeros), HeadRewards(start, zeros))
+    assert "transfer" not in watching.metrics(HeadRewards(10 + 4 * start, zeros), HeadRewards(start, zeros), 3)
+
+
+def test_a_reward_that_gains_nothing_has_seldom_a_ratio_also_where_completions_of_a_prompt_are_alike() -> None:
+    """16 prompts, 8 completions of each, half of their variance the prompt's: counted as 128, a quarter had one."""
+    generator, found = torch.Generator().manual_seed(0), []
+
+    def completions() -> HeadRewards:
+        prompt, own = (torch.randn(16, size, generator=generator) for size in (1, 8))
+        mean = (0.5**0.5 * (prompt + own)).reshape(-1, 1)
+        return HeadRewards(mean, torch.zeros_like(mean))
+
+    for _ in range(300):
+        watching = Validator.__new__(Validator)
+        watching.objective = worst_case
+        watching.fit(completions(), completions())
+        found.append("transfer" in watching.metrics(completions(), completions(), 16))
+    assert sum(found) / 300 <= 0.08
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -265,8 +265,16 @@ def test_styles_equal_values_worked_out_by_hand() -> None:
     )
     # Row 1 hard: 5 > 3, 5 > 4, 1 < 4. Row 2: 0 < 2, 0 < 3, 9 > 3.
     assert [results["by_subset"][name]["hard"] for name in ("chat", "math")] == pytest.approx([2 / 3, 1 / 3])
-    assert scores["hard"]["interval"] == pytest.approx([1 / 3, 2 / 3])
+    assert scores["hard"]["interval"] == pytest.approx([0.0945, 0.9055], abs=1e-4)  # Wilson's of 1 in 2
     assert list(rows)[1] == {"subset": "math", "chosen": [0.0, 9.0, 3.0], "rejected": [1.0, 2.0, 3.0]}
+
+
+def test_styles_that_are_always_right_have_an_interval_of_some_width() -> None:
+    """A bootstrap of thirty sets, all right, says 100 % to 100 %; shares below p are refuted once p^30 < 2.5 %."""
+    items = [Item(f"Q{i}", ("a",) * 3, ("b",) * 3) for i in range(30)]
+    rewards = np.tile([1.0, 1.0, 1.0, 0.0, 0.0, 0.0], 30)
+    results, _ = judge_styles(Questions.of("rm_bench", items), rewards, seed=0)
+    assert results["scores"]["hard"]["interval"] == pytest.approx([0.025 ** (1 / 30), 1.0])
 
 
 def test_sets_by_hand() -> None:

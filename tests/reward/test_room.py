@@ -54,6 +54,8 @@ def test_no_prompt_is_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
     held = [whole - seen[3 * fold + 2] for fold in range(FOLDS)]
     assert sorted(value for part in held for value in part) == sorted(whole)  # each held out once
     assert set(np.unique(found.accuracy_SF * 4)) <= set(range(5))  # four groups a fold, each right or wrong as one
+    assert (found.right_N == found.right_N[::4][groups]).all()
+    assert found.right_N.mean() == pytest.approx(found.accuracy_SF[-1].mean())  # folds are equally large
 
 
 def test_too_few_prompts_are_refused() -> None:

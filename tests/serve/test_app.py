@@ -206,12 +206,13 @@ def test_the_validator_of_the_reward_s_run_is_served_by_the_process_that_reads_i
 def test_transfer_is_the_validators_gain_over_the_rewards() -> None:
     metrics = Metrics()
 
-    def transfer(reward: float, validator: float) -> float:
-        """After 256 completions whose stds are 1 and 2."""
+    def transfer(reward: float, validator: float, each: int = 1) -> float:
+        """After 256 completions, so many of each prompt, whose stds are 1 and 2."""
         rows = [
             {**ROW, "reward": reward + (-1) ** i, "validator": validator + 2 * (-1) ** i} for i in range(256)
         ]  # fmt: skip
-        metrics.scored("/score", "x", [Sample("a", f"a text {i}") for i in range(256)], rows)
+        samples = [Sample(f"prompt {i // each}", f"a text {i}") for i in range(256)]
+        metrics.scored("/score", "x", samples, rows)
         return float(
             next(x for x in metrics.page().decode().splitlines() if x.startswith("poise_transfer ")).split()[1]
         )
@@ -220,6 +221,8 @@ def test_transfer_is_the_validators_gain_over_the_rewards() -> None:
     assert transfer(2.5, 5.0) == pytest.approx(1 / 2)
     assert transfer(4.5, 3.0) == 0.0
     assert math.isnan(transfer(0.55, 9.0))  # a gain of .05 is noise
+    assert transfer(0.7, 4.0) == pytest.approx(0.5 / 0.2)  # one of .2 is not, of 256 prompts
+    assert math.isnan(transfer(0.7, 4.0, each=8))  # of 32 prompts it is: completions of one are alike
 
 
 def test_callers_at_once_are_one_batch_and_get_their_own_answers(scorer: Scorer) -> None:

@@ -17,6 +17,7 @@ from poise.functional.objectives import mean
 from poise.models.scorer import Scorer
 from poise.reports import run_pages, trust_run
 from poise.reports.quickstart_page import Verdict
+from poise.reward.pairs import FeaturePairs
 from poise.runtime.records import read_object, read_rows
 from poise.runtime.run_folder import write_json
 from poise.studies import trust
@@ -132,12 +133,18 @@ def test_without_a_validator_room_is_that_of_the_pairs_alone(
     """What heads on a half, three quarters and all of the pairs reach is made up, of four parts that are left out."""
     accuracy = np.array([[0.5] * 4, [0.6] * 4, [0.7, 0.6, 0.7, 0.6]])
     found = SimpleNamespace(num_pairs=[10.0, 15.0, 20.0], accuracy_SF=accuracy)
-    monkeypatch.setattr(trust, "room", lambda *_: found)
+
+    def made_up(pairs: FeaturePairs, *_: object) -> SimpleNamespace:
+        found.right_N = np.arange(len(pairs.margin_N)) % 2
+        return found
+
+    monkeypatch.setattr(trust, "room", made_up)
     results = trust.run(replace(config, validator="")).results
     assert results is not None
     assert results["transfer"] is None
     assert results["room"]["accuracy"] == pytest.approx([0.5, 0.6, 0.65])
     assert results["room"]["accuracy_doubled"] == pytest.approx(0.05)
+    assert results["room"]["held_out"]["share"] == 0.5
     assert not {"selection", "selection_doubled"} & results["room"].keys()
 
 
@@ -170,11 +177,59 @@ def test_a_checkpoint_without_a_run_is_not_known_to_have_seen_the_pairs(config: 
     assert trust._has_seen(tmp_path / "rm", config.preferences) is False
 
 
+def _compared(folder: Path, prompts: list[str], reward: list[float]) -> None:
+    """A folder with comparisons of these prompts, and by how much the reward prefers each one's a."""
+    rows = [{"id": i, "prompt": prompt, "a": "x", "b": "y"} for i, prompt in enumerate(prompts)]
+    (folder / "comparisons.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    write_json(folder / "key.json", {"reward": reward, "validator": []})
+
+
 def test_ties_alone_say_nothing_of_a_reward(tmp_path: Path) -> None:
-    write_json(tmp_path / "key.json", {"reward": [1.0, -1.0], "validator": []})
+    _compared(tmp_path, ["p", "q"], [1.0, -1.0])
     assert trust._labels(tmp_path, {0: "tie", 1: "tie"}) == {"ties": 2}
     found = trust._labels(tmp_path, {0: "b", 1: "tie"})
     assert (found["ties"], found["reward"]["share"], "validator" in found) == (1, 0.0, False)
+
+
+def test_a_tie_of_the_reward_is_half_right_whichever_side_the_judge_takes(tmp_path: Path) -> None:
+    _compared(tmp_path, ["p", "q"], [0.0, 0.0])
+    for better in "ab":
+        assert trust._labels(tmp_path, dict.fromkeys((0, 1), better))["reward"]["share"] == 0.5
+
+
+def test_judged_pairs_of_one_prompt_depend_on_each_other(tmp_path: Path) -> None:
+    """Twelve pairs, right on each of four prompts' and wrong on each of two others'."""
+    apart, together = tmp_path / "apart", tmp_path / "together"
+    for folder, prompts in ((apart, [str(i) for i in range(12)]), (together, [str(i // 2) for i in range(12)])):
+        folder.mkdir()
+        _compared(folder, prompts, [1.0] * 8 + [-1.0] * 4)
+    judged = dict.fromkeys(range(12), "a")
+    narrow, wide = (trust._labels(folder, judged)["reward"] for folder in (apart, together))
+    assert narrow["share"] == wide["share"] == pytest.approx(2 / 3)
+    assert np.ptp(wide["interval"]) > 1.3 * np.ptp(narrow["interval"])
+
+
+def test_agreement_is_below_the_training_s_only_where_the_difference_is_sure() -> None:
+    """35 of 50, by a reward that was right on 84 % of its validation pairs: of 25, or of 2,500."""
+    labels = {"reward": trust.trust.agreement(np.repeat([1.0, 0.0], [35, 15]), np.arange(50))}
+    said = [
+        trust_run._said_of_labels(
+            {"labels": labels, "validation_accuracy": 0.84, "validation_accuracy_interval": list(interval)}
+        )
+        for interval in ((0.65, 0.94), (0.825, 0.855))
+    ]
+    assert [one.kind for one in said if one] == ["better", "worse"]
+    alone = trust_run._said_of_labels({"labels": labels, "validation_accuracy": 0.84})  # of an earlier version
+    assert alone is not None
+    assert alone.kind == "better"
+
+
+def test_transfer_of_too_few_prompts_in_words() -> None:
+    row = {"n": 8, "transfer": 0.5, "transfer_interval": None}
+    found = trust_run._said_of_transfer([row])
+    assert found is not None
+    assert found.kind == "unclear"
+    assert "prompts are too few" in found.text
 
 
 @pytest.mark.parametrize(
@@ -206,7 +261,7 @@ def test_the_command_ends_with_what_to_do_next(config: TrustConfig, capsys: pyte
 def test_a_head_that_learns_nothing_is_said_first() -> None:
     """48 of 100 rightly: Wilson's interval from .385 to .577 holds one half."""
     room = {"accuracy_interval": [0.1, 0.2], "accuracy_doubled": 0.15, "seen": False}
-    held = trust.trust.agreement(np.arange(100) < 48)
+    held = trust.trust.agreement((np.arange(100) < 48).astype(float), np.arange(100))
     found = trust_run._said_of_room(room | {"held_out": held})
     assert found is not None
     assert found.kind == "worse"
@@ -214,6 +269,8 @@ def test_a_head_that_learns_nothing_is_said_first() -> None:
         "48.0\xa0% of 100 held-out ones rightly (95\xa0% interval 38.5\xa0% to 57.7\xa0%), no better than a coin"
         in found.text
     )
-    sure = trust_run._said_of_room(room | {"held_out": trust.trust.agreement(np.arange(100) < 70)})
+    sure = trust_run._said_of_room(
+        room | {"held_out": trust.trust.agreement((np.arange(100) < 70) * 1.0, np.arange(100))}
+    )
     assert sure is not None
     assert "There is room" in sure.text

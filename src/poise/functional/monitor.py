@@ -203,9 +203,10 @@ def divergence(
 def transfer_ratio(proxy_gain: float, validator_gain: float, count: Count) -> float | None:
     """validator_gain / proxy_gain: how much of what a reward gained another reward model sees, too.
 
-    Gains since the start of means over `count` completions, each in stds of the initial policy's completions. 1: all of
-    it. Falling: the policy finds what only its own reward likes. None, not NaN, while the proxy's gain is below
-    2 / sqrt(count), twice the standard error of its mean: the ratio would be one of noise.
+    Gains since the start, each in stds of the initial policy's completions. 1: all of it. Falling: the policy finds
+    what only its own reward likes. count: of the independent parts that a gain is a mean of: prompts, where there are
+    several completions of each, which are alike. None, not NaN, while the proxy's gain is below 2 / sqrt(count), no
+    less than twice the standard error of such a mean: the ratio would be one of noise.
 
     >>> transfer_ratio(2.0, 1.5, 100), transfer_ratio(0.1, 0.3, 100)
     (0.75, None)

@@ -156,8 +156,9 @@ def soft_min(heads: HeadRewards, temperature: float = 1.0) -> Float[Tensor, "*ba
     0.3799
     """
     check_parameter("soft_min", temperature)
-    num_heads = heads.mean.shape[-1]
-    return -temperature * (torch.logsumexp(-heads.mean / temperature, dim=-1) - math.log(num_heads))
+    # From the minimum up, and by expm1: at a large t the log of a mean of numbers next to 1 would be one of rounding.
+    least = heads.mean.amin(-1, keepdim=True)
+    return least.squeeze(-1) - temperature * torch.log1p(torch.expm1((least - heads.mean) / temperature).mean(-1))
 
 
 @checked

@@ -18,6 +18,7 @@ from poise.functional.statistics import t_interval
 from poise.runtime.settings import above, at_least, read_fields
 
 POORLY = 3.0  # an interval whose ends differ by more than this factor says little
+_LEAST_STD = 1e-6  # below it rewards are equal, but for rounding
 
 
 @dataclass(frozen=True)
@@ -106,17 +107,19 @@ class RewardScale:
 
     def _of(self, combined: Tensor) -> "RewardScale":
         std = combined.std().item()
-        std = std if std > 1e-6 else 1.0
+        std = std if std > _LEAST_STD else 1.0
         return replace(self, mean=combined.mean().item(), std=std, count=combined.numel())
 
     def updated(self, heads: HeadRewards, objective: Objective) -> "RewardScale":
         """Mean and std of every completion so far, this batch of heads (N, K) included."""
-        new = self.refitted(heads, objective)
-        count, shift = self.count + new.count, new.mean - self.mean
-        squares = self.std**2 * max(self.count - 1, 0) + new.std**2 * (new.count - 1)
-        squares += shift**2 * self.count * new.count / count
+        new = self.combined(heads, objective)
+        count, shift = self.count + new.numel(), new.mean().item() - self.mean
+        # Not by the new std: that of equal rewards is 1, as a unit, and would count as a variance of 1.
+        squares = self.std**2 * max(self.count - 1, 0) + (new - new.mean()).square().sum().item()
+        squares += shift**2 * self.count * new.numel() / count
+        std = math.sqrt(squares / max(count - 1, 1))
         return replace(
-            self, mean=self.mean + shift * new.count / count, std=math.sqrt(squares / (count - 1)), count=count
+            self, mean=self.mean + shift * new.numel() / count, std=std if std > _LEAST_STD else 1.0, count=count
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Annotated
 import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
+from scipy.special import ndtri
 from scipy.stats import mannwhitneyu, sem, spearmanr
 from scipy.stats import t as t_distribution
 
@@ -82,8 +83,8 @@ def bootstrap_interval(
 
 
 @checked
-def t_interval(values: Float[ndarray, "samples ..."]) -> Float[ndarray, "2 ..."]:
-    """Student's 95 % interval of the mean over the first axis; NaN for a single value.
+def t_interval(values: Float[ndarray, "samples ..."], level: Level = 0.95) -> Float[ndarray, "2 ..."]:
+    """Student's interval of the mean over the first axis; NaN for a single value.
 
     For few units, such as seeds: where nothing differs, a bootstrap of three leaves out zero one time in five.
 
@@ -94,7 +95,7 @@ def t_interval(values: Float[ndarray, "samples ..."]) -> Float[ndarray, "2 ..."]
     if count < 2:
         return np.full((2, *mean.shape), np.nan)
     # Not by `loc` and `scale`: scipy gives NaN for equal values, whose interval is their mean.
-    return np.stack([mean + end * sem(values) for end in t_distribution.interval(0.95, count - 1)])
+    return np.stack([mean + end * sem(values) for end in t_distribution.interval(level, count - 1)])
 
 
 @checked
@@ -102,6 +103,57 @@ def mean_interval(values: Float[ndarray, " samples"]) -> tuple[float, float]:
     """95 % interval of the mean of independent units: Student's of few, a bootstrap of many; NaN for a single one."""
     low, high = t_interval(values) if len(values) < FEW else bootstrap_interval(values)
     return float(low), float(high)
+
+
+@checked
+def ratio_interval(over: Float[ndarray, " units"], under: Float[ndarray, " units"]) -> tuple[float, float]:
+    """Student's 95 % interval of mean(over) / mean(under), both of the same independent units (Fieller 1954).
+
+    It holds every r for which the mean of over - r under may be 0 by its own interval. NaN where the mean of `under`
+    may be 0 itself, and for a single unit: then the interval has no end.
+
+    >>> [round(end, 3) for end in ratio_interval(np.array([1.0, 2.0, 3.0]), np.array([2.0, 2.0, 2.0]))]
+    [-0.242, 2.242]
+    """
+    count = len(over)
+    if count < 2:
+        return math.nan, math.nan
+    covariance = np.cov(over, under) * float(t_distribution.ppf(0.975, count - 1)) ** 2 / count
+    squared = under.mean() ** 2 - covariance[1, 1]
+    if squared <= 0:
+        return math.nan, math.nan
+    middle = over.mean() * under.mean() - covariance[0, 1]
+    reach = math.sqrt(max(middle**2 - squared * (over.mean() ** 2 - covariance[0, 0]), 0.0))
+    return float((middle - reach) / squared), float((middle + reach) / squared)
+
+
+@checked
+def share_interval(
+    right: Annotated[Float[ndarray, " rows"], between(0, 1)], unit: Annotated[Int[ndarray, " rows"], at_least(0)]
+) -> tuple[float, float]:
+    """Wilson's 95 % interval of the mean of `right`, for as many rows as are independent.
+
+    Rows of equal `unit` depend on each other, e.g. pairs of one prompt. n rows of m units are worth n / d: d is by how
+    much the variance of the mean, taken over units, exceeds that of n independent rows (the design effect; Kish 1965),
+    and no less than 1. Where all rows are alike they are worth m. With units of several rows Student's quantile, of
+    m - 1 degrees of freedom, stands for the normal one; of a single such unit the interval is all of [0, 1].
+
+    >>> [round(end, 2) for end in share_interval(np.array([1.0, 1, 1, 0]), np.arange(4))]
+    [0.3, 0.95]
+    """
+    places = np.unique(unit, return_inverse=True)[1]
+    share, rows, units = float(right.mean()), len(right), int(places.max()) + 1
+    if units == 1 < rows:
+        return 0.0, 1.0
+    if units == rows:
+        effect, quantile = 1.0, float(ndtri(0.975))
+    else:
+        alone, together = share * (1 - share) * rows, np.square(np.bincount(places, right - share)).sum()
+        effect = max(together * units / (units - 1) / alone, 1.0) if alone > 0 else rows / units
+        quantile = float(t_distribution.ppf(0.975, units - 1))
+    each = quantile**2 * effect / rows
+    middle, reach = share + each / 2, math.sqrt(each * share * (1 - share) + each**2 / 4)
+    return float((middle - reach) / (1 + each)), float((middle + reach) / (1 + each))
 
 
 @checked
@@ -162,11 +214,29 @@ def bootstrap_intervals(
     draws: Count = 1000,
     seed: Seed = 0,
 ) -> Float[ndarray, "statistics 2"]:
-    """Percentile intervals of statistics of resampled rows.
+    """Percentile intervals of statistics of resampled rows; of few units Student's, by the jackknife (Tukey 1958).
 
     unit: rows of equal number are not independent and are drawn together, e.g. votes on one pair; 0..units-1.
     The same seed draws the same resamples, so differences within `statistics` are paired. NaN draws are left out.
+    A statistic that some unit alone makes possible, such as an AUROC by a single error, has percentiles in any case.
     """
+    num_units = int(unit.max()) + 1
+    if not 1 < num_units < FEW:
+        return _percentiles(statistics, unit, level, draws, seed)
+    # Pseudo-values: units times the statistic of all rows, less units - 1 times that of the rows without one unit.
+    without = statistics(1.0 - (np.arange(num_units)[:, None] == unit))
+    pseudo = num_units * statistics(np.ones((1, len(unit)))) - (num_units - 1) * without
+    found, missing = t_interval(pseudo, level).T, np.isnan(pseudo).any(0)
+    return (
+        np.where(missing[:, None], _percentiles(statistics, unit, level, draws, seed), found)
+        if missing.any()
+        else found
+    )
+
+
+def _percentiles(
+    statistics: Callable[[Counts], ndarray], unit: ndarray, level: float, draws: int, seed: int
+) -> Float[ndarray, "statistics 2"]:
     generator = np.random.default_rng(seed)
     num_units = int(unit.max()) + 1
     chunk = max(1, 2_000_000 // len(unit))
@@ -208,6 +278,20 @@ def exact_at_ends(interval: Sequence[float], share: Share, units: Count) -> list
     if share == 1.0:
         return [1 - room, 1.0]
     return [0.0, room] if share == 0.0 else list(interval)
+
+
+@checked
+def interval_of_share(
+    drawn: Sequence[float],
+    right: Annotated[Float[ndarray, " rows"], between(0, 1)],
+    unit: Annotated[Int[ndarray, " rows"], at_least(0)],
+) -> list[float]:
+    """95 % interval of the mean of `right`: Wilson's of few units (`share_interval`), else `drawn`, the bootstrap, or
+    at 0 and 1 the exact one."""
+    units = len(np.unique(unit))
+    if units < FEW:
+        return list(share_interval(right, unit))
+    return exact_at_ends(drawn, float(right.mean()), units)
 
 
 @checked

@@ -3,22 +3,22 @@
 Shapes: _P prompts, _N completions of each, _F folds.
 """
 
+import math
 from typing import Annotated
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from numpy import ndarray
-from scipy.stats import binomtest
 from scipy.stats import t as t_distribution
 
 from poise.errors import PoiseError
 from poise.functional.best_of_n import best_of_n, best_of_n_kl, sizes
 from poise.functional.monitor import transfer_ratio
 from poise.functional.shapes import FINITE, checked
-from poise.functional.statistics import t_interval
+from poise.functional.statistics import ratio_interval, share_interval, t_interval
 from poise.runtime.records import Json, undefined_as_none
+from poise.runtime.settings import at_least, between
 
-DRAWS = 2000
 Pool = Annotated[Float[ndarray, "prompts pool"], FINITE]
 
 
@@ -49,41 +49,55 @@ def reach(per_prompt: int) -> float:
 def transfer(proxy_PN: Pool, validator_PN: Pool) -> list[Json]:
     """For growing n: the KL of best-of-n, what the proxy gains, what the validator gains with it, and their ratio.
 
-    `transfer` has a 95 % percentile interval over prompts. It is None where the proxy's gain is too small to divide by
-    (`poise.functional.monitor.transfer_ratio`).
+    Intervals are Student's, 95 %, over prompts; stds are those of this pool. `transfer` is None where the proxy's gain
+    is too small to divide by (`poise.functional.monitor.transfer_ratio`). Its interval, Fieller's, is None where the
+    prompts are too few to tell the proxy's gain from 0.
     """
     n = sizes(proxy_PN.shape[1])
     own, other = gains(proxy_PN, proxy_PN, n), gains(proxy_PN, validator_PN, n)
-    drawn = np.random.default_rng(0).multinomial(len(own), np.full(len(own), 1 / len(own)), DRAWS) / len(own)
     rows = []
     for i, size in enumerate(n):
         ratio = transfer_ratio(own[:, i].mean(), other[:, i].mean(), len(own))
-        low, high = t_interval(other[:, i])
+        interval = undefined_as_none(ratio_interval(other[:, i], own[:, i]))
         row: Json = {
             "n": int(size), "kl": float(best_of_n_kl(n)[i]), "proxy": float(own[:, i].mean()),
-            "validator": float(other[:, i].mean()), "validator_interval": undefined_as_none((low, high)),
-            "transfer": ratio, "transfer_interval": None,
+            "validator": float(other[:, i].mean()),
+            "validator_interval": undefined_as_none(tuple(t_interval(other[:, i]).tolist())),
+            "transfer": ratio, "transfer_interval": None if ratio is None or None in interval else list(interval),
         }  # fmt: skip
-        if ratio is not None:
-            draws = (drawn @ other[:, i]) / np.maximum(drawn @ own[:, i], 1e-12)
-            row["transfer_interval"] = [float(end) for end in np.quantile(draws, (0.025, 0.975))]
         rows.append(row)
     return rows
 
 
 @checked
-def agreement(same: Bool[ndarray, "*judged"]) -> Json:
-    """Share of judged pairs that two judges order alike, with Wilson's 95 % interval.
+def agreement(
+    right: Annotated[Float[ndarray, " judged"], between(0, 1)], unit: Annotated[Int[ndarray, " judged"], at_least(0)]
+) -> Json:
+    """Share of judged pairs that two judges order alike, with Wilson's 95 % interval (`share_interval`).
 
-    >>> found = agreement(np.array([True, True, True, False]))
+    right: 1 for a pair that both order alike, 0 for another, 1/2 where one of them has a tie. unit: pairs of one
+    number, such as those of a prompt, depend on each other.
+
+    >>> found = agreement(np.array([1.0, 1, 1, 0]), np.arange(4))
     >>> found["share"], [round(end, 2) for end in found["interval"]]
     (0.75, [0.3, 0.95])
     """
-    count, total = int(same.sum()), same.size
-    if not total:
-        return {"share": None, "interval": None, "pairs": 0}
-    interval = binomtest(count, total).proportion_ci(0.95, "wilson")
-    return {"share": count / total, "interval": [float(interval.low), float(interval.high)], "pairs": total}
+    return {"share": float(right.mean()), "interval": list(share_interval(right, unit)), "pairs": len(right)}
+
+
+@checked
+def fewer_than(own: Json, share: float, interval: tuple[float, float]) -> bool:
+    """Is the share of an `agreement` below another one, of other pairs, with its own 95 % interval?
+
+    By Newcombe's interval of a difference (1998, method 10): its upper end, own - share +
+    sqrt((own's upper end - own)^2 + (share - its lower end)^2), is below 0.
+
+    >>> own = {"share": 0.5, "interval": [0.4, 0.6]}
+    >>> fewer_than(own, 0.61, (0.61, 0.61)), fewer_than(own, 0.61, (0.5, 0.7))
+    (True, False)
+    """
+    reach = math.hypot(own["interval"][1] - own["share"], share - interval[0])
+    return bool(own["share"] - share + reach < 0)
 
 
 @checked

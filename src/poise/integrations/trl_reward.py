@@ -233,7 +233,8 @@ class RobustReward:
                 f"policy that is trained; give the trainer a reward that was not called before", markup=False,
             )  # fmt: skip
         log_metric = columns.get("log_metric")
-        watched = self._watch(self.validator, own, heads, step) if self.validator and log_metric else {}
+        num_prompts = len({repr(sample.prompt) for sample in samples})
+        watched = self._watch(self.validator, own, heads, num_prompts, step) if self.validator and log_metric else {}
         reward = self.fitted.combine(heads, self.combine)
         if not reward.isfinite().all():
             raise PoiseError(f"the reward of {samples[int((~reward.isfinite()).nonzero()[0])]} is not finite")
@@ -254,7 +255,9 @@ class RobustReward:
         rewards = iter(with_regret_bonus(reward, asked, texts, self.regret_bonus)[mine].tolist())
         return [next(rewards) if whole else None for whole in finished]
 
-    def _watch(self, validator: str, own: Sequence[Sample], heads: HeadRewards, step: int) -> dict[str, float]:
+    def _watch(
+        self, validator: str, own: Sequence[Sample], heads: HeadRewards, num_prompts: int, step: int
+    ) -> dict[str, float]:
         """What the validator says of the completions of all processes, of which `heads` are the reward's."""
         assert self.fitted is not None
         watching = self._watching = self._watching or Validator(validator, self.combine)
@@ -266,7 +269,7 @@ class RobustReward:
             scale = next((saved for _, saved in parts if saved), None) or _at_start(every, mean, step)
             self.watched = file.keep(scale) if file and is_main_process() else scale
         watching.own, watching.proxy = self.watched, replace(self.fitted, floor=-math.inf, ceiling=math.inf)
-        return watching.metrics(every, heads)
+        return watching.metrics(every, heads, num_prompts)
 
     def _fit(self, heads: HeadRewards, samples: Sequence[Sample], step: int) -> RewardScale:
         scale = _at_start(heads, self.combine, step, self.floor, self.ceiling)

@@ -60,10 +60,13 @@ class Validator:
         """Take the units of both rewards from the initial policy's completions."""
         self.own, self.proxy = RewardScale.fit(own, mean), RewardScale.fit(proxy, self.objective)
 
-    def metrics(self, own: HeadRewards, proxy: HeadRewards) -> Json:
-        """Of one step: the validator's gain since the start, in stds, and the transfer ratio where it is defined."""
+    def metrics(self, own: HeadRewards, proxy: HeadRewards, num_prompts: int) -> Json:
+        """Of one step: the validator's gain since the start, in stds, and the transfer ratio where it is defined.
+
+        num_prompts: whose completions they are. Those of one prompt are alike: not they, prompts are independent.
+        """
         gain = self.own.combine(own, mean).mean().item()
-        ratio = transfer_ratio(self.proxy.combine(proxy, self.objective).mean().item(), gain, len(own.mean))
+        ratio = transfer_ratio(self.proxy.combine(proxy, self.objective).mean().item(), gain, num_prompts)
         return {"validator": gain} | ({} if ratio is None else {"transfer": ratio})
 
     def state(self) -> Json:

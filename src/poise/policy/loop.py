@@ -107,8 +107,7 @@ class Training:
         clock.lap("reference")
         with _naming(self.step):
             heads = gather(self.reward.heads(self.policy, batch, texts, self.step))
-            watching = self.validator
-            validated = watching.metrics(gather(watching.heads(batch, texts)), heads) if watching else {}
+            validated = self._validated(batch, texts, heads)
         facts = processes.gathered(_facts(rollout, reference, self.policy.end_ids))
         kl = facts.mean(0)[_FACTS.index("kl")].item()
         self.ladder.keep(self.step, kl, self.policy.weights, self.policy.save)
@@ -140,6 +139,13 @@ class Training:
         if self.step % config.save_every == 0:
             self.save()
         return metrics
+
+    def _validated(self, batch: list[Prompt], texts: list[list[str]], heads: HeadRewards) -> Json:
+        """What the validator says of this process's completions and all others', whose heads these are."""
+        if self.validator is None:
+            return {}
+        own = gather(self.validator.heads(batch, texts))
+        return self.validator.metrics(own, heads, self.config.prompts_per_step)
 
     def _batch(self) -> list[Prompt]:
         """This step's prompts. An epoch uses every prompt at most once, in an order of its own."""

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from poise.functional.trust import fewer_than
 from poise.models.model_card import judges_warnings
 from poise.reports import run_plots
 from poise.reports.blocks import Cell, Chart, Charts, Made, Page, Part, Section, Table, Text
@@ -98,6 +99,11 @@ def _said_of_transfer(rows: list[Json] | None) -> Verdict | None:
     if last["transfer"] is None:
         text = f"The reward gains too little by best-of-{last['n']} to say what transfers: try more completions."
         return Verdict("unclear", text)
+    if last["transfer_interval"] is None:
+        text = (
+            f"The prompts are too few to say what transfers of what the reward gains by best-of-{last['n']}: give more."
+        )
+        return Verdict("unclear", text)
     low, high = last["transfer_interval"]
     bounds = f"{number(last['transfer'])} (95\xa0% interval {number(low)} to {number(high)})"
     said = f"Of each std that the reward gains by best-of-{last['n']}, the validator sees {bounds}."
@@ -117,7 +123,9 @@ def _said_of_labels(results: Json) -> Verdict | None:
         f"The reward orders {percent(own['share'])} of {own['pairs']} pairs of the policy’s own completions as the "
         f"judge does (95\xa0% interval {percent(low)} to {percent(high)}){beside}."
     )
-    if high < 0.5 or (known is not None and high < known):
+    # Earlier versions did not keep how sure that accuracy is: nothing is said of a difference then.
+    known_interval = results.get("validation_accuracy_interval")
+    if high < 0.5 or (known is not None and known_interval and fewer_than(own, known, tuple(known_interval))):
         less = "a coin" if high < 0.5 else "on its own pairs"
         why = f"That is less than {less}: the labels are not this judge’s, or not of such texts."
         return Verdict("worse", f"{said} {why}")

@@ -2,7 +2,7 @@
 
 Every figure stands beside a baseline without knowledge: a coin, the longer text, one confidence for all pairs, a random
 uncertainty. Intervals are 95 % bootstrap intervals over pairs or sets; those that share a text of one prompt are drawn
-together.
+together. Of fewer than 20 such units they are Student's, and Wilson's for shares.
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ from poise.functional.calibration import (
 from poise.functional.head_rewards import joined
 from poise.functional.objectives import HeadRewards, Objective, RewardScale, disagreement, routing_std, total_std
 from poise.functional.reward_benchmarks import REWARD_BENCH, picks_chosen, reward_bench, style_matrix, style_scores
-from poise.functional.statistics import bootstrap_intervals, exact_at_ends, intervals_of_means, spearman
+from poise.functional.statistics import bootstrap_intervals, interval_of_share, intervals_of_means, spearman
 from poise.models.reward_model import HeadLayout, LastLayer
 from poise.runtime.records import Json, undefined_as_none
 
@@ -153,7 +153,7 @@ def judge_pairs(pairs: PairJudgments, questions: Questions, seed: int) -> Json:
     return {
         "num_pairs": len(correct), "num_distinct": int(pairs.unit.max()) + 1,
         "accuracy": float(correct.mean()),
-        "accuracy_interval": exact_at_ends(accuracy, float(correct.mean()), int(pairs.unit.max()) + 1),
+        "accuracy_interval": interval_of_share(accuracy, correct, pairs.unit),
         "length_accuracy": float(pairs.longer.mean()),
         "over_length": float((correct - pairs.longer).mean()), "over_length_interval": over_length,
         "agreement_with_length": float(same.mean()),
@@ -304,7 +304,8 @@ def judge_styles(questions: Questions, rewards: Float[ndarray, " texts"], seed: 
     each = np.array([list(style_scores(style_matrix(s[:1], s[1:])).values()) for s in sets])
     matrix = style_matrix(sets[:, 0], sets[:, 1])
     scores, by_length = style_scores(matrix), style_scores(style_matrix(length[:, 0], length[:, 1]))
-    intervals = intervals_of_means(each, questions.unit, seed)
+    drawn = intervals_of_means(each, questions.unit, seed)
+    intervals = [interval_of_share(one, own, questions.unit) for one, own in zip(drawn, each.T, strict=True)]
     results: Json = {
         "num_sets": len(questions), "matrix": matrix.tolist(),
         "scores": {
@@ -334,7 +335,7 @@ def judge_sets(questions: Questions, rewards: Float[ndarray, " texts"], seed: in
     )
     results: Json = {
         "num_sets": len(questions), "accuracy": accuracy,
-        "accuracy_interval": exact_at_ends(intervals[0], accuracy, int(questions.unit.max()) + 1),
+        "accuracy_interval": interval_of_share(intervals[0], correct, questions.unit),
         "chance": float(chance.mean()), "over_chance": over_chance, "over_chance_interval": intervals[1],
         "length_accuracy": float(longest.mean()), "over_length": over_length, "over_length_interval": intervals[2],
         "by_subset": by_subset(correct, chance, questions.subset),

@@ -28,11 +28,13 @@ class Room(NamedTuple):
     """num_pairs: that the heads of each size were fitted to, on average over folds.
 
     accuracy_SF: share of a fold's pairs that are ordered rightly by heads that were fitted to other ones.
+    right_N: of each pair, 1 where the heads of all pairs outside its fold order it rightly, 1/2 for a tie, else 0.
     reward_SFT: what the heads of each fold say of other texts.
     """
 
     num_pairs: list[float]
     accuracy_SF: Float[ndarray, "sizes folds"]
+    right_N: Float[ndarray, " pairs"]
     reward_SFT: Float[ndarray, "sizes folds texts"]
 
 
@@ -54,6 +56,7 @@ def room(
     center, scale = pairs.texts_NH.mean(0), pairs.texts_NH.std(0).clamp_min(1e-6)
     pairs, texts = pairs.standardized(center, scale), (texts_TH.double() - center) / scale
     accuracy = np.zeros((len(SHARES), FOLDS))
+    right = np.zeros(len(groups))
     reward = np.zeros((len(SHARES), FOLDS, len(texts)))
     counts = np.zeros(len(SHARES))
     priors: dict[float, float] = {}
@@ -71,11 +74,12 @@ def room(
                     priors[share], _ = best_prior(_rows(pairs, fit[~inner]), _rows(pairs, fit[inner]))
                 weight = fit_bradley_terry(_rows(pairs, fit), priors[share])
                 margin = (_rows(pairs, held).difference_NH @ weight).numpy()
-                accuracy[i, fold] = ((np.sign(margin) + 1) / 2).mean()  # a tie is half right
+                right[held] = (np.sign(margin) + 1) / 2  # a tie is half right; the last size, of all pairs, stays
+                accuracy[i, fold] = right[held].mean()
                 reward[i, fold] = (texts @ weight).numpy()
                 counts[i] += len(fit) / FOLDS
                 advance(1)
-    return Room(counts.tolist(), accuracy, reward)
+    return Room(counts.tolist(), accuracy, right, reward)
 
 
 def _rows(pairs: FeaturePairs, index: Int[ndarray, " rows"]) -> FeaturePairs:

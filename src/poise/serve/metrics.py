@@ -69,7 +69,7 @@ class Metrics:
         self._transfer.set(math.nan)  # not defined yet
         self._start: tuple[float, float, float, float] | None = None  # mean and std of the reward, of the validator
         self._monitor = Monitor()
-        self._gathered: list[tuple[Json, str]] = []
+        self._gathered: list[tuple[Json, Sample]] = []
 
     def scored(self, path: str, request: str, samples: Sequence[Sample], rows: Sequence[Json]) -> None:
         """Count the rows of one answered request, and add them to the log."""
@@ -82,7 +82,7 @@ class Metrics:
                 self._head_std.labels(k).observe(std)
             self._nominal_head.labels(row["nominal_head"]).inc()
             self._truncated.inc(row["truncated"])
-            self._gathered.append((row, sample.completion))
+            self._gathered.append((row, sample))
         if len(self._gathered) >= READING:
             self._read()
         if self._log is not None:
@@ -107,17 +107,20 @@ class Metrics:
             self._log = None
 
     def _read(self) -> None:
-        rows, texts = [row for row, _ in self._gathered], [text for _, text in self._gathered]
+        rows, samples = [row for row, _ in self._gathered], [sample for _, sample in self._gathered]
         self._gathered.clear()
         names = [name for name in _READ if all(name in row for row in rows)]
-        stats = {name: fmean(row[name] for row in rows) for name in names} | text_signs(texts)
+        stats = {name: fmean(row[name] for row in rows) for name in names} | text_signs(
+            [sample.completion for sample in samples]
+        )
         reading = self._monitor.update(stats | {"reward_std": pstdev(row["reward"] for row in rows)})
         self._suspicion.set(reading.score)
         self._alarm.set(reading.alarm)
         if all("validator" in row for row in rows):
-            self._watch_transfer([row["reward"] for row in rows], [row["validator"] for row in rows])
+            num_prompts = len({repr(sample.prompt) for sample in samples})
+            self._watch_transfer([row["reward"] for row in rows], [row["validator"] for row in rows], num_prompts)
 
-    def _watch_transfer(self, reward: Sequence[float], validator: Sequence[float]) -> None:
+    def _watch_transfer(self, reward: Sequence[float], validator: Sequence[float], num_prompts: int) -> None:
         """Gains are those since the first reading; there is no ratio while the reward has gained next to nothing."""
         if self._start is None:
             self._start = (fmean(reward), pstdev(reward), fmean(validator), pstdev(validator))
@@ -125,5 +128,5 @@ class Metrics:
         zero, unit, other_zero, other_unit = self._start
         if unit > 0 and other_unit > 0:
             gain, other = (fmean(reward) - zero) / unit, (fmean(validator) - other_zero) / other_unit
-            ratio = transfer_ratio(gain, other, len(reward))
+            ratio = transfer_ratio(gain, other, num_prompts)
             self._transfer.set(math.nan if ratio is None else ratio)

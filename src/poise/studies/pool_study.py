@@ -9,7 +9,7 @@ The reward models are trained in memory: heads on the features of one frozen tru
 import base64
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,8 +19,8 @@ from numpy import ndarray
 from scipy.stats import rankdata
 
 from poise.functional.objectives import HeadRewards, RewardScale, disagreement, mean
-from poise.functional.overoptimization import Choice, interval
-from poise.functional.statistics import resampled_counts
+from poise.functional.overoptimization import Choice
+from poise.functional.statistics import t_interval
 from poise.models.reward_model import load_trunk
 from poise.models.scorer import FeatureExtractor
 from poise.reward import train as train_reward
@@ -29,7 +29,6 @@ from poise.runtime.run_folder import Json, config_dict, write_json
 from poise.studies.pool import PoolHeads, proxies, samples_of
 
 PAGE_SEEDS, PAGE_COMPLETIONS = 5, 64
-DRAWS = 1000
 UNSTABLE = {  # whose scores are compared between seeds
     "single": Choice("single", "nominal"),
     "ensemble, mean": Choice("ensemble", "mean"),
@@ -107,47 +106,71 @@ def instability(pool: Pool, heads: Sequence[ByReward]) -> Json:
     rank_correlation: Spearman over the pool, mean over pairs of reward models.
     same_choice: how often two of them pick the same best of a prompt's completions.
     gold_std: std over reward models of the gold of best-of-N.
-    Intervals over reward models; differences against the first kind, paired.
+    Intervals are Student's over reward models, by the jackknife; differences against the first kind, paired. Of two
+    reward models there are none: without one of them nothing is left to compare.
     """
-    drawn = resampled_counts(len(heads), DRAWS, 1)
     result: Json = {}
-    first: dict[str, tuple[float, ndarray]] = {}
+    first: dict[str, Apart] = {}
     for name, choice in UNSTABLE.items():
         proxy = proxies(choice, heads, pool.per_prompt)
         ranks = np.stack([rankdata(one) for one in proxy.reshape(len(heads), -1)])
         best = proxy.argmax(-1)
         gold = np.take_along_axis(pool.gold_PN[None], best[..., None], -1)[..., 0].mean(-1)
-        same = (best[:, None] == best[None]).mean(-1)
         found = {
-            "rank_correlation": _over_pairs(np.corrcoef(ranks), drawn),
-            "same_choice": _over_pairs(same, drawn),
-            "gold_std": (float(gold.std(ddof=1)), _std_draws(gold, drawn)),
+            "rank_correlation": Apart.of_pairs(np.corrcoef(ranks)),
+            "same_choice": Apart.of_pairs((best[:, None] == best[None]).mean(-1)),
+            "gold_std": Apart.of_std(gold),
         }
         first = first or found
         result[name] = {"seeds": len(heads)} | {
-            key: {"mean": value, "interval": interval(draws)}
-            | (
-                {"vs_baseline": value - first[key][0], "vs_baseline_interval": interval(draws - first[key][1])}
-                if found is not first
-                else {}
-            )
-            for key, (value, draws) in found.items()
+            key: {"mean": one.value, "interval": one.interval} | (one.beyond(first[key]) if found is not first else {})
+            for key, one in found.items()
         }
     return result
 
 
-def _over_pairs(table_SS: ndarray, drawn_DS: ndarray) -> tuple[float, ndarray]:
-    """Mean over pairs of different reward models, and its draws; a pair of one with itself never counts."""
-    apart = ~np.eye(len(table_SS), dtype=bool)
-    total = np.einsum("di,ij,dj->d", drawn_DS, np.where(apart, table_SS, 0.0), drawn_DS)
-    weight = np.einsum("di,ij,dj->d", drawn_DS, apart.astype(float), drawn_DS)
-    return float(table_SS[apart].mean()), total / np.maximum(weight, 1e-12)
+class Apart(NamedTuple):
+    """A measure of how far S reward models are apart, its 95 % interval, and its pseudo-values (S,)."""
+
+    value: float
+    interval: list[float] | None
+    pseudo_S: ndarray
+
+    @classmethod
+    def of_pairs(cls, table_SS: ndarray) -> "Apart":
+        """The mean of a table over pairs of different reward models."""
+
+        def mean_over(some: ndarray) -> float:
+            return float(table_SS[np.ix_(some, some)][~np.eye(len(some), dtype=bool)].mean())
+
+        pseudo = _pseudo_values(mean_over, len(table_SS))
+        return cls(mean_over(np.arange(len(table_SS))), _students(pseudo), pseudo)
+
+    @classmethod
+    def of_std(cls, values_S: ndarray) -> "Apart":
+        """The std of one number of each reward model; its interval by the log, in which it is more nearly normal."""
+        logs = _pseudo_values(lambda some: float(np.log(max(values_S[some].std(ddof=1), 1e-300))), len(values_S))
+        interval = None if not values_S.std() else _students(logs)
+        pseudo = _pseudo_values(lambda some: float(values_S[some].std(ddof=1)), len(values_S))
+        return cls(float(values_S.std(ddof=1)), interval and np.exp(interval).tolist(), pseudo)
+
+    def beyond(self, other: "Apart") -> Json:
+        """What this is less another one of the same reward models, with its interval."""
+        gap = _students(self.pseudo_S - other.pseudo_S)
+        return {"vs_baseline": self.value - other.value, "vs_baseline_interval": gap}
 
 
-def _std_draws(values_S: ndarray, drawn_DS: ndarray) -> ndarray:
-    middle = drawn_DS @ values_S
-    count = len(values_S)
-    return np.sqrt(np.maximum(drawn_DS @ np.square(values_S) - np.square(middle), 0) * count / (count - 1))
+def _pseudo_values(statistic: Callable[[ndarray], float], count: int) -> ndarray:
+    """count times the statistic of all, less count - 1 times that of all but one; NaN for fewer than three."""
+    every = np.arange(count)
+    if count < 3:
+        return np.full(count, np.nan)
+    without = np.array([statistic(np.delete(every, one)) for one in every])
+    return np.asarray(count * statistic(every) - (count - 1) * without)
+
+
+def _students(values: ndarray) -> list[float] | None:
+    return None if np.isnan(values).any() else t_interval(values).tolist()
 
 
 # ---- the part from which the page computes ----

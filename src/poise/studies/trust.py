@@ -34,6 +34,7 @@ from poise.runtime import inputs as run_inputs
 from poise.runtime import records
 from poise.runtime.progress import progress
 from poise.runtime.run_folder import Inputs, Json, Run, load_config_file, write_json, write_jsonl
+from poise.studies.comparisons import prompt_key
 from poise.studies.judge_settings import without_judge
 from poise.studies.judgments import judgments_of
 from poise.studies.pool import kept_pool, pool_prompts, samples_of
@@ -101,7 +102,7 @@ def _measure(config: Config, out: Run, prompts: Sequence[Prompt], grouped: Group
         "reach": trust.reach(config.per_prompt),
         "room": _room(config, scorer, pool, validator, grouped) if grouped else None,
         "transfer": None if validator is None else trust.transfer(proxy, validator),
-        "validation_accuracy": _validation_accuracy(Path(place)),
+        **_validation_accuracy(Path(place)),
     }
 
 
@@ -113,12 +114,11 @@ def _room(config: Config, scorer: Scorer, pool: Sequence[Json], validator: ndarr
     pairs = pair_features(scorer.extract, preferences)
     found = room(pairs, groups, scorer.extract(samples_of(pool)).cpu(), config.seed)
     accuracy, low, high = trust.doubling(found.accuracy_SF[-1] - found.accuracy_SF[-2])
-    right = round(float(found.accuracy_SF[-1].mean()) * len(preferences))  # every pair is held out once
     results: Json = {
         "num_pairs": [round(count, 1) for count in found.num_pairs],
         "accuracy": found.accuracy_SF.mean(-1).tolist(),
         "accuracy_doubled": accuracy, "accuracy_interval": [low, high],
-        "held_out": trust.agreement(np.arange(len(preferences)) < right),
+        "held_out": trust.agreement(found.right_N, groups),  # every pair is held out once
         "seen": _has_seen(Path(reward_folder(config.reward, config.objective, None)), config.preferences),
     }  # fmt: skip
     if validator is None:
@@ -167,11 +167,11 @@ def _has_seen(checkpoint: Path, preferences: str) -> bool:
     return "preferences" in run_inputs.unchanged({"--preferences": before["--preferences"]}, now)
 
 
-def _validation_accuracy(checkpoint: Path) -> float | None:
-    """Of the reward model on the validation pairs of its training, if its run is at hand."""
+def _validation_accuracy(checkpoint: Path) -> Json:
+    """Of the reward model on the validation pairs of its training, with its interval, if its run is at hand."""
     models = (Run(checkpoint.parent).results or {}).get("models") or {}
-    found: float | None = (models.get(checkpoint.name) or {}).get("validation_accuracy")
-    return found
+    of = models.get(checkpoint.name) or {}
+    return {name: of.get(name) for name in ("validation_accuracy", "validation_accuracy_interval")}
 
 
 # ---- whose labels ----
@@ -199,12 +199,14 @@ def _draw(folder: Path, pool: Sequence[Json], proxy: ndarray, validator: ndarray
 
 def _labels(folder: Path, judgments: dict[int, str]) -> Json:
     """How often the reward, and the validator, order the judged pairs as the judge does; ties of the judge are left
-    out."""
+    out, and their own count half."""
     key = records.read_object(folder / "key.json")
+    prompts = [prompt_key(row["prompt"]) for row in records.read_rows(folder / "comparisons.jsonl")]
+    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     found: Json = {"ties": sum(better == "tie" for better in judgments.values())}
     for name, differences in key.items():
-        decided = [(differences[i], better) for i, better in judgments.items() if better != "tie" and differences]
+        decided = [i for i, better in judgments.items() if better != "tie" and differences]
         if decided:
-            same = np.array([(difference > 0) == (better == "a") for difference, better in decided])
-            found[name] = trust.agreement(same)
+            same = [np.sign(differences[i]) * (1 if judgments[i] == "a" else -1) for i in decided]
+            found[name] = trust.agreement((np.array(same) + 1) / 2, np.array([number[prompts[i]] for i in decided]))
     return found

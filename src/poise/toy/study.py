@@ -29,7 +29,7 @@ from poise.functional.objectives import (
     routing_std,
     total_std,
 )
-from poise.functional.statistics import auroc, bootstrap_interval
+from poise.functional.statistics import auroc, mean_interval
 from poise.runtime.progress import progress
 from poise.runtime.run_folder import Json, Run
 from poise.toy import bandit
@@ -93,10 +93,10 @@ def generators(config: Config) -> list[torch.Generator]:
 
 
 def interval(values: Seeds | ndarray) -> Json:
-    """Mean over seeds with its 95 % bootstrap interval."""
+    """Mean over seeds with its 95 % interval: Student's of few, a bootstrap of many; of one seed it has no width."""
     values = np.asarray(values, dtype=float)
-    low, high = bootstrap_interval(values, draws=2000)
-    return {"mean": float(values.mean()), "low": low, "high": high}
+    low, high = mean_interval(values) if len(values) > 1 else (values.mean(), values.mean())
+    return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
 
 
 # ---- a known reward ----
