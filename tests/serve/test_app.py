@@ -336,8 +336,8 @@ def test_callers_that_cannot_ask_for_more_at_once_have_a_scale_of_what_they_aske
     scorer: Scorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], num: int,
     away: float, status: int,
 ) -> None:  # fmt: skip
-    """SkyRL asks with 32 threads, which all waited for 64 texts, and gave up. Not with fewer than FEWEST, nor for one who
-    comes by now and then."""
+    """SkyRL asks with 32 threads, which all waited for 64 texts, and gave up. Not with fewer than FEWEST, nor for one
+    who comes by now and then."""
     for name, value in {"HOLD": 0.02, "STALL": 0.3, "FEWEST": 4, "_AWAY": away}.items():
         monkeypatch.setattr(rewarding, name, value)
     samples = [Sample("Review a film.", f"A good film, {i}.") for i in range(num)]

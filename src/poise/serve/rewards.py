@@ -22,8 +22,8 @@ from poise.serve.backend import RewardModels, finite_or_raise
 from poise.serve.batching import Batcher
 
 HOLD = 4.0  # seconds that an answer waits for a new scale; OpenRLHF gives up after 5
-# Callers that hold a thread for each answer (32 in SkyRL) may never ask for as many texts as a scale is fitted to. Where
-# the same ones are asked for again for STALL seconds, and no other, those are all there will be.
+# Callers that hold a thread for each answer (32 in SkyRL) may never ask for as many texts as a scale is fitted to.
+# Where the same ones are asked for again for STALL seconds, and no other, those are all there will be.
 STALL, FEWEST = 60.0, 16
 _AWAY = 30.0  # seconds without any request: whoever asks then has not waited
 
