@@ -111,6 +111,30 @@ def test_an_answer_loses_its_end_and_a_cut_prompt_is_whole() -> None:
         sample_of_query(tokenizer, prompt, "Yes.")
 
 
+@pytest.mark.parametrize(
+    ("written", "decoded"),
+    [
+        ("<|im_start|>", "<|im_start|> "),  # Llama 2 and all that have its tokenizer
+        (" .", "."),  # transformers 4, of tokenizers such as Llama 3's
+        ("<|im_start|>user\nIs 茶 ", "\ufffd\ufffd"),  # cut among the bytes of a character
+    ],
+)
+def test_a_query_in_other_white_space_than_its_prompt_is_the_same(written: str, decoded: str) -> None:
+    """OpenRLHF decodes prompt and answer together. Such a query was refused, and training ended without a reward."""
+    tokenizer, question = chatml(), "Is 茶 hot . I mean , hot ? " + "Hot , very . " * 4
+    prompt = generation_prompt(tokenizer, question)
+    expected = Sample([{"role": "user", "content": question}], "Yes . It is.")
+    query = prompt.replace(written, decoded)
+    assert query != prompt
+    assert sample_of_query(tokenizer, prompt, f"{query}Yes . It is.<|im_end|>") == expected
+    tokenizer.chat_template = None
+    plain = "Is 茶 hot .\n"
+    found = sample_of_query(tokenizer, plain, "Is 茶 hot.\n Yes . It is.")
+    assert found == Sample(plain, " Yes . It is.")
+    with pytest.raises(PoiseError, match="must begin with its prompt"):
+        sample_of_query(tokenizer, plain, "Is it hot.\n Yes . It is.")
+
+
 def test_without_a_template_white_space_of_an_answer_is_kept() -> None:
     """It is read by the reward model then, so that every form must send the same."""
     tokenizer = chatml()

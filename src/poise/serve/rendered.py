@@ -33,10 +33,10 @@ class _Seams(NamedTuple):
 def sample_of_query(tokenizer: HfTokenizer, prompt: str, query: str) -> Sample:
     """The sample of a rendered prompt and the text of prompt and answer (OpenRLHF's `query`).
 
-    The query may lack the beginning of a prompt that was too long. Raises PoiseError for a query that does not go on
-    from the prompt, and as `sample_of_answer` does.
+    The query may lack the beginning of a prompt that was too long, and its prompt may have other white space. Raises
+    PoiseError for a query that does not go on from the prompt, and as `sample_of_answer` does.
     """
-    start = _overlap(prompt, query)
+    start = _overlap(prompt, query) or _overlap_but_for_spaces(prompt, query)
     if not start:
         raise PoiseError("a query must begin with its prompt, or with the prompt's last part")
     return sample_of_answer(tokenizer, prompt, query[start:])
@@ -148,6 +148,21 @@ def _overlap(prompt: str, query: str) -> int:
             return len(prompt) - at
         at = prompt.find(first, at + 1)
     return 0
+
+
+def _overlap_but_for_spaces(prompt: str, query: str) -> int:
+    """Length of the part of `query` that is the prompt, or its end, in other white space.
+
+    A query is decoded from tokens: Llama 2's decoder writes a space after special tokens, that of transformers 4 takes
+    those before full stops away. Where a prompt was cut, half a character may stand first.
+    """
+    at = [i for i, letter in enumerate(query) if not letter.isspace()]
+    halves = len(query) - len(query.lstrip("\ufffd"))
+    length = _overlap("".join(prompt.split()), "".join(query[halves:].split()))
+    if not length:
+        return 0
+    end, tail = at[halves + length - 1] + 1, prompt[len(prompt.rstrip()) :]
+    return end + len(tail) * query.startswith(tail, end)
 
 
 @functools.lru_cache(maxsize=8)
