@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -713,6 +714,18 @@ def test_a_served_reward_is_asked_for_the_last_turn(prompt: Any, completion: Any
     assert reward([prompt], [completion], log_metric=logged.__setitem__) == [0.5]
     unfinished = {} if isinstance(completion, str) else {"poise/unfinished": 0.0}
     assert logged == {"poise/reward": 0.5, "poise/head_0": 0.75, "poise/head_std_0": 0.25} | unfinished
+
+
+def test_groups_of_a_served_reward_are_asked_for_together() -> None:
+    """A server that fits its scale to 64 texts had eight of them, and the other groups waited for its answer."""
+    reward, all_there = ServedReward("http://127.0.0.1:9"), threading.Barrier(3)
+
+    def score(prompt: str, texts: list[str]) -> list[dict[str, Any]]:
+        all_there.wait(10)
+        return [{"reward": float(prompt + text), "mean": [], "std": []} for text in texts]
+
+    reward.client.score = score  # type: ignore[method-assign]
+    assert reward(["1", "1", "2", "3"], ["1", "2", "1", "1"]) == [11.0, 12.0, 21.0, 31.0]
 
 
 def test_the_documented_command_is_read_by_trls_and_accelerates_parsers() -> None:

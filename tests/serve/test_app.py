@@ -334,6 +334,31 @@ def test_too_few_completions_are_told_to_come_again(
     assert last.status == 200
 
 
+@pytest.mark.parametrize(("num", "away", "status"), [(5, 30.0, 200), (3, 30.0, 503), (5, 0.0, 503)])
+def test_callers_that_cannot_ask_for_more_at_once_have_a_scale_of_what_they_asked_for(
+    scorer: Scorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], num: int,
+    away: float, status: int,
+) -> None:  # fmt: skip
+    """SkyRL asks with 32 threads, which all waited for 64 texts, and gave up. Not with fewer than FEWEST, nor for one
+    who comes by now and then."""
+    for name, value in {"HOLD": 0.02, "STALL": 0.3, "FEWEST": 4, "_AWAY": away}.items():
+        monkeypatch.setattr(rewarding, name, value)
+    samples = [Sample("Review a film.", f"A good film, {i}.") for i in range(num)]
+
+    async def scenario(app: Any, _: Rewards) -> list[list[int]]:
+        return [
+            [answer.status for answer in await asyncio.gather(*(post(app, "/score", asked(one)) for one in samples))]
+            for _ in range(20)
+        ]
+
+    file = scale_file(tmp_path, scorer)
+    first, *_, last = serve(scorer, scenario, scale_file=file, scale_count=64)
+    assert first == [503] * num
+    assert last == [status] * num
+    said = "the scale is fitted to 5 completions, not 64"
+    assert (said in capsys.readouterr().err) == (file.read() is not None) == (status == 200)
+
+
 def test_the_first_file_wins(scorer: Scorer, tmp_path: Path) -> None:
     file = scale_file(tmp_path, scorer)
     ones, twos = (RewardScale((0.0,) * scorer.layout.num_heads, 0.0, std, count=2) for std in (1.0, 2.0))

@@ -14,6 +14,7 @@ import urllib.request
 import urllib.response
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -230,6 +231,29 @@ def test_skyrl_s_prompts_are_checked(
     assert env.step("a")["reward"] == 1.0
     assert refused(poise, lambda: env.step(None)) == "responses are a list of texts, and number 1 is NoneType"
     sys.modules.pop("poise.integrations.skyrl_env", None)
+
+
+def test_ray_serve_s_paths_are_those_of_the_folder_it_is_called_in(
+    poise: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Replicas run where Ray was started, and took `runs/reward` for a hub id."""
+
+    class Placed(SimpleNamespace):
+        def options(self, **_: Any) -> Any:
+            return SimpleNamespace(bind=lambda options: options)
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(serve=SimpleNamespace(deployment=Placed)))
+    monkeypatch.setattr(Placed, "__init__", lambda *_: None)
+    monkeypatch.delitem(sys.modules, "poise.integrations.ray_serve", raising=False)
+    module = importlib.import_module(f"{poise.__name__}.integrations.ray_serve")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rm").mkdir()
+    (tmp_path / "p.jsonl").touch()
+    found = module.app({"rewards": "rm,org/model", "scale": "new", "reference": "p.jsonl"})
+    assert found["rewards"] == (str(tmp_path / "rm"), "org/model")
+    assert (found["scale"], found["reference"]) == (str(tmp_path / "new"), str(tmp_path / "p.jsonl"))
+    assert module.app({"rewards": "org/model"})["rewards"] == ("org/model",)
+    sys.modules.pop("poise.integrations.ray_serve", None)
 
 
 @pytest.mark.parametrize(

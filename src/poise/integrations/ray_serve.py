@@ -5,6 +5,7 @@
 The endpoints and answers are those of `poise serve`. Replicas share a scale through its file, on a disk that all see.
 """
 
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ray import serve
@@ -43,14 +44,18 @@ def app(given: dict[str, Any]) -> Any:
 
     given: rewards (folders or hub ids, with commas between), and objective, scale, scale_count, reward_ceiling,
     reward_floor, reference, max_length as for `poise serve`; num_replicas (a number, or auto) and num_gpus of each.
+    Paths are of the folder that this is called in: replicas run in the one that Ray was started in.
     Raises PoiseError for another name or a value that is none.
     """
     rest = dict(given)
     # No validator: each replica would compare with the start of its own life, not with that of the training.
-    options: dict[str, Any] = {
-        "rewards": tuple(filter(None, str(rest.pop("rewards", "")).split(","))), "validator": None,
-    }  # fmt: skip
+    names = filter(None, str(rest.pop("rewards", "")).split(","))
+    options: dict[str, Any] = {"rewards": tuple(map(_from_here, names)), "validator": None}
     options |= {name: str(rest.pop(name)) for name in _TEXTS if name in rest}
+    if options.get("scale"):
+        options["scale"] = str(Path(options["scale"]).absolute())
+    if "reference" in options:
+        options["reference"] = _from_here(options["reference"])
     replicas, gpus = str(rest.pop("num_replicas", 1)), rest.pop("num_gpus", 0)
     try:
         options |= {name: number(rest.pop(name)) for name, number in _NUMBERS.items() if name in rest}
@@ -66,6 +71,11 @@ def app(given: dict[str, Any]) -> Any:
         num_replicas=count, ray_actor_options=actor, max_ongoing_requests=ONGOING
     )
     return placed.bind(options)
+
+
+def _from_here(name: str) -> str:
+    """The whole path of what lies here; another name, such as a hub id, as it is."""
+    return str(Path(name).absolute()) if name and Path(name).exists() else name
 
 
 def _refuse(line: str) -> NoReturn:

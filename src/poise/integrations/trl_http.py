@@ -11,11 +11,13 @@ For a reward model in the training process itself, see poise.integrations.trl_re
 import itertools
 import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from poise.integrations.trl_turns import as_lists, as_pair, is_finished, lines_to_say
 from poise.serve.client import Client, own_client, scalars
 
+_TOGETHER = 64  # requests
 _LOG = logging.getLogger("poise")
 _said: set[str] = set()  # in this process
 
@@ -52,8 +54,12 @@ def _rewards(client: Client, prompts: Sequence[Any], completions: Sequence[Any],
         if about not in _said:
             _said.add(about)
             _LOG.warning(line)
-    for prompt, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
-        rows += client.score(prompt, [completion for _, completion in group])
+    groups = [
+        (prompt, [text for _, text in group]) for prompt, group in itertools.groupby(pairs, key=lambda one: one[0])
+    ]
+    if groups:  # together, for a server with a new scale answers none before it has enough of them
+        with ThreadPoolExecutor(min(len(groups), _TOGETHER)) as pool:
+            rows = list(itertools.chain.from_iterable(pool.map(lambda group: client.score(*group), groups)))
     if log_metric and rows:
         numbers = [scalars(row) for row in rows]
         for name in filter(lambda name: all(name in row for row in numbers), numbers[0]):

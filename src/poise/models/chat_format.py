@@ -30,6 +30,7 @@ _THINKING = ("<think>\nc\n</think>\n\nd", "e\n</think>\n\nf")
 # The date that templates write is that of the process's beginning.
 _BEGAN, _YEARS = datetime.now(), timedelta(days=1000)
 _DATE = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+_MARK, _LONGEST_DATE = "qdateq", 40
 
 # Longer prompts, in characters, are not kept in memory.
 _LONGEST_KEPT = 2**15
@@ -236,6 +237,25 @@ def _template_key(tokenizer: HfTokenizer) -> str:
     return str(tokenizer.chat_template)
 
 
+def on_our_day(tokenizer: HfTokenizer, text: str) -> str:
+    """A text that the chat template wrote on another day, in another process, with the date that it writes here."""
+    template = tokenizer.get_chat_template() if tokenizer.chat_template is not None else ""
+    if (form := _DATE.search(template)) is None:
+        return text
+    try:
+        before, date, _ = _render(tokenizer, _turns("a"), template=_DATE.sub(f"'{_MARK}'", template)).partition(_MARK)
+    except PoiseError:
+        return text
+    rest = text.removeprefix(before)
+    if not date or rest == text:
+        return text
+    for length in range(1, _LONGEST_DATE):
+        with contextlib.suppress(ValueError):
+            if datetime.strptime(rest[:length], form[2]).strftime(form[2]) == rest[:length]:
+                return before + _BEGAN.strftime(form[2]) + rest[length:]
+    return text
+
+
 @functools.lru_cache(maxsize=16)
 def _dated(template: str, day: datetime) -> str:
     """A template that writes one date whenever it is rendered: midnight must not divide a run or a conversation."""
@@ -243,11 +263,12 @@ def _dated(template: str, day: datetime) -> str:
 
 
 def _render(
-    tokenizer: HfTokenizer, turns: list[dict[str, Any]], *, add_generation_prompt: bool = False, day: datetime = _BEGAN
-) -> str:
+    tokenizer: HfTokenizer, turns: list[dict[str, Any]], *, add_generation_prompt: bool = False, day: datetime = _BEGAN,
+    template: str = "",
+) -> str:  # fmt: skip
     try:
         return tokenizer.apply_chat_template(
-            turns, chat_template=_dated(tokenizer.get_chat_template(), day), tokenize=False,
+            turns, chat_template=template or _dated(tokenizer.get_chat_template(), day), tokenize=False,
             add_generation_prompt=add_generation_prompt,
         )  # fmt: skip
     except Exception as error:  # noqa: BLE001  a template is a program of its own, which may raise anything

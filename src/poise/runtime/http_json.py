@@ -33,7 +33,7 @@ AGAIN = frozenset({408, 429, *range(500, 600)})  # statuses after which another 
 class RefusedError(PoiseError):
     """The server answered, and another try would be answered alike. status: what it answered."""
 
-    def __init__(self, line: str, status: int):
+    def __init__(self, line: str, status: int = 0):  # of a line alone, as pickle makes it in another process
         super().__init__(line)
         self.status = status
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from poise.data.types import Prompt, Sample
 from poise.errors import PoiseError
-from poise.models.chat_format import HfTokenizer, completion_text, generation_prompt, prompt_text
+from poise.models.chat_format import HfTokenizer, completion_text, generation_prompt, on_our_day, prompt_text
 from poise.models.scorer import generated
 
 # What chat templates write around turns: <|im_start|>, <start_of_turn>, [INST], <s>, <｜User｜>.
@@ -26,16 +26,17 @@ class _Seams(NamedTuple):
     answer: str  # from a user's text to the assistant's
     user: str  # from an assistant's text to the next user's
     generation: str  # from a user's text to the end of the generation prompt
+    shared: str  # how `generation` begins, and what is written before every answer
     end: str  # after the last answer
 
 
 def sample_of_query(tokenizer: HfTokenizer, prompt: str, query: str) -> Sample:
     """The sample of a rendered prompt and the text of prompt and answer (OpenRLHF's `query`).
 
-    The query may lack the beginning of a prompt that was too long. Raises PoiseError for a query that does not go on
-    from the prompt, and as `sample_of_answer` does.
+    The query may lack the beginning of a prompt that was too long, and its prompt may have other white space. Raises
+    PoiseError for a query that does not go on from the prompt, and as `sample_of_answer` does.
     """
-    start = _overlap(prompt, query)
+    start = _overlap(prompt, query) or _overlap_but_for_spaces(prompt, query)
     if not start:
         raise PoiseError("a query must begin with its prompt, or with the prompt's last part")
     return sample_of_answer(tokenizer, prompt, query[start:])
@@ -49,7 +50,8 @@ def sample_of_answer(tokenizer: HfTokenizer, prompt: Prompt, answer: str) -> Sam
     completion = without_end(tokenizer, answer)
     if not isinstance(prompt, str):
         return generated(prompt, completion)
-    turns = turns_of(tokenizer, prompt)
+    prompt = on_our_day(tokenizer, prompt)
+    turns = turns_of(tokenizer, prompt) or _turns_before_more(tokenizer, prompt)
     if turns is None and _MARKER.search(prompt):
         raise PoiseError(
             "the prompt was rendered with another chat template than the reward model's, which would be read as plain "
@@ -61,7 +63,7 @@ def sample_of_answer(tokenizer: HfTokenizer, prompt: Prompt, answer: str) -> Sam
 def sample_of_text(tokenizer: HfTokenizer, text: str) -> Sample:
     """The sample of a whole rendered conversation. Raises PoiseError unless the reward model's template writes it."""
     seams = _seams(tokenizer, str(tokenizer.chat_template))
-    whole = text.rstrip()
+    whole = on_our_day(tokenizer, text).rstrip()
     if seams and seams.end and not whole.endswith(seams.end):
         whole += seams.end  # an answer that was cut off
     body = whole.removesuffix(seams.end) if seams else ""
@@ -108,6 +110,18 @@ def turns_of(tokenizer: HfTokenizer, prompt: str) -> list[dict[str, str]] | None
     return None
 
 
+def _turns_before_more(tokenizer: HfTokenizer, prompt: str) -> list[dict[str, str]] | None:
+    """The turns of a prompt that ends otherwise than the generation prompt, in what the reward model reads before a
+    plain answer anyway: the empty think block of `enable_thinking=False`. None if it does not."""
+    seams = _seams(tokenizer, str(tokenizer.chat_template))
+    if seams is None or not seams.shared or (at := prompt.rfind(seams.shared)) < 0:
+        return None
+    turns = turns_of(tokenizer, prompt[:at] + seams.generation)
+    if turns and (prompt_text(tokenizer, turns) + completion_text(tokenizer, turns, _A)).startswith(prompt):
+        return turns
+    return None
+
+
 def without_end(tokenizer: HfTokenizer, answer: str) -> str:
     """An answer without the tokens that end a turn or pad a row, and the white space between them.
 
@@ -136,6 +150,21 @@ def _overlap(prompt: str, query: str) -> int:
     return 0
 
 
+def _overlap_but_for_spaces(prompt: str, query: str) -> int:
+    """Length of the part of `query` that is the prompt, or its end, in other white space.
+
+    A query is decoded from tokens: Llama 2's decoder writes a space after special tokens, that of transformers 4 takes
+    those before full stops away. Where a prompt was cut, half a character may stand first.
+    """
+    at = [i for i, letter in enumerate(query) if not letter.isspace()]
+    halves = len(query) - len(query.lstrip("\ufffd"))
+    length = _overlap("".join(prompt.split()), "".join(query[halves:].split()))
+    if not length:
+        return 0
+    end, tail = at[halves + length - 1] + 1, prompt[len(prompt.rstrip()) :]
+    return end + len(tail) * query.startswith(tail, end)
+
+
 @functools.lru_cache(maxsize=8)
 def _seams(tokenizer: HfTokenizer, template: str) -> _Seams | None:  # noqa: ARG001  template: a key
     """None without a template, or for one that refuses a plain conversation."""
@@ -151,6 +180,7 @@ def _seams(tokenizer: HfTokenizer, template: str) -> _Seams | None:  # noqa: ARG
         before, rest = text.split(_U)
         answer, rest = rest.split(_A)
         user, generation = rest.split(_V)
+        shared = prompt_text(tokenizer, _V).partition(_V)[2]
         whole = completion_text(tokenizer, _U, _A)
     except (PoiseError, ValueError):
         return None
@@ -161,4 +191,4 @@ def _seams(tokenizer: HfTokenizer, template: str) -> _Seams | None:  # noqa: ARG
         starts.insert(0, (first, rest.split(_U)[0]))
     except (PoiseError, ValueError):
         pass  # a template without system turns
-    return _Seams(tuple(starts), answer, user, generation, whole.rpartition(_A)[2])
+    return _Seams(tuple(starts), answer, user, generation, shared, whole.rpartition(_A)[2])

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import math
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,11 +16,16 @@ from poise.functional.objectives import HeadRewards, RewardScale, parse_objectiv
 from poise.models.encoding import Tokens
 from poise.models.scale_file import ScaleFile
 from poise.models.score_columns import score_columns
+from poise.runtime.progress import console
 from poise.runtime.run_folder import Json
 from poise.serve.backend import RewardModels, finite_or_raise
 from poise.serve.batching import Batcher
 
 HOLD = 4.0  # seconds that an answer waits for a new scale; OpenRLHF gives up after 5
+# Callers that hold a thread for each answer (32 in SkyRL) may never ask for as many texts as a scale is fitted to.
+# Where the same ones are asked for again for STALL seconds, and no other, those are all there will be.
+STALL, FEWEST = 60.0, 16
+_AWAY = 30.0  # seconds without any request: whoever asks then has not waited
 
 
 class BadSampleError(PoiseError):
@@ -50,8 +56,8 @@ class Rewards:
 
     Without a scale file, rewards and heads are as `poise score` gives them. With one, every head is less its mean on
     the initial policy, and the reward has mean 0 and std 1 there before the file's bounds apply. A scale that the file
-    does not hold yet is fitted to the first `scale_count` different completions; answers wait for it, so that all of
-    them are on one scale.
+    does not hold yet is fitted to the first `scale_count` different completions, or to those that are there once no
+    other has come for `STALL` seconds; answers wait for it, so that all of them are on one scale.
     """
 
     def __init__(
@@ -72,6 +78,7 @@ class Rewards:
         self._file, self._count = scale_file, scale_count
         self._scale = scale_file.read() if scale_file else None
         self._first: dict[str, Scored] = {}
+        self._grew = self._asked = -math.inf  # when the last new text came, and the last request
         self._fitted = asyncio.Event()
 
     @property
@@ -134,9 +141,19 @@ class Rewards:
     async def _fit(self, samples: Sequence[Sample], scored: Sequence[Scored]) -> None:
         assert self._file is not None
         self._scale = self._file.read()  # of another replica
+        known, now = len(self._first), time.monotonic()
         for sample, one in zip(samples, scored, strict=True):
             self._first[json.dumps([sample.prompt, sample.completion])] = one
-        if self._scale is None and len(self._first) >= self._count:
+        if len(self._first) > known or now - self._asked > _AWAY:
+            self._grew = now
+        self._asked = now
+        all_there = len(self._first) >= FEWEST and now - self._grew >= STALL
+        if self._scale is None and (len(self._first) >= self._count or all_there):
+            if all_there:
+                console.print(
+                    f"the scale is fitted to {len(self._first)} completions, not {self._count}: for {STALL:g} s the "
+                    f"callers have asked for no other"
+                )
             first, bounds = _stacked(list(self._first.values())), (self._file.floor, self._file.ceiling)
             self._scale = self._file.keep(RewardScale.fit(first, self._combine, *bounds))
         if self._scale is not None:
@@ -148,7 +165,7 @@ class Rewards:
         except TimeoutError:
             raise NoScaleYetError(
                 f"the scale is fitted to the first {self._count} different completions, and {len(self._first)} are "
-                f"here; send more at once"
+                f"here; send more at once, or serve with a smaller --scale-count"
             ) from None
 
     def _rows(self, scored: Sequence[Scored]) -> list[Json]:

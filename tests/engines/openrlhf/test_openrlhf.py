@@ -131,6 +131,22 @@ def test_both_forms_train_on_the_servers_rewards(openrlhf: OpenRLHF, reference: 
     remember("openrlhf", wire.calls, largest_difference=max(differences), forms=["URL", ".py"])
 
 
+def test_a_query_that_is_decoded_in_other_white_space_has_the_same_reward(
+    openrlhf: OpenRLHF, reference: Reference, wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Llama 2's decoder writes a space after special tokens."""
+    decode = openrlhf.tokenizer.decode
+
+    def otherwise(ids: Any, **options: Any) -> str:
+        return str(decode(ids, **options).replace("<|im_start|>", "<|im_start|> "))
+
+    monkeypatch.setattr(openrlhf.tokenizer, "decode", otherwise)
+    for url in both(wire):
+        responses = openrlhf.responses(url, *range(len(CONVERSATIONS)))
+        assert "<|im_start|> " in wire.calls[-1].request["query"][0]
+        reference.difference_to(openrlhf.returns(openrlhf.experiences(responses)))
+
+
 def test_rewards_beyond_ten_are_clipped(openrlhf: OpenRLHF, wire: Wire) -> None:
     wire.fault = answering("25.0", rewards=[0.5], scores=[0.1], extra_logs={})
     for url in both(wire):

@@ -4,6 +4,7 @@ import asyncio
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -58,6 +59,15 @@ def test_callers_on_other_machines_need_a_token(brme: str, monkeypatch: pytest.M
         answer = asyncio.run(replica(SimpleNamespace(client=client)))
         assert answer.status_code == 401
         assert b"set POISE_TOKEN" in answer.body
+
+
+def test_paths_are_those_of_the_folder_it_is_called_in(brme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replicas run in the folder that Ray was started in."""
+    run = Path(brme).parent
+    monkeypatch.chdir(run)
+    (options,) = app({"rewards": "brme,org/model", "reference": "brme", "scale": "new"})._bound_deployment.init_args
+    assert options["rewards"] == (brme, "org/model")
+    assert (options["reference"], options["scale"]) == (brme, str(run / "new"))
 
 
 @pytest.mark.parametrize(
