@@ -5,10 +5,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from poise.data.evaluation_sets import Item, Questions, read_questions
 from poise.errors import PoiseError
+from poise.functional.statistics import intervals_of_means
 
 
 def write(path: Path, *rows: dict[str, Any]) -> str:
@@ -55,6 +57,27 @@ def test_pairs_of_one_ranking_are_one_unit_unless_all_are_linked() -> None:
     chain = Questions.of("pairs", [Item("Q", (f"{n}",), (f"{n + 1}",)) for n in range(50)] * 2)
     assert chain.linked  # one unit would have an interval of no width
     assert chain.unit.tolist() == list(range(50)) * 2
+
+
+def test_pairs_of_one_prompt_are_one_unit_also_where_they_share_no_text() -> None:
+    rows = [Item(f"Q{n // 5}", (f"good {n}",), (f"bad {n}",)) for n in range(100)]
+    assert Questions.of("pairs", rows).unit.tolist() == [n // 5 for n in range(100)]
+    few = Questions.of("pairs", rows[:95])  # 19 prompts
+    assert few.unit.tolist() == list(range(95))
+    one_has_most = [Item("Q", (f"good {n}",), (f"bad {n}",)) for n in range(500)]
+    assert len(set(Questions.of("pairs", rows + one_has_most).unit.tolist())) == 600
+    assert not few.linked
+
+
+def test_intervals_of_pairs_of_forty_prompts_cover_the_accuracy_as_often_as_they_say() -> None:
+    """Five pairs of each, on some prompts more often right than on others: as independent pairs they cover in 78 %."""
+    rng, covered = np.random.default_rng(0), 0
+    asked = Questions.of("pairs", [Item(f"Q{n // 5}", (f"good {n}",), (f"bad {n}",)) for n in range(200)])
+    for seed in range(150):
+        right = rng.random((40, 5)) < rng.beta(1.4, 0.6, size=(40, 1))  # intraclass correlation 1/3
+        [(low, high)] = intervals_of_means(right.reshape(-1, 1).astype(float), asked.unit, seed)
+        covered += low <= 0.7 <= high
+    assert covered / 150 >= 0.9
 
 
 def test_subsets_and_their_repeated_rows_are_kept(tmp_path: Path) -> None:

@@ -50,9 +50,9 @@ class Questions:
 
     sizes: how many chosen and how many rejected texts an item has.
     lengths: characters of every text, item by item, the chosen ones first.   subset: of each item.
-    unit: items that share a text of one prompt (votes on one pair, pairs of a ranking) have the same number: they are
-    not independent. Where chains of texts link all to fewer than LEAST_UNITS, only those of equal texts have.
-    linked: is that so?
+    unit: items of one prompt (votes on one pair, pairs of a ranking) have the same number: they are not independent.
+    With fewer than LEAST_UNITS prompts, or where a few have nearly all items, only those that share a text of one
+    prompt have; and where chains of texts link all to fewer, only those of equal texts. linked: is that so?
     """
 
     kind: Kind
@@ -69,11 +69,12 @@ class Questions:
 
         kind: None for lists of texts, whose lengths decide.   first: the items, where their first reading is another.
         """
-        sizes, lengths, same, starts = (array("q") for _ in range(4))
+        sizes, lengths, same, starts, asked = (array("q") for _ in range(5))
         links: list[tuple[int, int]] = []
         subset: list[str] = []
         numbers: dict[bytes, int] = {}
         texts: dict[bytes, int] = {}
+        prompts: dict[bytes, int] = {}
         names: dict[str, str] = {}
         for item in items if first is None else first:
             sizes.extend((len(item.chosen), len(item.rejected)))
@@ -81,6 +82,7 @@ class Questions:
             subset.append(names.setdefault(item.subset, item.subset))
             own = sorted((*item.chosen, *item.rejected))
             same.append(numbers.setdefault(_digest([item.prompt, own]), len(numbers)))
+            asked.append(prompts.setdefault(_digest(item.prompt), len(prompts)))
             first_text, *others = (texts.setdefault(_digest([item.prompt, text]), len(texts)) for text in own)
             starts.append(first_text)
             links += [(first_text, other) for other in others]
@@ -91,9 +93,12 @@ class Questions:
                 frozenset({(1, 1)}): "pairs", frozenset({(NUM_STYLES, NUM_STYLES)}): "rm_bench"
             }  # fmt: skip
             kind = alike.get(frozenset(found), "best_of_n")
-        unit = components(links, len(texts))[np.array(starts, dtype=int)]
-        if linked := len(np.unique(unit)) < min(LEAST_UNITS, len(numbers)):
-            unit = np.array(same, dtype=int)
+        unit, linked = np.array(asked, dtype=int), False
+        # Prompts of n_p items each are worth (sum n_p)^2 / sum n_p^2 of one size (Kish 1965).
+        if len(unit) ** 2 < LEAST_UNITS * np.square(np.bincount(unit)).sum():
+            unit = components(links, len(texts))[np.array(starts, dtype=int)]
+            if linked := len(np.unique(unit)) < min(LEAST_UNITS, len(numbers)):
+                unit = np.array(same, dtype=int)
         unit = np.unique(unit, return_inverse=True)[1]  # without gaps
         return cls(kind, items, counts, np.array(lengths, dtype=int), subset, unit, linked)
 

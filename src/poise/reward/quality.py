@@ -1,8 +1,8 @@
 """How well a reward model's rewards and uncertainties agree with human labels: numbers in, JSON out.
 
 Every figure stands beside a baseline without knowledge: a coin, the longer text, one confidence for all pairs, a random
-uncertainty. Intervals are 95 % bootstrap intervals over pairs or sets; those that share a text of one prompt are drawn
-together. Of fewer than 20 such units they are Student's, and Wilson's for shares.
+uncertainty. Intervals are 95 % bootstrap intervals over pairs or sets; those of one prompt, or where prompts are few
+those that share a text, are drawn together. Of fewer than 20 such units they are Student's, and Wilson's for shares.
 """
 
 from collections.abc import Iterator
@@ -214,7 +214,7 @@ def rows_of(pairs: PairJudgments, subset: list[str]) -> Iterator[Json]:
 
 
 def _mistakes(pairs: PairJudgments, questions: Questions) -> list[Json]:
-    """The pairs that the model orders wrongly by the largest margin, each once."""
+    """The pairs that the model orders wrongly by the largest margin, one of a unit."""
     shown: dict[int, int] = {}
     for i in np.argsort(pairs.margin, kind="stable").tolist():
         if pairs.margin[i] >= 0 or len(shown) == NUM_MISTAKES:
