@@ -333,7 +333,8 @@ def load_reward_model(
 
     Adapters of single heads are put on it. The tokenizer reads conversations to where the score is: to the end of turn,
     or, of a classifier without a `poise` block, to the end of what its template writes.
-    dtype: of the weights; default `frozen_dtype`. place: where they lie; default `device`. Raises PoiseError as `read_layout` does, and for weights or a tokenizer that do not fit.
+    dtype: of the weights; default `frozen_dtype`. place: where they lie; default `device`.
+    Raises PoiseError as `read_layout` does, and for weights or a tokenizer that do not fit.
     """
     layout = read_layout(path)
     folder = resolve_model(checkpoint_folder(path))
