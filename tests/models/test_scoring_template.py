@@ -75,6 +75,21 @@ def test_several_templates_are_all_changed() -> None:
         assert ends_where_read(tokenizer)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_reward_model_is_padded_on_the_right_whatever_its_language_model_names(side: str, tmp_path: Path) -> None:
+    """Who pads a batch of GPT-2 on the left, and passes no positions, gives shorter texts the vectors of later ones."""
+    made = make_tokenizer()
+    made.save_pretrained(tmp_path / "own")
+    own = transformers.AutoTokenizer.from_pretrained(tmp_path / "own", padding_side=side)
+    own.save_pretrained(tmp_path / "named")
+    own = transformers.AutoTokenizer.from_pretrained(tmp_path / "named")
+    theirs = saved(own, tmp_path / "reward")
+    assert (own.padding_side, own.init_kwargs.get("padding_side", "right")) == (side, side)
+    assert theirs.padding_side == "right"
+    own.save_pretrained(tmp_path / "again")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "again").padding_side == side
+
+
 def test_a_template_that_cannot_be_changed_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     """No two renderings of it are alike, so nobody can tell that the changed one writes the same."""
     tokenizer = make_tokenizer()

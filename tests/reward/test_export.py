@@ -213,10 +213,11 @@ def test_adapters_carry_the_heads(tiny_model: str, preferences_file: Path, tmp_p
         loaded = Scorer.load(str(folder))(SAMPLES)
         expected = mean(merged).unsqueeze(-1) if scalar else merged.mean
         torch.testing.assert_close(loaded.mean, expected, rtol=0, atol=1e-4)
-    base = transformers.AutoModelForSequenceClassification.from_pretrained(
-        tiny_model, config=transformers.AutoConfig.from_pretrained(folder)
-    )
-    adapted = peft.PeftModel.from_pretrained(base, str(folder)).eval()
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]  # what its card says to do
+    found: dict[str, Any] = {}
+    exec(code.replace('"."', repr(str(folder))), found)
+    adapted = found["model"]
+    assert isinstance(adapted, peft.PeftModel)
     tokens = Scorer.load(str(folder)).extract.encode(SAMPLES[0])
     offset = torch.tensor(adapted.config.poise["offset"])
     with torch.no_grad():
@@ -298,6 +299,11 @@ def test_only_an_earlier_export_is_written_over(llama_run: Path, tmp_path: Path)
     with pytest.raises(PoiseError, match="no earlier export"):
         export.run(Config(str(target), str(other), "mean"))
     assert (other / "config.json").read_bytes() == before
+    trained = tmp_path / "trained-on"  # by another tool: its config.json still says that it was an export
+    transformers.AutoModelForSequenceClassification.from_pretrained(target).save_pretrained(trained)
+    assert "poise_export" in json.loads((trained / "config.json").read_text())
+    with pytest.raises(PoiseError, match="no earlier export"):
+        export.run(Config(str(llama_run), str(trained), "mean"))
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from poise.errors import PoiseError, first_line
 from poise.functional.objectives import HeadRewards
 from poise.functional.typicality import Reference
+from poise.models.chat_format import reads_whole_template
 from poise.models.formats import (
     ENSEMBLE_FILE,
     check_objective,
@@ -330,14 +331,19 @@ def load_reward_model(
 ) -> tuple[HfModel, HfTokenizer, HeadLayout]:
     """(classifier, tokenizer, layout) of a checkpoint, or of an adapter checkpoint, its adapters merged.
 
-    Adapters of single heads are put on it. dtype: of the weights; default `frozen_dtype`. place: where they lie;
-    default `device`. Raises PoiseError as `read_layout` does, and for weights or a tokenizer that do not fit.
+    Adapters of single heads are put on it. The tokenizer reads conversations to where the score is: to the end of turn,
+    or, of a classifier without a `poise` block, to the end of what its template writes.
+    dtype: of the weights; default `frozen_dtype`. place: where they lie; default `device`.
+    Raises PoiseError as `read_layout` does, and for weights or a tokenizer that do not fit.
     """
     layout = read_layout(path)
     folder = resolve_model(checkpoint_folder(path))
     config = load_config(folder)
-    pad = None if getattr(config, "poise", None) else config.get_text_config().pad_token_id
+    ours = bool(getattr(config, "poise", None))
+    pad = None if ours else config.get_text_config().pad_token_id
     tokenizer = load_tokenizer(folder)
+    if not ours:
+        reads_whole_template(tokenizer)
     if (Path(folder) / _ADAPTER).exists():
         classifier = _load_adapted(folder, config, place)
     else:

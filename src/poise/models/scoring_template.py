@@ -4,6 +4,9 @@ Many templates write a line break after the last end of turn (ChatML: `<|im_end|
 conversation with them and reads the last token then reads the score one token too late. The template that is saved with
 a reward model therefore leaves out the white space after the last assistant's turn, as `chat_format` does. Nothing else
 that it writes changes.
+
+Padding goes to the right, whatever side the language model's tokenizer names: models that learned a vector for each
+position (GPT-2) and are given a padded batch by others, who pass no positions, would read shorter texts further on.
 """
 
 import contextlib
@@ -37,18 +40,24 @@ def ends_where_read(tokenizer: HfTokenizer) -> bool:
 
 @contextlib.contextmanager
 def scoring_template(tokenizer: HfTokenizer) -> Iterator[None]:
-    """Inside, the tokenizer has a chat template that ends where a reward model reads; afterwards its own again.
+    """Inside, the tokenizer is one to save with a reward model; afterwards it is as before.
 
-    A template that cannot be changed stays, and one line says so.
+    Its chat template ends where a reward model reads, and it pads on the right. A template that cannot be changed
+    stays, and one line says so.
     """
-    own = tokenizer.chat_template
+    own, side, named = tokenizer.chat_template, tokenizer.padding_side, tokenizer.init_kwargs.get("padding_side")
+    tokenizer.padding_side = "right"
+    if named:  # what is saved
+        tokenizer.init_kwargs["padding_side"] = "right"
     if own is not None:
         changed = {key: _changed(tokenizer, text) for key, text in _templates(own).items()}
         tokenizer.chat_template = changed if isinstance(own, dict) else changed[""]
     try:
         yield
     finally:
-        tokenizer.chat_template = own
+        tokenizer.chat_template, tokenizer.padding_side = own, side
+        if named:
+            tokenizer.init_kwargs["padding_side"] = named
 
 
 def _templates(saved: str | dict[str, str]) -> dict[str, str]:

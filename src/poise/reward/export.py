@@ -43,7 +43,7 @@ from poise.models.scorer import Scorer
 from poise.models.scoring_template import UNCHANGED, ends_where_read, scoring_template
 from poise.models.trained_on import FILE as BASE
 from poise.reward.config import ExportConfig as Config
-from poise.reward.formats import EXPORT_MARK, check_export
+from poise.reward.formats import EXPORT_MARK, WRITTEN_BY, check_export
 from poise.runtime.folders import inside, own_file, write_folder_atomic
 from poise.runtime.progress import console
 from poise.runtime.quiet import quiet_loading
@@ -271,7 +271,19 @@ conventional reward model, and no robust objective can be computed from it.
         title = f"Reward model of {heads}, as LoRA adapters"
         text = """\
 PEFT adapters and the `score` layer, for the language model that adapter_config.json names; config.json says how many
-of its layers they belong to and how to read the labels. `Scorer.load` of Poise merges them when it reads them.
+of its layers they belong to and how to read the labels. `Scorer.load` of Poise merges them when it reads them. With
+PEFT alone the base needs this config.json; `AutoPeftModel...` takes no config, reads the base with all its layers, and
+gives other numbers without a word:
+
+```python
+import peft
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+config = AutoConfig.from_pretrained(".")
+base = peft.PeftConfig.from_pretrained(".").base_model_name_or_path
+model = AutoModelForSequenceClassification.from_pretrained(base, config=config, dtype="float32")
+model = peft.PeftModel.from_pretrained(model, ".").eval()  # or its merge_and_unload()
+```
 """
     else:
         title = f"Reward model of {heads}, for SGLang"
@@ -286,6 +298,4 @@ transformers library calls it unexpected and ignores it. Ask SGLang for `/classi
 softmax, which makes one label always 1.
 """
     text += "" if ends else f"\nThe chat template {UNCHANGED}.\n"
-    return (
-        f"{front_matter_without_results(source / 'README.md')}\n# {title}\n\n{text}\nWritten by Poise {__version__}.\n"
-    )
+    return f"{front_matter_without_results(source / 'README.md')}\n# {title}\n\n{text}\n{WRITTEN_BY} {__version__}.\n"

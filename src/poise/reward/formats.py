@@ -55,6 +55,7 @@ class Evaluated:
 _LONGEST_ROW = 1 << 24  # bytes of a row of scores that are looked at
 _SCORED = {"prompt", "completion", "reward", "mean_0"}  # columns of scores in Parquet
 EXPORT_MARK = "poise_export"  # key of config.json by which an earlier export is known
+WRITTEN_BY = "Written by Poise"  # in the card of each
 
 
 def check_export(target: Path, source: Path) -> None:
@@ -66,8 +67,10 @@ def check_export(target: Path, source: Path) -> None:
     if target.resolve() == source.resolve():
         raise PoiseError(f"--output {target} is the reward model itself; choose another folder")
     try:
-        ours = EXPORT_MARK in read_object(target / "config.json", strict=False)
-    except PoiseError:
+        # A tool that trains an export on keeps the mark in config.json; the card is written by exports alone.
+        card = (target / "README.md").read_text(encoding="utf-8")
+        ours = EXPORT_MARK in read_object(target / "config.json", strict=False) and WRITTEN_BY in card
+    except (PoiseError, OSError, UnicodeDecodeError):
         ours = False
     if any(target.iterdir()) and not ours:
         raise PoiseError(f"--output {target} exists and is no earlier export; choose another folder or delete it")
