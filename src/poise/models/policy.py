@@ -37,6 +37,7 @@ from poise.models.end_tokens import end_token_ids
 from poise.models.families import feature_size, is_low
 from poise.models.fused_ops import ChosenLogprob, folded_in
 from poise.models.loading import HfModel, HfTokenizer, device, embedded_or_raise, load_into_adapters
+from poise.models.model_config import name_rope_for_version_4
 from poise.models.rereading import (
     Predictions,
     Reading,
@@ -272,6 +273,8 @@ class Policy(nn.Module):
             self.tokenizer.save_pretrained(folder)
         if self.tune == "lora":
             write_base(self._base, Path(folder))
+        else:
+            name_rope_for_version_4(Path(folder))
 
     def load_adapters(self, folder: str) -> None:
         """Take the adapters that `save` (or another trainer of the same layers) wrote.

@@ -48,7 +48,7 @@ from poise.models.loading import (
     load_weights,
     resolve_model,
 )
-from poise.models.model_config import load_config
+from poise.models.model_config import load_config, name_rope_for_version_4
 from poise.models.padding import pad_apart, with_rows
 from poise.models.scoring_template import scoring_template
 from poise.runtime.folders import write_file_atomic
@@ -224,6 +224,7 @@ def save_reward_model(
         with write_folder_atomic(folder) as scratch, quiet_loading():
             with bare(classifier):
                 classifier.save_pretrained(scratch)
+            name_rope_for_version_4(scratch)
             if layout.adapters:
                 save_head_adapters(scratch / ADAPTERS, classifier)
             with scoring_template(tokenizer):

@@ -26,6 +26,7 @@ from poise.models.loading import (
     make_room_for,
     resolve_model,
 )
+from poise.models.model_config import name_rope_for_version_4
 from poise.models.model_folder import adapted_model
 from poise.models.padding import pad_apart
 from poise.policy.config import MergeConfig as Config
@@ -53,6 +54,7 @@ def run(config: Config) -> Path:
     model, tokenizer = folded(base, source)
     with write_folder_atomic(target) as scratch, quiet_loading():
         model.save_pretrained(scratch)
+        name_rope_for_version_4(scratch)
         tokenizer.save_pretrained(scratch)
     console.print(f"adapters folded into {Path(base).name}: {target}")
     return target

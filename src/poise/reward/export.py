@@ -30,7 +30,7 @@ from poise.models.formats import checkpoint_folder
 from poise.models.head_adapters import FOLDER, fold_head
 from poise.models.loading import frozen_dtype, load_tokenizer, resolve_model
 from poise.models.model_card import front_matter_without_results
-from poise.models.model_config import load_config
+from poise.models.model_config import load_config, name_rope_for_version_4
 from poise.models.reward_model import (
     REFERENCE,
     HeadLayout,
@@ -86,6 +86,7 @@ def run(config: Config) -> Path:
         settings.poise = asdict(exported)
         setattr(settings, EXPORT_MARK, {"scalar": config.scalar, "head": config.head, "engine": config.engine})
         settings.save_pretrained(scratch)
+        name_rope_for_version_4(scratch)
         with scoring_template(tokenizer):
             tokenizer.save_pretrained(scratch)
             ends = ends_where_read(tokenizer)
