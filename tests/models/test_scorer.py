@@ -188,8 +188,8 @@ def test_a_public_classifier_gets_the_scores_of_its_own_card(
 ) -> None:
     """As cards compute them: apply_chat_template of the whole conversation, then the stock classifier.
 
-    Its score lies at the last token that is not padding: at the line break that some templates write after the end of
-    turn, or, where the template ends at the end of turn and that is the padding, too, one token before it.
+    Exact where the template ends at the end of turn; the white space after it is not read. Where that end is the
+    padding, too, the stock classifier reads its score one token before, and was trained so.
     """
     import trl
 
@@ -210,26 +210,11 @@ def test_a_public_classifier_gets_the_scores_of_its_own_card(
     for sample in samples:
         turns = [{"role": "user", "content": sample.prompt}] if isinstance(sample.prompt, str) else sample.prompt
         conversation = [*turns, {"role": "assistant", "content": sample.completion}]
+        text = tokenizer.apply_chat_template(conversation, tokenize=False).rstrip()
         with torch.no_grad():
-            expected.append(stock(**tokenizer.apply_chat_template(conversation, return_tensors="pt")).logits[0])
+            ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+            expected.append(stock(ids).logits[0])
     torch.testing.assert_close(Scorer.load(str(folder))(samples).mean, torch.stack(expected), rtol=1e-5, atol=1e-5)
-
-
-def test_heads_on_a_public_trunk_do_not_share_where_it_is_read(
-    tiny_model: str, train_tiny_reward: Callable[[str], Path], tmp_path: Path
-) -> None:
-    """A public classifier is read at the line break after the end of turn, heads trained on its trunk before it."""
-    folder = tmp_path / "public"
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        tiny_model, num_labels=1, num_hidden_layers=2
-    )
-    model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
-    ours = str(train_tiny_reward(str(folder)) / "single")
-    both = Ensemble.fit([str(folder), ours], SAMPLES)
-    for i, path in enumerate((str(folder), ours)):
-        alone = (Scorer.load(path)(SAMPLES).mean[:, 0] - both.means[i]) / both.stds[i]
-        torch.testing.assert_close(both(SAMPLES).mean[:, i], alone, rtol=1e-4, atol=1e-4)
 
 
 def test_long_samples_lose_their_oldest_tokens_and_are_counted(reward_run: Path) -> None:

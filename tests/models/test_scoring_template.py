@@ -7,7 +7,7 @@ import transformers
 
 from conftest import CHAT_TEMPLATE, make_tokenizer
 from poise.models.chat_format import encode_conversation, encode_prompt
-from poise.models.scoring_template import UNCHANGED, ends_where_read, scoring_template
+from poise.models.scoring_template import UNCHANGED, ends_where_read, say_where_others_read, scoring_template
 from stock_templates import PLAIN_TEXTS, PROMPTS, TEMPLATES, family_tokenizer
 
 ANSWERS = ("Yes.", "Two\n\nlines", "<think>\nShort.\n</think>\n\nIt is b.")
@@ -100,3 +100,15 @@ def test_a_template_that_cannot_be_changed_is_one_line(capsys: pytest.CaptureFix
             assert not ends_where_read(tokenizer)
     said = capsys.readouterr().err
     assert said == f"the chat template of the reward model {UNCHANGED}\n"
+
+
+def test_a_classifier_that_others_read_elsewhere_is_named_once(capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>\n{% endfor %}"
+    for path in ("one", "one", "two"):
+        say_where_others_read(tokenizer, path)
+    said = capsys.readouterr().err
+    assert (said.count("one: its chat template writes white space"), said.count("two: its")) == (1, 1)
+    tokenizer.chat_template = tokenizer.chat_template.replace("\n", "")
+    say_where_others_read(tokenizer, "three")
+    assert capsys.readouterr().err == ""

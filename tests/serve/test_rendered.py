@@ -7,13 +7,7 @@ import pytest
 from conftest import CHAT_TEMPLATE, make_tokenizer
 from poise.data.types import Sample
 from poise.errors import PoiseError
-from poise.models.chat_format import (
-    _render,
-    completion_text,
-    generation_prompt,
-    prompt_text,
-    reads_whole_template,
-)
+from poise.models.chat_format import _render, completion_text, generation_prompt, prompt_text
 from poise.serve.rendered import sample_of_answer, sample_of_query, sample_of_text, turns_of
 from stock_templates import PLAIN_TEXTS, TEMPLATES, family_tokenizer
 
@@ -44,18 +38,6 @@ def test_turns_of_every_stock_template_are_found(name: str) -> None:
             assert query == Sample(found, "Yes.")
             num_found += 1
     assert num_found >= 2
-
-
-@pytest.mark.parametrize("name", PLAIN_TEXTS)
-def test_a_text_is_found_too_where_all_of_the_template_is_read(name: str) -> None:
-    """Of a classifier that others trained, which is read behind the line break after the end of turn."""
-    tokenizer, whole = family_tokenizer(name), family_tokenizer(name)
-    reads_whole_template(whole)
-    for prompt in PROMPTS[:2]:
-        text = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": "Yes."}], tokenize=False)
-        found = sample_of_text(tokenizer, text)
-        assert sample_of_text(whole, text) == sample_of_text(whole, text.rstrip()) == found
-        assert prompt_text(whole, found.prompt) + completion_text(whole, found.prompt, found.completion) == text
 
 
 SWITCHES = [{"enable_thinking": False}, {"enable_thinking": True}, {"thinking": True}, {"thinking": False}]

@@ -64,7 +64,7 @@ def completion_text(tokenizer: HfTokenizer, prompt: Prompt, completion: str) -> 
     """What a reward model reads after `prompt_text`: the rest of the whole conversation, up to the end of turn.
 
     The completion is rendered without white space at its two ends. White space after the end of turn is left out, since
-    a reward model reads its score at the end of turn, unless it is one of `reads_whole_template`.
+    a reward model reads its score at the end of turn.
     Raises PoiseError for a template that refuses the conversation, or that writes another prompt for this completion.
     """
     if tokenizer.chat_template is None:
@@ -76,25 +76,7 @@ def completion_text(tokenizer: HfTokenizer, prompt: Prompt, completion: str) -> 
             f"the chat template writes the prompt {_shown(prompt)} differently before the completion "
             f"{completion.strip()[:40]!r}; a reward model needs one text of the prompt"
         )
-    return _as_read(tokenizer, whole[len(before) :])
-
-
-def reads_whole_template(tokenizer: HfTokenizer) -> None:
-    """From now on, conversations are read to the last character that the template writes after the answer.
-
-    So whoever trained a classifier elsewhere has read them, and all who use it: its score lies at the line break that
-    ChatML writes after the end of turn.
-    """
-    tokenizer.poise_reads_whole_template = True
-
-
-def whole_template_is_read(tokenizer: HfTokenizer) -> bool:
-    """Was `reads_whole_template` called for this tokenizer?"""
-    return getattr(tokenizer, "poise_reads_whole_template", False)
-
-
-def _as_read(tokenizer: HfTokenizer, whole: str) -> str:
-    return whole if whole_template_is_read(tokenizer) else whole.rstrip()
+    return whole[len(before) :].rstrip()
 
 
 def encode(tokenizer: HfTokenizer, text: str) -> list[int]:
@@ -233,7 +215,7 @@ def _hidden_rendering(
     """
     markers = _markers_of(tokenizer)
     hidden = _render(tokenizer, markers.hide(turns), add_generation_prompt=add_generation_prompt)
-    hidden = hidden if add_generation_prompt else _as_read(tokenizer, hidden)
+    hidden = hidden if add_generation_prompt else hidden.rstrip()
     if markers.show(hidden) != text:
         raise PoiseError(
             f"a text spells the chat template's marker {markers.first_in(turns)!r}, and the template changes what it "

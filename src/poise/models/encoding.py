@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from poise.data.types import Sample
 from poise.errors import PoiseError
-from poise.models.chat_format import encode_conversations, whole_template_is_read
+from poise.models.chat_format import encode_conversations
 from poise.models.loading import HfTokenizer, embedded_or_raise
 from poise.runtime.progress import shown_if_long
 
@@ -42,11 +42,6 @@ class Encoder:
         self.tokenizer, self.max_length = tokenizer, max_length
         self.num_truncated = 0
         self._num_embeddings, self._pad_id = num_embeddings, pad_id
-
-    @property
-    def reads_at(self) -> tuple[int | None, bool]:
-        """What decides at which token of a conversation its score is read."""
-        return self._pad_id, whole_template_is_read(self.tokenizer)
 
     def without_weights(self) -> "Encoder":
         """An encoder of the same ids that holds no model."""

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from poise.errors import PoiseError, first_line
 from poise.functional.objectives import HeadRewards
 from poise.functional.typicality import Reference
-from poise.models.chat_format import reads_whole_template
 from poise.models.formats import (
     ENSEMBLE_FILE,
     check_objective,
@@ -50,7 +49,7 @@ from poise.models.loading import (
 )
 from poise.models.model_config import load_config, name_rope_for_version_4
 from poise.models.padding import pad_apart, with_rows
-from poise.models.scoring_template import scoring_template
+from poise.models.scoring_template import say_where_others_read, scoring_template
 from poise.runtime.folders import write_file_atomic
 from poise.runtime.quiet import quiet_loading
 from poise.runtime.records import read_object
@@ -332,19 +331,16 @@ def load_reward_model(
 ) -> tuple[HfModel, HfTokenizer, HeadLayout]:
     """(classifier, tokenizer, layout) of a checkpoint, or of an adapter checkpoint, its adapters merged.
 
-    Adapters of single heads are put on it. The tokenizer reads conversations to where the score is: to the end of turn,
-    or, of a classifier without a `poise` block, to the end of what its template writes.
-    dtype: of the weights; default `frozen_dtype`. place: where they lie; default `device`.
-    Raises PoiseError as `read_layout` does, and for weights or a tokenizer that do not fit.
+    Adapters of single heads are put on it. dtype: of the weights; default `frozen_dtype`. place: where they lie;
+    default `device`. Raises PoiseError as `read_layout` does, and for weights or a tokenizer that do not fit.
     """
     layout = read_layout(path)
     folder = resolve_model(checkpoint_folder(path))
     config = load_config(folder)
-    ours = bool(getattr(config, "poise", None))
-    pad = None if ours else config.get_text_config().pad_token_id
+    pad = None if getattr(config, "poise", None) else config.get_text_config().pad_token_id
     tokenizer = load_tokenizer(folder)
-    if not ours:
-        reads_whole_template(tokenizer)
+    if not getattr(config, "poise", None):
+        say_where_others_read(tokenizer, path)
     if (Path(folder) / _ADAPTER).exists():
         classifier = _load_adapted(folder, config, place)
     else:

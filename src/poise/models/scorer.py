@@ -182,12 +182,7 @@ class Scorer:
         return Scorer(self.extract, other.weight, other.layout, other.last_layer, other.reference)
 
     def shares_trunk_with(self, other: "Scorer") -> bool:
-        """Would the other's trunk make the same features?
-
-        Of a classifier that others trained, the same weights may be read at another token.
-        """
-        if self.extract.reads_at != other.extract.reads_at:
-            return False
+        """Would the other's trunk make the same features?"""
         mine, theirs = (scorer.extract.classifier.base_model.state_dict() for scorer in (self, other))
         return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from poise.runtime.progress import console
+from poise.runtime.run_folder import is_main_process
 
 # Hugging Face objects resolve their attributes at run time; a type checker could only guess at them.
 HfTokenizer = Any
@@ -24,6 +25,7 @@ UNCHANGED = (
     "template renders"
 )
 _NAME = "poise_conversation"
+_said: set[str] = set()  # in this process
 _ROLES = ("user", "assistant")
 _TEXTS = ("a", "Two\n\nlines. \n", "<think>\nc\n</think>\n\nd")
 
@@ -36,6 +38,18 @@ def ends_where_read(tokenizer: HfTokenizer) -> bool:
     if tokenizer.chat_template is None:
         return True
     return all(_ends(tokenizer, template) for template in _templates(tokenizer.chat_template).values())
+
+
+def say_where_others_read(tokenizer: HfTokenizer, path: str) -> None:
+    """A line, once for each, of a classifier that others trained and whose template goes on after the end of turn."""
+    if path in _said or not is_main_process() or ends_where_read(tokenizer):
+        return
+    _said.add(path)
+    console.print(
+        f"{path}: its chat template writes white space after the end of turn. Its score is read before that; code that "
+        f"tokenizes all that the template writes, as TRL and some model cards do, reads another one after it",
+        markup=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -64,16 +64,14 @@ def sample_of_text(tokenizer: HfTokenizer, text: str) -> Sample:
     """The sample of a whole rendered conversation. Raises PoiseError unless the reward model's template writes it."""
     seams = _seams(tokenizer, str(tokenizer.chat_template))
     whole = on_our_day(tokenizer, text).rstrip()
-    end = seams.end.rstrip() if seams else ""
-    if not whole.endswith(end):
-        whole += end  # an answer that was cut off
-    body = whole.removesuffix(end) if seams else ""
+    if seams and seams.end and not whole.endswith(seams.end):
+        whole += seams.end  # an answer that was cut off
+    body = whole.removesuffix(seams.end) if seams else ""
     at = body.rfind(seams.answer) if seams else -1
     if seams and at > 0:
         turns = turns_of(tokenizer, body[:at] + seams.generation)
         answer = body[at + len(seams.answer) :]
-        written = prompt_text(tokenizer, turns) + completion_text(tokenizer, turns, answer) if turns and answer else ""
-        if turns and written.rstrip() == whole:
+        if turns and answer and prompt_text(tokenizer, turns) + completion_text(tokenizer, turns, answer) == whole:
             return generated(turns, answer)
     raise PoiseError(
         "the reward model's chat template does not write this text for any conversation; send messages, or prompt and "
