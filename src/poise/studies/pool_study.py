@@ -9,6 +9,7 @@ The reward models are trained in memory: heads on the features of one frozen tru
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +30,7 @@ from poise.runtime.run_folder import Json, config_dict, write_json
 from poise.studies.pool import PoolHeads, proxies, samples_of
 
 PAGE_SEEDS, PAGE_COMPLETIONS = 5, 64
+_WIDEST = math.log(1e6)  # an interval of a std whose ends differ by more than this factor says nothing
 UNSTABLE = {  # whose scores are compared between seeds
     "single": Choice("single", "nominal"),
     "ensemble, mean": Choice("ensemble", "mean"),
@@ -148,11 +150,22 @@ class Apart(NamedTuple):
 
     @classmethod
     def of_std(cls, values_S: ndarray) -> "Apart":
-        """The std of one number of each reward model; its interval by the log, in which it is more nearly normal."""
-        logs = _pseudo_values(lambda some: float(np.log(max(values_S[some].std(ddof=1), 1e-300))), len(values_S))
-        interval = None if not values_S.std() else _students(logs)
-        pseudo = _pseudo_values(lambda some: float(values_S[some].std(ddof=1)), len(values_S))
-        return cls(float(values_S.std(ddof=1)), interval and np.exp(interval).tolist(), pseudo)
+        """The std of one number of each reward model; its interval by the log, in which it is more nearly normal.
+
+        None where the others of some reward model do not differ, or so little that the ends lie nowhere near.
+        """
+
+        def std(some: ndarray) -> float:
+            return float(values_S[some].std(ddof=1))
+
+        def log_std(some: ndarray) -> float:
+            return math.log(std(some)) if std(some) > 0 else math.nan
+
+        ends = _students(_pseudo_values(log_std, len(values_S)))
+        if ends is not None and ends[1] - ends[0] > _WIDEST:
+            ends = None
+        pseudo = _pseudo_values(std, len(values_S))
+        return cls(std(np.arange(len(values_S))), ends and np.exp(ends).tolist(), pseudo)
 
     def beyond(self, other: "Apart") -> Json:
         """What this is less another one of the same reward models, with its interval."""
