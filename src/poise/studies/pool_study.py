@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +31,7 @@ from poise.runtime.run_folder import Json, config_dict, write_json
 from poise.studies.pool import PoolHeads, proxies, samples_of
 
 PAGE_SEEDS, PAGE_COMPLETIONS = 5, 64
-_WIDEST = math.log(1e6)  # an interval of a std whose ends differ by more than this factor says nothing
+_LARGEST_LOG = math.log(sys.float_info.max)
 UNSTABLE = {  # whose scores are compared between seeds
     "single": Choice("single", "nominal"),
     "ensemble, mean": Choice("ensemble", "mean"),
@@ -152,7 +153,7 @@ class Apart(NamedTuple):
     def of_std(cls, values_S: ndarray) -> "Apart":
         """The std of one number of each reward model; its interval by the log, in which it is more nearly normal.
 
-        None where the others of some reward model do not differ, or so little that the ends lie nowhere near.
+        None where the others of some reward model do not differ, or so little that there is no upper end.
         """
 
         def std(some: ndarray) -> float:
@@ -162,7 +163,7 @@ class Apart(NamedTuple):
             return math.log(std(some)) if std(some) > 0 else math.nan
 
         ends = _students(_pseudo_values(log_std, len(values_S)))
-        if ends is not None and ends[1] - ends[0] > _WIDEST:
+        if ends is not None and ends[1] > _LARGEST_LOG:
             ends = None
         pseudo = _pseudo_values(std, len(values_S))
         return cls(std(np.arange(len(values_S))), ends and np.exp(ends).tolist(), pseudo)
