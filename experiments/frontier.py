@@ -14,7 +14,7 @@ import hashlib
 import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -284,7 +284,7 @@ def train(run: Path, arm: Arm, seed: int) -> Path:
     return run
 
 
-def read_curve(run: Path, scorers: Callable[[str], Scorer], validators: dict[str, str] = VALIDATORS) -> None:
+def read_curve(run: Path, validators: dict[str, str] = VALIDATORS) -> None:
     """Write RUN/curve.json: KL, reward, both golds and the validators of every step. Gold is read here first."""
     if (run / "curve.json").exists():
         return
@@ -293,7 +293,7 @@ def read_curve(run: Path, scorers: Callable[[str], Scorer], validators: dict[str
     texts, steps = samples_of(rows), np.array([row["step"] for row in rows])
     scores = {"g1": gold_rewards([row["completion"] for row in rows])}
     for name, path in {"g2": str(G2), **{k: str(run.parent / v) for k, v in validators.items()}}.items():
-        scores[name] = mean(scorers(path)(texts)).double().numpy()
+        scores[name] = mean(Scorer.load(path)(texts)).double().numpy()
     curve = {
         "step": [step["step"] for step in metrics], "kl": [step["kl"] for step in metrics],
         "reward": [step["reward"] for step in metrics],
@@ -304,14 +304,20 @@ def read_curve(run: Path, scorers: Callable[[str], Scorer], validators: dict[str
     write_json(run / "curve.json", curve)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("gold", "train", "report"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(200, 212)))
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+def parser_of(about: str | None, what: Sequence[str], seeds: Iterable[int], into: str) -> argparse.ArgumentParser:
+    """The arguments of every experiment on the frontier's seeds. about: the script's docstring."""
+    parser = argparse.ArgumentParser(description=(about or "").splitlines()[0])
+    parser.add_argument("what", choices=what)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("runs/frontier"))
-    parser.add_argument("--into", type=Path, default=Path("results/frontier.json"))
+    parser.add_argument("--into", type=Path, default=Path(f"results/{into}.json"))
+    return parser
+
+
+def main() -> None:
+    parser = parser_of(__doc__, ("gold", "train", "report"), range(200, 212), "frontier")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.what == "gold":
@@ -321,19 +327,12 @@ def main() -> None:
         gold = json.loads((G2 / "judged.json").read_text())
         write_json(options.into, report(options.output, list(ARMS), gold) | {"environment": environment()})
         return
-    kept: dict[str, Scorer] = {}
-
-    def scorers(path: str) -> Scorer:
-        if path != str(G2):
-            return Scorer.load(path)
-        return kept.setdefault(path, Scorer.load(path))
-
     for seed in options.seeds:
         folder = options.output / f"seed-{seed}"
         prepare(folder, seed)
         for arm in options.arms:
             prepare_arm(folder, seed, arm)
-            read_curve(train(folder / arm, ARMS[arm], seed), scorers)
+            read_curve(train(folder / arm, ARMS[arm], seed))
 
 
 if __name__ == "__main__":

@@ -7,19 +7,17 @@ PPO against a head on 16 layers, with a validator of 8 layers and other pairs; p
 (experiments/frontier_design.md). For the same seeds the frontier has the reverse: 8 layers, validated by 16.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 import numpy as np
 import torch
 from equal_kl import HIGH, compared
-from frontier import Arm, prepare_one_head, read_curve, train, write_pairs
+from frontier import Arm, parser_of, prepare_one_head, read_curve, train, write_pairs
 from frontier_curves import gain, over_three_steps
 from frontier_report import FIRST, LEAST, RESULTS, best_step, endpoint, rounded
 
 from poise.functional.statistics import spearman
-from poise.models.scorer import Scorer
 from poise.runtime.run_folder import Json, environment, write_json
 
 SEEDS = range(200, 206)
@@ -67,13 +65,7 @@ def report(root: Path) -> Json:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("train", "report"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=Path("runs/frontier"))
-    parser.add_argument("--into", type=Path, default=Path("results/half-depth.json"))
-    options = parser.parse_args()
+    options = parser_of(__doc__, ("train", "report"), SEEDS, "half-depth").parse_args()
     torch.set_num_threads(options.threads)
     if options.what == "report":
         write_json(options.into, report(options.output))
@@ -83,7 +75,7 @@ def main() -> None:
         write_pairs(folder, seed)
         prepare_one_head(folder, seed, "high", "low", 16)
         prepare_one_head(folder, seed, "other", "other", 8)
-        read_curve(train(folder / "deep", RUN, seed), Scorer.load, validators={VALIDATOR: "other/single"})
+        read_curve(train(folder / "deep", RUN, seed), validators={VALIDATOR: "other/single"})
 
 
 if __name__ == "__main__":

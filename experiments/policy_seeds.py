@@ -7,19 +7,17 @@ Part of experiments/frontier_design.md: six of its reward models, three policy s
 seed is the run of the frontier itself, whose curve is read from its results.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 import numpy as np
 import torch
 from equal_kl import HIGH
-from frontier import ARMS, prepare_low, read_curve, train, write_pairs
+from frontier import ARMS, parser_of, prepare_low, read_curve, train, write_pairs
 from frontier_curves import gain, over_three_steps
 from frontier_report import FIRST, RESULTS, endpoint
 from scipy.stats import f
 
-from poise.models.scorer import Scorer
 from poise.runtime.run_folder import Json, environment, write_json
 
 SEEDS = range(200, 206)  # the first six of the design's twelve
@@ -77,13 +75,7 @@ def report(root: Path) -> Json:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("train", "report"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=Path("runs/frontier"))
-    parser.add_argument("--into", type=Path, default=Path("results/policy-seeds.json"))
-    options = parser.parse_args()
+    options = parser_of(__doc__, ("train", "report"), SEEDS, "policy-seeds").parse_args()
     torch.set_num_threads(options.threads)
     if options.what == "report":
         write_json(options.into, report(options.output))
@@ -94,7 +86,7 @@ def main() -> None:
         prepare_low(folder, seed)
         for more in LATER:
             run = train(folder / f"{FIRST}-{seed + more}", ARMS[FIRST], seed + more)
-            read_curve(run, Scorer.load, validators={})
+            read_curve(run, validators={})
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from poise.functional.objectives import (
     parse_objective,
 )
 from poise.functional.reward_scale import said_of_unit, std_interval
-from poise.functional.shaping import with_regret_bonus
+from poise.functional.shaping import rows_by_prompt, with_regret_bonus
 from poise.integrations.trl_logs import policy_metrics, statistics
 from poise.integrations.trl_turns import Completion, as_lists, as_pair, is_finished, lines_to_say
 from poise.models.chat_format import decode_completions, encode_prompt
@@ -233,8 +233,7 @@ class RobustReward:
                 f"policy that is trained; give the trainer a reward that was not called before", markup=False,
             )  # fmt: skip
         log_metric = columns.get("log_metric")
-        num_prompts = len({repr(sample.prompt) for sample in samples})
-        watched = self._watch(self.validator, own, heads, num_prompts, step) if self.validator and log_metric else {}
+        watched = self._watch(self.validator, own, heads, samples, step) if self.validator and log_metric else {}
         reward = self.fitted.combine(heads, self.combine)
         if not reward.isfinite().all():
             raise PoiseError(f"the reward of {samples[int((~reward.isfinite()).nonzero()[0])]} is not finite")
@@ -256,9 +255,9 @@ class RobustReward:
         return [next(rewards) if whole else None for whole in finished]
 
     def _watch(
-        self, validator: str, own: Sequence[Sample], heads: HeadRewards, num_prompts: int, step: int
+        self, validator: str, own: Sequence[Sample], heads: HeadRewards, samples: Sequence[Sample], step: int
     ) -> dict[str, float]:
-        """What the validator says of the completions of all processes, of which `heads` are the reward's."""
+        """What the validator says of `samples`, those of all processes, and `own`, of this one. heads: the reward's."""
         assert self.fitted is not None
         watching = self._watching = self._watching or Validator(validator, self.combine)
         file = self._file(watching) if self.scale else None
@@ -269,7 +268,7 @@ class RobustReward:
             scale = next((saved for _, saved in parts if saved), None) or _at_start(every, mean, step)
             self.watched = file.keep(scale) if file and is_main_process() else scale
         watching.own, watching.proxy = self.watched, replace(self.fitted, floor=-math.inf, ceiling=math.inf)
-        return watching.metrics(every, heads, num_prompts)
+        return watching.metrics(every, heads, len(rows_by_prompt([sample.prompt for sample in samples])))
 
     def _fit(self, heads: HeadRewards, samples: Sequence[Sample], step: int) -> RewardScale:
         scale = _at_start(heads, self.combine, step, self.floor, self.ceiling)

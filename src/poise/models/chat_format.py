@@ -85,8 +85,16 @@ def encode(tokenizer: HfTokenizer, text: str) -> list[int]:
     A chat template writes its special tokens itself; without one the tokenizer adds its own, at the beginning only: an
     end token that it would add, too, would end the text before its answer.
     """
-    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
-    return ids if tokenizer.chat_template is not None else [*added_tokens(tokenizer)[0], *ids]
+    return _encode_all(tokenizer, [text])[0]
+
+
+def _encode_all(tokenizer: HfTokenizer, texts: list[str]) -> list[list[int]]:
+    """`encode` of each."""
+    if not texts:
+        return []
+    found: list[list[int]] = tokenizer(texts, add_special_tokens=False).input_ids
+    added = [] if tokenizer.chat_template is not None else added_tokens(tokenizer)[0]
+    return [[*added, *ids] for ids in found]
 
 
 def added_tokens(tokenizer: HfTokenizer) -> tuple[list[int], list[int]]:
@@ -128,18 +136,14 @@ def encode_conversations(
     """`encode_conversation` of each (prompt, completion). The tokenizer reads all texts in one call, on all cores, and
     the prompt of several completions once."""
     texts = [(prompt_text(tokenizer, p), completion_text(tokenizer, p, answer)) for p, answer in conversations]
-    marked = {} if tokenizer.chat_template is None else _with_markers(tokenizer, conversations, texts)
+    templated = tokenizer.chat_template is not None
+    marked = _with_markers(tokenizer, conversations, texts) if templated else {}
     plain = [(before, before + after) for i, (before, after) in enumerate(texts) if i not in marked]
     befores = list(dict.fromkeys(before for before, _ in plain))
-    firsts = dict(zip(befores, _ids_of(tokenizer, befores), strict=True))
-    added = [] if tokenizer.chat_template is not None else added_tokens(tokenizer)[0]
-    wholes = _ids_of(tokenizer, [whole for _, whole in plain], special=tokenizer.chat_template is None)
-    rest = (_divided(whole, [*added, *firsts[before]]) for (before, _), whole in zip(plain, wholes, strict=True))
+    firsts = dict(zip(befores, _encode_all(tokenizer, befores), strict=True))
+    wholes = tokenizer([whole for _, whole in plain], add_special_tokens=not templated).input_ids if plain else []
+    rest = (_divided(whole, firsts[before]) for (before, _), whole in zip(plain, wholes, strict=True))
     return [marked[i] if i in marked else next(rest) for i in range(len(texts))]
-
-
-def _ids_of(tokenizer: HfTokenizer, texts: list[str], *, special: bool = False) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=special).input_ids if texts else []
 
 
 def _with_markers(

@@ -337,9 +337,10 @@ def load_reward_model(
     layout = read_layout(path)
     folder = resolve_model(checkpoint_folder(path))
     config = load_config(folder)
-    pad = None if getattr(config, "poise", None) else config.get_text_config().pad_token_id
+    ours = bool(getattr(config, "poise", None))
+    pad = None if ours else config.get_text_config().pad_token_id
     tokenizer = load_tokenizer(folder)
-    if not getattr(config, "poise", None):
+    if not ours:
         say_where_others_read(tokenizer, path)
     if (Path(folder) / _ADAPTER).exists():
         classifier = _load_adapted(folder, config, place)

@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summ
 
 from poise.data.types import Sample
 from poise.functional.monitor import Monitor, text_signs, transfer_ratio
+from poise.functional.shaping import rows_by_prompt
 from poise.runtime.progress import console
 from poise.runtime.run_folder import Json, append_jsonl
 
@@ -117,7 +118,7 @@ class Metrics:
         self._suspicion.set(reading.score)
         self._alarm.set(reading.alarm)
         if all("validator" in row for row in rows):
-            num_prompts = len({repr(sample.prompt) for sample in samples})
+            num_prompts = len(rows_by_prompt([sample.prompt for sample in samples]))
             self._watch_transfer([row["reward"] for row in rows], [row["validator"] for row in rows], num_prompts)
 
     def _watch_transfer(self, reward: Sequence[float], validator: Sequence[float], num_prompts: int) -> None:
